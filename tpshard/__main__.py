@@ -1,0 +1,5 @@
+"""`python -m tpshard`."""
+
+from tpshard.cli import main
+
+main()

@@ -1,0 +1,297 @@
+"""The verbs: plan, split, merge, reshard, check, inspect. The command line only calls these.
+
+Every function raises the errors of `tpshard.errors`; results are frozen dataclasses with `to_json()`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tpshard.checking import check_records, check_source
+from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
+from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
+from tpshard.execute import Convert
+from tpshard.formats import hf, native
+from tpshard.formats.native import DEFAULT_MAX_FILE_SIZE, Options, Split, plan_split
+from tpshard.formats.shards import ShardSet, open_shards
+from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
+from tpshard.planning import Placed, join
+from tpshard.publish import LOCK, Job, Settings, publish
+from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
+
+Shares = Sequence[str | float]
+
+
+def _options(
+    tp: int, uneven: bool, shares: Shares | None, pad_vocab_to: int | None, max_file_size: int | None
+) -> Options:
+    if tp < 1:
+        raise UsageError("tp must be at least 1", found=tp)
+    texts: tuple[str, ...] | None = None
+    if shares is not None:
+        try:
+            texts = native.share_texts([str(share) for share in shares])
+        except (ValueError, ZeroDivisionError):
+            raise UsageError("--shares takes numbers, as in 0.5,0.3,0.2", found=",".join(map(str, shares))) from None
+        if len(texts) != tp or any(Fraction(text) <= 0 for text in texts):
+            raise UsageError(
+                "--shares takes one positive number for each rank", expected=f"{tp} numbers", found=", ".join(texts)
+            )
+    size = DEFAULT_MAX_FILE_SIZE if max_file_size is None else max_file_size
+    if size < 1:
+        raise UsageError("--max-file-size must be positive", found=size)
+    return Options(tp=tp, uneven=uneven, shares=texts, pad_vocab_to=pad_vocab_to, max_file_size=size)
+
+
+def plan(
+    model: str | Path,
+    tp: int,
+    *,
+    revision: str | None = None,
+    rules: str | Path | None = None,
+    dtype: str | None = None,
+    uneven: bool = False,
+    shares: Shares | None = None,
+    pad_vocab_to: int | None = None,
+    max_file_size: int | None = None,
+    allow_pickle: bool = False,
+) -> PlanReport:
+    """Plan a split and write nothing. Of a Hub repo only config and headers are read."""
+    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size)
+    check_dtype(dtype)
+    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
+    built = from_checkpoint(checkpoint, _path(rules), dtype)
+    return PlanReport(plan_split(built, options), checkpoint.warnings)
+
+
+def split(
+    model: str | Path,
+    tp: int,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    rules: str | Path | None = None,
+    dtype: str | None = None,
+    uneven: bool = False,
+    shares: Shares | None = None,
+    pad_vocab_to: int | None = None,
+    max_file_size: int | None = None,
+    allow_pickle: bool = False,
+    ranks: Iterable[int] | None = None,
+    settings: Settings | None = None,
+) -> WriteReport:
+    """Split a checkpoint for `tp` ranks into `out` (default: MODEL-tpN in the current directory).
+
+    ranks: write only these, into a directory that other hosts write the other ranks into.
+    """
+    settings = settings or Settings()
+    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size)
+    check_dtype(dtype)
+    chosen = _ranks(ranks, tp)
+    checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
+    target = Path(out) if out is not None else Path(f"{checkpoint.name.rpartition('/')[2]}-tp{tp}")
+    _check_distinct(checkpoint.directory, target)
+    built = from_checkpoint(checkpoint, _path(rules), dtype)
+    planned = plan_split(built, options)
+    small = _side_files(checkpoint.side_files)
+    if dtype is not None:
+        small["config.json"] = _config_with_dtype(checkpoint, dtype)
+    return _write_split(planned, placed_in(checkpoint, built), small, target, chosen, settings, "split", checkpoint.warnings)
+
+
+def reshard(
+    shards: str | Path,
+    tp: int,
+    out: str | Path | None = None,
+    *,
+    uneven: bool = False,
+    shares: Shares | None = None,
+    pad_vocab_to: int | None = None,
+    max_file_size: int | None = None,
+    ranks: Iterable[int] | None = None,
+    settings: Settings | None = None,
+) -> WriteReport:
+    """Split a shard set anew for another tp, in one pass; the files equal those of a direct split."""
+    settings = settings or Settings()
+    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size)
+    chosen = _ranks(ranks, tp)
+    source = open_shards(Path(shards))
+    source.require_complete()
+    target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-tp{tp}")
+    _check_distinct(source.directory, target)
+    planned = plan_split(source.model, options)
+    return _write_split(planned, source.placed(), _side_files(source.side_files), target, chosen, settings, "reshard", ())
+
+
+def _write_split(
+    planned: Split,
+    placed: list[Placed],
+    small: dict[str, bytes],
+    target: Path,
+    ranks: Sequence[int] | None,
+    settings: Settings,
+    verb: str,
+    warnings: Sequence[str],
+) -> WriteReport:
+    tp = planned.options.tp
+    writing = list(range(tp)) if ranks is None else [r for r in ranks if not _is_written(target, planned, r)]
+    if ranks is not None and not writing:
+        raise TargetError(
+            f"rank {', '.join(map(str, ranks))} is already there and complete",
+            path=target,
+            hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
+        )
+    outputs = [output for rank in writing for output in planned.outputs(rank)]
+    joined = join(planned.model.tensors, placed, outputs)
+
+    def records(digests: Any) -> dict[str, bytes]:
+        return {f"{native.rank_stem(r, tp)}.json": native.sidecar(planned, r, digests) for r in writing}
+
+    job = Job(
+        plan=joined,
+        small={**small, MANIFEST: planned.manifest},
+        identity={"set": planned.set_id},
+        records=records,
+        convert=_convert(planned.model, placed),
+        shared=ranks is not None,
+        claims=[f".{native.rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
+        verb=verb,
+    )
+    digests = publish(job, target, settings)
+    parts = tuple(
+        RankPart(rank, output.name, output.size, digests[output.name])
+        for rank in writing
+        for output in planned.outputs(rank)
+    )
+    return WriteReport(verb, target, tp, planned.set_id, joined.nbytes, parts, tuple(warnings))
+
+
+def merge(
+    shards: str | Path,
+    out: str | Path | None = None,
+    *,
+    max_file_size: int | None = None,
+    settings: Settings | None = None,
+) -> WriteReport:
+    """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits."""
+    settings = settings or Settings()
+    source = open_shards(Path(shards))
+    source.require_complete()
+    target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-merged")
+    _check_distinct(source.directory, target)
+    outputs, index = hf.outputs(source.model.tensors, source.model.file_of, max_file_size)
+    joined = join(source.model.tensors, source.placed(), outputs)
+    job = Job(
+        plan=joined,
+        small={**_side_files(source.side_files), **index},
+        identity={"set": source.manifest["set"]},
+        records=lambda digests: {},
+        verb="merge",
+    )
+    publish(job, target, replace(settings, checksum=False))
+    return WriteReport("merge", target, source.tp, source.manifest["set"], joined.nbytes, (), ())
+
+
+def check(
+    shards: str | Path,
+    source: str | Path | None = None,
+    *,
+    tp: int | None = None,
+    revision: str | None = None,
+    rules: str | Path | None = None,
+    allow_pickle: bool = False,
+    settings: Settings | None = None,
+) -> CheckReport:
+    """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
+
+    A judged difference is in the report, not raised; a set that cannot be judged raises.
+    """
+    settings = settings or Settings()
+    found = open_shards(Path(shards))
+    if tp is not None and tp != found.tp:
+        raise DifferentError(
+            f"the shard set is for tp {found.tp}, not tp {tp}",
+            path=found.directory,
+            expected=f"tp {tp}",
+            found=f"tp {found.tp}",
+            hint=f"`tpshard reshard {found.directory} --tp {tp}` makes one",
+        )
+    found.require_complete()
+    if source is None:
+        return CheckReport(found, None, *check_records(found, settings))
+    checkpoint = open_checkpoint(source, revision, allow_pickle=allow_pickle)
+    model = from_checkpoint(checkpoint, _path(rules), found.model.dtype)
+    planned = plan_split(model, found.options)
+    placed = placed_in(checkpoint, model)
+    judged = check_source(found, planned, placed, _convert(model, placed), settings)
+    return CheckReport(found, checkpoint.name, *judged)
+
+
+def inspect(path: str | Path) -> InspectReport:
+    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor."""
+    return inspect_path(Path(path))
+
+
+def _path(rules: str | Path | None) -> Path | None:
+    return None if rules is None else Path(rules)
+
+
+def _ranks(ranks: Iterable[int] | None, tp: int) -> list[int] | None:
+    if ranks is None:
+        return None
+    chosen = sorted(set(ranks))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= tp:
+        raise UsageError("--ranks takes ranks of the set", expected=f"0 to {tp - 1}", found=", ".join(map(str, chosen)))
+    return chosen
+
+
+def _check_distinct(source: Path | None, target: Path) -> None:
+    if source is None:
+        return
+    real_source, real_target = source.resolve(), target.resolve()
+    if real_source == real_target:
+        raise UsageError("the output is the source itself", path=target, hint="give another directory with -o")
+    if real_source.is_relative_to(real_target):
+        raise UsageError("the source lies inside the output", path=target, hint="give another directory with -o")
+
+
+def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:
+    return {path.name: read_bytes(path) for path in paths}
+
+
+def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
+    """config.json with the dtype that the weights now have: engines take theirs from it."""
+    config = dict(checkpoint.config)
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    config[key] = dtype
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def _convert(model: Model, placed: Iterable[Placed]) -> Convert | None:
+    """torch's cast, if any tensor's dtype changes: only then is torch imported."""
+    stored = {place.stored.name: place.stored.dtype for place in placed}
+    if all(stored[tensor.name] == tensor.dtype for tensor in model.tensors):
+        return None
+    from tpshard.torch_io import convert
+
+    return convert
+
+
+def _is_written(target: Path, planned: Split, rank: int) -> bool:
+    """Whether a rank of this very set is complete in a shared directory."""
+    path = target / f"{native.rank_stem(rank, planned.options.tp)}.json"
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        raise CorruptError("the rank's record cannot be read", path=path, hint="remove it to write the rank again") from None
+    return isinstance(record, dict) and record.get("set") == planned.set_id
+
+
+__all__ = ["Settings", "ShardSet", "check", "inspect", "merge", "plan", "reshard", "split"]

@@ -1,0 +1,136 @@
+"""Judge a shard set: recorded checksums, or every byte against the source."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpshard.errors import CorruptError
+from tpshard.execute import Comparer, Convert, Handles, Loader, run
+from tpshard.files import read_exactly
+from tpshard.formats.native import Split
+from tpshard.formats.shards import ShardSet
+from tpshard.planning import OutputFile, Placed, join
+from tpshard.header import DTYPE_BITS, TensorInfo
+from tpshard.publish import Settings
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One judged difference: which file, which tensor, what was expected and found."""
+
+    file: str
+    tensor: str | None
+    message: str
+
+
+def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference], list[str]]:
+    """Files against their records: size and sha256. Returns the differences and what could not be judged."""
+    work: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
+    notes = []
+    total = 0
+    for rank, record in sorted(shards.records.items()):
+        listed = {part["file"]: part for part in record["parts"]}
+        for file in shards.files[rank]:
+            part = listed.pop(file.path.name, None)
+            if part is None or part["size"] != file.size:
+                raise CorruptError(
+                    f"{file.path.name} does not have its recorded size",
+                    path=file.path,
+                    expected="not recorded" if part is None else part["size"],
+                    found=file.size,
+                )
+            if part["sha256"] is None:
+                notes.append(f"{file.path.name} has no recorded checksum")
+            else:
+                work.put((str(file.path), part["sha256"], file.size))
+                total += file.size
+        if listed:
+            raise CorruptError(f"{next(iter(listed))} is recorded but not there", path=shards.directory)
+    settings.start(total)
+    differences: list[Difference] = []
+    errors: list[BaseException] = []
+    handles = Handles(settings.files)
+
+    def hash_files() -> None:
+        buffer = memoryview(bytearray(1 << 20))
+        try:
+            while not errors:
+                path, expected, size = work.get_nowait()
+                digest = hashlib.sha256()
+                for offset in range(0, size, len(buffer)):
+                    chunk = buffer[: min(len(buffer), size - offset)]
+                    read_exactly(settings.files, handles.get(path), [chunk], offset, path)
+                    digest.update(chunk)
+                    settings.progress(len(chunk))
+                if digest.hexdigest() != expected:
+                    message = f"sha256 is {digest.hexdigest()}, recorded is {expected}"
+                    differences.append(Difference(path.rpartition("/")[2], None, message))
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=hash_files, daemon=True) for _ in range(settings.workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handles.close()
+    if errors:
+        raise errors[0]
+    return sorted(differences, key=lambda d: d.file), notes
+
+
+def check_source(
+    shards: ShardSet, expected: Split, sources: Sequence[Placed], convert: Convert | None, settings: Settings
+) -> tuple[list[Difference], list[str]]:
+    """Every byte of every rank against the source, by rules evaluated anew; the manifest's boxes are not used.
+
+    Returns the differences, one for each tensor and file, and what could not be judged.
+    """
+    differences = []
+    outputs = []
+    for rank in range(shards.tp):
+        infos = {info.name: (info, file) for file in shards.files[rank] for info in file.tensors}
+        placed = []
+        for stored in expected.layout[rank]:
+            found = infos.pop(stored.name, None)
+            if found is None:
+                differences.append(Difference(f"rank {rank}", stored.name, "the tensor is not there"))
+                continue
+            info, _ = found
+            if (info.dtype, info.shape) != (stored.dtype, stored.shape):
+                message = f"expected {stored.dtype} {list(stored.shape)}, found {info.dtype} {list(info.shape)}"
+                differences.append(Difference(info.file.rpartition("/")[2], stored.name, message))
+                continue
+            placed.append(Placed(stored, info.file, info.begin))
+        for name in infos:
+            differences.append(Difference(f"rank {rank}", name, "the source has no such tensor"))
+        outputs.append(OutputFile(f"rank {rank}", b"", 0, tuple(placed)))
+    plan = join(expected.model.tensors, sources, outputs)
+    settings.start(sum(info.nbytes for files in shards.files.values() for file in files for info in file.tensors))
+    comparer = Comparer(settings.files, settings.progress)
+    try:
+        run(plan.steps, Loader(settings.files, convert), comparer, workers=settings.workers)
+    finally:
+        comparer.handles.close()
+    infos = {(info.name, info.file): info for files in shards.files.values() for file in files for info in file.tensors}
+    for (name, file), offset in sorted(comparer.differences.items()):
+        where = _element(infos[name, file], offset)
+        message = f"differs from the source, first at element {where} (byte {offset:,} of the file)"
+        differences.append(Difference(file.rpartition("/")[2], name, message))
+    return differences, []
+
+
+def _element(info: TensorInfo, offset: int) -> list[int]:
+    """The index of the element that holds a byte of the file."""
+    flat = (offset - info.begin) * 8 // DTYPE_BITS[info.dtype]
+    index = []
+    for size in reversed(info.shape):
+        index.append(flat % size)
+        flat //= size
+    return index[::-1]

@@ -1,0 +1,369 @@
+"""Open an unsharded checkpoint: a directory, one file, or a Hub repo → config and tensor infos, nothing loaded.
+
+Everything that a published directory can get wrong is found here, before a byte is moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tpshard.errors import CorruptError, LocalIOError, UnsafeError, UnsupportedError, UsageError
+from tpshard.header import Header, TensorInfo, header_length, parse_header, read_header
+
+MANIFEST = "tpshard.json"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+SIDE_FILES = (
+    "config.json", "generation_config.json",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
+    "spiece.model", "sentencepiece*.model", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "image_processor*.json", "video_preprocessor_config.json",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*",
+)  # fmt: skip
+"""Files that travel with the weights: configuration, tokenizer, chat template, processor, licence."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One weight file: its name in the checkpoint, size in bytes, digest of its header, its own digest if known."""
+
+    name: str
+    size: int
+    header_sha256: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An unsharded checkpoint. `directory` is None for a Hub repo of which only headers were read.
+
+    tensors are in file order; `TensorInfo.file` is the path to read, `file_of` the name of the weight file.
+    """
+
+    name: str
+    repo_id: str | None
+    revision: str | None
+    directory: Path | None
+    config: Mapping[str, Any]
+    config_path: str
+    files: tuple[SourceFile, ...]
+    tensors: tuple[TensorInfo, ...]
+    file_of: Mapping[str, str]
+    side_files: tuple[Path, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def load_json(raw: bytes, path: object) -> Any:
+    """Strict JSON: a key written twice, or anything that is not JSON, is a CorruptError."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        data = dict(items)
+        if len(data) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CorruptError(f"the key {twice!r} is written twice", path=path)
+        return data
+
+    if raw.startswith(b"version https://git-lfs"):
+        raise CorruptError("a Git-LFS pointer instead of the file", path=path, hint="run `git lfs pull` there")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"not valid JSON: {error}", path=path) from None
+
+
+def read_config(raw: bytes, path: object) -> dict[str, Any]:
+    """config.json as a dict; a `quantization_config` is refused."""
+    config = load_json(raw, path)
+    if not isinstance(config, dict):
+        raise CorruptError("config.json is not an object", path=path)
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise UnsupportedError(
+            f"the checkpoint is quantised ({method}): its packs and scale blocks are not cut yet",
+            path=path,
+            expected="no quantization_config",
+            hint="split the unquantised checkpoint",
+        )
+    return config
+
+
+def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a model for reading its bytes; a Hub repo is downloaded into the shared cache first."""
+    path = Path(model)
+    if path.exists():
+        if revision is not None:
+            raise UsageError("--revision is for a Hub repo", path=path, hint="leave it out for a local path")
+        return _open_local(path, allow_pickle)
+    from tpshard import hub
+
+    if isinstance(model, Path) or not hub.is_repo_id(model):
+        raise UsageError(
+            "no such file or directory", path=path, hint="give a directory, a .safetensors file, or a Hub repo as org/name"
+        )
+    snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
+    return _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
+
+
+def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a model for planning only: of a Hub repo, just config and headers are read, over HTTP ranges."""
+    from tpshard import hub
+
+    if Path(model).exists() or isinstance(model, Path) or not hub.is_repo_id(model):
+        return open_checkpoint(model, revision, allow_pickle=allow_pickle)
+    repo = hub.describe(model, revision)
+    remote = {file.name: file for file in repo.files}
+    if "config.json" not in remote:
+        raise CorruptError("the repo has no config.json", path=model)
+
+    def header(name: str) -> tuple[Header, SourceFile]:
+        file = remote[name]
+        prefix = hub.read_range(repo, name, 0, min(file.size, 1 << 16))
+        length = header_length(prefix, name, file.size)
+        raw = prefix if length <= len(prefix) else prefix + hub.read_range(repo, name, len(prefix), length)
+        parsed = parse_header(raw, name, file.size)
+        return parsed, SourceFile(name, file.size, parsed.digest, file.sha256)
+
+    config = read_config(hub.read_small(repo, "config.json"), f"{model}/config.json")
+    found = _weights(set(remote), lambda name: hub.read_small(repo, name), model, header, None)
+    return Checkpoint(
+        name=model,
+        repo_id=repo.repo_id,
+        revision=repo.revision,
+        directory=None,
+        config=config,
+        config_path=f"{model}/config.json",
+        side_files=(),
+        **found,
+    )
+
+
+def _open_local(
+    path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None
+) -> Checkpoint:
+    directory = path if path.is_dir() else path.parent
+    if (directory / MANIFEST).exists():
+        raise UsageError(
+            "this is a shard set, not an unsharded checkpoint",
+            path=directory,
+            hint="`tpshard merge` makes one of it; `tpshard reshard` splits it for another tp",
+        )
+    if repo_id is None:
+        repo_id, revision = _cached_repo(directory)
+    names = {entry.name for entry in _entries(directory)} if path.is_dir() else {path.name, "config.json"}
+    if not (directory / "config.json").is_file():
+        raise CorruptError("no config.json beside the weights", path=directory, hint="it tells the architecture")
+    config = read_config(read_bytes(directory / "config.json"), directory / "config.json")
+
+    def header(name: str) -> tuple[Header, SourceFile]:
+        file = safe_path(directory, name)
+        parsed = read_header(file)
+        return parsed, SourceFile(name, file.stat().st_size, parsed.digest, _blob_digest(file))
+
+    only = None if path.is_dir() else path.name
+    if only is not None and not only.endswith((".safetensors", ".bin")):
+        raise UsageError("not a weight file", path=path, hint="give a directory or a .safetensors file")
+    pickled = None
+    if allow_pickle:
+
+        def pickled(name: str) -> tuple[Header, SourceFile]:
+            from tpshard.torch_io import read_pickle
+
+            return read_pickle(safe_path(directory, name), name)
+
+    found = _weights(names, lambda name: read_bytes(safe_path(directory, name)), directory, header, pickled, only)
+    return Checkpoint(
+        name=repo_id or directory.resolve().name,
+        repo_id=repo_id,
+        revision=revision,
+        directory=directory,
+        config=config,
+        config_path=str(directory / "config.json"),
+        side_files=tuple(directory / name for name in side_files(names)),
+        **found,
+    )
+
+
+def side_files(names: set[str]) -> list[str]:
+    """Those of `names` that travel with the weights, sorted."""
+    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in SIDE_FILES))
+
+
+ReadHeader = Callable[[str], tuple[Header, SourceFile]]
+
+
+def _weights(
+    names: set[str],
+    read: Callable[[str], bytes],
+    place: object,
+    header: ReadHeader,
+    pickled: ReadHeader | None,
+    only: str | None = None,
+) -> dict[str, Any]:
+    """Find the weight files among `names` and read their headers: the fields of Checkpoint that follow."""
+    weight_map: dict[str, str] | None = None
+    warnings: list[str] = []
+    total: object = None
+    if only is not None:
+        listed = [only]
+    elif "model.safetensors" in names:
+        listed = ["model.safetensors"]
+    elif SAFETENSORS_INDEX in names:
+        weight_map, total = _index(read(SAFETENSORS_INDEX), f"{place}/{SAFETENSORS_INDEX}")
+        listed = sorted(set(weight_map.values()))
+    elif "pytorch_model.bin" in names:
+        listed = ["pytorch_model.bin"]
+    elif PICKLE_INDEX in names:
+        weight_map, total = _index(read(PICKLE_INDEX), f"{place}/{PICKLE_INDEX}")
+        listed = sorted(set(weight_map.values()))
+    else:
+        others = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt")))
+        raise CorruptError(
+            "no weights found",
+            path=place,
+            expected="model.safetensors, or model.safetensors.index.json with its files",
+            found=", ".join(others[:4]) or "no weight file",
+            hint="name one file to use just that" if others else None,
+        )
+    if listed[0].endswith(".bin"):
+        if pickled is None:
+            raise UnsafeError(
+                "the weights are pickles, which can run code when they are read",
+                path=f"{place}/{listed[0]}",
+                hint="--allow-pickle reads them with torch's weights_only loader, which runs none",
+            )
+        header = pickled
+    tensors: list[TensorInfo] = []
+    files: list[SourceFile] = []
+    file_of: dict[str, str] = {}
+    for name in listed:
+        if only is None and name not in names and "/" not in name:
+            raise CorruptError(
+                f"{name} is listed in the index but is not there", path=place, hint="download the checkpoint again"
+            )
+        parsed, file = header(name)
+        files.append(file)
+        for tensor in parsed.tensors:
+            if tensor.name in file_of:
+                raise CorruptError(
+                    f"{tensor.name} is in two files", tensor=tensor.name, path=name, found=file_of[tensor.name]
+                )
+            file_of[tensor.name] = name
+        tensors.extend(parsed.tensors)
+    if weight_map is not None:
+        _check_index(weight_map, file_of, place)
+    size = sum(tensor.nbytes for tensor in tensors)
+    if total is not None and total != size:
+        warnings.append(f"the index says total_size {total}, the tensors have {size} bytes")
+    return {"tensors": tuple(tensors), "files": tuple(files), "file_of": file_of, "warnings": tuple(warnings)}
+
+
+def _index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
+    data = load_json(raw, path)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CorruptError("the index has no weight_map of names to files", path=path)
+    for name in sorted(set(weight_map.values())):
+        pure = PurePosixPath(name.replace("\\", "/"))
+        if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", name):
+            raise UnsafeError(
+                "the index points outside the model",
+                path=path,
+                found=name,
+                expected="file names inside the model's directory",
+            )
+        if len(pure.parts) != 1:
+            raise CorruptError("the index names a file in a subdirectory", path=path, found=name)
+    metadata = data.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], place: object) -> None:
+    for name, file in weight_map.items():
+        if file_of.get(name) != file:
+            raise CorruptError(
+                f"the index and the files disagree about {name}",
+                path=place,
+                tensor=name,
+                expected=f"in {file}",
+                found=f"in {file_of[name]}" if name in file_of else "nowhere",
+            )
+    for name, file in file_of.items():
+        if name not in weight_map:
+            raise CorruptError(
+                f"{file} holds {name}, which the index does not list", path=place, tensor=name, expected="listed"
+            )
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except OSError as error:
+        raise LocalIOError(f"cannot list: {error.strerror}", path=directory) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """A small file's content; CorruptError when it is missing, LocalIOError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CorruptError("the file is missing", path=path, hint="download the checkpoint again") from None
+    except OSError as error:
+        raise LocalIOError(f"cannot read: {error.strerror}", path=path) from None
+
+
+def safe_path(directory: Path, name: str) -> Path:
+    """A file of the model; UnsafeError when a symlink leads out of the model's directory and the Hub's cache."""
+    path = directory / name
+    real = Path(os.path.realpath(path))
+    allowed = [Path(os.path.realpath(directory)), hub_cache()]
+    if directory.parent.name == "snapshots":
+        allowed.append(Path(os.path.realpath(directory.parent.parent)))
+    if not any(real.is_relative_to(root) for root in allowed):
+        raise UnsafeError(
+            f"{name} is a symlink that leaves the model's directory",
+            path=path,
+            found=real,
+            hint="copy the file into the model's directory if you trust it",
+        )
+    if not real.exists():
+        raise CorruptError(f"{name} is not there", path=path, hint="download the checkpoint again")
+    return path
+
+
+def hub_cache() -> Path:
+    """The Hub's cache directory, as huggingface_hub finds it, without importing it."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
+    )
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.realpath(os.path.expanduser(cache)))
+
+
+def _cached_repo(directory: Path) -> tuple[str | None, str | None]:
+    """Repo id and revision when the directory is a snapshot in a Hub cache."""
+    directory = directory.absolute()
+    repo = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/"), directory.name
+    return None, None
+
+
+def _blob_digest(path: Path) -> str | None:
+    """The sha256 under which the Hub's cache keeps a large file."""
+    real = Path(os.path.realpath(path))
+    return real.name if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name) else None
+
+
+def source_digest(files: tuple[SourceFile, ...]) -> str:
+    """One digest of all headers, in the order of file names: changes when any name, shape, dtype or place does."""
+    text = json.dumps([[file.name, file.size, file.header_sha256] for file in sorted(files, key=lambda f: f.name)])
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,142 @@
+"""The one output object: data on stdout, talk on stderr, as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tpshard.errors import TpshardError
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+_PLAIN_EVERY = 10.0  # seconds between progress lines when no terminal watches
+
+
+def human_bytes(count: float) -> str:
+    """`16.1 GB`: decimal units, as disks and networks are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+class Console:
+    """Where a command talks. json: stdout carries one JSON object and nothing else. quiet: no talk but errors."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    @staticmethod
+    def rich() -> RichConsole:
+        """A rich console on stdout; imported late, because it costs as much as the rest of the start-up."""
+        from rich.console import Console as RichConsole
+
+        return RichConsole(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+    def say(self, text: str) -> None:
+        """A message for the user, on stderr."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something that may surprise, on stderr."""
+        self.say(f"{self._paint('warning', '33')}: {text}")
+
+    def data(self, value: dict[str, Any]) -> None:
+        """The result as JSON on stdout."""
+        print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+
+    def error(self, error: TpshardError) -> None:
+        """An error: one line and its way out on stderr, and the object on stdout with --json."""
+        print(f"{self._paint('error', '31;1')}: {error}", file=sys.stderr)
+        if error.hint:
+            print(f"{self._paint('hint', '36')}: {error.hint}", file=sys.stderr)
+        if self.as_json:
+            self.data({"schema_version": 1, "error": error.to_json()})
+
+    @staticmethod
+    def _paint(text: str, code: str) -> str:
+        colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return f"\033[{code}m{text}\033[0m" if colour else text
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[ProgressMeter]:
+        """Show bytes, rate and time left while a command moves bytes: a bar on a terminal, else a line now and then."""
+        meter = _Bar(what) if sys.stderr.isatty() and not self.quiet else _Lines(what, self)
+        try:
+            yield meter
+        finally:
+            meter.stop()
+
+
+class ProgressMeter:
+    """Counts bytes. `start` and `add` may be called from any thread."""
+
+    def start(self, total: int) -> None:
+        """Begin: `total` bytes are to be moved."""
+        raise NotImplementedError
+
+    def add(self, count: int) -> None:
+        """`count` more bytes were moved."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """The command ended, well or not."""
+        raise NotImplementedError
+
+
+class _Lines(ProgressMeter):
+    def __init__(self, what: str, console: Console) -> None:
+        self.what = what
+        self.console = console
+        self.total = self.done = 0
+        self._began = self._last = time.monotonic()
+        self._lock = threading.Lock()
+
+    def start(self, total: int) -> None:
+        self.total = total
+        self._began = self._last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            now = time.monotonic()
+            if now - self._last < _PLAIN_EVERY:
+                return
+            self._last = now
+        rate = self.done / (now - self._began)
+        left = max(0.0, self.total - self.done) / rate if rate else 0.0
+        share = f"{human_bytes(self.done)} of {human_bytes(self.total)}"
+        self.console.say(f"{self.what}: {share}, {human_bytes(rate)}/s, {left:.0f} s left")
+
+    def stop(self) -> None:
+        pass
+
+
+class _Bar(ProgressMeter):
+    def __init__(self, what: str) -> None:
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=RichConsole(stderr=True), transient=True)
+        self._what = what
+
+    def start(self, total: int) -> None:
+        self._task = self._bar.add_task(self._what, total=total)
+        self._bar.start()
+
+    def add(self, count: int) -> None:
+        self._bar.update(self._task, advance=count)
+
+    def stop(self) -> None:
+        self._bar.stop()

@@ -1,0 +1,114 @@
+"""Errors that the user can act on. A bug of ours is an `assert`, never one of these."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class TpshardError(Exception):
+    """An error with a cause, a place and a way out.
+
+    `message` is one line. `path`, `tensor`, `expected` and `found` say where; `hint` says what to do.
+    `code` and `exit_code` belong to the class and are part of the documented contract (docs/reference/exit-codes.md).
+    """
+
+    code: ClassVar[str] = "internal"
+    exit_code: ClassVar[int] = 70
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: object = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = None if path is None else str(path)
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        parts = [self.message]
+        if self.tensor is not None and self.tensor not in self.message:
+            parts.append(f"tensor {self.tensor}")
+        if self.path is not None and self.path not in self.message:
+            parts.append(self.path)
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        if self.found is not None:
+            parts.append(f"found {self.found}")
+        return "; ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The `error` object of the JSON contract."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "path": self.path,
+            "tensor": self.tensor,
+            "expected": None if self.expected is None else str(self.expected),
+            "found": None if self.found is None else str(self.found),
+            "hint": self.hint,
+        }
+
+
+class DifferentError(TpshardError):
+    """Two things that must be equal were judged and are not."""
+
+    code = "different"
+    exit_code = 1
+
+
+class UsageError(TpshardError):
+    """The command or the call cannot be meant as it stands."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class CorruptError(TpshardError):
+    """An input file is damaged, incomplete, or contradicts another."""
+
+    code = "corrupt"
+    exit_code = 3
+
+
+class UnsupportedError(TpshardError):
+    """The model, or this tensor-parallel size for it, is not supported."""
+
+    code = "unsupported"
+    exit_code = 4
+
+
+class UnsafeError(TpshardError):
+    """Refused because it could run code or touch files outside the model."""
+
+    code = "unsafe"
+    exit_code = 5
+
+
+class LocalIOError(TpshardError):
+    """The operating system refused to read or write: disk full, permission, I/O error."""
+
+    code = "io"
+    exit_code = 6
+
+
+class HubError(TpshardError):
+    """The Hugging Face Hub, or the network on the way to it, failed."""
+
+    code = "hub"
+    exit_code = 7
+
+
+class TargetError(TpshardError):
+    """The output exists, is locked by another run, or belongs to another run."""
+
+    code = "target"
+    exit_code = 9

@@ -1,0 +1,89 @@
+"""Expressions over config values, as the architecture files use them: parsed, never evaluated as Python."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
+_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+class ExpressionError(ValueError):
+    """The expression is not of the language, or has no value for this config."""
+
+
+@lru_cache(maxsize=1024)
+def parse(text: str) -> ast.expr:
+    """The syntax tree of an expression; ExpressionError when it is not one."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise ExpressionError(f"cannot read the expression {text!r}: {error}") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The config keys an expression mentions, sorted."""
+    return tuple(sorted({node.id for node in ast.walk(parse(text)) if isinstance(node, ast.Name)}))
+
+
+def evaluate(text: str, config: Mapping[str, Any]) -> Any:
+    """The value of an expression; a key that the config lacks, or holds as null, is None.
+
+    >>> evaluate("head_dim or hidden_size // num_attention_heads", {"hidden_size": 64, "num_attention_heads": 4})
+    16
+    """
+    try:
+        return _value(parse(text), config)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ExpressionError(f"{text!r} has no value for this config: {error}") from None
+
+
+def evaluate_count(text: str, config: Mapping[str, Any]) -> int:
+    """The value of an expression that must be a positive int."""
+    value = evaluate(text, config)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        keys = ", ".join(f"{name}={config.get(name)!r}" for name in names(text))
+        raise ExpressionError(f"{text!r} must be a positive integer, got {value!r} from {keys}")
+    return value
+
+
+def _value(node: ast.expr, config: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Constant(value=bool() | int() | str() | None as value):
+            return value
+        case ast.Name(id=name):
+            return config.get(name)
+        case ast.BoolOp(op=ast.Or(), values=values):
+            return next((v for v in (_value(n, config) for n in values[:-1]) if v), None) or _value(values[-1], config)
+        case ast.BoolOp(op=ast.And(), values=values):
+            result: Any = True
+            for item in values:
+                result = _value(item, config)
+                if not result:
+                    break
+            return result
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return not _value(operand, config)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _BINARY[type(op)](_value(left, config), _value(right, config))
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
+            return _COMPARE[type(op)](_value(left, config), _value(right, config))
+        case ast.IfExp(test=test, body=body, orelse=orelse):
+            return _value(body if _value(test, config) else orelse, config)
+    raise ExpressionError(f"{ast.unparse(node)!r} is not part of the expression language")

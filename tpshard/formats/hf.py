@@ -1,0 +1,37 @@
+"""The ordinary Hugging Face layout: one safetensors file, or several with an index."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from tpshard.header import nbytes
+from tpshard.layout import LogicalTensor, whole
+from tpshard.planning import OutputFile, alignment_order, output_file, parts_by_size
+
+INDEX = "model.safetensors.index.json"
+
+
+def outputs(
+    tensors: Sequence[LogicalTensor], file_of: Mapping[str, str], max_file_size: int | None
+) -> tuple[list[OutputFile], dict[str, bytes]]:
+    """The weight files and, where there are several, the index.
+
+    Tensors are grouped as they were in the source's files, or anew with at most `max_file_size` bytes each.
+    """
+    if max_file_size is None:
+        files = sorted(set(file_of.values()))
+        groups = [[whole(t) for t in tensors if file_of[t.name] == file] for file in files]
+    else:
+        groups = parts_by_size([whole(tensor) for tensor in alignment_order(tensors)], max_file_size)
+    count = len(groups)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [
+        "model.safetensors"
+    ]
+    written = [output_file(name, group, {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
+    if count == 1:
+        return written, {}
+    weight_map = {placed.stored.name: file.name for file in written for placed in file.tensors}
+    total = sum(nbytes(tensor.dtype, tensor.shape) for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return written, {INDEX: (json.dumps(index, indent=2) + "\n").encode()}

@@ -1,0 +1,243 @@
+"""What the verbs return: frozen results that print as the documented JSON (docs/reference/json.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpshard.checking import Difference
+from tpshard.checkpoint import open_checkpoint
+from tpshard.errors import UsageError
+from tpshard.formats.native import Split
+from tpshard.formats.shards import ShardSet, is_shard_set, open_shards
+from tpshard.header import TensorInfo, nbytes, read_header
+from tpshard.layout import StoredTensor, largest_tp, padded, possible_tp, why_not
+from tpshard.rules import Axis, Cut
+
+SCHEMA_VERSION = 1
+"""Fields are only added within a version."""
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A planned split. `split` holds everything; `to_json` is the contract."""
+
+    split: Split
+    warnings: tuple[str, ...]
+
+    @property
+    def rank_bytes(self) -> list[int]:
+        """Bytes of tensors that each rank holds."""
+        return [sum(nbytes(t.dtype, t.shape) for t in rank) for rank in self.split.layout]
+
+    @property
+    def impossible_tp(self) -> list[tuple[int, str]]:
+        """The tp up to the largest possible one that would cut a unit, with the first reason each."""
+        axes = self.split.model.axes
+        reasons = []
+        for tp in range(2, largest_tp(axes) + 1):
+            reason = next((why for axis in axes.values() if (why := why_not(axis, tp))), None)
+            if reason:
+                reasons.append((tp, reason))
+        return reasons
+
+    def padding(self) -> list[dict[str, Any]]:
+        """Axes that are padded with zeros."""
+        options = self.split.options
+        found = []
+        for axis in self.split.model.axes.values():
+            size = padded(axis, options.tp, options.pad_vocab_to)
+            if size != axis.count:
+                found.append({"axis": axis.name, "count": axis.count, "padded": size})
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The `plan` object of the JSON contract."""
+        split = self.split
+        axes = split.model.axes
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "plan",
+            "model_type": split.model.architecture["model_type"],
+            "source": dict(split.model.source),
+            "architecture": dict(split.model.architecture),
+            "mesh": {"tp": split.options.tp, "pp": 1, "ep": 1},
+            "set": split.set_id,
+            "tensors": [
+                tensor_json(tensor.name, tensor.dtype, tensor.shape, tensor.cut, axes, [r[i] for r in split.layout])
+                for i, tensor in enumerate(split.model.tensors)
+            ],
+            "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
+            "padded": self.padding(),
+            "replicated": replicated_axes(axes, split.options.tp),
+            "tied": dict(split.model.tied),
+            "possible_tp": possible_tp(axes),
+            "impossible_tp": [{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
+            "warnings": list(self.warnings),
+        }
+
+
+def replicated_axes(axes: Any, tp: int) -> list[str]:
+    """Axes of which several ranks hold the same unit."""
+    return [axis.name for axis in axes.values() if axis.replicate and axis.count < tp]
+
+
+def tensor_json(
+    name: str, dtype: str, shape: Sequence[int], cut: Cut, axes: Any, ranks: Sequence[StoredTensor]
+) -> dict[str, Any]:
+    """One tensor of a plan or a shard set."""
+
+    def segment(axis: Axis) -> dict[str, Any]:
+        return {"axis": axis.name, "count": axis.count, "unit": axis.unit}
+
+    return {
+        "name": name,
+        "dtype": dtype,
+        "shape": list(shape),
+        "rule": "replicate" if cut.kind == "buffer" else cut.kind,
+        "dim": cut.dim,
+        "segments": [segment(axes[name]) for name in cut.segments],
+        "interleave": cut.interleave,
+        "ranks": [
+            {"rank": rank, "shape": list(stored.shape), "bytes": nbytes(stored.dtype, stored.shape)}
+            for rank, stored in enumerate(ranks)
+        ],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """One written file of a rank."""
+
+    rank: int
+    file: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What split, merge or reshard wrote."""
+
+    command: str
+    output: Path
+    tp: int
+    set_id: str
+    nbytes: int
+    parts: tuple[RankPart, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result object of the JSON contract."""
+        ranks: dict[int, list[dict[str, Any]]] = {}
+        for part in self.parts:
+            ranks.setdefault(part.rank, []).append({"file": part.file, "size": part.size, "sha256": part.sha256})
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "output": str(self.output),
+            "mesh": {"tp": self.tp, "pp": 1, "ep": 1},
+            "set": self.set_id,
+            "bytes": self.nbytes,
+            "ranks": [{"rank": rank, "parts": parts} for rank, parts in sorted(ranks.items())],
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What check found. `differences` is empty when all that could be judged is equal."""
+
+    shards: ShardSet
+    source: str | None
+    differences: list[Difference]
+    unchecked: list[str]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        """The `check` object of the JSON contract."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "check",
+            "path": str(self.shards.directory),
+            "source": self.source,
+            "mesh": {"tp": self.shards.tp, "pp": 1, "ep": 1},
+            "set": self.shards.manifest["set"],
+            "equal": self.equal,
+            "differences": [{"file": d.file, "tensor": d.tensor, "message": d.message} for d in self.differences],
+            "unchecked": list(self.unchecked),
+        }
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a path holds: `kind` is checkpoint, shards or file."""
+
+    kind: str
+    path: Path
+    facts: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The `inspect` object of the JSON contract."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "inspect",
+            "kind": self.kind,
+            "path": str(self.path),
+            **self.facts,
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": Path(t.file).name}
+                for t in self.tensors
+            ],
+        }
+
+
+def inspect_path(path: Path) -> InspectReport:
+    """Look at a path without loading it."""
+    if not path.exists():
+        raise UsageError("no such file or directory", path=path)
+    if path.is_file():
+        header = read_header(path)
+        facts: dict[str, Any] = {
+            "bytes": path.stat().st_size,
+            "metadata": header.metadata,
+            "header_bytes": header.data_begin,
+        }
+        return InspectReport("file", path, facts, header.tensors)
+    if is_shard_set(path):
+        shards = open_shards(path)
+        tensors = tuple(info for rank in sorted(shards.files) for file in shards.files[rank] for info in file.tensors)
+        facts = {
+            "model_type": shards.model.architecture["model_type"],
+            "mesh": {"tp": shards.tp, "pp": 1, "ep": 1},
+            "set": shards.manifest["set"],
+            "source": dict(shards.model.source),
+            "bytes": sum(file.size for files in shards.files.values() for file in files),
+            "missing_ranks": shards.missing(),
+        }
+        return InspectReport("shards", path, facts, tensors)
+    checkpoint = open_checkpoint(path)
+    facts = {
+        "model_type": checkpoint.config.get("model_type"),
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
+        "bytes": sum(file.size for file in checkpoint.files),
+        "parameters": sum(_elements(info) for info in checkpoint.tensors),
+        "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
+        "warnings": list(checkpoint.warnings),
+    }
+    return InspectReport("checkpoint", path, facts, checkpoint.tensors)
+
+
+def _elements(info: TensorInfo) -> int:
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count

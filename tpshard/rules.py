@@ -1,0 +1,398 @@
+"""Architecture rules: which tensor is cut along which dim, in which units.
+
+Rules are data (`architectures/*.toml`, or a file of the user's own). This module reads them, evaluates them for one
+config and gives every tensor of a checkpoint its `Cut`. It knows no tp: how many ranks there are comes later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tpshard import expression
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
+from tpshard.header import TensorInfo
+from tpshard.schemes import SUFFIXES, stored_axes
+
+Kind = Literal["column", "row", "replicate", "buffer"]
+SPLIT_AXIS = {"column": "out", "row": "in"}
+_DIRECTORY = Path(__file__).parent / "architectures"
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A feature axis of a model: `count` units of `unit` elements each; only `count` may be divided.
+
+    replicate: units are repeated when there are more ranks than units (KV heads).
+    pad: zero units may be added at the end (vocab).
+    group: the axis by whose units this one is dealt (heads by KV group), so that no rank holds q without its k and v.
+    """
+
+    name: str
+    count: int
+    unit: int
+    replicate: bool = False
+    pad: bool = False
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one tensor is split: along `dim`, whose elements are the segments' units in a row.
+
+    `segments` are axis names (a fused q, k, v is three). With `interleave`, the segments are stored interleaved per
+    unit of that axis. Replicated tensors have `dim` None and no segments.
+    """
+
+    kind: Kind
+    dim: int | None = None
+    segments: tuple[str, ...] = ()
+    interleave: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """The rule as the user reads it: `column heads kv kv / kv`."""
+        return " ".join([self.kind, *self.segments, *(["/", self.interleave] if self.interleave else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    kind: Kind
+    axes: tuple[str, ...]
+    interleave: str | None
+    condition: str | None
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One TOML file of rules, checked but not yet evaluated for a config."""
+
+    name: str
+    text: str
+    model_types: tuple[str, ...]
+    prefix: str
+    layers: str
+    tied: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    axes: Mapping[str, Mapping[str, Any]]
+    rules: tuple[_Rule, ...]
+    dims: Mapping[str, tuple[str, ...]]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file's text: names the exact rules that a shard set was made with."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name."""
+
+    axes: Mapping[str, Axis]
+    cuts: Mapping[str, Cut]
+    tied: Mapping[str, str]
+
+
+_TOP_KEYS = {"model_types", "prefix", "layers", "tied", "defaults", "axes", "rules", "dims"}
+_AXIS_KEYS = {"count", "unit", "replicate", "pad", "group"}
+
+
+def parse_architecture(text: str, path: str) -> Architecture:
+    """Read an architecture file. UsageError when it is not one: an unknown key is refused, never ignored."""
+
+    def refuse(message: str) -> UsageError:
+        return UsageError(f"bad rules file: {message}", path=path, hint="see `tpshard archs show llama` for the form")
+
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise refuse(str(error)) from None
+    if unknown := set(data) - _TOP_KEYS:
+        raise refuse(f"unknown keys: {', '.join(sorted(unknown))}")
+    if missing := {"model_types", "layers", "axes", "rules"} - set(data):
+        raise refuse(f"missing keys: {', '.join(sorted(missing))}")
+    for name, axis in data["axes"].items():
+        if unknown := set(axis) - _AXIS_KEYS:
+            raise refuse(f"axis {name}: unknown keys: {', '.join(sorted(unknown))}")
+        if "count" not in axis:
+            raise refuse(f"axis {name} has no count")
+        if axis.get("group", name) not in data["axes"]:
+            raise refuse(f"axis {name}: group {axis['group']!r} is not an axis")
+    rules = []
+    for key, patterns in data["rules"].items():
+        head, _, condition = key.partition(" if ")
+        words, _, interleave = head.partition("/")
+        kind, *axes = words.split()
+        interleave = interleave.strip()
+        if kind not in ("column", "row", "replicate", "buffer") or (kind in SPLIT_AXIS) != bool(axes):
+            raise refuse(f"rule {key!r}: expected `column AXIS…`, `row AXIS…`, `replicate` or `buffer`")
+        for axis_name in [*axes, *([interleave] if interleave else [])]:
+            if axis_name not in data["axes"]:
+                raise refuse(f"rule {key!r}: {axis_name!r} is not an axis")
+        rules.append(_Rule(kind, tuple(axes), interleave or None, condition.strip() or None, tuple(patterns)))
+    for text_ in [
+        data["layers"],
+        *(rule.condition for rule in rules if rule.condition),
+        *(str(axis[k]) for axis in data["axes"].values() for k in ("count", "unit") if k in axis),
+    ]:
+        try:
+            expression.parse(text_)
+        except expression.ExpressionError as error:
+            raise refuse(str(error)) from None
+    return Architecture(
+        name=Path(path).stem,
+        text=text,
+        model_types=tuple(data["model_types"]),
+        prefix=data.get("prefix", ""),
+        layers=data["layers"],
+        tied=data.get("tied", {}),
+        defaults=data.get("defaults", {}),
+        axes=data["axes"],
+        rules=tuple(rules),
+        dims={pattern: tuple(dims) for pattern, dims in data.get("dims", {}).items()},
+    )
+
+
+def load_architecture(path: Path) -> Architecture:
+    """Read one architecture file from disk."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the rules file: {error}", path=path) from None
+    return parse_architecture(text, str(path))
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in architecture files."""
+    return sorted(path.stem for path in _DIRECTORY.glob("*.toml"))
+
+
+def builtin(name: str) -> Architecture:
+    """A built-in architecture by file name or model_type; UnsupportedError when there is none."""
+    path = _DIRECTORY / f"{name}.toml"
+    if re.fullmatch(r"[\w.-]+", name) and path.is_file():
+        return load_architecture(path)
+    for other in builtin_names():
+        architecture = load_architecture(_DIRECTORY / f"{other}.toml")
+        if name in architecture.model_types:
+            return architecture
+    raise UnsupportedError(
+        f"no rules for model_type {name!r}{_closest(name)}",
+        hint="write rules of your own and give them with --rules FILE; `tpshard archs` lists the built-in ones",
+    )
+
+
+def _closest(name: str) -> str:
+    import difflib
+
+    known = {t for arch in builtin_names() for t in (arch, *load_architecture(_DIRECTORY / f"{arch}.toml").model_types)}
+    near = difflib.get_close_matches(name, sorted(known))
+    return f" (closest: {', '.join(near)})" if near else ""
+
+
+def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path: object) -> Architecture:
+    """The architecture for a config: the user's file if given, else the built-in one of its model_type."""
+    model_type = config.get("model_type")
+    if rules is not None:
+        architecture = load_architecture(rules)
+        if model_type not in architecture.model_types:
+            raise UsageError(
+                "the rules file is for another architecture",
+                path=rules,
+                expected=f"model_types with {model_type!r}",
+                found=", ".join(architecture.model_types),
+            )
+        return architecture
+    if not isinstance(model_type, str):
+        raise UnsupportedError(
+            "config.json names no model_type", path=config_path, hint="give rules of your own with --rules FILE"
+        )
+    return builtin(model_type)
+
+
+def classify(architecture: Architecture, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> Classified:
+    """Give every tensor its cut.
+
+    UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
+    has in every layer, or when the config's counts contradict a shape.
+    """
+    config = {**architecture.defaults, **config}
+    try:
+        layers = expression.evaluate_count(architecture.layers, config)
+        rules = [r for r in architecture.rules if r.condition is None or expression.evaluate(r.condition, config)]
+        used = {name for rule in rules for name in (*rule.axes, rule.interleave) if name}
+        used |= {group for name in used if (group := architecture.axes[name].get("group"))}
+        axes = {name: _axis(name, architecture.axes[name], config) for name in sorted(used)}
+    except expression.ExpressionError as error:
+        raise CorruptError(f"the config does not fit the {architecture.name} rules: {error}") from None
+    matcher = _Matcher(architecture, rules)
+    cuts: dict[str, Cut] = {}
+    for tensor in tensors:
+        rule, dims = matcher.match(tensor)
+        cut = _cut(rule, dims)
+        _check_sum(tensor, cut, axes, architecture.name)
+        cuts[tensor.name] = cut
+    matcher.check_complete(layers)
+    tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
+    return Classified(axes=axes, cuts=cuts, tied=tied)
+
+
+def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
+    return Axis(
+        name=name,
+        count=expression.evaluate_count(str(data["count"]), config),
+        unit=expression.evaluate_count(str(data.get("unit", 1)), config),
+        replicate=data.get("replicate", False),
+        pad=data.get("pad", False),
+        group=data.get("group"),
+    )
+
+
+def _cut(rule: _Rule, dims: tuple[str, ...]) -> Cut:
+    axis = SPLIT_AXIS.get(rule.kind)
+    if axis is None:
+        return Cut(rule.kind)
+    if axis not in dims:
+        return Cut("replicate")
+    return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave)
+
+
+def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str) -> None:
+    if cut.dim is None:
+        return
+    terms = [f"{name} {axes[name].count} x {axes[name].unit}" for name in cut.segments]
+    expected = sum(axes[name].count * axes[name].unit for name in cut.segments)
+    if tensor.shape[cut.dim] != expected:
+        raise CorruptError(
+            f"config.json contradicts the tensor {tensor.name}",
+            path=tensor.file,
+            tensor=tensor.name,
+            expected=f"dim {cut.dim} of size {expected} ({' + '.join(terms)}, {architecture} rules)",
+            found=f"shape {list(tensor.shape)}",
+            hint="config.json and the weights are of different models, or these rules do not fit this one",
+        )
+    if cut.interleave and any(axes[name].count % axes[cut.interleave].count for name in cut.segments):
+        raise CorruptError(
+            f"{tensor.name}: {' + '.join(terms)} cannot be interleaved per {cut.interleave}",
+            tensor=tensor.name,
+            expected=f"counts that are multiples of {axes[cut.interleave].count}",
+        )
+
+
+class _Matcher:
+    """Matches tensor names against a fixed list of rules, and remembers what was matched."""
+
+    def __init__(self, architecture: Architecture, rules: Iterable[_Rule]) -> None:
+        self.architecture = architecture
+        self.patterns: list[tuple[_Rule, str, bool, re.Pattern[str]]] = []
+        for rule in rules:
+            for pattern in rule.patterns:
+                optional = pattern.endswith("?") or rule.kind == "buffer"
+                self.patterns.append((rule, pattern, optional, _compile(pattern.removesuffix("?"))))
+        self.dims = [(pattern, _compile(pattern)) for pattern in architecture.dims]
+        self.seen: set[str] = set()
+        self.layers: dict[tuple[str, str], set[int]] = {}  # (required pattern, name without the index) -> indices
+        # Layers are alike, so the patterns that fit a name are looked up once per name with its index blanked out,
+        # unless a pattern speaks of one layer by its number.
+        numbered = any(part.isdecimal() for _, pattern, _, _ in self.patterns for part in pattern.split("."))
+        self._index = re.compile(r"(?!)" if numbered else r"(?<![^.])\d+(?![^.])")
+        self._memo: dict[str, list[tuple[_Rule, str, bool, re.Pattern[str]]]] = {}
+
+    def match(self, tensor: TensorInfo) -> tuple[_Rule, tuple[str, ...]]:
+        """The one rule of a tensor, and the axis of each of its dims."""
+        name = tensor.name
+        for full in (name, self.architecture.prefix + name):
+            key = self._index.sub("0", full)
+            if key not in self._memo:
+                self._memo[key] = [p for p in self.patterns if p[3].fullmatch(full)]
+            candidates = self._memo[key]
+            if candidates:
+                break
+        else:
+            raise UnsupportedError(
+                f"no {self.architecture.name} rule matches the tensor {name}",
+                path=tensor.file,
+                tensor=name,
+                found=f"shape {list(tensor.shape)}",
+                hint="a tensor is never guessed: write a rule for it and give the file with --rules FILE",
+            )
+        if len(candidates) > 1:
+            raise UsageError(
+                f"{len(candidates)} rules match the tensor {name}: {', '.join(p[1] for p in candidates)}",
+                tensor=name,
+                hint="make the patterns of the rules file disjoint",
+            )
+        rule, pattern, optional, compiled = candidates[0]
+        found = compiled.fullmatch(full)
+        assert found is not None
+        self.seen.add(pattern)
+        if not optional and found.groups() and (index := found.group(1)).isdecimal():
+            rest = full[: found.start(1)] + "*" + full[found.end(1) :]
+            self.layers.setdefault((pattern, rest), set()).add(int(index))
+        return rule, self._dims(full, tensor)
+
+    def _dims(self, full: str, tensor: TensorInfo) -> tuple[str, ...]:
+        suffix = full.rpartition(".")[2]
+        if suffix != "bias":
+            for pattern, compiled in self.dims:
+                if compiled.fullmatch(full):
+                    dims = self.architecture.dims[pattern]
+                    if len(dims) != len(tensor.shape):
+                        raise CorruptError(
+                            f"{tensor.name} has {len(tensor.shape)} dims",
+                            tensor=tensor.name,
+                            expected=f"{len(dims)} dims: {', '.join(dims)}",
+                            found=f"shape {list(tensor.shape)}",
+                        )
+                    return dims
+        return stored_axes(suffix, len(tensor.shape))
+
+    def check_complete(self, layers: int) -> None:
+        """CorruptError when a required pattern matched nothing, or not in every layer."""
+        for _, pattern, optional, _ in self.patterns:
+            if not optional and pattern not in self.seen:
+                raise CorruptError(
+                    f"no tensor matches {pattern}, which every {self.architecture.name} model has",
+                    expected=pattern,
+                    hint="is the checkpoint complete, and is model_type in config.json right?",
+                )
+        for (_, rest), indices in self.layers.items():
+            if indices != set(range(layers)):
+                missing = sorted(set(range(layers)) - indices)
+                extra = sorted(indices - set(range(layers)))
+                what = f"layers {_short(missing)} missing" if missing else f"layers {_short(extra)} beyond the config"
+                raise CorruptError(
+                    f"{rest}: {what}",
+                    tensor=rest.replace("*", str((missing or extra)[0]), 1),
+                    expected=f"layers 0 to {layers - 1}",
+                    found=f"{len(indices)} layers",
+                )
+
+
+def _short(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """A pattern as a regular expression over whole tensor names.
+
+    `*` and `[..]` match inside one dotted component; the first component that is `*` alone is the layer index, the
+    one captured group.
+    """
+    parts = []
+    captured = False
+    for component in pattern.split("."):
+        if component == "*" and not captured:
+            parts.append(r"(\d+)")
+            captured = True
+        else:
+            pieces = re.split(r"(\*|\[[^]]*\])", component)
+            parts.append("".join(r"[^.]*" if p == "*" else p if p.startswith("[") else re.escape(p) for p in pieces))
+    suffixes = "|".join(SUFFIXES)
+    return re.compile(r"\.".join(parts) + rf"(?:\.(?:{suffixes}))?")

@@ -1,0 +1,113 @@
+"""Plans and inspections as tables for a terminal; layers that are alike become one row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tpshard.console import Console, human_bytes
+from tpshard.report import InspectReport, PlanReport
+
+
+def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:
+    """Make one row of rows that differ only in one number of the name: `model.layers.{0-31}.mlp`.
+
+    rows: the name first. Order is that of the first row of each kind.
+    """
+    if every:
+        return list(rows)
+    groups: dict[tuple[str, ...], list[int]] = {}
+    names: dict[tuple[str, ...], str] = {}
+    for name, *cells in rows:
+        match = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
+        key = (name[: match.start()] + "\0" + name[match.end() :] if match else name, *cells)
+        names.setdefault(key, name)
+        groups.setdefault(key, []).append(int(match.group()) if match else -1)
+    folded = []
+    for (pattern, *cells), numbers in groups.items():
+        folded.append((pattern.replace("\0", _span(numbers)), *cells))
+    return folded
+
+
+def _span(numbers: list[int]) -> str:
+    """`{0-31}`, `{0-3,5}` or `7`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return text if len(numbers) == 1 else "{" + text + "}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _same_or_each(texts: Sequence[str]) -> str:
+    """One text when all ranks have the same, else each rank's."""
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
+
+
+def print_plan(report: PlanReport, every: bool) -> None:
+    """A plan: a row per tensor, a row per rank, and what is padded, replicated, tied or not possible."""
+    console = Console.rich()
+    split = report.split
+    rows = []
+    for index, tensor in enumerate(split.model.tensors):
+        ranks = _same_or_each([_shape(rank[index].shape) for rank in split.layout])
+        rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
+        rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
+    table = _table("tensor", "dtype", "shape", "rule", "each rank holds")
+    for row in fold(rows, every):
+        table.add_row(*row)
+    console.print(table, markup=False)
+    for rank, size in enumerate(report.rank_bytes):
+        console.print(f"rank {rank}: {human_bytes(size)}")
+    plan = report.to_json()
+    for entry in plan["padded"]:
+        console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
+    for name in plan["replicated"]:
+        count = split.model.axes[name].count
+        console.print(f"replicated: {count} {name} units on {split.options.tp} ranks, contiguously")
+    for module, to in plan["tied"].items():
+        console.print(f"tied: {module} = {to}")
+    console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
+    for reason in _reasons(plan["impossible_tp"]):
+        console.print(f"not possible: {reason}", style="dim")
+
+
+def _reasons(impossible: Sequence[dict[str, Any]]) -> list[str]:
+    """The reason of each tp up to 16; of the many above, just that they are."""
+    shown = [f"tp {entry['tp']} ({entry['reason']})" for entry in impossible if entry["tp"] <= 16]
+    rest = len(impossible) - len(shown)
+    return shown + ([f"{rest} more above 16 (--json lists them)"] if rest else [])
+
+
+def print_inspect(report: InspectReport, every: bool) -> None:
+    """An inspection: the facts, then a row per tensor."""
+    console = Console.rich()
+    console.print(f"{report.path}: {report.kind}")
+    for key, value in report.facts.items():
+        if value not in (None, [], {}):
+            console.print(f"  {key}: {human_bytes(value) if key == 'bytes' else value}", markup=False)
+    rows = []
+    for tensor in report.tensors:
+        file = tensor.file.rpartition("/")[2]
+        rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), human_bytes(tensor.nbytes), file))
+    table = _table("tensor", "dtype", "shape", "size", "file")
+    for row in fold(rows, every):
+        table.add_row(*row)
+    console.print(table, markup=False)

@@ -1,0 +1,269 @@
+"""Write the outputs of a plan so that nothing is lost: journalled, synced, renamed.
+
+Every file grows under a partial name beside its final one. A journal beside it says which run it belongs to and how
+much of it is safely on disk; the same command picks up there. A final name is only ever given to a complete file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpshard.box import Box
+from tpshard.errors import TargetError
+from tpshard.execute import Loader, Progress, run, slices
+from tpshard.files import Files, local_error, read_exactly, unlink_if_there, write_exactly, write_small
+from tpshard.header import nbytes
+from tpshard.lower import FlatStep, operations
+from tpshard.planning import OutputFile, Plan, Transfer
+
+PARTIAL = ".partial"
+FLUSH = 128 << 20
+"""Bytes of one file that may be written before they are flushed and journalled."""
+_HASH = 8 << 20  # bytes hashed before a worker looks for other work
+_READ = 1 << 20
+
+
+@dataclass(eq=False)
+class _File:
+    """One output file in progress. Offsets count from the start of the file."""
+
+    output: OutputFile
+    directory: Path
+    ends: list[tuple[int, int]]  # (steps that must be complete, end offset), in file order
+    fd: int = -1
+    done: bool = False  # it has its final name
+    durable: int = 0  # the journal vouches for the bytes before this
+    complete: int = 0  # all bytes before this are written
+    hashed: int = 0
+    hasher: Any = field(default_factory=hashlib.sha256)
+    busy: bool = False  # a worker is hashing it
+    sha256: str | None = None
+    reached: int = 0  # how many of `ends` are complete
+
+    @property
+    def final(self) -> Path:
+        return self.directory / self.output.name
+
+    @property
+    def partial(self) -> Path:
+        return self.directory / (self.output.name + PARTIAL)
+
+    @property
+    def journal(self) -> Path:
+        return journal_path(self.directory, self.output.name)
+
+
+def journal_path(directory: Path, name: str) -> Path:
+    """Where the journal of an output file lies."""
+    return directory / f".{name}.journal"
+
+
+def read_journal(path: Path) -> dict[str, Any]:
+    """A journal's content; empty when there is none or it is not whole."""
+    with contextlib.suppress(OSError, ValueError):
+        data = json.loads(path.read_bytes())
+        if isinstance(data, dict) and isinstance(data.get("offset"), int) and isinstance(data.get("run"), str):
+            return data
+    return {}
+
+
+class Writer:
+    """Writes the outputs of one plan into one directory. The caller holds the lock on it."""
+
+    def __init__(
+        self, plan: Plan, directory: Path, run_id: str, *, files: Files, checksum: bool, fsync: bool, progress: Progress
+    ) -> None:
+        self.plan = plan
+        self.run_id = run_id
+        self.files = files
+        self.checksum = checksum
+        self.fsync = fsync
+        self.progress = progress
+        last = {
+            (region.file, region.begin): index + 1
+            for index, step in enumerate(plan.steps)
+            for region in (step.targets if isinstance(step, Transfer) else (step.target,))
+        }
+        self.outputs = [_File(output, directory, _ends(output, last)) for output in plan.outputs]
+        self._by_name = {file.output.name: file for file in self.outputs}
+        self._tensor_end = {
+            (placed.file, placed.begin): placed.begin + nbytes(placed.stored.dtype, placed.stored.shape)
+            for output in plan.outputs
+            for placed in output.tensors
+        }
+        self._lock = threading.Lock()
+
+    def remaining(self) -> int:
+        """Bytes of disk that the run still needs. Opens nothing."""
+        total = 0
+        for file in self.outputs:
+            if not file.final.exists():
+                held = file.partial.stat().st_blocks * 512 if file.partial.exists() else 0
+                total += max(0, file.output.size - held)
+        return total
+
+    def write(self, loader: Loader, workers: int) -> dict[str, str | None]:
+        """Write what is not there yet. Returns sha256 by file name, None without checksums.
+
+        LocalIOError when the system refuses: what is written so far stays, and the same run resumes.
+        """
+        try:
+            for file in self.outputs:
+                self._open(file)
+            self.progress(sum(file.durable for file in self.outputs))
+            run(
+                self.plan.steps,
+                loader,
+                self._put,
+                workers=workers,
+                skip=self._is_written,
+                background=_Hasher(self) if self.checksum else None,
+                on_complete=self._flush,
+            )
+            for file in self.outputs:
+                self._finish(file)
+        except OSError as error:
+            raise local_error(error, "cannot write") from error
+        finally:
+            for file in self.outputs:
+                if file.fd >= 0:
+                    self.files.close(file.fd)
+                    file.fd = -1
+        return {file.output.name: file.sha256 for file in self.outputs}
+
+    def _open(self, file: _File) -> None:
+        journal = read_journal(file.journal)
+        if journal and journal["run"] != self.run_id:
+            raise TargetError(
+                "an unfinished run with other options or another source left its files here",
+                path=file.directory,
+                hint="repeat that command to finish it, or start anew with --overwrite",
+            )
+        size = file.output.size
+        if file.final.exists() and journal.get("offset") == size == file.final.stat().st_size:
+            file.done = True
+            file.sha256 = journal.get("sha256")
+            file.durable = file.complete = file.hashed = size
+            return
+        file.fd = self.files.open_write(str(file.partial))
+        if self.files.size(file.fd) == size:
+            file.durable = min(journal.get("offset", 0), size)
+        file.complete = file.durable
+        self.files.truncate(file.fd, size)
+        write_exactly(self.files, file.fd, [memoryview(file.output.header)], 0)
+        self._note(file)
+
+    def _note(self, file: _File) -> None:
+        """Write the journal: the bytes before `durable` are safe."""
+        note = {"run": self.run_id, "offset": file.durable, "sha256": file.sha256}
+        write_small(self.files, file.journal, json.dumps(note).encode(), fsync=False)
+
+    def _is_written(self, index: int) -> bool:
+        step = self.plan.steps[index]
+        regions = step.targets if isinstance(step, Transfer) else (step.target,)
+        return all(self._tensor_end[r.file, r.begin] <= self._by_name[r.file].durable for r in regions)
+
+    def _put(self, step: FlatStep, block: Box, buffer: memoryview, turn: int) -> None:
+        written = 0
+        start = turn % len(step.targets)  # two workers rarely want the same file's lock
+        for flat in step.targets[start:] + step.targets[:start]:
+            file = self._by_name[flat.file]
+            if file.done:
+                continue
+            for offset, where in operations(flat, block):
+                write_exactly(self.files, file.fd, slices(buffer, where), offset)
+                written += sum(length for _, length in where)
+        self.progress(written)
+
+    def advance(self, steps: int) -> None:
+        """Note what `steps` complete steps leave behind in every file."""
+        with self._lock:
+            for file in self.outputs:
+                while file.reached < len(file.ends) and file.ends[file.reached][0] <= steps:
+                    file.complete = max(file.complete, file.ends[file.reached][1])
+                    file.reached += 1
+
+    def _flush(self, steps: int) -> None:
+        self.advance(steps)
+        for file in self.outputs:
+            if not file.done and file.complete - file.durable >= FLUSH:
+                complete = file.complete
+                if self.fsync:
+                    self.files.datasync(file.fd)
+                file.durable = complete
+                self._note(file)
+
+    def _finish(self, file: _File) -> None:
+        if file.done:
+            return
+        size = self.files.size(file.fd)
+        assert size == file.complete == file.output.size, f"{file.output.name}: {size} bytes, {file.complete} complete"
+        if self.fsync:
+            self.files.fsync(file.fd)
+        file.durable = size
+        self._note(file)
+        self.files.replace(str(file.partial), str(file.final))
+        file.done = True
+
+    def remove_journals(self) -> None:
+        """Remove the journals: the run is complete and will not be resumed."""
+        for file in self.outputs:
+            unlink_if_there(self.files, file.journal)
+
+    def claim(self, steps: int) -> _File | None:
+        """A file with bytes to hash that no other worker is hashing; the one with most of them."""
+        self.advance(steps)
+        with self._lock:
+            waiting = [f for f in self.outputs if not f.busy and not f.done and self._to_hash(f)]
+            file = max(waiting, key=lambda f: f.complete - f.hashed, default=None)
+            if file is not None:
+                file.busy = True
+            return file
+
+    def _to_hash(self, file: _File) -> bool:
+        backlog = file.complete - file.hashed
+        return backlog >= _HASH or (backlog > 0 and file.complete == file.output.size)
+
+
+class _Hasher:
+    """Hashes files behind the copy, from the page cache, in file order."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+
+    def step(self, complete: int) -> bool:
+        file = self.writer.claim(complete)
+        if file is None:
+            return False
+        buffer = memoryview(bytearray(_READ))
+        stop = min(file.hashed + _HASH, file.complete)
+        while file.hashed < stop:
+            chunk = buffer[: min(_READ, stop - file.hashed)]
+            read_exactly(self.writer.files, file.fd, [chunk], file.hashed, str(file.partial))
+            file.hasher.update(chunk)
+            file.hashed += len(chunk)
+        if file.hashed == file.output.size:
+            file.sha256 = file.hasher.hexdigest()
+        file.busy = False
+        return True
+
+    def finished(self, complete: int) -> bool:
+        self.writer.advance(complete)
+        return all(file.hashed == file.output.size for file in self.writer.outputs)
+
+
+def _ends(output: OutputFile, last: dict[tuple[str, int], int]) -> list[tuple[int, int]]:
+    """For every prefix of a file: the steps that must be complete for it, and where it ends."""
+    ends = [(0, len(output.header))]
+    for placed in output.tensors:
+        # A tensor without elements has no step of its own and the offset of its neighbour: it needs nothing.
+        end = placed.begin + nbytes(placed.stored.dtype, placed.stored.shape)
+        needed = last[placed.file, placed.begin] if end > placed.begin else 0
+        ends.append((max(ends[-1][0], needed), end))
+    return ends
