@@ -101,7 +101,9 @@ def split(
     small = _side_files(checkpoint.side_files)
     if dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, dtype)
-    return _write_split(planned, placed_in(checkpoint, built), small, target, chosen, settings, "split", checkpoint.warnings)
+    return _write_split(
+        planned, placed_in(checkpoint, built), small, target, chosen, settings, "split", checkpoint.warnings
+    )
 
 
 def reshard(
@@ -125,7 +127,9 @@ def reshard(
     target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-tp{tp}")
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, options)
-    return _write_split(planned, source.placed(), _side_files(source.side_files), target, chosen, settings, "reshard", ())
+    return _write_split(
+        planned, source.placed(), _side_files(source.side_files), target, chosen, settings, "reshard", ()
+    )
 
 
 def _write_split(
@@ -290,7 +294,9 @@ def _is_written(target: Path, planned: Split, rank: int) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
-        raise CorruptError("the rank's record cannot be read", path=path, hint="remove it to write the rank again") from None
+        raise CorruptError(
+            "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
+        ) from None
     return isinstance(record, dict) and record.get("set") == planned.set_id
 
 

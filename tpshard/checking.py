@@ -13,8 +13,8 @@ from tpshard.execute import Comparer, Convert, Handles, Loader, run
 from tpshard.files import read_exactly
 from tpshard.formats.native import Split
 from tpshard.formats.shards import ShardSet
-from tpshard.planning import OutputFile, Placed, join
 from tpshard.header import DTYPE_BITS, TensorInfo
+from tpshard.planning import OutputFile, Placed, join
 from tpshard.publish import Settings
 
 
@@ -118,9 +118,9 @@ def check_source(
         run(plan.steps, Loader(settings.files, convert), comparer, workers=settings.workers)
     finally:
         comparer.handles.close()
-    infos = {(info.name, info.file): info for files in shards.files.values() for file in files for info in file.tensors}
+    held = {(info.name, info.file): info for files in shards.files.values() for file in files for info in file.tensors}
     for (name, file), offset in sorted(comparer.differences.items()):
-        where = _element(infos[name, file], offset)
+        where = _element(held[name, file], offset)
         message = f"differs from the source, first at element {where} (byte {offset:,} of the file)"
         differences.append(Difference(file.rpartition("/")[2], name, message))
     return differences, []

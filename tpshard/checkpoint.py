@@ -107,7 +107,9 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pic
 
     if isinstance(model, Path) or not hub.is_repo_id(model):
         raise UsageError(
-            "no such file or directory", path=path, hint="give a directory, a .safetensors file, or a Hub repo as org/name"
+            "no such file or directory",
+            path=path,
+            hint="give a directory, a .safetensors file, or a Hub repo as org/name",
         )
     snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
     return _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
@@ -146,9 +148,7 @@ def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle
     )
 
 
-def _open_local(
-    path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None
-) -> Checkpoint:
+def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
     directory = path if path.is_dir() else path.parent
     if (directory / MANIFEST).exists():
         raise UsageError(

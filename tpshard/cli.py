@@ -51,7 +51,9 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-MODEL = Annotated[str, typer.Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")]
+MODEL = Annotated[
+    str, typer.Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")
+]
 SHARDS = Annotated[Path, typer.Argument(help="The directory that `tpshard split` wrote.", metavar="SHARDS")]
 TP = Annotated[int, typer.Option("--tp", help="Number of tensor-parallel ranks.", min=1)]
 OUT = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write [default: MODEL-tpN here].")]
@@ -74,7 +76,9 @@ RANKS = Annotated[
 ]
 WORKERS = Annotated[int | None, typer.Option("--workers", help="Threads [default: the cores, at most 8].", min=1)]
 CHECKSUM = Annotated[Checksum, typer.Option("--checksum", help="What is recorded of each file.")]
-OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")]
+OVERWRITE = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
+]
 NO_FSYNC = Annotated[
     bool, typer.Option("--no-fsync", help="Do not wait for the disk: for scratch disks, not safe against power loss.")
 ]
@@ -287,7 +291,7 @@ def inspect(
 ) -> None:
     """Say what a path holds: kind, sizes, tensors.
 
-      tpshard inspect Llama-3.1-8B-tp4
+    tpshard inspect Llama-3.1-8B-tp4
     """
     with _console(json, quiet) as console:
         from tpshard import api
@@ -448,5 +452,3 @@ def _fail(error: Exception) -> None:
 def _leave(code: int, text: str) -> None:
     print(f"tpshard: {text}", file=sys.stderr)
     sys.exit(code)
-
-

@@ -125,7 +125,14 @@ class _Lines(ProgressMeter):
 class _Bar(ProgressMeter):
     def __init__(self, what: str) -> None:
         from rich.console import Console as RichConsole
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
         self._bar = Progress(*columns, TimeRemainingColumn(), console=RichConsole(stderr=True), transient=True)

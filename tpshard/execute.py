@@ -55,11 +55,6 @@ class Action(Protocol):
     def __call__(self, step: FlatStep, block: Box, buffer: memoryview, turn: int) -> None: ...
 
 
-def slices(buffer: memoryview, where: Sequence[tuple[int, int]]) -> list[memoryview]:
-    """The slices of a buffer at (offset, length)."""
-    return [buffer[offset : offset + length] for offset, length in where]
-
-
 class Loader:
     """Reads blocks from the sources, checks that replicas agree, casts where the target has another dtype."""
 
@@ -96,8 +91,8 @@ class Loader:
     def _read(self, flat: Flat, block: Box, buffer: memoryview) -> None:
         fd = self.handles.get(flat.file)
         try:
-            for offset, where in operations(flat, block):
-                read_exactly(self.files, fd, slices(buffer, where), offset, flat.file)
+            for offset, parts in operations(flat, block, buffer):
+                read_exactly(self.files, fd, parts, offset, flat.file)
         except OSError as error:
             raise local_error(error, "cannot read", flat.file) from error
 
@@ -114,8 +109,8 @@ class Loader:
 
 def first_difference(files: Files, fd: int, flat: Flat, block: Box, buffer: memoryview) -> int | None:
     """The file offset of the first byte of a region that is not as in the block's buffer, or None."""
-    for offset, where in operations(flat, block):
-        expected = b"".join(slices(buffer, where))
+    for offset, parts in operations(flat, block, buffer):
+        expected = b"".join(parts)
         found = bytearray(len(expected))
         try:
             read_exactly(files, fd, [memoryview(found)], offset, flat.file)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import gcd, prod
+from typing import NamedTuple
 
 from tpshard.box import Box, Shape, extents, full, intersect, merge_box, merge_shape, mergeable
 from tpshard.header import DTYPE_BITS
@@ -18,9 +19,6 @@ from tpshard.planning import Fill, Region, Step
 
 BLOCK = 1 << 20
 """Bytes of a block: small enough to stay in a core's cache, large enough that a system call is cheap."""
-
-Slices = list[tuple[int, int]]
-"""Offset and length in the buffer, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,9 @@ class FlatStep:
         would wait for its lock.
         """
         item = max(flat.item for flat in (*self.sources, *self.targets))
-        dim = next((d for d in range(len(self.shape)) if prod(self.shape[d + 1 :]) * item <= BLOCK), len(self.shape) - 1)
+        dim = next(
+            (d for d in range(len(self.shape)) if prod(self.shape[d + 1 :]) * item <= BLOCK), len(self.shape) - 1
+        )
         step = max(1, BLOCK // (item * max(1, prod(self.shape[dim + 1 :]))))
         starts = range(0, self.shape[dim], step)
         half = (len(starts) + 1) // 2
@@ -70,10 +70,11 @@ class FlatStep:
 def flatten(step: Step) -> FlatStep:
     """Merge the dims of a step that no region tells apart; elements smaller than a byte become whole bytes."""
     if isinstance(step, Fill):
-        shape, sources, replicas, targets = step.target.shape, (), (), (step.target,)
+        shape, held = step.target.shape, (0, 0)
+        regions: tuple[Region, ...] = (step.target,)
     else:
-        shape, sources, replicas, targets = step.shape, step.sources, step.replicas, step.targets
-    regions: tuple[Region, ...] = (*sources, *replicas, *targets)
+        shape, held = step.shape, (len(step.sources), len(step.sources) + len(step.replicas))
+        regions = (*step.sources, *step.replicas, *step.targets)
     if not shape:
         shape = (1,)
         regions = tuple(_scalar(region) for region in regions)
@@ -81,15 +82,15 @@ def flatten(step: Step) -> FlatStep:
     flats = tuple(_flat(region, shape, groups) for region in regions)
     bits = DTYPE_BITS[regions[0].dtype]
     merged = _items(merge_shape(shape, groups), 8 // gcd(8, bits))
-    a, b = len(sources), len(sources) + len(replicas)
+    a, b = held
     return FlatStep(
         name=step.name,
         shape=merged if len(merged) > 1 else (1, *merged),
         sources=flats[:a],
         replicas=flats[a:b],
         targets=flats[b:],
-        source_dtype=sources[0].dtype if sources else None,
-        target_dtype=targets[0].dtype,
+        source_dtype=regions[0].dtype if a else None,
+        target_dtype=regions[-1].dtype,
     )
 
 
@@ -107,7 +108,7 @@ def _items(shape: Shape, granule: int) -> Shape:
 
 def _flat(region: Region, shape: Shape, groups: Sequence[tuple[int, int]]) -> Flat:
     bits = DTYPE_BITS[region.dtype]
-    granule = 8 // gcd(8, bits)
+    granule = 8 // gcd(8, bits)  # elements that fill whole bytes
     stored = _items(merge_shape(region.shape, groups), granule)
     pieces = []
     for box, at in region.pieces:
@@ -124,16 +125,16 @@ def _flat(region: Region, shape: Shape, groups: Sequence[tuple[int, int]]) -> Fl
     return Flat(region.file, region.begin, granule * bits // 8, stored, tuple(pieces))
 
 
-def operations(flat: Flat, block: Box) -> Iterator[tuple[int, Slices]]:
-    """Where a region's share of a block lies: file offset of each contiguous run, and its slices of the buffer."""
-    item, width = flat.item, extents(block)[-1]
-    rows = extents(block)[-2]
+def operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
+    """A region's share of a block: the file offset of each contiguous run, and the slices of the buffer it holds."""
+    item = flat.item
+    rows, width = extents(block)[-2:]
     for outer in product(*(range(start, stop) for start, stop in block[:-2])):
-        base = 0
+        base = 0  # the first row of the buffer with this outer index
         for index, (start, stop) in zip(outer, block[:-2], strict=True):
             base = base * (stop - start) + index - start
         base *= rows
-        spans = []  # (first row, last row, stored row of the first, column in the buffer, length, stored column)
+        spans = []
         for box, at in flat.pieces:
             common = intersect(box[-2:], block[-2:])
             if common is None or any(not start <= i < stop for i, (start, stop) in zip(outer, box, strict=False)):
@@ -142,34 +143,49 @@ def operations(flat: Flat, block: Box) -> Iterator[tuple[int, Slices]]:
             plane = 0
             for index, (start, _), corner, size in zip(outer, box, at, flat.shape, strict=False):
                 plane = plane * size + index - start + corner
-            row = plane * flat.shape[-2] + top - box[-2][0] + at[-2]
-            column = left - box[-1][0] + at[-1]
-            spans.append((top, bottom, row, left - block[-1][0], right - left, column))
+            spans.append(
+                _Span(
+                    row=plane * flat.shape[-2] + top - box[-2][0] + at[-2],
+                    column=left - box[-1][0] + at[-1],
+                    rows=bottom - top,
+                    start=((base + top - block[-2][0]) * width + left - block[-1][0]) * item,
+                    length=(right - left) * item,
+                )
+            )
         if spans:
-            yield from _runs(flat, spans, base, block[-2][0], width, item)
+            yield from _runs(flat, sorted(spans), width * item, buffer)
 
 
-def _runs(
-    flat: Flat, spans: list[tuple[int, int, int, int, int, int]], base: int, first_row: int, width: int, item: int
-) -> Iterator[tuple[int, Slices]]:
-    stored_width = flat.shape[-1]
-    spans.sort(key=lambda span: (span[2], span[5]))
-    top, bottom, row = spans[0][:3]
-    together = all(span[:3] == (top, bottom, row) for span in spans)
-    adjacent = all(a[5] + a[4] == b[5] for a, b in zip(spans, spans[1:], strict=False))
-    whole_rows = spans[0][5] == 0 and sum(span[4] for span in spans) == stored_width
-    start = base + top - first_row
-    count = bottom - top
-    if together and adjacent and (whole_rows or count == 1):
-        offset = flat.begin + (row * stored_width + spans[0][5]) * item
-        if len(spans) == 1 and spans[0][4] == width:  # whole rows here and there
-            yield offset, [(start * width * item, count * width * item)]
+class _Span(NamedTuple):
+    """Part of some rows: where it is stored (in items) and where in the buffer its first row lies (in bytes)."""
+
+    row: int
+    column: int
+    rows: int
+    start: int
+    length: int
+
+
+def _runs(flat: Flat, spans: list[_Span], stride: int, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
+    """Runs of spans in stored order; the spans of one row that follow each other make one run, and whole rows do."""
+    item, stored_stride = flat.item, flat.shape[-1] * flat.item
+    row, column, rows = spans[0][:3]
+    together = all(span.row == row and span.rows == rows for span in spans)
+    adjacent = all(a.column * item + a.length == b.column * item for a, b in zip(spans, spans[1:], strict=False))
+    whole = column == 0 and sum(span.length for span in spans) == stored_stride
+    if together and adjacent and (whole or rows == 1):
+        offset = flat.begin + row * stored_stride + column * item
+        if len(spans) == 1:
+            _, _, _, start, length = spans[0]
+            if length == stride:  # the buffer's rows are whole too
+                yield offset, [buffer[start : start + rows * stride]]
+            else:
+                yield offset, [buffer[i : i + length] for i in range(start, start + rows * stride, stride)]
             return
-        pattern = [(left * item, length * item) for _, _, _, left, length, _ in spans]
-        stride = width * item
-        yield offset, [(r + left, length) for r in range(start * stride, (start + count) * stride, stride) for left, length in pattern]
+        pattern = [(span.start, span.start + span.length) for span in spans]
+        yield offset, [buffer[i + a : i + b] for i in range(0, rows * stride, stride) for a, b in pattern]
         return
-    for top, bottom, row, left, length, column in spans:
-        for i in range(bottom - top):
-            offset = flat.begin + ((row + i) * stored_width + column) * item
-            yield offset, [(((base + top - first_row + i) * width + left) * item, length * item)]
+    for row, column, rows, start, length in spans:
+        for i in range(rows):
+            offset = flat.begin + (row + i) * stored_stride + column * item
+            yield offset, [buffer[start + i * stride : start + i * stride + length]]

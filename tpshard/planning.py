@@ -185,5 +185,3 @@ def _transfer(name: str, shape: Shape, held: Sequence[Region], wanted: Sequence[
             found=f"{sum(map(volume, covered))} elements in {len(covered)} boxes",
         )
     return Transfer(name, shape, tuple(sources), tuple(replicas), tuple(wanted))
-
-

@@ -96,7 +96,9 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     files = settings.files
     in_place = job.shared or (out.is_dir() and _is_empty(out) and not _can_replace(out))
     if in_place and settings.overwrite:
-        raise UsageError("--overwrite replaces a whole set: it does not go with --ranks", path=out, hint="remove it first")
+        raise UsageError(
+            "--overwrite replaces a whole set: it does not go with --ranks", path=out, hint="remove it first"
+        )
     if not in_place:
         _check_target(out, job, settings.overwrite)
     if not out.parent.exists():
@@ -236,5 +238,3 @@ def _swap(files: Files, work: Path, out: Path) -> None:
     files.rename(str(work), str(out))
     if old.exists():
         shutil.rmtree(old)
-
-

@@ -15,9 +15,7 @@ try:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 except ImportError:
-    raise UnsupportedError(
-        "this needs torch, which is not installed", hint="pip install 'tpshard[torch]'"
-    ) from None
+    raise UnsupportedError("this needs torch, which is not installed", hint="pip install 'tpshard[torch]'") from None
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -43,7 +41,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def convert(block: memoryview, source: str, target: str) -> memoryview:
     """Cast a block of bytes from one dtype to another, rounding as torch does. Shape [n] → [n]."""
     tensor = torch.frombuffer(block, dtype=DTYPES[source]).to(DTYPES[target])
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
 
 
 def read_pickle(path: Path, name: str) -> tuple[Header, SourceFile]:
@@ -69,7 +67,10 @@ def read_pickle(path: Path, name: str) -> tuple[Header, SourceFile]:
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise UnsafeError(
-            "the pickle holds more than tensors and is not read", path=path, found=reason, hint="ask for safetensors files"
+            "the pickle holds more than tensors and is not read",
+            path=path,
+            found=reason,
+            hint="ask for safetensors files",
         ) from None
     except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
         raise CorruptError(f"torch cannot read it: {str(error).splitlines()[0]}", path=path) from None
@@ -95,7 +96,7 @@ def _info(name: str, tensor: torch.Tensor, path: Path, size: int) -> TensorInfo:
         )
     if tensor.dtype not in _NAMES or offset is None:
         raise UnsupportedError(f"{name} has a dtype or storage that safetensors cannot hold", path=path, tensor=name)
-    begin = offset + tensor.storage_offset() * tensor.element_size()
+    begin = offset + int(tensor.storage_offset()) * tensor.element_size()
     end = begin + tensor.numel() * tensor.element_size()
     if end > size:
         raise CorruptError(f"{name} lies beyond the end of the file", path=path, tensor=name)

@@ -16,7 +16,7 @@ from typing import Any
 
 from tpshard.box import Box
 from tpshard.errors import TargetError
-from tpshard.execute import Loader, Progress, run, slices
+from tpshard.execute import Loader, Progress, run
 from tpshard.files import Files, local_error, read_exactly, unlink_if_there, write_exactly, write_small
 from tpshard.header import nbytes
 from tpshard.lower import FlatStep, operations
@@ -176,9 +176,9 @@ class Writer:
             file = self._by_name[flat.file]
             if file.done:
                 continue
-            for offset, where in operations(flat, block):
-                write_exactly(self.files, file.fd, slices(buffer, where), offset)
-                written += sum(length for _, length in where)
+            for offset, parts in operations(flat, block, buffer):
+                write_exactly(self.files, file.fd, parts, offset)
+                written += sum(map(len, parts))
         self.progress(written)
 
     def advance(self, steps: int) -> None:

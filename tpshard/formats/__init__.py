@@ -1,1 +1,1 @@
-"""On-disk formats, one module each: `native` (per-rank safetensors with a manifest) and `hf` (an ordinary checkpoint)."""
+"""On-disk formats, one module each: `native` (a file per rank, with a manifest) and `hf` (an ordinary checkpoint)."""

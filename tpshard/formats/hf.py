@@ -25,9 +25,9 @@ def outputs(
     else:
         groups = parts_by_size([whole(tensor) for tensor in alignment_order(tensors)], max_file_size)
     count = len(groups)
-    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else [
-        "model.safetensors"
-    ]
+    names = (
+        [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
+    )
     written = [output_file(name, group, {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
     if count == 1:
         return written, {}

@@ -176,7 +176,9 @@ def _rank_files(directory: Path, names: list[str], set_id: str, tp: int) -> dict
         path = safe_path(directory, name)
         header = read_header(path)
         said = header.metadata
-        rank, width, part, parts = (int(group or default) for group, default in zip(match.groups(), (0, 1, 0, 1), strict=True))
+        rank, width, part, parts = (
+            int(group or default) for group, default in zip(match.groups(), (0, 1, 0, 1), strict=True)
+        )
         expected = {"set": set_id, "tp": str(tp), "rank": str(rank), "part": str(part), "parts": str(parts)}
         for key, value in expected.items():
             found = said.get(f"tpshard.{key}")
@@ -210,7 +212,9 @@ def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[Store
                 found=f"{info.dtype} {list(info.shape)}",
             )
     if found:
-        raise CorruptError(f"rank {rank} holds {next(iter(found))}, which the manifest does not list", path=files[0].path)
+        raise CorruptError(
+            f"rank {rank} holds {next(iter(found))}, which the manifest does not list", path=files[0].path
+        )
 
 
 def _record(directory: Path, rank: int, tp: int, set_id: str) -> Mapping[str, Any] | None:
