@@ -37,13 +37,14 @@ _LIMIT = 2**64  # every reader counts a tensor's bits in 64-bit numbers
 _AGAIN = "copy or download the file again"
 _REWRITE = "write the file again with the tool that made it"
 
-# A header has three levels and two kinds of leaves, so a few expressions read all of it: without the recursion by
-# which nested input exhausts the stack, and (possessive, all of them) without backtracking.
+# A header has three levels and two kinds of leaves, so a few expressions read all of it, without the recursion by
+# which nested input exhausts the stack. Possessive (*+), so that nothing long is tried twice; but not around a group
+# with alternatives, which Python before 3.11.5 gets wrong.
 _SPACE = r"[ \t\n\r]*+"
 _STRING = r'"([^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+)"'
 _DIGITS = r"(?:0|[1-9][0-9]{0,19}+)"
 _NUMBER = rf"{_SPACE}{_DIGITS}{_SPACE}"
-_MORE = f"{{0,{MAX_DIMS - 1}}}+"
+_MORE = f"{{0,{MAX_DIMS - 1}}}"
 _KEY = re.compile(rf"{_SPACE}{_STRING}{_SPACE}:{_SPACE}")
 _VALUE = re.compile(rf"(?:{_STRING}|\[({_NUMBER}(?:,{_NUMBER}){_MORE}|{_SPACE})\])")
 _FIELD = re.compile(rf"{_KEY.pattern}{_VALUE.pattern}{_SPACE}([,}}])")
