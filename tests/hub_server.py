@@ -12,6 +12,7 @@ content of large files to another host without asking for the token there.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -75,7 +76,7 @@ class Request:
 class Fault:
     """What goes wrong, for the next `times` requests (None: all) whose method and path hold `match`."""
 
-    kind: Literal["status", "ignore_range", "other_range", "truncate", "slow", "html", "json"]
+    kind: Literal["status", "ignore_range", "other_range", "truncate", "slow", "html", "json", "gzip"]
     match: str
     times: int | None
     status: int
@@ -173,7 +174,7 @@ class HubServer:
 
     def fault(
         self,
-        kind: Literal["status", "ignore_range", "other_range", "truncate", "slow", "html", "json"],
+        kind: Literal["status", "ignore_range", "other_range", "truncate", "slow", "html", "json", "gzip"],
         match: str = "",
         *,
         times: int | None = None,
@@ -184,7 +185,8 @@ class HubServer:
         """Misbehave for the next `times` requests whose `METHOD path` holds `match`.
 
         `status` answers with `status` and `headers`; `truncate` sends half the body and hangs up; `slow` waits
-        `seconds` first; `html` and `json` answer like a login page and like some other service.
+        `seconds` first; `html` and `json` answer like a login page and like some other service; `gzip` compresses
+        for a client that allows it and then, as some content networks do, ignores its range.
         """
         self.faults.append(Fault(kind, match, times, status, seconds, headers or {}))
 
@@ -312,6 +314,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._content(entry, headers)
 
     def _content(self, entry: Entry, headers: dict[str, str]) -> None:
+        if self.fault is not None and self.fault.kind == "gzip" and "gzip" in self.headers.get("Accept-Encoding", ""):
+            headers = {**headers, "Content-Encoding": "gzip"}
+            return self._answer(200, headers, gzip.compress(entry.path.read_bytes()))
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None or (self.fault is not None and self.fault.kind == "ignore_range"):
             return self._answer(200, {**headers, "Accept-Ranges": "bytes"}, (entry.path, 0, entry.size))

@@ -135,14 +135,16 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
     def index(name: str) -> bytes:
         return Path(hf_hub_download(repo_id, name, revision=repo.revision)).read_bytes()
 
-    def fetch() -> Path:
+    def fetch(part: tuple[str, ...]) -> Path:
         # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in wanted]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
 
     with _progress_bars(progress):
         names = [file.name for file in repo.files]
-        wanted = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
-        path = attempt(fetch, repo_id, revision)
+        side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
+        # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
+        attempt(lambda: fetch(side), repo_id, revision)
+        path = attempt(lambda: fetch(weights), repo_id, revision)
     if path.name != repo.revision:
         raise HubError(
             f"{repo_id} changed while it was downloaded",
@@ -151,7 +153,7 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
             hint="run the command again",
         )
     for file in repo.files:
-        if file.name in wanted:
+        if file.name in side or file.name in weights:
             _check_cached(path / file.name, file, repo_id)
     return Snapshot(path, repo_id, repo.revision)
 
@@ -256,8 +258,10 @@ def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
     return bytes(content)
 
 
-def _select(repo_id: str, names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]) -> tuple[str, ...]:
-    """The files to have: the weights in one form, and the side files. `index` reads an index file."""
+def _select(
+    repo_id: str, names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files to have: the side files, and the weights in one form. `index` reads an index file."""
     weights = _weights(names, allow_pickle, index)
     if not weights:
         found = sorted(name for name in names if not name.startswith("."))
@@ -273,8 +277,8 @@ def _select(repo_id: str, names: Collection[str], allow_pickle: bool, index: Cal
             expected="*.safetensors",
             found=", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "no files",
         )
-    side = [name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in SIDE_PATTERNS)]
-    return (*weights, *side)
+    side = (name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in SIDE_PATTERNS))
+    return tuple(side), weights
 
 
 def _weights(names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]) -> tuple[str, ...]:
@@ -322,15 +326,15 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
     def index(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    wanted: tuple[str, ...]
+    wanted = {"config.json"}
     try:
         if tree is None and not _weights(names, allow_pickle, index):
-            wanted = ("*.safetensors",)
+            wanted.add("*.safetensors")
         else:
-            wanted = _select(repo_id, names, allow_pickle, index)
+            wanted.update(*_select(repo_id, names, allow_pickle, index))
     except FileNotFoundError as error:  # the index itself
-        wanted = (Path(error.filename).name,)
-    missing = sorted(name for name in {*wanted, "config.json"} if not (path / name).is_file())
+        wanted.add(Path(error.filename).name)
+    missing = sorted(name for name in wanted if not (path / name).is_file())
     if missing:
         raise type(reason)(
             f"{reason.message}, and the cached snapshot of {repo_id} is incomplete",
