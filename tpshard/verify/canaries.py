@@ -1,0 +1,107 @@
+"""Faults put into the loaded shards on purpose: a tier that would not notice them may not say pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tpshard.verify.compare import EXACT_LIMIT, FLOAT32_LIMIT, Setup, no_tf32, through
+from tpshard.verify.faults import FAULTS
+from tpshard.verify.native import exceeded, native_metrics
+from tpshard.verify.probes import relative
+from tpshard.verify.weights import Weights
+
+CANARIES = (
+    "rank-files-exchanged",
+    "heads-swapped-in-a-rank",
+    "heads-swapped-between-ranks",
+    "k-and-v-exchanged",
+    "gate-and-up-exchanged",
+    "wrong-kv-replica",
+    "out-bias-dropped",
+    "down-bias-dropped",
+    "v-bias-dropped",
+    "out-bias-added-tp-times",
+    "down-bias-added-tp-times",
+    "up-row-shifted",
+    "sign-of-an-element-of-out",
+)
+# These need a second rank.
+BETWEEN_RANKS = ("rank-files-exchanged", "heads-swapped-between-ranks", "wrong-kv-replica")
+# A fault whose true effect is below this many times the dtype's own error cannot be asked of the native tier.
+VISIBLE = 3.0
+
+
+@dataclass(frozen=True)
+class Canary:
+    """One fault as judged by a tier: caught, missed, or too small to be seen in the tier's dtype."""
+
+    name: str
+    tier: str
+    status: str
+    error: float
+
+
+def _small(setup: Setup) -> Setup:
+    """The model cut down to embedding, its first layer that is compared, and head: enough to see a fault there."""
+    return replace(setup, layers=setup.which()[:1], sequence_parallel=False)
+
+
+def _mutants(setup: Setup, *, structural: bool) -> list[tuple[str, list[Weights]]]:
+    found = []
+    for name in CANARIES:
+        fault = FAULTS[name]
+        if (len(setup.ranks) > 1 or name not in BETWEEN_RANKS) and (fault.structural or not structural):
+            mutant = fault.mutant(setup.family, setup.ranks, setup.which()[0])
+            if mutant is not None:
+                found.append((name, mutant))
+    return found
+
+
+def _error(setup: Setup, ranks: Sequence[Weights], dtype: torch.dtype, wanted: Tensor) -> float:
+    mutated = replace(setup, ranks=ranks)
+    return max(
+        mutated.team.run(
+            lambda group: relative(through(mutated.sharded(group, dtype), [setup.prompt], setup.which()), wanted)
+        )
+    )
+
+
+def exact_canaries(setup: Setup, *, float32: bool = False) -> list[Canary]:
+    """Every applicable canary against the exact tier's end-to-end criterion."""
+    dtype = torch.float32 if float32 else torch.float64
+    limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
+    small = _small(setup)
+    with no_tf32(), torch.no_grad():
+        wanted = through(small.reference(dtype), [setup.prompt], small.which())
+        canaries = []
+        for name, ranks in _mutants(small, structural=False):
+            error = _error(small, ranks, dtype, wanted)
+            canaries.append(Canary(name, "exact", "caught" if error > limit else "missed", error))
+    return canaries
+
+
+def native_canaries(setup: Setup, dtype: torch.dtype) -> list[Canary]:
+    """Every applicable structural canary against the native tier's criteria on the prompt."""
+    small = _small(setup)
+    canaries = []
+    with torch.no_grad():
+        r = through(small.reference(torch.float64), [setup.prompt], small.which())
+        n = through(small.reference(dtype), [setup.prompt], small.which())
+        noise = relative(n, r)
+        for name, ranks in _mutants(small, structural=True):
+            mutated = replace(small, ranks=ranks)
+            metrics = mutated.team.run(
+                lambda group, m=mutated: native_metrics(  # type: ignore[misc]
+                    r, n, through(m.sharded(group, dtype), [setup.prompt], m.which()), dtype
+                )
+            )
+            status = "caught"
+            if not any(exceeded(rank) for rank in metrics):
+                effect = _error(small, ranks, torch.float64, r)
+                status = "missed" if effect > VISIBLE * noise else "too small"
+            canaries.append(Canary(name, "native", status, max(rank["ratio"] for rank in metrics)))
+    return canaries

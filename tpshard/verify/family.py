@@ -1,0 +1,85 @@
+"""A model family as mathematics: what one config.json describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: `kind` names the scaling of the frequencies, `dims` how much of a head is rotated.
+
+    `interleaved` rotates neighbouring pairs (GPT-J), otherwise the two halves. The other fields belong to one kind.
+    """
+
+    dims: int
+    theta: float
+    max_positions: int
+    interleaved: bool = False
+    kind: str = "default"
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model, as its config describes it. Module names are relative to a base prefix, layers' to their layer.
+
+    `fused`: None for q, k and v apart; "segments" for [q; k; v]; "heads" for q, k, v per head; "groups" for the q heads
+    of a KV group, its k, its v. `windows` and `scales` have an entry per layer; a window of None sees everything.
+    `block`: "sequential" normalises before attention and MLP, "post" after each residual sum, "parallel" adds both to
+    one input. A norm named None is not there; `mlp_norm` None in a parallel block shares the attention's.
+    """
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    norm: str
+    eps: float
+    activation: str
+    prefixes: tuple[str, ...]
+    embed: str
+    layer: str
+    fused: str | None
+    qkv: tuple[str, ...]
+    attention: str
+    out: str
+    mlp: str
+    gate: str | None
+    up: str
+    down: str
+    attn_norm: str
+    mlp_norm: str | None
+    final_norm: str | None
+    windows: tuple[int | None, ...]
+    scales: tuple[float, ...]
+    heads_names: tuple[str, ...] = ("lm_head", "embed_out")
+    positions: str | None = None
+    position_offset: int = 0
+    embed_norm: str | None = None
+    embed_scale: float | None = None
+    project_in: str | None = None
+    project_out: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    attn_out_norm: str | None = None
+    mlp_out_norm: str | None = None
+    block: str = "sequential"
+    residual_after_norm: bool = False
+    conv1d: bool = False
+    softcap: float | None = None
+    final_softcap: float | None = None
+    rope: Rope | None = None
+    alibi: str | None = None

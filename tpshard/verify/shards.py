@@ -1,0 +1,233 @@
+"""Shard sets and unsharded checkpoints on disk as weights that are read when they are needed, and no earlier."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpshard.checkpoint import open_checkpoint
+from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
+from tpshard.header import TensorInfo, read_header
+from tpshard.torch_io import DTYPES
+from tpshard.verify.weights import InMemory, Weights
+
+RANK_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class FileWeights:
+    """Tensors in files, read with positioned reads: nothing is mapped, and nothing kept.
+
+    `cast` rounds every floating tensor to another dtype first, for a source whose shards were cast when split.
+    """
+
+    def __init__(self, infos: Iterable[TensorInfo], cast: torch.dtype | None = None) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        self.cast = cast
+        for info in infos:
+            if info.name in self.infos:
+                raise CorruptError(
+                    "a tensor is in two files", path=info.file, tensor=info.name, found=self.infos[info.name].file
+                )
+            self.infos[info.name] = info
+
+    def names(self) -> Collection[str]:
+        return self.infos.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.infos[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's stored dtype."""
+        return DTYPES[self.infos[name].dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    @property
+    def elements(self) -> int:
+        """Elements of all weights and biases."""
+        return sum(torch.Size(self.shape(name)).numel() for name in parameters(self))
+
+    def get(self, name: str) -> Tensor:
+        info = self.infos[name]
+        return self._read(info, info.begin, info.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        info = self.infos[name]
+        width = info.nbytes // info.shape[0]
+        return self._read(info, info.begin + start * width, (stop - start, *info.shape[1:]))
+
+    def _read(self, info: TensorInfo, begin: int, shape: tuple[int, ...]) -> Tensor:
+        dtype = DTYPES[info.dtype]
+        length = torch.Size(shape).numel() * dtype.itemsize
+        if not length:
+            return torch.empty(shape, dtype=dtype)
+        buffer = bytearray(length)
+        view, done = memoryview(buffer), 0
+        try:
+            with open(info.file, "rb", buffering=0) as file:
+                while done < length:
+                    count = os.preadv(file.fileno(), [view[done:]], begin + done)
+                    if not count:
+                        raise CorruptError("the file ends within a tensor", path=info.file, tensor=info.name)
+                    done += count
+        except OSError as error:
+            raise LocalIOError(f"cannot read the file: {error.strerror}", path=info.file) from error
+        tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
+        return tensor.to(self.cast) if self.cast is not None and dtype in FLOATS else tensor
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    ranks: tuple[FileWeights, ...]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    cast: torch.dtype | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptError(f"{path.name} is missing", path=path) from None
+    except OSError as error:
+        raise LocalIOError(f"cannot read the file: {error.strerror}", path=path) from error
+    except ValueError as error:
+        raise CorruptError(f"{path.name} is not valid JSON: {error}", path=path) from None
+
+
+def open_shards(directory: Path) -> ShardSet:
+    """Open a shard set by reading headers alone.
+
+    Ranks missing, of several widths, or files that cannot be parsed are CorruptErrors. What merely differs from the
+    record (a size, a file that says it is another rank) is a warning: tensors are judged here, not files.
+    """
+    if not directory.is_dir():
+        raise UsageError("no such directory of shards", path=directory, hint="make one with `tpshard split`")
+    names = sorted(path.name for path in directory.iterdir() if RANK_FILE.fullmatch(path.name))
+    if not names:
+        raise CorruptError(
+            "no rank files here",
+            path=directory,
+            expected="rank-00000-of-….safetensors",
+            hint="make them with `tpshard split`",
+        )
+    found: dict[tuple[int, int], dict[int, str]] = {}
+    parts: dict[tuple[int, int], set[int]] = {}
+    for name in names:
+        match = RANK_FILE.fullmatch(name)
+        assert match is not None
+        rank, tp, part, count = (int(group or 0) for group in match.groups())
+        found.setdefault((rank, tp), {})[part] = name
+        parts.setdefault((rank, tp), set()).add(max(count, 1))
+    widths = {tp for _, tp in found}
+    if len(widths) > 1:
+        raise CorruptError("rank files of several widths", path=directory, found=sorted(widths))
+    tp = widths.pop()
+    missing = [rank for rank in range(tp) if (rank, tp) not in found]
+    for key, files in found.items():
+        if len(parts[key]) > 1 or len(files) != next(iter(parts[key])):
+            missing.append(key[0])
+    if missing:
+        raise CorruptError(
+            "ranks are missing or incomplete",
+            path=directory,
+            expected=f"ranks 0 to {tp - 1}",
+            found="all but " + ", ".join(str(rank) for rank in sorted(missing)),
+        )
+    manifest = _json(directory / "tpshard.json") if (directory / "tpshard.json").exists() else {}
+    recorded = manifest.get("mesh", {}).get("tp", tp)
+    if recorded != tp:
+        raise CorruptError(
+            "tpshard.json and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
+        )
+    warnings: list[str] = []
+    ranks = []
+    for rank in range(tp):
+        in_order = [name for _, name in sorted(found[rank, tp].items())]
+        ranks.append(_open_rank(directory, rank, in_order, warnings))
+    cast = manifest.get("options", {}).get("dtype")
+    return ShardSet(
+        directory=directory,
+        config=_json(directory / "config.json"),
+        ranks=tuple(ranks),
+        source=manifest.get("source", {}),
+        cast=None if cast is None else DTYPES[cast],
+        warnings=tuple(warnings),
+    )
+
+
+def _open_rank(directory: Path, rank: int, files: list[str], warnings: list[str]) -> FileWeights:
+    infos: list[TensorInfo] = []
+    for name in files:
+        header = read_header(directory / name)
+        infos += header.tensors
+        stated = header.metadata.get("tpshard.rank", str(rank))
+        if stated != str(rank):
+            warnings.append(f"{name} says that it is of rank {stated}")
+    record = directory / f"{files[0][:len('rank-00000-of-00000')]}.json"
+    if record.exists():
+        for part in _json(record).get("parts", []):
+            path = directory / part["file"]
+            if path.exists() and path.stat().st_size != part["size"]:
+                warnings.append(f"{path.name} has {path.stat().st_size} bytes, its record says {part['size']}")
+    weights = FileWeights(infos)
+    _require_floats(weights)
+    return weights
+
+
+def parameters(weights: Weights) -> list[str]:
+    """The names of weights and biases; masks and frequencies, which some files carry as well, are left out."""
+    return [n for n in weights.names() if n.endswith((".weight", ".bias")) and len(weights.shape(n)) in (1, 2)]
+
+
+def _require_floats(weights: FileWeights) -> None:
+    for name in parameters(weights):
+        if weights.dtype(name) not in FLOATS:
+            raise UnsupportedError(
+                "verify computes with floating-point weights only",
+                path=weights.infos[name].file,
+                tensor=name,
+                expected="F64, F32, F16 or BF16",
+                found=weights.infos[name].dtype,
+            )
+
+
+def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False) -> tuple[Any, FileWeights]:
+    """Config and weights of an unsharded checkpoint, rounded to `cast` where the shards were."""
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    weights = FileWeights(checkpoint.tensors, cast)
+    _require_floats(weights)
+    return checkpoint.config, weights
+
+
+def not_finite(weights: FileWeights, block_bytes: int = 1 << 26) -> tuple[str, str] | None:
+    """The first tensor, and its file, that holds NaN or Inf; read in blocks."""
+    for name in parameters(weights):
+        info = weights.infos[name]
+        rows = info.shape[0]
+        step = max(1, block_bytes * rows // max(1, info.nbytes))
+        for start in range(0, rows, step):
+            if not bool(weights.rows(name, start, min(start + step, rows)).isfinite().all()):
+                return name, info.file
+    return None
+
+
+def resident(weights: Weights, dtype: torch.dtype, device: torch.device) -> InMemory:
+    """All weights and biases on a device, in one dtype."""
+    return InMemory({name: weights.get(name).to(device=device, dtype=dtype) for name in parameters(weights)})

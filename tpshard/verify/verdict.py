@@ -1,0 +1,94 @@
+"""What verify concludes, and its JSON contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tpshard.verify.canaries import Canary
+from tpshard.verify.compare import Place, Tier
+
+SCHEMA_VERSION = 1
+EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 8}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of all tiers; `volatile` holds what differs between two runs on the same input."""
+
+    model_type: str
+    tp: int
+    source: str
+    shards: str
+    tiers: tuple[Tier, ...]
+    canaries: tuple[Canary, ...]
+    bytes_per_rank: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    volatile: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """fail if any tier failed; inconclusive if any could not be sure, or none ran; else pass."""
+        statuses = {tier.status for tier in self.tiers}
+        if "fail" in statuses:
+            return "fail"
+        return "pass" if statuses == {"pass"} else "inconclusive"
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not pass: the first failed tier's reason, else the first unsure one's."""
+        for status in ("fail", "inconclusive"):
+            for tier in self.tiers:
+                if tier.status == status and tier.reason is not None:
+                    return tier.reason
+        return None if self.verdict == "pass" else "no tier was run"
+
+    def to_json(self) -> dict[str, Any]:
+        """The documented object; numbers that JSON cannot hold are strings."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "model_type": self.model_type,
+            "tp": self.tp,
+            "source": self.source,
+            "shards": self.shards,
+            "tiers": [_tier_json(tier) for tier in self.tiers],
+            "canaries": [
+                {"name": c.name, "tier": c.tier, "status": c.status, "error": _number(c.error)} for c in self.canaries
+            ],
+            "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.bytes_per_rank)],
+            "warnings": list(self.warnings),
+            "settings": dict(self.settings),
+            "volatile": dict(self.volatile),
+        }
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _place_json(place: Place | None) -> dict[str, Any] | None:
+    if place is None:
+        return None
+    return {"module": place.module, "layer": place.layer, "rank": place.rank, "error": _number(place.error)}
+
+
+def _tier_json(tier: Tier) -> dict[str, Any]:
+    return {
+        "name": tier.name,
+        "status": tier.status,
+        "reason": tier.reason,
+        "thresholds": dict(tier.thresholds),
+        "metrics": {name: _number(value) for name, value in tier.metrics.items()},
+        "worst": _place_json(tier.worst),
+        "first": _place_json(tier.first),
+        "modules": [{"module": f.module, "rank": f.rank, "error": _number(f.error)} for f in tier.findings],
+    }
