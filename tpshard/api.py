@@ -6,7 +6,7 @@ Every function raises the errors of `tpshard.errors`; results are frozen datacla
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -150,11 +150,11 @@ def _write_split(
             path=target,
             hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
         )
-    outputs = [output for rank in writing for output in planned.outputs(rank)]
-    joined = join(planned.model.tensors, placed, outputs)
+    outputs = {rank: planned.outputs(rank) for rank in writing}
+    joined = join(planned.model.tensors, placed, [output for rank in writing for output in outputs[rank]])
 
-    def records(digests: Any) -> dict[str, bytes]:
-        return {f"{native.rank_stem(r, tp)}.json": native.sidecar(planned, r, digests) for r in writing}
+    def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
+        return {f"{native.rank_stem(r, tp)}.json": native.record(planned, r, outputs[r], digests) for r in writing}
 
     job = Job(
         plan=joined,
@@ -170,7 +170,7 @@ def _write_split(
     parts = tuple(
         RankPart(rank, output.name, output.size, digests[output.name])
         for rank in writing
-        for output in planned.outputs(rank)
+        for output in outputs[rank]
     )
     return WriteReport(verb, target, tp, planned.set_id, joined.nbytes, parts, tuple(warnings))
 

@@ -9,26 +9,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tpshard.errors import CorruptError, LocalIOError, UnsafeError, UnsupportedError, UsageError
 from tpshard.header import Header, TensorInfo, header_length, parse_header, read_header
+from tpshard.hub import SIDE_PATTERNS
 
 MANIFEST = "tpshard.json"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-SIDE_FILES = (
-    "config.json", "generation_config.json",
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
-    "spiece.model", "sentencepiece*.model", "chat_template*",
-    "preprocessor_config.json", "processor_config.json", "image_processor*.json", "video_preprocessor_config.json",
-    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*",
-)  # fmt: skip
-"""Files that travel with the weights: configuration, tokenizer, chat template, processor, licence."""
+QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files in which quantisation tools say what they did, some of them nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +71,32 @@ def load_json(raw: bytes, path: object) -> Any:
         raise CorruptError("a Git-LFS pointer instead of the file", path=path, hint="run `git lfs pull` there")
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"not valid JSON: {error}", path=path) from None
+    except RecursionError:
+        raise CorruptError("not valid JSON: nested too deeply", path=path) from None
+    except ValueError as error:
+        raise CorruptError(f"not valid JSON: {error}", path=path, found=repr(raw[:40])) from None
 
 
 def read_config(raw: bytes, path: object) -> dict[str, Any]:
     """config.json as a dict; a `quantization_config` is refused."""
     config = load_json(raw, path)
     if not isinstance(config, dict):
-        raise CorruptError("config.json is not an object", path=path)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise UnsupportedError(
-            f"the checkpoint is quantised ({method}): its packs and scale blocks are not cut yet",
-            path=path,
-            expected="no quantization_config",
-            hint="split the unquantised checkpoint",
-        )
+        raise CorruptError("config.json is not an object", path=path, found=type(config).__name__)
+    for key in ("quantization_config", "compression_config"):
+        if quantization := config.get(key):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise _quantised(path, f"{key} with quant_method {method}")
     return config
+
+
+def _quantised(path: object, found: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the checkpoint is quantised: packed values and scale blocks are not cut yet",
+        path=path,
+        expected="plain floating-point weights",
+        found=found,
+        hint="split the checkpoint that it was made from",
+    )
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
@@ -112,19 +115,30 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pic
             hint="give a directory, a .safetensors file, or a Hub repo as org/name",
         )
     snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
-    return _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
+    checkpoint = _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
+    return replace(checkpoint, warnings=(snapshot.note, *checkpoint.warnings)) if snapshot.note else checkpoint
 
 
 def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model for planning only: of a Hub repo, just config and headers are read, over HTTP ranges."""
+    """Open a model for planning only: of a Hub repo, just config and headers are read, over HTTP ranges.
+
+    A Hub that cannot be reached, or has only pickles, leaves the cache and the download that `open_checkpoint` makes.
+    """
     from tpshard import hub
+    from tpshard.hub_errors import UnreachableError
 
     if Path(model).exists() or isinstance(model, Path) or not hub.is_repo_id(model):
         return open_checkpoint(model, revision, allow_pickle=allow_pickle)
-    repo = hub.describe(model, revision)
+    try:
+        repo = hub.describe(model, revision)
+    except UnreachableError:
+        return open_checkpoint(model, revision, allow_pickle=allow_pickle)
     remote = {file.name: file for file in repo.files}
+    if allow_pickle and not any(name.endswith(".safetensors") for name in remote):
+        return open_checkpoint(model, revision, allow_pickle=True)
     if "config.json" not in remote:
-        raise CorruptError("the repo has no config.json", path=model)
+        raise CorruptError("the repo has no config.json", path=model, hint="it tells the architecture")
+    _refuse_quantised(set(remote), model)
 
     def header(name: str) -> tuple[Header, SourceFile]:
         file = remote[name]
@@ -158,10 +172,11 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
         )
     if repo_id is None:
         repo_id, revision = _cached_repo(directory)
-    names = {entry.name for entry in _entries(directory)} if path.is_dir() else {path.name, "config.json"}
-    if not (directory / "config.json").is_file():
+    names = {entry.name for entry in _entries(directory)}
+    if "config.json" not in names:
         raise CorruptError("no config.json beside the weights", path=directory, hint="it tells the architecture")
-    config = read_config(read_bytes(directory / "config.json"), directory / "config.json")
+    config = read_config(read_bytes(safe_path(directory, "config.json")), directory / "config.json")
+    _refuse_quantised(names, directory)
 
     def header(name: str) -> tuple[Header, SourceFile]:
         file = safe_path(directory, name)
@@ -181,20 +196,30 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
 
     found = _weights(names, lambda name: read_bytes(safe_path(directory, name)), directory, header, pickled, only)
     return Checkpoint(
-        name=repo_id or directory.resolve().name,
+        name=repo_id or Path(os.path.abspath(directory)).name,
         repo_id=repo_id,
         revision=revision,
         directory=directory,
         config=config,
         config_path=str(directory / "config.json"),
-        side_files=tuple(directory / name for name in side_files(names)),
+        side_files=side_paths(directory, names),
         **found,
     )
 
 
-def side_files(names: set[str]) -> list[str]:
-    """Those of `names` that travel with the weights, sorted."""
-    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in SIDE_FILES))
+def _refuse_quantised(names: set[str], place: object) -> None:
+    if found := sorted(names.intersection(QUANTISED)):
+        raise _quantised(f"{place}/{found[0]}", found[0])
+
+
+def side_files(names: Iterable[str]) -> list[str]:
+    """Those of `names` that travel with the weights (configuration, tokenizer, chat template, licence), sorted."""
+    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in SIDE_PATTERNS))
+
+
+def side_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
+    """The side files among `names`, as paths that may be read: see `safe_path`."""
+    return tuple(safe_path(directory, name) for name in side_files(names))
 
 
 ReadHeader = Callable[[str], tuple[Header, SourceFile]]
@@ -244,17 +269,25 @@ def _weights(
     tensors: list[TensorInfo] = []
     files: list[SourceFile] = []
     file_of: dict[str, str] = {}
+    if missing := [] if weight_map is None else [name for name in listed if name not in names]:
+        raise CorruptError(
+            f"{missing[0]} is listed in the index but is not there",
+            path=place,
+            expected=f"{len(listed)} files",
+            found=f"{len(listed) - len(missing)} of them",
+            hint="download the checkpoint again",
+        )
     for name in listed:
-        if only is None and name not in names and "/" not in name:
-            raise CorruptError(
-                f"{name} is listed in the index but is not there", path=place, hint="download the checkpoint again"
-            )
         parsed, file = header(name)
         files.append(file)
         for tensor in parsed.tensors:
             if tensor.name in file_of:
                 raise CorruptError(
-                    f"{tensor.name} is in two files", tensor=tensor.name, path=name, found=file_of[tensor.name]
+                    f"{tensor.name} is in two files",
+                    path=place,
+                    tensor=tensor.name,
+                    expected="each tensor once",
+                    found=f"in {file_of[tensor.name]} and in {name}",
                 )
             file_of[tensor.name] = name
         tensors.extend(parsed.tensors)
@@ -270,18 +303,23 @@ def _index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
     data = load_json(raw, path)
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CorruptError("the index has no weight_map of names to files", path=path)
+        raise CorruptError("the index has no weight_map of names to files", path=path, expected="an object of strings")
     for name in sorted(set(weight_map.values())):
         pure = PurePosixPath(name.replace("\\", "/"))
         if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", name):
             raise UnsafeError(
                 "the index points outside the model",
                 path=path,
-                found=name,
+                found=repr(name),
                 expected="file names inside the model's directory",
             )
         if len(pure.parts) != 1:
-            raise CorruptError("the index names a file in a subdirectory", path=path, found=name)
+            raise CorruptError(
+                "the index names a file in a subdirectory",
+                path=path,
+                expected="names of files beside it",
+                found=repr(name),
+            )
     metadata = data.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
@@ -299,7 +337,11 @@ def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], plac
     for name, file in file_of.items():
         if name not in weight_map:
             raise CorruptError(
-                f"{file} holds {name}, which the index does not list", path=place, tensor=name, expected="listed"
+                f"{file} holds {name}, which the index does not list",
+                path=place,
+                tensor=name,
+                expected=f"{name} in the weight_map",
+                found="no such name",
             )
 
 
@@ -323,19 +365,21 @@ def read_bytes(path: Path) -> bytes:
 def safe_path(directory: Path, name: str) -> Path:
     """A file of the model; UnsafeError when a symlink leads out of the model's directory and the Hub's cache."""
     path = directory / name
-    real = Path(os.path.realpath(path))
-    allowed = [Path(os.path.realpath(directory)), hub_cache()]
-    if directory.parent.name == "snapshots":
-        allowed.append(Path(os.path.realpath(directory.parent.parent)))
-    if not any(real.is_relative_to(root) for root in allowed):
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    allowed = [root, hub_cache()]
+    if root.parent.name == "snapshots":  # of a cache elsewhere: its files are symlinks into the blobs beside it
+        allowed.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
         raise UnsafeError(
             f"{name} is a symlink that leaves the model's directory",
             path=path,
+            expected="a file of the model or of the Hub's cache",
             found=real,
             hint="copy the file into the model's directory if you trust it",
         )
-    if not real.exists():
-        raise CorruptError(f"{name} is not there", path=path, hint="download the checkpoint again")
+    if not real.is_file():
+        found = "something else" if real.exists() else f"a symlink to nothing: {real}" if path.is_symlink() else None
+        raise CorruptError(f"{name} is not there", path=path, expected="a file", found=found)
     return path
 
 
@@ -350,10 +394,10 @@ def hub_cache() -> Path:
 
 def _cached_repo(directory: Path) -> tuple[str | None, str | None]:
     """Repo id and revision when the directory is a snapshot in a Hub cache."""
-    directory = directory.absolute()
-    repo = directory.parent.parent.name
-    if directory.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/"), directory.name
+    real = Path(os.path.realpath(directory))
+    repo = real.parent.parent.name
+    if real.parent.name == "snapshots" and repo.startswith("models--"):
+        return repo.removeprefix("models--").replace("--", "/"), real.name
     return None, None
 
 

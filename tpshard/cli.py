@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tpshard import __version__
-from tpshard.console import Console, human_bytes
-from tpshard.errors import TpshardError, UsageError
+from tpshard.console import Console, drop_stdout, human_bytes
+from tpshard.errors import Interrupted, TpshardError, UsageError
+from tpshard.options import (
+    CHECKSUM,
+    DRY_RUN,
+    DTYPE,
+    JSON,
+    MERGE_OUT,
+    MERGE_SIZE,
+    MODEL,
+    NO_FSYNC,
+    OUT,
+    OVERWRITE,
+    PAD,
+    PATH,
+    PICKLE,
+    QUIET,
+    RANKS,
+    REVISION,
+    RULES,
+    SET_TP,
+    SHARDS,
+    SHARES,
+    SIZE,
+    SOURCE,
+    TP,
+    UNEVEN,
+    WORKERS,
+    Checksum,
+    rank_list,
+    share_list,
+)
 
 if TYPE_CHECKING:
     from tpshard.publish import Settings
@@ -21,77 +52,32 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="tpshard",
-    no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Cut a checkpoint for tensor parallelism, put it back together, and prove that both are right.\n\n"
-    "First: `tpshard plan MODEL --tp 4` shows what would be written, `tpshard split MODEL --tp 4` writes it,\n"
-    "`tpshard check MODEL-tp4 --source MODEL` compares every byte.",
+    "\b\n"
+    "  tpshard plan MODEL --tp 4                 show what would be written\n"
+    "  tpshard split MODEL --tp 4                write MODEL-tp4, a file for each rank\n"
+    "  tpshard check MODEL-tp4 --source MODEL    compare every byte with the source\n"
+    "  tpshard merge MODEL-tp4                   make an ordinary checkpoint of it again",
     epilog="Exit codes: 0 ok, 1 judged different, 2 usage, 3 corrupt input, 4 unsupported, 5 refused as unsafe, "
     "6 local I/O, 7 Hub or network, 9 target exists or locked, 70 bug, 130 interrupted.",
 )
-archs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The architectures that have rules.")
+archs_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(archs_app, name="archs")
 
 
-class Checksum(StrEnum):
-    """What is recorded of each file's content."""
-
-    sha256 = "sha256"
-    none = "none"
-
-
-class Dtype(StrEnum):
-    """What `--dtype` casts to."""
-
-    float64 = "float64"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-MODEL = Annotated[
-    str, typer.Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")
-]
-SHARDS = Annotated[Path, typer.Argument(help="The directory that `tpshard split` wrote.", metavar="SHARDS")]
-TP = Annotated[int, typer.Option("--tp", help="Number of tensor-parallel ranks.", min=1)]
-OUT = Annotated[Path | None, typer.Option("-o", "--out", help="Where to write [default: MODEL-tpN here].")]
-REVISION = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repo.")]
-RULES = Annotated[Path | None, typer.Option(help="An architecture file of your own (see `tpshard archs show llama`).")]
-DTYPE = Annotated[Dtype | None, typer.Option(help="Cast floating-point weights.")]
-UNEVEN = Annotated[bool, typer.Option("--uneven", help="Deal heads and ffn columns unevenly where they do not divide.")]
-SHARED = Annotated[str | None, typer.Option("--shares", help="Weight of each rank, as in 0.5,0.3,0.2.")]
-PAD = Annotated[
-    int | None, typer.Option("--pad-vocab-to", help="Vocab size after padding [default: the next multiple of tp].")
-]
-SIZE = Annotated[
-    str | None, typer.Option("--max-file-size", help="Largest file, as in 5GB [default: 50GB; merge: as the source].")
-]
-PICKLE = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin, with torch's weights_only loader.")
-]
-RANKS = Annotated[
-    str | None, typer.Option("--ranks", help="Write only these ranks (0,3 or 0-3); other hosts write the others.")
-]
-WORKERS = Annotated[int | None, typer.Option("--workers", help="Threads [default: the cores, at most 8].", min=1)]
-CHECKSUM = Annotated[Checksum, typer.Option("--checksum", help="What is recorded of each file.")]
-OVERWRITE = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
-]
-NO_FSYNC = Annotated[
-    bool, typer.Option("--no-fsync", help="Do not wait for the disk: for scratch disks, not safe against power loss.")
-]
-DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")]
-JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
-QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="No messages but errors.")]
-
-
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         print(f"tpshard {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(UsageError.exit_code)
 
 
 @app.command()
@@ -103,7 +89,7 @@ def plan(
     rules: RULES = None,
     dtype: DTYPE = None,
     uneven: UNEVEN = False,
-    shares: SHARED = None,
+    shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
     allow_pickle: PICKLE = False,
@@ -114,6 +100,7 @@ def plan(
 
     Works on headers alone: of a Hub repo only config and headers are read.
 
+    \b
       tpshard plan ./Llama-3.1-8B --tp 4
     """
     with _console(json, quiet) as console:
@@ -144,7 +131,7 @@ def split(
     rules: RULES = None,
     dtype: DTYPE = None,
     uneven: UNEVEN = False,
-    shares: SHARED = None,
+    shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
     allow_pickle: PICKLE = False,
@@ -161,10 +148,11 @@ def split(
     A run that was interrupted is resumed by the same command. With --ranks each host of a cluster writes its own ranks
     into one directory.
 
+    \b
       tpshard split ./Llama-3.1-8B --tp 4
       tpshard split org/name --tp 8 -o /data/name-tp8 --ranks 0-3
     """
-    with _console(json, quiet) as console:
+    with _console(json, quiet, resumes=True) as console:
         options = _model_options(locals())
         if dry_run:
             _plan(console, False, **options)
@@ -172,15 +160,19 @@ def split(
         from tpshard import api
 
         with _settings(console, "split", workers, checksum, overwrite, no_fsync) as settings:
-            report = api.split(**options, out=out, ranks=_ranks(ranks), settings=settings)
-        _print_written(console, report, f"tpshard check {report.output} --source {model}")
+            report = api.split(**options, out=out, ranks=rank_list(ranks, tp), settings=settings)
+        following = ["tpshard", "check", str(report.output), "--source", model]
+        following += ["--revision", revision] if revision else []
+        following += ["--rules", str(rules)] if rules else []
+        following += ["--allow-pickle"] if allow_pickle else []
+        _print_written(console, report, following)
 
 
 @app.command()
 def merge(
     shards: SHARDS,
-    out: OUT = None,
-    max_file_size: SIZE = None,
+    out: MERGE_OUT = None,
+    max_file_size: MERGE_SIZE = None,
     workers: WORKERS = None,
     overwrite: OVERWRITE = False,
     no_fsync: NO_FSYNC = False,
@@ -191,14 +183,15 @@ def merge(
 
     Names, dtypes, shapes and bits are the source's; ranks that hold the same part must agree.
 
+    \b
       tpshard merge Llama-3.1-8B-tp4 -o Llama-3.1-8B-again
     """
-    with _console(json, quiet) as console:
+    with _console(json, quiet, resumes=True) as console:
         from tpshard import api
 
         with _settings(console, "merge", workers, Checksum.none, overwrite, no_fsync) as settings:
-            report = api.merge(shards, out, max_file_size=_size(max_file_size), settings=settings)
-        _print_written(console, report, f"AutoModelForCausalLM.from_pretrained({str(report.output)!r}) loads it")
+            report = api.merge(shards, out, max_file_size=max_file_size, settings=settings)
+        _print_written(console, report, ["tpshard", "inspect", str(report.output)])
 
 
 @app.command()
@@ -208,7 +201,7 @@ def reshard(
     out: OUT = None,
     ranks: RANKS = None,
     uneven: UNEVEN = False,
-    shares: SHARED = None,
+    shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
     checksum: CHECKSUM = Checksum.sha256,
@@ -222,9 +215,10 @@ def reshard(
 
     The files are the same, byte for byte, as those of a direct split.
 
+    \b
       tpshard reshard Llama-3.1-8B-tp4 --tp 8 -o Llama-3.1-8B-tp8
     """
-    with _console(json, quiet) as console:
+    with _console(json, quiet, resumes=True) as console:
         from tpshard import api
 
         with _settings(console, "reshard", workers, checksum, overwrite, no_fsync) as settings:
@@ -233,20 +227,20 @@ def reshard(
                 tp,
                 out,
                 uneven=uneven,
-                shares=_shares(shares),
+                shares=share_list(shares),
                 pad_vocab_to=pad_vocab_to,
-                max_file_size=_size(max_file_size),
-                ranks=_ranks(ranks),
+                max_file_size=max_file_size,
+                ranks=rank_list(ranks, tp),
                 settings=settings,
             )
-        _print_written(console, report, f"tpshard check {report.output}")
+        _print_written(console, report, ["tpshard", "check", str(report.output)])
 
 
 @app.command()
 def check(
     shards: SHARDS,
-    source: Annotated[str | None, typer.Option(help="The unsharded model: compare every byte with it.")] = None,
-    tp: Annotated[int | None, typer.Option("--tp", help="Refuse a set for another number of ranks.", min=1)] = None,
+    source: SOURCE = None,
+    tp: SET_TP = None,
     revision: REVISION = None,
     rules: RULES = None,
     allow_pickle: PICKLE = False,
@@ -259,6 +253,7 @@ def check(
     Without --source: all ranks there, all of one set, sizes and checksums as recorded. With it: each byte of the
     source exactly where the rules say, replicas identical, padding zero.
 
+    \b
       tpshard check Llama-3.1-8B-tp4 --source ./Llama-3.1-8B
     """
     with _console(json, quiet) as console:
@@ -284,14 +279,15 @@ def check(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a shard set, or one safetensors file.")],
+    path: PATH,
     every: Annotated[bool, typer.Option("--all", help="Every tensor, not one row for layers that are alike.")] = False,
     json: JSON = False,
     quiet: QUIET = False,
 ) -> None:
     """Say what a path holds: kind, sizes, tensors.
 
-    tpshard inspect Llama-3.1-8B-tp4
+    \b
+      tpshard inspect Llama-3.1-8B-tp4
     """
     with _console(json, quiet) as console:
         from tpshard import api
@@ -305,9 +301,21 @@ def inspect(
             print_inspect(report, every)
 
 
+@archs_app.callback(invoke_without_command=True)
+def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> None:
+    """List the architectures that have rules, or print one's.
+
+    \b
+      tpshard archs
+      tpshard archs show llama
+    """
+    if context.invoked_subcommand is None:
+        archs_list(json, quiet)
+
+
 @archs_app.command("list")
 def archs_list(json: JSON = False, quiet: QUIET = False) -> None:
-    """List the built-in architectures."""
+    """List the built-in architectures and the model_types that each is for."""
     with _console(json, quiet) as console:
         from tpshard import rules as loaded
 
@@ -322,7 +330,9 @@ def archs_list(json: JSON = False, quiet: QUIET = False) -> None:
 
 @archs_app.command("show")
 def archs_show(
-    name: Annotated[str, typer.Argument(help="Name or model_type.")], json: JSON = False, quiet: QUIET = False
+    name: Annotated[str, typer.Argument(help="Name or model_type.", metavar="NAME")],
+    json: JSON = False,
+    quiet: QUIET = False,
 ) -> None:
     """Print the rules of one architecture: the form that --rules takes."""
     with _console(json, quiet) as console:
@@ -338,44 +348,11 @@ def archs_show(
 
 def _model_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that plan and split share, from a command's arguments to the verb's."""
-    names = ("model", "tp", "revision", "rules", "dtype", "uneven", "pad_vocab_to", "allow_pickle")
+    names = ("model", "tp", "revision", "rules", "uneven", "pad_vocab_to", "max_file_size", "allow_pickle")
     options = {name: given[name] for name in names}
     options["dtype"] = None if given["dtype"] is None else given["dtype"].value
-    options["shares"] = _shares(given["shares"])
-    options["max_file_size"] = _size(given["max_file_size"])
+    options["shares"] = share_list(given["shares"])
     return options
-
-
-def _shares(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",")]
-
-
-def _ranks(text: str | None) -> list[int] | None:
-    """`0,3` or `0-3` as a list of ranks."""
-    if text is None:
-        return None
-    ranks: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            ranks.extend(range(int(first), int(last) + 1) if dash else [int(first)])
-    except ValueError:
-        raise UsageError("--ranks takes rank numbers", expected="0,3 or 0-3", found=text) from None
-    return ranks
-
-
-def _size(text: str | None) -> int | None:
-    """`5GB` in bytes; decimal units, and binary ones as KiB, MiB, GiB."""
-    if text is None:
-        return None
-    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    units |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-    number = text.strip().rstrip("BbGgIiKkMmTt")
-    unit = text.strip()[len(number) :].upper()
-    try:
-        return int(float(number) * units[unit])
-    except (ValueError, KeyError, OverflowError):
-        raise UsageError("--max-file-size takes a size", expected="as in 5GB", found=text) from None
 
 
 @contextmanager
@@ -397,58 +374,87 @@ def _settings(
         yield replace(settings, workers=workers) if workers else settings
 
 
-def _print_written(console: Console, report: WriteReport, following: str) -> None:
+def _print_written(console: Console, report: WriteReport, following: Sequence[str]) -> None:
     for warning in report.warnings:
         console.warn(warning)
     if console.as_json:
         console.data(report.to_json())
-    else:
-        print(report.output)
-        console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
-        console.say(f"next: {following}")
+        return
+    print(report.output)
+    console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
+    ranks = {part.rank for part in report.parts}
+    when = "next, when all ranks are there" if report.parts and len(ranks) < report.tp else "next"
+    console.say(f"{when}: {shlex.join(following)}")
 
 
 @contextmanager
-def _console(as_json: bool, quiet: bool) -> Iterator[Console]:
+def _console(as_json: bool, quiet: bool, resumes: bool = False) -> Iterator[Console]:
     """A command's output object; what the command raises becomes a message and an exit code."""
     console = Console(as_json=as_json, quiet=quiet)
     try:
         yield console
+        sys.stdout.flush()
+        return
     except TpshardError as error:
-        console.error(error)
-        raise typer.Exit(error.exit_code) from None
+        meant = error
+    except BrokenPipeError:
+        drop_stdout()
+        raise typer.Exit(141) from None  # as when SIGPIPE ends a program: `head` has seen enough
+    except OSError as error:
+        meant = _refused(error)
+    except KeyboardInterrupt:
+        meant = Interrupted("interrupted", hint="the same command resumes where it stopped" if resumes else None)
+    console.error(meant)
+    raise typer.Exit(meant.exit_code)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The `tpshard` command. Exits with the documented codes."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not text
     try:
         code = app(args=arguments, standalone_mode=False)
-    except KeyboardInterrupt:
-        _leave(130, "interrupted; the same command resumes")
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+    except TpshardError as error:  # from an option's parser
+        meant = error
+    except OSError as error:
+        meant = _refused(error)
     except Exception as error:
-        _fail(error)
+        meant = _parse_error(error) or _bug(error)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+    # A command line that was not understood to its end may still ask for JSON.
+    Console(as_json="--json" in (sys.argv[1:] if arguments is None else arguments)).error(meant)
+    sys.exit(meant.exit_code)
 
 
-def _fail(error: Exception) -> None:
-    import click
+def _refused(error: OSError) -> TpshardError:
+    from tpshard.files import local_error
 
-    if isinstance(error, click.ClickException):
-        error.show()
-        sys.exit(error.exit_code)
-    if isinstance(error, click.Abort):
-        _leave(130, "interrupted; the same command resumes")
+    return local_error(error, "the system refused")
+
+
+def _parse_error(error: Any) -> TpshardError | None:
+    """What the command line's parser complains about, as an error of ours; None when it is not the parser's."""
+    # Newer versions of typer have a copy of click inside, older ones use click: both name the base class so.
+    parser_error: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    if isinstance(error, typer.Abort):
+        return Interrupted("interrupted")
+    if not isinstance(error, parser_error):
+        return None
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "tpshard"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return UsageError(message[0].lower() + message[1:], hint=f"`{command} --help` lists the options")
+
+
+def _bug(error: Exception) -> TpshardError:
     import traceback
 
     traceback.print_exc()
-    text = f"this is a bug in tpshard {__version__}; please report it with the lines above and the command"
-    _leave(70, text)
-
-
-def _leave(code: int, text: str) -> None:
-    print(f"tpshard: {text}", file=sys.stderr)
-    sys.exit(code)
+    what = f"{type(error).__name__}: {error}".split("\n")[0]
+    hint = f"please report it, with the traceback, the command and the version, {__version__}"
+    return TpshardError(f"this is a bug in tpshard: {what}", hint=hint)

@@ -28,6 +28,16 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+def _one_line(text: str) -> str:
+    """Text in which nothing from a file's content or name can break the line or steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def drop_stdout() -> None:
+    """Send what is still buffered for stdout nowhere: whoever read it has left, or its disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Console:
     """Where a command talks. json: stdout carries one JSON object and nothing else. quiet: no talk but errors."""
 
@@ -40,7 +50,13 @@ class Console:
         """A rich console on stdout; imported late, because it costs as much as the rest of the start-up."""
         from rich.console import Console as RichConsole
 
-        return RichConsole(soft_wrap=not sys.stdout.isatty(), highlight=False)
+        class OnStdout(RichConsole):
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # rich would exit with 1, which means "judged different" here
+
+        # A file or a pipe has no width: a row is a line there. Names may hold brackets and colons, so no markup.
+        width = None if sys.stdout.isatty() else 100_000
+        return OnStdout(width=width, markup=False, emoji=False, highlight=False)
 
     def say(self, text: str) -> None:
         """A message for the user, on stderr."""
@@ -57,11 +73,15 @@ class Console:
 
     def error(self, error: TpshardError) -> None:
         """An error: one line and its way out on stderr, and the object on stdout with --json."""
-        print(f"{self._paint('error', '31;1')}: {error}", file=sys.stderr)
+        print(f"{self._paint('error', '31;1')}: {_one_line(str(error))}", file=sys.stderr)
         if error.hint:
-            print(f"{self._paint('hint', '36')}: {error.hint}", file=sys.stderr)
-        if self.as_json:
-            self.data({"schema_version": 1, "error": error.to_json()})
+            print(f"{self._paint('hint', '36')}: {_one_line(error.hint)}", file=sys.stderr)
+        try:
+            if self.as_json:
+                self.data({"schema_version": 1, "error": error.to_json()})
+            sys.stdout.flush()
+        except OSError:
+            drop_stdout()
 
     @staticmethod
     def _paint(text: str, code: str) -> str:

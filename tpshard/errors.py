@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 class TpshardError(Exception):
     """An error with a cause, a place and a way out.
 
-    `message` is one line. `path`, `tensor`, `expected` and `found` say where; `hint` says what to do.
+    `message` is one line. `path`, `tensor`, `expected` and `found` say where; `hint` says what to do (default: the
+    class's `way_out`).
     `code` and `exit_code` belong to the class and are part of the documented contract (docs/reference/exit-codes.md).
     """
 
     code: ClassVar[str] = "internal"
     exit_code: ClassVar[int] = 70
+    way_out: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -31,7 +33,7 @@ class TpshardError(Exception):
         self.tensor = tensor
         self.expected = expected
         self.found = found
-        self.hint = hint
+        self.hint = self.way_out if hint is None else hint
 
     def __str__(self) -> str:
         parts = [self.message]
@@ -63,6 +65,7 @@ class DifferentError(TpshardError):
 
     code = "different"
     exit_code = 1
+    way_out = "`tpshard check` with --source names every tensor that differs"
 
 
 class UsageError(TpshardError):
@@ -70,6 +73,7 @@ class UsageError(TpshardError):
 
     code = "usage"
     exit_code = 2
+    way_out = "the command with --help explains its arguments and options"
 
 
 class CorruptError(TpshardError):
@@ -77,6 +81,7 @@ class CorruptError(TpshardError):
 
     code = "corrupt"
     exit_code = 3
+    way_out = "copy or download the files again"
 
 
 class UnsupportedError(TpshardError):
@@ -84,6 +89,7 @@ class UnsupportedError(TpshardError):
 
     code = "unsupported"
     exit_code = 4
+    way_out = "`tpshard archs` lists what is supported"
 
 
 class UnsafeError(TpshardError):
@@ -91,6 +97,7 @@ class UnsafeError(TpshardError):
 
     code = "unsafe"
     exit_code = 5
+    way_out = "use only files that you trust"
 
 
 class LocalIOError(TpshardError):
@@ -98,6 +105,7 @@ class LocalIOError(TpshardError):
 
     code = "io"
     exit_code = 6
+    way_out = "check the disk, the path and its permissions"
 
 
 class HubError(TpshardError):
@@ -105,6 +113,7 @@ class HubError(TpshardError):
 
     code = "hub"
     exit_code = 7
+    way_out = "check the network and try again"
 
 
 class TargetError(TpshardError):
@@ -112,3 +121,11 @@ class TargetError(TpshardError):
 
     code = "target"
     exit_code = 9
+    way_out = "give another directory with -o"
+
+
+class Interrupted(TpshardError):
+    """The user stopped the command."""
+
+    code = "interrupted"
+    exit_code = 130

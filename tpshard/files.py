@@ -94,7 +94,9 @@ def _batches(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
 
 
 def _rest(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of `buffers` after their first `count` bytes."""
+    """What is left of `buffers` after their first `count` bytes: nearly always nothing."""
+    if count == sum(map(len, buffers)):
+        return []
     for i, buffer in enumerate(buffers):
         if count < len(buffer):
             return [buffer[count:], *buffers[i + 1 :]]
@@ -105,24 +107,61 @@ def _rest(buffers: list[memoryview], count: int) -> list[memoryview]:
 def write_small(files: Files, path: Path, data: bytes, *, fsync: bool, tag: str = "") -> None:
     """Write a small file so that it is there whole or not at all. `tag` keeps writers of one path apart."""
     temporary = f"{path.parent}/.{path.name}{tag}.tmp"
-    fd = files.open_write(temporary)
-    try:
-        files.truncate(fd, 0)
-        write_exactly(files, fd, [memoryview(data)], 0)
-        if fsync:
-            files.fsync(fd)
-    finally:
-        files.close(fd)
-    files.replace(temporary, str(path))
+    with about(path):
+        fd = files.open_write(temporary)
+        try:
+            files.truncate(fd, 0)
+            write_exactly(files, fd, [memoryview(data)], 0)
+            if fsync:
+                files.fsync(fd)
+        finally:
+            files.close(fd)
+        files.replace(temporary, str(path))
 
 
 def sync_directory(files: Files, path: Path) -> None:
-    """Make renames inside a directory durable."""
-    fd = files.open_read(str(path))
+    """Make renames inside a directory durable, where the file system can."""
+    with about(path):
+        fd = files.open_read(str(path))
+        try:
+            files.fsync(fd)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        finally:
+            files.close(fd)
+
+
+def make_directory(files: Files, path: Path, *, fsync: bool) -> bool:
+    """Make a directory, and those above it; whether it was not there before."""
+    if path.exists():
+        return False
+    make_directory(files, path.parent, fsync=fsync)
     try:
-        files.fsync(fd)
-    finally:
-        files.close(fd)
+        files.mkdir(str(path))
+    except FileExistsError:
+        return False
+    if fsync:
+        sync_directory(files, path.parent)
+    return True
+
+
+def boot_id() -> str:
+    """Changes when the machine starts anew, and with it what was not synced is lost; empty where it is not known."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def about(path: object) -> Iterator[None]:
+    """Name the file in an OSError of a call that only knew its descriptor."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def unlink_if_there(files: Files, path: Path) -> None:

@@ -195,7 +195,12 @@ def intervals(
     """What a rank holds along a cut dim: the intervals, the ranges of padding, and the stored size, in elements."""
     tp = len(next(iter(ranges.values())))
     segments = tuple(
-        (axes[name].count, axes[name].unit, *ranges[name][rank], axes[name].replicate and axes[name].count < tp)
+        (
+            axes[name].count,
+            axes[name].unit,
+            *ranges[name][rank],
+            axes[name].count if axes[name].replicate and axes[name].count < tp else 0,
+        )
         for name in cut.segments
     )
     return _intervals(segments, axes[cut.interleave].count if cut.interleave else 1)
@@ -203,14 +208,15 @@ def intervals(
 
 @lru_cache(maxsize=4096)
 def _intervals(
-    segments: tuple[tuple[int, int, int, int, bool], ...], repeats: int
+    segments: tuple[tuple[int, int, int, int, int], ...], repeats: int
 ) -> tuple[tuple[Interval, ...], tuple[tuple[int, int], ...], int]:
     """segments: (count, unit, first, last, shared) with a rank's units [first, last); `repeats` interleaves them.
 
-    Neighbouring intervals become one, unless only one of them is shared with other ranks: replicas stay equal boxes.
+    shared: among how many groups of ranks that hold the same the axis is divided, 0 when no two ranks do.
+    Neighbouring intervals become one, unless they are shared otherwise: replicas stay equal boxes.
     """
     kept: list[Interval] = []
-    last_shared = False
+    last_shared = 0
     fills: list[tuple[int, int]] = []
     logical = stored = 0
     for repeat in range(repeats):
@@ -245,7 +251,7 @@ def _stored(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank:
         return whole(tensor)
     kept, fills, size = intervals(cut, axes, ranges, rank)
     shape, dim = tensor.shape, cut.dim
-    _check_bytes(tensor, dim, kept)
+    _check_bytes(tensor, dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
     stored = (*shape[:dim], size, *shape[dim + 1 :])
 
     def along(start: int, stop: int) -> Box:
@@ -265,11 +271,11 @@ def whole(tensor: LogicalTensor) -> StoredTensor:
     return StoredTensor(tensor.name, tensor.dtype, tensor.shape, (part,))
 
 
-def _check_bytes(tensor: LogicalTensor, dim: int, kept: Sequence[Interval]) -> None:
-    """A dtype smaller than a byte is cut only where bytes end."""
+def _check_bytes(tensor: LogicalTensor, dim: int, ranges: Sequence[tuple[int, int]]) -> None:
+    """A dtype smaller than a byte is cut, and padded, only where bytes end."""
     bits = DTYPE_BITS[tensor.dtype] * prod(tensor.shape[dim + 1 :])
     row = bits * tensor.shape[dim]
-    for start, stop, _ in kept:
+    for start, stop in ranges:
         if (start * bits) % 8 or (stop * bits) % 8 or (row % 8 and dim):
             raise UnsupportedError(
                 f"{tensor.name}: a cut at {start}:{stop} of dim {dim} falls inside a byte of {tensor.dtype}",

@@ -13,12 +13,12 @@ from itertools import product
 from math import gcd, prod
 from typing import NamedTuple
 
-from tpshard.box import Box, Shape, extents, full, intersect, merge_box, merge_shape, mergeable
+from tpshard.box import Box, Shape, extents, full, merge_box, merge_shape, mergeable
 from tpshard.header import DTYPE_BITS
 from tpshard.planning import Fill, Region, Step
 
-BLOCK = 1 << 20
-"""Bytes of a block: small enough to stay in a core's cache, large enough that a system call is cheap."""
+BLOCK = 2 << 20
+"""Bytes of a block: small enough to stay in the last-level cache, large enough that a block costs little Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,10 @@ class FlatStep:
         """Boxes that tile the tensor, each of at most BLOCK bytes unless one item is larger.
 
         The two halves alternate: neighbouring blocks mostly belong to one rank's file, and two workers on one file
-        would wait for its lock.
+        would wait for its lock. A tensor without elements has no blocks.
         """
+        if not all(self.shape):
+            return
         item = max(flat.item for flat in (*self.sources, *self.targets))
         dim = next(
             (d for d in range(len(self.shape)) if prod(self.shape[d + 1 :]) * item <= BLOCK), len(self.shape) - 1
@@ -70,7 +72,7 @@ class FlatStep:
 def flatten(step: Step) -> FlatStep:
     """Merge the dims of a step that no region tells apart; elements smaller than a byte become whole bytes."""
     if isinstance(step, Fill):
-        shape, held = step.target.shape, (0, 0)
+        shape, held = extents(step.target.pieces[0][0]), (0, 0)
         regions: tuple[Region, ...] = (step.target,)
     else:
         shape, held = step.shape, (len(step.sources), len(step.sources) + len(step.replicas))
@@ -128,7 +130,8 @@ def _flat(region: Region, shape: Shape, groups: Sequence[tuple[int, int]]) -> Fl
 def operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
     """A region's share of a block: the file offset of each contiguous run, and the slices of the buffer it holds."""
     item = flat.item
-    rows, width = extents(block)[-2:]
+    (top_row, bottom_row), (left_column, right_column) = block[-2:]
+    rows, width = bottom_row - top_row, right_column - left_column
     for outer in product(*(range(start, stop) for start, stop in block[:-2])):
         base = 0  # the first row of the buffer with this outer index
         for index, (start, stop) in zip(outer, block[:-2], strict=True):
@@ -136,19 +139,22 @@ def operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int
         base *= rows
         spans = []
         for box, at in flat.pieces:
-            common = intersect(box[-2:], block[-2:])
-            if common is None or any(not start <= i < stop for i, (start, stop) in zip(outer, box, strict=False)):
+            (first, last), (near, far) = box[-2:]
+            top, bottom = max(first, top_row), min(last, bottom_row)
+            left, right = max(near, left_column), min(far, right_column)
+            if top >= bottom or left >= right:
                 continue
-            (top, bottom), (left, right) = common
+            if any(not start <= i < stop for i, (start, stop) in zip(outer, box, strict=False)):
+                continue
             plane = 0
             for index, (start, _), corner, size in zip(outer, box, at, flat.shape, strict=False):
                 plane = plane * size + index - start + corner
             spans.append(
                 _Span(
-                    row=plane * flat.shape[-2] + top - box[-2][0] + at[-2],
-                    column=left - box[-1][0] + at[-1],
+                    row=plane * flat.shape[-2] + top - first + at[-2],
+                    column=left - near + at[-1],
                     rows=bottom - top,
-                    start=((base + top - block[-2][0]) * width + left - block[-1][0]) * item,
+                    start=((base + top - top_row) * width + left - left_column) * item,
                     length=(right - left) * item,
                 )
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from tpshard.box import Box, Shape, full, place, tiles, volume
+from tpshard.box import Box, Shape, corner, extents, full, place, tiles, volume
 from tpshard.errors import CorruptError
 from tpshard.header import DTYPE_BITS, build_header, nbytes
 from tpshard.layout import Layout, LogicalTensor, StoredTensor
@@ -59,7 +59,7 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """Write zeros into boxes of one stored tensor (padding); the boxes are in stored coordinates."""
+    """Write zeros into a box of one stored tensor (padding): the target's one piece, whole and with its corner."""
 
     name: str
     target: Region
@@ -140,11 +140,11 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
             for part in stored.parts:
                 if part.tensor not in done:
                     done.add(part.tensor)
-                    transfer = _transfer(part.tensor, shapes[part.tensor], held[part.tensor], wanted[part.tensor])
+                    sources_of = held.get(part.tensor, [])
+                    transfer = _transfer(part.tensor, shapes[part.tensor], sources_of, wanted[part.tensor])
                     steps.append((at, transfer))
-            if stored.fills:
-                pieces = tuple((box, tuple(start for start, _ in box)) for box in stored.fills)
-                steps.append((at, Fill(stored.name, _region(placed, pieces))))
+            for box in stored.fills:
+                steps.append((at, Fill(stored.name, _region(placed, [(full(extents(box)), corner(box))]))))
     steps.sort(key=lambda item: item[0])
     return Plan(tuple(outputs), tuple(step for _, step in steps))
 

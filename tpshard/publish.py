@@ -11,20 +11,24 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tpshard.errors import LocalIOError, TargetError, TpshardError, UsageError
+from tpshard.checkpoint import MANIFEST
+from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError
 from tpshard.execute import Convert, Loader, Progress
-from tpshard.files import Files, local_error, sync_directory, write_small
+from tpshard.files import Files, local_error, make_directory, sync_directory, write_small
 from tpshard.lock import Lock
-from tpshard.planning import Plan
-from tpshard.writer import PARTIAL, Writer, journal_path, read_journal
+from tpshard.planning import Plan, Transfer
+from tpshard.target import check_leftovers, check_shared, check_target, is_empty, names_in, replaceable
+from tpshard.writer import PARTIAL, Writer, journal_path
 
 LOCK = ".tpshard.lock"
+"""The lock of a whole directory, and the sign that a run of ours has not finished there."""
+REPLACED = ".replaced"
+"""Suffix of the name that an old output bears between the last two renames of the run that replaces it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Settings:
 class Job:
     """What to write: the plan's files, small files beside them, and what says that a run is the same.
 
-    shared: the directory may be written by several runs at once, one per claim. claims: names of the locks.
-    records: small files that follow from the checksums, written last.
+    records: small files that follow from the checksums, written last. claims: names of the locks.
+    shared: the directory may be written by several runs at once, one per claim; each claim becomes a record, in order.
     """
 
     plan: Plan
@@ -58,87 +62,180 @@ class Job:
     verb: str = "split"
 
 
-def run_id(job: Job, settings: Settings) -> str:
-    """Names a run: the same source bytes, the same outputs, the same options that change bytes."""
-    sources: dict[str, tuple[int, int]] = {}
+def run_ids(job: Job, settings: Settings) -> dict[str, str]:
+    """Names the run of each output file: the same source bytes, the same options that change bytes.
+
+    One name a file, so that what a host began with --ranks 0,1 can be finished as --ranks 0 and --ranks 1.
+    """
+    inputs: dict[str, set[str]] = {output.name: set() for output in job.plan.outputs}
     for step in job.plan.steps:
-        for region in getattr(step, "sources", ()):
-            if region.file not in sources:
-                status = os.stat(region.file)
-                sources[region.file] = (status.st_size, status.st_mtime_ns)
-    text = json.dumps(
-        {
-            "verb": job.verb,
-            "identity": dict(job.identity),
-            "checksum": settings.checksum,
-            "outputs": [[f.name, f.size, hashlib.sha256(f.header).hexdigest()] for f in job.plan.outputs],
-            "sources": sorted(sources.items()),
-        },
-        sort_keys=True,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+        if isinstance(step, Transfer):
+            for target in step.targets:
+                inputs[target.file].update(region.file for region in (*step.sources, *step.replicas))
+    states = {path: _state(path) for path in set[str]().union(*inputs.values())}
+    return {
+        output.name: _digest(
+            {
+                "verb": job.verb,
+                "identity": dict(job.identity),
+                "checksum": settings.checksum,
+                "output": [output.name, output.size, hashlib.sha256(output.header).hexdigest()],
+                "sources": sorted(states[path] for path in inputs[output.name]),
+            }
+        )
+        for output in job.plan.outputs
+    }
+
+
+def _state(path: str) -> tuple[str, int, int]:
+    """What tells that a source file is still the same."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    return os.path.realpath(path), status.st_size, status.st_mtime_ns
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     """Write a job's files to `out`; sha256 by file name. TargetError when `out` is not ours to write."""
-    existed = out.exists()
+    if out.is_symlink() or out.name in ("", ".."):
+        out = out.resolve()
+    old = _inode(out) if settings.overwrite else None
     try:
         return _publish(job, out, settings)
-    except OSError as error:
-        raise local_error(error, "cannot write") from error
-    except TpshardError as error:
-        if existed and settings.overwrite and isinstance(error, LocalIOError):
-            error.hint = f"{error.hint + '; ' if error.hint else ''}the old {out.name} is untouched"
+    except (TargetError, UsageError):
         raise
+    except OSError as error:
+        failure: TpshardError = local_error(error, "cannot write")
+        failure.__cause__ = error
+    except TpshardError as error:
+        failure = error
+    if old is not None and old == _inode(out):
+        failure.hint = f"{failure.hint + '; ' if failure.hint else ''}the old {out.name} is untouched"
+    raise failure
 
 
 def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
-    files = settings.files
-    in_place = job.shared or (out.is_dir() and _is_empty(out) and not _can_replace(out))
-    if in_place and settings.overwrite:
+    files, fsync = settings.files, settings.fsync
+    if job.shared and settings.overwrite:
         raise UsageError(
             "--overwrite replaces a whole set: it does not go with --ranks", path=out, hint="remove it first"
         )
+    in_place = job.shared or _only_in_place(out)
     if not in_place:
-        _check_target(out, job, settings.overwrite)
-    if not out.parent.exists():
-        out.parent.mkdir(parents=True)
+        _check_target(job, out, settings)
     work = out if in_place else out.with_name(out.name + PARTIAL)
-    if not work.exists():
-        with contextlib.suppress(FileExistsError):
-            files.mkdir(str(work))
-    elif not work.is_dir():
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise TargetError("the output exists and is not a directory", path=work, hint="give another with -o")
-    run = run_id(job, settings)
-    with ExitStack() as stack:
-        locks = [stack.enter_context(Lock(files, work / claim)) for claim in job.claims]
-        if in_place:
-            _check_shared(work, job)
-        else:
-            _check_leftovers(work, job, run, settings)
-        plan = job.plan
-        writer = Writer(
-            plan, work, run, files=files, checksum=settings.checksum, fsync=settings.fsync, progress=settings.progress
+    if not in_place and work.exists() and not is_empty(work) and not (work / LOCK).exists():
+        raise TargetError(
+            "no run of tpshard left this directory, which the output would grow in",
+            path=work,
+            hint="move it away, or give another output with -o",
         )
-        _check_space(work, writer.remaining() + sum(map(len, job.small.values())))
-        settings.start(plan.nbytes)
-        tag = f".{job.claims[0].strip('.')}" if in_place else ""
+    made = make_directory(files, work, fsync=fsync)
+    locks: list[Lock] = []
+    with ExitStack() as stack:
+        try:
+            for claim in job.claims:
+                locks.append(stack.enter_context(Lock(files, work / claim)))
+            if not in_place:
+                _check_target(job, out, settings)  # the run that had the lock before us may have finished
+            runs = run_ids(job, settings)
+            writer = _prepare(job, work, runs, settings)
+        except TpshardError:
+            _withdraw(job, work, files, locks, made)
+            raise
+        settings.start(job.plan.nbytes)
+        # Hosts that share a directory write the same small files, each under temporary names of its own.
+        tag = f".{job.claims[0].strip('.')}" if job.shared else ""
         for name, data in job.small.items():
-            if not in_place or not (work / name).exists():
-                write_small(files, work / name, data, fsync=settings.fsync, tag=tag)
+            write_small(files, work / name, data, fsync=fsync, tag=tag)
         digests = writer.write(Loader(files, job.convert), settings.workers)
-        for name, data in job.records(digests).items():
-            write_small(files, work / name, data, fsync=settings.fsync, tag=tag)
-        writer.remove_journals()
-        for lock in locks:
-            lock.remove()
-        if settings.fsync:
-            sync_directory(files, work)
+        if run_ids(job, settings) != runs:
+            raise CorruptError(
+                "the source was changed while it was read", hint="start anew when nothing writes to it any more"
+            )
         if not in_place:
-            _swap(files, work, out)
-            if settings.fsync:
-                sync_directory(files, out.parent)
+            _check_target(job, out, settings)  # who knows what was put there meanwhile
+        _finish(job, work, out, locks, writer, job.records(digests), settings)
     return digests
+
+
+def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) -> Writer:
+    """Refuse what must not be written, before the first byte."""
+    files = settings.files
+    if job.shared:
+        check_shared(work, _expected(job), job.small[MANIFEST], runs)
+    else:
+        check_leftovers(files, work, _expected(job), runs, set(job.claims), overwrite=settings.overwrite)
+    writer = Writer(
+        job.plan,
+        work,
+        runs,
+        files=files,
+        checksum=settings.checksum,
+        fsync=settings.fsync,
+        progress=settings.progress,
+    )
+    _check_space(work, writer.remaining() + sum(map(len, job.small.values())))
+    return writer
+
+
+def _finish(
+    job: Job,
+    work: Path,
+    out: Path,
+    locks: Sequence[Lock],
+    writer: Writer,
+    records: Mapping[str, bytes],
+    settings: Settings,
+) -> None:
+    """Write the records, and remove what a resumed run would need; then one rename makes the output, or a rank, whole.
+
+    The journals stay until every byte of the records is on disk: a full disk costs no second copy.
+    """
+    files, fsync = settings.files, settings.fsync
+    if job.shared:
+        for lock, data in zip(locks, records.values(), strict=True):
+            lock.write(data, fsync=fsync)
+    else:
+        for name, data in records.items():
+            write_small(files, work / name, data, fsync=fsync)
+    writer.remove_journals()
+    if fsync:
+        sync_directory(files, work)
+    if job.shared:
+        for lock, name in zip(locks, records, strict=True):
+            lock.rename(work / name)
+    else:
+        if work != out:
+            _swap(files, work, out, fsync=fsync)
+            locks[0].path = out / LOCK  # held until here: no other run may begin in a directory that moves
+        if settings.overwrite:
+            _remove_replaced(files, out)
+        locks[0].remove()
+    if fsync:
+        sync_directory(files, out)
+
+
+def _only_in_place(out: Path) -> bool:
+    """Whether an output has to grow where it is: it cannot be renamed over, and is empty, or was begun so."""
+    return out.is_dir() and not replaceable(out) and (is_empty(out) or (out / LOCK).exists())
+
+
+def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: bool) -> None:
+    """Leave nothing behind of a run that was refused before it wrote anything."""
+    with contextlib.suppress(OSError):  # another run has come in, or has just finished
+        if job.shared or names_in(work) <= set(job.claims):
+            for lock in locks:
+                lock.remove()
+        if made:
+            files.rmdir(str(work))
 
 
 def _expected(job: Job) -> set[str]:
@@ -150,69 +247,19 @@ def _expected(job: Job) -> set[str]:
     return names | {f".{name}.tmp" for name in small | journals}
 
 
-def _check_leftovers(work: Path, job: Job, run: str, settings: Settings) -> None:
-    """What an earlier run left in the staging directory is of this run, or is removed with --overwrite."""
-    expected = _expected(job)
-    names = {entry.name for entry in work.iterdir()}
-    foreign = sorted(names - expected)
-    for output in job.plan.outputs:
-        journal = read_journal(journal_path(work, output.name))
-        if journal and journal["run"] != run:
-            foreign.append(output.name)
-    if not foreign:
-        return
-    if not settings.overwrite:
+def _check_target(job: Job, out: Path, settings: Settings) -> None:
+    if (out / LOCK).exists():
+        # A run was killed between its last rename and its end; or it ends just now, still holds the lock, and we refuse.
+        with contextlib.suppress(LocalIOError), Lock(settings.files, out / LOCK) as lock:
+            lock.remove()
+    check_target(out, _expected(job), models=job.verb == "merge", overwrite=settings.overwrite)
+    old = _replaced(out)
+    if settings.overwrite and out.exists() and old.exists() and not _is_replaced(old):
         raise TargetError(
-            "an unfinished run with other options, or of another source, left its files here",
-            path=work,
-            found=foreign[0],
-            hint="repeat that command to finish it, or start anew with --overwrite",
+            "this name is needed for the old output until the new one has its own",
+            path=old,
+            hint="move it away, or give another output with -o",
         )
-    for name in names - set(job.claims):
-        if (work / name).is_dir():
-            raise TargetError("a directory is in the way", path=work / name, hint="move it away")
-        settings.files.unlink(str(work / name))
-
-
-def _check_shared(work: Path, job: Job) -> None:
-    """A directory that several hosts write into must be of this very set."""
-    for name in ("tpshard.json",):
-        path = work / name
-        if name in job.small and path.exists() and path.read_bytes() != job.small[name]:
-            raise TargetError(
-                "this directory holds another set",
-                path=path,
-                hint="every host must give the same model, revision and options; or give another directory with -o",
-            )
-
-
-def _check_target(out: Path, job: Job, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and _is_empty(out)):
-        return
-    if not out.is_dir():
-        raise TargetError("the output exists and is not a directory", path=out, hint="give another with -o")
-    if not overwrite:
-        raise TargetError(
-            "the output exists", path=out, hint="replace it with --overwrite, or give another directory with -o"
-        )
-    ours = _expected(job) | {"tpshard.json", "model.safetensors.index.json"}
-    for entry in sorted(out.iterdir()):
-        known = entry.name in ours or entry.match("rank-*-of-*") or entry.match("model*.safetensors")
-        if not known or entry.is_dir():
-            raise TargetError(
-                "the output holds files that tpshard did not write, and is not replaced",
-                path=out,
-                found=entry.name,
-                hint="move them away, or give another directory with -o",
-            )
-
-
-def _is_empty(directory: Path) -> bool:
-    return not any(directory.iterdir())
-
-
-def _can_replace(directory: Path) -> bool:
-    return not os.path.ismount(directory) and os.access(directory.parent, os.W_OK)
 
 
 def _check_space(work: Path, needed: int) -> None:
@@ -228,13 +275,45 @@ def _check_space(work: Path, needed: int) -> None:
         )
 
 
-def _swap(files: Files, work: Path, out: Path) -> None:
-    """Give the finished directory its name; what it replaces is removed after it."""
-    old = out.with_name(out.name + ".replaced")
-    if out.exists() and not _is_empty(out):
-        if old.exists():
-            shutil.rmtree(old)
-        files.rename(str(out), str(old))
-    files.rename(str(work), str(out))
-    if old.exists():
-        shutil.rmtree(old)
+def _swap(files: Files, work: Path, out: Path, *, fsync: bool) -> None:
+    """Give the finished directory its name; what it replaces keeps another one until that is durable."""
+    if out.exists() and not is_empty(out):
+        _remove_replaced(files, out)
+        with Lock(files, out / LOCK) as lock:  # marks what is ours to remove
+            files.rename(str(out), str(_replaced(out)))
+            try:
+                files.rename(str(work), str(out))
+            except OSError:
+                files.rename(str(_replaced(out)), str(out))
+                lock.remove()
+                raise
+    else:
+        files.rename(str(work), str(out))
+    if fsync:
+        sync_directory(files, out.parent)
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(out.name + REPLACED)
+
+
+def _is_replaced(old: Path) -> bool:
+    """Whether a run that replaced an output left this directory."""
+    return old.is_dir() and ((old / LOCK).exists() or is_empty(old))
+
+
+def _remove_replaced(files: Files, out: Path) -> None:
+    """Remove an old output that this run, or one that was killed, has replaced."""
+    old = _replaced(out)
+    if _is_replaced(old):
+        for name in sorted(os.listdir(old), key=LOCK.__eq__):  # the mark goes last
+            files.unlink(str(old / name))
+        files.rmdir(str(old))
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from tpshard import expression
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.header import TensorInfo
-from tpshard.schemes import SUFFIXES, stored_axes
+from tpshard.schemes import AXES, SUFFIXES, stored_axes
 
 Kind = Literal["column", "row", "replicate", "buffer"]
 SPLIT_AXIS = {"column": "out", "row": "in"}
@@ -99,8 +100,48 @@ class Classified:
     tied: Mapping[str, str]
 
 
-_TOP_KEYS = {"model_types", "prefix", "layers", "tied", "defaults", "axes", "rules", "dims"}
-_AXIS_KEYS = {"count", "unit", "replicate", "pad", "group"}
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_expression(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _table_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(valid, value.values()))
+
+
+# What a key may hold, and how to say so.
+_TOP_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model_types": (_is_list, "a list of strings"),
+    "prefix": (lambda value: isinstance(value, str), "a string"),
+    "layers": (_is_expression, "an expression"),
+    "tied": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
+    "defaults": (lambda value: isinstance(value, dict), "a table"),
+    "axes": (_table_of(lambda value: isinstance(value, dict)), "a table of tables"),
+    "rules": (_table_of(_is_list), "a table of lists of strings"),
+    "dims": (_table_of(lambda value: _is_list(value) and set(value) <= set(AXES)), f"lists of {', '.join(AXES)}"),
+}
+_AXIS_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "count": (_is_expression, "an expression"),
+    "unit": (_is_expression, "an expression"),
+    "replicate": (lambda value: isinstance(value, bool), "true or false"),
+    "pad": (lambda value: isinstance(value, bool), "true or false"),
+    "group": (lambda value: isinstance(value, str), "the name of an axis"),
+}
+
+
+def _check_keys(
+    data: Mapping[str, Any], known: Mapping[str, tuple[Callable[[Any], bool], str]], needed: set[str]
+) -> str | None:
+    """What is wrong with a table of a rules file, or None."""
+    if unknown := set(data) - set(known):
+        return f"unknown keys: {', '.join(sorted(unknown))}"
+    if missing := needed - set(data):
+        return f"missing keys: {', '.join(sorted(missing))}"
+    wrong = next((key for key, value in data.items() if not known[key][0](value)), None)
+    return f"{wrong} must be {known[wrong][1]}" if wrong else None
 
 
 def parse_architecture(text: str, path: str) -> Architecture:
@@ -111,19 +152,15 @@ def parse_architecture(text: str, path: str) -> Architecture:
 
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise refuse(str(error)) from None
-    if unknown := set(data) - _TOP_KEYS:
-        raise refuse(f"unknown keys: {', '.join(sorted(unknown))}")
-    if missing := {"model_types", "layers", "axes", "rules"} - set(data):
-        raise refuse(f"missing keys: {', '.join(sorted(missing))}")
+    if wrong := _check_keys(data, _TOP_KEYS, {"model_types", "layers", "axes", "rules"}):
+        raise refuse(wrong)
     for name, axis in data["axes"].items():
-        if unknown := set(axis) - _AXIS_KEYS:
-            raise refuse(f"axis {name}: unknown keys: {', '.join(sorted(unknown))}")
-        if "count" not in axis:
-            raise refuse(f"axis {name} has no count")
-        if axis.get("group", name) not in data["axes"]:
-            raise refuse(f"axis {name}: group {axis['group']!r} is not an axis")
+        if wrong := _check_keys(axis, _AXIS_KEYS, {"count"}):
+            raise refuse(f"axis {name}: {wrong}")
+        if (group := axis.get("group", name)) not in data["axes"] or "group" in data["axes"][group]:
+            raise refuse(f"axis {name}: group {group!r} is not an axis, or has a group itself")
     rules = []
     for key, patterns in data["rules"].items():
         head, _, condition = key.partition(" if ")
@@ -137,7 +174,7 @@ def parse_architecture(text: str, path: str) -> Architecture:
                 raise refuse(f"rule {key!r}: {axis_name!r} is not an axis")
         rules.append(_Rule(kind, tuple(axes), interleave or None, condition.strip() or None, tuple(patterns)))
     for text_ in [
-        data["layers"],
+        str(data["layers"]),
         *(rule.condition for rule in rules if rule.condition),
         *(str(axis[k]) for axis in data["axes"].values() for k in ("count", "unit") if k in axis),
     ]:
@@ -145,12 +182,17 @@ def parse_architecture(text: str, path: str) -> Architecture:
             expression.parse(text_)
         except expression.ExpressionError as error:
             raise refuse(str(error)) from None
+    for pattern in [pattern for rule in rules for pattern in rule.patterns] + list(data.get("dims", {})):
+        try:
+            _compile(pattern.removesuffix("?"))
+        except re.error as error:
+            raise refuse(f"pattern {pattern!r}: {error}") from None
     return Architecture(
         name=Path(path).stem,
         text=text,
         model_types=tuple(data["model_types"]),
         prefix=data.get("prefix", ""),
-        layers=data["layers"],
+        layers=str(data["layers"]),
         tied=data.get("tied", {}),
         defaults=data.get("defaults", {}),
         axes=data["axes"],
@@ -228,14 +270,14 @@ def classify(architecture: Architecture, config: Mapping[str, Any], tensors: Ite
         rules = [r for r in architecture.rules if r.condition is None or expression.evaluate(r.condition, config)]
         used = {name for rule in rules for name in (*rule.axes, rule.interleave) if name}
         used |= {group for name in used if (group := architecture.axes[name].get("group"))}
-        axes = {name: _axis(name, architecture.axes[name], config) for name in sorted(used)}
+        axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
     except expression.ExpressionError as error:
         raise CorruptError(f"the config does not fit the {architecture.name} rules: {error}") from None
     matcher = _Matcher(architecture, rules)
     cuts: dict[str, Cut] = {}
     for tensor in tensors:
         rule, dims = matcher.match(tensor)
-        cut = _cut(rule, dims)
+        cut = _cut(tensor, rule, dims)
         _check_sum(tensor, cut, axes, architecture.name)
         cuts[tensor.name] = cut
     matcher.check_complete(layers)
@@ -254,12 +296,21 @@ def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis
     )
 
 
-def _cut(rule: _Rule, dims: tuple[str, ...]) -> Cut:
+def _cut(tensor: TensorInfo, rule: _Rule, dims: tuple[str, ...]) -> Cut:
     axis = SPLIT_AXIS.get(rule.kind)
     if axis is None:
         return Cut(rule.kind)
     if axis not in dims:
-        return Cut("replicate")
+        # A row-parallel bias has no `in`: every rank has it whole, and it is added once, after the sum.
+        if rule.kind == "row" and dims and tensor.name.endswith("bias"):
+            return Cut("replicate")
+        raise UnsupportedError(
+            f"{tensor.name} cannot be split by {rule.kind}: no dim of it is known to be `{axis}`",
+            path=tensor.file,
+            tensor=tensor.name,
+            found=f"shape {list(tensor.shape)}, dims {', '.join(dims) or 'unknown'}",
+            hint="name the axis of each of its dims under [dims] in a rules file of your own",
+        )
     return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave)
 
 
@@ -295,13 +346,16 @@ class _Matcher:
             for pattern in rule.patterns:
                 optional = pattern.endswith("?") or rule.kind == "buffer"
                 self.patterns.append((rule, pattern, optional, _compile(pattern.removesuffix("?"))))
-        self.dims = [(pattern, _compile(pattern)) for pattern in architecture.dims]
+        self.dims = [(pattern, _compile(pattern.removesuffix("?"))) for pattern in architecture.dims]
         self.seen: set[str] = set()
+        self.seen_dims: set[str] = set()
+        self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
         self.layers: dict[tuple[str, str], set[int]] = {}  # (required pattern, name without the index) -> indices
         # Layers are alike, so the patterns that fit a name are looked up once per name with its index blanked out,
-        # unless a pattern speaks of one layer by its number.
-        numbered = any(part.isdecimal() for _, pattern, _, _ in self.patterns for part in pattern.split("."))
-        self._index = re.compile(r"(?!)" if numbered else r"(?<![^.])\d+(?![^.])")
+        # unless a component of a pattern other than `*` can tell one number from another.
+        components = {part for _, pattern, _, _ in self.patterns for part in pattern.removesuffix("?").split(".")}
+        numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
+        self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){_INDEX}(?![^.])")
         self._memo: dict[str, list[tuple[_Rule, str, bool, re.Pattern[str]]]] = {}
 
     def match(self, tensor: TensorInfo) -> tuple[_Rule, tuple[str, ...]]:
@@ -328,6 +382,14 @@ class _Matcher:
                 tensor=name,
                 hint="make the patterns of the rules file disjoint",
             )
+        if full in self.names:
+            raise CorruptError(
+                f"{name} and {self.names[full]} are one tensor, with the prefix and without",
+                path=tensor.file,
+                tensor=name,
+                expected=f"one of them, with or without {self.architecture.prefix!r}",
+            )
+        self.names[full] = name
         rule, pattern, optional, compiled = candidates[0]
         found = compiled.fullmatch(full)
         assert found is not None
@@ -342,6 +404,7 @@ class _Matcher:
         if suffix != "bias":
             for pattern, compiled in self.dims:
                 if compiled.fullmatch(full):
+                    self.seen_dims.add(pattern)
                     dims = self.architecture.dims[pattern]
                     if len(dims) != len(tensor.shape):
                         raise CorruptError(
@@ -362,10 +425,17 @@ class _Matcher:
                     expected=pattern,
                     hint="is the checkpoint complete, and is model_type in config.json right?",
                 )
+        for pattern in self.architecture.dims:
+            if not pattern.endswith("?") and pattern not in self.seen_dims:
+                raise UsageError(
+                    f"[dims] of the {self.architecture.name} rules: no tensor matches {pattern}",
+                    expected="a tensor that a rule matches and that is no bias",
+                    hint="a pattern that may match nothing ends with `?`",
+                )
         for (_, rest), indices in self.layers.items():
-            if indices != set(range(layers)):
-                missing = sorted(set(range(layers)) - indices)
-                extra = sorted(indices - set(range(layers)))
+            extra = sorted(index for index in indices if index >= layers)
+            if extra or len(indices) < layers:  # `layers` may be any number: it is never counted out
+                missing = list(islice((index for index in range(layers) if index not in indices), 6))
                 what = f"layers {_short(missing)} missing" if missing else f"layers {_short(extra)} beyond the config"
                 raise CorruptError(
                     f"{rest}: {what}",
@@ -373,6 +443,9 @@ class _Matcher:
                     expected=f"layers 0 to {layers - 1}",
                     found=f"{len(indices)} layers",
                 )
+
+
+_INDEX = r"(?:0|[1-9][0-9]*)"  # a layer's number, as nobody writes it otherwise
 
 
 def _short(numbers: list[int]) -> str:
@@ -389,7 +462,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     captured = False
     for component in pattern.split("."):
         if component == "*" and not captured:
-            parts.append(r"(\d+)")
+            parts.append(rf"({_INDEX})")
             captured = True
         else:
             pieces = re.split(r"(\*|\[[^]]*\])", component)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 SUFFIXES = ("weight", "bias")
+AXES = ("out", "in", "expert")
+"""What a dim can be. An embedding's `out` is the vocab; `expert` counts the experts of a stacked tensor."""
 
 
 def stored_axes(suffix: str, ndim: int) -> tuple[str, ...]:

@@ -73,15 +73,16 @@ def print_plan(report: PlanReport, every: bool) -> None:
     table = _table("tensor", "dtype", "shape", "rule", "each rank holds")
     for row in fold(rows, every):
         table.add_row(*row)
-    console.print(table, markup=False)
+    console.print(table)
     for rank, size in enumerate(report.rank_bytes):
         console.print(f"rank {rank}: {human_bytes(size)}")
     plan = report.to_json()
     for entry in plan["padded"]:
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
+    tp = split.options.tp
     for name in plan["replicated"]:
         count = split.model.axes[name].count
-        console.print(f"replicated: {count} {name} units on {split.options.tp} ranks, contiguously")
+        console.print(f"replicated: {count} {name} on {tp} ranks, each on {tp // count} ranks in a row")
     for module, to in plan["tied"].items():
         console.print(f"tied: {module} = {to}")
     console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
@@ -102,7 +103,7 @@ def print_inspect(report: InspectReport, every: bool) -> None:
     console.print(f"{report.path}: {report.kind}")
     for key, value in report.facts.items():
         if value not in (None, [], {}):
-            console.print(f"  {key}: {human_bytes(value) if key == 'bytes' else value}", markup=False)
+            console.print(f"  {key.replace('_', ' ')}: {_fact(key, value)}")
     rows = []
     for tensor in report.tensors:
         file = tensor.file.rpartition("/")[2]
@@ -110,4 +111,20 @@ def print_inspect(report: InspectReport, every: bool) -> None:
     table = _table("tensor", "dtype", "shape", "size", "file")
     for row in fold(rows, every):
         table.add_row(*row)
-    console.print(table, markup=False)
+    console.print(table)
+
+
+def _fact(key: str, value: Any) -> str:
+    if key in ("bytes", "header_bytes"):
+        return human_bytes(value)
+    if key == "mesh":
+        return ", ".join(f"{name} {size}" for name, size in value.items())
+    if key == "source":
+        return " at ".join(text for text in (value["name"], value["revision"]) if text)
+    if key == "files":
+        return ", ".join(f"{file['name']} ({human_bytes(file['size'])})" for file in value)
+    if key == "metadata":
+        return ", ".join(f"{name}={text}" for name, text in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

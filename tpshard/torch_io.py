@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
+import struct
+import warnings
 import zipfile
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from tpshard.checkpoint import SourceFile
-from tpshard.errors import CorruptError, UnsafeError, UnsupportedError
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
 from tpshard.header import Header, TensorInfo
 
 try:
@@ -36,6 +41,7 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_AGAIN = "load it with torch.load(weights_only=True) and torch.save it again"
 
 
 def convert(block: memoryview, source: str, target: str) -> memoryview:
@@ -51,53 +57,110 @@ def read_pickle(path: Path, name: str) -> tuple[Header, SourceFile]:
     in the archive each storage lies, and the bytes are then moved like those of any other file.
     UnsafeError for a pickle that calls a function, CorruptError for a damaged file.
     """
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            head = file.read(16)
-        if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-            raise UnsupportedError(
-                "a pickle from before torch 1.6, which cannot be read without loading all of it",
-                path=path,
-                hint="load it once with torch.load(weights_only=True) and torch.save it again",
-            )
-        raise CorruptError("not a torch archive", path=path, expected="a zip file", found=repr(head[:8]))
+    records = _records(path)
     try:
-        with FakeTensorMode():
+        with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
             data = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise UnsafeError(
-            "the pickle holds more than tensors and is not read",
-            path=path,
-            found=reason,
-            hint="ask for safetensors files",
-        ) from None
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
-        raise CorruptError(f"torch cannot read it: {str(error).splitlines()[0]}", path=path) from None
+        raise _unpickling_error(error, path) from None
+    except Exception as error:  # damaged bytes make it fail in every way, with failed assertions too
+        reason = str(error).split("\n")[0][:200]
+        raise CorruptError("not an archive of tensors that torch can read", path=path, found=reason) from None
     if not isinstance(data, dict):
-        raise CorruptError("not a state dict", path=path, found=type(data).__name__)
+        raise CorruptError("not a state dict", path=path, expected="names and tensors", found=type(data).__name__)
     tensors = []
-    size = path.stat().st_size
     for key, value in data.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise CorruptError("not a state dict of tensors", path=path, found=f"{key!r}: {type(value).__name__}")
-        tensors.append(_info(key, value, path, size))
+            raise CorruptError(
+                "not a state dict of tensors alone",
+                path=path,
+                expected="names and tensors",
+                found=f"{key!r}: {type(value).__name__}",
+                hint="take the model's state dict out of it with torch.load(weights_only=True), and torch.save that",
+            )
+        tensors.append(_info(key, value, path, records))
     tensors.sort(key=lambda info: (info.begin, info.name))
     described = repr([(t.name, t.dtype, t.shape, t.begin) for t in tensors]).encode()
     digest = hashlib.sha256(described).hexdigest()
-    return Header(tuple(tensors), {}, 0, digest), SourceFile(name, size, digest)
+    return Header(tuple(tensors), {}, 0, digest), SourceFile(name, path.stat().st_size, digest)
 
 
-def _info(name: str, tensor: torch.Tensor, path: Path, size: int) -> TensorInfo:
-    offset = tensor.untyped_storage()._checkpoint_offset
+def _records(path: Path) -> dict[int, int]:
+    """The records of a torch archive (a zip file that compresses nothing): offset of the bytes → how many."""
+    with path.open("rb") as file:
+        head = file.read(64)
+        if not head.startswith(b"PK\x03\x04"):
+            raise _not_an_archive(head, path)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                orders = {archive.read(e) for e in entries if e.filename.endswith("/byteorder")}
+            records = {}
+            for entry in entries:
+                file.seek(entry.header_offset + 26)  # the local header: lengths of name and extra field, then those
+                name, extra = struct.unpack("<HH", file.read(4))
+                records[entry.header_offset + 30 + name + extra] = entry.file_size
+        except (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+            raise CorruptError("the archive is damaged or cut off", path=path, found=error) from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UnsupportedError("the archive is compressed", path=path, expected="as torch.save writes it", hint=_AGAIN)
+    # Before torch sees it: under fake tensors its byte swap crashes the process.
+    if orders - {b"little"}:
+        raise UnsupportedError("the archive is not little-endian", path=path, found=orders.pop(), hint=_AGAIN)
+    return records
+
+
+def _not_an_archive(head: bytes, path: Path) -> TpshardError:
+    if head.startswith(b"version https://git-lfs"):
+        return CorruptError("a Git-LFS pointer, not the weights", path=path, hint="run `git lfs pull` there")
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        message = "a pickle from before torch 1.6, of which all must be loaded to read any"
+        return UnsupportedError(message, path=path, hint=_AGAIN)
+    return CorruptError("not a torch archive", path=path, expected="a zip file", found=repr(head[:16]))
+
+
+def _unpickling_error(error: pickle.UnpicklingError, path: Path) -> TpshardError:
+    """What the weights_only unpickler refused: something that would run, or bytes that are no pickle."""
+    text = " ".join(str(error).split())
+    if re.search(r"Unsupported operand|String is too long", text):
+        return CorruptError("the pickle is damaged", path=path, found=text[-100:])
+    refused = re.search(r"GLOBAL ([\w.]+)", text)
+    return UnsafeError(
+        "the pickle asks to call a function or a class, and is not read",
+        path=path,
+        expected="tensors alone",
+        found=refused[1].rstrip(".") if refused else text.rpartition("error: ")[2][:200],
+        hint="ask its author for safetensors files",
+    )
+
+
+def _info(name: str, tensor: torch.Tensor, path: Path, records: Mapping[int, int]) -> TensorInfo:
+    plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    if not plain or tensor.dtype not in _NAMES:
+        raise UnsupportedError(
+            f"{name} is not a plain tensor of a dtype that safetensors has",
+            path=path,
+            tensor=name,
+            found=f"{tensor.dtype}, {tensor.layout}",
+            hint="save the checkpoint as safetensors",
+        )
     if not tensor.is_contiguous():
         raise UnsupportedError(
             f"{name} is stored as a strided view", path=path, tensor=name, hint="save the checkpoint as safetensors"
         )
-    if tensor.dtype not in _NAMES or offset is None:
-        raise UnsupportedError(f"{name} has a dtype or storage that safetensors cannot hold", path=path, tensor=name)
+    if tensor.numel() == 0:
+        return TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape), str(path), 0, 0)
+    storage = tensor.untyped_storage()
+    offset: int | None = getattr(storage, "_checkpoint_offset", None)
+    # torch may compute offsets instead of reading them, which is wrong for an archive that was packed anew.
+    if offset is None or records.get(offset) != storage.nbytes():
+        raise CorruptError(
+            f"{name} is not where torch looks for it in the archive",
+            path=path,
+            tensor=name,
+            expected=f"{storage.nbytes()} bytes at offset {offset}",
+            hint=_AGAIN,
+        )
     begin = offset + int(tensor.storage_offset()) * tensor.element_size()
     end = begin + tensor.numel() * tensor.element_size()
-    if end > size:
-        raise CorruptError(f"{name} lies beyond the end of the file", path=path, tensor=name)
     return TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape), str(path), begin, end)

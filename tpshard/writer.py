@@ -10,14 +10,24 @@ import contextlib
 import hashlib
 import json
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tpshard.box import Box
-from tpshard.errors import TargetError
 from tpshard.execute import Loader, Progress, run
-from tpshard.files import Files, local_error, read_exactly, unlink_if_there, write_exactly, write_small
+from tpshard.files import (
+    Files,
+    about,
+    boot_id,
+    local_error,
+    read_exactly,
+    sync_directory,
+    unlink_if_there,
+    write_exactly,
+    write_small,
+)
 from tpshard.header import nbytes
 from tpshard.lower import FlatStep, operations
 from tpshard.planning import OutputFile, Plan, Transfer
@@ -77,10 +87,19 @@ class Writer:
     """Writes the outputs of one plan into one directory. The caller holds the lock on it."""
 
     def __init__(
-        self, plan: Plan, directory: Path, run_id: str, *, files: Files, checksum: bool, fsync: bool, progress: Progress
+        self,
+        plan: Plan,
+        directory: Path,
+        runs: Mapping[str, str],
+        *,
+        files: Files,
+        checksum: bool,
+        fsync: bool,
+        progress: Progress,
     ) -> None:
+        """runs: by output file, the name of the run that a journal must bear to be resumed."""
         self.plan = plan
-        self.run_id = run_id
+        self.runs = runs
         self.files = files
         self.checksum = checksum
         self.fsync = fsync
@@ -103,10 +122,27 @@ class Writer:
         """Bytes of disk that the run still needs. Opens nothing."""
         total = 0
         for file in self.outputs:
-            if not file.final.exists():
+            if not self._is_done(file, read_journal(file.journal)):
                 held = file.partial.stat().st_blocks * 512 if file.partial.exists() else 0
                 total += max(0, file.output.size - held)
         return total
+
+    def _vouched(self, file: _File, journal: Mapping[str, Any]) -> int:
+        """The bytes that a journal of this run says are safe; none that a lost power supply may have taken."""
+        if journal.get("run") != self.runs[file.output.name]:
+            return 0
+        safe = journal.get("boot") is None or (not self.fsync and journal["boot"] == boot_id())
+        return min(journal["offset"], file.output.size) if safe else 0
+
+    def _is_done(self, file: _File, journal: Mapping[str, Any]) -> bool:
+        """Whether the final name is this run's. While the partial one is there too, it is an older run's."""
+        size = file.output.size
+        return (
+            self._vouched(file, journal) == size
+            and not file.partial.exists()
+            and file.final.exists()
+            and file.final.stat().st_size == size
+        )
 
     def write(self, loader: Loader, workers: int) -> dict[str, str | None]:
         """Write what is not there yet. Returns sha256 by file name, None without checksums.
@@ -139,29 +175,34 @@ class Writer:
 
     def _open(self, file: _File) -> None:
         journal = read_journal(file.journal)
-        if journal and journal["run"] != self.run_id:
-            raise TargetError(
-                "an unfinished run with other options or another source left its files here",
-                path=file.directory,
-                hint="repeat that command to finish it, or start anew with --overwrite",
-            )
         size = file.output.size
-        if file.final.exists() and journal.get("offset") == size == file.final.stat().st_size:
+        if self._is_done(file, journal):
             file.done = True
             file.sha256 = journal.get("sha256")
             file.durable = file.complete = file.hashed = size
             return
-        file.fd = self.files.open_write(str(file.partial))
-        if self.files.size(file.fd) == size:
-            file.durable = min(journal.get("offset", 0), size)
+        if file.partial.exists() and file.partial.stat().st_size == size:
+            file.durable = self._vouched(file, journal)
+        if journal and file.durable == 0:
+            # Gone before the partial file has its size again, or it would vouch for what is not yet written.
+            unlink_if_there(self.files, file.journal)
+            if self.fsync:
+                sync_directory(self.files, file.directory)
         file.complete = file.durable
-        self.files.truncate(file.fd, size)
-        write_exactly(self.files, file.fd, [memoryview(file.output.header)], 0)
+        with about(file.partial):
+            file.fd = self.files.open_write(str(file.partial))
+            self.files.truncate(file.fd, size)
+            write_exactly(self.files, file.fd, [memoryview(file.output.header)], 0)
         self._note(file)
 
     def _note(self, file: _File) -> None:
-        """Write the journal: the bytes before `durable` are safe."""
-        note = {"run": self.run_id, "offset": file.durable, "sha256": file.sha256}
+        """Write the journal: the bytes before `durable` are safe; without fsync, as long as the machine runs."""
+        note = {
+            "run": self.runs[file.output.name],
+            "offset": file.durable,
+            "sha256": file.sha256,
+            "boot": None if self.fsync else boot_id(),
+        }
         write_small(self.files, file.journal, json.dumps(note).encode(), fsync=False)
 
     def _is_written(self, index: int) -> bool:
@@ -174,11 +215,12 @@ class Writer:
         start = turn % len(step.targets)  # two workers rarely want the same file's lock
         for flat in step.targets[start:] + step.targets[:start]:
             file = self._by_name[flat.file]
-            if file.done:
+            if file.done or self._tensor_end[flat.file, flat.begin] <= file.durable:
                 continue
-            for offset, parts in operations(flat, block, buffer):
-                write_exactly(self.files, file.fd, parts, offset)
-                written += sum(map(len, parts))
+            with about(file.partial):
+                for offset, parts in operations(flat, block, buffer):
+                    write_exactly(self.files, file.fd, parts, offset)
+                    written += sum(map(len, parts))
         self.progress(written)
 
     def advance(self, steps: int) -> None:
@@ -195,17 +237,21 @@ class Writer:
             if not file.done and file.complete - file.durable >= FLUSH:
                 complete = file.complete
                 if self.fsync:
-                    self.files.datasync(file.fd)
+                    with about(file.partial):
+                        self.files.datasync(file.fd)
                 file.durable = complete
                 self._note(file)
 
     def _finish(self, file: _File) -> None:
         if file.done:
             return
-        size = self.files.size(file.fd)
-        assert size == file.complete == file.output.size, f"{file.output.name}: {size} bytes, {file.complete} complete"
-        if self.fsync:
-            self.files.fsync(file.fd)
+        with about(file.partial):
+            size = self.files.size(file.fd)
+            assert size == file.complete == file.output.size, f"{file.output.name}: {size}, complete {file.complete}"
+            if self.fsync:
+                self.files.fsync(file.fd)
+            fd, file.fd = file.fd, -1
+            self.files.close(fd)  # some network file systems tell only here that they could not write
         file.durable = size
         self._note(file)
         self.files.replace(str(file.partial), str(file.final))
@@ -245,7 +291,8 @@ class _Hasher:
         stop = min(file.hashed + _HASH, file.complete)
         while file.hashed < stop:
             chunk = buffer[: min(_READ, stop - file.hashed)]
-            read_exactly(self.writer.files, file.fd, [chunk], file.hashed, str(file.partial))
+            with about(file.partial):
+                read_exactly(self.writer.files, file.fd, [chunk], file.hashed, str(file.partial))
             file.hasher.update(chunk)
             file.hashed += len(chunk)
         if file.hashed == file.output.size:

@@ -71,5 +71,5 @@ def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: 
                 left -= file.write(block[: min(left, len(block))])
     if len(groups) > 1:
         index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index_json))
+        (path / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n")
     return total

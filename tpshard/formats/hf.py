@@ -33,5 +33,5 @@ def outputs(
         return written, {}
     weight_map = {placed.stored.name: file.name for file in written for placed in file.tensors}
     total = sum(nbytes(tensor.dtype, tensor.shape) for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return written, {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return written, {INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}

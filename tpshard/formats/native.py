@@ -51,10 +51,10 @@ class Split:
     set_id: str
     manifest: bytes
 
-    def outputs(self, rank: int) -> list[OutputFile]:
+    def outputs(self, rank: int) -> tuple[OutputFile, ...]:
         """The files of one rank."""
         parts = parts_by_size(self.layout[rank], self.options.max_file_size)
-        dcp = _sharding_info(self.layout)
+        dcp = _is_rectangles(self.layout)
         files = []
         for index, tensors in enumerate(parts):
             metadata = {
@@ -71,7 +71,7 @@ class Split:
                 metadata["DCP_VERSION"] = "1.0"
                 metadata["DCP_SHARDING_INFO"] = json.dumps(info, separators=(",", ":"))
             files.append(output_file(rank_file(rank, self.options.tp, index, len(parts)), tensors, metadata))
-        return files
+        return tuple(files)
 
 
 def rank_stem(rank: int, tp: int) -> str:
@@ -96,13 +96,13 @@ def plan_split(model: Model, options: Options) -> Split:
     return Split(model, options, ranges, layout, set_id, _dump({**head, **body}))
 
 
-def sidecar(split: Split, rank: int, sha256: Mapping[str, str | None]) -> bytes:
-    """`rank-….json`: the size and sha256 of each part of a rank; written when they are complete."""
-    parts = [{"file": f.name, "size": f.size, "sha256": sha256[f.name]} for f in split.outputs(rank)]
+def record(split: Split, rank: int, files: Sequence[OutputFile], sha256: Mapping[str, str | None]) -> bytes:
+    """`rank-….json`: the size and sha256 of each file of a rank; written when they are complete."""
+    parts = [{"file": f.name, "size": f.size, "sha256": sha256[f.name]} for f in files]
     return _dump({"set": split.set_id, "rank": rank, "tp": split.options.tp, "parts": parts})
 
 
-def _sharding_info(layout: Layout) -> bool:
+def _is_rectangles(layout: Layout) -> bool:
     """Whether torch's reader can be told every tensor as one rectangle: all or nothing, or it fails."""
     return all(len(stored.parts) == 1 and not stored.fills for rank in layout for stored in rank)
 

@@ -1,0 +1,205 @@
+"""`make bench`: tpshard beside the tools that do part of its job, in one run, as ratios of medians.
+
+The page cache is warm, command start-up is included, outputs are removed and the disk is idle before each command.
+Timings never decide a test; this prints them, with the machine and the date, and writes JSON and Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.synthetic import LLAMA_1B, LLAMA_405B, write_llama
+
+BIN = Path(sys.executable).parent
+TPSHARD = str(BIN / "tpshard")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A shell command and what it writes, relative to the working directory."""
+
+    shell: str
+    writes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One line of the result: `ours` divided by `theirs`, both medians in seconds."""
+
+    name: str
+    ours: float
+    theirs: float
+    limit: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+
+def commands(tp: int, workers: int) -> dict[str, Command]:
+    flags = f"--workers {workers} -q > /dev/null"
+    fast = f"--checksum none --no-fsync {flags}"
+    other = tp // 2
+    return {
+        "cp": Command("cp -r model copy", ("copy",)),
+        "cp, sync": Command("cp -r model copy && sync copy/*", ("copy",)),
+        "split, none": Command(f"{TPSHARD} split model --tp {tp} -o out --checksum none {flags}", ("out",)),
+        "split, none, no fsync": Command(f"{TPSHARD} split model --tp {tp} -o out {fast}", ("out",)),
+        "split, sha256": Command(f"{TPSHARD} split model --tp {tp} -o out {flags}", ("out",)),
+        "usual way": Command(f"{sys.executable} {Path(__file__).parent}/usual_way.py model {tp} out", ("out",)),
+        "merge, no fsync": Command(
+            f"{TPSHARD} merge shards -o out --no-fsync --workers {workers} -q > /dev/null", ("out",)
+        ),
+        "reshard, none, no fsync": Command(f"{TPSHARD} reshard shards --tp {other} -o out {fast}", ("out",)),
+        "check --source": Command(f"{TPSHARD} check shards --source model --workers {workers} -q > /dev/null"),
+        "cmp": Command("cmp model/model.safetensors twin/model.safetensors"),
+        "tpshard --help": Command(f"{TPSHARD} --help > /dev/null"),
+        "plan 405B": Command(f"{TPSHARD} plan model405 --tp 8 --json > /dev/null"),
+    }
+
+
+PAIRS = [
+    ("split, none", "cp, sync", 1.0),
+    ("split, none, no fsync", "cp", 1.1),
+    ("split, sha256", "cp, sync", 1.5),
+    ("split, none, no fsync", "usual way", 0.3),
+    ("merge, no fsync", "split, none, no fsync", 1.3),
+    ("reshard, none, no fsync", "split, none, no fsync", 1.3),
+    ("check --source", "cmp", 1.3),
+]
+
+
+def run(command: Command, place: Path) -> float:
+    """Seconds of one run; what it wrote is removed and flushed away afterwards."""
+    begin = time.perf_counter()
+    subprocess.run(command.shell, shell=True, cwd=place, check=True)
+    seconds = time.perf_counter() - begin
+    for name in command.writes:
+        shutil.rmtree(place / name)
+    if command.writes:
+        os.sync()
+    return seconds
+
+
+def peak_memory(shell: str, place: Path) -> int:
+    """Peak resident bytes of a command, which runs in one process."""
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1], shell=True, check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, f"exec {shell}"], cwd=place, check=True, capture_output=True)
+    shutil.rmtree(place / "out")
+    os.sync()
+    return int(out.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dir", type=Path, help="where to work; 10 GB, 42 GB with --memory [default: a temporary one]")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", help="comma-separated names of commands")
+    parser.add_argument("--memory", action="store_true", help="also measure memory, on a model 8 times as large")
+    parser.add_argument("--output", type=Path, help="write PREFIX.json and PREFIX.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.dir) as temporary:
+        place = Path(temporary)
+        size = write_llama(place / "model", LLAMA_1B, data=True, shard_bytes=1 << 60)
+        shutil.copytree(place / "model", place / "twin")
+        write_llama(place / "model405", LLAMA_405B, data=False)
+        split = f"{TPSHARD} split model --tp 4 -o shards -q > /dev/null"
+        subprocess.run(split, shell=True, cwd=place, check=True)
+        os.sync()
+        chosen = {n: c for n, c in commands(4, 2).items() if not options.only or n in options.only.split(",")}
+        seconds: dict[str, list[float]] = {name: [] for name in chosen}
+        for _ in range(options.repeat):
+            for name, command in chosen.items():
+                seconds[name].append(run(command, place))
+        result = report(seconds, size)
+        if options.memory:
+            shutil.rmtree(place / "twin")
+            eightfold = {**LLAMA_1B, "num_hidden_layers": 8 * LLAMA_1B["num_hidden_layers"]}
+            write_llama(place / "model8", eightfold, data=False)
+            result["memory"] = {
+                name: peak_memory(f"{TPSHARD} split {name} --tp 4 -o out --workers 2 -q", place)
+                for name in ("model", "model8")
+            }
+    text = markdown(result)
+    print(text)
+    if options.output:
+        options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(text)
+
+
+def report(seconds: dict[str, list[float]], size: int) -> dict[str, object]:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = [Ratio(f"{a} ÷ {b}", medians[a], medians[b], c) for a, b, c in PAIRS if a in medians and b in medians]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "model_bytes": size,
+        "seconds": seconds,
+        "medians": medians,
+        "ratios": [{**asdict(ratio), "ratio": ratio.ratio} for ratio in ratios],
+    }
+
+
+def machine() -> dict[str, object]:
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def markdown(result: dict[str, object]) -> str:
+    host = result["machine"]
+    assert isinstance(host, dict)
+    gib = host["memory_bytes"] / 2**30
+    lines = [
+        f"# Benchmark of {result['date']}",
+        "",
+        f"{host['cpu']}, {host['cores']} cores, {gib:.0f} GiB, {host['system']}, Python {host['python']}.",
+        f"A LLaMA checkpoint of {result['model_bytes']:,} bytes (bf16), tp 4, 2 workers, page cache warm,",
+        "command start-up included, medians of one interleaved run.",
+        "",
+        "| command ÷ command | seconds | seconds | ratio | aim |",
+        "|---|---|---|---|---|",
+    ]
+    for ratio in result["ratios"]:  # type: ignore[attr-defined]
+        aim, value = ratio["limit"], ratio["ratio"]
+        lines.append(f"| {ratio['name']} | {ratio['ours']:.2f} | {ratio['theirs']:.2f} | **{value:.2f}** | ≤ {aim} |")
+    medians = result["medians"]
+    assert isinstance(medians, dict)
+    lines += ["", "| command | median seconds |", "|---|---|"]
+    lines += [f"| {name} | {value:.3f} |" for name, value in medians.items()]
+    memory = result.get("memory")
+    if isinstance(memory, dict):
+        one, eight = memory["model"], memory["model8"]
+        lines += [
+            "",
+            f"Peak resident memory of split: {one / 1e6:.0f} MB; for a model 8 times as large {eight / 1e6:.0f} MB.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What the crash tests share: a tiny real checkpoint, the commands that write, and what must be true after each crash.
+
+A scene is one command that can be repeated: an output directory, what was there before, and what must be there in the
+end, byte for byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+from checkpoints import make, sharded
+
+import tpshard
+from tpshard.errors import TargetError, TpshardError
+from tpshard.publish import LOCK, Settings
+
+SMALL = {
+    "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "vocab_size": 29,
+}  # fmt: skip
+Tree = dict[str, bytes]
+
+
+def tiny(root: Path, seed: int = 0) -> Path:
+    """A LLaMA of 13 kB in two files: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
+    made = make("llama-gqa", root / f"made-{seed}", seed, **SMALL)
+    return sharded(made, root / f"tiny-{seed}", max_shard_size=7_000)
+
+
+def tree(directory: Path) -> Tree:
+    """Every file under a directory, hidden ones too, by relative path; an empty directory ends in `/`."""
+    found: Tree = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_file():
+            found[name] = path.read_bytes()
+        elif not any(path.iterdir()):
+            found[name + "/"] = b""
+    return found
+
+
+@contextmanager
+def fine_grained() -> Iterator[None]:
+    """Blocks, flushes and hashes of a few bytes, so that small files have journals with something in them."""
+    with (
+        mock.patch("tpshard.writer.FLUSH", 2500),
+        mock.patch("tpshard.writer._HASH", 2000),
+        mock.patch("tpshard.writer._READ", 1500),
+        mock.patch("tpshard.lower.BLOCK", 1200),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A command that writes `out` under a root of its own. shared: other runs write into the same directory."""
+
+    name: str
+    command: Callable[[Path, Settings], object]
+    expected: Tree
+    before: Tree = field(default_factory=dict)
+    overwrite: bool = False
+    shared: bool = False
+
+    def out(self, root: Path) -> Path:
+        """Where the command writes."""
+        return root / "out"
+
+    def prepare(self, root: Path) -> None:
+        """Make the root as it is before the command."""
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        for name, data in self.before.items():
+            path = self.out(root) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+
+    def run(self, root: Path, settings: Settings) -> None:
+        """Run the command."""
+        self.command(self.out(root), settings)
+
+    def state(self, root: Path) -> str:
+        """absent, old, complete or unfinished; AssertionError when the output is none of them, or pretends to be.
+
+        An output that is renamed into place is never unfinished. In a shared directory `check` and `merge` must tell.
+        """
+        out = self.out(root)
+        if not out.exists():
+            return "absent"
+        found = {name: data for name, data in tree(out).items() if name != LOCK}  # empty, and taken away next time
+        if found == self.expected:
+            return "complete"
+        if found == self.before:
+            return "old"
+        assert self.shared, f"{self.name}: {sorted(found)} is neither the old output nor the new one"
+        assert not looks_complete(out), f"{self.name}: {sorted(found)} looks complete"
+        return "unfinished"
+
+    def again(self, root: Path, settings: Settings) -> None:
+        """The same command once more: it finishes, or says that it had finished; and nothing else is left."""
+        before = self.state(root)
+        try:
+            self.run(root, settings)
+        except TargetError as error:
+            assert before == "complete", f"{self.name}: refused from {before}: {error}"
+        found = tree(root)
+        assert found == {f"out/{name}": data for name, data in self.expected.items()}, differences(found, self.expected)
+
+
+def looks_complete(out: Path) -> bool:
+    """Whether `check` has nothing to complain about."""
+    try:
+        return tpshard.check(out, settings=Settings(workers=1)).equal
+    except TpshardError:
+        return False
+
+
+def differences(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> str:
+    """What is missing, left over or different, in words."""
+    wanted = {f"out/{name}": data for name, data in expected.items()}
+    missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    other = [name for name in wanted.keys() & found.keys() if wanted[name] != found[name]]
+    return f"missing {missing}, left over {more}, different {other}"
+
+
+def undisturbed(command: Callable[[Path, Settings], object], root: Path) -> Tree:
+    """What a command writes that nothing disturbs."""
+    out = root / "undisturbed"
+    shutil.rmtree(out, ignore_errors=True)
+    command(out, Settings(workers=2, fsync=False))
+    found = tree(out)
+    shutil.rmtree(out)
+    return found
+
+
+def scenes(root: Path) -> dict[str, Scene]:
+    """One scene for every way to write: staged, shared, in place, replacing."""
+    source, other = tiny(root), tiny(root, seed=1)
+    quick = Settings(workers=2, fsync=False)
+    shards = root / "shards"
+    tpshard.split(source, 4, shards, settings=quick)
+
+    def split(out: Path, settings: Settings) -> object:
+        return tpshard.split(source, 2, out, settings=settings)
+
+    def ranks(out: Path, settings: Settings) -> object:
+        return tpshard.split(source, 2, out, ranks=[0, 1], settings=settings)
+
+    def last_rank(out: Path, settings: Settings) -> object:
+        return tpshard.split(source, 2, out, ranks=[1], settings=settings)
+
+    def merge(out: Path, settings: Settings) -> object:
+        return tpshard.merge(shards, out, settings=settings)
+
+    def reshard(out: Path, settings: Settings) -> object:
+        return tpshard.reshard(shards, 2, out, settings=settings)
+
+    def parts(out: Path, settings: Settings) -> object:
+        return tpshard.split(source, 2, out, max_file_size=3_000, settings=settings)
+
+    whole = undisturbed(split, root)
+    old = undisturbed(lambda out, settings: tpshard.split(other, 4, out, settings=settings), root)
+    first = undisturbed(lambda out, settings: tpshard.split(source, 2, out, ranks=[0], settings=settings), root)
+    found = [
+        Scene("split", split, whole),
+        Scene("split-parts", parts, undisturbed(parts, root)),
+        Scene("ranks", ranks, whole, shared=True),
+        Scene("last-rank", last_rank, whole, before=first, shared=True),
+        Scene("merge", merge, undisturbed(merge, root)),
+        Scene("reshard", reshard, whole),
+        Scene("overwrite", split, whole, before=old, overwrite=True),
+    ]
+    return {scene.name: scene for scene in found}

@@ -1,0 +1,152 @@
+"""Correct splits of random models: none may be refused, by any tier, whatever its sizes, dtype, shares and seed."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints import make
+
+import tpshard
+from tpshard.errors import UnsupportedError
+from tpshard.publish import Settings
+from tpshard.verify.run import verify
+
+DTYPES = ("float32", "bfloat16", "float16")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "gpt_neo", "bloom",
+    "falcon", "opt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One random model and how it was split; `verdict` and `missed` (canaries) are what verify made of it."""
+
+    seed: int
+    family: str
+    dtype: str
+    tp: int
+    shares: str
+    options: dict[str, Any]
+    verdict: str
+    reason: str
+    missed: list[str]
+    ratio: float
+
+
+def config(rng: random.Random, family: str) -> tuple[str, dict[str, Any]]:
+    """A variant to start from, and sizes that replace its own."""
+    heads, head = rng.randint(2, 12), rng.choice((4, 8, 12, 16))
+    layers, ffn = rng.randint(1, 4), rng.randint(9, 200)
+    vocab = {"vocab_size": rng.randint(60, 400)}
+    groups = rng.randint(1, 3)
+    if family in ("llama", "mistral", "qwen2", "qwen3", "gemma2"):
+        kv = rng.randint(1, 6)
+        heads = kv * groups
+        start = {
+            "llama": ["llama", "llama-mha-bias", "llama-tied", "llama-rope-llama3", "llama-rope-yarn"],
+            "mistral": ["mistral", "mistral-sliding"],
+            "qwen2": ["qwen2-bias", "qwen2-tied"],
+            "qwen3": ["qwen3", "qwen3-tied-bias"],
+            "gemma2": ["gemma2"],
+        }[family]
+        sizes: dict[str, Any] = {
+            "num_attention_heads": heads, "num_key_value_heads": kv, "num_hidden_layers": layers,
+            "intermediate_size": ffn,
+        }  # fmt: skip
+        # Qwen 2 has no head_dim of its own; elsewhere the stream need not be as wide as the heads together.
+        free = family != "qwen2"
+        sizes |= {"hidden_size": heads * rng.choice((4, 8, 12)), "head_dim": head} if free else {
+            "hidden_size": heads * head
+        }
+        return rng.choice(start), vocab | sizes
+    width = heads * head
+    if family == "gpt2":
+        name = rng.choice(("gpt2", "gpt2-untied-inner", "gpt2-scaled"))
+        return name, vocab | {"n_embd": width, "n_head": heads, "n_layer": layers, "n_inner": ffn}
+    if family == "gpt_neox":
+        name = rng.choice(("gpt_neox", "gpt_neox-seq-residual", "gpt_neox-tied-nobias"))
+        sizes = {"num_attention_heads": heads, "num_hidden_layers": layers, "intermediate_size": ffn}
+        return name, vocab | sizes | {"hidden_size": width, "rotary_pct": rng.choice((0.5, 1.0))}
+    if family == "gptj":
+        sizes = {"n_embd": width, "n_head": heads, "n_layer": layers, "n_inner": ffn}
+        return rng.choice(("gptj", "gptj-tied-inner")), vocab | sizes | {"rotary_dim": rng.choice((2, 4))}
+    if family == "gpt_bigcode":
+        sizes = {"n_embd": width, "n_head": heads, "n_layer": layers, "n_inner": ffn}
+        return rng.choice(("gpt_bigcode-mqa", "gpt_bigcode-mha")), vocab | sizes
+    if family == "gpt_neo":
+        kinds = {"attention_types": [[["global", "local"], 1]], "num_layers": 2}
+        if rng.random() < 0.5:
+            kinds = {"attention_types": [[["local"], layers]], "num_layers": layers}
+        return "gpt_neo", vocab | kinds | {"hidden_size": width, "num_heads": heads, "intermediate_size": ffn}
+    if family == "bloom":
+        sizes = {"hidden_size": width, "n_head": heads, "n_layer": layers}
+        return rng.choice(("bloom", "bloom-12-heads")), vocab | sizes
+    if family == "falcon":
+        name = rng.choice(("falcon-new", "falcon-new-one-norm", "falcon-mqa", "falcon-mha-alibi"))
+        kv = {"num_kv_heads": heads} if name.startswith("falcon-new") else {}
+        heads = heads * groups if kv else heads
+        sizes = {"num_attention_heads": heads, "hidden_size": heads * head, "num_hidden_layers": layers}
+        return name, vocab | kv | sizes | {"ffn_hidden_size": ffn}
+    assert family == "opt"
+    name = rng.choice(("opt", "opt-350m-like", "opt-project-prenorm", "opt-no-final-norm", "opt-nobias"))
+    narrow = {} if name in ("opt", "opt-no-final-norm", "opt-nobias") else {"word_embed_proj_dim": 24}
+    if not narrow:
+        narrow = {"word_embed_proj_dim": width}
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "num_hidden_layers": layers, "ffn_dim": ffn}
+    return name, vocab | sizes | narrow
+
+
+def draw(seed: int, folder: Path) -> Drawn | None:
+    """One random model, split and judged; None when those sizes cannot be split so, which is no matter of verify's."""
+    rng = random.Random(seed)
+    family = FAMILIES[seed % len(FAMILIES)]
+    name, sizes = config(rng, family)
+    dtype, tp = rng.choice(DTYPES), rng.choice((2, 2, 3, 4, 4, 5, 6, 8))
+    how: dict[str, Any] = rng.choice(({}, {"uneven": True}, {"shares": [rng.randint(1, 4) for _ in range(tp)]}))
+    options = {"sequence_parallel": rng.random() < 0.3, "stream": rng.random() < 0.3, "float32": rng.random() < 0.2}
+    model, out = folder / "model", folder / "shards"
+    try:
+        make(name, model, seed, dtype=dtype, **sizes)
+        try:
+            tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
+        except UnsupportedError:
+            return None
+        verdict = verify(out, model, device="cpu", tokens=4, seed=seed, **options)
+    finally:
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+    native = next(tier for tier in verdict.tiers if tier.name == "native")
+    return Drawn(
+        seed=seed,
+        family=family,
+        dtype=dtype,
+        tp=tp,
+        shares="even" if not how else ", ".join(map(str, how.get("shares", ["equal, remainder dealt"]))),
+        options=sizes | {"variant": name} | options,
+        verdict=verdict.verdict,
+        reason=verdict.reason or "",
+        missed=[canary.name for canary in verdict.canaries if canary.status == "missed"],
+        ratio=native.metrics.get("ratio", float("nan")),
+    )
+
+
+def measure(folder: Path, count: int, say: Callable[[str], None] = lambda line: None) -> list[Drawn]:
+    """The first `count` seeds, from 0 on, whose model can be split as drawn."""
+    found: list[Drawn] = []
+    seed = 0
+    while len(found) < count:
+        drawn = draw(seed, folder)
+        if drawn is not None:
+            found.append(drawn)
+            if drawn.verdict != "pass":
+                say(f"seed {seed}: {drawn.verdict}: {drawn.reason}")
+            if len(found) % 20 == 0:
+                say(f"{len(found)} splits, {sum(each.verdict == 'pass' for each in found)} passed")
+        seed += 1
+    return found

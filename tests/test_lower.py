@@ -1,0 +1,221 @@
+"""Lowering against NumPy: blocks tile the tensor, and operations move each of its elements to its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd, prod
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import BITS, Bits, bits_of, of_bits, random_tensor
+
+from tpshard import lower
+from tpshard.box import Box, Shape, extents, full, tiles, volume
+from tpshard.lower import FlatStep, flatten, operations
+from tpshard.planning import Fill, Region, Transfer
+
+Files = dict[str, bytearray]
+GAP = 0xA5
+
+
+def region_of(boxes: Sequence[Box], file: str, dtype: str, begin: int, gap: int, granule: int = 1) -> Region:
+    """A stored tensor that holds boxes below one another, each shifted by `gap`, with room left over around them."""
+    dims = len(boxes[0])
+    pieces = []
+    top = gap
+    for box in boxes:
+        pieces.append((box, (top, *(gap * (granule if d == dims - 1 else 1) for d in range(1, dims)))))
+        top += extents(box)[0] + gap
+    widest = [max(extents(box)[d] for box in boxes) for d in range(dims)]
+    shape = (top, *(widest[d] + 2 * gap * (granule if d == dims - 1 else 1) for d in range(1, dims)))
+    if dims == 1:
+        shape = (-(-top // granule) * granule,)
+    return Region(file, begin, dtype, shape, tuple(pieces))
+
+
+def size_of(region: Region) -> int:
+    return region.begin + prod(region.shape) * BITS[region.dtype] // 8
+
+
+def put(files: Files, region: Region, logical: Bits) -> None:
+    """Write the region's boxes of a logical array into its file, all else a pattern."""
+    stored = np.full((*region.shape, BITS[region.dtype]), 1, dtype=np.uint8)
+    for box, at in region.pieces:
+        here = tuple(slice(a, a + n) for a, n in zip(at, extents(box), strict=True))
+        stored[here] = logical[tuple(slice(*side) for side in box)]
+    files[region.file] = bytearray([GAP] * region.begin) + of_bits(region.dtype, stored).data
+
+
+def get(files: Files, region: Region) -> tuple[list[Bits], bytes]:
+    """The region's boxes as its file has them, and everything else in the file with those boxes cleared."""
+    raw = files[region.file]
+    flat = np.unpackbits(np.frombuffer(bytes(raw[region.begin :]), dtype=np.uint8), bitorder="little")
+    stored = flat.reshape(*region.shape, BITS[region.dtype]).copy()
+    found = []
+    for box, at in region.pieces:
+        here = tuple(slice(a, a + n) for a, n in zip(at, extents(box), strict=True))
+        found.append(stored[here].copy())
+        stored[here] = 0
+    return found, bytes(raw[: region.begin]) + of_bits(region.dtype, stored).data
+
+
+def move(step: FlatStep, files: Files) -> list[int]:
+    """Take every block from the sources to the targets; the number of operations of each block."""
+    counts = []
+    for block in step.blocks():
+        item = (*step.sources, *step.targets)[0].item
+        buffer = memoryview(bytearray(volume(block) * item))
+        count = 0
+        for flat in step.sources:
+            for offset, parts in operations(flat, block, buffer):
+                count += 1
+                for part in parts:
+                    part[:] = files[flat.file][offset : offset + len(part)]
+                    offset += len(part)
+        for flat in step.targets:
+            for offset, parts in operations(flat, block, buffer):
+                count += 1
+                for part in parts:
+                    files[flat.file][offset : offset + len(part)] = part
+                    offset += len(part)
+        counts.append(count)
+    return counts
+
+
+@st.composite
+def cut_up(draw: st.DrawFn, shape: Shape, granule: int) -> list[list[Box]]:
+    """The whole shape in boxes, dealt to a few stored tensors; the last dim is cut at multiples of `granule`."""
+    pieces = [full(shape)]
+    for _ in range(draw(st.integers(0, 4))):
+        piece = pieces.pop(draw(st.integers(0, len(pieces) - 1)))
+        dim = draw(st.integers(0, len(shape) - 1))
+        step = granule if dim == len(shape) - 1 else 1
+        start, stop = piece[dim]
+        at = start + step * draw(st.integers(0, (stop - start) // step))
+        pieces += [(*piece[:dim], side, *piece[dim + 1 :]) for side in ((start, at), (at, stop)) if side[0] < side[1]]
+    owners = [draw(st.integers(0, 2)) for _ in pieces]
+    return [dealt for owner in range(3) if (dealt := [p for p, o in zip(pieces, owners, strict=True) if o == owner])]
+
+
+@given(st.data(), st.sampled_from(sorted(BITS)), st.sampled_from([1, 3, 8, 20, 64, 1 << 20]))
+def test_every_element_arrives_whatever_the_boxes(data: st.DataObject, dtype: str, block: int) -> None:
+    granule = 8 // gcd(8, BITS[dtype])
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))
+    shape = (*shape[:-1], shape[-1] * granule)
+    logical = bits_of(random_tensor(np.random.default_rng(0), dtype, shape))
+    files: Files = {}
+    sides = []
+    for side in ("from", "to"):
+        regions = []
+        for number, boxes in enumerate(data.draw(cut_up(shape, granule))):
+            gap = 0 if len(shape) == 1 and granule > 1 else data.draw(st.integers(0, 2))
+            region = region_of(boxes, f"{side}{number}", dtype, data.draw(st.integers(0, 9)), gap, granule)
+            put(files, region, logical if side == "from" else 1 - logical)
+            regions.append(region)
+        sides.append(tuple(regions))
+    before = {region.file: get(files, region)[1] for region in sides[1]}
+    step = flatten(Transfer("t", shape, sides[0], (), sides[1]))
+    with patch.object(lower, "BLOCK", block):
+        assert tiles(full(step.shape), list(step.blocks()))
+        assert all(volume(b) * step.sources[0].item <= max(block, step.sources[0].item) for b in step.blocks())
+        move(step, files)
+    for region in sides[1]:
+        found, around = get(files, region)
+        assert around == before[region.file]
+        for (box, _), held in zip(region.pieces, found, strict=True):
+            assert np.array_equal(held, logical[tuple(slice(*s) for s in box)])
+
+
+def transfer(shape: Shape, targets: Sequence[tuple[Box, Shape]], dtype: str = "BF16") -> FlatStep:
+    """One whole source, and a target file for each `(box, stored shape)`."""
+    source = Region("source", 100, dtype, shape, ((full(shape), (0,) * len(shape)),))
+    wanted = [
+        Region(f"rank{rank}", 100, dtype, stored, ((box, (0,) * len(shape)),))
+        for rank, (box, stored) in enumerate(targets)
+    ]
+    return flatten(Transfer("t", shape, (source,), (), tuple(wanted)))
+
+
+def test_a_column_split_is_one_dim_and_few_operations() -> None:
+    step = transfer((64, 8), [(((i, i + 16), (0, 8)), (16, 8)) for i in range(0, 64, 16)])
+    assert (step.shape, {flat.shape for flat in step.targets}) == ((1, 512), {(1, 128)})
+    block, buffer = ((0, 1), (0, 512)), memoryview(bytearray(1024))
+    for flat, size in [(step.sources[0], 1024), *((flat, 256) for flat in step.targets)]:
+        ((offset, parts),) = operations(flat, block, buffer)
+        assert (offset, [len(part) for part in parts]) == (100, [size])
+
+
+def test_a_row_split_is_one_operation_of_many_slices_a_rank() -> None:
+    step = transfer((64, 8), [(((0, 64), (i, i + 2)), (64, 2)) for i in range(0, 8, 2)])
+    assert step.shape == (64, 8)
+    buffer = memoryview(bytearray(1024))
+    block = ((0, 64), (0, 8))
+    assert [len(parts) for _, parts in operations(step.sources[0], block, buffer)] == [1]
+    for flat in step.targets:
+        ((offset, parts),) = operations(flat, block, buffer)
+        assert (offset, len(parts), {len(part) for part in parts}) == (100, 64, {4})
+
+
+def test_fused_segments_of_whole_rows_are_one_operation() -> None:
+    """[q; k; v] of one rank along the last dim: three pieces side by side fill the rank's rows."""
+    shape, stored = (10, 12), (10, 6)
+    pieces = tuple(((((0, 10), (a, a + 2))), (0, at)) for a, at in ((0, 0), (4, 2), (8, 4)))
+    source = Region("source", 0, "F32", shape, ((full(shape), (0, 0)),))
+    step = flatten(Transfer("t", shape, (source,), (), (Region("rank", 8, "F32", stored, pieces),)))
+    ((offset, parts),) = operations(step.targets[0], ((0, 10), (0, 12)), memoryview(bytearray(480)))
+    assert (offset, len(parts), sum(map(len, parts))) == (8, 30, 240)
+
+
+@pytest.mark.parametrize(
+    ("shape", "block", "count"),
+    [((4, 6), 1 << 20, 1), ((4, 6), 12, 4), ((4, 6), 24, 2), ((4, 6), 4, 12), ((4, 6), 2, 24), ((4, 6), 1, 24)],
+)
+def test_blocks_are_as_large_as_allowed(shape: Shape, block: int, count: int) -> None:
+    step = transfer(shape, [(((0, 4), (0, 3)), (4, 3)), (((0, 4), (3, 6)), (4, 3))])
+    with patch.object(lower, "BLOCK", block):
+        blocks = list(step.blocks())
+    assert len(blocks) == count
+    assert tiles(full(step.shape), blocks)
+
+
+def test_blocks_take_turns_between_the_halves() -> None:
+    step = transfer((8, 4), [(((0, 4), (0, 4)), (4, 4)), (((4, 8), (0, 4)), (4, 4))])
+    with patch.object(lower, "BLOCK", 8):
+        assert [block[1][0] // 4 for block in step.blocks()] == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_a_fill_writes_its_boxes_and_nothing_else() -> None:
+    region = Region("rank", 3, "F16", (5, 4), ((((0, 2), (0, 4)), (3, 0)),))
+    files = {"rank": bytearray(b"\xff" * (3 + 40))}
+    step = flatten(Fill("embed", region))
+    assert (step.sources, step.source_dtype, step.target_dtype) == ((), None, "F16")
+    with patch.object(lower, "BLOCK", 6):
+        assert len(move(step, files)) == 3  # what is not filled is not looked at
+    assert files["rank"] == b"\xff" * (3 + 24) + b"\0" * 16
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,)])
+def test_a_scalar_and_a_vector_move_too(shape: Shape) -> None:
+    step = transfer(shape, [(full(shape), shape)] * 2, "F32")
+    data = bytes(range(4 * prod(shape)))
+    files = {"source": bytearray(100) + data, "rank0": bytearray(100 + len(data)), "rank1": bytearray(100 + len(data))}
+    move(step, files)
+    assert files["rank0"] == files["rank1"] == files["source"]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 4)])
+@pytest.mark.parametrize("dtype", ["F4", "F32"])
+def test_a_tensor_without_elements_has_no_blocks(shape: Shape, dtype: str) -> None:
+    assert list(transfer(shape, [(full(shape), shape)], dtype).blocks()) == []
+    half = ((0, 2), (0, 0), (0, 4))
+    assert list(transfer((4, 0, 4), [(half, (2, 0, 4)), (((2, 4), *half[1:]), (2, 0, 4))], dtype).blocks()) == []
+
+
+def test_an_item_is_the_fewest_elements_that_fill_bytes() -> None:
+    for dtype, item in (("F4", 1), ("F6_E2M3", 3), ("U8", 1), ("BF16", 2), ("C64", 8)):
+        step = transfer((8, 8), [(((0, 8), (i, i + 4)), (8, 4)) for i in (0, 4)], dtype)
+        assert step.sources[0].item == item
+        assert prod(step.shape) * item * 8 == 64 * BITS[dtype]

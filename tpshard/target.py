@@ -1,0 +1,131 @@
+"""What stands where an output shall go: is it ours to resume, ours to replace, or somebody's to leave alone?"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from tpshard.checkpoint import MANIFEST, side_files
+from tpshard.errors import TargetError
+from tpshard.files import Files
+from tpshard.writer import PARTIAL, journal_path, read_journal
+
+_MOUNTED = {"lost+found"}  # what a new ext4 file system holds
+_RANK = r"rank-\d{5}-of-\d{5}"
+_TEMPORARY = re.compile(rf"\.(.+?)(\.{_RANK}\.lock)?\.(tmp|journal|lock)")
+_SET = re.compile(rf"{_RANK}((-part-\d{{5}}-of-\d{{5}})?\.safetensors|\.json)?|tpshard(\.json)?")
+_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether nothing is in a directory that anybody put there."""
+    return not names_in(directory)
+
+
+def names_in(directory: Path) -> set[str]:
+    """What is in a directory, but for what the system keeps there."""
+    return set(os.listdir(directory)) - _MOUNTED
+
+
+def replaceable(directory: Path) -> bool:
+    """Whether a directory can be renamed over: not where a disk is mounted, nor where its parent is read-only."""
+    if os.path.ismount(directory) or os.path.samefile(directory, os.curdir):
+        return False
+    return os.access(directory.parent, os.W_OK)
+
+
+def strangers(directory: Path, expected: set[str], *, models: bool) -> list[str]:
+    """Names in a directory that tpshard never gives. models: whether those of an ordinary checkpoint may be ours."""
+
+    def ours(name: str) -> bool:
+        while match := _TEMPORARY.fullmatch(name):
+            name = match[1]
+        name = name.removesuffix(PARTIAL)
+        return bool(_SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}))
+
+    return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or ours(n)))
+
+
+def check_target(out: Path, expected: set[str], *, models: bool, overwrite: bool) -> None:
+    """TargetError when `out` exists and is not empty, unless it is ours to replace."""
+    if not out.exists() or (out.is_dir() and is_empty(out)):
+        return
+    if not out.is_dir():
+        raise TargetError("the output exists and is not a directory", path=out, hint="give another with -o")
+    if not overwrite:
+        raise TargetError(
+            "the output exists", path=out, hint="replace it with --overwrite, or give another directory with -o"
+        )
+    if not replaceable(out):
+        raise TargetError(
+            "the output cannot be replaced as a whole: a disk is mounted there, or its parent is read-only",
+            path=out,
+            hint="remove what is in it, or give another directory with -o",
+        )
+    if found := strangers(out, expected, models=models):
+        raise TargetError(
+            "the output holds files that tpshard did not write, and is not replaced",
+            path=out,
+            found=found[0],
+            hint="move them away, or give another directory with -o",
+        )
+
+
+def check_leftovers(
+    files: Files, work: Path, expected: set[str], runs: Mapping[str, str], keep: set[str], *, overwrite: bool
+) -> None:
+    """What an earlier run left in the staging directory is of these runs, or is removed with --overwrite.
+
+    runs: by output file. keep: names of the locks that are held.
+    """
+    others = sorted(names_in(work) - expected) or other_runs(work, runs)
+    if not others:
+        return
+    if found := strangers(work, expected, models=True):
+        raise TargetError(
+            "the directory for unfinished output holds files that tpshard did not write",
+            path=work,
+            found=found[0],
+            hint="move them away, or give another output with -o",
+        )
+    if not overwrite:
+        raise TargetError(
+            "an unfinished run with other options, or of another source, left its files here",
+            path=work,
+            found=others[0],
+            hint="repeat that command to finish it, or start anew with --overwrite",
+        )
+    for name in sorted(names_in(work) - keep):  # journals first, so that none vouches for what is gone
+        files.unlink(str(work / name))
+
+
+def check_shared(work: Path, expected: set[str], manifest: bytes, runs: Mapping[str, str]) -> None:
+    """A directory that several hosts write into is of this very set, and our ranks in it of these runs."""
+    path = work / MANIFEST
+    if not path.exists() and (found := strangers(work, expected, models=False)):
+        raise TargetError(
+            "the directory holds other files and no shard set",
+            path=work,
+            found=found[0],
+            hint="give an empty directory, or one that does not exist, with -o",
+        )
+    if path.exists() and path.read_bytes() != manifest:
+        raise TargetError(
+            "this directory holds another set",
+            path=path,
+            hint="every host must give the same model, revision and options; or give another directory with -o",
+        )
+    if others := other_runs(work, runs):
+        raise TargetError(
+            "an unfinished run with other options, or of another source, left its files here",
+            path=work / others[0],
+            hint=f"repeat that command to finish it, or remove {others[0]}* and .{others[0]}* to start anew",
+        )
+
+
+def other_runs(work: Path, runs: Mapping[str, str]) -> list[str]:
+    """The output files that another run has begun."""
+    journals = {name: read_journal(journal_path(work, name)) for name in runs}
+    return [name for name, journal in journals.items() if journal and journal["run"] != runs[name]]
