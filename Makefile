@@ -1,0 +1,39 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Both make .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check test-crash bench clean
+
+demo: $(VENV)/.base
+	$(BIN)/python tests/demo.py
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Kills and fails every system call of the real command, with strace (Linux). About 20 minutes.
+test-crash: $(VENV)/.dev
+	$(BIN)/python tests/crash/strace_all.py
+
+# Ratios against cp, cmp and the usual way, on a checkpoint of 2.2 GB in DIR. About 5 minutes.
+bench: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m bench.bench $(if $(DIR),--dir $(DIR)) $(ARGS)
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpshard needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable . --config-settings editable_mode=compat
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) torch && $(PIP) --editable '.[dev]' --config-settings editable_mode=compat
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
