@@ -339,7 +339,7 @@ def test_the_rules_agree_with_transformers_own_plan(name: str, made: Made) -> No
     from transformers import AutoConfig
 
     model_type = VARIANTS[name].model_type
-    plan = type(AutoConfig.for_model(model_type)).base_model_tp_plan
+    plan: dict[str, str] = type(AutoConfig.for_model(model_type)).base_model_tp_plan or {}
     cuts = classified(made(name))
     seen = set()
     for tensor, cut in cuts.items():

@@ -44,9 +44,9 @@ spaces = shapes.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(boxes_i
 
 @st.composite
 def tilings(draw: st.DrawFn) -> tuple[Shape, Box, list[Box]]:
-    """A box inside a shape, cut in two a few times."""
+    """All of a shape, or a box inside it, cut in two a few times."""
     shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3).map(tuple))
-    container = draw(boxes_in(shape))
+    container = draw(st.just(full(shape)) | boxes_in(shape))
     pieces = [container]
     for _ in range(draw(st.integers(0, 5))):
         piece = pieces.pop(draw(st.integers(0, len(pieces) - 1)))
@@ -124,6 +124,12 @@ def test_dims_that_nobody_cuts_are_one(stored: Shape, boxes: list[Box], groups: 
 
 def test_a_dim_that_is_whole_here_but_wider_where_it_is_stored_stays_a_dim() -> None:
     assert mergeable((4, 6), [(((0, 4), (0, 6)), (4, 12))]) == [(0, 0), (1, 1)]
+
+
+def test_a_merged_box_counts_in_whole_inner_dims() -> None:
+    groups = [(0, 0), (1, 2)]
+    assert merge_shape((2, 4, 6), groups) == (2, 24)
+    assert merge_box(((0, 1), (1, 3), (0, 6)), (2, 4, 6), groups) == ((0, 1), (6, 18))
 
 
 @given(tilings())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def test_no_weights_and_weights_of_another_kind() -> None:
     (model / "model.safetensors").unlink()
     assert fails(3, "split", model, "--tp", 2)["found"] == "no weight file"
     (model / "consolidated.00.pth").write_bytes(b"")
-    assert fails(3, "split", model, "--tp", 2)["found"] == "consolidated.00.pth"
+    assert fails(4, "split", model, "--tp", 2)["found"] == "consolidated.00.pth"
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo"])
@@ -118,7 +117,7 @@ def test_one_file_takes_config_and_tokenizer_from_beside_it() -> None:
 def test_one_file_of_any_name_beside_others() -> None:
     model = llama(Path("model"))
     (model / "model.safetensors").rename(model / "ema.safetensors")
-    assert "ema.safetensors" in fails(3, "plan", model, "--tp", 2)["found"]
+    assert "ema.safetensors" in fails(4, "plan", model, "--tp", 2)["found"]
     assert succeeds("plan", model / "ema.safetensors", "--tp", 2, "--json").json["mesh"]["tp"] == 2
 
 
@@ -210,11 +209,14 @@ def test_index_that_points_outside(name: str) -> None:
     assert fails(5, "plan", model, "--tp", 2) == error
 
 
-@pytest.mark.parametrize("name", ["sub/x.safetensors", "", ".", "./x.safetensors", "sub\\x"])
-def test_index_that_names_no_file_beside_it(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("sub/x.safetensors", "subdirectory"), ("sub\\x", "subdirectory"), ("", "subdirectory"), ("./x", "./x is listed")],
+)
+def test_index_that_names_no_file_beside_it(name: str, says: str) -> None:
     model = llama(Path("model"), parts=2)
     edit_index(model, lambda index: index["weight_map"].update({"lm_head.weight": name}))
-    fails(3, "plan", model, "--tp", 2)
+    assert says in fails(3, "plan", model, "--tp", 2)["message"]
 
 
 def test_index_with_a_name_that_steers_the_terminal() -> None:
@@ -329,15 +331,12 @@ def test_any_value_of_any_config_key_is_judged(key: str) -> None:
     model = llama(Path("model"))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
-    begin = time.monotonic()
-    if key not in ("num_key_value_heads",):  # absent in the first LLaMA
-        assert tpshard("plan", model, "--tp", 2).code in (3, 4)
+    assert tpshard("plan", model, "--tp", 2).code in (3, 4)
     for value in VALUES:
         (model / "config.json").write_text(json.dumps(config | {key: value}))
         result = tpshard("plan", model, "--tp", 2)
         assert result.code in (3, 4), (key, value, result.err)
         assert len(result.err.splitlines()) == 2, result.err
-    assert time.monotonic() - begin < 5
 
 
 # --- unsupported ---
@@ -416,6 +415,15 @@ def test_a_symlink_that_leaves_the_model(name: str) -> None:
     (model / name).symlink_to("../elsewhere")
     error = fails(5, "split", model, "--tp", 2)
     assert error["path"] == f"model/{name}" and error["found"] == str(Path("elsewhere").resolve())
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_what_a_symlink_leads_to_is_not_even_read(name: str) -> None:
+    model = llama(Path("model"), parts=2)
+    Path("secret").write_text("root:x:0:0")
+    (model / name).unlink()
+    (model / name).symlink_to("../secret")
+    assert fails(5, "plan", model, "--tp", 2)["path"] == f"model/{name}"
 
 
 def test_a_symlink_inside_the_model_is_fine() -> None:

@@ -8,8 +8,9 @@ import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tpshard.errors import CorruptError, DifferentError, TpshardError, Unsupport
 from tpshard.files import Files
 from tpshard.header import build_header
 from tpshard.publish import Settings
+from tpshard.report import PlanReport
 
 Made = Callable[..., Path]
 HEAD = 8  # of the made LLaMA: head_dim 64 / 8
@@ -181,9 +183,10 @@ def test_replicas_that_differ_are_found(gqa: Path, quick: Settings, tmp_path: Pa
     k = read_rank(out, 1, 4)["model.layers.0.self_attn.k_proj.weight"].data
     assert raw.count(k) == 1
     path.write_bytes(raw.replace(k, bytes([k[0] ^ 1]) + k[1:]))
-    for verb in (lambda: tpshard.merge(out, tmp_path / "merged"), lambda: tpshard.reshard(out, 2, tmp_path / "two")):
-        with pytest.raises(DifferentError, match="k_proj.weight: ranks that hold the same part of it differ"):
-            verb()
+    with pytest.raises(DifferentError, match="k_proj.weight: ranks that hold the same part of it differ"):
+        tpshard.merge(out, tmp_path / "merged", settings=quick)
+    with pytest.raises(DifferentError, match="k_proj.weight: ranks that hold the same part of it differ"):
+        tpshard.reshard(out, 2, tmp_path / "two", settings=quick)
     assert not (tmp_path / "merged").exists() and not (tmp_path / "two").exists()
     assert len(tpshard.check(out, settings=quick).differences) == 1
     assert len(tpshard.check(out, gqa, settings=quick).differences) == 1
@@ -271,7 +274,7 @@ def test_a_plan_reads_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     class Watched:
         def __init__(self, *args: Any) -> None:
-            self.stream = builtins.open(*args)
+            self.stream: IO[bytes] = builtins.open(*args)
 
         def __enter__(self) -> Watched:
             return self
@@ -284,43 +287,45 @@ def test_a_plan_reads_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
         def read(self, size: int) -> bytes:
             asked.append(size)
-            return bytes(self.stream.read(size))
+            return self.stream.read(size)
 
     def fail(*args: object) -> int:
         raise AssertionError("a plan reads no data")
 
     monkeypatch.setattr(headers, "open", Watched, raising=False)
     monkeypatch.setattr(Files, "preadv", fail)
-    tracemalloc.start()
-    report = tpshard.plan(model, 8)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    found: list[PlanReport] = []
+    assert peak_of(lambda: found.append(tpshard.plan(model, 8))) < 32_000_000
     assert 0 < sum(asked) < 1_000_000
-    assert peak < 32_000_000
+    (report,) = found
     assert report.rank_bytes == [report.rank_bytes[0]] * 8
     assert sum(report.rank_bytes) > 130e9
 
 
-def test_memory_stays_while_the_model_grows(tmp_path: Path) -> None:
+def peak_of(call: Callable[[], object]) -> int:
+    """The most bytes that Python held at once while the call ran."""
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_stays_while_the_model_grows(quick: Settings, tmp_path: Path) -> None:
     """4 MB and 64 MB: what split, check and merge hold at once is the same few blocks."""
-    peaks: dict[str, list[int]] = {"split": [], "check": [], "merge": []}
-    settings = Settings(workers=2, fsync=False)
+    peaks = []
     for layers in (2, 32):
         config = {
             "model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": layers,
             "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 1001,
         }  # fmt: skip
-        model, out = hollow(tmp_path / f"model{layers}", config), tmp_path / f"out{layers}"
-        for verb, call in {
-            "split": lambda model=model, out=out: tpshard.split(model, 4, out, settings=settings),
-            "check": lambda model=model, out=out: tpshard.check(out, model, settings=settings),
-            "merge": lambda out=out: tpshard.merge(out, tmp_path / f"{out.name}-merged", settings=settings),
-        }.items():
-            tracemalloc.start()
-            call()
-            peaks[verb].append(tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-    for small, large in peaks.values():
+        model, out, merged = (tmp_path / f"{name}{layers}" for name in ("model", "out", "merged"))
+        hollow(model, config)
+        split = peak_of(partial(tpshard.split, model, 4, out, settings=quick))
+        check = peak_of(partial(tpshard.check, out, model, settings=quick))
+        merge = peak_of(partial(tpshard.merge, out, merged, settings=quick))
+        peaks.append((split, check, merge))
+    for small, large in zip(*peaks, strict=True):
         assert large < 16_000_000
         assert large < small + 6_000_000  # of which the plan is a part
 

@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from toys import BITS, Bits, Tensor, bits_of, contents, of_bits, random_tensor, read, read_all, read_rank
 from toys import write_checkpoint as write_toy
@@ -447,7 +447,6 @@ def without_nan(tensor: Tensor) -> Tensor:
     return of_bits(tensor.dtype, bits)
 
 
-@settings(max_examples=30 if settings.default.derandomize else settings.default.max_examples)
 @given(toys(), st.sampled_from(sorted(CASTS)), blocks)
 def test_a_cast_is_torchs_and_survives_a_reshard(toy: Toy, dtype: str, block: int) -> None:
     original = toy.tensors()
@@ -513,7 +512,6 @@ def narrow_modules(draw: st.DrawFn) -> Toy:
     return Toy((ffn, vocab), (module,), 1, 0, 1, width, width)
 
 
-@settings(max_examples=200)
 @given(narrow_modules())
 def test_a_dtype_below_a_byte_is_cut_where_bytes_end_or_not_at_all(toy: Toy) -> None:
     with scratch() as place, running(5, 2) as how:

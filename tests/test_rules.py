@@ -199,7 +199,7 @@ def test_a_pattern_under_dims_that_matches_nothing_is_refused() -> None:
         ({"depth": 10**12}, r"layers 2, 3, 4, 5, 6, … missing", "model.layers.2.qkv.weight"),
     ],
 )
-def test_the_layers_are_those_of_the_config(change: dict[str, int], message: str, tensor: str) -> None:
+def test_the_layers_are_those_of_the_config(change: dict[str, Any], message: str, tensor: str) -> None:
     with pytest.raises(CorruptError, match=rf"model.layers.\*.qkv.weight: {message}") as error:
         run(**change)
     assert error.value.tensor == tensor
@@ -299,6 +299,7 @@ def test_a_class_of_layer_numbers_tells_layers_apart(order: tuple[int, int, int]
         ('"model."', "1", "prefix must be a string"),
         ('"row heads"', '"rows heads"', "rule 'rows heads': expected `column AXIS…`"),
         ('"row heads"', '"row"', "rule 'row': expected"),
+        ('"buffer"', '"drop"', "rule 'drop': expected"),
         ('"buffer"', '"buffer ffn"', "rule 'buffer ffn': expected"),
         ('"row heads"', '"row haeds"', "rule 'row haeds': 'haeds' is not an axis"),
         ("kv kv / kv", "kv kv / vk", "'vk' is not an axis"),
@@ -354,7 +355,7 @@ def test_an_unknown_model_type_is_refused_with_the_closest(model_type: str, clos
     assert "--rules FILE" in str(error.value.hint)
 
 
-@pytest.mark.parametrize("model_type", ["zzz", "../rules", "", "toy.toml", "*"])
+@pytest.mark.parametrize("model_type", ["zzz", "../rules", "../architectures/opt", "", "toy.toml", "*"])
 def test_a_model_type_like_no_other_is_refused_too(model_type: str) -> None:
     with pytest.raises(UnsupportedError) as error:
         find_architecture({"model_type": model_type}, None, "config.json")

@@ -108,7 +108,7 @@ def write_checkpoint(
     if len(files) < 2:
         write(directory / "model.safetensors", tensors)
         return directory
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05}-of-{len(files):05}.safetensors"
         write(directory / file, {name: tensors[name] for name in names})

@@ -12,16 +12,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tpshard.errors import CorruptError, LocalIOError, UnsafeError, UnsupportedError, UsageError
+from tpshard.errors import CorruptError, LocalIOError, TpshardError, UnsafeError, UnsupportedError, UsageError
 from tpshard.header import Header, TensorInfo, header_length, parse_header, read_header
 from tpshard.hub import SIDE_PATTERNS
 
 MANIFEST = "tpshard.json"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+REQUESTS = 8
+"""Headers of a Hub repo that are asked for at the same time."""
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files in which quantisation tools say what they did, some of them nowhere else."""
 
@@ -149,7 +152,8 @@ def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle
         return parsed, SourceFile(name, file.size, parsed.digest, file.sha256)
 
     config = read_config(hub.read_small(repo, "config.json"), f"{model}/config.json")
-    found = _weights(set(remote), lambda name: hub.read_small(repo, name), model, header, None)
+    read = partial(hub.read_small, repo)
+    found = _weights(set(remote), read, model, header, None, threads=REQUESTS)
     return Checkpoint(
         name=model,
         repo_id=repo.repo_id,
@@ -232,32 +236,10 @@ def _weights(
     header: ReadHeader,
     pickled: ReadHeader | None,
     only: str | None = None,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """Find the weight files among `names` and read their headers: the fields of Checkpoint that follow."""
-    weight_map: dict[str, str] | None = None
-    warnings: list[str] = []
-    total: object = None
-    if only is not None:
-        listed = [only]
-    elif "model.safetensors" in names:
-        listed = ["model.safetensors"]
-    elif SAFETENSORS_INDEX in names:
-        weight_map, total = _index(read(SAFETENSORS_INDEX), f"{place}/{SAFETENSORS_INDEX}")
-        listed = sorted(set(weight_map.values()))
-    elif "pytorch_model.bin" in names:
-        listed = ["pytorch_model.bin"]
-    elif PICKLE_INDEX in names:
-        weight_map, total = _index(read(PICKLE_INDEX), f"{place}/{PICKLE_INDEX}")
-        listed = sorted(set(weight_map.values()))
-    else:
-        others = sorted(name for name in names if name.endswith((".safetensors", ".bin", ".pth", ".pt")))
-        raise CorruptError(
-            "no weights found",
-            path=place,
-            expected="model.safetensors, or model.safetensors.index.json with its files",
-            found=", ".join(others[:4]) or "no weight file",
-            hint="name one file to use just that" if others else None,
-        )
+    listed, weight_map, total = _listing(names, read, place, only)
     if listed[0].endswith(".bin"):
         if pickled is None:
             raise UnsafeError(
@@ -269,16 +251,7 @@ def _weights(
     tensors: list[TensorInfo] = []
     files: list[SourceFile] = []
     file_of: dict[str, str] = {}
-    if missing := [] if weight_map is None else [name for name in listed if name not in names]:
-        raise CorruptError(
-            f"{missing[0]} is listed in the index but is not there",
-            path=place,
-            expected=f"{len(listed)} files",
-            found=f"{len(listed) - len(missing)} of them",
-            hint="download the checkpoint again",
-        )
-    for name in listed:
-        parsed, file = header(name)
+    for name, (parsed, file) in zip(listed, _each(header, listed, threads), strict=True):
         files.append(file)
         for tensor in parsed.tensors:
             if tensor.name in file_of:
@@ -294,9 +267,57 @@ def _weights(
     if weight_map is not None:
         _check_index(weight_map, file_of, place)
     size = sum(tensor.nbytes for tensor in tensors)
-    if total is not None and total != size:
-        warnings.append(f"the index says total_size {total}, the tensors have {size} bytes")
-    return {"tensors": tuple(tensors), "files": tuple(files), "file_of": file_of, "warnings": tuple(warnings)}
+    wrong = total is not None and total != size
+    warnings = (f"the index says total_size {total}, the tensors have {size} bytes",) if wrong else ()
+    return {"tensors": tuple(tensors), "files": tuple(files), "file_of": file_of, "warnings": warnings}
+
+
+def _listing(
+    names: set[str], read: Callable[[str], bytes], place: object, only: str | None
+) -> tuple[list[str], dict[str, str] | None, object]:
+    """The weight files to read, and of an index its weight_map and total_size. The order is transformers'."""
+    if only is not None:
+        return [only], None, None
+    for single, index in (("model.safetensors", SAFETENSORS_INDEX), ("pytorch_model.bin", PICKLE_INDEX)):
+        if single in names:
+            return [single], None, None
+        if index in names:
+            weight_map, total = _index(read(index), f"{place}/{index}")
+            listed = sorted(set(weight_map.values()))
+            if missing := [name for name in listed if name not in names]:
+                raise CorruptError(
+                    f"{missing[0]} is listed in the index but is not there",
+                    path=place,
+                    expected=f"{len(listed)} files",
+                    found=f"{len(listed) - len(missing)} of them",
+                    hint="download the checkpoint again",
+                )
+            return listed, weight_map, total
+    raise _no_weights(names, place)
+
+
+def _each(header: ReadHeader, names: list[str], threads: int) -> Iterable[tuple[Header, SourceFile]]:
+    if threads == 1:
+        return map(header, names)
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(header, names))
+
+
+def _no_weights(names: set[str], place: object) -> TpshardError:
+    expected = f"model.safetensors, or {SAFETENSORS_INDEX} with its files"
+    endings = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
+    others = sorted(name for name in names if name.endswith(endings))
+    if not others:
+        return CorruptError("no weights found", path=place, expected=expected, found="no weight file")
+    return UnsupportedError(
+        "no weights in a form that is read here",
+        path=place,
+        expected=expected,
+        found=", ".join(others[:4]),
+        hint="name a .safetensors file to use just that",
+    )
 
 
 def _index(raw: bytes, path: str) -> tuple[dict[str, str], object]:

@@ -119,6 +119,19 @@ def write_small(files: Files, path: Path, data: bytes, *, fsync: bool, tag: str 
         files.replace(temporary, str(path))
 
 
+def overwrite_small(files: Files, path: Path, data: bytes) -> None:
+    """Write a small file over itself, in one call; `data` has the same length each time.
+
+    Not through a rename: file systems flush what a rename replaces something with, and its removal then waits for that.
+    """
+    with about(path):
+        fd = files.open_write(str(path))
+        try:
+            write_exactly(files, fd, [memoryview(data)], 0)
+        finally:
+            files.close(fd)
+
+
 def sync_directory(files: Files, path: Path) -> None:
     """Make renames inside a directory durable, where the file system can."""
     with about(path):

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from math import prod
+from typing import TYPE_CHECKING
 
 from tpshard.box import Box, Shape, full
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.header import DTYPE_BITS
 from tpshard.rules import Axis, Cut
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ Deal = Mapping[str, tuple[tuple[int, int], ...]]
 """For each axis, each rank's half-open range of units."""
 
 
-def deal(axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction] | None, pad_to: int | None) -> Deal:
+def deal(axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None) -> Deal:
     """Give each rank its range of units of each axis.
 
     shares: relative weights of the ranks, or None for even shares, where a count that does not divide is refused.
@@ -74,7 +77,7 @@ def deal(axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction] | None, p
 
 
 def _deal_axis(
-    axis: Axis, axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction] | None, pad_to: int | None
+    axis: Axis, axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None
 ) -> tuple[tuple[int, int], ...]:
     count = padded(axis, tp, pad_to)
     group = axes[axis.group] if axis.group else None
@@ -111,7 +114,7 @@ def _deal_axis(
     return _ranges(sizes)
 
 
-def _apportion(axis: Axis, count: int, shares: Sequence[Fraction]) -> list[int]:
+def _apportion(axis: Axis, count: int, shares: Sequence[Fraction | int]) -> list[int]:
     """Divide `count` units by weight: each rank at least one, largest remainder first, then the lower rank."""
     if count < len(shares):
         raise UnsupportedError(
@@ -120,13 +123,13 @@ def _apportion(axis: Axis, count: int, shares: Sequence[Fraction]) -> list[int]:
             found=f"tp {len(shares)}",
         )
     total = sum(shares)
-    ideal = [count * share / total for share in shares]
-    sizes = [max(1, int(value)) for value in ideal]
+    ideal = [count * share for share in shares]  # in units of 1 / total, so that it is exact
+    sizes = [max(1, int(value // total)) for value in ideal]
     while sum(sizes) < count:
-        rank = max(range(len(sizes)), key=lambda r: (ideal[r] - sizes[r], -r))
+        rank = max(range(len(sizes)), key=lambda r: (ideal[r] - sizes[r] * total, -r))
         sizes[rank] += 1
     while sum(sizes) > count:
-        rank = min((r for r in range(len(sizes)) if sizes[r] > 1), key=lambda r: (ideal[r] - sizes[r], r))
+        rank = min((r for r in range(len(sizes)) if sizes[r] > 1), key=lambda r: (ideal[r] - sizes[r] * total, r))
         sizes[rank] -= 1
     return sizes
 
@@ -180,9 +183,9 @@ def listing(values: Sequence[int]) -> str:
     return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
 
 
-def equal_shares(tp: int) -> tuple[Fraction, ...]:
+def equal_shares(tp: int) -> tuple[int, ...]:
     """The shares of `--uneven` without weights."""
-    return (Fraction(1),) * tp
+    return (1,) * tp
 
 
 Interval = tuple[int, int, int]

@@ -170,7 +170,7 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
     """Refuse what must not be written, before the first byte."""
     files = settings.files
     if job.shared:
-        check_shared(work, _expected(job), job.small[MANIFEST], runs)
+        check_shared(work, _expected(job), job.small[MANIFEST], runs, _records(job))
     else:
         check_leftovers(files, work, _expected(job), runs, set(job.claims), overwrite=settings.overwrite)
     writer = Writer(
@@ -238,10 +238,14 @@ def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: b
             files.rmdir(str(work))
 
 
+def _records(job: Job) -> set[str]:
+    return set(job.records({output.name: None for output in job.plan.outputs}))
+
+
 def _expected(job: Job) -> set[str]:
     """Every name that a run of this job may have left in its directory."""
     finals = {output.name for output in job.plan.outputs}
-    small = set(job.small) | set(job.records({name: None for name in finals}))
+    small = set(job.small) | _records(job)
     journals = {journal_path(Path(), name).name for name in finals}
     names = finals | {name + PARTIAL for name in finals} | journals | small | set(job.claims)
     return names | {f".{name}.tmp" for name in small | journals}

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tpshard.checking import Difference
-from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import UsageError
 from tpshard.formats.native import Split
-from tpshard.formats.shards import ShardSet, is_shard_set, open_shards
 from tpshard.header import TensorInfo, nbytes, read_header
 from tpshard.layout import StoredTensor, largest_tp, padded, possible_tp, why_not
 from tpshard.rules import Axis, Cut
+
+if TYPE_CHECKING:
+    from tpshard.checking import Difference
+    from tpshard.formats.shards import ShardSet
 
 SCHEMA_VERSION = 1
 """Fields are only added within a version."""
@@ -201,6 +202,9 @@ class InspectReport:
 
 def inspect_path(path: Path) -> InspectReport:
     """Look at a path without loading it."""
+    from tpshard.checkpoint import open_checkpoint
+    from tpshard.formats.shards import is_shard_set, open_shards
+
     if not path.exists():
         raise UsageError("no such file or directory", path=path)
     if path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tpshard.checkpoint import MANIFEST, side_files
@@ -101,8 +101,13 @@ def check_leftovers(
         files.unlink(str(work / name))
 
 
-def check_shared(work: Path, expected: set[str], manifest: bytes, runs: Mapping[str, str]) -> None:
-    """A directory that several hosts write into is of this very set, and our ranks in it of these runs."""
+def check_shared(
+    work: Path, expected: set[str], manifest: bytes, runs: Mapping[str, str], records: Iterable[str]
+) -> None:
+    """A directory that several hosts write into is of this very set, and our ranks in it of these runs.
+
+    records: names of the files that say of a rank that it is complete.
+    """
     path = work / MANIFEST
     if not path.exists() and (found := strangers(work, expected, models=False)):
         raise TargetError(
@@ -116,6 +121,10 @@ def check_shared(work: Path, expected: set[str], manifest: bytes, runs: Mapping[
             "this directory holds another set",
             path=path,
             hint="every host must give the same model, revision and options; or give another directory with -o",
+        )
+    if done := [name for name in records if (work / name).exists()]:
+        raise TargetError(
+            "another run has just finished here", path=work / done[0], hint="give the command again if ranks are missing"
         )
     if others := other_runs(work, runs):
         raise TargetError(

@@ -22,11 +22,11 @@ from tpshard.files import (
     about,
     boot_id,
     local_error,
+    overwrite_small,
     read_exactly,
     sync_directory,
     unlink_if_there,
     write_exactly,
-    write_small,
 )
 from tpshard.header import nbytes
 from tpshard.lower import FlatStep, operations
@@ -35,6 +35,7 @@ from tpshard.planning import OutputFile, Plan, Transfer
 PARTIAL = ".partial"
 FLUSH = 128 << 20
 """Bytes of one file that may be written before they are flushed and journalled."""
+_JOURNAL = 512  # bytes of a journal: one sector, so that it is never half of another one
 _HASH = 8 << 20  # bytes hashed before a worker looks for other work
 _READ = 1 << 20
 
@@ -203,7 +204,7 @@ class Writer:
             "sha256": file.sha256,
             "boot": None if self.fsync else boot_id(),
         }
-        write_small(self.files, file.journal, json.dumps(note).encode(), fsync=False)
+        overwrite_small(self.files, file.journal, json.dumps(note).encode().ljust(_JOURNAL))
 
     def _is_written(self, index: int) -> bool:
         step = self.plan.steps[index]

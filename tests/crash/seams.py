@@ -288,5 +288,3 @@ def survived() -> Iterator[list[BaseException]]:
         if isinstance(error, (KeyboardInterrupt, AssertionError)):
             raise
         ended.append(error)
-
-

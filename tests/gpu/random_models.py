@@ -72,9 +72,9 @@ def opt_tensors(config: dict[str, Any]) -> Iterator[Shape]:
 
 
 def shapes(name: str, small: bool) -> tuple[dict[str, Any], list[Shape]]:
-    """Config and tensors of llama-1b, llama-7b, gpt2 or opt, or of a small model of that kind."""
+    """Config and tensors of llama-1b, llama-7b, gpt2 or opt, or of a small llama, gpt2 or opt."""
     if name.startswith("llama"):
-        sizes = LLAMA_SMALL if small else {"llama-1b": LLAMA_1B, "llama-7b": LLAMA_7B}[name]
+        sizes = LLAMA_SMALL if small else LLAMA_7B if name == "llama-7b" else LLAMA_1B
         config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **LLAMA, **sizes}
         return config, [(tensor, shape) for tensor, _, shape in llama_tensors(config)]
     if name == "gpt2":

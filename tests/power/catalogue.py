@@ -21,9 +21,9 @@ from tpshard.verify.families import describe
 from tpshard.verify.faults import FAULTS
 from tpshard.verify.group import Threads
 from tpshard.verify.native import exceeded, native_logits, native_metrics, teacher_tokens
-from tpshard.verify.run import prompt_ids
+from tpshard.verify.prepare import prompt_ids
 from tpshard.verify.shards import open_shards, open_source, resident
-from tpshard.verify.weights import Replaced, Store, Weights
+from tpshard.verify.weights import Store, Weights
 
 WIDTHS = (2, 4)
 DTYPE = torch.bfloat16
@@ -70,10 +70,9 @@ def top_contained(x: Tensor, y: Tensor, count: int = TOP) -> bool:
 def changed(clean: Sequence[Weights], mutant: Sequence[Weights]) -> dict[str, set[int]]:
     """The modules whose tensors differ, and in which ranks."""
     found: dict[str, set[int]] = {}
-    for rank, weights in enumerate(mutant):
-        assert isinstance(weights, Replaced)
-        for name, tensor in weights.changes.items():
-            if not torch.equal(tensor, clean[rank].get(name)):
+    for rank, (before, after) in enumerate(zip(clean, mutant, strict=True)):
+        for name in before.names():
+            if not torch.equal(after.get(name), before.get(name)):
                 found.setdefault(name.rpartition(".")[0], set()).add(rank)
     return found
 

@@ -8,14 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from checkpoints import make
 
 import tpshard
 from tpshard.errors import UnsupportedError
 from tpshard.publish import Settings
+from tpshard.verify import machine, prepare
 from tpshard.verify.run import verify
 
+# Matrices of these sizes are cut into several blocks where the weights are streamed.
+BLOCK_BYTES = 1 << 12
 DTYPES = ("float32", "bfloat16", "float16")
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "gpt_neo", "bloom",
@@ -37,17 +41,21 @@ class Drawn:
     reason: str
     missed: list[str]
     ratio: float
+    token_ratio: float
+    kl_ratio: float
 
 
-def config(rng: random.Random, family: str) -> tuple[str, dict[str, Any]]:
-    """A variant to start from, and sizes that replace its own."""
-    heads, head = rng.randint(2, 12), rng.choice((4, 8, 12, 16))
-    layers, ffn = rng.randint(1, 4), rng.randint(9, 200)
+def config(rng: random.Random, family: str, unit: int) -> tuple[str, dict[str, Any]]:
+    """A variant to start from, and sizes that replace its own; heads and MLP are multiples of `unit`."""
+    heads, head = unit * rng.randint(1, max(2, 12 // unit)), rng.choice((4, 8, 12, 16))
+    layers, ffn = rng.randint(1, 4), unit * rng.randint(9, 200 // unit)
     vocab = {"vocab_size": rng.randint(60, 400)}
     groups = rng.randint(1, 3)
     if family in ("llama", "mistral", "qwen2", "qwen3", "gemma2"):
-        kv = rng.randint(1, 6)
-        heads = kv * groups
+        # Every other even split repeats its KV heads, where the width has a divisor to have so few of.
+        few = rng.choice([n for n in range(1, unit + 1) if unit % n == 0])
+        kv = few if rng.random() < 0.5 else unit * rng.randint(1, max(1, 6 // unit))
+        heads = unit * groups if kv == few else kv * groups
         start = {
             "llama": ["llama", "llama-mha-bias", "llama-tied", "llama-rope-llama3", "llama-rope-yarn"],
             "mistral": ["mistral", "mistral-sliding"],
@@ -61,9 +69,9 @@ def config(rng: random.Random, family: str) -> tuple[str, dict[str, Any]]:
         }  # fmt: skip
         # Qwen 2 has no head_dim of its own; elsewhere the stream need not be as wide as the heads together.
         free = family != "qwen2"
-        sizes |= {"hidden_size": heads * rng.choice((4, 8, 12)), "head_dim": head} if free else {
-            "hidden_size": heads * head
-        }
+        sizes |= (
+            {"hidden_size": heads * rng.choice((4, 8, 12)), "head_dim": head} if free else {"hidden_size": heads * head}
+        )
         return rng.choice(start), vocab | sizes
     width = heads * head
     if family == "gpt2":
@@ -106,9 +114,9 @@ def draw(seed: int, folder: Path) -> Drawn | None:
     """One random model, split and judged; None when those sizes cannot be split so, which is no matter of verify's."""
     rng = random.Random(seed)
     family = FAMILIES[seed % len(FAMILIES)]
-    name, sizes = config(rng, family)
     dtype, tp = rng.choice(DTYPES), rng.choice((2, 2, 3, 4, 4, 5, 6, 8))
     how: dict[str, Any] = rng.choice(({}, {"uneven": True}, {"shares": [rng.randint(1, 4) for _ in range(tp)]}))
+    name, sizes = config(rng, family, 1 if how else tp)
     options = {"sequence_parallel": rng.random() < 0.3, "stream": rng.random() < 0.3, "float32": rng.random() < 0.2}
     model, out = folder / "model", folder / "shards"
     try:
@@ -117,7 +125,8 @@ def draw(seed: int, folder: Path) -> Drawn | None:
             tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
         except UnsupportedError:
             return None
-        verdict = verify(out, model, device="cpu", tokens=4, seed=seed, **options)
+        with patch.object(machine, "BLOCK_BYTES", BLOCK_BYTES), patch.object(prepare, "BLOCK_BYTES", BLOCK_BYTES):
+            verdict = verify(out, model, device="cpu", tokens=4, seed=seed, **options)
     finally:
         shutil.rmtree(model, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
@@ -132,7 +141,7 @@ def draw(seed: int, folder: Path) -> Drawn | None:
         verdict=verdict.verdict,
         reason=verdict.reason or "",
         missed=[canary.name for canary in verdict.canaries if canary.status == "missed"],
-        ratio=native.metrics.get("ratio", float("nan")),
+        **{name: native.metrics.get(name, float("inf")) for name in ("ratio", "token_ratio", "kl_ratio")},
     )
 
 

@@ -10,14 +10,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpshard import __version__
 from tpshard.box import volume
 from tpshard.layout import Deal, Layout, Mesh, StoredTensor, deal, equal_shares, shard
 from tpshard.model import Model
 from tpshard.planning import OutputFile, assert_coverage, output_file, parts_by_size
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 FORMAT_VERSION = 1
 DEFAULT_MAX_FILE_SIZE = 50_000_000_000
@@ -33,10 +35,10 @@ class Options:
     pad_vocab_to: int | None = None
     max_file_size: int = DEFAULT_MAX_FILE_SIZE
 
-    def weights(self) -> tuple[Fraction, ...] | None:
+    def weights(self) -> tuple[Fraction | int, ...] | None:
         """The ranks' relative shares, None for even ones."""
         if self.shares is not None:
-            return tuple(Fraction(share) for share in self.shares)
+            return tuple(weight(share) for share in self.shares)
         return equal_shares(self.tp) if self.uneven else None
 
 
@@ -161,6 +163,13 @@ def _dump(data: Mapping[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
+def weight(share: str) -> Fraction:
+    """A rank's share as the user writes it, exactly; ValueError or ZeroDivisionError when it is no number."""
+    from fractions import Fraction  # and decimal with it: only for those who give shares
+
+    return Fraction(share)
+
+
 def share_texts(shares: Sequence[str]) -> tuple[str, ...]:
     """Shares in their shortest exact form, so that `0.50` and `0.5` are one option."""
-    return tuple(str(Fraction(share)) for share in shares)
+    return tuple(str(weight(share)) for share in shares)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from tpshard.verify.compare import EXACT_LIMIT, FLOAT32_LIMIT, Setup, no_tf32, t
 from tpshard.verify.faults import FAULTS
 from tpshard.verify.native import exceeded, native_metrics
 from tpshard.verify.probes import relative
+from tpshard.verify.verdict import Canary
 from tpshard.verify.weights import Weights
 
 CANARIES = (
@@ -35,30 +36,18 @@ BETWEEN_RANKS = ("rank-files-exchanged", "heads-swapped-between-ranks", "wrong-k
 VISIBLE = 3.0
 
 
-@dataclass(frozen=True)
-class Canary:
-    """One fault as judged by a tier: caught, missed, or too small to be seen in the tier's dtype."""
-
-    name: str
-    tier: str
-    status: str
-    error: float
-
-
 def _small(setup: Setup) -> Setup:
     """The model cut down to embedding, its first layer that is compared, and head: enough to see a fault there."""
     return replace(setup, layers=setup.which()[:1], sequence_parallel=False)
 
 
-def _mutants(setup: Setup, *, structural: bool) -> list[tuple[str, list[Weights]]]:
-    found = []
+def _mutants(setup: Setup, *, structural: bool) -> Iterator[tuple[str, list[Weights]]]:
     for name in CANARIES:
         fault = FAULTS[name]
         if (len(setup.ranks) > 1 or name not in BETWEEN_RANKS) and (fault.structural or not structural):
             mutant = fault.mutant(setup.family, setup.ranks, setup.which()[0])
             if mutant is not None:
-                found.append((name, mutant))
-    return found
+                yield name, mutant
 
 
 def _error(setup: Setup, ranks: Sequence[Weights], dtype: torch.dtype, wanted: Tensor) -> float:

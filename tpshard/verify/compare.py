@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from tpshard.verify.decoder import Decoder, Probe
 from tpshard.verify.family import Family
 from tpshard.verify.group import Group, Processes, Single, Threads
 from tpshard.verify.layers import Cache
-from tpshard.verify.probes import Finding, Recorder, Replayer, relative
+from tpshard.verify.probes import Recorder, Replayer, relative
+from tpshard.verify.verdict import Finding, Place, Tier, layer_of
 from tpshard.verify.weights import Weights
 
 EXACT_LIMIT = 1e-12
@@ -25,7 +25,8 @@ class Setup:
     """What is compared, and how: source and ranks hold the weights, `team` runs the ranks.
 
     `layers` None means all; others are left out of both sides. `block_bytes` bounds what is in memory of a matrix.
-    `wide` may hold the source in float64, so that it is not converted at every use.
+    `keep_ranks` says that the ranks are in memory even though the source is streamed. `wide` may hold the source in
+    float64, so that it is not converted at every use. `say` takes lines about the progress.
     """
 
     family: Family
@@ -37,7 +38,9 @@ class Setup:
     layers: tuple[int, ...] | None = None
     block_bytes: int | None = None
     sequence_parallel: bool = False
+    keep_ranks: bool = False
     wide: Weights | None = None
+    say: Callable[[str], None] = lambda line: None
 
     def which(self) -> tuple[int, ...]:
         return tuple(range(self.family.layers)) if self.layers is None else self.layers
@@ -45,14 +48,21 @@ class Setup:
     def reference(self, dtype: torch.dtype, probe: Probe | None = None, *, hold: bool = False) -> Decoder:
         """The unsharded model."""
         source = self.wide if self.wide is not None and dtype == torch.float64 else self.source
-        return self._decoder(source, Single(), dtype, probe, hold)
+        return self._decoder(source, Single(), dtype, probe, hold, self.block_bytes)
 
     def sharded(self, group: Group, dtype: torch.dtype, probe: Probe | None = None, *, hold: bool = False) -> Decoder:
         """A rank's share of the sharded model; sequence-parallel, if asked for, only where no probe looks on."""
-        return self._decoder(self.ranks[group.rank], group, dtype, probe, hold)
+        block_bytes = None if self.keep_ranks else self.block_bytes
+        return self._decoder(self.ranks[group.rank], group, dtype, probe, hold, block_bytes)
 
     def _decoder(
-        self, weights: Weights, group: Group, dtype: torch.dtype, probe: Probe | None, hold: bool
+        self,
+        weights: Weights,
+        group: Group,
+        dtype: torch.dtype,
+        probe: Probe | None,
+        hold: bool,
+        block_bytes: int | None,
     ) -> Decoder:
         return Decoder(
             self.family,
@@ -62,8 +72,8 @@ class Setup:
             device=self.device,
             sequence_parallel=self.sequence_parallel and probe is None and group.size > 1,
             probe=probe,
-            block_bytes=self.block_bytes,
-            hold=hold and self.block_bytes is not None,
+            block_bytes=block_bytes,
+            hold=hold and block_bytes is not None,
         )
 
 
@@ -119,36 +129,6 @@ def through(decoder: Decoder, steps: Sequence[Tensor], layers: Sequence[int]) ->
     return moving.logits()
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where something differs most, or first."""
-
-    module: str
-    layer: int | None
-    rank: int | None
-    error: float
-
-
-@dataclass(frozen=True)
-class Tier:
-    """What a tier found. `status` is pass, fail, inconclusive or skipped; `reason` a sentence when it is not pass."""
-
-    name: str
-    status: str
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    worst: Place | None = None
-    first: Place | None = None
-    findings: tuple[Finding, ...] = ()
-    reason: str | None = None
-
-
-def layer_of(module: str) -> int | None:
-    """The layer number in a module's name, None outside the layers."""
-    match = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", module)
-    return int(match[1]) if match else None
-
-
 def place(finding: Finding) -> Place:
     return Place(finding.inside or finding.module, layer_of(finding.module), finding.rank, finding.error)
 
@@ -169,6 +149,7 @@ def lockstep(setup: Setup, dtype: torch.dtype, limit: float, *, wide: torch.dtyp
         for stage in whole.stages:
             if team.leads(group):
                 recorder.records.clear()
+                setup.say(f"stage {stage + 1} of {len(whole.stages)}, module by module")
                 whole.advance(stage)
             group.barrier()
             plain.advance(stage)

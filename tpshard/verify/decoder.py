@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -114,12 +114,12 @@ class Decoder:
         q, kv, ffn = ranks[rank]
         return Share(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits [B, S, vocab] of token ids [B, S], which follow those in the cache."""
+    def forward(self, ids: Tensor, cache: Cache | None = None, layers: Sequence[int] | None = None) -> Tensor:
+        """Logits [B, S, vocab] of token ids [B, S], which follow those in the cache; through all layers, or these."""
         cache = cache if cache is not None else Cache()
         positions = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)
         x = self.embed(ids, positions)
-        for i in range(self.family.layers):
+        for i in range(self.family.layers) if layers is None else layers:
             x = self.layer(i, x, positions, cache)
         cache.length += ids.shape[1]
         return self.head(x)
@@ -132,9 +132,7 @@ class Decoder:
 
         def look_up(_: Tensor) -> Tensor:
             partial = lookup.partial(ids)
-            self.probe.summand(
-                name, partial, lambda i, n: lookup.partial(ids, i, n), self.first_vocab, self.vocab_rows
-            )
+            self.probe.summand(name, partial, lambda i, n: lookup.partial(ids, i, n), self.first_vocab, self.vocab_rows)
             return lookup.join(partial)
 
         x = self.probe.module(name, look_up, ids)
@@ -245,9 +243,11 @@ class Decoder:
             # "heads" is the case of "groups" where a group has one q head.
             grouped = parts[0].view(*parts[0].shape[:-1], share.kv, share.q // share.kv + 2, d)
             q, k, v = grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :]
-        names = [self.store.full(name) for name in names] if family.fused is None else [
-            f"{letter} of {self.store.full(names[0])}" for letter in "qkv"
-        ]
+        names = (
+            [self.store.full(name) for name in names]
+            if family.fused is None
+            else [f"{letter} of {self.store.full(names[0])}" for letter in "qkv"]
+        )
         for name, part, first in zip(names, (q, k, v), (share.first_q, share.first_kv, share.first_kv), strict=True):
             self.probe.share(name, part.flatten(-2), first * d)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tpshard.verify.family import Family
-from tpshard.verify.weights import Replaced, Store, Weights
+from tpshard.verify.weights import Borrowed, Replaced, Store, Weights
 
 
 class Bench:
@@ -30,6 +30,7 @@ class Bench:
         self.stores = [Store(weights, family, torch.float32, cpu, rank) for rank, weights in enumerate(ranks)]
         self.held = [store.held(layer) for store in self.stores]
         self.changes: list[dict[str, Tensor]] = [{} for _ in ranks]
+        self.borrowed: list[dict[str, Weights]] = [{} for _ in ranks]
 
     @property
     def tp(self) -> int:
@@ -92,10 +93,22 @@ class Bench:
 
     def mutant(self) -> list[Weights] | None:
         """The damaged ranks; None when not one bit is different."""
-        for weights, changes in zip(self.ranks, self.changes, strict=True):
-            if any(not torch.equal(tensor.cpu(), weights.get(name).cpu()) for name, tensor in changes.items()):
-                return [Replaced(w, c) for w, c in zip(self.ranks, self.changes, strict=True)]
+        for weights, changes, borrowed in zip(self.ranks, self.changes, self.borrowed, strict=True):
+            if any(not torch.equal(tensor.cpu(), weights.get(name).cpu()) for name, tensor in changes.items()) or any(
+                not _same(weights, other, name) for name, other in borrowed.items()
+            ):
+                whole = zip(self.ranks, self.borrowed, self.changes, strict=True)
+                return [Replaced(Borrowed(w, b), c) for w, b, c in whole]
         return None
+
+
+def _same(one: Weights, other: Weights, name: str, step: int = 1024) -> bool:
+    """Whether two ranks' tensors of one shape are equal, a few rows at a time: an embedding is large."""
+    rows = one.shape(name)[0] if one.shape(name) else 0
+    if not rows:
+        return torch.equal(one.get(name).cpu(), other.get(name).cpu())
+    blocks = ((at, min(at + step, rows)) for at in range(0, rows, step))
+    return all(torch.equal(one.rows(name, *at).cpu(), other.rows(name, *at).cpu()) for at in blocks)
 
 
 @dataclass(frozen=True)
@@ -129,7 +142,7 @@ def _exchange(bench: Bench, order: Sequence[int], wanted: Callable[[str], bool])
     for rank, source in enumerate(order):
         for name in bench.ranks[rank].names():
             if wanted(name) and bench.ranks[rank].shape(name) == bench.ranks[source].shape(name):
-                bench.changes[rank][name] = bench.ranks[source].get(name)
+                bench.borrowed[rank][name] = bench.ranks[source]
 
 
 def _two_swapped(tp: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,7 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tpshard.errors import TpshardError
+
 T = TypeVar("T")
+HEADER = 8
+"""Numbers that precede every exchange between processes: the number of dims, and as many sizes."""
 
 
 def slice_of(total: int, size: int, rank: int) -> tuple[int, int]:
@@ -154,6 +159,20 @@ class Threads:
         assert size >= 1
         self.size = size
 
+    @property
+    def here(self) -> range:
+        """The ranks that this process runs: all."""
+        return range(self.size)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()`, without gradients: this is the only process."""
+        with torch.no_grad():
+            return work()
+
+    def once(self, work: Callable[[], T]) -> T:
+        """`work()`, without gradients: this is the only process."""
+        return self.together(work)
+
     def leads(self, group: Group) -> bool:
         """Whether this rank must do what is done once per process."""
         return group.rank == 0
@@ -195,37 +214,47 @@ class Distributed(Group):
     """A process of torch.distributed (its default group must be up): NCCL, or gloo for any device and dtype.
 
     Sums over gloo are made here, from an all-gather of bytes: gloo itself lacks some dtypes, has no CUDA, and adds in
-    an order of its own.
+    an order of its own. Every collective begins with all ranks' shapes, so that a rank which failed can say so instead
+    of leaving the others to wait.
     """
 
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self.native = dist.get_backend() == "nccl"
+        self.where = torch.device("cuda", torch.cuda.current_device()) if self.native else torch.device("cpu")
+
+    def announce(self, shape: Sequence[int] | None) -> list[tuple[int, ...]]:
+        """Every rank's shape. None says that this rank failed, which ends the collective on all of them."""
+        mine = [-1] if shape is None else [len(shape), *shape]
+        assert len(mine) <= HEADER
+        header = torch.tensor(mine + [0] * (HEADER - len(mine)), device=self.where)
+        headers = [torch.empty_like(header) for _ in range(self.size)]
+        dist.all_gather(headers, header)
+        shapes = [each.tolist() for each in headers]
+        if any(each[0] < 0 for each in shapes):
+            raise _Stopped
+        return [tuple(each[1 : 1 + each[0]]) for each in shapes]
 
     def exchange(self, x: Tensor) -> list[Tensor]:
-        where = x.device if self.native else torch.device("cpu")
-        shape = torch.tensor(x.shape, dtype=torch.int64, device=where)
-        shapes = [torch.empty_like(shape) for _ in range(self.size)]
-        dist.all_gather(shapes, shape)
-        sizes = [tuple(int(n) for n in each) for each in shapes]
+        sizes = self.announce(x.shape)
         lengths = [torch.Size(each).numel() * x.element_size() for each in sizes]
-        mine = torch.zeros(max(lengths), dtype=torch.uint8, device=where)
+        mine = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device=self.where)
         if x.numel():
-            mine[: lengths[self.rank]] = x.detach().contiguous().to(where).flatten().view(torch.uint8)
+            mine[: lengths[self.rank]] = x.detach().contiguous().to(self.where).flatten().view(torch.uint8)
         others = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(others, mine)
         parts = zip(others, lengths, sizes, strict=True)
         return [raw[:length].view(x.dtype).reshape(size).to(x.device) for raw, length, size in parts]
 
     def exchange_object(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        raw = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        return [pickle.loads(bytes(each.tolist())) for each in self.exchange(raw)]
 
     def all_reduce(self, x: Tensor) -> Tensor:
         if not self.native:
             return super().all_reduce(x)
+        self.announce(x.shape)
         total = x.contiguous().clone()
         dist.all_reduce(total)
         return total
@@ -237,12 +266,54 @@ class Processes:
     def __init__(self) -> None:
         self.group = Distributed()
         self.size = self.group.size
+        self.shared: BaseException | None = None  # an error that all ranks know already
+
+    @property
+    def here(self) -> range:
+        """The ranks that this process runs."""
+        return range(self.group.rank, self.group.rank + 1)
 
     def run(self, work: Callable[[Group], T]) -> list[T]:
         """`work(group)` on this rank; every rank's result, in rank order, on every rank."""
-        with torch.no_grad():
-            return self.group.exchange_object(work(self.group))
+        return self.together(lambda: self.group.exchange_object(work(self.group)))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()`, without gradients, in every process; the first error of any rank is raised on all of them."""
+        failed: Exception | None = None
+        try:
+            with torch.no_grad():
+                result = work()
+            self.group.announce(())
+            return result
+        except _Stopped:
+            pass
+        except Exception as error:
+            if error is self.shared:
+                raise
+            failed = error
+            try:
+                self.group.announce(None)
+            except _Stopped:
+                pass
+            except RuntimeError:  # the group itself broke: nobody is there to be told
+                raise error from None
+        told = self.group.exchange_object(None if failed is None else _portable(failed, self.group.rank))
+        self.shared = next(error for error in told if error is not None)
+        raise self.shared
+
+    def once(self, work: Callable[[], T]) -> T:
+        """`work()` on rank 0 alone; its result on every rank."""
+        found: list[Any] = self.run(lambda group: work() if group.rank == 0 else None)
+        result: T = found[0]
+        return result
 
     def leads(self, group: Group) -> bool:
         """Whether this rank must do what is done once per process."""
         return True
+
+
+def _portable(error: Exception, rank: int) -> Exception:
+    """An error that another process can raise: an unexpected one becomes a RuntimeError with its text."""
+    if isinstance(error, (TpshardError, OSError, torch.OutOfMemoryError)):
+        return error
+    return RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")

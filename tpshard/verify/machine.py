@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 
 from tpshard.errors import LocalIOError, UsageError
 from tpshard.verify.family import Family
-from tpshard.verify.shards import FileWeights
+from tpshard.verify.shards import FileWeights, elements, needed
 
 BLOCK_BYTES = 1 << 26
 # Of the memory that is free, how much verify plans to fill; the rest is for everyone else.
@@ -25,9 +25,12 @@ class Need:
     resident: int
     streamed: int
 
-    def choose(self, stream: bool | None, device: torch.device) -> bool:
-        """Whether to stream: as asked, or because memory asks for it. LocalIOError when even that is too much."""
-        free = int(available(device) * FILL)
+    def choose(self, stream: bool | None, device: torch.device, sharing: int = 1) -> bool:
+        """Whether to stream: as asked, or because memory asks for it. LocalIOError when even that is too much.
+
+        `sharing` processes use this device's memory at once.
+        """
+        free = int(available(device) * FILL) // sharing
         stream = self.resident > free if stream is None else stream
         if (self.streamed if stream else self.resident) > free:
             raise LocalIOError(
@@ -39,18 +42,53 @@ class Need:
         return stream
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a process has to go through: elements and stored bytes of the source, and of the ranks that it runs."""
+
+    source: int
+    source_bytes: int
+    shards: int
+    shard_bytes: int
+    layers: int
+    largest: int
+    """Elements of the largest matrix."""
+
+
+def load(source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int], here: range) -> Load:
+    """The load of the ranks `here`, of these layers."""
+    names = needed(source, layers)
+    mine = [(rank, needed(rank, layers)) for rank in (ranks[i] for i in here)]
+    return Load(
+        source=elements(source, names),
+        source_bytes=sum(source.infos[name].nbytes for name in names),
+        shards=sum(elements(rank, used) for rank, used in mine),
+        shard_bytes=sum(rank.infos[name].nbytes for rank, used in mine for name in used),
+        layers=max(1, len(layers)),
+        largest=max(elements(source, [name]) for name in names),
+    )
+
+
 def estimate(
-    family: Family, source: FileWeights, ranks: Sequence[FileWeights], *, here: int, native: bool, positions: int
+    family: Family, load: Load, *, here: int, native: bool, positions: int, widened: bool, apart: bool
 ) -> Need:
-    """What a run needs beyond the interpreter: `here` ranks in this process, `positions` of all prompts together."""
-    whole, shard = source.elements, max(rank.elements for rank in ranks) * here
-    kept = 8 * (whole + shard)
-    if native:
-        kept = max(kept, 8 * whole + source.nbytes + sum(rank.nbytes for rank in ranks[:here]))
+    """What a run needs beyond the interpreter: `here` ranks in this process, `positions` of all prompts together.
+
+    `widened`: weights that are kept are kept in float64, else as stored and widened at each use. `apart`: the ranks are
+    processes of their own, which keep their shards at most, never the source.
+    """
     logits = 8 * positions * family.vocab * (here + 4)
     # Streaming keeps a layer in the checkpoint's dtype for decoding, and records one layer's activations.
-    layer = source.nbytes // family.layers if native else 0
-    return Need(kept + logits, 8 * BLOCK_BYTES + 2 * layer + logits)
+    layer = load.source_bytes // load.layers if native else 0
+    streamed = 8 * BLOCK_BYTES + 2 * layer + logits
+    if apart:
+        return Need(load.shard_bytes + 16 * load.largest + streamed, streamed)
+    if not widened:
+        return Need(load.source_bytes + load.shard_bytes + 16 * load.largest + logits, streamed)
+    kept = 8 * (load.source + load.shards)
+    if native:
+        kept = max(kept, 8 * load.source + load.source_bytes + load.shard_bytes)
+    return Need(kept + logits, streamed)
 
 
 def available(device: torch.device) -> int:

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tpshard.verify.compare import Place, Setup, Tier, lockstep, place, through
+from tpshard.verify.compare import Setup, lockstep, place, through
 from tpshard.verify.group import Threads
 from tpshard.verify.layers import Cache
-from tpshard.verify.probes import Finding
+from tpshard.verify.verdict import Finding, Place, Tier
 
 NATIVE_LIMITS = {"ratio": 1.5, "token_ratio": 2.0, "kl_ratio": 2.0}
 
@@ -22,7 +22,7 @@ def teacher_tokens(setup: Setup, tokens: int) -> list[Tensor]:
     decoder, cache = setup.reference(torch.float64), Cache()
     steps = [setup.prompt]
     for _ in range(tokens):
-        steps.append(decoder.forward(steps[-1], cache)[:, -1:].argmax(-1))
+        steps.append(decoder.forward(steps[-1], cache, setup.which())[:, -1:].argmax(-1))
     return steps
 
 
@@ -96,7 +96,7 @@ def worst_module(setup: Setup, dtype: torch.dtype) -> tuple[Place, list[Finding]
 
     The findings' errors are those ratios.
     """
-    alone = replace(setup, ranks=[setup.source], team=Threads(1), sequence_parallel=False)
+    alone = replace(setup, ranks=[setup.source], team=Threads(1), sequence_parallel=False, keep_ranks=False)
     _, unsharded = lockstep(alone, dtype, math.inf, wide=torch.float64)
     _, sharded = lockstep(setup, dtype, math.inf, wide=torch.float64)
     floor = float(torch.finfo(dtype).eps) / 4

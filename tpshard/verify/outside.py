@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from tpshard.errors import UnsupportedError
-from tpshard.verify.compare import Setup, Tier, no_tf32, through
+from tpshard.verify.compare import Setup, no_tf32, through
 from tpshard.verify.probes import relative
+from tpshard.verify.verdict import Tier
 
 # Its norms and rotary tables are float32 inside a float64 model, which is 2e-7 off.
 LIMIT = 1e-5
@@ -21,7 +22,7 @@ def against_transformers(setup: Setup, source: Path) -> Tier:
     except ImportError:
         raise UnsupportedError("this needs transformers", hint="pip install 'tpshard[transformers]'") from None
     if setup.layers is not None:
-        return Tier("transformers", "skipped", reason="transformers runs all layers, and --layers asks for some")
+        return Tier("transformers", "inconclusive", reason="transformers runs all layers, and --layers asks for some")
     # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.
     attention = "eager" if setup.family.softcap is not None else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(

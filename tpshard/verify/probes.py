@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tpshard.verify.decoder import Probe, Summand
+from tpshard.verify.verdict import Finding
 
 
 def relative(x: Tensor, reference: Tensor) -> float:
@@ -52,16 +53,6 @@ class Recorder(Probe):
 
     def summand(self, name: str, partial: Tensor, compute: Summand, first: int, count: int) -> None:
         self.summands[name] = compute
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One module of one rank, fed the reference's input: its relative error, and what inside it differs first."""
-
-    module: str
-    rank: int
-    error: float
-    inside: str | None = None
 
 
 class Replayer(Probe):

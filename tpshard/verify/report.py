@@ -10,8 +10,7 @@ from pathlib import Path
 from xml.sax.saxutils import quoteattr
 
 from tpshard.errors import LocalIOError, UsageError
-from tpshard.verify.compare import Place, Tier, layer_of
-from tpshard.verify.verdict import Verdict
+from tpshard.verify.verdict import Place, Tier, Verdict, layer_of
 
 
 def to_json(verdict: Verdict) -> str:
@@ -27,7 +26,7 @@ def to_junit(verdict: Verdict) -> str:
         body = ""
         if tier.status in ("fail", "inconclusive"):
             failures += 1
-            body = f'<failure type={quoteattr(tier.status)}>{escape(tier.reason or tier.status)}</failure>'
+            body = f"<failure type={quoteattr(tier.status)}>{escape(tier.reason or tier.status)}</failure>"
         elif tier.status == "skipped":
             skipped += 1
             body = f"<skipped message={quoteattr(tier.reason or '')}/>"
@@ -60,22 +59,22 @@ def _where(place: Place | None) -> str:
     return f"{place.module}{rank} ({_figure(place.error)})"
 
 
-def _rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
+def rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
     """Per tier: name, status, the judged figures with their limits, the worst place."""
-    rows = []
+    found = []
     for tier in verdict.tiers:
         judged = [
             f"{name} {_figure(tier.metrics[name])} (limit {_figure(limit)})"
             for name, limit in tier.thresholds.items()
             if name in tier.metrics
         ]
-        rows.append((tier.name, tier.status, ", ".join(judged), _where(tier.first or tier.worst)))
-    return rows
+        found.append((tier.name, tier.status, ", ".join(judged), _where(tier.first or tier.worst)))
+    return found
 
 
-def _caught(verdict: Verdict) -> str:
-    caught = sum(canary.status == "caught" for canary in verdict.canaries)
-    return f"{caught} of {len(verdict.canaries)} faults injected on purpose were noticed"
+def caught(verdict: Verdict) -> str:
+    count = sum(canary.status == "caught" for canary in verdict.canaries)
+    return f"{count} of {len(verdict.canaries)} faults injected on purpose were noticed"
 
 
 def to_markdown(verdict: Verdict) -> str:
@@ -85,8 +84,8 @@ def to_markdown(verdict: Verdict) -> str:
         lines += [verdict.reason, ""]
     lines += [f"`{verdict.shards}` (tp {verdict.tp}) against `{verdict.source}` ({verdict.model_type})", ""]
     lines += ["| tier | status | figures | worst place |", "| --- | --- | --- | --- |"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in _rows(verdict)]
-    lines += ["", _caught(verdict) + "."]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(verdict)]
+    lines += ["", caught(verdict) + "."]
     lines += [f"- warning: {warning}" for warning in verdict.warnings]
     return "\n".join(lines) + "\n"
 
@@ -116,9 +115,7 @@ def _plot(tier: Tier, tp: int) -> str:
         parts.append(f'<line class="grid" x1="{left}" x2="{width - 10}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">1e{power}</text>')
     for limit in limits:
-        parts.append(
-            f'<line class="limit" x1="{left}" x2="{width - 10}" y1="{y(limit):.1f}" y2="{y(limit):.1f}"/>'
-        )
+        parts.append(f'<line class="limit" x1="{left}" x2="{width - 10}" y1="{y(limit):.1f}" y2="{y(limit):.1f}"/>')
     last = None
     for i, module in enumerate(modules):
         layer = layer_of(module)
@@ -162,7 +159,7 @@ def to_html(verdict: Verdict) -> str:
     if verdict.reason:
         parts.append(f"<p><strong>{escape(verdict.reason)}</strong></p>")
     parts += [f"<p>Warning: {escape(warning)}</p>" for warning in verdict.warnings]
-    parts.append(_table(("tier", "status", "figures", "worst place"), [*_rows(verdict)]))
+    parts.append(_table(("tier", "status", "figures", "worst place"), [*rows(verdict)]))
     for tier in verdict.tiers:
         plot = _plot(tier, verdict.tp)
         if plot:
@@ -174,7 +171,7 @@ def to_html(verdict: Verdict) -> str:
     sizes = [(str(rank), f"{size:,}") for rank, size in enumerate(verdict.bytes_per_rank)]
     parts.append("<h2>Bytes per rank</h2>" + _table(("rank", "bytes"), [*sizes]))
     birds = [(c.tier, c.name, c.status, _figure(c.error)) for c in verdict.canaries]
-    parts.append(f"<h2>Canaries</h2><p>{escape(_caught(verdict))}.</p>")
+    parts.append(f"<h2>Canaries</h2><p>{escape(caught(verdict))}.</p>")
     parts.append(_table(("tier", "fault", "status", "error"), [*birds]))
     about = [(key, str(value)) for key, value in [*verdict.settings.items(), *verdict.volatile.items()]]
     parts.append("<h2>Settings and environment</h2>" + _table(("what", "value"), [*about]))

@@ -17,7 +17,8 @@ from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
 from tpshard.header import TensorInfo, read_header
 from tpshard.torch_io import DTYPES
-from tpshard.verify.weights import InMemory, Weights
+from tpshard.verify.verdict import layer_of
+from tpshard.verify.weights import Replaced, Weights
 
 RANK_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -53,11 +54,6 @@ class FileWeights:
     def nbytes(self) -> int:
         """Stored bytes of all tensors."""
         return sum(info.nbytes for info in self.infos.values())
-
-    @property
-    def elements(self) -> int:
-        """Elements of all weights and biases."""
-        return sum(torch.Size(self.shape(name)).numel() for name in parameters(self))
 
     def get(self, name: str) -> Tensor:
         info = self.infos[name]
@@ -180,7 +176,7 @@ def _open_rank(directory: Path, rank: int, files: list[str], warnings: list[str]
         stated = header.metadata.get("tpshard.rank", str(rank))
         if stated != str(rank):
             warnings.append(f"{name} says that it is of rank {stated}")
-    record = directory / f"{files[0][:len('rank-00000-of-00000')]}.json"
+    record = directory / f"{files[0][: len('rank-00000-of-00000')]}.json"
     if record.exists():
         for part in _json(record).get("parts", []):
             path = directory / part["file"]
@@ -216,9 +212,19 @@ def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: b
     return checkpoint.config, weights
 
 
-def not_finite(weights: FileWeights, block_bytes: int = 1 << 26) -> tuple[str, str] | None:
-    """The first tensor, and its file, that holds NaN or Inf; read in blocks."""
-    for name in parameters(weights):
+def needed(weights: FileWeights, layers: Collection[int]) -> list[str]:
+    """The parameters of these layers, and all that are outside of layers."""
+    return [name for name in parameters(weights) if layer_of(name) is None or layer_of(name) in layers]
+
+
+def elements(weights: FileWeights, names: Iterable[str]) -> int:
+    """Elements of the named tensors together."""
+    return sum(torch.Size(weights.shape(name)).numel() for name in names)
+
+
+def not_finite(weights: FileWeights, names: Iterable[str], block_bytes: int = 1 << 24) -> tuple[str, str] | None:
+    """The first of the named tensors, and its file, that holds NaN or Inf; read in blocks."""
+    for name in names:
         info = weights.infos[name]
         rows = info.shape[0]
         step = max(1, block_bytes * rows // max(1, info.nbytes))
@@ -228,6 +234,9 @@ def not_finite(weights: FileWeights, block_bytes: int = 1 << 26) -> tuple[str, s
     return None
 
 
-def resident(weights: Weights, dtype: torch.dtype, device: torch.device) -> InMemory:
-    """All weights and biases on a device, in one dtype."""
-    return InMemory({name: weights.get(name).to(device=device, dtype=dtype) for name in parameters(weights)})
+def resident(
+    weights: FileWeights, dtype: torch.dtype | None, device: torch.device, names: Iterable[str] | None = None
+) -> Replaced:
+    """The named tensors (all weights and biases) on a device, in one dtype (None: as stored); others stay in files."""
+    chosen = parameters(weights) if names is None else names
+    return Replaced(weights, {name: weights.get(name).to(device=device, dtype=dtype) for name in chosen})

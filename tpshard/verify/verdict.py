@@ -1,17 +1,65 @@
-"""What verify concludes, and its JSON contract."""
+"""What verify finds and concludes, and its JSON contract. Needs no torch."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tpshard.verify.canaries import Canary
-from tpshard.verify.compare import Place, Tier
-
 SCHEMA_VERSION = 1
 EXIT_CODES = {"pass": 0, "fail": 1, "inconclusive": 8}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One module of one rank, fed the reference's input: its relative error, and what inside it differs first."""
+
+    module: str
+    rank: int
+    error: float
+    inside: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something differs most, or first."""
+
+    module: str
+    layer: int | None
+    rank: int | None
+    error: float
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What a tier found. `status` is pass, fail, inconclusive or skipped; `reason` a sentence when it is not pass."""
+
+    name: str
+    status: str
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    worst: Place | None = None
+    first: Place | None = None
+    findings: tuple[Finding, ...] = ()
+    reason: str | None = None
+
+
+def layer_of(module: str) -> int | None:
+    """The layer number in a module's name, None outside the layers."""
+    match = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", module)
+    return int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class Canary:
+    """One fault as judged by a tier: caught, missed, or too small to be seen in the tier's dtype."""
+
+    name: str
+    tier: str
+    status: str
+    error: float
 
 
 @dataclass(frozen=True)
@@ -31,8 +79,11 @@ class Verdict:
 
     @property
     def verdict(self) -> str:
-        """fail if any tier failed; inconclusive if any could not be sure, or none ran; else pass."""
-        statuses = {tier.status for tier in self.tiers}
+        """fail if any tier failed; inconclusive if any could not be sure, or none ran; else pass.
+
+        A tier that was skipped because nobody asked for it says nothing.
+        """
+        statuses = {tier.status for tier in self.tiers} - {"skipped"}
         if "fail" in statuses:
             return "fail"
         return "pass" if statuses == {"pass"} else "inconclusive"
@@ -43,9 +94,9 @@ class Verdict:
 
     @property
     def reason(self) -> str | None:
-        """Why it is not pass: the first failed tier's reason, else the first unsure one's."""
+        """Why it is not pass: a failed tier's reason, else an unsure one's; bytes, which know no module, come last."""
         for status in ("fail", "inconclusive"):
-            for tier in self.tiers:
+            for tier in sorted(self.tiers, key=lambda tier: tier.name == "bytes"):
                 if tier.status == status and tier.reason is not None:
                     return tier.reason
         return None if self.verdict == "pass" else "no tier was run"
@@ -54,6 +105,7 @@ class Verdict:
         """The documented object; numbers that JSON cannot hold are strings."""
         return {
             "schema_version": SCHEMA_VERSION,
+            "command": "verify",
             "verdict": self.verdict,
             "reason": self.reason,
             "model_type": self.model_type,

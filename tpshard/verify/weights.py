@@ -70,6 +70,26 @@ class Replaced:
 
 
 @dataclass(frozen=True)
+class Borrowed:
+    """One rank's tensors, some of them taken from another's, unread until they are needed."""
+
+    weights: Weights
+    lenders: Mapping[str, Weights]
+
+    def names(self) -> Collection[str]:
+        return self.weights.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.lenders.get(name, self.weights).shape(name)
+
+    def get(self, name: str) -> Tensor:
+        return self.lenders.get(name, self.weights).get(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.lenders.get(name, self.weights).rows(name, start, stop)
+
+
+@dataclass(frozen=True)
 class Store:
     """One rank's weights under the family's module names, on a device and in the dtype to compute in.
 

@@ -1,0 +1,228 @@
+"""Fault injection into the real command: SIGKILL, ENOSPC and EIO at every system call that touches its output.
+
+strace first lists the calls of an undisturbed run, then repeats the run once for each call and fault. After each of
+them the output must be absent, the old one, complete or resumable, and the same command must end with the same bytes.
+
+    python tests/crash/strace_all.py [--jobs 2] [SCENE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+from crash.scene import Scene, scenes, tree  # noqa: E402
+
+from tpshard.publish import Settings  # noqa: E402
+
+CALLS = (
+    "write", "writev", "pwrite64", "pwritev", "pwritev2", "copy_file_range", "sendfile", "splice", "fallocate",
+    "ftruncate", "truncate", "fsync", "fdatasync", "sync_file_range", "syncfs", "open", "openat", "openat2", "creat",
+    "mkdir", "mkdirat", "rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "unlink",
+    "unlinkat", "rmdir",
+)  # fmt: skip
+FAULTS = {"killed": "signal=SIGKILL", "ENOSPC": "error=ENOSPC", "EIO": "error=EIO"}
+LIMIT = 300  # seconds for one run
+
+
+@dataclass(frozen=True)
+class Command:
+    """A scene as a command line. exact: without threads, every call of the listing must be hit."""
+
+    scene: Scene
+    arguments: tuple[str, ...]
+    exact: bool
+
+    @property
+    def name(self) -> str:
+        """How it is called on the command line of this script."""
+        return self.scene.name if self.exact else f"{self.scene.name}-threads"
+
+    def argv(self, root: Path) -> list[str]:
+        """The command for an output under `root`."""
+        program = [str(TESTS / "crash" / "driver.py")] if self.exact else ["-m", "tpshard"]
+        more = ["--overwrite"] if self.scene.overwrite else []
+        return [sys.executable, *program, *self.arguments, *more, "-o", str(self.scene.out(root))]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The n-th call of a name that mentions a path, which is relative to the root."""
+
+    name: str
+    path: str
+    n: int
+
+
+def commands(base: Path) -> list[Command]:
+    """Every way to write, exactly; and those with most going on at once, as the command runs for users."""
+    found = scenes(base)
+    source, shards = str(base / "tiny-0"), str(base / "shards")
+    split = ("split", source, "--tp", "2")
+    arguments = {
+        "split": split,
+        "ranks": (*split, "--ranks", "0,1"),
+        "last-rank": (*split, "--ranks", "1"),
+        "merge": ("merge", shards),
+        "reshard": ("reshard", shards, "--tp", "2"),
+        "overwrite": split,
+    }
+    exact = [Command(found[name], given, True) for name, given in arguments.items()]
+    return exact + [Command(found[name], (*arguments[name], "--workers", "2"), False) for name in ("split", "ranks")]
+
+
+def strace(command: Command, root: Path, *options: str) -> tuple[int, str]:
+    """Run a command under strace on a fresh root: exit code and log. What it says is in files beside the root."""
+    command.scene.prepare(root)
+    log = root.parent / "log"
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": str(TESTS.parent)}
+    with (root.parent / "stdout").open("wb") as stdout, (root.parent / "stderr").open("wb") as stderr:
+        done = subprocess.run(
+            ["strace", "-f", "-y", "-s", "0", "-o", str(log), *options, *command.argv(root)],
+            stdout=stdout,
+            stderr=stderr,
+            env=environment,
+            timeout=LIMIT,
+        )
+    return done.returncode, log.read_text(errors="replace")
+
+
+def calls(log: str, root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Name and paths, relative to the root, of every call of a log that touches the output, stdout or stderr."""
+    for line in log.splitlines():
+        match = re.match(r"\d+ +(\w+)\((.*)", line)
+        if match is None or " = -1 ENOENT" in line:
+            continue
+        mentioned = re.findall(r'"([^"]*)"|<(/[^>]*)>', match[2])
+        paths = [a or b for a, b in mentioned]
+        ours = [os.path.relpath(path, root) for path in paths if path.startswith(str(root.parent))]
+        if ours:
+            yield match[1], ours
+
+
+def listing(command: Command, root: Path) -> list[Call]:
+    """The calls of an undisturbed run."""
+    names = ",".join(f"?{name}" for name in CALLS)
+    code, log = strace(command, root, "-e", f"trace={names}")
+    if code != 0 or command.scene.state(root) != "complete":
+        raise SystemExit(f"{command.name}: an undisturbed run under strace exits with {code}\n{log[-2000:]}")
+    seen: Counter[tuple[str, str]] = Counter()
+    found = []
+    for name, paths in calls(log, root):
+        for path in set(paths):
+            seen[name, path] += 1
+        found.append(Call(name, paths[0], seen[name, paths[0]]))
+    return found
+
+
+def inject(command: Command, root: Path, call: Call, fault: str) -> bool:
+    """Run with one fault, judge what it leaves, run again, judge the end. False when the call did not come."""
+    path, killed = os.path.normpath(root / call.path), fault == "killed"
+    options = ["-P", path, "-e", f"trace={call.name}", "-e", f"inject={call.name}:{FAULTS[fault]}:when={call.n}"]
+    # strace stops only at the calls that it wants to see with --seccomp-bpf, but then (6.1) it sends no signals.
+    code, log = strace(command, root, *([] if killed else ["--seccomp-bpf"]), *options)
+    if ("killed by SIGKILL" if killed else "(INJECTED)") not in log:
+        assert code == 0, f"nothing was injected, and the run exits with {code}"
+        return False
+    stderr = (root.parent / "stderr").read_text()
+    assert code == (-9 if killed else 6), f"exit code {code}: {stderr}"
+    assert "Traceback" not in stderr
+    assert killed or stderr.count("error: ") == 1, stderr
+    state = command.scene.state(root)
+    if command.scene.overwrite and not killed:
+        assert state in ("old", "complete"), f"the old output is {state}"
+        assert ("untouched" in stderr) == (state == "old"), stderr
+    command.scene.again(root, Settings(workers=1, fsync=False, overwrite=command.scene.overwrite))
+    return True
+
+
+def attack(command: Command, base: Path, jobs: int) -> tuple[int, list[str]]:
+    """Every fault at every call: how many were injected, and what went wrong."""
+    roots: SimpleQueue[Path] = SimpleQueue()
+    for job in range(jobs):
+        roots.put(base / f"job-{job}" / "root")
+    first = roots.get()
+    found = listing(command, first)
+    roots.put(first)
+
+    def one(call: Call, fault: str) -> str | None:
+        root = roots.get()
+        try:
+            came = inject(command, root, call, fault)
+            return "the call did not come" if command.exact and not came else None
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            return str(error) or "AssertionError"
+        finally:
+            roots.put(root)
+
+    work = [(call, fault) for fault in FAULTS for call in found]
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda item: one(*item), work))
+    wrong = [
+        f"{command.name}: {fault} at {call.name} {call.path} #{call.n}: {result}"
+        for (call, fault), result in zip(work, results, strict=True)
+        if result is not None
+    ]
+    kinds = ", ".join(f"{count} {name}" for name, count in Counter(call.name for call in found).most_common())
+    print(f"{command.name}: {len(found)} calls ({kinds}) x {len(FAULTS)} faults, {len(wrong)} wrong", flush=True)
+    for line in wrong:
+        print(f"  {line}", flush=True)
+    return len(work), wrong
+
+
+def usable() -> None:
+    """Exit when there is no strace, or none that may trace."""
+    if shutil.which("strace") is None:
+        raise SystemExit("strace is not installed: this test needs it (apt-get install strace)")
+    tried = subprocess.run(
+        ["strace", "-f", "--seccomp-bpf", "-o", os.devnull, "-P", "/", "-e", "inject=fsync:error=EIO", "true"],
+        capture_output=True,
+        text=True,
+    )
+    if tried.returncode != 0:
+        raise SystemExit(f"strace cannot trace here: {tried.stderr.strip()}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Attack all scenes, or those that are named."""
+    parser = argparse.ArgumentParser(description="Every fault at every system call of the real command.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time")
+    parser.add_argument("scene", nargs="*", help="only these")
+    given = parser.parse_args(arguments)
+    usable()
+    began, total, wrong = time.monotonic(), 0, []
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # else most of the time goes into waiting for fsync
+    with tempfile.TemporaryDirectory(prefix="tpshard-crash-", dir=memory) as directory:
+        base = Path(directory).resolve()
+        every = commands(base)
+        if unknown := set(given.scene) - {command.name for command in every}:
+            raise SystemExit(f"no such scene: {', '.join(sorted(unknown))}")
+        sources = [tree(base / name) for name in ("tiny-0", "shards")]
+        for command in every:
+            if not given.scene or command.name in given.scene:
+                count, found = attack(command, base, given.jobs)
+                total += count
+                wrong += found
+        if sources != [tree(base / name) for name in ("tiny-0", "shards")]:
+            wrong.append("a source was modified")
+    print(f"{total} faults in {time.monotonic() - began:.0f} s, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

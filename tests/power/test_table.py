@@ -1,0 +1,50 @@
+"""The table of power, on one model and a few random splits; `make power` does the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from power import splits
+from power.catalogue import Case, cosine, measure, top_contained
+from power.table import conditions, counted, markdown
+
+from tpshard.verify.faults import FAULTS
+
+
+def test_faults_are_noticed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("power.catalogue.WIDTHS", (4,))
+    cases = measure(tmp_path, ["opt"])
+    assert len({case.fault for case in cases}) >= 30
+    assert all(case.exact is not FAULTS[case.fault].harmless for case in cases)
+    by_name = {case.fault: case for case in cases}
+    assert by_name["up-row-shifted"].named == "module" and by_name["up-row-shifted"].native
+    assert by_name["up-bias-dropped"].cosine > 0.99
+    part = {"variants": ["opt"], "missed_by_exact": [], "misnamed": [], "missed_by_native": [], **conditions(0)}
+    faults = {name: counted([case for case in cases if case.fault == name]) for name in FAULTS}
+    text = markdown({"catalogue": part | {"faults": faults}})
+    assert "| up-row-shifted | 1 | 1 | 1 | 0 | 1 |" in text and "## Correct splits\n\nNot measured." in text
+
+
+def test_a_module_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("power.catalogue.changed", lambda clean, mutant: {"model.elsewhere": {0}})
+    monkeypatch.setattr("power.catalogue.WIDTHS", (2,))
+    monkeypatch.setattr("power.catalogue.FAULTS", {"up-row-shifted": FAULTS["up-row-shifted"]})
+    assert [case.named for case in measure(tmp_path, ["opt"])] == ["no"]
+
+
+def test_what_is_counted() -> None:
+    case = Case("a", "opt", 2, 0.1, True, "module", "", False, 0.995, True)
+    other = Case("a", "opt", 4, 0.1, True, "block", "", True, 0.5, False)
+    counts = {"cases": 2, "exact": 2, "module": 1, "block": 1, "native": 1, "cosine": 1, "top": 1}
+    assert counted([case, other]) == counts
+    logits = torch.arange(10.0).view(1, 1, 10)
+    assert top_contained(logits, logits) and not top_contained(logits, -logits)
+    assert cosine(logits, logits) > 0.99 > cosine(logits, -logits)
+
+
+def test_random_splits_pass(tmp_path: Path) -> None:
+    found = splits.measure(tmp_path, 4)
+    assert len(found) == 4 and all(each.verdict != "fail" for each in found)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,216 @@
+"""The command `verify`: parses, calls `tpshard.verifying.verify`, prints and writes reports."""
+
+from __future__ import annotations
+
+import json as json_text
+import shlex
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tpshard.console import Console
+from tpshard.errors import TpshardError, UsageError
+from tpshard.options import JSON, PICKLE, QUIET, REVISION, RULES, SHARDS
+
+if TYPE_CHECKING:
+    from tpshard.verify.verdict import Verdict
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Reference(StrEnum):
+    """Whose unsharded model is the reference."""
+
+    tpshard = "tpshard"
+    transformers = "transformers"
+
+
+def _number(option: str, least: int) -> Callable[[str], int]:
+    """A parser for whole numbers from `least` on. Typer's own errors differ between its versions."""
+
+    def parse(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < least:
+            raise UsageError(f"{option} does not take this number", expected=f"{least} or more", found=repr(text))
+        return int(text)
+
+    return parse
+
+
+def layer_list(text: str | None) -> tuple[int, ...] | None:
+    """`0,1,-1` as numbers of layers."""
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        expected = "numbers of layers, as in 0,1,-1"
+        raise UsageError("--layers does not take these", expected=expected, found=repr(text)) from None
+
+
+_SOURCE = Annotated[
+    str | None,
+    typer.Option(help="The unsharded model [default: found by the name that SHARDS record].", metavar="MODEL"),
+]
+_TIER = Annotated[
+    str | None, typer.Option(help="Any of bytes,exact,native [default: all that can run here].", metavar="TIERS")
+]
+_DEVICE = Annotated[Device, typer.Option(help="Where to compute; auto: on GPUs where there are any.")]
+_TOKENS = Annotated[
+    int,
+    typer.Option(
+        "--tokens",
+        help="Tokens decoded after the prompt in the native tier.",
+        parser=_number("--tokens", 0),
+        metavar="N",
+    ),
+]
+_FLOAT32 = Annotated[bool, typer.Option("--float32", help="The exact tier in float32, with a limit of 1e-5.")]
+_LAYERS = Annotated[str | None, typer.Option(help="Only these layers, as in 0,1,-1 [default: all].", metavar="LAYERS")]
+_STREAM = Annotated[
+    bool | None,
+    typer.Option("--stream/--no-stream", help="Read weights block by block [default: when memory is short]."),
+]
+_SEQUENCE = Annotated[
+    bool, typer.Option("--sequence-parallel", help="Cut the sequence between modules: reduce-scatter and all-gather.")
+]
+_REFERENCE = Annotated[Reference, typer.Option(help="transformers: compare with its own model as well.")]
+_PROMPT = Annotated[
+    str | None, typer.Option(help="A text for the model's tokenizer [default: ids by --seed].", metavar="TEXT")
+]
+_SEED = Annotated[
+    int, typer.Option("--seed", help="Seed of the prompt's ids.", parser=_number("--seed", 0), metavar="N")
+]
+_NPROC = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc-per-node",
+        help="Processes: one for each rank, or 1 for all [default: 1; for each rank on a host with several GPUs].",
+        parser=_number("--nproc-per-node", 1),
+        metavar="N",
+    ),
+]
+_REPORT = Annotated[
+    list[Path] | None,
+    typer.Option("--report", help="Also write .json, .xml (JUnit), .md or .html; repeatable.", metavar="FILE"),
+]
+
+
+def add(app: typer.Typer) -> None:
+    """Register `verify` with the command line."""
+    app.command("verify")(verify)
+
+
+def verify(
+    shards: SHARDS,
+    source: _SOURCE = None,
+    tier: _TIER = None,
+    device: _DEVICE = Device.auto,
+    tokens: _TOKENS = 32,
+    prompt: _PROMPT = None,
+    seed: _SEED = 0,
+    layers: _LAYERS = None,
+    float32: _FLOAT32 = False,
+    stream: _STREAM = None,
+    sequence_parallel: _SEQUENCE = False,
+    reference: _REFERENCE = Reference.tpshard,
+    nproc_per_node: _NPROC = None,
+    revision: REVISION = None,
+    rules: RULES = None,
+    allow_pickle: PICKLE = False,
+    report: _REPORT = None,
+    json: JSON = False,
+    quiet: QUIET = False,
+) -> None:
+    """Run the shards tensor-parallel beside the unsharded model: are they the same function?
+
+    Exit 0: they are. 1: they differ. 8: it could not be said for sure. Under torchrun or SLURM each process takes a
+    rank.
+
+    \b
+      tpshard verify Llama-3.1-8B-tp4
+      tpshard verify Llama-3.1-8B-tp4 --source ./Llama-3.1-8B --tier exact --layers 0,-1
+      torchrun --nproc-per-node 4 -m tpshard verify Llama-3.1-8B-tp4
+    """
+    from tpshard.cli import _console
+    from tpshard.processes import surroundings
+
+    with _console(json, quiet) as console:
+        speaks = True
+        try:
+            group = surroundings()
+            speaks = group is None or group.rank == 0
+            from tpshard import verifying
+
+            reports = [_writable(path) for path in report or ()]
+            verdict = verifying.verify(
+                shards,
+                source,
+                tiers=None if tier is None else tuple(part.strip() for part in tier.split(",")),
+                device=device.value,
+                tokens=tokens,
+                seed=seed,
+                float32=float32,
+                layers=layer_list(layers),
+                stream=stream,
+                sequence_parallel=sequence_parallel,
+                reference=reference.value,
+                prompt=prompt,
+                revision=revision,
+                rules=rules,
+                allow_pickle=allow_pickle,
+                nproc=nproc_per_node,
+                say=console.say,
+            )
+        except TpshardError as error:
+            if not speaks:
+                raise typer.Exit(error.exit_code) from None
+            if json:
+                console.data({"schema_version": 1, "command": "verify", "error": error.to_json(), "verdict": "error"})
+                console.as_json = False  # the object is out; the message on stderr is left
+            raise
+        if speaks:
+            _print(console, verdict, shards, source, reports)
+    raise typer.Exit(verdict.exit_code)
+
+
+def _writable(path: Path) -> Path:
+    """A report's path, refused before anything is run."""
+    from tpshard.verify.report import kind_of
+
+    kind_of(path)
+    if not path.absolute().parent.is_dir():
+        raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
+    return path
+
+
+def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:
+    from tpshard.verify.report import caught, rows, to_json, write
+
+    for path in reports:
+        write(verdict, path)
+    for warning in verdict.warnings:
+        console.warn(warning)
+    for tier in verdict.tiers:
+        if tier.status == "skipped":
+            console.warn(f"the {tier.name} tier was left out: {tier.reason}")
+    if console.as_json:
+        console.data(json_text.loads(to_json(verdict)))
+        return
+    what = f"{verdict.shards} (tp {verdict.tp}) against {verdict.source}"
+    print(f"{verdict.verdict.upper()}: {what}" + (f": {verdict.reason}" if verdict.reason else ""))
+    table = [("tier", "status", "figures", "worst"), *rows(verdict)]
+    widths = [max(len(row[i]) for row in table) for i in range(3)]
+    for row in table:
+        print("  ".join(cell.ljust(size) for cell, size in zip(row, [*widths, 0], strict=True)).rstrip())
+    if verdict.canaries:
+        print(caught(verdict))
+    if verdict.verdict == "fail":
+        following = ["tpshard", "check", str(shards), "--source", source or verdict.source]
+        console.say(f"next: {shlex.join(following)}")

@@ -1,0 +1,240 @@
+"""What is decided and loaded before a number is computed: prompt, layers, memory, an estimate of the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import CorruptError, UsageError
+from tpshard.verify.compare import Setup
+from tpshard.verify.families import describe
+from tpshard.verify.family import Family
+from tpshard.verify.group import Processes, Threads
+from tpshard.verify.machine import BLOCK_BYTES, Load, estimate, load
+from tpshard.verify.pace import exact_seconds, measure, native_seconds
+from tpshard.verify.shards import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
+from tpshard.verify.weights import Replaced, Store, Weights
+
+PROMPT, BATCH = 16, 2
+QUIET_SECONDS = 10.0
+"""The least time between two lines about the progress of a tier."""
+
+LoadRank = Callable[[int, torch.device], Mapping[str, Tensor] | None]
+"""A rank's tensors on a device, as stored; None where its files are not of the form that the loader knows."""
+
+
+def prompt_ids(vocab: int, seed: int, batch: int, length: int) -> Tensor:
+    """Token ids [batch, length] from a seed, one from each of as many equal stretches of the vocabulary."""
+    count = batch * length
+    generator = torch.Generator().manual_seed(seed)
+    within = torch.rand(count, generator=generator, dtype=torch.float64)
+    order = torch.randperm(count, generator=generator)
+    ids = ((order + within) * vocab / count).long().clamp(max=vocab - 1)
+    return ids.view(batch, length)
+
+
+def _layers(family: Family, layers: Sequence[int] | None) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    for i in layers:
+        if not -family.layers <= i < family.layers:
+            raise UsageError(f"there is no layer {i}", expected=f"{-family.layers} to {family.layers - 1}")
+    return tuple(sorted({i % family.layers for i in layers}))
+
+
+def _finite(weights: FileWeights, layers: Sequence[int]) -> None:
+    bad = not_finite(weights, needed(weights, layers))
+    if bad is not None:
+        raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
+
+
+def _room(family: Family, source: Weights, length: int, tokens: int) -> int:
+    """How many of `tokens` fit after a prompt of `length`, in a model with learned positions."""
+    if family.positions is None:
+        return tokens
+    store = Store(source, family, torch.float64, torch.device("cpu"))
+    positions = store.matrix_shape(family.positions)[0] - family.position_offset
+    if length > positions:
+        raise UsageError("the prompt is longer than the model's positions", expected=positions, found=length)
+    return min(tokens, positions - length)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shards and source, opened and found to be of one model, and all that was decided before a number is computed."""
+
+    opened: ShardSet
+    setup: Setup
+    load: Load
+    tokens: int
+    short: bool
+    seed: int
+    float32: bool
+    seconds: Mapping[str, float]
+
+
+def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet, Mapping[str, Any], FileWeights]:
+    opened = open_shards(Path(shards))
+    config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
+    return opened, config, weights
+
+
+def prepare(
+    opened: ShardSet,
+    config: Mapping[str, Any],
+    weights: FileWeights,
+    team: Threads | Processes,
+    where: torch.device,
+    prompt: Tensor | None,
+    tokens: int,
+    seed: int,
+    float32: bool,
+    layers: Sequence[int] | None,
+    sequence_parallel: bool,
+) -> Case:
+    family = describe(config)
+    if describe(opened.config) != family:
+        raise UsageError(
+            "the shards are of another model than the source",
+            path=opened.directory,
+            expected=f"the {family.model_type} that the source holds",
+            found=f"a {opened.config.get('model_type')} of other sizes or settings",
+            hint="give the model that was split with --source",
+        )
+    if team.size != len(opened.ranks):
+        raise UsageError(
+            "one process per rank is needed",
+            path=opened.directory,
+            expected=len(opened.ranks),
+            found=team.size,
+            hint="start as many processes as there are ranks, or one for all of them",
+        )
+    ids = prompt_ids(family.vocab, seed, BATCH, PROMPT) if prompt is None else prompt
+    if not ids.numel() or int(ids.max()) >= family.vocab or int(ids.min()) < 0:
+        raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {family.vocab}")
+    fitting = _room(family, weights, ids.shape[1], tokens)
+    setup = Setup(
+        family=family,
+        source=weights,
+        ranks=opened.ranks,
+        team=team,
+        prompt=ids.to(where),
+        device=where,
+        layers=_layers(family, layers),
+        sequence_parallel=sequence_parallel,
+    )
+    return Case(
+        opened=opened,
+        setup=setup,
+        load=load(weights, opened.ranks, setup.which(), team.here),
+        tokens=fitting,
+        short=fitting != tokens,
+        seed=seed,
+        float32=float32,
+        seconds={},
+    )
+
+
+def choose(case: Case, tiers: Sequence[str], stream: bool | None, sharing: int, say: Callable[[str], None]) -> Case:
+    """Decide what is kept in memory, the same on all ranks, and say what that and the tiers will take."""
+    setup = case.setup
+    team, where, source = setup.team, setup.device, setup.source
+    assert isinstance(source, FileWeights)
+    apart = isinstance(team, Processes)
+    batch, length = setup.prompt.shape
+    need = estimate(
+        setup.family,
+        case.load,
+        here=len(team.here),
+        native="native" in tiers,
+        positions=batch * (length + case.tokens),
+        widened=where.type == "cpu" and not apart,
+        apart=apart,
+    )
+    streamed = any(team.run(lambda group: need.choose(stream, where, sharing)))
+    amount = need.streamed if streamed else need.resident
+    pace = measure(source, needed(source, setup.which()), setup.prompt, where)
+    kept = not streamed and not apart
+    seconds = {
+        "exact": exact_seconds(pace, case.load, kept=kept),
+        "native": native_seconds(pace, case.load, case.tokens, kept=kept),
+    }
+    how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
+    total = duration(sum(time for name, time in seconds.items() if name in tiers))
+    say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
+    setup = replace(
+        setup,
+        block_bytes=BLOCK_BYTES if streamed or apart else None,
+        keep_ranks=apart and not streamed,
+        say=_seldom(say),
+    )
+    return replace(case, setup=setup, seconds=seconds)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say`, but silent for a while after each line."""
+    last = time.monotonic()
+
+    def maybe(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_SECONDS:
+            last = time.monotonic()
+            say(line)
+
+    return maybe
+
+
+def all_finite(case: Case) -> None:
+    """The source is looked at by rank 0 alone, shards by the process that runs them."""
+    setup = case.setup
+    here = setup.team.here
+    if 0 in here:
+        assert isinstance(setup.source, FileWeights)
+        _finite(setup.source, setup.which())
+    for rank in here:
+        _finite(case.opened.ranks[rank], setup.which())
+
+
+def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: LoadRank | None) -> Weights:
+    """A rank's weights in memory on the device; by the caller's loader on a GPU, where that saves a copy."""
+    weights, setup = case.opened.ranks[rank], case.setup
+    names = needed(weights, setup.which())
+    loaded = None
+    # The loader takes whole files, so not when some layers are enough.
+    if load_rank is not None and setup.device.type == "cuda" and setup.layers is None:
+        loaded = load_rank(rank, setup.device)
+    if loaded is None:
+        return resident(weights, dtype, setup.device, names)
+    return Replaced(weights, {name: loaded[name].to(dtype=dtype) for name in names})
+
+
+def keep(case: Case, load_rank: LoadRank | None) -> Case:
+    """The rank of this process loaded as it is stored, the others left in their files."""
+    here = case.setup.team.here
+    ranks = [_kept_rank(case, r, None, load_rank) if r in here else w for r, w in enumerate(case.setup.ranks)]
+    return replace(case, setup=replace(case.setup, ranks=ranks))
+
+
+def all_kept(case: Case, dtype: torch.dtype, load_rank: LoadRank | None) -> Setup:
+    """Source and all ranks in memory: in `dtype` on a CPU, as stored on a GPU, where widening them costs nothing."""
+    setup = case.setup
+    source = setup.source
+    assert isinstance(source, FileWeights)
+    held = None if setup.device.type == "cuda" else dtype
+    return replace(
+        setup,
+        source=resident(source, held, setup.device, needed(source, setup.which())),
+        ranks=[_kept_rank(case, rank, held, load_rank) for rank in setup.team.here],
+    )
