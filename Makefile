@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash bench clean
+.PHONY: demo test check test-crash bench power gpu-check clean
 
 demo: $(VENV)/.base
 	$(BIN)/python tests/demo.py
@@ -24,6 +24,14 @@ test-crash: $(VENV)/.dev
 # Ratios against cp, cmp and the usual way, on a checkpoint of 2.2 GB in DIR. About 5 minutes.
 bench: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m bench.bench $(if $(DIR),--dir $(DIR)) $(ARGS)
+
+# What verify catches, and what common tests of equality let through. About 6 minutes.
+power: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m power.table $(ARGS)
+
+# On a machine with a GPU, torch and this directory, without network; see the script's --help.
+gpu-check:
+	$(PYTHON) tests/gpu/check.py --output docs/benchmarks $(ARGS)
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpshard needs Python 3.11 or newer")'

@@ -61,30 +61,48 @@ FAMILIES = {
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8,
-    "num_key_value_heads": 8, "max_position_embeddings": POSITIONS,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": POSITIONS,
 }
 _GQA = _LLAMA | {"num_key_value_heads": 2}
 _GPT2 = {"n_embd": 96, "n_layer": 2, "n_head": 12, "n_positions": POSITIONS}
 _NEOX = {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "max_position_embeddings": POSITIONS,
 }
 _GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "rotary_dim": 8}
 _BIGCODE = {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": POSITIONS}
 _NEO = {
-    "hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_position_embeddings": POSITIONS,
-    "attention_types": [[["global", "local"], 1]], "window_size": 8,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "max_position_embeddings": POSITIONS,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": 8,
 }
 _BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 8}
 _FALCON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "max_position_embeddings": POSITIONS}
 _FALCON_NEW = _FALCON | {"new_decoder_architecture": True, "multi_query": False, "num_kv_heads": 2}
 _FALCON_RW = _FALCON | {
-    "hidden_size": 96, "num_attention_heads": 12, "multi_query": False, "parallel_attn": False, "bias": True,
+    "hidden_size": 96,
+    "num_attention_heads": 12,
+    "multi_query": False,
+    "parallel_attn": False,
+    "bias": True,
     "alibi": True,
 }
 _OPT = {
-    "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "hidden_size": 64,
+    "ffn_dim": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
     "max_position_embeddings": POSITIONS,
 }
 
@@ -132,7 +150,10 @@ VARIANTS: dict[str, Variant] = {
             # The softcaps are small and the scale is not head_dim, so that leaving either out shows.
             _GQA
             | {
-                "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8, "attn_logit_softcapping": 2.0,
+                "head_dim": 16,
+                "query_pre_attn_scalar": 24,
+                "sliding_window": 8,
+                "attn_logit_softcapping": 2.0,
                 "final_logit_softcapping": 3.0,
             },
         ),
@@ -330,8 +351,14 @@ _ABSENT: dict[str, dict[str, Any]] = {
     "opt": _TIED | {"enable_bias": True, "layer_norm_elementwise_affine": True, "_remove_final_layer_norm": False},
 }
 _AFTER_REFINED_WEB = (
-    "num_attention_heads", "num_hidden_layers", "num_kv_heads", "new_decoder_architecture", "ffn_hidden_size",
-    "activation", "num_ln_in_parallel_attn", "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_kv_heads",
+    "new_decoder_architecture",
+    "ffn_hidden_size",
+    "activation",
+    "num_ln_in_parallel_attn",
+    "max_position_embeddings",
 )
 
 

@@ -65,7 +65,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_saved_model_is_the_built_one(name: str, checkpoint: Any) -> None:
     loaded = load(checkpoint(name))

@@ -304,8 +304,9 @@ def test_interrupted(model: Path, verb: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 from tpshard.files import Files
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 write = Files.pwritev
 def slow(self, fd, buffers, offset):
     time.sleep(0.03)

@@ -125,7 +125,7 @@ def test_options_reach_the_tiers(pair: tuple[Path, Path], options: list[str]) ->
     settings = found["settings"]
     assert found["verdict"] == "pass" and settings["streamed"] == ("--stream" in options)
     assert settings["sequence_parallel"] == settings["float32"] == ("--float32" in options)
-    assert (settings["layers"], settings["seed"]) == (([0, 1], 3) if "--layers" in options else (None, 0))
+    assert (settings["layers"], settings["seed"]) == (([0, 2], 3) if "--layers" in options else (None, 0))
     assert found["tiers"][0]["thresholds"]["relative_error"] == (1e-5 if "--float32" in options else 1e-12)
 
 

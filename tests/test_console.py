@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,17 +184,25 @@ def test_no_line_of_a_short_run_and_none_when_quiet(
     assert capsys.readouterr() == ("", "")
 
 
+class Slow(int):
+    """A number that takes its time to be added, so that other threads come between."""
+
+    def __radd__(self, other: int) -> int:
+        time.sleep(0.001)
+        return other + int(self)
+
+
 def test_nothing_is_lost_between_threads(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with Console().progress("split") as meter:
-        meter.start(40_000)
-        threads = [threading.Thread(target=lambda: [meter.add(1) for _ in range(10_000)]) for _ in range(4)]
+        meter.start(80_000)
+        threads = [threading.Thread(target=lambda: [meter.add(Slow(1000)) for _ in range(20)]) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         monkeypatch.setattr(module, "_PLAIN_EVERY", 0.0)
         meter.add(0)
-    assert "40.0 kB of 40.0 kB" in capsys.readouterr().err
+    assert "80.0 kB of 80.0 kB" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("colour", [True, False])

@@ -315,9 +315,7 @@ REFUSALS: dict[tuple[str, str | None, str, str], list[tuple[bytes, str]]] = {
     ("the name occurs twice in the header", "__metadata__", "unique names", REWRITE): [
         (file_of('{"__metadata__":{},"__metadata__":{}}'), "the name again")
     ],
-    ("a key occurs twice", None, "unique keys", REWRITE): [
-        (file_of('{"__metadata__":{"k":"v","k":"v"}}'), "k again")
-    ],
+    ("a key occurs twice", None, "unique keys", REWRITE): [(file_of('{"__metadata__":{"k":"v","k":"v"}}'), "k again")],
     ("a key occurs twice", "w", "unique keys", REWRITE): [
         (file_of('{"w":{"dtype":"F32","shape":[2],"dtype":"F32","data_offsets":[0,8]}}', 8), "dtype again")
     ],

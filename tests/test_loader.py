@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoints
 import tpshard
 from tpshard import loader
 from tpshard.errors import CorruptError, UnsupportedError, UsageError

@@ -7,12 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import checkpoints
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import checkpoints
 import tpshard
 from tpshard.formats.native import FORMAT_VERSION
 from tpshard.publish import Settings
@@ -139,7 +139,7 @@ def test_torch_reads_a_set_of_rectangles_with_its_own_reader(llama: Path, tmp_pa
 @pytest.mark.parametrize(
     ("variant", "options"), [("gpt2", {}), ("llama", {"vocab_size": 251}), ("falcon-new", {"vocab_size": 252})]
 )
-def test_no_sharding_info_where_one_tensor_is_no_rectangle(tmp_path: Path, variant: str, options: dict[str, int]) -> None:
+def test_no_sharding_info_without_rectangles(tmp_path: Path, variant: str, options: dict[str, int]) -> None:
     model = checkpoints.make(variant, tmp_path / "model", **options)
     tpshard.split(model, 4, tmp_path / "out")
     for path in (tmp_path / "out").glob("*.safetensors"):

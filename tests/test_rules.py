@@ -172,6 +172,26 @@ def test_a_tensor_without_a_rule_is_refused_by_name(name: str) -> None:
     assert "--rules" in str(error.value.hint)
 
 
+def test_a_star_stays_inside_its_component() -> None:
+    starred = RULES.replace('"replicate" = [', '"replicate" = ["model.layers.*.ex*.g", ')
+    extra: dict[str, tuple[int, ...]] = {f"model.layers.{layer}.ex{layer}.g.weight": (3,) for layer in range(2)}
+    with pytest.raises(CorruptError, match=r"model.layers.\*.ex0.g.weight: layers 1 missing"):
+        run(names() | extra, rules=starred)
+    extra = {f"model.layers.{layer}.expert.g.weight": (3,) for layer in range(2)}
+    assert run(names() | extra, rules=starred).cuts["model.layers.1.expert.g.weight"] == Cut("replicate")
+    with pytest.raises(UnsupportedError, match="no toy rule matches the tensor model.layers.0.ex.a.g.weight"):
+        run(names() | extra | {"model.layers.0.ex.a.g.weight": (3,)}, rules=starred)
+
+
+def test_modules_that_differ_in_a_number_are_not_layers() -> None:
+    numbered = RULES.replace("*.gate", "*.w1").replace("*.down", "*.w2")
+    shapes = {name.replace("down", "w2"): shape for name, shape in names().items()}
+    shapes |= {f"model.layers.{layer}.w1.weight": (6, 8) for layer in range(2)}
+    cuts = run(shapes, rules=numbered, gated=True).cuts
+    assert cuts["model.layers.0.w1.weight"] == Cut("column", 0, ("ffn",))
+    assert cuts["model.layers.1.w2.weight"] == Cut("row", 1, ("ffn",))
+
+
 def test_a_tensor_that_two_rules_match_is_refused() -> None:
     with pytest.raises(UsageError, match=r"2 rules match the tensor model.layers.0.up.weight: .*\[a-z\]p, .*\*.up"):
         run(rules=RULES.replace('"model.layers.*.gate"', '"model.layers.*.[a-z]p"'), gated=True)

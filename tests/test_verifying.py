@@ -74,7 +74,7 @@ def test_the_source_in_the_current_directory(
     pair: tuple[Path, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(copy)
-    with pytest.raises(UsageError, match="the source was not found: model") as caught:
+    with pytest.raises(UsageError, match="the model that was split was not found: model") as caught:
         find_source(Request(copy), print)
     assert "--source" in (caught.value.hint or "")
     monkeypatch.chdir(pair[0].parent)

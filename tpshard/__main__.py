@@ -1,5 +1,5 @@
 """`python -m tpshard`."""
 
-from tpshard.cli import main
+from tpshard.cli import run
 
-main()
+run()

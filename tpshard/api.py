@@ -168,9 +168,7 @@ def _write_split(
     )
     digests = publish(job, target, settings)
     parts = tuple(
-        RankPart(rank, output.name, output.size, digests[output.name])
-        for rank in writing
-        for output in outputs[rank]
+        RankPart(rank, output.name, output.size, digests[output.name]) for rank in writing for output in outputs[rank]
     )
     return WriteReport(verb, target, tp, planned.set_id, joined.nbytes, parts, tuple(warnings))
 

@@ -34,11 +34,11 @@ class Reference(StrEnum):
     transformers = "transformers"
 
 
-def _number(option: str, least: int) -> Callable[[str], int]:
-    """A parser for whole numbers from `least` on. Typer's own errors differ between its versions."""
+def _number(option: str, least: int) -> Callable[[str | int], int]:
+    """A parser for whole numbers from `least` on, and for defaults. Typer's own errors differ between its versions."""
 
-    def parse(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
+    def parse(text: str | int) -> int:
+        if not str(text).strip().isdecimal() or int(text) < least:
             raise UsageError(f"{option} does not take this number", expected=f"{least} or more", found=repr(text))
         return int(text)
 
@@ -56,12 +56,15 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
 
 _SOURCE = Annotated[
     str | None,
-    typer.Option(help="The unsharded model [default: found by the name that SHARDS record].", metavar="MODEL"),
+    typer.Option(
+        "--source", help="The unsharded model [default: found by the name that SHARDS record].", metavar="MODEL"
+    ),
 ]
 _TIER = Annotated[
-    str | None, typer.Option(help="Any of bytes,exact,native [default: all that can run here].", metavar="TIERS")
+    str | None,
+    typer.Option("--tier", help="Any of bytes,exact,native [default: all that can run here].", metavar="TIERS"),
 ]
-_DEVICE = Annotated[Device, typer.Option(help="Where to compute; auto: on GPUs where there are any.")]
+_DEVICE = Annotated[Device, typer.Option("--device", help="Where to compute; auto: on GPUs where there are any.")]
 _TOKENS = Annotated[
     int,
     typer.Option(
@@ -72,7 +75,9 @@ _TOKENS = Annotated[
     ),
 ]
 _FLOAT32 = Annotated[bool, typer.Option("--float32", help="The exact tier in float32, with a limit of 1e-5.")]
-_LAYERS = Annotated[str | None, typer.Option(help="Only these layers, as in 0,1,-1 [default: all].", metavar="LAYERS")]
+_LAYERS = Annotated[
+    str | None, typer.Option("--layers", help="Only these layers, as in 0,1,-1 [default: all].", metavar="LIST")
+]
 _STREAM = Annotated[
     bool | None,
     typer.Option("--stream/--no-stream", help="Read weights block by block [default: when memory is short]."),
@@ -80,9 +85,10 @@ _STREAM = Annotated[
 _SEQUENCE = Annotated[
     bool, typer.Option("--sequence-parallel", help="Cut the sequence between modules: reduce-scatter and all-gather.")
 ]
-_REFERENCE = Annotated[Reference, typer.Option(help="transformers: compare with its own model as well.")]
+_REFERENCE = Annotated[Reference, typer.Option("--reference", help="transformers: compare with its own model as well.")]
 _PROMPT = Annotated[
-    str | None, typer.Option(help="A text for the model's tokenizer [default: ids by --seed].", metavar="TEXT")
+    str | None,
+    typer.Option("--prompt", help="A text for the model's tokenizer [default: ids by --seed].", metavar="TEXT"),
 ]
 _SEED = Annotated[
     int, typer.Option("--seed", help="Seed of the prompt's ids.", parser=_number("--seed", 0), metavar="N")

@@ -279,7 +279,7 @@ def _check_bytes(tensor: LogicalTensor, dim: int, ranges: Sequence[tuple[int, in
     bits = DTYPE_BITS[tensor.dtype] * prod(tensor.shape[dim + 1 :])
     row = bits * tensor.shape[dim]
     for start, stop in ranges:
-        if (start * bits) % 8 or (stop * bits) % 8 or (row % 8 and dim):
+        if (start * bits) % 8 or (stop * bits) % 8 or row % 8:
             raise UnsupportedError(
                 f"{tensor.name}: a cut at {start}:{stop} of dim {dim} falls inside a byte of {tensor.dtype}",
                 tensor=tensor.name,

@@ -129,9 +129,14 @@ def start(request: Any, count: int, say: Callable[[str], None]) -> Any:
                     workers.append(_worker(folder, rank, count, environment, errors))
             lines = threading.Thread(target=_relay, args=(workers[0], say), daemon=True)
             lines.start()
-            _wait(workers)
+            bad = _wait(workers)
+            if bad is not None:
+                raise _ended(bad, workers[bad].returncode, Path(folder))
             lines.join()
-            return _result(Path(folder), workers)
+            outcome = pickle.loads((Path(folder) / "result").read_bytes())
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
         finally:
             for worker in workers:
                 worker.kill()
@@ -157,29 +162,27 @@ def _relay(worker: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
         say(line.decode().rstrip("\n"))
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one has ended badly: the others might wait for it for ever."""
-    while any(worker.poll() is None for worker in workers):
-        if any(worker.poll() not in (None, 0) for worker in workers):
-            return
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
+    """Until all have ended, or one has ended badly, since the others might wait for it for ever: that one's rank."""
+    while True:
+        running = None in [worker.poll() for worker in workers]
+        bad = [rank for rank, worker in enumerate(workers) if worker.returncode not in (None, 0)]
+        if bad:  # one that was killed before those that failed because of it
+            return min(bad, key=lambda rank: workers[rank].returncode > 0)
+        if not running:
+            return None
         time.sleep(_POLL)
 
 
-def _result(folder: Path, workers: list[subprocess.Popen[bytes]]) -> Any:
-    bad = next((rank for rank, worker in enumerate(workers) if worker.poll() not in (None, 0)), None)
-    if bad is not None:
-        said = (folder / f"stderr-{bad}").read_text(errors="replace")
-        code = workers[bad].returncode
-        if code < 0:
-            raise LocalIOError(
-                f"the process of rank {bad} was killed by signal {-code}",
-                hint="the kernel does that when memory is short: --stream needs less",
-            )
-        raise RuntimeError(f"the process of rank {bad} ended with {code}\n{said}")
-    outcome = pickle.loads((folder / "result").read_bytes())
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+def _ended(rank: int, code: int, folder: Path) -> Exception:
+    """The error of a process that ended without a result."""
+    if code < 0:
+        return LocalIOError(
+            f"the process of rank {rank} was killed by signal {-code}",
+            hint="the kernel does that when memory is short: --stream needs less",
+        )
+    said = (folder / f"stderr-{rank}").read_text(errors="replace")
+    return RuntimeError(f"the process of rank {rank} ended with {code}\n{said}")
 
 
 def work(folder: Path, rank: int, size: int) -> None:
@@ -187,7 +190,8 @@ def work(folder: Path, rank: int, size: int) -> None:
     from tpshard.verifying import judge
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin: its lock must be free when the interpreter ends
+            pass
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -22,7 +22,7 @@ from tpshard.execute import Convert, Loader, Progress
 from tpshard.files import Files, local_error, make_directory, sync_directory, write_small
 from tpshard.lock import Lock
 from tpshard.planning import Plan, Transfer
-from tpshard.target import check_leftovers, check_shared, check_target, is_empty, names_in, replaceable
+from tpshard.target import check_leftovers, check_shared, check_target, is_empty, names_in, replaceable, strangers
 from tpshard.writer import PARTIAL, Writer, journal_path
 
 LOCK = ".tpshard.lock"
@@ -214,10 +214,10 @@ def _finish(
             lock.rename(work / name)
     else:
         if work != out:
-            _swap(files, work, out, fsync=fsync)
+            _swap(job, files, work, out, fsync=fsync)
             locks[0].path = out / LOCK  # held until here: no other run may begin in a directory that moves
         if settings.overwrite:
-            _remove_replaced(files, out)
+            _remove_replaced(job, files, out)
         locks[0].remove()
     if fsync:
         sync_directory(files, out)
@@ -248,17 +248,17 @@ def _expected(job: Job) -> set[str]:
     small = set(job.small) | _records(job)
     journals = {journal_path(Path(), name).name for name in finals}
     names = finals | {name + PARTIAL for name in finals} | journals | small | set(job.claims)
-    return names | {f".{name}.tmp" for name in small | journals}
+    return names | {f".{name}.tmp" for name in small}
 
 
 def _check_target(job: Job, out: Path, settings: Settings) -> None:
     if (out / LOCK).exists():
-        # A run was killed between its last rename and its end; or it ends just now, still holds the lock, and we refuse.
+        # A run was killed between its last rename and its end; or is just ending, and holds the lock: then we refuse.
         with contextlib.suppress(LocalIOError), Lock(settings.files, out / LOCK) as lock:
             lock.remove()
     check_target(out, _expected(job), models=job.verb == "merge", overwrite=settings.overwrite)
     old = _replaced(out)
-    if settings.overwrite and out.exists() and old.exists() and not _is_replaced(old):
+    if settings.overwrite and out.exists() and old.exists() and not _is_replaced(job, old):
         raise TargetError(
             "this name is needed for the old output until the new one has its own",
             path=old,
@@ -279,10 +279,10 @@ def _check_space(work: Path, needed: int) -> None:
         )
 
 
-def _swap(files: Files, work: Path, out: Path, *, fsync: bool) -> None:
+def _swap(job: Job, files: Files, work: Path, out: Path, *, fsync: bool) -> None:
     """Give the finished directory its name; what it replaces keeps another one until that is durable."""
     if out.exists() and not is_empty(out):
-        _remove_replaced(files, out)
+        _remove_replaced(job, files, out)
         with Lock(files, out / LOCK) as lock:  # marks what is ours to remove
             files.rename(str(out), str(_replaced(out)))
             try:
@@ -301,15 +301,17 @@ def _replaced(out: Path) -> Path:
     return out.with_name(out.name + REPLACED)
 
 
-def _is_replaced(old: Path) -> bool:
-    """Whether a run that replaced an output left this directory."""
-    return old.is_dir() and ((old / LOCK).exists() or is_empty(old))
+def _is_replaced(job: Job, old: Path) -> bool:
+    """Whether a run that replaced an output left this directory, and nobody has put anything into it."""
+    if not old.is_dir() or strangers(old, _expected(job), models=job.verb == "merge"):
+        return False
+    return (old / LOCK).exists() or is_empty(old)
 
 
-def _remove_replaced(files: Files, out: Path) -> None:
+def _remove_replaced(job: Job, files: Files, out: Path) -> None:
     """Remove an old output that this run, or one that was killed, has replaced."""
     old = _replaced(out)
-    if _is_replaced(old):
+    if _is_replaced(job, old):
         for name in sorted(os.listdir(old), key=LOCK.__eq__):  # the mark goes last
             files.unlink(str(old / name))
         files.rmdir(str(old))

@@ -124,7 +124,9 @@ def check_shared(
         )
     if done := [name for name in records if (work / name).exists()]:
         raise TargetError(
-            "another run has just finished here", path=work / done[0], hint="give the command again if ranks are missing"
+            "another run has just finished here",
+            path=work / done[0],
+            hint="give the command again if ranks are missing",
         )
     if others := other_runs(work, runs):
         raise TargetError(

@@ -33,11 +33,11 @@ from tpshard.lower import FlatStep, operations
 from tpshard.planning import OutputFile, Plan, Transfer
 
 PARTIAL = ".partial"
-FLUSH = 128 << 20
+FLUSH = 64 << 20
 """Bytes of one file that may be written before they are flushed and journalled."""
 _JOURNAL = 512  # bytes of a journal: one sector, so that it is never half of another one
 _HASH = 8 << 20  # bytes hashed before a worker looks for other work
-_READ = 1 << 20
+_READ = 256 << 10  # stays in a core's own cache
 
 
 @dataclass(eq=False)

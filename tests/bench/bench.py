@@ -1,6 +1,7 @@
 """`make bench`: tpshard beside the tools that do part of its job, in one run, as ratios of medians.
 
-The page cache is warm, command start-up is included, outputs are removed and the disk is idle before each command.
+The page cache is warm, free memory was touched just before, command start-up is included, outputs are removed and
+written back before each command.
 Timings never decide a test; this prints them, with the machine and the date, and writes JSON and Markdown.
 """
 
@@ -81,8 +82,14 @@ PAIRS = [
 ]
 
 
-def run(command: Command, place: Path) -> float:
-    """Seconds of one run; what it wrote is removed and flushed away afterwards."""
+def run(command: Command, place: Path, memory: int) -> float:
+    """Seconds of one run; what it wrote is removed and flushed away afterwards.
+
+    Before it, `memory` bytes are touched and freed: a virtual machine's host takes free pages back, and the command
+    that gets them first would pay for their return.
+    """
+    touch = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = bytes(len(b[::4096]))"
+    subprocess.run([sys.executable, "-c", touch, str(memory)], check=True)
     begin = time.perf_counter()
     subprocess.run(command.shell, shell=True, cwd=place, check=True)
     seconds = time.perf_counter() - begin
@@ -125,7 +132,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
         for _ in range(options.repeat):
             for name, command in chosen.items():
-                seconds[name].append(run(command, place))
+                seconds[name].append(run(command, place, 2 * size if command.writes else 0))
         result = report(seconds, size)
         if options.memory:
             shutil.rmtree(place / "twin")
@@ -174,12 +181,15 @@ def markdown(result: dict[str, object]) -> str:
     host = result["machine"]
     assert isinstance(host, dict)
     gib = host["memory_bytes"] / 2**30
+    seconds = result["seconds"]
+    assert isinstance(seconds, dict)
+    runs = len(next(iter(seconds.values())))
     lines = [
         f"# Benchmark of {result['date']}",
         "",
         f"{host['cpu']}, {host['cores']} cores, {gib:.0f} GiB, {host['system']}, Python {host['python']}.",
         f"A LLaMA checkpoint of {result['model_bytes']:,} bytes (bf16), tp 4, 2 workers, page cache warm,",
-        "command start-up included, medians of one interleaved run.",
+        f"command start-up included, medians of {runs} interleaved runs.",
         "",
         "| command ÷ command | seconds | seconds | ratio | aim |",
         "|---|---|---|---|---|",
