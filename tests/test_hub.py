@@ -16,6 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_server import HubServer
+from huggingface_hub.utils import enable_progress_bars
 
 from tpshard import hub, hub_errors
 from tpshard.errors import CorruptError, HubError, LocalIOError, TpshardError, UnsafeError, UnsupportedError, UsageError
@@ -288,6 +289,7 @@ def test_damaged_file_in_the_cache_is_found(server: HubServer, source: Path) -> 
 def test_progress_bars_only_when_asked_for(
     server: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    enable_progress_bars()  # another test of this process may have told transformers to disable them
     server.add(REPO, source)
     hub.download(REPO, None)
     quiet = capfd.readouterr()
