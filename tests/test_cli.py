@@ -263,14 +263,18 @@ def test_a_disk_that_is_too_small(model: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_stdout_that_refuses_and_that_left(model: Path) -> None:
     with open("/dev/full", "w") as full:
-        for arguments in (["plan", "model", "--tp", "2", "--json"], ["plan", "model", "--tp", "2"], ["--help"]):
-            result = subprocess.run(
-                [sys.executable, "-m", "tpshard", *arguments], stdout=full, stderr=subprocess.PIPE, text=True
-            )
-            assert result.returncode == 6 and result.stderr.startswith("error: "), result.stderr
-            assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
-    command = f"{shlex.quote(sys.executable)} -m tpshard plan model --tp 2 | true; echo ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        for arguments, code in (
+            (["archs", "--json"], 6),
+            (["plan", "model", "--tp", "2"], 6),
+            (["--help"], 6),
+            (["plan", "model", "--tp", "3", "--json"], 4),
+        ):
+            command = [sys.executable, "-m", "tpshard", *arguments]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+            assert result.returncode == code and result.stderr.startswith("error: "), result.stderr
+            assert len(result.stderr.splitlines()) == 2
+    piped = f"{shlex.quote(sys.executable)} -m tpshard plan model --tp 2 | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", piped], capture_output=True, text=True)
     assert result.stdout in ("141\n", "0\n") and result.stderr == ""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from crash.processes import slowly, wait_for
+from crash.processes import PATIENCE, halting, wait_for
 from crash.scene import Scene, Tree, fine_grained, looks_complete, scenes, tree
 from crash.seams import Died, Faulty, Meanwhile, Recorder, one_thread, survived
 
@@ -68,33 +68,34 @@ def exit_code(*arguments: str) -> int:
 
 
 def test_a_second_process_is_refused(source: Path, whole: Tree, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = ["split", str(source), "--tp", "2", "-o", str(out)]
-    first = slowly(*command)
-    wait_for(lambda: any((tmp_path / "out.partial").glob("*.safetensors.partial")), first)
-    before = tree(tmp_path)
+    root, gate = tmp_path / "root", tmp_path / "gate"
+    command = ["split", str(source), "--tp", "2", "-o", str(root / "out")]
+    first = halting(gate, 2, 0, *command)
+    wait_for(lambda: len(list((root / "out.partial").glob("*.safetensors.partial"))) == 2, first)
     assert exit_code(*command) == 9
     assert exit_code(*command, "--overwrite") == 9
-    assert tree(tmp_path).keys() >= before.keys()
-    assert first.wait(60) == 0, first.communicate()
-    assert tree(tmp_path) == {f"out/{name}": data for name, data in whole.items()}
+    gate.touch()
+    assert first.wait(PATIENCE) == 0, first.communicate()
+    assert tree(root) == {f"out/{name}": data for name, data in whole.items()}
     assert exit_code(*command) == 9, "finished"
 
 
-def test_processes_with_other_ranks_go_on(source: Path, stage: dict[str, Scene], tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_processes_with_other_ranks_go_on(source: Path, tmp_path: Path) -> None:
+    out, gates = tmp_path / "out", [tmp_path / "first", tmp_path / "second"]
     split = ["split", str(source), "--tp", "4", "-o", str(out)]
-    first = slowly(*split, "--ranks", "0,2")
+    first = halting(gates[0], 2, 0, *split, "--ranks", "0,2")
     wait_for(lambda: any(out.glob("rank-00002-*.safetensors.partial")), first)
     assert exit_code(*split, "--ranks", "1-2") == 9
     assert exit_code(*split, "--ranks", "2") == 9
     assert not list(out.glob("*rank-00001*")), "what was refused left something behind"
-    second = slowly(*split, "--ranks", "1")
+    second = halting(gates[1], 1, 0, *split, "--ranks", "1")
     wait_for(lambda: any(out.glob("rank-00001-*.safetensors.partial")), second)
-    assert first.poll() is None, "they do not run at the same time"
     assert exit_code(*split, "--ranks", "3") == 0
+    assert first.poll() is None and second.poll() is None, "all three ran at the same time"
     assert exit_code("check", str(out)) == 3, "ranks are missing"
-    assert first.wait(60) == 0 and second.wait(60) == 0
+    for process, gate in zip((second, first), reversed(gates), strict=True):
+        gate.touch()
+        assert process.wait(PATIENCE) == 0, process.communicate()
     tpshard.split(source, 4, tmp_path / "direct", settings=QUICK)
     assert tree(out) == tree(tmp_path / "direct")
     assert exit_code(*split, "--ranks", "3") == 9, "finished"

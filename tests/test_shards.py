@@ -212,6 +212,16 @@ def test_parts_exchanged() -> None:
     assert (error["expected"], error["found"]) == ("part 0", "part 1")
 
 
+def test_a_tensor_in_two_parts() -> None:
+    shutil.rmtree("set")
+    split(Path("model"), "set", 4, "--max-file-size", "2kB")
+    first, second = sorted(Path("set").glob("rank-00001-of-00004-part-*.safetensors"))[:2]
+    again = next(iter(read(first)))
+    rewrite(second, lambda tensors, said: tensors.update({again: read(first)[again]}))
+    error = all_refuse(3)
+    assert error["tensor"] == again and error["path"] == str(second)
+
+
 # --- damaged ---
 
 

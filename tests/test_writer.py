@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from crash.processes import slowly, wait_for
+from crash.processes import PATIENCE, halting, wait_for
 from crash.scene import Tree, fine_grained, tiny, tree, undisturbed
 from crash.seams import Died, Recorder, Watched, one_thread
 
@@ -341,18 +342,24 @@ def test_a_source_that_ends_early(source: Path, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_what_resumes(source: Path, expected: Tree, tmp_path: Path) -> None:
-    out, work = tmp_path / "out", tmp_path / "out.partial"
-    process = slowly("split", str(source), "--tp", "2", "-o", str(out), "--workers", "2")
-    wait_for(lambda: any(read_journal(journal_path(work, name)).get("offset", 0) > 2000 for name in NAMES), process)
+    out, work, gate = tmp_path / "out", tmp_path / "out.partial", tmp_path / "gate"
+    process = halting(gate, 2, 1, "split", str(source), "--tp", "2", "-o", str(out), "--workers", "2")
+
+    def vouched() -> dict[str, int]:
+        return {name: read_journal(journal_path(work, name)).get("offset", 0) for name in NAMES}
+
+    wait_for(lambda: any(vouched().values()), process)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    time.sleep(0.5)  # until it has stopped to hand out work
+    gate.touch()
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert stdout == "" and "interrupted" in stderr and "resumes" in stderr and "Traceback" not in stderr
     assert not out.exists()
-    vouched = {name: read_journal(journal_path(work, name)).get("offset", 0) for name in NAMES}
+    safe = vouched()
     files = Opened()
     tpshard.split(source, 2, out, settings=Settings(workers=2, files=files))
-    for name, offset in vouched.items():
+    for name, offset in safe.items():
         header = 8 + int.from_bytes(expected[name][:8], "little")
         written = files.written.get(str(work / f"{name}.partial"), [])
         assert all(begin >= offset for begin, _ in written if begin >= header)

@@ -392,23 +392,16 @@ def _print_written(console: Console, report: WriteReport, following: Sequence[st
 
 @contextmanager
 def _console(as_json: bool, quiet: bool, resumes: bool = False) -> Iterator[Console]:
-    """A command's output object; what the command raises becomes a message and an exit code."""
-    console = Console(as_json=as_json, quiet=quiet)
+    """A command's output object. `resumes`: the command can be repeated after Ctrl-C."""
     try:
-        yield console
+        yield Console(as_json=as_json, quiet=quiet)
         sys.stdout.flush()
-        return
-    except TpshardError as error:
-        meant = error
     except BrokenPipeError:
         drop_stdout()
         raise typer.Exit(141) from None  # as when SIGPIPE ends a program: `head` has seen enough
-    except OSError as error:
-        meant = _refused(error)
     except KeyboardInterrupt:
-        meant = Interrupted("interrupted", hint="the same command resumes where it stopped" if resumes else None)
-    console.error(meant)
-    raise typer.Exit(meant.exit_code)
+        hint = "the same command resumes where it stopped" if resumes else None
+        raise Interrupted("interrupted", hint=hint) from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -421,15 +414,17 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not text
     try:
         code = app(args=arguments, standalone_mode=False)
-    except TpshardError as error:  # from an option's parser
+    except TpshardError as error:
         meant = error
     except OSError as error:
-        meant = _refused(error)
+        from tpshard.files import local_error
+
+        meant = local_error(error, "the system refused")
     except Exception as error:
         meant = _parse_error(error) or _bug(error)
     else:
         sys.exit(code if isinstance(code, int) else 0)
-    # A command line that was not understood to its end may still ask for JSON.
+    # Also a command line that was not understood to its end may ask for JSON.
     Console(as_json="--json" in (sys.argv[1:] if arguments is None else arguments)).error(meant)
     sys.exit(meant.exit_code)
 
@@ -446,12 +441,6 @@ def run() -> None:
     except OSError:  # the result could not be written to where it was to go
         code = code or 6
     os._exit(code)
-
-
-def _refused(error: OSError) -> TpshardError:
-    from tpshard.files import local_error
-
-    return local_error(error, "the system refused")
 
 
 def _parse_error(error: Any) -> TpshardError | None:

@@ -50,12 +50,10 @@ def _size(text: str) -> int:
     number = text.strip().rstrip("BbGgIiKkMmTt")
     unit = text.strip()[len(number) :].upper()
     try:
-        size = int(float(number) * units[unit])
+        return int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise UsageError("--max-file-size does not take this size", expected="as in 5GB", found=repr(text))
-    return size
+        expected = "a number of bytes, as in 5GB"
+        raise UsageError("--max-file-size does not take this", expected=expected, found=repr(text)) from None
 
 
 def share_list(text: str | None) -> list[str] | None:

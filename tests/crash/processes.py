@@ -1,4 +1,4 @@
-"""The command in a process of its own, slow enough to be met half-way."""
+"""The command in a process of its own, which waits half-way until it is let on."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
-SLOW = """
-    import sys, time
+PATIENCE = 300
+"""Seconds until a process that does not do what it should has hung."""
+_SCRIPT = """
+    import json, os, sys, time
     sys.path.insert(0, {tests!r})
     from crash.scene import fine_grained
     from tpshard.cli import main
     from tpshard.files import Files
 
-    write = Files.pwritev
-    def slow(self, fd, buffers, offset):
-        time.sleep(0.1)
+    write, vouched = Files.pwritev, []
+
+    def wait_and_write(self, fd, buffers, offset):
+        if bytes(buffers[0][:8]) == b'{{"run": ':
+            count = write(self, fd, buffers, offset)
+            vouched.append(json.loads(bytes(buffers[0]))["offset"])
+            return count
+        while len(vouched) >= {files} and max(vouched) >= {vouched} and not os.path.exists({gate!r}):
+            time.sleep(0.01)
         return write(self, fd, buffers, offset)
-    Files.pwritev = slow
+
+    Files.pwritev = wait_and_write
     with fine_grained():
         main(sys.argv[1:])
 """
 
 
-def slowly(*arguments: str) -> subprocess.Popen[str]:
-    """The command in a process of its own, a tenth of a second for each write."""
-    script = textwrap.dedent(SLOW).format(tests=str(Path(__file__).parent.parent))
+def halting(gate: Path, files: int, vouched: int, *arguments: str) -> subprocess.Popen[str]:
+    """Start the command; it waits for `gate` when it has begun so many files and journalled so many bytes of one."""
+    tests = str(Path(__file__).parent.parent)
+    script = textwrap.dedent(_SCRIPT).format(tests=tests, files=files, vouched=vouched, gate=str(gate))
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -38,9 +46,8 @@ def slowly(*arguments: str) -> subprocess.Popen[str]:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Until something has happened in a process that must not end before."""
-    for _ in range(600):
-        if condition():
-            return
+    end = time.monotonic() + PATIENCE
+    while not condition():
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    pytest.fail("nothing happened")
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
