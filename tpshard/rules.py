@@ -215,8 +215,8 @@ def builtin_names() -> list[str]:
     return sorted(path.stem for path in _DIRECTORY.glob("*.toml"))
 
 
-def builtin(name: str) -> Architecture:
-    """A built-in architecture by file name or model_type; UnsupportedError when there is none."""
+def builtin_or_none(name: str) -> Architecture | None:
+    """A built-in architecture by file name or model_type."""
     path = _DIRECTORY / f"{name}.toml"
     if re.fullmatch(r"[\w.-]+", name) and path.is_file():
         return load_architecture(path)
@@ -224,9 +224,17 @@ def builtin(name: str) -> Architecture:
         architecture = load_architecture(_DIRECTORY / f"{other}.toml")
         if name in architecture.model_types:
             return architecture
+    return None
+
+
+def builtin(name: str) -> Architecture:
+    """A built-in architecture by file name or model_type; UnsupportedError when there is none."""
+    if architecture := builtin_or_none(name):
+        return architecture
     raise UnsupportedError(
         f"no rules for model_type {name!r}{_closest(name)}",
-        hint="write rules of your own and give them with --rules FILE; `tpshard archs` lists the built-in ones",
+        hint="`tpshard archs draft MODEL` writes rules to start from, --rules FILE takes them; `tpshard archs` lists "
+        "the built-in ones",
     )
 
 
@@ -258,22 +266,27 @@ def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path
     return builtin(model_type)
 
 
-def classify(architecture: Architecture, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> Classified:
-    """Give every tensor its cut.
+def classify(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    tensors: Iterable[TensorInfo],
+    names: Mapping[str, str] | None = None,
+) -> Classified:
+    """Give every tensor its cut. names: what the rules call a tensor that has another name in the checkpoint.
 
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
     """
     config = {**architecture.defaults, **config}
+    rules = _active(architecture, config)
     try:
         layers = expression.evaluate_count(architecture.layers, config)
-        rules = [r for r in architecture.rules if r.condition is None or expression.evaluate(r.condition, config)]
         used = {name for rule in rules for name in (*rule.axes, rule.interleave) if name}
         used |= {group for name in used if (group := architecture.axes[name].get("group"))}
         axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
     except expression.ExpressionError as error:
-        raise CorruptError(f"the config does not fit the {architecture.name} rules: {error}") from None
-    matcher = _Matcher(architecture, rules)
+        raise _misfit(architecture, error) from None
+    matcher = _Matcher(architecture, rules, names or {})
     cuts: dict[str, Cut] = {}
     for tensor in tensors:
         rule, dims = matcher.match(tensor)
@@ -283,6 +296,36 @@ def classify(architecture: Architecture, config: Mapping[str, Any], tensors: Ite
     matcher.check_complete(layers)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     return Classified(axes=axes, cuts=cuts, tied=tied)
+
+
+def recognise(
+    architecture: Architecture, config: Mapping[str, Any], names: Iterable[str], exact: bool = False
+) -> tuple[list[str], list[str]]:
+    """By names alone: the required patterns that match none of `names`, and those of `names` without a rule.
+
+    exact: a name must have the prefix that a checkpoint may leave out.
+    """
+    matcher = _Matcher(architecture, _active(architecture, {**architecture.defaults, **config}), {})
+    seen: set[str] = set()
+    unknown = []
+    for name in names:
+        _, candidates = matcher.find(name, "" if exact else architecture.prefix)
+        seen.update(pattern for _, pattern, _, _ in candidates)
+        if not candidates:
+            unknown.append(name)
+    return [p for _, p, optional, _ in matcher.patterns if not optional and p not in seen], unknown
+
+
+def _active(architecture: Architecture, config: Mapping[str, Any]) -> list[_Rule]:
+    """The rules whose condition holds."""
+    try:
+        return [r for r in architecture.rules if r.condition is None or expression.evaluate(r.condition, config)]
+    except expression.ExpressionError as error:
+        raise _misfit(architecture, error) from None
+
+
+def _misfit(architecture: Architecture, error: Exception) -> CorruptError:
+    return CorruptError(f"the config does not fit the {architecture.name} rules: {error}")
 
 
 def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
@@ -339,8 +382,9 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
 class _Matcher:
     """Matches tensor names against a fixed list of rules, and remembers what was matched."""
 
-    def __init__(self, architecture: Architecture, rules: Iterable[_Rule]) -> None:
+    def __init__(self, architecture: Architecture, rules: Iterable[_Rule], names: Mapping[str, str]) -> None:
         self.architecture = architecture
+        self.renamed = names
         self.patterns: list[tuple[_Rule, str, bool, re.Pattern[str]]] = []
         for rule in rules:
             for pattern in rule.patterns:
@@ -358,17 +402,21 @@ class _Matcher:
         self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){_INDEX}(?![^.])")
         self._memo: dict[str, list[tuple[_Rule, str, bool, re.Pattern[str]]]] = {}
 
-    def match(self, tensor: TensorInfo) -> tuple[_Rule, tuple[str, ...]]:
-        """The one rule of a tensor, and the axis of each of its dims."""
-        name = tensor.name
-        for full in (name, self.architecture.prefix + name):
+    def find(self, name: str, prefix: str) -> tuple[str, list[tuple[_Rule, str, bool, re.Pattern[str]]]]:
+        """The patterns that match a name, as it is or after `prefix`, and the name that they match."""
+        for full in dict.fromkeys((name, prefix + name)):
             key = self._index.sub("0", full)
             if key not in self._memo:
                 self._memo[key] = [p for p in self.patterns if p[3].fullmatch(full)]
-            candidates = self._memo[key]
-            if candidates:
-                break
-        else:
+            if self._memo[key]:
+                return full, self._memo[key]
+        return name, []
+
+    def match(self, tensor: TensorInfo) -> tuple[_Rule, tuple[str, ...]]:
+        """The one rule of a tensor, and the axis of each of its dims."""
+        name = tensor.name
+        full, candidates = self.find(self.renamed.get(name, name), self.architecture.prefix)
+        if not candidates:
             raise UnsupportedError(
                 f"no {self.architecture.name} rule matches the tensor {name}",
                 path=tensor.file,
