@@ -286,13 +286,23 @@ def test_experts_are_told_by_dims() -> None:
 
 # Experts one by one or stacked, in all layers but the first; what comes after the last layer is there or not.
 MIXED = RULES.replace('layers = "depth"', 'layers = "depth"\nextra_layers = "more or 0"\nexperts = "n_experts"')
-MIXED = MIXED.replace("[rules]", '[found]\nstacked = "model.layers.*.experts.up"\n\n[rules]')
+MIXED = MIXED.replace(
+    "[rules]",
+    """[conditions]
+sparse_layer = "layer in sparse"
+dense_layer = "not sparse_layer"
+
+[found]
+stacked = "model.layers.*.experts.up"
+
+[rules]""",
+)
 MIXED = MIXED.replace(
     '"column ffn" = ["model.layers.*.up"]',
     """
-"column ffn if layer not in sparse" = ["model.layers.*.up"]
-"column ffn if layer in sparse and not stacked" = ["model.layers.*.experts.*.up"]
-"column ffn if layer in sparse and stacked" = ["model.layers.*.experts.up"]
+"column ffn if dense_layer" = ["model.layers.*.up"]
+"column ffn if sparse_layer and not stacked" = ["model.layers.*.experts.*.up"]
+"column ffn if sparse_layer and stacked" = ["model.layers.*.experts.up"]
 "replicate if layer >= depth" = ["model.layers.*.join"]
 """,
 ).replace('"model.layers.*.up" = ["in", "out"]', '"model.layers.*.experts.up?" = ["expert", "out", "in"]')
@@ -319,7 +329,7 @@ def test_a_condition_on_the_layer_holds_in_some_layers() -> None:
         run({n: s for n, s in mixed().items() if ".1.experts" not in n}, rules=MIXED, **SPARSE | {"sparse": [2]})
     assert error.value.tensor == "model.layers.1.up.weight"
     assert run(mixed(1), rules=MIXED, **SPARSE | {"depth": 1}).cuts  # no layer needs an expert
-    with pytest.raises(CorruptError, match="'layer not in sparse' has no value for this config"):
+    with pytest.raises(CorruptError, match=r"'\(not \(layer in sparse\)\)' has no value for this config"):
         run(mixed(), rules=MIXED, n_experts=3, depth=3)
 
 
@@ -398,6 +408,8 @@ def test_a_class_of_layer_numbers_tells_layers_apart(order: tuple[int, int, int]
         ('layers = "depth"', 'layers = "depth"\nexperts = true', "experts must be an expression"),
         ('layers = "depth"', 'layers = "depth"\nextra_layers = "1 +"', r"cannot read the expression '1 \+'"),
         ("[defaults]", "[found]\nx = 1\n[defaults]", "found must be a table of strings"),
+        ("[defaults]", "[conditions]\nx = 1\n[defaults]", "conditions must be a table of strings"),
+        ("[defaults]", '[conditions]\nx = "1 +"\n[defaults]', r"cannot read the expression '\(1 \+\)'"),
         ("[defaults]", '[found]\nx = "[z-a]"\n[defaults]', "bad character range"),
         ("layers.*.down", "layers.*.experts.*.down", r"'model.layers.\*.experts.\*.down' is of experts, and no key"),
         ('["in", "out"]', '["expert", "out"]', r"'model.layers.\*.up' is of experts, and no key `experts` says"),

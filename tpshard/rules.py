@@ -124,6 +124,7 @@ _TOP_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "extra_layers": (_is_expression, "an expression"),
     "experts": (_is_expression, "an expression"),
     "found": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
+    "conditions": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
     "tied": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
     "defaults": (lambda value: isinstance(value, dict), "a table"),
     "axes": (_table_of(lambda value: isinstance(value, dict)), "a table of tables"),
@@ -169,6 +170,9 @@ def parse_architecture(text: str, path: str) -> Architecture:
         if (group := axis.get("group", name)) not in data["axes"] or "group" in data["axes"][group]:
             raise refuse(f"axis {name}: group {group!r} is not an axis, or has a group itself")
     rules = []
+    named: dict[str, str] = {}
+    for name, condition in data.get("conditions", {}).items():
+        named[name] = f"({_spelled_out(condition, named)})"
     for key, patterns in data["rules"].items():
         head, _, condition = key.partition(" if ")
         words, _, interleave = head.partition("/")
@@ -179,8 +183,10 @@ def parse_architecture(text: str, path: str) -> Architecture:
         for axis_name in [*axes, *([interleave] if interleave else [])]:
             if axis_name not in data["axes"]:
                 raise refuse(f"rule {key!r}: {axis_name!r} is not an axis")
-        rules.append(_Rule(kind, tuple(axes), interleave or None, condition.strip() or None, tuple(patterns)))
+        condition = _spelled_out(condition.strip(), named)
+        rules.append(_Rule(kind, tuple(axes), interleave or None, condition or None, tuple(patterns)))
     for text_ in [
+        *named.values(),
         *(str(data[key]) for key in ("layers", "extra_layers", "experts") if key in data),
         *(rule.condition for rule in rules if rule.condition),
         *(str(axis[k]) for axis in data["axes"].values() for k in ("count", "unit") if k in axis),
@@ -216,6 +222,11 @@ def parse_architecture(text: str, path: str) -> Architecture:
         experts=str(data["experts"]) if "experts" in data else None,
         found=data.get("found", {}),
     )
+
+
+def _spelled_out(condition: str, named: Mapping[str, str]) -> str:
+    """A condition with the named conditions in their places."""
+    return re.sub(r"\w+", lambda word: named.get(word[0], word[0]), condition)
 
 
 def _asks_layer(condition: str | None) -> bool:
