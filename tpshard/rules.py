@@ -248,16 +248,17 @@ def builtin_names() -> list[str]:
     return sorted(path.stem for path in _DIRECTORY.glob("*.toml"))
 
 
+def all_builtin() -> list[Architecture]:
+    """Every built-in architecture."""
+    return [load_architecture(_DIRECTORY / f"{name}.toml") for name in builtin_names()]
+
+
 def builtin_or_none(name: str) -> Architecture | None:
     """A built-in architecture by file name or model_type."""
     path = _DIRECTORY / f"{name}.toml"
     if re.fullmatch(r"[\w.-]+", name) and path.is_file():
         return load_architecture(path)
-    for other in builtin_names():
-        architecture = load_architecture(_DIRECTORY / f"{other}.toml")
-        if name in architecture.model_types:
-            return architecture
-    return None
+    return next((architecture for architecture in all_builtin() if name in architecture.model_types), None)
 
 
 def builtin(name: str) -> Architecture:
@@ -274,7 +275,7 @@ def builtin(name: str) -> Architecture:
 def _closest(name: str) -> str:
     import difflib
 
-    known = {t for arch in builtin_names() for t in (arch, *load_architecture(_DIRECTORY / f"{arch}.toml").model_types)}
+    known = {name for architecture in all_builtin() for name in (architecture.name, *architecture.model_types)}
     near = difflib.get_close_matches(name, sorted(known))
     return f" (closest: {', '.join(near)})" if near else ""
 
