@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tpshard import expression
@@ -35,7 +35,7 @@ _NORM = re.compile(r"norm|(^|_)ln(_|$)")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a draft says of a module: `rule` (a key of the rules file), or None and the candidates.
+    """What a draft says of a module: `rule` (a key of the rules file), or None where it is one of the candidates.
 
     axis: of the rule. conv1d: its weight is stored [in, out].
     """
@@ -90,6 +90,7 @@ def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Se
     linear = _orientation(reader, found)
     choices = {module.name: reader.matrix(module, linear) for module in found}
     choices |= {c.module.name: c for c in reader.pairs(list(choices.values()), linear)}
+    choices |= {c.module.name: replace(c, rule=None, axis=None) for c in _contradicting(list(choices.values()))}
     chosen = [choice.axis for choice in choices.values() if choice.axis]
     choices |= {m.name: reader.vector(m, chosen) for m in found if not _is_matrix(m)}
     ordered = tuple(choices[module.name] for module in found)
@@ -118,6 +119,15 @@ def _orientation(reader: _Reader, found: Iterable[Module]) -> bool | None:
             seen.add(bias == (shape[1],))
         seen |= {r.conv1d for r in reader.readings(module, reader.votes(module)[0]) if not r.axis.keys.get("pad")}
     return next(iter(seen)) is False if len(seen) == 1 else None
+
+
+def _contradicting(choices: Sequence[Choice]) -> list[Choice]:
+    """The projections of attention, where they were read as heads of two kinds or as groups that do not divide."""
+    found = [choice for choice in choices if choice.axis and choice.axis.name in ("heads", "kv")]
+    axes = {(c.axis.name, c.axis.count, c.axis.unit) for c in found if c.axis}
+    counts = {name: count for name, count, _ in axes}
+    divides = counts.get("heads", 0) % counts.get("kv", 1) == 0
+    return found if len(axes) > len(counts) or len({unit for _, _, unit in axes}) > 1 or not divides else []
 
 
 @dataclass(frozen=True)
@@ -170,10 +180,11 @@ class _Reader:
         if not votes and not tail(module.name, self.stem)[1]:
             vocab = Known("", (), False, "column", ("vocab",), None, True)
             readings = [r for r in self.readings(module, [vocab]) if module.shape() == (r.axis.size, self.width)]
+        candidates = self._candidates(module, votes)
         if open_votes or len({reading.effect for reading in readings}) != 1:
-            return Choice(module, candidates=self._candidates(module, votes))
+            return Choice(module, candidates=candidates)
         best = readings[0]
-        return Choice(module, f"{best.kind} {best.axis.name}", best.axis, best.conv1d)
+        return Choice(module, f"{best.kind} {best.axis.name}", best.axis, best.conv1d, candidates)
 
     def pairs(self, choices: Sequence[Choice], linear: bool | None) -> list[Choice]:
         """Modules of unknown names that are plainly a feed-forward: beside each other, width to ffn and back."""
@@ -237,14 +248,10 @@ class _Reader:
     def _candidates(self, module: Module, votes: Sequence[Known]) -> tuple[str, ...]:
         """Rules of alike names first, then any whose segments add up to a dim."""
         shapes = [shape for shapes in module.shapes.values() for shape in shapes if len(shape) > 1]
-        sizes: dict[str, set[int]] = {}
-        for axis in self.axes:
-            sizes.setdefault(axis.name, set()).add(axis.size)
+        sizes = {(axis.family, axis.name): axis.size for axis in self.axes}
 
         def fits(entry: Known) -> bool:
-            if not entry.axes or any(len(sizes.get(name, ())) != 1 for name in entry.axes):
-                return False
-            size = sum(next(iter(sizes[name])) for name in entry.axes)
+            size = sum(sizes.get((entry.family, name), 0) for name in entry.axes)
             return any(sorted(shape[-2:]) == sorted((size, self.width or 0)) for shape in shapes)
 
         fitting = [entry.rule for entry in self.entries if "vocab" not in entry.axes and fits(entry)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tpshard.checkpoint import open_headers
 from tpshard.draft import Choice, Sketch, draft_modules, sketch
-from tpshard.errors import TpshardError, UnsupportedError, UsageError
+from tpshard.errors import TargetError, TpshardError, UnsupportedError, UsageError
 from tpshard.header import TensorInfo
 from tpshard.lexicon import Definition, Module, base, counts
 from tpshard.nested import text_config
@@ -35,7 +35,7 @@ class Draft:
         """The result object of the JSON contract."""
         return {
             "schema_version": 1,
-            "command": "archs draft",
+            "command": "archs",
             "model_type": self.model_type,
             "closest": self.closest,
             "share": round(self.share, 3),
@@ -71,6 +71,15 @@ def draft(model: str | Path, revision: str | None = None, *, allow_pickle: bool 
     )
 
 
+def save(made: Draft, path: Path) -> None:
+    """Write a draft to a new file; what is there already, edited perhaps, is never replaced."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(made.text)
+    except FileExistsError:
+        raise TargetError("the file exists", path=path, hint="give another one with -o, or remove it first") from None
+
+
 def make(config: Mapping[str, Any], tensors: Sequence[TensorInfo], architectures: Sequence[Architecture]) -> Draft:
     """Draft rules for one config and its tensors, by comparison with these architectures."""
     found = draft_modules(tensors)
@@ -89,7 +98,8 @@ def _decoder(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> list[T
     shape = (config.get("vocab_size"), config.get("hidden_size"))
     tables = [tensor.name for tensor in tensors if tensor.shape == shape and "." in tensor.name]
     places = {name.rpartition(".")[0].rpartition(".")[0] + "." for name in tables}
-    inside = [place for place in places if sum(tensor.name.startswith(place) for tensor in tensors) > 2]
+    held = [place for place in places if sum(tensor.name.startswith(place) for tensor in tensors) > len(tables)]
+    inside = [place for place in held if not any(other != place and other.startswith(place) for other in held)]
     if len(inside) != 1:
         raise UnsupportedError(
             "where the text model lies is not plain: no place, or several, have an embedding and layers",
@@ -118,23 +128,29 @@ def _render(
     ]
     if made.undecided:
         lines.append(
-            f"# {len(made.undecided)} modules are UNDECIDED below: until each is under a rule, the model is refused."
+            f"# UNDECIDED modules below: {len(made.undecided)}. Until each is under a rule, the model is refused."
         )
     lines.append(f"model_types = [{_quoted(str(config['model_type']))}]")
     if prefix := base(made.stem):
         lines.append(f"prefix = {_quoted(prefix)}")
     inside = [module for module in found if made.stem and module.name.startswith(f"{made.stem}*.")]
     layers = 1 + max((max(module.numbers) for module in inside), default=-1)
-    lines += _count("layers", "layers", config, layers, architectures)
+    lines.append(_count("layers", config, layers, architectures))
     if experts := 1 + max((max(module.experts) for module in inside if module.experts), default=-1):
-        lines += _count("experts", "experts", config, experts, architectures)
+        line = _count("experts", config, experts, architectures)
+        needed = any(choice.rule and choice.module.experts for choice in made.choices)
+        lines += [line] if needed or not line.startswith("#") else []
     lines += _tied(config, made, closest)
     lines += ["", "[axes]", *(_axis(name, axis, axes) for name, axis in axes.items()), "", "[rules]"]
     for rule, choices in _by_rule(made.choices, axes).items():
         names = [_pattern(choice, layers, made.stem, architectures) for choice in choices]
         lines += [f"{_quoted(rule)} = [", *(f"    {name}," for name in names), "]"]
     for choice in made.undecided:
-        lines += ["", f"# UNDECIDED: {_whole_name(choice.module)}, {_described(choice.module)}. Write it under one of"]
+        lines += [
+            "",
+            f"# UNDECIDED: {_whole_name(choice.module)}, {_described(choice.module)}{_known_sizes(choice, config)}.",
+        ]
+        lines += ["# Write it under one of these, if one is right:"]
         for candidate in choice.candidates[:_MOST]:
             families = dict.fromkeys(a.name for a in architectures if any(_key(r) == candidate for r in a.rules))
             known = f"   (as {', '.join(list(families)[:3])} has it)" if families else ""
@@ -167,15 +183,23 @@ def _described(module: Module) -> str:
     )
 
 
-def _count(
-    key: str, what: str, config: Mapping[str, Any], value: int, architectures: Sequence[Architecture]
-) -> list[str]:
+def _known_sizes(choice: Choice, config: Mapping[str, Any]) -> str:
+    """The config's keys that have the value of one of the dims."""
+    sizes = sorted({size for shapes in choice.module.shapes.values() for shape in shapes for size in shape})
+    named = []
+    for size in sizes:
+        if keys := [key for key, value in config.items() if type(value) is int and value == size > 1]:
+            named.append(f"{size} is {' or '.join(keys)}")
+    return f" ({', '.join(named)})" if named else ""
+
+
+def _count(key: str, config: Mapping[str, Any], value: int, architectures: Sequence[Architecture]) -> str:
     """The line of a count; where no known expression gives it, a comment, and the file does not parse."""
     if fitting := counts(architectures, key, config, value):
-        return [f"{key} = {_quoted(fitting[0])}"]
+        return f"{key} = {_quoted(fitting[0])}"
     keys = [name for name, held in config.items() if held == value and not isinstance(held, bool)]
     guess = f"; in the config so many are {', '.join(keys)}" if keys else ""
-    return [f'# UNDECIDED: {key} = "…", the config\'s key for the number of {what}, which is {value}{guess}']
+    return f'# UNDECIDED: {key} = "…", the config\'s key for the number of {key}, which is {value}{guess}'
 
 
 def _tied(config: Mapping[str, Any], made: Sketch, closest: Architecture) -> list[str]:
