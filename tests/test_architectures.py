@@ -155,7 +155,7 @@ def reference(name: str, tensor: Tensor, numbers: Numbers, dealt: Dealt, rank: i
         array = array[start:stop]
     elif module in ("c_attn", "query_key_value", "qkv_proj", "Wqkv"):
         array = fused(array, numbers, dealt.heads[rank], dealt.kv[rank], weight)
-    elif module == "q_proj" or (module == "q_norm" and numbers.family in SPLIT_NORMS):
+    elif suffix == "sinks" or module == "q_proj" or (module == "q_norm" and numbers.family in SPLIT_NORMS):
         array = units(array, 0, numbers.heads, dealt.heads[rank])
     elif module in ("k_proj", "v_proj") or (module == "k_norm" and numbers.family in SPLIT_NORMS):
         array = units(array, 0, numbers.kv, dealt.kv[rank])
