@@ -56,12 +56,36 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", _WIDE),
     "nemotron-bias": ("nemotron", _GQA | {"attention_bias": True, "mlp_bias": True}),
     "exaone4": ("exaone4", _WIDE | {"sliding_window": 8}),
+    "ministral": ("ministral", _WIDE | {"sliding_window": 8}),
+    "ministral3": ("ministral3", _WIDE),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _WIDE | {"attention_bias": True}),
+    "arcee": ("arcee", _WIDE | {"mlp_bias": True}),
+    "ernie4_5": ("ernie4_5", _WIDE | {"use_bias": True}),
+    "helium": ("helium", _GQA | {"head_dim": 8, "mlp_bias": True}),
+    "cwm": ("cwm", _WIDE | {"sliding_window": 8}),
+    "internlm3": ("internlm3", _WIDE),
+    "iquestcoder": ("iquestcoder", _WIDE),
+    "vaultgemma": ("vaultgemma", _WIDE | {"sliding_window": 8}),
+    "jais2": ("jais2", _WIDE),
+    "hyperclovax": ("hyperclovax", _WIDE),
+    "hyperclovax-pre-norm": ("hyperclovax", _WIDE | {"use_post_norm": False, "mlp_bias": True}),
+    "nanochat": ("nanochat", _WIDE),
+    "granite_swa": ("granite_swa", _WIDE | {"sliding_window": 8}),
+    "apertus": ("apertus", _GQA),
+    "persimmon": ("persimmon", _MHA),
+    "codegen": ("codegen", {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 64, "rotary_dim": 4}),
+    "xglm": ("xglm", {"d_model": 64, "attention_heads": 8, "num_layers": 2, "ffn_dim": 128}),
+    "biogpt": ("biogpt", _MHA),
     "seed_oss": ("seed_oss", _WIDE),
     "seed_oss-bias": ("seed_oss", _GQA | {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True}),
 }
 
 # Base-model prefix, head and input embedding, where they are not as in Llama.
-ELSEWHERE = {"mpt": ("transformer.", "lm_head", "transformer.wte")}
+ELSEWHERE = {
+    "mpt": ("transformer.", "lm_head", "transformer.wte"),
+    "codegen": ("transformer.", "lm_head", "transformer.wte"),
+    "biogpt": ("biogpt.", "output_projection", "biogpt.embed_tokens"),
+}
 
 # Norms that multiply by 1 + weight.
-CENTRED_AT_ZERO = frozenset({"gemma", "gemma3_text", "nemotron"})
+CENTRED_AT_ZERO = frozenset({"gemma", "gemma3_text", "vaultgemma", "nemotron"})

@@ -40,10 +40,12 @@ from tpshard.rules import Cut, builtin, builtin_names
 Made = Callable[..., Path]
 Ranges = Sequence[tuple[int, int]]
 
-VOCAB_MODULES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
+VOCAB_MODULES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out", "output_projection"}
 COLUMN = {"gate_proj", "up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h"}
 ROW = {"down_proj", "mlp.c_proj", "fc_out", "fc2", "dense_4h_to_h"}
 OUTPUT = {"o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense"}
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 SPLIT_NORMS = {"olmo2", "olmo3", "cohere"}  # families with a weight of its own for every head of q and k
 
 
@@ -61,7 +63,7 @@ class Numbers:
     @staticmethod
     def of(config: Mapping[str, Any]) -> Numbers:
         family = config["model_type"]
-        heads = next(config[key] for key in ("num_attention_heads", "n_head", "num_heads", "n_heads") if key in config)
+        heads = next(config[key] for key in HEADS if key in config)
         hidden = next(config[key] for key in ("hidden_size", "n_embd", "d_model") if key in config)
         kv = config.get("num_key_value_heads") or heads
         if family == "falcon":
@@ -70,9 +72,7 @@ class Numbers:
             kv = 1 if config["multi_query"] else heads
         ffn = next((config[key] for key in ("ffn_dim", "ffn_hidden_size", "n_inner") if config.get(key)), None)
         ffn = ffn or config.get("intermediate_size") or 4 * hidden
-        layers = next(
-            config[key] for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if key in config
-        )
+        layers = next(config[key] for key in LAYERS if key in config)
         return Numbers(family, heads, kv, ffn, config["vocab_size"], layers)
 
 
@@ -123,6 +123,14 @@ def fused(array: Bits, numbers: Numbers, heads: tuple[int, int], kv: tuple[int, 
         unit = len(array) // sum(sizes)
         blocks = np.split(array, [sizes[0] * unit, (sizes[0] + sizes[1]) * unit])
         return np.concatenate([units(b, 0, n, held) for b, n, held in zip(blocks, sizes, (heads, kv, kv), strict=True)])
+    if numbers.family == "codegen":  # four blocks, each q, v, k of a quarter of the heads
+        quarter = numbers.heads // 4
+        blocks = np.split(array, 12)
+        first = [max(0, heads[0] - block // 3 * quarter) for block in range(12)]
+        last = [min(quarter, heads[1] - block // 3 * quarter) for block in range(12)]
+        return np.concatenate(
+            [units(b, 0, quarter, (a, z)) for b, a, z in zip(blocks, first, last, strict=True) if a < z]
+        )
     rest = array.shape[1:]
     groups, each = numbers.kv, numbers.heads // numbers.kv
     grouped = array.reshape(groups, each + 2, -1, *rest)  # each group: its q heads, its k, its v
@@ -147,7 +155,7 @@ def reference(name: str, tensor: Tensor, numbers: Numbers, dealt: Dealt, rank: i
         array = array[start:stop]
     elif module in ("c_attn", "query_key_value", "qkv_proj", "Wqkv"):
         array = fused(array, numbers, dealt.heads[rank], dealt.kv[rank], weight)
-    elif module == "q_proj" or (module == "q_norm" and numbers.family in SPLIT_NORMS):
+    elif suffix == "sinks" or module == "q_proj" or (module == "q_norm" and numbers.family in SPLIT_NORMS):
         array = units(array, 0, numbers.heads, dealt.heads[rank])
     elif module in ("k_proj", "v_proj") or (module == "k_norm" and numbers.family in SPLIT_NORMS):
         array = units(array, 0, numbers.kv, dealt.kv[rank])

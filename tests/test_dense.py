@@ -20,7 +20,7 @@ from toys import Tensor, contents, random_tensor, read_all, write_checkpoint
 import tpshard
 from tpshard import expression
 from tpshard.checkpoint import open_checkpoint
-from tpshard.errors import CorruptError
+from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.header import TensorInfo
 from tpshard.publish import Settings
 from tpshard.rules import Architecture, Cut, builtin, classify
@@ -67,6 +67,13 @@ SLICES: list[tuple[str, str, int, list[list[tuple[int, int]]]]] = [
         "transformer.blocks.1.attn.Wqkv.weight",
         2,
         [[(0, 48), (96, 144), (192, 240)], [(48, 96), (144, 192), (240, 288)]],
+    ),
+    # Four cores of 48 rows, each q, v, k of two heads.
+    (
+        "codegen",
+        "transformer.h.1.attn.qkv_proj.weight",
+        8,
+        [[(start, start + 8) for start in range(48 * (r // 2) + 8 * (r % 2), 48 * (r // 2 + 1), 16)] for r in range(8)],
     ),
     # One weight for every row of q, of k.
     ("olmo2", "model.layers.1.self_attn.q_norm.weight", 4, [[(0, 16)], [(16, 32)], [(32, 48)], [(48, 64)]]),
@@ -154,18 +161,28 @@ def test_a_silent_config_means_what_transformers_makes_of_it(model_type: str) ->
     assert {key: value for key, value in architecture.defaults.items() if value} == meant
 
 
-@pytest.mark.parametrize("name", [name for name in FIRST.values() if name != "mpt"])  # which has ALiBi
-def test_old_rotary_frequencies_are_a_buffer(name: str, made: Made) -> None:
+# What files of old versions carry besides: `{}` is the layer. mpt and biogpt never had any.
+ROTARY = "model.layers.{}.self_attn.rotary_emb.inv_freq"
+OLD_BUFFERS = {FIRST[t]: ROTARY for t in FIRST if t not in ("mpt", "biogpt")}
+OLD_BUFFERS |= {"codegen": "transformer.h.{}.attn.causal_mask", "xglm": "model.embed_positions.weights"}
+
+
+@pytest.mark.parametrize(("name", "buffer"), OLD_BUFFERS.items())
+def test_what_old_files_carry_besides_is_a_buffer(name: str, buffer: str, made: Made) -> None:
     checkpoint = open_checkpoint(made(name))
-    old = [
-        TensorInfo(f"model.layers.{layer}.self_attn.rotary_emb.inv_freq", "F32", (4,), "old.bin", 0, 16)
-        for layer in range(2)
-    ]
+    old = [TensorInfo(tensor, "F32", (4,), "old.bin", 0, 16) for tensor in {buffer.format(0), buffer.format(1)}]
     architecture = builtin(VARIANTS[name].model_type)
     plain = classify(architecture, checkpoint.config, checkpoint.tensors)
     found = classify(architecture, checkpoint.config, [*checkpoint.tensors, *old])
-    assert {name: found.cuts[name] for name in plain.cuts} == plain.cuts
+    assert {tensor: found.cuts[tensor] for tensor in plain.cuts} == plain.cuts
     assert all(found.cuts[tensor.name] == Cut("buffer") for tensor in old)
+
+
+def test_a_codegen_with_code_of_its_own_is_not_guessed(made: Made) -> None:
+    checkpoint = open_checkpoint(made("codegen"))
+    config = {**checkpoint.config, "auto_map": {"AutoModelForCausalLM": "modeling_codegen.CodeGenForCausalLM"}}
+    with pytest.raises(UnsupportedError, match="no codegen rule matches the tensor transformer.h.0.attn.qkv_proj"):
+        classify(builtin("codegen"), config, checkpoint.tensors)
 
 
 INTERNLM2: dict[str, Any] = {
@@ -223,7 +240,7 @@ def test_internlm2_by_group(changes: dict[str, Any], tp: int, quick: Settings, t
             if (wqkv := source.get(f"model.layers.1.attention.wqkv.{name}")) is None:
                 continue
             # Per KV group: its q heads, its k, its v.
-            grouped = wqkv.view(torch.int16).unflatten(0, (kv, 8 // kv + 2, 8))
+            grouped = wqkv.view(torch.int16).reshape(kv, 8 // kv + 2, 8, *wqkv.shape[1:])
             heads = range(rank * 8 // tp, (rank + 1) * 8 // tp)
             expected = []
             for group in sorted({head * kv // 8 for head in heads}):
