@@ -15,6 +15,7 @@ from pathlib import Path
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
 from tpshard.execute import Convert
+from tpshard.files import local_error
 from tpshard.formats import hf, native
 from tpshard.formats.native import DEFAULT_MAX_FILE_SIZE, Options, Split, plan_split
 from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
@@ -296,7 +297,9 @@ def _is_written(target: Path, planned: Split, rank: int) -> bool:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    except ValueError:
         raise CorruptError(
             "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
         ) from None
