@@ -237,7 +237,7 @@ def check(
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     judged = check_source(found, planned, placed, _convert(model, placed), settings)
-    return CheckReport(found, checkpoint.name, *judged)
+    return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
 
 
 def inspect(path: str | Path) -> InspectReport:
