@@ -350,34 +350,6 @@ def test_what_no_family_has_is_named(made: Made, tmp_path: Path) -> None:
     assert error.value.tensor == "transformer.h.0.attn.c_attn.lora_A.weight"
 
 
-# Families of which transformers publishes how it would split them.
-PLANNED = ["llama-mha-bias", "mistral", "qwen2-bias", "qwen3-tied-bias", "gemma2", "gpt_neox"]
-
-
-@pytest.mark.parametrize("name", PLANNED)
-def test_the_rules_agree_with_transformers_own_plan(name: str, made: Made) -> None:
-    from transformers import AutoConfig
-
-    model_type = VARIANTS[name].model_type
-    plan: dict[str, str] = type(AutoConfig.for_model(model_type)).base_model_tp_plan or {}
-    cuts = classified(made(name))
-    seen = set()
-    for tensor, cut in cuts.items():
-        stem = tensor.removeprefix(FAMILIES[model_type].prefix)
-        module, _, suffix = stem.rpartition(".")
-        pattern = ".".join("*" if part.isdecimal() else part for part in module.split("."))
-        style = plan.get(pattern)
-        if style in ("colwise", "colwise_rep"):
-            assert (cut.kind, cut.dim) == ("column", 0)
-        elif style in ("rowwise", "rowwise_rep"):
-            assert (cut.kind, cut.dim) == (("row", 1) if suffix == "weight" else ("replicate", None))
-        elif pattern not in ("embed_tokens", "embed_in", FAMILIES[model_type].head):
-            assert cut.kind == "replicate", tensor
-        seen.add(pattern)
-    assert set(plan) <= seen
-    assert len({style for style in plan.values()} & {"colwise", "rowwise"}) == 2
-
-
 @pytest.mark.parametrize(
     ("name", "tp"),
     [("gpt2", 4), ("opt-350m-like", 2), ("llama-gqa", 4), ("falcon-new", 4), ("gpt_bigcode-mqa", 2), ("gpt_neox", 4)],

@@ -303,10 +303,13 @@ def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:
 
 
 def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """config.json with the dtype that the weights now have: engines take theirs from it."""
+    """config.json with the dtype that the weights now have: engines take theirs from it, or from a nested config."""
     config = dict(checkpoint.config)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = dtype
+    for name, inner in config.items():
+        if isinstance(inner, dict):
+            config[name] = inner | {k: dtype for k in ("torch_dtype", "dtype") if isinstance(inner.get(k), str)}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
