@@ -15,6 +15,7 @@ from pathlib import Path
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
 from tpshard.execute import Convert
+from tpshard.files import local_error
 from tpshard.formats import format_of, hf
 from tpshard.formats.base import (
     DEFAULT_MAX_FILE_SIZE,
@@ -266,7 +267,7 @@ def check(
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     judged = check_source(found, planned, placed, _convert(model, placed), settings)
-    return CheckReport(found, checkpoint.name, *judged)
+    return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
 
 
 def inspect(path: str | Path) -> InspectReport:
@@ -329,7 +330,9 @@ def _is_written(target: Path, planned: Split, rank: int) -> bool:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    except ValueError:
         raise CorruptError(
             "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
         ) from None

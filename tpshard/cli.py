@@ -274,7 +274,7 @@ def check(
             report = api.check(
                 shards, source, tp=tp, revision=revision, rules=rules, allow_pickle=allow_pickle, settings=settings
             )
-        for note in report.unchecked:
+        for note in (*report.warnings, *report.unchecked):
             console.warn(note)
         if console.as_json:
             console.data(report.to_json())
