@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_checkpoints import MOE, STACKED
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -58,6 +60,7 @@ FAMILIES = {
     "falcon": Family("transformer.", "lm_head", "transformer.word_embeddings"),
     "opt": Family("model.", "lm_head", "model.decoder.embed_tokens"),
 }
+FAMILIES |= {model_type: Family("model.", "lm_head", "model.embed_tokens") for model_type, _ in MOE.values()}
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {
@@ -111,7 +114,8 @@ def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
 
 
-VARIANTS: dict[str, Variant] = {
+# Those of the families that verify's own decoder has; `old_config` knows them too.
+DECODED: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant("llama", "llama", _LLAMA),
@@ -197,13 +201,14 @@ VARIANTS: dict[str, Variant] = {
         Variant("opt-f16", "opt", _OPT, dtype="float16"),
     )
 }
+VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in MOE.items()}
 
 
 def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     """The variant `name` as a transformers model in eval mode, with eager attention unless overridden.
 
-    Each parameter is drawn from a generator of its own, seeded by `seed` and its name, so that another config leaves
-    the parameters of the same shape as they were. `dtype` and `attn_implementation` are overrides too.
+    Each parameter, or buffer that is saved, is drawn from a generator of its own, seeded by `seed` and its name: with
+    another config those of the same shape stay as they were. `dtype` and `attn_implementation` are overrides too.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -218,7 +223,9 @@ def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     )
     norm_center = 0.0 if variant.model_type == "gemma2" else 1.0  # gemma multiplies by 1 + weight
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        saved = model.state_dict()
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+        for parameter_name, parameter in [*model.named_parameters(), *buffers]:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {parameter_name}".encode()))
             center = norm_center if parameter.dim() == 1 and parameter_name.endswith(".weight") else 0.0
             parameter.copy_(center + STD * torch.randn(parameter.shape, generator=generator))
@@ -231,7 +238,7 @@ def make(name: str, path: Path, seed: int = 0, **config_overrides: Any) -> Path:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    build(name, seed, **config_overrides).save_pretrained(path)
+    build(name, seed, **config_overrides).save_pretrained(path, save_original_format=not name.endswith(STACKED))
     return path
 
 

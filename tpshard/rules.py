@@ -201,7 +201,7 @@ def parse_architecture(text: str, path: str) -> Architecture:
             _compile(pattern.removesuffix("?"))
         except re.error as error:
             raise refuse(f"pattern {pattern!r}: {error}") from None
-        if "experts" not in data and (pattern.split(".").count("*") > 1 or "expert" in dims.get(pattern, ())):
+        if "experts" not in data and pattern.removesuffix("?").split(".").count("*") > 1:
             raise refuse(f"pattern {pattern!r} is of experts, and no key `experts` says how many there are")
     for rule in rules:
         unlayered = [pattern for pattern in rule.patterns if "*" not in pattern.removesuffix("?").split(".")]
@@ -424,7 +424,8 @@ class _Matcher:
             key = self._index.sub("0", full)
             if key not in self._memo:
                 self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(full)]
-            candidates = [p for p in self._memo[key] if not p.condition or self._holds(p, _numbers(p, full)[0][0])]
+            matches = [(pattern, *_numbers(pattern, full)) for pattern in self._memo[key]]
+            candidates = [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]
             if candidates:
                 break
         else:
@@ -437,7 +438,7 @@ class _Matcher:
             )
         if len(candidates) > 1:
             raise UsageError(
-                f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p in candidates)}",
+                f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, _, _ in candidates)}",
                 tensor=name,
                 hint="make the patterns of the rules file disjoint",
             )
@@ -449,12 +450,10 @@ class _Matcher:
                 expected=f"one of them, with or without {self.architecture.prefix!r}",
             )
         self.names[full] = name
-        pattern = candidates[0]
+        pattern, numbers, rest = candidates[0]
         pattern.seen = True
-        if pattern.required:
-            numbers, rest = _numbers(pattern, full)
-            if numbers:
-                pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
+        if pattern.required and numbers:
+            pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
         return pattern.rule, self._dims(full, tensor)
 
     def _holds(self, pattern: _Pattern, layer: int) -> bool:
@@ -480,7 +479,7 @@ class _Matcher:
                             expected=f"{len(dims)} dims: {', '.join(dims)}",
                             found=f"shape {list(tensor.shape)}",
                         )
-                    dim = dims.index("expert") if "expert" in dims else None
+                    dim = dims.index("expert") if "expert" in dims and self.architecture.experts else None
                     if dim is not None and tensor.shape[dim] != self._experts:
                         raise CorruptError(
                             f"config.json contradicts the tensor {tensor.name}",
@@ -544,9 +543,11 @@ def _numbers(pattern: _Pattern, full: str) -> tuple[list[int], str]:
     found = pattern.compiled.fullmatch(full)
     assert found is not None
     rest = full
-    for group in range(len(found.groups()), 0, -1):
-        rest = rest[: found.start(group)] + "*" + rest[found.end(group) :]
-    return [int(number) for number in found.groups()], rest
+    numbers = found.groups()
+    for group in range(len(numbers), 0, -1):
+        start, end = found.span(group)
+        rest = f"{rest[:start]}*{rest[end:]}"
+    return [int(number) for number in numbers], rest
 
 
 _INDEX = r"(?:0|[1-9][0-9]*)"  # a layer's number, as nobody writes it otherwise
