@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dense_checkpoints import CENTRED_AT_ZERO, DENSE, ELSEWHERE
 from moe_checkpoints import MOE, STACKED
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ FAMILIES = {
     "falcon": Family("transformer.", "lm_head", "transformer.word_embeddings"),
     "opt": Family("model.", "lm_head", "model.decoder.embed_tokens"),
 }
+FAMILIES |= {t: Family(*ELSEWHERE.get(t, ("model.", "lm_head", "model.embed_tokens"))) for t, _ in DENSE.values()}
 FAMILIES |= {model_type: Family("model.", "lm_head", "model.embed_tokens") for model_type, _ in MOE.values()}
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -201,7 +203,12 @@ DECODED: dict[str, Variant] = {
         Variant("opt-f16", "opt", _OPT, dtype="float16"),
     )
 }
-VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in MOE.items()}
+VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in (DENSE | MOE).items()}
+
+
+def norm_center_of(model_type: str) -> float:
+    """What a norm's weights are drawn around: 0 where the norm multiplies by 1 + weight."""
+    return 0.0 if model_type in CENTRED_AT_ZERO | {"gemma2"} else 1.0
 
 
 def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
@@ -221,7 +228,7 @@ def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=dtype, attn_implementation=attention
     )
-    norm_center = 0.0 if variant.model_type == "gemma2" else 1.0  # gemma multiplies by 1 + weight
+    norm_center = norm_center_of(variant.model_type)
     with torch.no_grad():
         saved = model.state_dict()
         buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
