@@ -19,10 +19,8 @@ import tpshard
 from tpshard.checkpoint import Checkpoint, open_checkpoint
 from tpshard.drafting import Draft, make
 from tpshard.errors import TpshardError, UsageError
-from tpshard.formats.native import Options, plan_split
 from tpshard.lexicon import modules
-from tpshard.model import from_checkpoint
-from tpshard.rules import Classified, all_builtin, classify, find_architecture, parse_architecture
+from tpshard.rules import Classified, all_builtin, builtin, classify, find_architecture, parse_architecture
 
 Made = Callable[..., Path]
 # Families of separate q, k, v, gate and up under LLaMA's names: a draft needs no hand.
@@ -47,12 +45,11 @@ def effect(found: Classified, name: str) -> tuple[Any, ...]:
 
 
 def layouts(path: Path, rules: Path | None) -> list[Any]:
-    """What each rank holds, at several tp; the reason where a tp is refused."""
-    model = from_checkpoint(open_checkpoint(path), rules)
+    """What each rank holds, at several tp; the kind of error where a tp is refused."""
     found: list[Any] = []
-    for options in (Options(1), Options(2), Options(3, uneven=True), Options(4), Options(8)):
+    for tp in (1, 2, 3, 4, 8):
         try:
-            found.append(plan_split(model, options).layout)
+            found.append(tpshard.plan(path, tp, rules=rules, uneven=tp == 3).split.layout)
         except TpshardError as error:
             found.append(type(error))
     return found
@@ -149,6 +146,18 @@ def test_what_shapes_do_not_decide_is_left_open(
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(TpshardError):
         tpshard.plan(model, 2, rules=tmp_path / "mine.toml")
+
+
+def test_what_known_families_disagree_about_is_left_open(tmp_path: Path) -> None:
+    text = builtin("llama").text
+    changed = text.replace('"model.layers.*.mlp.gate_proj", ', "")
+    changed = changed.replace('"replicate" = [', '"replicate" = ["model.layers.*.mlp.gate_proj", ')
+    assert changed.count("mlp.gate_proj") == 1
+    checkpoint = open_checkpoint(foreign(tmp_path / "model"))
+    known = [builtin("llama"), parse_architecture(changed, "other.toml")]
+    draft = make(checkpoint.config, checkpoint.tensors, known)
+    assert [choice.module.name for choice in draft.undecided] == ["model.layers.*.mlp.gate_proj"]
+    assert make(checkpoint.config, checkpoint.tensors, known[:1]).refusal is None
 
 
 def test_a_draft_is_completed_by_hand(tmp_path: Path) -> None:
