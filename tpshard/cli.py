@@ -19,6 +19,8 @@ from tpshard.options import (
     CHECKSUM,
     DRY_RUN,
     DTYPE,
+    ENGINE_VERSION,
+    FORMAT,
     JSON,
     MERGE_OUT,
     MERGE_SIZE,
@@ -92,6 +94,8 @@ def plan(
     shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
+    format: FORMAT = "native",
+    engine_version: ENGINE_VERSION = None,
     allow_pickle: PICKLE = False,
     json: JSON = False,
     quiet: QUIET = False,
@@ -134,6 +138,8 @@ def split(
     shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
+    format: FORMAT = "native",
+    engine_version: ENGINE_VERSION = None,
     allow_pickle: PICKLE = False,
     checksum: CHECKSUM = Checksum.sha256,
     workers: WORKERS = None,
@@ -204,6 +210,8 @@ def reshard(
     shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
+    format: FORMAT = "native",
+    engine_version: ENGINE_VERSION = None,
     checksum: CHECKSUM = Checksum.sha256,
     workers: WORKERS = None,
     overwrite: OVERWRITE = False,
@@ -211,7 +219,7 @@ def reshard(
     json: JSON = False,
     quiet: QUIET = False,
 ) -> None:
-    """Split a shard set for another number of ranks, in one pass.
+    """Split a shard set for another number of ranks, or in another format, in one pass.
 
     The files are the same, byte for byte, as those of a direct split.
 
@@ -230,6 +238,8 @@ def reshard(
                 shares=share_list(shares),
                 pad_vocab_to=pad_vocab_to,
                 max_file_size=max_file_size,
+                format=format,
+                engine_version=engine_version,
                 ranks=rank_list(ranks, tp),
                 settings=settings,
             )
@@ -351,7 +361,8 @@ cli_verify.add(app)
 
 def _model_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that plan and split share, from a command's arguments to the verb's."""
-    names = ("model", "tp", "revision", "rules", "uneven", "pad_vocab_to", "max_file_size", "allow_pickle")
+    names = ["model", "tp", "revision", "rules", "uneven", "pad_vocab_to", "max_file_size"]
+    names += ["format", "engine_version", "allow_pickle"]
     options = {name: given[name] for name in names}
     options["dtype"] = None if given["dtype"] is None else given["dtype"].value
     options["shares"] = share_list(given["shares"])

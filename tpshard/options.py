@@ -133,6 +133,18 @@ MERGE_SIZE = Annotated[
     int | None,
     typer.Option("--max-file-size", help=f"{_SIZE_HELP} [default: as in the source].", parser=_size, metavar="BYTES"),
 ]
+FORMAT = Annotated[
+    str,
+    typer.Option("--format", help="How the ranks' files are written: native.", metavar="FORMAT"),
+]
+ENGINE_VERSION = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-version",
+        help="Whose names the files have, as in 0.32 [default: the newest known].",
+        metavar="VERSION",
+    ),
+]
 PICKLE = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin, with torch's weights_only loader.")
 ]

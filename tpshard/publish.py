@@ -21,7 +21,7 @@ from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError
 from tpshard.execute import Convert, Loader, Progress
 from tpshard.files import Files, local_error, make_directory, sync_directory, write_small
 from tpshard.lock import Lock
-from tpshard.planning import Plan, Transfer
+from tpshard.planning import OutputFile, Plan, Transfer
 from tpshard.target import check_leftovers, check_shared, check_target, is_empty, names_in, replaceable, strangers
 from tpshard.writer import PARTIAL, Writer, journal_path
 
@@ -79,12 +79,16 @@ def run_ids(job: Job, settings: Settings) -> dict[str, str]:
                 "verb": job.verb,
                 "identity": dict(job.identity),
                 "checksum": settings.checksum,
-                "output": [output.name, output.size, hashlib.sha256(output.header).hexdigest()],
+                "output": [output.name, output.size, _literals(output)],
                 "sources": sorted(states[path] for path in inputs[output.name]),
             }
         )
         for output in job.plan.outputs
     }
+
+
+def _literals(output: OutputFile) -> str:
+    return hashlib.sha256(b"".join([output.header, *(data for _, data in output.literals)])).hexdigest()
 
 
 def _state(path: str) -> tuple[str, int, int]:

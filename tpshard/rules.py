@@ -93,11 +93,15 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Classified:
-    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name."""
+    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
+
+    full_names: of tensors whose name lacks the prefix, their name with it.
+    """
 
     axes: Mapping[str, Axis]
     cuts: Mapping[str, Cut]
     tied: Mapping[str, str]
+    full_names: Mapping[str, str]
 
 
 def _is_list(value: object) -> bool:
@@ -282,7 +286,8 @@ def classify(architecture: Architecture, config: Mapping[str, Any], tensors: Ite
         cuts[tensor.name] = cut
     matcher.check_complete(layers)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
-    return Classified(axes=axes, cuts=cuts, tied=tied)
+    full_names = {name: full for full, name in matcher.names.items() if full != name}
+    return Classified(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
 
 
 def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
