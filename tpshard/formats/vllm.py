@@ -172,7 +172,9 @@ def _dropped(family: Family, model: Model, engine: str) -> dict[str, str]:
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
         elif isinstance(layers, int) and fit and int(fit.components[0]) >= layers:
-            dropped[tensor.name] = f"of a layer that predicts further tokens, which {engine} loads as a model of its own"
+            dropped[tensor.name] = (
+                f"of a layer that predicts further tokens, which {engine} loads as a model of its own"
+            )
         elif not family.head and name in {f"{head}.weight" for head in model.tied}:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
     return dropped
@@ -208,7 +210,7 @@ def _cut_as(
 ) -> tuple[_Share, ...]:
     if how == "even":
         assert tensor.cut.dim is not None
-        axis = Axis(tensor.name, tensor.shape[tensor.cut.dim])
+        axis = Axis(tensor.name, tensor.shape[tensor.cut.dim], unit=1)
         if reason := why_not(axis, tp):
             raise UnsupportedError(reason, tensor=tensor.name, found=f"tp {tp}")
         axes, ranges = {axis.name: axis}, deal({axis.name: axis}, tp, None, None)
