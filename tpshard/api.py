@@ -28,7 +28,7 @@ from tpshard.formats.base import (
     weight,
 )
 from tpshard.layout import StoredTensor
-from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
+from tpshard.model import check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path

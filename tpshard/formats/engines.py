@@ -1,6 +1,6 @@
-"""How an engine names and fuses its parameters: tables that `vllm.toml` and its like hold, one family per kind of model.
+"""How an engine names and fuses its parameters: tables such as `vllm.toml`, one family per kind of model.
 
-The comment at the head of `vllm.toml` explains the language. A pattern fits a tensor, or a module and all that is in it.
+The comment at the head of `vllm.toml` explains the language. A pattern fits a tensor, or a module and all in it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ STACK = "#"
 
 @dataclass(frozen=True)
 class Family:
-    """One family of an engine's table. Names are patterns; `layer` is already put before those that began with a dot."""
+    """One family of an engine's table. Names are patterns, with `layer` before those that began with a dot."""
 
     layer: str = ""
     head: str = ""
     tied: str = ""
     extra_layers: str = ""
+    repeat_kv: bool = True
     scales: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
@@ -107,7 +108,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
 def load_table(path: Path) -> Table:
     """Read an engine's table. It is our own file: what is wrong with it is our bug."""
     data = tomllib.loads(path.read_text(encoding="utf-8"))
-    families = {}
+    families: dict[str, Family] = {}
     for name, entry in data["families"].items():
         family = _family(data["families"], name)
         families |= {model_type: family for model_type in entry.get("model_types", ())}
@@ -131,6 +132,7 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> Family:
         head=merged.get("head", ""),
         tied=merged.get("tied", ""),
         extra_layers=merged.get("extra_layers", ""),
+        repeat_kv=merged.get("repeat_kv", True),
         scales=patterns(merged.get("scales", [])),
         transposed=patterns(merged.get("transposed", [])),
         float32=patterns(merged.get("float32", [])),

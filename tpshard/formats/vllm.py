@@ -1,4 +1,4 @@
-"""vLLM's `sharded_state`: each rank's parameters under the engine's own names, fused, padded and transposed as it wants.
+"""vLLM's `sharded_state`: each rank's parameters under the engine's own names, fused, padded and transposed.
 
 What vLLM wants is data (`vllm.toml`); this module turns a model and that table into stored tensors. The files say
 nothing of the width, and vLLM loads those of another one without an error: `tpshard check --tp` stands before it.
@@ -43,7 +43,7 @@ class Vllm(Format):
     def lay(self, model: Model, options: Options) -> Laid:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         family = self._family(model, options)
-        axes, ranges = self._deal(model, options)
+        axes, ranges = self._deal(family, model, options)
         dropped = _dropped(family, model, self.engine)
         tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
         for tensor in tensors:
@@ -107,7 +107,7 @@ class Vllm(Format):
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
 
-    def _deal(self, model: Model, options: Options) -> tuple[Mapping[str, Axis], Deal]:
+    def _deal(self, family: Family, model: Model, options: Options) -> tuple[Mapping[str, Axis], Deal]:
         """The axes, and even ranges of them, the vocabulary padded as the engine pads it."""
         tp = options.tp
         if options.uneven or options.shares is not None or options.pad_vocab_to is not None:
@@ -118,9 +118,9 @@ class Vllm(Format):
             )
         for axis in model.axes.values():
             padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
-            reason = why_not(replace(axis, count=padded, pad=False), tp)
-            if reason:
-                fits = [each for each in possible_tp(model.axes) if not axis.pad or padded % each == 0]
+            even = replace(axis, count=padded, pad=False, replicate=axis.replicate and family.repeat_kv)
+            if reason := why_not(even, tp):
+                fits = [each for each in possible_tp(model.axes) if why_not(even, each) is None]
                 raise UnsupportedError(
                     reason,
                     expected="tp " + listing(fits),
@@ -172,9 +172,7 @@ def _dropped(family: Family, model: Model, engine: str) -> dict[str, str]:
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
         elif isinstance(layers, int) and fit and int(fit.components[0]) >= layers:
-            dropped[tensor.name] = (
-                f"of a layer that predicts further tokens, which {engine} loads as a model of its own"
-            )
+            dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
         elif not family.head and name in {f"{head}.weight" for head in model.tied}:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
     return dropped
