@@ -16,6 +16,7 @@ from pathlib import Path
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
 from tpshard.execute import Convert
+from tpshard.files import local_error
 from tpshard.formats import format_of, hf
 from tpshard.formats.base import (
     DEFAULT_MAX_FILE_SIZE,
@@ -270,14 +271,9 @@ def check(
     model = from_checkpoint(checkpoint, _path(rules), found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
-    judged = check_source(
-        found,
-        planned,
-        placed,
-        _convert((place.stored for place in placed), chain.from_iterable(planned.layout)),
-        settings,
-    )
-    return CheckReport(found, checkpoint.name, *judged)
+    convert = _convert((place.stored for place in placed), chain.from_iterable(planned.layout))
+    judged = check_source(found, planned, placed, convert, settings)
+    return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
 
 
 def inspect(path: str | Path) -> InspectReport:
@@ -313,10 +309,13 @@ def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:
 
 
 def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """config.json with the dtype that the weights now have: engines take theirs from it."""
+    """config.json with the dtype that the weights now have: engines take theirs from it, or from a nested config."""
     config = dict(checkpoint.config)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = dtype
+    for name, inner in config.items():
+        if isinstance(inner, dict):
+            config[name] = inner | {k: dtype for k in ("torch_dtype", "dtype") if isinstance(inner.get(k), str)}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
@@ -337,7 +336,9 @@ def _is_written(target: Path, planned: Split, rank: int) -> bool:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    except ValueError:
         raise CorruptError(
             "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
         ) from None

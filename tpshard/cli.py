@@ -17,6 +17,7 @@ from tpshard.console import Console, drop_stdout, human_bytes
 from tpshard.errors import Interrupted, TpshardError, UsageError
 from tpshard.options import (
     CHECKSUM,
+    DRAFT_OUT,
     DRY_RUN,
     DTYPE,
     ENGINE_VERSION,
@@ -273,7 +274,7 @@ def check(
             report = api.check(
                 shards, source, tp=tp, revision=revision, rules=rules, allow_pickle=allow_pickle, settings=settings
             )
-        for note in report.unchecked:
+        for note in (*report.warnings, *report.unchecked):
             console.warn(note)
         if console.as_json:
             console.data(report.to_json())
@@ -313,11 +314,12 @@ def inspect(
 
 @archs_app.callback(invoke_without_command=True)
 def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> None:
-    """List the architectures that have rules, or print one's.
+    """List the architectures that have rules, print one's, or draft new ones.
 
     \b
       tpshard archs
       tpshard archs show llama
+      tpshard archs draft MODEL -o mine.toml
     """
     if context.invoked_subcommand is None:
         archs_list(json, quiet)
@@ -354,6 +356,47 @@ def archs_show(
             console.data({"schema_version": 1, "command": "archs", **text})
         else:
             print(architecture.text, end="")
+
+
+@archs_app.command("draft")
+def archs_draft(
+    model: MODEL,
+    out: DRAFT_OUT = None,
+    revision: REVISION = None,
+    allow_pickle: PICKLE = False,
+    json: JSON = False,
+    quiet: QUIET = False,
+) -> None:
+    """Write rules to start from, for a model_type that has none.
+
+    Names and shapes are compared with the known architectures; only config and headers are read. A module gets a rule
+    where all that fits comes to the same cut. The others are listed as UNDECIDED with candidates, and until each has a
+    rule the file is refused: a draft is read, completed, and proved.
+
+    \b
+      tpshard archs draft org/name -o mine.toml
+      tpshard plan org/name --tp 4 --rules mine.toml
+      tpshard split org/name --tp 4 --rules mine.toml
+      tpshard verify name-tp4
+    """
+    with _console(json, quiet) as console:
+        from tpshard.drafting import draft, save
+
+        made = draft(model, revision, allow_pickle=allow_pickle)
+        if out is not None:
+            save(made, out)
+        if console.as_json:
+            console.data(made.to_json() | {"output": None if out is None else str(out)})
+        else:
+            print(made.text if out is None else out, end="" if out is None else "\n")
+        console.say(f"closest: {made.closest}, with {made.share:.0%} of the modules in common")
+        if made.undecided:
+            console.warn(f"undecided modules: {len(made.undecided)}; the rules are refused until they are complete")
+        elif made.refusal:
+            console.warn(f"the rules are refused as they stand: {made.refusal}")
+        following = ["tpshard", "plan", model, "--tp", "2", "--rules", str(out or "FILE")]
+        following += ["--revision", revision] if revision else []
+        console.say(f"next: read it, then {shlex.join(following)}")
 
 
 cli_verify.add(app)

@@ -13,8 +13,9 @@ from typing import Any
 from tpshard.checkpoint import Checkpoint, source_digest
 from tpshard.errors import UnsupportedError
 from tpshard.layout import LogicalTensor, whole
+from tpshard.nested import find_subject
 from tpshard.planning import Placed, alignment_order
-from tpshard.rules import Axis, classify, find_architecture
+from tpshard.rules import Axis
 
 CASTABLE = ("F64", "F32", "F16", "BF16")
 """Dtypes that `--dtype` casts from and to; everything else (integers, FP8) travels untouched."""
@@ -53,8 +54,8 @@ class Model:
 
 def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: str | None = None) -> Model:
     """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
-    architecture = find_architecture(checkpoint.config, rules, checkpoint.config_path)
-    classified = classify(architecture, checkpoint.config, checkpoint.tensors)
+    subject = find_subject(checkpoint.config, rules, checkpoint.config_path)
+    classified, text = subject.classify(checkpoint.tensors)
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
@@ -77,8 +78,9 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: st
         },
         architecture={
             "model_type": checkpoint.config.get("model_type"),
-            "rules": architecture.name,
-            "rules_sha256": architecture.digest,
+            "rules": subject.architecture.name,
+            "rules_sha256": subject.architecture.digest,
+            **({"text": text} if text else {}),
         },
         dtype=dtype,
         full_names=classified.full_names,

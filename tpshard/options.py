@@ -100,6 +100,7 @@ OUT = Annotated[
 MERGE_OUT = Annotated[
     Path | None, typer.Option("-o", "--out", help="Directory to write [default: ./MODEL-merged].", metavar="DIR")
 ]
+DRAFT_OUT = Annotated[Path | None, typer.Option("-o", "--out", help="File to write [default: stdout].", metavar="FILE")]
 REVISION = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub repo [default: main].", metavar="NAME")
 ]

@@ -208,6 +208,7 @@ class CheckReport:
     source: str | None
     differences: list[Difference]
     unchecked: list[str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -226,6 +227,7 @@ class CheckReport:
             "equal": self.equal,
             "differences": [{"file": d.file, "tensor": d.tensor, "message": d.message} for d in self.differences],
             "unchecked": list(self.unchecked),
+            "warnings": list(self.warnings),
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -75,6 +75,8 @@ def print_plan(report: PlanReport, every: bool) -> None:
     for row in fold(rows, every):
         table.add_row(*row)
     console.print(table)
+    if text := split.model.architecture.get("text"):
+        console.print(_text_line(text))
     if split.options.format != "native":
         table = _table("the files have", "made of", "each rank holds")
         made = []
@@ -99,6 +101,12 @@ def print_plan(report: PlanReport, every: bool) -> None:
     console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
     for reason in _reasons(plan["impossible_tp"]):
         console.print(f"not possible: {reason}", style="dim")
+
+
+def _text_line(text: Mapping[str, Any]) -> str:
+    """What of a multimodal model is split."""
+    rest = ", ".join(text["replicated"]) or "nothing else"
+    return f"text model: {text['model_type']} under {text['prefix']}* is split; replicated: {rest}"
 
 
 def _reasons(impossible: Sequence[dict[str, Any]]) -> list[str]:

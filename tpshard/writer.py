@@ -6,7 +6,6 @@ much of it is safely on disk; the same command picks up there. A final name is o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import threading
@@ -76,12 +75,18 @@ def journal_path(directory: Path, name: str) -> Path:
 
 
 def read_journal(path: Path) -> dict[str, Any]:
-    """A journal's content; empty when there is none or it is not whole."""
-    with contextlib.suppress(OSError, ValueError):
+    """A journal's content; empty when there is none or it is not whole.
+
+    LocalIOError when it cannot be read: it may say that the files beside it are another run's.
+    """
+    try:
         data = json.loads(path.read_bytes())
-        if isinstance(data, dict) and isinstance(data.get("offset"), int) and isinstance(data.get("run"), str):
-            return data
-    return {}
+    except (FileNotFoundError, ValueError):
+        return {}
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    whole = isinstance(data, dict) and isinstance(data.get("offset"), int) and isinstance(data.get("run"), str)
+    return data if whole else {}
 
 
 class Writer:
