@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ from tpshard.formats.base import (
     share_texts,
     weight,
 )
-from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
+from tpshard.layout import StoredTensor
+from tpshard.model import check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
@@ -193,7 +195,7 @@ def _write_split(
         small={**own.side_files(planned, small), MANIFEST: planned.manifest},
         identity={"set": planned.set_id},
         records=records,
-        convert=_convert(planned.model, placed),
+        convert=_convert((place.stored for place in placed), chain.from_iterable(planned.layout)),
         shared=ranks is not None,
         claims=[f".{rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
         verb=verb,
@@ -226,6 +228,9 @@ def merge(
         small={**_small(source), **index},
         identity={"set": source.manifest["set"]},
         records=lambda digests: {},
+        convert=_convert(
+            chain.from_iterable(source.layout), (placed.stored for output in outputs for placed in output.tensors)
+        ),
         verb="merge",
     )
     publish(job, target, replace(settings, checksum=False))
@@ -265,7 +270,8 @@ def check(
     model = from_checkpoint(checkpoint, _path(rules), found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
-    judged = check_source(found, planned, placed, _convert(model, placed), settings)
+    convert = _convert((place.stored for place in placed), chain.from_iterable(planned.layout))
+    judged = check_source(found, planned, placed, convert, settings)
     return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
 
 
@@ -328,10 +334,10 @@ def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _convert(model: Model, placed: Iterable[Placed]) -> Convert | None:
+def _convert(sources: Iterable[StoredTensor], targets: Iterable[StoredTensor]) -> Convert | None:
     """torch's cast, if any tensor's dtype changes: only then is torch imported."""
-    stored = {place.stored.name: place.stored.dtype for place in placed}
-    if all(stored[tensor.name] == tensor.dtype for tensor in model.tensors):
+    dtypes = {part.tensor: stored.dtype for stored in sources for part in stored.parts}
+    if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in targets for part in stored.parts):
         return None
     from tpshard.torch_io import convert
 
