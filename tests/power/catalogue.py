@@ -68,11 +68,12 @@ def top_contained(x: Tensor, y: Tensor, count: int = TOP) -> bool:
 
 
 def changed(clean: Sequence[Weights], mutant: Sequence[Weights]) -> dict[str, set[int]]:
-    """The modules whose tensors differ, and in which ranks."""
+    """What differs, and in which ranks: modules by their names, biases by their own as well."""
     found: dict[str, set[int]] = {}
     for rank, (before, after) in enumerate(zip(clean, mutant, strict=True)):
         for name in before.names():
             if not torch.equal(after.get(name), before.get(name)):
+                found.setdefault(name.removesuffix(".weight"), set()).add(rank)
                 found.setdefault(name.rpartition(".")[0], set()).add(rank)
     return found
 
@@ -97,6 +98,7 @@ def named(setup: Setup, mutant: Sequence[Weights], tier: Tier) -> str:
     if core in modules and tier.first.rank in modules[core] and not tier.first.module.startswith("input of "):
         return "module"
     around = blocks(setup)
+    core = core.removesuffix(".bias")
     return "block" if around.get(core, core) in {around.get(module) for module in modules} else "no"
 
 
