@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verify.compare import EXACT_LIMIT, FLOAT32_LIMIT, Setup, no_tf32, through
+from tpshard.verify.family import Family
 from tpshard.verify.faults import FAULTS
 from tpshard.verify.native import exceeded, native_metrics
 from tpshard.verify.probes import relative
@@ -38,6 +39,18 @@ CANARIES = (
 BETWEEN_RANKS = ("rank-files-exchanged", "heads-swapped-between-ranks", "wrong-kv-replica")
 # A fault whose true effect is below this many times the dtype's own error cannot be asked of the native tier.
 VISIBLE = 3.0
+
+
+def applicable(family: Family, tp: int, *, biases: bool, structural: bool) -> int:
+    """About how many canaries a model will get, for the estimate of the time."""
+    unfit = {
+        *(() if biases else (name for name in CANARIES if "bias" in name)),
+        *(BETWEEN_RANKS if tp == 1 else ()),
+        *(("gate-and-up-exchanged",) if family.gate is None else ()),
+        *(("wrong-kv-replica",) if family.kv_heads >= tp else ()),
+        *(name for name in CANARIES if structural and not FAULTS[name].structural),
+    }
+    return len(CANARIES) - len(unfit)
 
 
 def _small(setup: Setup) -> Setup:
