@@ -65,9 +65,10 @@ def catalogue(variants: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def counted(cases: list[Case]) -> dict[str, int]:
-    """How many cases of one fault each test noticed, and how many were named."""
+def counted(cases: list[Case]) -> dict[str, Any]:
+    """How many cases of one fault each test noticed, and how many were named; `least`: the smallest native excess."""
     return {
+        "least": round(min((case.excess for case in cases), default=0.0), 3),
         "cases": len(cases),
         "exact": sum(case.exact for case in cases),
         "module": sum(case.named == "module" for case in cases),
@@ -92,12 +93,12 @@ def versions(part: dict[str, Any]) -> str:
     )
 
 
-def summary(faults: dict[str, dict[str, int]]) -> list[str]:
+def summary(faults: dict[str, dict[str, Any]]) -> list[str]:
     """What each test noticed of the cases that change the function."""
     harmful = {name: counts for name, counts in faults.items() if not FAULTS[name].harmless}
     large = {name: counts for name, counts in harmful.items() if FAULTS[name].structural}
 
-    def line(title: str, key: str, of: dict[str, dict[str, int]]) -> str:
+    def line(title: str, key: str, of: dict[str, dict[str, Any]]) -> str:
         total, noticed = (sum(counts[what] for counts in of.values()) for what in ("cases", key))
         never = sum(counts["cases"] > 0 and counts[key] == 0 for counts in of.values())
         partly = sum(0 < counts[key] < counts["cases"] for counts in of.values())
@@ -118,16 +119,17 @@ def summary(faults: dict[str, dict[str, int]]) -> list[str]:
     ]
 
 
-def table(faults: dict[str, dict[str, int]]) -> list[str]:
+def table(faults: dict[str, dict[str, Any]]) -> list[str]:
     """A row per fault."""
     lines = [
-        "| fault | cases | exact | module and rank named | block named | native | cosine lets through "
-        f"| top-{TOP} lets through |",
-        "|---|---|---|---|---|---|---|---|",
+        "| fault | cases | exact | module and rank named | block named | native | least excess "
+        f"| cosine lets through | top-{TOP} lets through |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, counts in faults.items():
         mark = " (changes nothing)" if FAULTS[name].harmless else "" if FAULTS[name].structural else " (small)"
         cells = [counts[key] for key in ("cases", "exact", "module", "block", "native")]
+        cells += [f"{counts['least']:.3g}"]
         cells += [counts["cases"] - counts[key] for key in ("cosine", "top")]
         lines.append(f"| {name}{mark} | " + " | ".join(map(str, cells)) + " |")
     return lines
@@ -224,6 +226,8 @@ def markdown(result: dict[str, Any]) -> str:
             *summary(part["faults"]),
             "",
             "*Small* faults, such as one element's sign, are not asked of the native tier: rounding is its yardstick.",
+            "*Least excess* is, of the fault's least visible case, the largest native criterion in units of its limit:",
+            "above 1 is noticed.",
             "",
             *table(part["faults"]),
             *exceptions(part),

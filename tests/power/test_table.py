@@ -24,7 +24,10 @@ def test_faults_are_noticed_and_named(tmp_path: Path, monkeypatch: pytest.Monkey
     part = {"variants": ["opt"], "missed_by_exact": [], "misnamed": [], "missed_by_native": [], **conditions(0)}
     faults = {name: counted([case for case in cases if case.fault == name]) for name in FAULTS}
     text = markdown({"catalogue": part | {"faults": faults}})
-    assert "| up-row-shifted | 1 | 1 | 1 | 0 | 1 |" in text and "## Correct splits\n\nNot measured." in text
+    assert (
+        f"| up-row-shifted | 1 | 1 | 1 | 0 | 1 | {by_name['up-row-shifted'].excess:.3g} |" in text
+        and "## Correct splits\n\nNot measured." in text
+    )
 
 
 def test_a_module_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,9 +38,9 @@ def test_a_module_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkey
 
 
 def test_what_is_counted() -> None:
-    case = Case("a", "opt", 2, 0.1, True, "module", "", False, 0.995, True)
-    other = Case("a", "opt", 4, 0.1, True, "block", "", True, 0.5, False)
-    counts = {"cases": 2, "exact": 2, "module": 1, "block": 1, "native": 1, "cosine": 1, "top": 1}
+    case = Case("a", "opt", 2, 0.1, True, "module", "", 0.9, 0.995, True)
+    other = Case("a", "opt", 4, 0.1, True, "block", "", 1.1, 0.5, False)
+    counts = {"least": 0.9, "cases": 2, "exact": 2, "module": 1, "block": 1, "native": 1, "cosine": 1, "top": 1}
     assert counted([case, other]) == counts
     logits = torch.arange(10.0).view(1, 1, 10)
     assert top_contained(logits, logits) and not top_contained(logits, -logits)
