@@ -70,6 +70,13 @@ def test_all_tiers_with_the_source_beside_the_shards(pair: tuple[Path, Path]) ->
     assert estimate < lines.index("bytes tier")
 
 
+def test_the_verb_of_the_library_is_the_package(pair: tuple[Path, Path]) -> None:
+    import tpshard
+
+    assert tpshard.verify(pair[1], tiers=("bytes",)).verdict == "pass"
+    assert tpshard.verify.__name__ == "tpshard.verify" and "verify" in tpshard.__all__
+
+
 def test_the_source_in_the_current_directory(
     pair: tuple[Path, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

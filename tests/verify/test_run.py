@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verify import run
 from tpshard.verify.machine import Need
-from tpshard.verify.report import kind_of, to_html, to_junit, to_markdown, write
+from tpshard.verify.report import check_kind, to_html, to_junit, to_markdown, write
 from tpshard.verify.run import prompt_ids, verify
 from tpshard.verify.shards import FileWeights, open_shards, open_source
 
@@ -226,6 +226,6 @@ def test_reports(copy: tuple[Path, Path], tmp_path: Path) -> None:
     assert page.count("<circle") == sum(len(tier.findings) for tier in verdict.tiers)
     assert "http" not in page and "<script" not in page
     with pytest.raises(UsageError, match="unknown kind of report"):
-        kind_of(Path("report.pdf"))
+        check_kind(Path("report.pdf"))
     with pytest.raises(LocalIOError, match="cannot write"):
         write(verdict, tmp_path / "no" / "report.md")

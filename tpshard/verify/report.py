@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import quoteattr
 
-from tpshard.errors import LocalIOError, UsageError
-from tpshard.verify.verdict import Place, Tier, Verdict, layer_of
+from tpshard.errors import LocalIOError, TpshardError, UsageError
+from tpshard.verify.verdict import SCHEMA_VERSION, Place, Tier, Verdict, layer_of
 
 
 def to_json(verdict: Verdict) -> str:
@@ -152,10 +153,8 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def to_html(verdict: Verdict) -> str:
     """One page that needs no network: verdict, tiers, error per module and rank, ranks, canaries, environment."""
-    title = f"tpshard verify: {verdict.verdict}"
-    parts = [f'<h1>tpshard verify: <span class="{verdict.verdict}">{verdict.verdict}</span></h1>']
     what = f"{verdict.shards} (tp {verdict.tp}) against {verdict.source} ({verdict.model_type})"
-    parts.append(f"<p>{escape(what)}</p>")
+    parts = [f"<p>{escape(what)}</p>"]
     if verdict.reason:
         parts.append(f"<p><strong>{escape(verdict.reason)}</strong></p>")
     parts += [f"<p>Warning: {escape(warning)}</p>" for warning in verdict.warnings]
@@ -175,29 +174,69 @@ def to_html(verdict: Verdict) -> str:
     parts.append(_table(("tier", "fault", "status", "error"), [*birds]))
     about = [(key, str(value)) for key, value in [*verdict.settings.items(), *verdict.volatile.items()]]
     parts.append("<h2>Settings and environment</h2>" + _table(("what", "value"), [*about]))
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = "".join(parts)
-    return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{body}</body></html>\n'
+    return _page(verdict.verdict, "".join(parts))
 
 
-KINDS: Mapping[str, Callable[[Verdict], str]] = {
-    ".json": to_json,
-    ".xml": to_junit,
-    ".md": to_markdown,
-    ".html": to_html,
+def _page(verdict: str, body: str) -> str:
+    title = f"tpshard verify: {verdict}"
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+    top = f'<h1>tpshard verify: <span class="{verdict}">{verdict}</span></h1>'
+    return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{top}{body}</body></html>\n'
+
+
+def error_json(error: TpshardError) -> dict[str, Any]:
+    """The object in place of a verdict's where nothing could be judged."""
+    return {"schema_version": SCHEMA_VERSION, "command": "verify", "error": error.to_json(), "verdict": "error"}
+
+
+def _error_junit(error: TpshardError, shards: str) -> str:
+    counts = 'tests="1" failures="0" errors="1" skipped="0"'
+    body = f"<error type={quoteattr(error.code)}>{escape(_told(error))}</error>"
+    case = f'<testcase classname="tpshard.verify" name={quoteattr(shards)}>{body}</testcase>'
+    suite = f'<testsuite name="tpshard verify" {counts}>{case}</testsuite>'
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites {counts}>\n  {suite}\n</testsuites>\n'
+
+
+def _told(error: TpshardError) -> str:
+    return str(error) if error.hint is None else f"{error}\nhint: {error.hint}"
+
+
+def _error_html(error: TpshardError, shards: str) -> str:
+    about = [(key, str(value)) for key, value in error.to_json().items() if value is not None]
+    body = f"<p>{escape(shards)}</p><p><strong>{escape(error.message)}</strong></p>" + _table(
+        ("what", "value"), [*about]
+    )
+    return _page("error", body)
+
+
+KINDS: Mapping[str, tuple[Callable[[Verdict], str], Callable[[TpshardError, str], str]]] = {
+    ".json": (to_json, lambda error, shards: json.dumps(error_json(error), indent=2, sort_keys=True) + "\n"),
+    ".xml": (to_junit, _error_junit),
+    ".md": (to_markdown, lambda error, shards: f"## tpshard verify: error\n\n`{shards}`: {_told(error)}\n"),
+    ".html": (to_html, _error_html),
 }
+"""By a file's ending: the report of a verdict, and of an error, given the name of the shards."""
 
 
-def kind_of(path: Path) -> Callable[[Verdict], str]:
-    """The report that a file's ending asks for. UsageError for another ending, before anything is run."""
+def check_kind(path: Path) -> None:
+    """UsageError for an ending of which there is no report, before anything is run."""
     if path.suffix not in KINDS:
         raise UsageError("unknown kind of report", path=path, expected="a file ending in " + ", ".join(KINDS))
-    return KINDS[path.suffix]
 
 
 def write(verdict: Verdict, path: Path) -> None:
     """Write the report that the file's ending asks for."""
-    text = kind_of(path)(verdict)
+    check_kind(path)
+    _write(KINDS[path.suffix][0](verdict), path)
+
+
+def write_error(error: TpshardError, shards: str, path: Path) -> None:
+    """Write the report of a verification that ended in an error."""
+    check_kind(path)
+    _write(KINDS[path.suffix][1](error, shards), path)
+
+
+def _write(text: str, path: Path) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
