@@ -219,7 +219,8 @@ def _report_error(console: Console, error: TpshardError, shards: Path, reports: 
 
 
 def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:
-    from tpshard.verify.report import caught, rows, to_json, write
+    from tpshard.verify.report import to_json, write
+    from tpshard.verify.wording import caught, rows
 
     for path in reports:
         write(verdict, path)
