@@ -53,10 +53,15 @@ def catalogue(variants: Sequence[str]) -> dict[str, Any]:
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         cases = measure(Path(folder), variants, say)
+    return judged(cases, variants, conditions(begun))
+
+
+def judged(cases: Sequence[Case], variants: Sequence[str], ran: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of all cases."""
     faults = {name: counted([case for case in cases if case.fault == name]) for name in FAULTS}
     harmful = [case for case in cases if not FAULTS[case.fault].harmless]
     return {
-        **conditions(begun),
+        **ran,
         "variants": list(variants),
         "faults": faults,
         "missed_by_exact": [asdict(case) for case in harmful if not case.exact],

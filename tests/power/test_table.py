@@ -38,8 +38,8 @@ def test_a_module_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkey
 
 
 def test_what_is_counted() -> None:
-    case = Case("a", "opt", 2, 0.1, True, "module", "", 0.9, 0.995, True)
-    other = Case("a", "opt", 4, 0.1, True, "block", "", 1.1, 0.5, False)
+    case = Case("a", "opt", 2, 0.1, True, "module", "", {"ratio": 1.35, "token_ratio": 0, "kl_ratio": 1}, 0.995, True)
+    other = Case("a", "opt", 4, 0.1, True, "block", "", {"ratio": 1.65, "token_ratio": 0, "kl_ratio": 1}, 0.5, False)
     counts = {"least": 0.9, "cases": 2, "exact": 2, "module": 1, "block": 1, "native": 1, "cosine": 1, "top": 1}
     assert counted([case, other]) == counts
     logits = torch.arange(10.0).view(1, 1, 10)

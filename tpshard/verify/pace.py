@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tpshard.verify.machine import BLOCK_BYTES, Load, Side
 from tpshard.verify.shards import FileWeights, elements
+from tpshard.verify.weights import move
 
 BLOCK_ELEMENTS = BLOCK_BYTES // 8
 LAYER_SECONDS = 1e-3
@@ -19,11 +20,12 @@ LAYER_SECONDS = 1e-3
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per element of a weight matrix, to fetch it from its file, and to multiply with it.
+    """Seconds per element of a weight matrix, to look for NaN in its file, to fetch it from there, to multiply with it.
 
     `wide` is in float64 and `native` in the stored dtype, all prompts at once; the steps are one token's.
     """
 
+    look: float
     fetch_wide: float
     fetch_native: float
     wide: float
@@ -72,13 +74,17 @@ def measure(weights: FileWeights, names: list[str], prompt: Tensor, device: torc
     batch, size = prompt.shape[0], prompt.numel()
 
     def fetch(dtype: torch.dtype) -> float:
-        return _seconds(lambda: weights.rows(name, 0, count).to(device=device, dtype=dtype), device) / wide.numel()
+        return _seconds(lambda: move(weights.rows(name, 0, count), device, dtype), device) / wide.numel()
+
+    def look() -> Tensor:
+        return weights.rows(name, 0, count).isfinite().all()
 
     def multiply(weight: Tensor, positions: int) -> float:
         x = torch.ones(positions, width, dtype=weight.dtype, device=device)
         return _seconds(lambda: x @ weight.T, device) / wide.numel()
 
     return Pace(
+        look=_seconds(look, device) / wide.numel(),
         fetch_wide=fetch(torch.float64),
         fetch_native=fetch(native.dtype),
         wide=multiply(wide, size),
@@ -96,6 +102,11 @@ def _pass(side: Side, each: float, fetch: float = 0.0) -> float:
 def _small(side: Side, layers: int) -> Side:
     """The model that canaries are put into: one layer, embedding and head."""
     return Side(side.nbytes, side.elements, side.tables, side.body // layers, side.head)
+
+
+def look_seconds(pace: Pace, work: Work) -> float:
+    """Both sides looked at for what is not finite, before any tier."""
+    return pace.look * (work.load.source.elements + work.load.shards.elements)
 
 
 def exact_seconds(pace: Pace, work: Work) -> float:

@@ -18,10 +18,10 @@ from tpshard.verify.families import describe
 from tpshard.verify.family import Family
 from tpshard.verify.group import Processes, Threads
 from tpshard.verify.machine import BLOCK_BYTES, Load, estimate, load
-from tpshard.verify.pace import Work, exact_seconds, measure, native_seconds
+from tpshard.verify.pace import Work, exact_seconds, look_seconds, measure, native_seconds
 from tpshard.verify.shards import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
 from tpshard.verify.verdict import layer_of
-from tpshard.verify.weights import Replaced, Store, Weights
+from tpshard.verify.weights import Replaced, Store, Weights, move
 
 PROMPT, BATCH = 16, 2
 TAUGHT_BYTES = 1 << 30
@@ -173,7 +173,7 @@ def choose(case: Case, tiers: Sequence[str], stream: bool | None, sharing: int, 
     work = Work(case.load, len(team.here), kept, case.tokens, case.tokens / length, taught, *counts)
     seconds = {"exact": exact_seconds(pace, work), "native": native_seconds(pace, work)}
     how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
-    total = duration(sum(time for name, time in seconds.items() if name in tiers))
+    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in tiers))
     say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
     setup = replace(
         setup,
@@ -224,7 +224,7 @@ def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: Load
         loaded = load_rank(rank, setup.device)
     if loaded is None:
         return resident(weights, dtype, setup.device, names)
-    return Replaced(weights, {name: loaded[name].to(dtype=dtype) for name in names})
+    return Replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
 
 
 def keep(case: Case, load_rank: LoadRank | None) -> Case:
