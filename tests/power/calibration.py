@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoints import make
@@ -24,6 +25,8 @@ from tpshard.verify.prepare import prompt_ids
 from tpshard.verify.shards import open_shards, open_source, resident
 
 TOKENS = 16
+WIDTHS = {"at most 24": (0, 24), "25 to 64": (25, 64), "at least 65": (65, 1 << 30), "all": (0, 1 << 30)}
+"""The models by their hidden size: a token's error in a narrow one is a handful of roundings."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +86,18 @@ def measure(folder: Path, count: int, say: Callable[[str], None] = lambda line: 
                 if len(found) % 100 == 0:
                     say(f"{len(found)} of {count} splits for the native limits")
     return found
+
+
+def summary(found: Sequence[Noise]) -> dict[str, Any]:
+    """The distribution of each criterion, by hidden size, and the splits with the largest."""
+    criteria: dict[str, Any] = {}
+    for name, (low, high) in WIDTHS.items():
+        chosen = [noise for noise in found if low <= noise.hidden <= high]
+        criteria[name] = {"splits": len(chosen)}
+        for criterion in NATIVE_LIMITS if chosen else ():
+            values = sorted(getattr(noise, criterion) for noise in chosen)
+            at = {"median": 50, "95th": 95, "99th": 99}
+            criteria[name][criterion] = {key: round(values[len(values) * of // 100], 3) for key, of in at.items()}
+            criteria[name][criterion]["largest"] = round(values[-1], 3)
+    worst = sorted(found, key=lambda noise: max(getattr(noise, n) / limit for n, limit in NATIVE_LIMITS.items()))
+    return {"splits": len(found), "criteria": criteria, "worst": [asdict(noise) for noise in worst[::-1][:5]]}

@@ -38,8 +38,8 @@ VARIANTS = tuple(name for name, variant in checkpoints.VARIANTS.items() if varia
 class Case:
     """One fault in one shard set. `named` is module, block (attention or MLP around it) or no.
 
-    `error` is the exact tier's end-to-end error, `criteria` the native tier's figures, the largest over ranks, `cosine`
-    and `top` what the usual tests would have looked at.
+    `error` is the exact tier's end-to-end error, `excess` the largest of the native criteria in units of its limit,
+    `cosine` and `top` what the usual tests would have looked at.
     """
 
     fault: str
@@ -49,22 +49,13 @@ class Case:
     exact: bool
     named: str
     reason: str
-    criteria: Mapping[str, float]
+    excess: float
     cosine: float
     top: bool
 
     @property
-    def excess(self) -> float:
-        """The largest native criterion in units of its limit."""
-        return excess(self.criteria)
-
-    @property
     def native(self) -> bool:
         return self.excess > 1
-
-
-def excess(criteria: Mapping[str, float]) -> float:
-    return max(criteria[name] / limit for name, limit in NATIVE_LIMITS.items())
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
@@ -152,23 +143,23 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
     r, n = native_logits(setup, DTYPE, steps)
     plain = through(setup.reference(DTYPE), [setup.prompt], setup.which())
 
-    def run(ranks: Sequence[Weights]) -> tuple[Tier, dict[str, float], Tensor]:
+    def run(ranks: Sequence[Weights]) -> tuple[Tier, float, Tensor]:
         held = replace(setup, ranks=ranks)
         logits = held.team.run(lambda group: through(held.sharded(group, DTYPE), steps, held.which()))
         metrics = [native_metrics(r, n, each, DTYPE) for each in logits]
-        criteria = {name: max(each[name] for each in metrics) for name in NATIVE_LIMITS}
-        assert any(map(exceeded, metrics)) is (excess(criteria) > 1)
-        return exact(held), criteria, logits[0][:, : setup.prompt.shape[1]]
+        excess = max(each[name] / limit for each in metrics for name, limit in NATIVE_LIMITS.items())
+        assert any(map(exceeded, metrics)) is (excess > 1)
+        return exact(held), excess, logits[0][:, : setup.prompt.shape[1]]
 
-    tier, criteria, logits = run(setup.ranks)
-    assert tier.status == "pass" and excess(criteria) <= 1, f"{variant} at tp {tp} is refused: {tier.reason}"
+    tier, excess, logits = run(setup.ranks)
+    assert tier.status == "pass" and excess <= 1, f"{variant} at tp {tp} is refused: {tier.reason}"
     assert cosine(logits, plain) >= COSINE
     cases = []
     for fault in FAULTS.values():
         mutant = fault.mutant(setup.family, setup.ranks, setup.family.layers // 2)
         if mutant is None:
             continue
-        tier, criteria, logits = run(mutant)
+        tier, excess, logits = run(mutant)
         case = Case(
             fault=fault.name,
             variant=variant,
@@ -177,7 +168,7 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
             exact=tier.status == "fail",
             named=named(setup, mutant, tier) if tier.status == "fail" else "no",
             reason=tier.reason or "",
-            criteria=criteria,
+            excess=excess,
             cosine=cosine(logits, plain),
             top=top_contained(logits, plain),
         )
