@@ -220,15 +220,12 @@ def _report_error(console: Console, error: TpshardError, shards: Path, reports: 
 
 def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:
     from tpshard.verify.report import to_json, write
-    from tpshard.verify.wording import caught, rows
+    from tpshard.verify.wording import caught, reasons, rows
 
     for path in reports:
         write(verdict, path)
     for warning in verdict.warnings:
         console.warn(warning)
-    for tier in verdict.tiers:
-        if tier.status == "skipped":
-            console.warn(f"the {tier.name} tier was left out: {tier.reason}")
     if console.as_json:
         console.data(json_text.loads(to_json(verdict)))
         return
@@ -238,6 +235,8 @@ def _print(console: Console, verdict: Verdict, shards: Path, source: str | None,
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     for row in table:
         print("  ".join(cell.ljust(size) for cell, size in zip(row, [*widths, 0], strict=True)).rstrip())
+    for reason in reasons(verdict):
+        print(reason)
     if verdict.canaries:
         print(caught(verdict))
     if verdict.verdict == "fail":

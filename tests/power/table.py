@@ -143,7 +143,7 @@ def table(faults: dict[str, dict[str, Any]]) -> list[str]:
         f"| cosine lets through | top-{TOP} lets through |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, counts in faults.items():
+    for name, counts in sorted(faults.items()):
         mark = " (changes nothing)" if FAULTS[name].harmless else "" if FAULTS[name].structural else " (small)"
         cells = [counts[key] for key in ("cases", "exact", "module", "block", "native")]
         cells += [f"{counts['least']:.3g}"]
@@ -166,7 +166,8 @@ def exceptions(part: dict[str, Any]) -> list[str]:
         ]
         lines += [""] * bool(cases)
     wrong = part["misnamed"]
-    lines += [f"Noticed by the exact tier, but under another name than what was changed: {len(wrong) or 'none'}.", ""]
+    lines += [f"Noticed by the exact tier, but under another name than what was changed: {len(wrong) or 'none'}."]
+    lines += [""] * bool(wrong)
     grouped = Counter((case["fault"], case["reason"].split(", by ")[0]) for case in wrong)
     return lines + [f"- {fault}, {count} times: “{reason}”" for (fault, reason), count in sorted(grouped.items())]
 
