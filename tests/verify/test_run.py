@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make
+from checkpoints import make, published
 from cut import cut
 from models import tokens
 from safetensors.torch import load_file, save_file
@@ -189,6 +189,15 @@ def test_a_cast_on_record_is_applied_to_the_source(tmp_path: Path) -> None:
     (shards / "tpshard.json").write_text(json.dumps({"mesh": {"tp": 4}}))
     with pytest.raises(CorruptError, match="disagree"):
         open_shards(shards)
+
+
+def test_a_tied_head_may_be_stored_on_one_side_alone(tmp_path: Path) -> None:
+    bare = make("llama-tied", tmp_path / "bare")
+    stored = published(bare, tmp_path / "stored", tied_head_stored=True)
+    for model, other in ((bare, stored), (stored, bare)):
+        shards = write_shards(model, tmp_path / f"{model.name}-tp2", 2)
+        verdict = verify(shards, other, tokens=2, device="cpu")
+        assert verdict.verdict == "pass" and verdict.tiers[0].findings[-1].module == "lm_head"
 
 
 def test_file_weights_read_what_is_stored(pair: tuple[Path, Path]) -> None:
