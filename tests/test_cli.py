@@ -132,7 +132,7 @@ def test_version() -> None:
         (["plan", "model", "--tp", "2", "--max-file-size", "5 parsecs"], "--max-file-size"),
         (["plan", "model", "--tp", "2", "--max-file-size", "infGB"], "--max-file-size"),
         (["plan", "model", "--tp", "2", "--rules", "nothing.toml"], "nothing.toml"),
-        (["split", "model", "--tp", "2", "--ranks", "2"], "--ranks"),
+        (["split", "model", "--tp", "2", "--ranks", "2"], "--ranks does not take these"),
         (["split", "model", "--tp", "2", "--ranks", "1-0"], "--ranks"),
         (["split", "model", "--tp", "2", "--ranks", "-1"], "--ranks"),
         (["split", "model", "--tp", "2", "--ranks", ""], "--ranks"),
