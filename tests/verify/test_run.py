@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verify import run
-from tpshard.verify.machine import Need
+from tpshard.verify.families import describe
+from tpshard.verify.machine import Load, Need, Side, estimate
 from tpshard.verify.report import check_kind, to_html, to_junit, to_markdown, write
 from tpshard.verify.run import prompt_ids, verify
 from tpshard.verify.shards import FileWeights, open_shards, open_source
@@ -156,6 +157,20 @@ def test_too_little_memory_is_said_before_loading(pair: tuple[Path, Path], monke
     monkeypatch.setattr(run, "resident", None)
     with pytest.raises(LocalIOError, match="not enough memory"):
         verify(pair[1], pair[0], device="cpu")
+
+
+def test_a_70b_shape_is_streamed_in_4_gb() -> None:
+    config = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "hidden_act": "silu"}
+    table, body = 128256 * 8192, 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
+    side = Side(2 * (body + 2 * table), body + 2 * table, table, body, table)
+    need = estimate(
+        describe(config | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192}),
+        Load(side, side, 80, table),
+        here=8, native=True, positions=2 * (16 + 32), widened=True, apart=False,
+    )  # fmt: skip
+    layer = 2 * body // 80
+    assert layer < need.streamed <= 4e9 and need.resident > 8 * body
 
 
 def test_memory_decides_whether_to_stream(monkeypatch: pytest.MonkeyPatch) -> None:
