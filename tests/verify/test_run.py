@@ -65,6 +65,22 @@ def test_a_correct_split_passes(pair: tuple[Path, Path], options: dict[str, bool
     assert verdict.canaries and all(canary.status == "caught" for canary in verdict.canaries)
 
 
+def test_the_reference_chooses_the_tokens_unless_it_would_be_read_too_often(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def metrics(stream: bool) -> tuple[str, float]:
+        verdict = verify(pair[1], pair[0], tiers=["native"], tokens=6, device="cpu", stream=stream)
+        assert verdict.verdict == "pass"
+        return verdict.settings["tokens_from"], verdict.tiers[0].metrics["kl_unsharded"]
+
+    kept, streamed = metrics(False), metrics(True)
+    assert kept[0] == streamed[0] == "the reference"
+    monkeypatch.setattr("tpshard.verify.prepare.TAUGHT_BYTES", 0)
+    seeded = metrics(True)
+    assert seeded[0] == "the seed" and metrics(False)[0] == "the reference"
+    assert abs(streamed[1] - kept[1]) < 1e-3 * kept[1] < abs(seeded[1] - kept[1])
+
+
 def test_a_verdict_repeats_but_for_what_is_volatile(pair: tuple[Path, Path]) -> None:
     first, second = (verify(pair[1], pair[0], tokens=2, device="cpu").to_json() for _ in range(2))
     first.pop("volatile")
