@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
@@ -27,10 +29,14 @@ from tpshard.formats.base import (
     share_texts,
     weight,
 )
+from tpshard.layout import StoredTensor
 from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
+
+if TYPE_CHECKING:
+    from tpshard.formats.shards import ShardSet
 
 Shares = Sequence[str | float]
 
@@ -119,14 +125,22 @@ def split(
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
     chosen = _ranks(ranks, tp)
+    if format == "hf" and chosen is not None:
+        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
     checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
-    target = Path(out) if out is not None else Path(f"{checkpoint.name.rpartition('/')[2]}-tp{tp}")
-    _check_distinct(checkpoint.directory, target)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
+    target = Path(out) if out is not None else Path(f"{_base_name(built)}-{_suffix(options)}")
+    _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, options)
     small = _side_files(checkpoint.side_files)
     if dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, dtype)
+    if format == "hf":
+        placed = placed_in(checkpoint, built)
+        size = options.max_file_size if max_file_size is None else max_file_size
+        return _write_hf(
+            built, placed, small, target, size, settings, planned.set_id, "split", warnings=checkpoint.warnings
+        )
     return _write_split(
         planned, placed_in(checkpoint, built), small, target, chosen, settings, "split", checkpoint.warnings
     )
@@ -143,6 +157,7 @@ def reshard(
     max_file_size: int | None = None,
     format: str = "native",
     engine_version: str | None = None,
+    allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
 ) -> WriteReport:
@@ -150,16 +165,17 @@ def reshard(
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     chosen = _ranks(ranks, tp)
-    from tpshard.formats.shards import open_shards
-
-    source = open_shards(Path(shards))
+    if format == "hf" and chosen is not None:
+        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
+    source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
-    target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-tp{tp}")
+    target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-{_suffix(options)}")
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, options)
-    return _write_split(
-        planned, source.placed(), _side_files(source.side_files), target, chosen, settings, "reshard", ()
-    )
+    if format == "hf":
+        small, placed = _small(source), source.placed()
+        return _write_hf(source.model, placed, small, target, max_file_size, settings, planned.set_id, "reshard")
+    return _write_split(planned, source.placed(), _small(source), target, chosen, settings, "reshard", ())
 
 
 def _write_split(
@@ -192,7 +208,7 @@ def _write_split(
         small={**own.side_files(planned, small), MANIFEST: planned.manifest},
         identity={"set": planned.set_id},
         records=records,
-        convert=_convert(planned.model, placed),
+        convert=_convert((place.stored for place in placed), chain.from_iterable(planned.layout)),
         shared=ranks is not None,
         claims=[f".{rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
         verb=verb,
@@ -209,27 +225,54 @@ def merge(
     out: str | Path | None = None,
     *,
     max_file_size: int | None = None,
+    allow_pickle: bool = False,
     settings: Settings | None = None,
 ) -> WriteReport:
     """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits."""
-    settings = settings or Settings()
-    from tpshard.formats.shards import open_shards
-
-    source = open_shards(Path(shards))
+    source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
-    target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-merged")
+    target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-merged")
     _check_distinct(source.directory, target)
-    outputs, index = hf.outputs(source.model.tensors, source.model.file_of, max_file_size)
-    joined = join(source.model.tensors, source.placed(), outputs)
+    return _write_hf(
+        source.model,
+        source.placed(),
+        _small(source),
+        target,
+        max_file_size,
+        settings,
+        source.manifest["set"],
+        "merge",
+        source.tp,
+    )
+
+
+def _write_hf(
+    model: Model,
+    placed: list[Placed],
+    small: dict[str, bytes],
+    target: Path,
+    max_file_size: int | None,
+    settings: Settings | None,
+    set_id: str,
+    verb: str,
+    tp: int = 1,
+    warnings: Sequence[str] = (),
+) -> WriteReport:
+    """Write a model unsharded. set_id: names what it is made of. tp: of what it is made of."""
+    outputs, index = hf.outputs(model.tensors, model.file_of, max_file_size)
+    joined = join(model.tensors, placed, outputs)
     job = Job(
         plan=joined,
-        small={**_side_files(source.side_files), **index},
-        identity={"set": source.manifest["set"]},
+        small={**small, **index},
+        identity={"set": set_id},
         records=lambda digests: {},
+        convert=_convert(
+            (place.stored for place in placed), (each.stored for output in outputs for each in output.tensors)
+        ),
         verb="merge",
     )
-    publish(job, target, replace(settings, checksum=False))
-    return WriteReport("merge", target, source.tp, source.manifest["set"], joined.nbytes, (), ())
+    publish(job, target, replace(settings or Settings(), checksum=False))
+    return WriteReport(verb, target, tp, set_id, joined.nbytes, (), tuple(warnings))
 
 
 def check(
@@ -248,9 +291,8 @@ def check(
     """
     settings = settings or Settings()
     from tpshard.checking import check_records, check_source
-    from tpshard.formats.shards import open_shards
 
-    found = open_shards(Path(shards))
+    found = _open_shards(Path(shards), allow_pickle)
     if tp is not None and tp != found.tp:
         raise DifferentError(
             f"the shard set is for tp {found.tp}, not tp {tp}",
@@ -266,13 +308,22 @@ def check(
     model = from_checkpoint(checkpoint, _path(rules), found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
-    judged = check_source(found, planned, placed, _convert(model, placed), settings)
+    convert = _convert((place.stored for place in placed), chain.from_iterable(planned.layout))
+    judged = check_source(found, planned, placed, convert, settings)
     return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
 
 
 def inspect(path: str | Path) -> InspectReport:
     """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor."""
     return inspect_path(Path(path))
+
+
+def _base_name(model: Model) -> str:
+    return str(model.source["name"]).rpartition("/")[2]
+
+
+def _suffix(options: Options) -> str:
+    return "hf" if options.format == "hf" else f"tp{options.tp}"
 
 
 def _path(rules: str | Path | None) -> Path | None:
@@ -298,6 +349,22 @@ def _check_distinct(source: Path | None, target: Path) -> None:
         raise UsageError("the source lies inside the output", path=target, hint="give another directory with -o")
 
 
+def _open_shards(directory: Path, allow_pickle: bool) -> ShardSet:
+    """A set that tpshard wrote, or files that Meta published."""
+    from tpshard.formats.shards import is_shard_set, open_shards
+
+    if not is_shard_set(directory):
+        from tpshard.formats.meta_input import is_meta, open_meta
+
+        if is_meta(directory):
+            return open_meta(directory, allow_pickle)
+    return open_shards(directory)
+
+
+def _small(source: ShardSet) -> dict[str, bytes]:
+    return {**source.made, **_side_files(source.side_files)}
+
+
 def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:
     return {path.name: read_bytes(path) for path in paths}
 
@@ -313,10 +380,10 @@ def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _convert(model: Model, placed: Iterable[Placed]) -> Convert | None:
+def _convert(sources: Iterable[StoredTensor], targets: Iterable[StoredTensor]) -> Convert | None:
     """torch's cast, if any tensor's dtype changes: only then is torch imported."""
-    stored = {place.stored.name: place.stored.dtype for place in placed}
-    if all(stored[tensor.name] == tensor.dtype for tensor in model.tensors):
+    dtypes = {part.tensor: stored.dtype for stored in sources for part in stored.parts}
+    if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in targets for part in stored.parts):
         return None
     from tpshard.torch_io import convert
 
