@@ -388,7 +388,18 @@ CONTRACT: dict[str, Any] = {
             "dim": (int, None), "segments": [{"axis": str, "count": int, "unit": int}], "interleave": (str, None),
             "ranks": [{"rank": int, "shape": [int], "bytes": int}],
         }],
-        "ranks": [{"rank": int, "bytes": int}], "padded": [{"axis": str, "count": int, "padded": int}],
+        "ranks": [{"rank": int, "bytes": int}],
+        "numbers": {
+            "batch": int, "seq": int, "gpu_memory": (int, None), "usable": float,
+            "kv_cache": {
+                "layers": int, "axis": (str, None), "latent": (int, None), "dtype": str, "window": (int, None)
+            },
+            "ranks": [{"rank": int, "weights": int, "kv_cache": int, "total": int}],
+            "communication": {
+                "all_reduces": int, "hidden": int, "dtype": str, "bytes_per_token": int, "bytes_per_prompt": int,
+            },
+        },
+        "padded": [{"axis": str, "count": int, "padded": int}],
         "replicated": [str], "tied": dict, "possible_tp": [int], "impossible_tp": [{"tp": int, "reason": str}],
         "warnings": [str],
     },
@@ -526,7 +537,7 @@ def test_the_text_of_a_plan(model: Path) -> None:
     assert rows["model.norm.weight"] == "F32 [16] replicate [16]"
     assert len(rows) == 12 and len(succeeds("plan", model, "--tp", 4, "--all").out.splitlines()) > 21
     for line in (
-        "rank 3: 3.5 kB",
+        "ranks 0-3, each: 3.5 kB weights + 262.1 kB KV cache = 265.7 kB",
         "padded: vocab from 10 to 12, with zeros",
         "replicated: 2 kv on 4 ranks, each on 2 ranks in a row",
         "possible tp: 1, 2, 4",

@@ -31,6 +31,7 @@ from tpshard.formats.base import (
 )
 from tpshard.layout import StoredTensor
 from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
+from tpshard.numbers import Workload
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
@@ -90,13 +91,17 @@ def plan(
     format: str = "native",
     engine_version: str | None = None,
     allow_pickle: bool = False,
+    workload: Workload | None = None,
 ) -> PlanReport:
-    """Plan a split and write nothing. Of a Hub repo only config and headers are read."""
+    """Plan a split and write nothing. Of a Hub repo only config and headers are read.
+
+    workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
+    """
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
     checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
-    return PlanReport(plan_split(built, options), checkpoint.warnings)
+    return PlanReport(plan_split(built, options), checkpoint.warnings, workload or Workload())
 
 
 def split(

@@ -8,21 +8,27 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpshard import __version__, cli_verify
+from tpshard import __version__, cli_numbers, cli_verify
 from tpshard.console import Console, drop_stdout, human_bytes
 from tpshard.errors import Interrupted, TpshardError, UsageError
 from tpshard.options import (
+    BANDWIDTH,
+    BATCH,
     CHECKSUM,
     DRAFT_OUT,
+    DRAWING,
     DRY_RUN,
     DTYPE,
     ENGINE_VERSION,
     FORMAT,
+    GPU_MEMORY,
     JSON,
+    KV_DTYPE,
     MERGE_OUT,
     MERGE_SIZE,
     META_PICKLE,
@@ -37,6 +43,7 @@ from tpshard.options import (
     RANKS,
     REVISION,
     RULES,
+    SEQ,
     SET_TP,
     SHARDS,
     SHARES,
@@ -99,24 +106,39 @@ def plan(
     format: FORMAT = "native",
     engine_version: ENGINE_VERSION = None,
     allow_pickle: PICKLE = False,
+    batch: BATCH = None,
+    seq: SEQ = None,
+    kv_dtype: KV_DTYPE = None,
+    gpu_memory: GPU_MEMORY = None,
+    bandwidth: BANDWIDTH = None,
+    report: DRAWING = None,
     json: JSON = False,
     quiet: QUIET = False,
 ) -> None:
     """Show what a split would write, and write nothing.
 
-    Works on headers alone: of a Hub repo only config and headers are read.
+    Works on headers alone: of a Hub repo only config and headers are read. Says what each rank holds, with a KV cache
+    for --batch sequences of --seq tokens, and what the ranks send each other; --report draws it.
 
     \b
       tpshard plan ./Llama-3.1-8B --tp 4
+      tpshard plan org/name --tp 8 --batch 16 --seq 8192 --gpu-memory 80 --bandwidth 450
+      tpshard plan org/name --tp 8 --report plan.html
     """
     with _console(json, quiet) as console:
-        _plan(console, every, **_model_options(locals()))
+        work = cli_numbers.workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
+        _plan(console, every, report, workload=work, **_model_options(locals()))
 
 
-def _plan(console: Console, every: bool, **options: Any) -> None:
+def _plan(console: Console, every: bool, drawing: Path | None, **options: Any) -> None:
     from tpshard import api
 
+    if drawing is not None:
+        cli_numbers.check_drawing(drawing)
     report = api.plan(**options)
+    if drawing is not None:
+        cli_numbers.write_drawing(drawing, report)
+        console.say(f"drawn in {drawing}")
     for warning in report.warnings:
         console.warn(warning)
     if console.as_json:
@@ -163,7 +185,7 @@ def split(
     with _console(json, quiet, resumes=True) as console:
         options = _model_options(locals())
         if dry_run:
-            _plan(console, False, **options)
+            _plan(console, False, None, **options)
             return
         from tpshard import api
 
@@ -460,6 +482,9 @@ def _console(as_json: bool, quiet: bool, resumes: bool = False) -> Iterator[Cons
     except KeyboardInterrupt:
         hint = "the same command resumes where it stopped" if resumes else None
         raise Interrupted("interrupted", hint=hint) from None
+
+
+cli_numbers.add(app, _console)
 
 
 def main(arguments: list[str] | None = None) -> None:

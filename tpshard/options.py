@@ -22,6 +22,15 @@ class Checksum(StrEnum):
     none = "none"
 
 
+class KvDtype(StrEnum):
+    """What a KV cache is kept in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float8 = "float8"
+
+
 class Dtype(StrEnum):
     """What `--dtype` casts to."""
 
@@ -39,6 +48,21 @@ def _number(option: str, most: int | None = None) -> Callable[[str], int]:
         if not text.strip().isdecimal() or int(text) < 1 or (most is not None and int(text) > most):
             raise UsageError(f"{option} does not take this number", expected=expected, found=repr(text))
         return int(text)
+
+    return parse
+
+
+def _giga(option: str) -> Callable[[str], float]:
+    """A parser for gigabytes, of 10^9 bytes, as devices and links are sold; in bytes."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text) * 1e9
+        except ValueError:
+            value = 0.0
+        if not 0 < value < 1e18:
+            raise UsageError(f"{option} does not take this number", expected="gigabytes, as in 80", found=repr(text))
+        return value
 
     return parse
 
@@ -179,5 +203,32 @@ NO_FSYNC = Annotated[
     bool, typer.Option("--no-fsync", help="Do not wait for the disk: for scratch disks, not safe against power loss.")
 ]
 DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")]
+BATCH = Annotated[
+    int | None,
+    typer.Option("--batch", help="Sequences at a time [default: 1].", parser=_number("--batch"), metavar="N"),
+]
+SEQ = Annotated[
+    int | None,
+    typer.Option("--seq", help="Tokens of each sequence [default: 4096].", parser=_number("--seq"), metavar="N"),
+]
+KV_DTYPE = Annotated[KvDtype | None, typer.Option(help="What the KV cache is kept in [default: as the weights].")]
+GPU_MEMORY = Annotated[
+    float | None,
+    typer.Option("--gpu-memory", help="Memory of a device in GB.", parser=_giga("--gpu-memory"), metavar="GB"),
+]
+MEMORY_NEEDED = Annotated[
+    float, typer.Option("--gpu-memory", help="Memory of a device in GB.", parser=_giga("--gpu-memory"), metavar="GB")
+]
+GPUS = Annotated[int, typer.Option("--gpus", help="Number of devices.", parser=_number("--gpus", 4096), metavar="N")]
+BANDWIDTH = Annotated[
+    float | None,
+    typer.Option(
+        "--bandwidth",
+        help="What a device can send, in GB/s, as in 450 for NVLink 4: adds the time of the all-reduces.",
+        parser=_giga("--bandwidth"),
+        metavar="GB/s",
+    ),
+]
+DRAWING = Annotated[Path | None, typer.Option("--report", help="Draw the plan as one HTML page.", metavar="FILE.html")]
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="No messages but errors.")]

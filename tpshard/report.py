@@ -12,7 +12,8 @@ from tpshard.box import extents
 from tpshard.errors import UsageError
 from tpshard.formats.base import Split
 from tpshard.header import TensorInfo, nbytes, read_header
-from tpshard.layout import LogicalTensor, largest_tp, padded, possible_tp, why_not
+from tpshard.layout import LogicalTensor, deal, largest_tp, padded, possible_tp, why_not
+from tpshard.numbers import Workload, numbers
 from tpshard.rules import Axis
 
 if TYPE_CHECKING:
@@ -25,15 +26,22 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A planned split. `split` holds everything; `to_json` is the contract."""
+    """A planned split. `split` holds everything; `to_json` is the contract. workload: what the numbers are for."""
 
     split: Split
     warnings: tuple[str, ...]
+    workload: Workload = Workload()
 
     @property
     def rank_bytes(self) -> list[int]:
         """Bytes of tensors that each rank holds."""
         return [sum(nbytes(t.dtype, t.shape) for t in rank) for rank in self.split.layout]
+
+    def numbers(self) -> dict[str, Any]:
+        """Memory and communication of the ranks: the `numbers` object of the JSON contract."""
+        model, options = self.split.model, self.split.options
+        ranges = deal(model.axes, options.tp, options.weights(), options.pad_vocab_to)
+        return numbers(model, ranges, self.rank_bytes, self.workload)
 
     @property
     def impossible_tp(self) -> list[tuple[int, str]]:
@@ -75,6 +83,7 @@ class PlanReport:
             ],
             **({} if split.options.format == "native" else {"stored": stored_json(split)}),
             "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
+            "numbers": self.numbers(),
             "padded": self.padding(),
             "replicated": replicated_axes(axes, split.options.tp),
             "tied": dict(split.model.tied),

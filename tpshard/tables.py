@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from tpshard.console import Console, human_bytes
+from tpshard.numbers import number_lines
 from tpshard.report import InspectReport, PlanReport, shares_of, stored_json
 
 
@@ -89,9 +90,9 @@ def print_plan(report: PlanReport, every: bool) -> None:
         for row in fold(made, every):
             table.add_row(*row)
         console.print(table)
-    for rank, size in enumerate(report.rank_bytes):
-        console.print(f"rank {rank}: {human_bytes(size)}")
     plan = report.to_json()
+    for line in number_lines(plan["numbers"]):
+        console.print(line)
     for entry in plan["padded"]:
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
     tp = split.options.tp
