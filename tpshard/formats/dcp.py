@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from tpshard.box import Box, corner, extents, volume
+from tpshard.box import Box, corner, extents
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split
 from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
@@ -40,10 +40,9 @@ def chunks(model: Model, options: Options) -> list[tuple[LogicalTensor, list[lis
     found = []
     for tensor, stored in zip(model.tensors, zip(*held, strict=True), strict=True):
         taken: set[Box] = set()
-        empty = 0 in tensor.shape
         by_rank: list[list[Box]] = []
         for each in stored:
-            boxes = [part.box for part in each.parts if part.box not in taken and (volume(part.box) or empty)]
+            boxes = [part.box for part in each.parts if part.box not in taken]
             taken.update(boxes)
             by_rank.append(boxes)
         found.append((tensor, by_rank))
