@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dense_checkpoints import CENTRED_AT_ZERO, DENSE, ELSEWHERE
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -58,6 +60,7 @@ FAMILIES = {
     "falcon": Family("transformer.", "lm_head", "transformer.word_embeddings"),
     "opt": Family("model.", "lm_head", "model.decoder.embed_tokens"),
 }
+FAMILIES |= {t: Family(*ELSEWHERE.get(t, ("model.", "lm_head", "model.embed_tokens"))) for t, _ in DENSE.values()}
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {
@@ -111,7 +114,8 @@ def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
 
 
-VARIANTS: dict[str, Variant] = {
+# Those of the families that verify's own decoder has; `old_config` knows them too.
+DECODED: dict[str, Variant] = {
     variant.name: variant
     for variant in (
         Variant("llama", "llama", _LLAMA),
@@ -197,6 +201,12 @@ VARIANTS: dict[str, Variant] = {
         Variant("opt-f16", "opt", _OPT, dtype="float16"),
     )
 }
+VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in DENSE.items()}
+
+
+def norm_center_of(model_type: str) -> float:
+    """What a norm's weights are drawn around: 0 where the norm multiplies by 1 + weight."""
+    return 0.0 if model_type in CENTRED_AT_ZERO | {"gemma2"} else 1.0
 
 
 def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
@@ -216,7 +226,7 @@ def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=dtype, attn_implementation=attention
     )
-    norm_center = 0.0 if variant.model_type == "gemma2" else 1.0  # gemma multiplies by 1 + weight
+    norm_center = norm_center_of(variant.model_type)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {parameter_name}".encode()))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import BUFFERS, FAMILIES, VARIANTS, VOCAB, sharded
+from checkpoints import BUFFERS, DECODED, FAMILIES, VARIANTS, VOCAB, sharded
 from toys import (
     Bits,
     Tensor,
@@ -35,15 +35,18 @@ from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import UnsupportedError
 from tpshard.model import from_checkpoint
 from tpshard.publish import Settings
-from tpshard.rules import Cut, builtin_names
+from tpshard.rules import Cut, builtin, builtin_names
 
 Made = Callable[..., Path]
 Ranges = Sequence[tuple[int, int]]
 
-VOCAB_MODULES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out"}
+VOCAB_MODULES = {"embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out", "output_projection"}
 COLUMN = {"gate_proj", "up_proj", "c_fc", "fc_in", "fc1", "dense_h_to_4h"}
 ROW = {"down_proj", "mlp.c_proj", "fc_out", "fc2", "dense_4h_to_h"}
-OUTPUT = {"o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense"}
+OUTPUT = {"o_proj", "out_proj", "attn.c_proj", "attention.dense", "self_attention.dense", "self_attn.dense"}
+HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+SPLIT_NORMS = {"olmo2", "olmo3", "cohere"}  # families with a weight of its own for every head of q and k
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Numbers:
     @staticmethod
     def of(config: Mapping[str, Any]) -> Numbers:
         family = config["model_type"]
-        heads = config.get("num_attention_heads") or config.get("n_head") or config["num_heads"]
-        hidden = config.get("hidden_size") or config["n_embd"]
+        heads = next(config[key] for key in HEADS if key in config)
+        hidden = next(config[key] for key in ("hidden_size", "n_embd", "d_model") if key in config)
         kv = config.get("num_key_value_heads") or heads
         if family == "falcon":
             kv = config["num_kv_heads"] if config["new_decoder_architecture"] else 1 if config["multi_query"] else heads
@@ -69,7 +72,7 @@ class Numbers:
             kv = 1 if config["multi_query"] else heads
         ffn = next((config[key] for key in ("ffn_dim", "ffn_hidden_size", "n_inner") if config.get(key)), None)
         ffn = ffn or config.get("intermediate_size") or 4 * hidden
-        layers = config.get("num_hidden_layers") or config.get("n_layer") or config["num_layers"]
+        layers = next(config[key] for key in LAYERS if key in config)
         return Numbers(family, heads, kv, ffn, config["vocab_size"], layers)
 
 
@@ -115,6 +118,19 @@ def fused(array: Bits, numbers: Numbers, heads: tuple[int, int], kv: tuple[int, 
     if numbers.family == "gpt2":  # Conv1D: [in, 3 blocks]
         dim = 1 if weight else 0
         return np.concatenate([units(block, dim, numbers.heads, heads) for block in np.split(array, 3, dim)], dim)
+    if numbers.family in ("phi3", "mpt"):
+        sizes = [numbers.heads, numbers.kv, numbers.kv]
+        unit = len(array) // sum(sizes)
+        blocks = np.split(array, [sizes[0] * unit, (sizes[0] + sizes[1]) * unit])
+        return np.concatenate([units(b, 0, n, held) for b, n, held in zip(blocks, sizes, (heads, kv, kv), strict=True)])
+    if numbers.family == "codegen":  # four blocks, each q, v, k of a quarter of the heads
+        quarter = numbers.heads // 4
+        blocks = np.split(array, 12)
+        first = [max(0, heads[0] - block // 3 * quarter) for block in range(12)]
+        last = [min(quarter, heads[1] - block // 3 * quarter) for block in range(12)]
+        return np.concatenate(
+            [units(b, 0, quarter, (a, z)) for b, a, z in zip(blocks, first, last, strict=True) if a < z]
+        )
     rest = array.shape[1:]
     groups, each = numbers.kv, numbers.heads // numbers.kv
     grouped = array.reshape(groups, each + 2, -1, *rest)  # each group: its q heads, its k, its v
@@ -137,12 +153,14 @@ def reference(name: str, tensor: Tensor, numbers: Numbers, dealt: Dealt, rank: i
         start, stop = dealt.vocab[rank]
         array = np.concatenate([array, np.zeros((dealt.vocab[-1][1] - len(array), *array.shape[1:]), dtype=np.uint8)])
         array = array[start:stop]
-    elif module in ("c_attn", "query_key_value"):
+    elif module in ("c_attn", "query_key_value", "qkv_proj", "Wqkv"):
         array = fused(array, numbers, dealt.heads[rank], dealt.kv[rank], weight)
-    elif module == "q_proj":
+    elif module == "q_proj" or (module == "q_norm" and numbers.family in SPLIT_NORMS):
         array = units(array, 0, numbers.heads, dealt.heads[rank])
-    elif module in ("k_proj", "v_proj"):
+    elif module in ("k_proj", "v_proj") or (module == "k_norm" and numbers.family in SPLIT_NORMS):
         array = units(array, 0, numbers.kv, dealt.kv[rank])
+    elif module == "gate_up_proj":
+        array = np.concatenate([units(block, 0, numbers.ffn, dealt.ffn[rank]) for block in np.split(array, 2)])
     elif module in COLUMN:
         array = units(array, 1 if conv1d else 0, numbers.ffn, dealt.ffn[rank])
     elif weight and {module, qualified} & OUTPUT:
@@ -250,11 +268,12 @@ def classified(path: Path) -> dict[str, Cut]:
 
 PUBLISHED: dict[str, list[str]] = {
     "strip_prefix": list(VARIANTS),
-    "base_only": ["gpt2", "opt", "bloom", "gpt_neox", "llama-gqa"],
-    "old_keys": [name for name in VARIANTS if name != "falcon-new-one-norm"],  # newer than those keys
+    "base_only": ["gpt2", "opt", "bloom", "gpt_neox", "llama-gqa", "phi", "mpt", "gemma3_text"],
+    "old_keys": [name for name in DECODED if name != "falcon-new-one-norm"],  # newer than those keys
     "tied_head_stored": [
         "llama-tied", "qwen2-tied", "qwen3-tied-bias", "gemma2", "gpt2", "gpt_neox-tied-nobias", "gpt_bigcode-mqa",
-        "gpt_neo", "bloom", "falcon-new", "opt",
+        "gpt_neo", "bloom", "falcon-new", "opt", "phi-tied-qk-norm", "phi4-mini", "gemma", "gemma3_text", "starcoder2",
+        "cohere", "cohere2", "granite-tied", "smollm3", "mpt",
     ],
     "buffers": ["llama-mha-bias", "gpt2", "gptj", "gpt_neo", "gpt_neox"],
 }  # fmt: skip
@@ -317,7 +336,8 @@ def test_a_published_file_there_and_back(
 
 
 def test_every_family_has_a_file_and_every_buffer_a_rule() -> None:
-    assert set(FAMILIES) == {VARIANTS[name].model_type for name in VARIANTS} <= set(builtin_names())
+    known = {model_type for name in builtin_names() for model_type in builtin(name).model_types}
+    assert set(FAMILIES) == {VARIANTS[name].model_type for name in VARIANTS} <= known
     assert set(BUFFERS) <= set(FAMILIES)
 
 

@@ -31,7 +31,7 @@ TOKENS = 8
 COSINE, TOP = 0.99, 5
 # All of every family but those that differ in dtype alone. Their 251 tokens are padded at both widths, and two KV heads
 # are replicated at tp 4.
-VARIANTS = tuple(name for name, variant in checkpoints.VARIANTS.items() if variant.dtype == "float32")
+VARIANTS = tuple(name for name, variant in checkpoints.DECODED.items() if variant.dtype == "float32")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import VARIANTS
+from checkpoints import DECODED
 from cut import cut
 from models import CPU, Tensors, source, tokens
 
@@ -35,7 +35,7 @@ def setup(name: str, tp: int, dtype: torch.dtype = torch.float32, ranks: Sequenc
     return Setup(describe(config), InMemory(stored), held, Threads(tp), tokens(16), CPU)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DECODED)
 def test_every_fault_is_caught_by_the_exact_criterion_and_no_correct_split(name: str) -> None:
     for tp in (2, 4):
         case = setup(name, tp)

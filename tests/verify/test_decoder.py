@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import VARIANTS, make, published
+from checkpoints import DECODED, make, published
 from models import can_be_uneven, reference, relative, run, shards, source, tokens
 from safetensors.torch import load_file
 
@@ -15,7 +15,7 @@ SHARDINGS = [(2, None), (4, None), (2, (3, 1))]
 CHANGES_WITH_LENGTH = "llama-rope-dynamic"
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DECODED)
 def test_unsharded_equals_transformers(name: str) -> None:
     model, ids = reference(name), tokens()
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_unsharded_equals_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DECODED)
 def test_sharded_equals_unsharded(name: str, sequence_parallel: bool) -> None:
     config, tensors = source(name)
     ids = tokens()

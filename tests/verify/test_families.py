@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from checkpoints import VARIANTS, old_config
+from checkpoints import DECODED, old_config
 from models import source
 
 from tpshard.errors import CorruptError, UnsupportedError
@@ -15,7 +15,7 @@ from tpshard.verify.families import FAMILIES, describe
 NO_OLD_FORM = {"falcon-new-one-norm"}
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in NO_OLD_FORM])
+@pytest.mark.parametrize("name", [name for name in DECODED if name not in NO_OLD_FORM])
 def test_old_keys_describe_the_same_model(name: str) -> None:
     config = source(name)[0]
     new, old = describe(config), describe(old_config(config))
@@ -25,7 +25,7 @@ def test_old_keys_describe_the_same_model(name: str) -> None:
 
 
 def test_every_family_has_a_variant() -> None:
-    assert {variant.model_type for variant in VARIANTS.values()} == FAMILIES.keys() - {"RefinedWeb", "RefinedWebModel"}
+    assert {variant.model_type for variant in DECODED.values()} == FAMILIES.keys() - {"RefinedWeb", "RefinedWebModel"}
 
 
 def test_an_unknown_model_is_refused_with_what_is_known() -> None:
