@@ -276,9 +276,111 @@ def test_a_tensor_whose_axis_is_not_known_is_never_silently_replicated(name: str
 
 
 def test_experts_are_told_by_dims() -> None:
-    stacked = RULES + '"model.layers.*.down" = ["expert", "out", "in"]\n'
+    stacked = 'experts = "n_experts"' + RULES + '"model.layers.*.down" = ["expert", "out", "in"]\n'
     shapes = {name: (3, *shape) if "down" in name else shape for name, shape in names().items()}
-    assert run(shapes, rules=stacked).cuts["model.layers.0.down.weight"] == Cut("row", 2, ("ffn",))
+    assert run(shapes, rules=stacked, n_experts=3).cuts["model.layers.0.down.weight"] == Cut("row", 2, ("ffn",))
+    with pytest.raises(CorruptError, match="config.json contradicts the tensor model.layers.0.down.weight") as error:
+        run(shapes, rules=stacked, n_experts=4)
+    assert error.value.expected == "dim 0 of size 4 (experts, toy rules)"
+
+
+# Experts one by one or stacked, in all layers but the first; what comes after the last layer is there or not.
+MIXED = RULES.replace('layers = "depth"', 'layers = "depth"\nextra_layers = "more or 0"\nexperts = "n_experts"')
+MIXED = MIXED.replace(
+    "[rules]",
+    """[conditions]
+sparse_layer = "layer in sparse"
+dense_layer = "not sparse_layer"
+
+[found]
+stacked = "model.layers.*.experts.up"
+
+[rules]""",
+)
+MIXED = MIXED.replace(
+    '"column ffn" = ["model.layers.*.up"]',
+    """
+"column ffn if dense_layer" = ["model.layers.*.up"]
+"column ffn if sparse_layer and not stacked" = ["model.layers.*.experts.*.up"]
+"column ffn if sparse_layer and stacked" = ["model.layers.*.experts.up"]
+"replicate if layer >= depth" = ["model.layers.*.join"]
+""",
+).replace('"model.layers.*.up" = ["in", "out"]', '"model.layers.*.experts.up?" = ["expert", "out", "in"]')
+SPARSE: dict[str, Any] = {"sparse": [1, 2, 3], "n_experts": 3, "depth": 3}
+
+
+def mixed(layers: int = 3, stacked: bool = False) -> dict[str, tuple[int, ...]]:
+    shapes = {name: shape for name, shape in names(layers).items() if ".up." not in name}
+    shapes["model.layers.0.up.weight"] = (6, 8)
+    for layer in range(1, layers):
+        if stacked:
+            shapes[f"model.layers.{layer}.experts.up"] = (3, 6, 8)
+        else:
+            shapes |= {f"model.layers.{layer}.experts.{expert}.up.weight": (6, 8) for expert in range(3)}
+    return shapes
+
+
+def test_a_condition_on_the_layer_holds_in_some_layers() -> None:
+    cuts = run(mixed(), rules=MIXED, **SPARSE).cuts
+    assert cuts["model.layers.2.experts.1.up.weight"] == Cut("column", 0, ("ffn",))
+    with pytest.raises(UnsupportedError, match="no toy rule matches the tensor model.layers.0.up.weight"):
+        run(mixed(), rules=MIXED, **SPARSE | {"sparse": [0, 1, 2]})
+    with pytest.raises(CorruptError, match=r"layers.\*.up.weight: layers 1 missing") as error:
+        run({n: s for n, s in mixed().items() if ".1.experts" not in n}, rules=MIXED, **SPARSE | {"sparse": [2]})
+    assert error.value.tensor == "model.layers.1.up.weight"
+    assert run(mixed(1), rules=MIXED, **SPARSE | {"depth": 1}).cuts  # no layer needs an expert
+    with pytest.raises(CorruptError, match=r"'\(not \(layer in sparse\)\)' has no value for this config"):
+        run(mixed(), rules=MIXED, n_experts=3, depth=3)
+
+
+def test_experts_are_stored_one_by_one_or_stacked() -> None:
+    assert run(mixed(stacked=True), rules=MIXED, **SPARSE).cuts["model.layers.1.experts.up"] == Cut(
+        "column", 1, ("ffn",)
+    )
+    none = {name: shape for name, shape in mixed().items() if "experts" not in name}
+    with pytest.raises(CorruptError, match=r"no tensor matches model.layers.\*.experts.\*.up, which every toy model"):
+        run(none, rules=MIXED, **SPARSE)
+    with pytest.raises(UnsupportedError, match="no toy rule matches the tensor model.layers.1.experts.0.up.weight"):
+        run(mixed() | {"model.layers.2.experts.up": (3, 6, 8)}, rules=MIXED, **SPARSE)
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("model.layers.2.experts.1.up.weight", r"model.layers.2.experts.\*.up.weight: experts 1 missing"),
+        ("model.layers.1.experts.2.up.weight", r"model.layers.1.experts.\*.up.weight: experts 2 missing"),
+    ],
+)
+def test_an_expert_that_one_layer_lacks_is_named(gone: str, message: str) -> None:
+    shapes = mixed()
+    del shapes[gone]
+    with pytest.raises(CorruptError, match=message) as error:
+        run(shapes, rules=MIXED, **SPARSE)
+    assert error.value.tensor == gone
+    assert (error.value.expected, error.value.found) == ("experts 0 to 2", "2 experts")
+
+
+def test_an_expert_that_the_config_does_not_know_is_named() -> None:
+    with pytest.raises(CorruptError, match=r"model.layers.1.experts.\*.up.weight: experts 2 beyond the config"):
+        run(mixed(), rules=MIXED, **SPARSE | {"n_experts": 2})
+    with pytest.raises(UnsupportedError, match="no toy rule matches the tensor model.layers.1.experts.x.up.weight"):
+        run(mixed() | {"model.layers.1.experts.x.up.weight": (6, 8)}, rules=MIXED, **SPARSE)
+
+
+def test_layers_after_the_last_are_there_whole_or_not_at_all() -> None:
+    more = mixed(4) | {"model.layers.3.join.weight": (8, 16)}
+    assert run(more, rules=MIXED, more=1, **SPARSE).cuts["model.layers.3.join.weight"] == Cut("replicate")
+    assert run(mixed(), rules=MIXED, more=1, **SPARSE).cuts
+    for gone in ("join.weight", "norm.weight", "experts.1.up.weight"):
+        with pytest.raises(CorruptError) as error:
+            run({n: s for n, s in more.items() if n != f"model.layers.3.{gone}"}, rules=MIXED, more=1, **SPARSE)
+        assert gone == "join.weight" or error.value.tensor == f"model.layers.3.{gone}"
+    with pytest.raises(CorruptError, match="layers 3 beyond the config"):
+        run(mixed(4), rules=MIXED, **SPARSE)
+    with pytest.raises(CorruptError, match="layers 4 missing"):
+        run(more, rules=MIXED, more=2, **SPARSE)
+    with pytest.raises(CorruptError, match="'more or 0' must be an integer, 0 or more"):
+        run(more, rules=MIXED, more=-1, **SPARSE)
 
 
 def test_a_pattern_for_one_layer_is_for_that_layer_alone() -> None:
@@ -303,6 +405,15 @@ def test_a_class_of_layer_numbers_tells_layers_apart(order: tuple[int, int, int]
     [
         ('prefix = "model."', 'prefiks = "model."', "unknown keys: prefiks"),
         ('layers = "depth"\n', "", "missing keys: layers"),
+        ('layers = "depth"', 'layers = "depth"\nexperts = true', "experts must be an expression"),
+        ('layers = "depth"', 'layers = "depth"\nextra_layers = "1 +"', r"cannot read the expression '1 \+'"),
+        ("[defaults]", "[found]\nx = 1\n[defaults]", "found must be a table of strings"),
+        ("[defaults]", "[conditions]\nx = 1\n[defaults]", "conditions must be a table of strings"),
+        ("[defaults]", '[conditions]\nx = "1 +"\n[defaults]', r"cannot read the expression '\(1 \+\)'"),
+        ("[defaults]", '[found]\nx = "[z-a]"\n[defaults]', "bad character range"),
+        ("layers.*.down", "layers.*.experts.*.down", r"'model.layers.\*.experts.\*.down' is of experts, and no key"),
+        ('["in", "out"]', '["expert", "out"]', r"'model.layers.\*.up' is of experts, and no key `experts` says"),
+        ('"column vocab"', '"column vocab if layer > 1"', "pattern 'model.embed' has no layer, and its condition"),
         ('ffn = { count = "n_ffn" }', 'ffn = { count = "n_ffn", pads = true }', "axis ffn: unknown keys: pads"),
         ('ffn = { count = "n_ffn" }', 'ffn = { unit = "1" }', "axis ffn: missing keys: count"),
         ('ffn = { count = "n_ffn" }', "ffn = 6", "axes must be a table of tables"),

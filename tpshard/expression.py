@@ -8,11 +8,20 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
+
+def _modulo(left: Any, right: Any) -> Any:
+    """Whole numbers only: of a string, Python's `%` would be formatting."""
+    if not isinstance(left, int):
+        raise TypeError(f"{left!r} has no remainder")
+    return left % right
+
+
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
+    ast.Mod: _modulo,
 }
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Eq: operator.eq,
@@ -21,6 +30,8 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
+    ast.In: lambda item, items: item in items,
+    ast.NotIn: lambda item, items: item not in items,
 }
 _LONGEST = 1000  # far more than any rule needs, and never so deep that walking it exhausts the stack
 
@@ -76,12 +87,13 @@ def evaluate(text: str, config: Mapping[str, Any]) -> Any:
         raise ExpressionError(f"{text!r} has no value for this config: {error}") from None
 
 
-def evaluate_count(text: str, config: Mapping[str, Any]) -> int:
-    """The value of an expression that must be a positive int."""
+def evaluate_count(text: str, config: Mapping[str, Any], least: int = 1) -> int:
+    """The value of an expression that must be an int of at least 1, or of at least 0."""
     value = evaluate(text, config)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
         keys = ", ".join(f"{name}={config.get(name)!r}" for name in names(text))
-        raise ExpressionError(f"{text!r} must be a positive integer, got {value!r} from {keys}")
+        what = "a positive integer" if least else "an integer, 0 or more"
+        raise ExpressionError(f"{text!r} must be {what}, got {value!r} from {keys}")
     return value
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +85,9 @@ class Architecture:
     axes: Mapping[str, Mapping[str, Any]]
     rules: tuple[_Rule, ...]
     dims: Mapping[str, tuple[str, ...]]
+    extra_layers: str | None
+    experts: str | None
+    found: Mapping[str, str]
 
     @property
     def digest(self) -> str:
@@ -117,6 +121,10 @@ _TOP_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model_types": (_is_list, "a list of strings"),
     "prefix": (lambda value: isinstance(value, str), "a string"),
     "layers": (_is_expression, "an expression"),
+    "extra_layers": (_is_expression, "an expression"),
+    "experts": (_is_expression, "an expression"),
+    "found": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
+    "conditions": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
     "tied": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
     "defaults": (lambda value: isinstance(value, dict), "a table"),
     "axes": (_table_of(lambda value: isinstance(value, dict)), "a table of tables"),
@@ -162,6 +170,9 @@ def parse_architecture(text: str, path: str) -> Architecture:
         if (group := axis.get("group", name)) not in data["axes"] or "group" in data["axes"][group]:
             raise refuse(f"axis {name}: group {group!r} is not an axis, or has a group itself")
     rules = []
+    named: dict[str, str] = {}
+    for name, condition in data.get("conditions", {}).items():
+        named[name] = f"({_spelled_out(condition, named)})"
     for key, patterns in data["rules"].items():
         head, _, condition = key.partition(" if ")
         words, _, interleave = head.partition("/")
@@ -172,9 +183,11 @@ def parse_architecture(text: str, path: str) -> Architecture:
         for axis_name in [*axes, *([interleave] if interleave else [])]:
             if axis_name not in data["axes"]:
                 raise refuse(f"rule {key!r}: {axis_name!r} is not an axis")
-        rules.append(_Rule(kind, tuple(axes), interleave or None, condition.strip() or None, tuple(patterns)))
+        condition = _spelled_out(condition.strip(), named)
+        rules.append(_Rule(kind, tuple(axes), interleave or None, condition or None, tuple(patterns)))
     for text_ in [
-        str(data["layers"]),
+        *named.values(),
+        *(str(data[key]) for key in ("layers", "extra_layers", "experts") if key in data),
         *(rule.condition for rule in rules if rule.condition),
         *(str(axis[k]) for axis in data["axes"].values() for k in ("count", "unit") if k in axis),
     ]:
@@ -182,11 +195,18 @@ def parse_architecture(text: str, path: str) -> Architecture:
             expression.parse(text_)
         except expression.ExpressionError as error:
             raise refuse(str(error)) from None
-    for pattern in [pattern for rule in rules for pattern in rule.patterns] + list(data.get("dims", {})):
+    dims = data.get("dims", {})
+    for pattern in [*(p for rule in rules for p in rule.patterns), *dims, *data.get("found", {}).values()]:
         try:
             _compile(pattern.removesuffix("?"))
         except re.error as error:
             raise refuse(f"pattern {pattern!r}: {error}") from None
+        if "experts" not in data and (pattern.split(".").count("*") > 1 or "expert" in dims.get(pattern, ())):
+            raise refuse(f"pattern {pattern!r} is of experts, and no key `experts` says how many there are")
+    for rule in rules:
+        unlayered = [pattern for pattern in rule.patterns if "*" not in pattern.removesuffix("?").split(".")]
+        if unlayered and _asks_layer(rule.condition):
+            raise refuse(f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one")
     return Architecture(
         name=Path(path).stem,
         text=text,
@@ -197,8 +217,21 @@ def parse_architecture(text: str, path: str) -> Architecture:
         defaults=data.get("defaults", {}),
         axes=data["axes"],
         rules=tuple(rules),
-        dims={pattern: tuple(dims) for pattern, dims in data.get("dims", {}).items()},
+        dims={pattern: tuple(axes) for pattern, axes in dims.items()},
+        extra_layers=str(data["extra_layers"]) if "extra_layers" in data else None,
+        experts=str(data["experts"]) if "experts" in data else None,
+        found=data.get("found", {}),
     )
+
+
+def _spelled_out(condition: str, named: Mapping[str, str]) -> str:
+    """A condition with the named conditions in their places."""
+    return re.sub(r"\w+", lambda word: named.get(word[0], word[0]), condition)
+
+
+def _asks_layer(condition: str | None) -> bool:
+    """Whether a condition asks for the layer's number: its rule may hold in some layers and not in others."""
+    return condition is not None and "layer" in expression.names(condition)
 
 
 def load_architecture(path: Path) -> Architecture:
@@ -264,23 +297,29 @@ def classify(architecture: Architecture, config: Mapping[str, Any], tensors: Ite
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
     """
+    tensors = tuple(tensors)
     config = {**architecture.defaults, **config}
+    for name, pattern in architecture.found.items():
+        compiled = _compile(pattern)
+        config[name] = any(compiled.fullmatch(n) for t in tensors for n in (t.name, architecture.prefix + t.name))
     try:
-        layers = expression.evaluate_count(architecture.layers, config)
-        rules = [r for r in architecture.rules if r.condition is None or expression.evaluate(r.condition, config)]
-        used = {name for rule in rules for name in (*rule.axes, rule.interleave) if name}
-        used |= {group for name in used if (group := architecture.axes[name].get("group"))}
-        axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
+        return _classify(architecture, config, tensors)
     except expression.ExpressionError as error:
         raise CorruptError(f"the config does not fit the {architecture.name} rules: {error}") from None
-    matcher = _Matcher(architecture, rules)
+
+
+def _classify(architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> Classified:
+    matcher = _Matcher(architecture, config)
+    matches = [matcher.match(tensor) for tensor in tensors]
+    used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
+    used |= {group for name in used if (group := architecture.axes[name].get("group"))}
+    axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
     cuts: dict[str, Cut] = {}
-    for tensor in tensors:
-        rule, dims = matcher.match(tensor)
+    for tensor, (rule, dims) in zip(tensors, matches, strict=True):
         cut = _cut(tensor, rule, dims)
         _check_sum(tensor, cut, axes, architecture.name)
         cuts[tensor.name] = cut
-    matcher.check_complete(layers)
+    matcher.check_complete()
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     return Classified(axes=axes, cuts=cuts, tied=tied)
 
@@ -336,27 +375,47 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
         )
 
 
-class _Matcher:
-    """Matches tensor names against a fixed list of rules, and remembers what was matched."""
+@dataclass(slots=True, eq=False)
+class _Pattern:
+    """A pattern of a rule, and what it has matched so far."""
 
-    def __init__(self, architecture: Architecture, rules: Iterable[_Rule]) -> None:
+    text: str
+    rule: _Rule
+    compiled: re.Pattern[str]
+    required: bool
+    condition: str | None  # on the layer
+    seen: bool = False
+    # Where it is required: of every name without its numbers, the layers, and the experts in each.
+    indices: dict[str, dict[int, set[int]]] = field(default_factory=dict)
+
+
+class _Matcher:
+    """Matches tensor names against the rules that hold for a config, and remembers what was matched."""
+
+    def __init__(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
         self.architecture = architecture
-        self.patterns: list[tuple[_Rule, str, bool, re.Pattern[str]]] = []
-        for rule in rules:
-            for pattern in rule.patterns:
-                optional = pattern.endswith("?") or rule.kind == "buffer"
-                self.patterns.append((rule, pattern, optional, _compile(pattern.removesuffix("?"))))
+        self.config = config
+        self.layers = expression.evaluate_count(architecture.layers, config)
+        extra = architecture.extra_layers
+        self.extra_layers = expression.evaluate_count(extra, config, least=0) if extra else 0
+        self.patterns: list[_Pattern] = []
+        for rule in architecture.rules:
+            condition = rule.condition if _asks_layer(rule.condition) else None
+            if rule.condition is None or condition or expression.evaluate(rule.condition, config):
+                for text in rule.patterns:
+                    required = not text.endswith("?") and rule.kind != "buffer"
+                    compiled = _compile(text.removesuffix("?"))
+                    self.patterns.append(_Pattern(text, rule, compiled, required, condition))
         self.dims = [(pattern, _compile(pattern.removesuffix("?"))) for pattern in architecture.dims]
-        self.seen: set[str] = set()
         self.seen_dims: set[str] = set()
         self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
-        self.layers: dict[tuple[str, str], set[int]] = {}  # (required pattern, name without the index) -> indices
-        # Layers are alike, so the patterns that fit a name are looked up once per name with its index blanked out,
-        # unless a component of a pattern other than `*` can tell one number from another.
-        components = {part for _, pattern, _, _ in self.patterns for part in pattern.removesuffix("?").split(".")}
+        # Layers are alike, and experts, so the patterns that fit a name are looked up once per name with its numbers
+        # blanked out, unless a component of a pattern other than `*` can tell one number from another.
+        components = {part for pattern in self.patterns for part in pattern.text.removesuffix("?").split(".")}
         numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
         self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){_INDEX}(?![^.])")
-        self._memo: dict[str, list[tuple[_Rule, str, bool, re.Pattern[str]]]] = {}
+        self._memo: dict[str, list[_Pattern]] = {}
+        self._holding: dict[tuple[str, int], bool] = {}
 
     def match(self, tensor: TensorInfo) -> tuple[_Rule, tuple[str, ...]]:
         """The one rule of a tensor, and the axis of each of its dims."""
@@ -364,8 +423,8 @@ class _Matcher:
         for full in (name, self.architecture.prefix + name):
             key = self._index.sub("0", full)
             if key not in self._memo:
-                self._memo[key] = [p for p in self.patterns if p[3].fullmatch(full)]
-            candidates = self._memo[key]
+                self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(full)]
+            candidates = [p for p in self._memo[key] if not p.condition or self._holds(p, _numbers(p, full)[0][0])]
             if candidates:
                 break
         else:
@@ -378,7 +437,7 @@ class _Matcher:
             )
         if len(candidates) > 1:
             raise UsageError(
-                f"{len(candidates)} rules match the tensor {name}: {', '.join(p[1] for p in candidates)}",
+                f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p in candidates)}",
                 tensor=name,
                 hint="make the patterns of the rules file disjoint",
             )
@@ -390,14 +449,22 @@ class _Matcher:
                 expected=f"one of them, with or without {self.architecture.prefix!r}",
             )
         self.names[full] = name
-        rule, pattern, optional, compiled = candidates[0]
-        found = compiled.fullmatch(full)
-        assert found is not None
-        self.seen.add(pattern)
-        if not optional and found.groups() and (index := found.group(1)).isdecimal():
-            rest = full[: found.start(1)] + "*" + full[found.end(1) :]
-            self.layers.setdefault((pattern, rest), set()).add(int(index))
-        return rule, self._dims(full, tensor)
+        pattern = candidates[0]
+        pattern.seen = True
+        if pattern.required:
+            numbers, rest = _numbers(pattern, full)
+            if numbers:
+                pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
+        return pattern.rule, self._dims(full, tensor)
+
+    def _holds(self, pattern: _Pattern, layer: int) -> bool:
+        """Whether a pattern's rule holds in a layer."""
+        if not pattern.condition:
+            return True
+        key = (pattern.condition, layer)
+        if key not in self._holding:
+            self._holding[key] = bool(expression.evaluate(pattern.condition, {**self.config, "layer": layer}))
+        return self._holding[key]
 
     def _dims(self, full: str, tensor: TensorInfo) -> tuple[str, ...]:
         suffix = full.rpartition(".")[2]
@@ -413,36 +480,73 @@ class _Matcher:
                             expected=f"{len(dims)} dims: {', '.join(dims)}",
                             found=f"shape {list(tensor.shape)}",
                         )
+                    dim = dims.index("expert") if "expert" in dims else None
+                    if dim is not None and tensor.shape[dim] != self._experts:
+                        raise CorruptError(
+                            f"config.json contradicts the tensor {tensor.name}",
+                            path=tensor.file,
+                            tensor=tensor.name,
+                            expected=f"dim {dim} of size {self._experts} (experts, {self.architecture.name} rules)",
+                            found=f"shape {list(tensor.shape)}",
+                        )
                     return dims
         return stored_axes(suffix, len(tensor.shape))
 
-    def check_complete(self, layers: int) -> None:
-        """CorruptError when a required pattern matched nothing, or not in every layer."""
-        for _, pattern, optional, _ in self.patterns:
-            if not optional and pattern not in self.seen:
+    @cached_property
+    def _experts(self) -> int:
+        """The experts of a layer, asked for only where a tensor is of one: a config of a dense model may have none."""
+        assert self.architecture.experts is not None
+        return expression.evaluate_count(self.architecture.experts, self.config)
+
+    def check_complete(self) -> None:
+        """CorruptError when a required pattern matched nothing, or not in every layer, or not for every expert."""
+        last = max((layer for p in self.patterns for layers in p.indices.values() for layer in layers), default=0)
+        count = self.layers + (self.extra_layers if last >= self.layers else 0)
+        # Rules of some layers alone come last: `layers`, which may be any number, is then known to be the tensors'.
+        for pattern in sorted(self.patterns, key=lambda pattern: pattern.condition is not None):
+            anywhere = not pattern.condition or any(self._holds(pattern, layer) for layer in range(count))
+            if pattern.required and not pattern.seen and anywhere:
                 raise CorruptError(
-                    f"no tensor matches {pattern}, which every {self.architecture.name} model has",
-                    expected=pattern,
+                    f"no tensor matches {pattern.text}, which every {self.architecture.name} model has",
+                    expected=pattern.text,
                     hint="is the checkpoint complete, and is model_type in config.json right?",
                 )
-        for pattern in self.architecture.dims:
-            if not pattern.endswith("?") and pattern not in self.seen_dims:
+            for rest, layers in pattern.indices.items():
+                _check_run(rest, "layers", layers, count, partial(self._holds, pattern))
+                for layer, experts in layers.items() if rest.count("*") > 1 else ():
+                    _check_run(rest.replace("*", str(layer), 1), "experts", experts, self._experts)
+        for text in self.architecture.dims:
+            if not text.endswith("?") and text not in self.seen_dims:
                 raise UsageError(
-                    f"[dims] of the {self.architecture.name} rules: no tensor matches {pattern}",
+                    f"[dims] of the {self.architecture.name} rules: no tensor matches {text}",
                     expected="a tensor that a rule matches and that is no bias",
                     hint="a pattern that may match nothing ends with `?`",
                 )
-        for (_, rest), indices in self.layers.items():
-            extra = sorted(index for index in indices if index >= layers)
-            if extra or len(indices) < layers:  # `layers` may be any number: it is never counted out
-                missing = list(islice((index for index in range(layers) if index not in indices), 6))
-                what = f"layers {_short(missing)} missing" if missing else f"layers {_short(extra)} beyond the config"
-                raise CorruptError(
-                    f"{rest}: {what}",
-                    tensor=rest.replace("*", str((missing or extra)[0]), 1),
-                    expected=f"layers 0 to {layers - 1}",
-                    found=f"{len(indices)} layers",
-                )
+
+
+def _check_run(
+    rest: str, what: str, found: Collection[int], count: int, holds: Callable[[int], bool] = lambda index: True
+) -> None:
+    """CorruptError unless the numbers found are those below `count` that hold."""
+    missing = list(islice((index for index in range(count) if index not in found and holds(index)), 6))
+    extra = sorted(index for index in found if index >= count)
+    if missing or extra:
+        raise CorruptError(
+            f"{rest}: {what} " + (f"{_short(missing)} missing" if missing else f"{_short(extra)} beyond the config"),
+            tensor=rest.replace("*", str((missing or extra)[0]), 1),
+            expected=f"{what} 0 to {count - 1}",
+            found=f"{len(found)} {what}",
+        )
+
+
+def _numbers(pattern: _Pattern, full: str) -> tuple[list[int], str]:
+    """The layer and expert in a name that the pattern matches, and the name with `*` for them."""
+    found = pattern.compiled.fullmatch(full)
+    assert found is not None
+    rest = full
+    for group in range(len(found.groups()), 0, -1):
+        rest = rest[: found.start(group)] + "*" + rest[found.end(group) :]
+    return [int(number) for number in found.groups()], rest
 
 
 _INDEX = r"(?:0|[1-9][0-9]*)"  # a layer's number, as nobody writes it otherwise
@@ -455,15 +559,15 @@ def _short(numbers: list[int]) -> str:
 def _compile(pattern: str) -> re.Pattern[str]:
     """A pattern as a regular expression over whole tensor names.
 
-    `*` and `[..]` match inside one dotted component; the first component that is `*` alone is the layer index, the
-    one captured group.
+    `*` and `[..]` match inside one dotted component; a component that is `*` alone is a number and a captured group,
+    the layer first, then the expert.
     """
     parts = []
-    captured = False
+    captured = 0
     for component in pattern.split("."):
-        if component == "*" and not captured:
+        if component == "*" and captured < 2:
             parts.append(rf"({_INDEX})")
-            captured = True
+            captured += 1
         else:
             pieces = re.split(r"(\*|\[[^]]*\])", component)
             parts.append("".join(r"[^.]*" if p == "*" else p if p.startswith("[") else re.escape(p) for p in pieces))
