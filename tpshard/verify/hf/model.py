@@ -19,9 +19,13 @@ from tpshard.verify.weights import Weights
 
 # Those that were tried: other classes may read sizes from places that nobody here knows of.
 MODEL_TYPES = frozenset(
-    "cohere cohere2 deepseek_v2 deepseek_v3 exaone4 gemma gemma3_text glm glm4 glm4_moe gpt2 gpt_oss granite granitemoe"
-    " llama mistral mixtral mpt nemotron olmo olmo2 olmoe opt phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss"
-    " smollm3 stablelm starcoder2".split()
+    (
+        "apertus arcee biogpt cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4"
+        " gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_neox gpt_oss gptj granite granitemoe helium"
+        " hunyuan_v1_dense hunyuan_v1_moe internlm3 llama minimax_m2 ministral ministral3 mistral mixtral mpt"
+        " nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe"
+        " seed_oss smollm3 stablelm starcoder2"
+    ).split()
 )
 HINT = "pip install 'tpshard[transformers]', or --tier bytes"
 # Facts of a file, not of a model.

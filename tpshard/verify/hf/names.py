@@ -17,8 +17,10 @@ RENAMED = (
     (".input_linear.weight", ".experts.gate_up_proj"),
     (".output_linear.weight", ".experts.down_proj"),
     (".router.layer.", ".router."),
+    (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
+    ("embed_out.", "lm_head."),
 )
-"""Parts of stored names, and what the classes call them; Mixtral, Phi-3.5-MoE, Granite MoE."""
+"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, GPT-NeoX."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
 )
