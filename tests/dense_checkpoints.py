@@ -64,6 +64,13 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("helium", _GQA | {"head_dim": 8, "mlp_bias": True}),
     "cwm": ("cwm", _WIDE | {"sliding_window": 8}),
     "internlm3": ("internlm3", _WIDE),
+    "iquestcoder": ("iquestcoder", _WIDE),
+    "vaultgemma": ("vaultgemma", _WIDE | {"sliding_window": 8}),
+    "jais2": ("jais2", _WIDE),
+    "hyperclovax": ("hyperclovax", _WIDE),
+    "hyperclovax-pre-norm": ("hyperclovax", _WIDE | {"use_post_norm": False, "mlp_bias": True}),
+    "nanochat": ("nanochat", _WIDE),
+    "granite_swa": ("granite_swa", _WIDE | {"sliding_window": 8}),
     "apertus": ("apertus", _GQA),
     "persimmon": ("persimmon", _MHA),
     "codegen": ("codegen", {"n_embd": 64, "n_head": 8, "n_layer": 2, "n_positions": 64, "rotary_dim": 4}),
@@ -81,4 +88,4 @@ ELSEWHERE = {
 }
 
 # Norms that multiply by 1 + weight.
-CENTRED_AT_ZERO = frozenset({"gemma", "gemma3_text", "nemotron"})
+CENTRED_AT_ZERO = frozenset({"gemma", "gemma3_text", "vaultgemma", "nemotron"})

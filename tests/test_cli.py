@@ -24,7 +24,6 @@ from command import CODES, LLAMA, Result, fails, llama, llama_tensors, succeeds,
 from conftest import Get
 from toys import BITS, Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
 
-import tpshard as api
 from tpshard import __version__, cli, console
 from tpshard.errors import TpshardError
 
@@ -285,7 +284,7 @@ def test_a_bug_of_ours_shows_a_traceback_and_asks_for_a_report(model: Path, monk
     def broken(*arguments: object, **options: object) -> None:
         assert arguments == "never", "parts do not tile"
 
-    monkeypatch.setattr(api.api, "plan", broken)
+    monkeypatch.setattr("tpshard.api.plan", broken)
     result = tpshard("plan", model, "--tp", 2, "--json")
     assert result.code == 70 and "Traceback" in result.err and "in broken" in result.err
     assert "please report it" in result.err and __version__ in result.err
@@ -299,7 +298,7 @@ def test_interrupted(model: Path, verb: str, monkeypatch: pytest.MonkeyPatch) ->
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(api.api, verb, interrupted)
+    monkeypatch.setattr(f"tpshard.api.{verb}", interrupted)
     tp = ["--tp", "2"] if verb in ("plan", "split", "reshard") else []
     result = tpshard(verb, "x", *tp, "--json")
     assert result.code == 130 and result.json["error"]["code"] == "interrupted"

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,6 +87,36 @@ def test_headers_are_asked_for_side_by_side(server: HubServer, source: Path, mon
 
     monkeypatch.setattr(hub, "read_range", wait)
     succeeds("plan", REPO, "--tp", 2)
+
+
+def test_of_several_damaged_headers_the_first_is_named(
+    server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever answer comes first."""
+    read, second = hub.read_range, threading.Event()
+
+    def in_turn(repo: hub.RemoteRepo, name: str, begin: int, end: int) -> bytes:
+        if "00001" in name:
+            assert second.wait(60)
+        else:
+            second.set()
+        return read(repo, name, begin, end)
+
+    for path in source.glob("*.safetensors"):
+        path.write_bytes(b"\0" * 8 + path.read_bytes()[8:])
+    server.add(REPO, source)
+    monkeypatch.setattr(hub, "read_range", in_turn)
+    assert "model-00001-of-00002.safetensors" in fails(3, "plan", REPO, "--tp", 2)["path"]
+
+
+def test_the_download_must_fit(server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.add(REPO, source)
+    full = SimpleNamespace(f_bavail=1, f_bfree=1, f_blocks=1, f_frsize=4096)
+    monkeypatch.setattr("os.statvfs", lambda path: full)
+    error = fails(6, "split", REPO, "--tp", 2)
+    assert "not enough room to download org/tiny" in error["message"] and error["found"] == "4096 bytes"
+    assert not [name for name in fetched(server) if name.endswith(".safetensors")]
+    succeeds("plan", REPO, "--tp", 2)  # writes nothing
 
 
 def test_plan_and_split_are_of_one_set(server: HubServer, source: Path) -> None:
@@ -184,6 +215,8 @@ def test_offline_with_a_copy(server: HubServer, source: Path, monkeypatch: pytes
     assert "HF_HUB_OFFLINE" in result.err and result.json["warnings"]
     plan = succeeds("plan", REPO, "--tp", 2, "--json").json
     assert plan["source"]["revision"] == commit and plan["warnings"] == result.json["warnings"]
+    check = succeeds("check", "offline", "--source", REPO, "--json")
+    assert "HF_HUB_OFFLINE" in check.err and check.json["warnings"] == result.json["warnings"]
     assert not server.log
     for path in Path("online").iterdir():
         assert (Path("offline") / path.name).read_bytes() == path.read_bytes()

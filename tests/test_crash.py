@@ -35,6 +35,7 @@ MADE = {
     "merge": {"mkdir", "rename"},
     "reshard": {"mkdir", "rename"},
     "overwrite": {"mkdir", "rename", "rmdir"},
+    "in-place": set(),
 }
 
 
@@ -95,7 +96,7 @@ def test_failing_at_any_call(stage: dict[str, Scene], tmp_path: Path, name: str,
     assert hit == ALWAYS | MADE[name] | {"open_read", "preadv", "size"}
 
 
-@pytest.mark.parametrize("name", ["split", "ranks", "merge", "overwrite"])
+@pytest.mark.parametrize("name", ["split", "ranks", "merge", "overwrite", "in-place"])
 def test_power_lost_at_any_call(stage: dict[str, Scene], tmp_path: Path, name: str) -> None:
     """And lost again, at some call of the run that resumes."""
     scene, root, resumed = stage[name], tmp_path / "root", 0

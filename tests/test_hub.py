@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -768,12 +770,53 @@ def test_read_small_is_whole_bounded_and_checked(server: HubServer, source: Path
     server.log.clear()
     with pytest.raises(HubError, match="tokenizer.model in org/tiny is too large") as caught:
         hub.read_small(repo, "tokenizer.model", limit=14)
-    assert (caught.value.found, server.log) == (15, [])
+    assert (caught.value.found, server.log) == ("15 bytes", [])
     (source / "tokenizer.model").write_bytes(b"sentence  pieces"[:15])
     with pytest.raises(HubError, match="arrived damaged"):
         hub.read_small(repo, "tokenizer.model")
     with pytest.raises(HubError, match="org/tiny has no file model.safetensors.index.json"):
         hub.read_small(repo, "model.safetensors.index.json")
+
+
+def test_an_index_may_be_larger_than_other_small_files(server: HubServer, source: Path) -> None:
+    """That of a large mixture of experts lists hundreds of thousands of tensors."""
+    index = "model.safetensors.index.json"
+    server.add(REPO, write(source, {index: b" " * 30_000_000, "tokenizer.json": b" " * 30_000_000}))
+    repo = hub.describe(REPO, None)
+    assert len(hub.read_small(repo, index)) == 30_000_000
+    with pytest.raises(HubError, match="tokenizer.json in org/tiny is too large") as caught:
+        hub.read_small(repo, "tokenizer.json")
+    assert (caught.value.expected, caught.value.found) == ("at most 20000000 bytes", "30000000 bytes")
+    large = replace(repo, files=(hub.RemoteFile(index, 200_000_001, None),))
+    with pytest.raises(HubError, match="too large") as caught:
+        hub.read_small(large, index)
+    assert caught.value.expected == "at most 200000000 bytes" and "look at" in str(caught.value.hint)
+
+
+def test_download_that_does_not_fit_is_refused_before_it_begins(
+    server: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.add(REPO, source)
+    needed = sum((source / name).stat().st_size for name in WANTED)
+    free = needed - 1
+    monkeypatch.setattr(
+        "os.statvfs", lambda path: SimpleNamespace(f_bavail=free, f_bfree=free, f_blocks=free, f_frsize=1)
+    )
+    with pytest.raises(LocalIOError, match="not enough room to download org/tiny") as caught:
+        hub.download(REPO, None)
+    assert (caught.value.expected, caught.value.found) == (f"{needed} bytes", f"{free} bytes")
+    assert "HF_HOME" in str(caught.value.hint) and not server.requests("resolve")
+    assert not (tmp_path / "home").exists()
+    free = needed
+    hub.download(REPO, None)
+    free = 0
+    hub.download(REPO, None)  # is there
+    write(source, {"LICENSE": b"12345"})
+    server.add(REPO, source)
+    with pytest.raises(LocalIOError) as caught:
+        hub.download(REPO, None)
+    changed = sum((source / name).stat().st_size for name in WANTED - {"model.safetensors"})
+    assert caught.value.expected == f"{changed} bytes"  # of the weights the cache has the blob
 
 
 def test_token_goes_to_the_hub_alone(server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import gcd, prod
 from unittest.mock import patch
 
@@ -16,48 +17,80 @@ from tpshard import lower
 from tpshard.box import Box, Shape, extents, full, tiles, volume
 from tpshard.lower import FlatStep, flatten, operations
 from tpshard.planning import Fill, Region, Transfer
+from tpshard.views import Piece
 
 Files = dict[str, bytearray]
 GAP = 0xA5
 
 
-def region_of(boxes: Sequence[Box], file: str, dtype: str, begin: int, gap: int, granule: int = 1) -> Region:
+@dataclass(frozen=True)
+class Held:
+    """A region, and what it was made from: the stored tensor's shape, and where in it each box lies.
+
+    order: dim d of the stored tensor is dim order[d] of the boxes.
+    """
+
+    region: Region
+    shape: Shape
+    places: tuple[tuple[Box, Shape], ...]
+    order: tuple[int, ...]
+
+    def where(self, box: Box, at: Shape) -> tuple[slice, ...]:
+        sizes = [extents(box)[dim] for dim in self.order]
+        return tuple(slice(a, a + size) for a, size in zip(at, sizes, strict=True))
+
+
+def held(
+    file: str, begin: int, dtype: str, shape: Shape, places: Sequence[tuple[Box, Shape]], order: Sequence[int] = ()
+) -> Held:
+    order = tuple(order or range(len(shape)))
+    steps = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    strides = tuple(steps[order.index(dim)] for dim in range(len(shape)))
+    pieces = tuple(Piece(box, sum(a * s for a, s in zip(at, steps, strict=True)), strides) for box, at in places)
+    end = begin + prod(shape) * BITS[dtype] // 8
+    return Held(Region(file, begin, end, dtype, pieces), shape, tuple(places), order)
+
+
+def region_of(
+    boxes: Sequence[Box], file: str, dtype: str, begin: int, gap: int, granule: int = 1, order: Sequence[int] = ()
+) -> Held:
     """A stored tensor that holds boxes below one another, each shifted by `gap`, with room left over around them."""
     dims = len(boxes[0])
-    pieces = []
+    order = order or range(dims)
+    sizes = [tuple(extents(box)[dim] for dim in order) for box in boxes]
+    places = []
     top = gap
-    for box in boxes:
-        pieces.append((box, (top, *(gap * (granule if d == dims - 1 else 1) for d in range(1, dims)))))
-        top += extents(box)[0] + gap
-    widest = [max(extents(box)[d] for box in boxes) for d in range(dims)]
+    for box, size in zip(boxes, sizes, strict=True):
+        places.append((box, (top, *(gap * (granule if d == dims - 1 else 1) for d in range(1, dims)))))
+        top += size[0] + gap
+    widest = [max(size[d] for size in sizes) for d in range(dims)]
     shape = (top, *(widest[d] + 2 * gap * (granule if d == dims - 1 else 1) for d in range(1, dims)))
     if dims == 1:
         shape = (-(-top // granule) * granule,)
-    return Region(file, begin, dtype, shape, tuple(pieces))
+    return held(file, begin, dtype, shape, places, order)
 
 
-def size_of(region: Region) -> int:
-    return region.begin + prod(region.shape) * BITS[region.dtype] // 8
-
-
-def put(files: Files, region: Region, logical: Bits) -> None:
+def put(files: Files, side: Held, logical: Bits) -> None:
     """Write the region's boxes of a logical array into its file, all else a pattern."""
-    stored = np.full((*region.shape, BITS[region.dtype]), 1, dtype=np.uint8)
-    for box, at in region.pieces:
-        here = tuple(slice(a, a + n) for a, n in zip(at, extents(box), strict=True))
-        stored[here] = logical[tuple(slice(*side) for side in box)]
+    region = side.region
+    stored = np.full((*side.shape, BITS[region.dtype]), 1, dtype=np.uint8)
+    for box, at in side.places:
+        values = logical[tuple(slice(*s) for s in box)]
+        stored[side.where(box, at)] = values.transpose(*side.order, len(side.order))
     files[region.file] = bytearray([GAP] * region.begin) + of_bits(region.dtype, stored).data
 
 
-def get(files: Files, region: Region) -> tuple[list[Bits], bytes]:
+def get(files: Files, side: Held) -> tuple[list[Bits], bytes]:
     """The region's boxes as its file has them, and everything else in the file with those boxes cleared."""
+    region = side.region
     raw = files[region.file]
     flat = np.unpackbits(np.frombuffer(bytes(raw[region.begin :]), dtype=np.uint8), bitorder="little")
-    stored = flat.reshape(*region.shape, BITS[region.dtype]).copy()
+    stored = flat.reshape(*side.shape, BITS[region.dtype]).copy()
     found = []
-    for box, at in region.pieces:
-        here = tuple(slice(a, a + n) for a, n in zip(at, extents(box), strict=True))
-        found.append(stored[here].copy())
+    for box, at in side.places:
+        here = side.where(box, at)
+        back = [side.order.index(dim) for dim in range(len(side.order))]
+        found.append(stored[here].transpose(*back, len(back)).copy())
         stored[here] = 0
     return found, bytes(raw[: region.begin]) + of_bits(region.dtype, stored).data
 
@@ -70,7 +103,7 @@ def move(step: FlatStep, files: Files) -> list[int]:
         buffer = memoryview(bytearray(volume(block) * item))
         count = 0
         for flat in step.sources:
-            for offset, parts in operations(flat, block, buffer):
+            for offset, parts in operations(flat, block, buffer, reading=True):
                 count += 1
                 for part in parts:
                     part[:] = files[flat.file][offset : offset + len(part)]
@@ -112,28 +145,31 @@ def test_every_element_arrives_whatever_the_boxes(data: st.DataObject, dtype: st
         regions = []
         for number, boxes in enumerate(data.draw(cut_up(shape, granule))):
             gap = 0 if len(shape) == 1 and granule > 1 else data.draw(st.integers(0, 2))
-            region = region_of(boxes, f"{side}{number}", dtype, data.draw(st.integers(0, 9)), gap, granule)
+            dims = list(range(len(shape)))
+            order = data.draw(st.permutations(dims[: -1 if granule > 1 else None])) + dims[-1 if granule > 1 else 99 :]
+            begin = data.draw(st.integers(0, 9))
+            region = region_of(boxes, f"{side}{number}", dtype, begin, gap, granule, order)
             put(files, region, logical if side == "from" else 1 - logical)
             regions.append(region)
         sides.append(tuple(regions))
-    before = {region.file: get(files, region)[1] for region in sides[1]}
-    step = flatten(Transfer("t", shape, sides[0], (), sides[1]))
+    before = {side.region.file: get(files, side)[1] for side in sides[1]}
+    step = flatten(Transfer("t", shape, tuple(s.region for s in sides[0]), (), tuple(s.region for s in sides[1])))
     with patch.object(lower, "BLOCK", block):
         assert tiles(full(step.shape), list(step.blocks()))
         assert all(volume(b) * step.sources[0].item <= max(block, step.sources[0].item) for b in step.blocks())
         move(step, files)
-    for region in sides[1]:
-        found, around = get(files, region)
-        assert around == before[region.file]
-        for (box, _), held in zip(region.pieces, found, strict=True):
-            assert np.array_equal(held, logical[tuple(slice(*s) for s in box)])
+    for target in sides[1]:
+        found, around = get(files, target)
+        assert around == before[target.region.file]
+        for (box, _), values in zip(target.places, found, strict=True):
+            assert np.array_equal(values, logical[tuple(slice(*s) for s in box)])
 
 
 def transfer(shape: Shape, targets: Sequence[tuple[Box, Shape]], dtype: str = "BF16") -> FlatStep:
     """One whole source, and a target file for each `(box, stored shape)`."""
-    source = Region("source", 100, dtype, shape, ((full(shape), (0,) * len(shape)),))
+    source = held("source", 100, dtype, shape, [(full(shape), (0,) * len(shape))]).region
     wanted = [
-        Region(f"rank{rank}", 100, dtype, stored, ((box, (0,) * len(shape)),))
+        held(f"rank{rank}", 100, dtype, stored, [(box, (0,) * len(shape))]).region
         for rank, (box, stored) in enumerate(targets)
     ]
     return flatten(Transfer("t", shape, (source,), (), tuple(wanted)))
@@ -141,7 +177,7 @@ def transfer(shape: Shape, targets: Sequence[tuple[Box, Shape]], dtype: str = "B
 
 def test_a_column_split_is_one_dim_and_few_operations() -> None:
     step = transfer((64, 8), [(((i, i + 16), (0, 8)), (16, 8)) for i in range(0, 64, 16)])
-    assert (step.shape, {flat.shape for flat in step.targets}) == ((1, 512), {(1, 128)})
+    assert (step.shape, {extents(flat.pieces[0].box) for flat in step.targets}) == ((1, 512), {(1, 128)})
     block, buffer = ((0, 1), (0, 512)), memoryview(bytearray(1024))
     for flat, size in [(step.sources[0], 1024), *((flat, 256) for flat in step.targets)]:
         ((offset, parts),) = operations(flat, block, buffer)
@@ -163,8 +199,8 @@ def test_fused_segments_of_whole_rows_are_one_operation() -> None:
     """[q; k; v] of one rank along the last dim: three pieces side by side fill the rank's rows."""
     shape, stored = (10, 12), (10, 6)
     pieces = tuple(((((0, 10), (a, a + 2))), (0, at)) for a, at in ((0, 0), (4, 2), (8, 4)))
-    source = Region("source", 0, "F32", shape, ((full(shape), (0, 0)),))
-    step = flatten(Transfer("t", shape, (source,), (), (Region("rank", 8, "F32", stored, pieces),)))
+    source = held("source", 0, "F32", shape, [(full(shape), (0, 0))]).region
+    step = flatten(Transfer("t", shape, (source,), (), (held("rank", 8, "F32", stored, pieces).region,)))
     ((offset, parts),) = operations(step.targets[0], ((0, 10), (0, 12)), memoryview(bytearray(480)))
     assert (offset, len(parts), sum(map(len, parts))) == (8, 30, 240)
 
@@ -188,13 +224,32 @@ def test_blocks_take_turns_between_the_halves() -> None:
 
 
 def test_a_fill_writes_its_boxes_and_nothing_else() -> None:
-    region = Region("rank", 3, "F16", (5, 4), ((((0, 2), (0, 4)), (3, 0)),))
+    region = held("rank", 3, "F16", (5, 4), [(((0, 2), (0, 4)), (3, 0))]).region
     files = {"rank": bytearray(b"\xff" * (3 + 40))}
     step = flatten(Fill("embed", region))
     assert (step.sources, step.source_dtype, step.target_dtype) == ((), None, "F16")
     with patch.object(lower, "BLOCK", 6):
         assert len(move(step, files)) == 3  # what is not filled is not looked at
     assert files["rank"] == b"\xff" * (3 + 24) + b"\0" * 16
+
+
+def test_a_fill_may_hold_another_constant_than_zero() -> None:
+    region = held("rank", 0, "F32", (2, 3), [(((0, 2), (0, 3)), (0, 0))]).region
+    one = np.ones(1, dtype="<f4").tobytes()
+    assert flatten(Fill("scale", region, one)).value == one
+    assert flatten(Fill("scale", region)).value == b""
+
+
+def test_a_transposed_target_is_written_in_runs_of_its_own_rows() -> None:
+    """[in, out] to [out, in]: one operation a block, of the rows of the target that it meets."""
+    source = held("source", 0, "BF16", (6, 4), [(full((6, 4)), (0, 0))]).region
+    target = held("rank", 0, "BF16", (4, 6), [(full((6, 4)), (0, 0))], (1, 0)).region
+    step = flatten(Transfer("t", (6, 4), (source,), (), (target,)))
+    assert step.targets[0].order == (2, 1, 0) and step.sources[0].order is None
+    buffer = memoryview(bytearray(range(48)))
+    ((offset, parts),) = operations(step.targets[0], ((0, 6), (0, 4)), buffer)
+    transposed = np.arange(48, dtype=np.uint8).view("<u2").reshape(6, 4).T
+    assert (offset, b"".join(parts)) == (0, transposed.tobytes())
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,)])

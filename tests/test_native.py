@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tpshard
-from tpshard.formats.native import FORMAT_VERSION
+from tpshard.formats.base import FORMAT_VERSION
 from tpshard.publish import Settings
 
 

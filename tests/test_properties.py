@@ -424,48 +424,60 @@ def test_hosts_that_write_their_own_ranks_make_the_same_set(toy: Toy, block: int
 
 
 CASTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+FLOATS = list(CASTS.values())
 
 
 def cast(tensor: Tensor, module: Module, dtype: str) -> Tensor:
-    """What torch makes of the whole tensor at once; integers, FP8 and buffers stay as they are."""
+    """What torch makes of the whole tensor, with its default NaN; integers, FP8 and buffers stay as they are."""
     import torch
     from safetensors.torch import load, save
 
-    if module.rule == "buffer" or tensor.dtype not in CASTS.values():
+    if module.rule == "buffer" or tensor.dtype not in FLOATS or tensor.dtype == CASTS[dtype]:
         return tensor
     header = build_header([("t", tensor.dtype, tensor.shape)], {})
-    raw = save({"t": load(header + tensor.data)["t"].to(getattr(torch, dtype))})
+    made = load(header + tensor.data)["t"].to(getattr(torch, dtype))
+    raw = save({"t": torch.where(made.isnan(), torch.tensor(torch.nan, dtype=made.dtype), made)})
     return Tensor(CASTS[dtype], tensor.shape, raw[8 + int.from_bytes(raw[:8], "little") :])
 
 
-def without_nan(tensor: Tensor) -> Tensor:
-    """The tensor with a bit of every float's exponent cleared."""
-    if tensor.dtype not in CASTS.values():
+def special(tensor: Tensor, rng: np.random.Generator) -> Tensor:
+    """The tensor with some numbers turned into infinities and NaNs of any payload."""
+    exponent = {"F64": 11, "F32": 8, "F16": 5, "BF16": 8}.get(tensor.dtype)
+    if exponent is None:
         return tensor
     bits = bits_of(tensor)
-    bits[..., -3] = 0
+    chosen, infinite = rng.random((2, *tensor.shape)) < 0.2
+    bits[chosen, -1 - exponent : -1] = 1
+    bits[chosen & infinite, : -1 - exponent] = 0
     return of_bits(tensor.dtype, bits)
 
 
-@given(toys(), st.sampled_from(sorted(CASTS)), blocks)
-def test_a_cast_is_torchs_and_survives_a_reshard(toy: Toy, dtype: str, block: int) -> None:
-    original = toy.tensors()
-    finite = {name: (without_nan(tensor), module, dim) for name, (tensor, module, dim) in original.items()}
-    wanted = {name: (cast(tensor, module, dtype), module, dim) for name, (tensor, module, dim) in finite.items()}
+@given(toys(), st.lists(st.none() | st.sampled_from(FLOATS), min_size=5, max_size=5), st.sampled_from([*CASTS]), blocks)
+def test_a_cast_is_torchs_and_survives_merge_and_reshard(
+    toy: Toy, dtypes: list[str | None], dtype: str, block: int
+) -> None:
+    rng = np.random.default_rng(toy.seed)
+    drawn = zip(toy.modules, dtypes, strict=False)
+    toy = replace(toy, modules=tuple(replace(m, dtype=d, bias=m.bias and d) if d else m for m, d in drawn))
+    source = {name: (special(tensor, rng), module, dim) for name, (tensor, module, dim) in toy.tensors().items()}
+    wanted = {name: (cast(tensor, module, dtype), module, dim) for name, (tensor, module, dim) in source.items()}
     with scratch() as place:
-        with patch.object(Toy, "tensors", lambda self: finite):
+        with patch.object(Toy, "tensors", lambda self: source):
             model, rules = toy.write(place)
         with running(block, 2) as how:
             tpshard.split(model, **toy.a.options(), out=place / "a", rules=rules, dtype=dtype, settings=how)
-            assert tpshard.check(place / "a", model, rules=rules, settings=how).equal
+            tpshard.merge(place / "a", place / "merged", settings=how)
         with running(1 << 20, 1) as how:
+            assert tpshard.check(place / "a", model, rules=rules, settings=how).equal
             tpshard.split(model, **toy.b.options(), out=place / "direct", rules=rules, dtype=dtype, settings=how)
             tpshard.reshard(place / "a", **toy.b.options(), out=place / "b", settings=how)
+        assert read_all(place / "merged") == {name: tensor for name, (tensor, _, _) in wanted.items()}
         with patch.object(Toy, "tensors", lambda self: wanted):
             for rank in range(toy.a.tp):
                 assert read_rank(place / "a", rank, toy.a.tp) == expected(toy, toy.a, rank)
         assert contents(place / "b") == contents(place / "direct")
-        assert json.loads((place / "b" / "config.json").read_text())["dtype"] == dtype
+        for directory in ("b", "merged"):
+            assert json.loads((place / directory / "config.json").read_text())["dtype"] == dtype
 
 
 @given(toys(), blocks, st.data())

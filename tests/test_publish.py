@@ -224,6 +224,20 @@ def test_other_options_in_a_shared_directory(source: Path, whole: Tree, tmp_path
         tpshard.split(source, 2, out, ranks=[0], settings=OVER)
 
 
+def test_a_record_that_cannot_be_read_is_not_written_over(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tpshard.split(source, 2, out, ranks=[0], settings=QUICK)
+    record = out / "rank-00000-of-00002.json"
+    record.write_text("{")
+    with pytest.raises(CorruptError, match="record cannot be read"):
+        tpshard.split(source, 2, out, ranks=[0, 1], settings=QUICK)
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(LocalIOError, match="cannot read") as caught:
+        tpshard.split(source, 2, out, ranks=[0, 1], settings=QUICK)
+    assert caught.value.path == str(record)
+
+
 def test_ranks_begun_together_are_finished_one_by_one(source: Path, whole: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
     begun(source, out, ranks=[0, 1])

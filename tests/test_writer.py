@@ -229,6 +229,19 @@ def test_a_damaged_journal_is_not_believed(source: Path, expected: Tree, tmp_pat
     assert tree(out) == expected
 
 
+def test_a_journal_that_cannot_be_read_is_not_taken_for_none(source: Path, tmp_path: Path) -> None:
+    """It may be another run's."""
+    out = tmp_path / "out"
+    kill_when_half_written(source, out)
+    journal = journal_path(tmp_path / "out.partial", NAMES[0])
+    journal.unlink()
+    journal.mkdir()
+    before = tree(tmp_path)
+    with pytest.raises(LocalIOError, match="cannot read") as caught:
+        tpshard.split(source, 2, out, settings=QUICK)
+    assert caught.value.path == str(journal) and tree(tmp_path) == before
+
+
 def spoil(path: Path) -> None:
     """Other bytes of the same length."""
     path.write_bytes(bytes(byte ^ 0xFF for byte in path.read_bytes()))

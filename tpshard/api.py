@@ -15,8 +15,18 @@ from pathlib import Path
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
 from tpshard.execute import Convert
-from tpshard.formats import hf, native
-from tpshard.formats.native import DEFAULT_MAX_FILE_SIZE, Options, Split, plan_split
+from tpshard.files import local_error
+from tpshard.formats import format_of, hf
+from tpshard.formats.base import (
+    DEFAULT_MAX_FILE_SIZE,
+    Options,
+    Split,
+    plan_split,
+    rank_stem,
+    record,
+    share_texts,
+    weight,
+)
 from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
@@ -26,24 +36,38 @@ Shares = Sequence[str | float]
 
 
 def _options(
-    tp: int, uneven: bool, shares: Shares | None, pad_vocab_to: int | None, max_file_size: int | None
+    tp: int,
+    uneven: bool,
+    shares: Shares | None,
+    pad_vocab_to: int | None,
+    max_file_size: int | None,
+    format: str,
+    engine_version: str | None,
 ) -> Options:
     if tp < 1:
         raise UsageError("tp must be at least 1", found=tp)
     texts: tuple[str, ...] | None = None
     if shares is not None:
         try:
-            texts = native.share_texts([str(share) for share in shares])
+            texts = share_texts([str(share) for share in shares])
         except (ValueError, ZeroDivisionError):
             raise UsageError("--shares takes numbers, as in 0.5,0.3,0.2", found=",".join(map(str, shares))) from None
-        if len(texts) != tp or any(native.weight(text) <= 0 for text in texts):
+        if len(texts) != tp or any(weight(text) <= 0 for text in texts):
             raise UsageError(
                 "--shares takes one positive number for each rank", expected=f"{tp} numbers", found=", ".join(texts)
             )
     size = DEFAULT_MAX_FILE_SIZE if max_file_size is None else max_file_size
     if size < 1:
         raise UsageError("--max-file-size must be positive", found=size)
-    return Options(tp=tp, uneven=uneven, shares=texts, pad_vocab_to=pad_vocab_to, max_file_size=size)
+    return Options(
+        tp=tp,
+        uneven=uneven,
+        shares=texts,
+        pad_vocab_to=pad_vocab_to,
+        max_file_size=size,
+        format=format,
+        engine_version=engine_version,
+    )
 
 
 def plan(
@@ -57,10 +81,12 @@ def plan(
     shares: Shares | None = None,
     pad_vocab_to: int | None = None,
     max_file_size: int | None = None,
+    format: str = "native",
+    engine_version: str | None = None,
     allow_pickle: bool = False,
 ) -> PlanReport:
     """Plan a split and write nothing. Of a Hub repo only config and headers are read."""
-    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size)
+    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
     checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
@@ -79,6 +105,8 @@ def split(
     shares: Shares | None = None,
     pad_vocab_to: int | None = None,
     max_file_size: int | None = None,
+    format: str = "native",
+    engine_version: str | None = None,
     allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
@@ -88,7 +116,7 @@ def split(
     ranks: write only these, into a directory that other hosts write the other ranks into.
     """
     settings = settings or Settings()
-    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size)
+    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
     chosen = _ranks(ranks, tp)
     checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
@@ -113,12 +141,14 @@ def reshard(
     shares: Shares | None = None,
     pad_vocab_to: int | None = None,
     max_file_size: int | None = None,
+    format: str = "native",
+    engine_version: str | None = None,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
 ) -> WriteReport:
-    """Split a shard set anew for another tp, in one pass; the files equal those of a direct split."""
+    """Split a shard set anew for another tp or format, in one pass; the files equal those of a direct split."""
     settings = settings or Settings()
-    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size)
+    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     chosen = _ranks(ranks, tp)
     from tpshard.formats.shards import open_shards
 
@@ -150,20 +180,21 @@ def _write_split(
             path=target,
             hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
         )
-    outputs = {rank: planned.outputs(rank) for rank in writing}
-    joined = join(planned.model.tensors, placed, [output for rank in writing for output in outputs[rank]])
+    own = format_of(planned.options.format)
+    outputs = {rank: own.files(planned, rank) for rank in writing}
+    joined = join(planned.kept.tensors, placed, [output for rank in writing for output in outputs[rank]])
 
     def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
-        return {f"{native.rank_stem(r, tp)}.json": native.record(planned, r, outputs[r], digests) for r in writing}
+        return {f"{rank_stem(r, tp)}.json": record(planned, r, outputs[r], digests) for r in writing}
 
     job = Job(
         plan=joined,
-        small={**small, MANIFEST: planned.manifest},
+        small={**own.side_files(planned, small), MANIFEST: planned.manifest},
         identity={"set": planned.set_id},
         records=records,
         convert=_convert(planned.model, placed),
         shared=ranks is not None,
-        claims=[f".{native.rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
+        claims=[f".{rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
         verb=verb,
     )
     digests = publish(job, target, settings)
@@ -236,7 +267,7 @@ def check(
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     judged = check_source(found, planned, placed, _convert(model, placed), settings)
-    return CheckReport(found, checkpoint.name, *judged)
+    return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
 
 
 def inspect(path: str | Path) -> InspectReport:
@@ -272,10 +303,13 @@ def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:
 
 
 def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """config.json with the dtype that the weights now have: engines take theirs from it."""
+    """config.json with the dtype that the weights now have: engines take theirs from it, or from a nested config."""
     config = dict(checkpoint.config)
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = dtype
+    for name, inner in config.items():
+        if isinstance(inner, dict):
+            config[name] = inner | {k: dtype for k in ("torch_dtype", "dtype") if isinstance(inner.get(k), str)}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
@@ -291,12 +325,14 @@ def _convert(model: Model, placed: Iterable[Placed]) -> Convert | None:
 
 def _is_written(target: Path, planned: Split, rank: int) -> bool:
     """Whether a rank of this very set is complete in a shared directory."""
-    path = target / f"{native.rank_stem(rank, planned.options.tp)}.json"
+    path = target / f"{rank_stem(rank, planned.options.tp)}.json"
     try:
         record = json.loads(path.read_bytes())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    except ValueError:
         raise CorruptError(
             "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
         ) from None

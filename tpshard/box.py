@@ -36,11 +36,6 @@ def intersect(a: Box, b: Box) -> Box | None:
     return None if any(start >= stop for start, stop in common) else common
 
 
-def place(box: Box, at: Shape) -> Box:
-    """A box of the same extents as `box` whose corner is `at`."""
-    return tuple((a, a + stop - start) for a, (start, stop) in zip(at, box, strict=True))
-
-
 def tiles(container: Box, boxes: Sequence[Box]) -> bool:
     """Whether `boxes` cover `container` exactly: every element once, none outside.
 
@@ -66,17 +61,17 @@ def _any_overlap(boxes: Sequence[Box]) -> bool:
     return False
 
 
-def mergeable(shape: Shape, pieces: Iterable[tuple[Box, Shape]]) -> list[tuple[int, int]]:
+def mergeable(shape: Shape, pieces: Iterable[tuple[Box, Sequence[int]]]) -> list[tuple[int, int]]:
     """Group adjacent dims that no piece tells apart: `[first, last]` dims of each group.
 
-    A piece is a box of the logical tensor and the shape of the stored tensor that holds it. Dims d and d + 1
-    act as one dim when every piece is whole along d + 1, in the logical tensor and in the stored one: a column
-    split of `[out, in]` becomes one dim, a row split stays two.
+    A piece is a box of the logical tensor and the strides of its dims where it is stored. Dims d and d + 1 act as one
+    dim when every piece is whole along d + 1, and stored so: a column split of `[out, in]` becomes one dim, a row split
+    stays two.
     """
     whole = [True] * len(shape)
-    for box, stored in pieces:
+    for box, strides in pieces:
         for dim, (size, (start, stop)) in enumerate(zip(shape, box, strict=True)):
-            if start != 0 or stop != size or stored[dim] != size:
+            if start != 0 or stop != size or (dim and strides[dim - 1] != size * strides[dim]):
                 whole[dim] = False
     groups: list[tuple[int, int]] = []
     for dim in range(len(shape)):

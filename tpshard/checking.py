@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tpshard.errors import CorruptError
 from tpshard.execute import Comparer, Convert, Handles, Loader, run
 from tpshard.files import read_exactly
-from tpshard.formats.native import Split
+from tpshard.formats.base import Split
 from tpshard.formats.shards import ShardSet
 from tpshard.header import DTYPE_BITS, TensorInfo
 from tpshard.planning import OutputFile, Placed, join
@@ -111,7 +111,7 @@ def check_source(
         for name in infos:
             differences.append(Difference(f"rank {rank}", name, "the source has no such tensor"))
         outputs.append(OutputFile(f"rank {rank}", b"", 0, tuple(placed)))
-    plan = join(expected.model.tensors, sources, outputs)
+    plan = join(expected.kept.tensors, sources, outputs)
     settings.start(sum(info.nbytes for files in shards.files.values() for file in files for info in file.tensors))
     comparer = Comparer(settings.files, settings.progress)
     try:

@@ -17,8 +17,11 @@ from tpshard.console import Console, drop_stdout, human_bytes
 from tpshard.errors import Interrupted, TpshardError, UsageError
 from tpshard.options import (
     CHECKSUM,
+    DRAFT_OUT,
     DRY_RUN,
     DTYPE,
+    ENGINE_VERSION,
+    FORMAT,
     JSON,
     MERGE_OUT,
     MERGE_SIZE,
@@ -92,6 +95,8 @@ def plan(
     shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
+    format: FORMAT = "native",
+    engine_version: ENGINE_VERSION = None,
     allow_pickle: PICKLE = False,
     json: JSON = False,
     quiet: QUIET = False,
@@ -134,6 +139,8 @@ def split(
     shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
+    format: FORMAT = "native",
+    engine_version: ENGINE_VERSION = None,
     allow_pickle: PICKLE = False,
     checksum: CHECKSUM = Checksum.sha256,
     workers: WORKERS = None,
@@ -204,6 +211,8 @@ def reshard(
     shares: SHARES = None,
     pad_vocab_to: PAD = None,
     max_file_size: SIZE = None,
+    format: FORMAT = "native",
+    engine_version: ENGINE_VERSION = None,
     checksum: CHECKSUM = Checksum.sha256,
     workers: WORKERS = None,
     overwrite: OVERWRITE = False,
@@ -211,7 +220,7 @@ def reshard(
     json: JSON = False,
     quiet: QUIET = False,
 ) -> None:
-    """Split a shard set for another number of ranks, in one pass.
+    """Split a shard set for another number of ranks, or in another format, in one pass.
 
     The files are the same, byte for byte, as those of a direct split.
 
@@ -230,6 +239,8 @@ def reshard(
                 shares=share_list(shares),
                 pad_vocab_to=pad_vocab_to,
                 max_file_size=max_file_size,
+                format=format,
+                engine_version=engine_version,
                 ranks=rank_list(ranks, tp),
                 settings=settings,
             )
@@ -263,7 +274,7 @@ def check(
             report = api.check(
                 shards, source, tp=tp, revision=revision, rules=rules, allow_pickle=allow_pickle, settings=settings
             )
-        for note in report.unchecked:
+        for note in (*report.warnings, *report.unchecked):
             console.warn(note)
         if console.as_json:
             console.data(report.to_json())
@@ -303,11 +314,12 @@ def inspect(
 
 @archs_app.callback(invoke_without_command=True)
 def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> None:
-    """List the architectures that have rules, or print one's.
+    """List the architectures that have rules, print one's, or draft new ones.
 
     \b
       tpshard archs
       tpshard archs show llama
+      tpshard archs draft MODEL -o mine.toml
     """
     if context.invoked_subcommand is None:
         archs_list(json, quiet)
@@ -346,12 +358,54 @@ def archs_show(
             print(architecture.text, end="")
 
 
+@archs_app.command("draft")
+def archs_draft(
+    model: MODEL,
+    out: DRAFT_OUT = None,
+    revision: REVISION = None,
+    allow_pickle: PICKLE = False,
+    json: JSON = False,
+    quiet: QUIET = False,
+) -> None:
+    """Write rules to start from, for a model_type that has none.
+
+    Names and shapes are compared with the known architectures; only config and headers are read. A module gets a rule
+    where all that fits comes to the same cut. The others are listed as UNDECIDED with candidates, and until each has a
+    rule the file is refused: a draft is read, completed, and proved.
+
+    \b
+      tpshard archs draft org/name -o mine.toml
+      tpshard plan org/name --tp 4 --rules mine.toml
+      tpshard split org/name --tp 4 --rules mine.toml
+      tpshard verify name-tp4
+    """
+    with _console(json, quiet) as console:
+        from tpshard.drafting import draft, save
+
+        made = draft(model, revision, allow_pickle=allow_pickle)
+        if out is not None:
+            save(made, out)
+        if console.as_json:
+            console.data(made.to_json() | {"output": None if out is None else str(out)})
+        else:
+            print(made.text if out is None else out, end="" if out is None else "\n")
+        console.say(f"closest: {made.closest}, with {made.share:.0%} of the modules in common")
+        if made.undecided:
+            console.warn(f"undecided modules: {len(made.undecided)}; the rules are refused until they are complete")
+        elif made.refusal:
+            console.warn(f"the rules are refused as they stand: {made.refusal}")
+        following = ["tpshard", "plan", model, "--tp", "2", "--rules", str(out or "FILE")]
+        following += ["--revision", revision] if revision else []
+        console.say(f"next: read it, then {shlex.join(following)}")
+
+
 cli_verify.add(app)
 
 
 def _model_options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that plan and split share, from a command's arguments to the verb's."""
-    names = ("model", "tp", "revision", "rules", "uneven", "pad_vocab_to", "max_file_size", "allow_pickle")
+    names = ["model", "tp", "revision", "rules", "uneven", "pad_vocab_to", "max_file_size"]
+    names += ["format", "engine_version", "allow_pickle"]
     options = {name: given[name] for name in names}
     options["dtype"] = None if given["dtype"] is None else given["dtype"].value
     options["shares"] = share_list(given["shares"])

@@ -71,7 +71,7 @@ class Loader:
         for start, stop in block:
             size *= stop - start
         if not step.sources:
-            return memoryview(bytes(size))
+            return memoryview(step.value * (size // item) if step.value else bytes(size))
         buffer = self._buffer(size)
         for flat in step.sources:
             self._read(flat, block, buffer)
@@ -91,7 +91,7 @@ class Loader:
     def _read(self, flat: Flat, block: Box, buffer: memoryview) -> None:
         fd = self.handles.get(flat.file)
         try:
-            for offset, parts in operations(flat, block, buffer):
+            for offset, parts in operations(flat, block, buffer, reading=True):
                 read_exactly(self.files, fd, parts, offset, flat.file)
         except OSError as error:
             raise local_error(error, "cannot read", flat.file) from error

@@ -159,6 +159,22 @@ def make_directory(files: Files, path: Path, *, fsync: bool) -> bool:
     return True
 
 
+def require_space(directory: Path, needed: int, *, doing: str = "", hint: str) -> None:
+    """LocalIOError when the disk of a directory, which need not be there yet, has less than `needed` bytes free."""
+    while not directory.exists():
+        directory = directory.parent
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise LocalIOError(
+            f"not enough room{doing}: {needed:,} bytes are needed and {free:,} are free",
+            path=directory,
+            expected=f"{needed} bytes",
+            found=f"{free} bytes",
+            hint=hint,
+        )
+
+
 def boot_id() -> str:
     """Changes when the machine starts anew, and with it what was not synced is lost; empty where it is not known."""
     try:

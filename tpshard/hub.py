@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.errors import CorruptError, HubError, UnsafeError, UnsupportedError, UsageError
+from tpshard.files import require_space
 from tpshard.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
 
 SIDE_PATTERNS = (
@@ -48,6 +49,11 @@ SIDE_PATTERNS = (
 )
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SIDE_PATTERNS)
 PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+SMALL_LIMIT = 20_000_000
+"""Bytes of a file that is read whole over the network."""
+INDEX_LIMIT = 200_000_000
+"""Bytes of an index of weight files: about 100 for each tensor, and each expert of each layer has several."""
 
 _PART = re.compile(r"\b[\w.-]{1,96}\b", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".json", ".bin", ".git")
@@ -123,7 +129,8 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
 
     Pickle weights are fetched only with `allow_pickle`, and only where there are no safetensors. Files that the cache
     has already are not fetched again. When the Hub cannot be reached, a complete snapshot in the cache is taken.
-    Raises HubError, UnsafeError (only pickle weights), UnsupportedError (no weights), LocalIOError.
+    Raises HubError, UnsafeError (only pickle weights), UnsupportedError (no weights), LocalIOError: also, before the
+    weights are asked for, when the cache's disk has no room for them.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -142,6 +149,7 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
     with _progress_bars(progress):
         names = [file.name for file in repo.files]
         side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
+        _require_space(repo, {*side, *weights})
         # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
         attempt(lambda: fetch(side), repo_id, revision)
         path = attempt(lambda: fetch(weights), repo_id, revision)
@@ -184,14 +192,23 @@ def read_range(repo: RemoteRepo, name: str, begin: int, end: int) -> bytes:
     return attempt(read, repo.repo_id, repo.revision)
 
 
-def read_small(repo: RemoteRepo, name: str, limit: int = 20_000_000) -> bytes:
+def read_small(repo: RemoteRepo, name: str, limit: int | None = None) -> bytes:
     """A whole file of a repository, at most `limit` bytes, checked against the Hub's digest where there is one.
+
+    The limit is INDEX_LIMIT for an index of weight files, else SMALL_LIMIT.
 
     Raises HubError.
     """
     file = _entry(repo, name)
+    if limit is None:
+        limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
     if file.size > limit:
-        raise HubError(f"{name} in {repo.repo_id} is too large", expected=f"at most {limit} bytes", found=file.size)
+        raise HubError(
+            f"{name} in {repo.repo_id} is too large to be what its name says",
+            expected=f"at most {limit} bytes",
+            found=f"{file.size} bytes",
+            hint="look at the repository: this may be another file under that name",
+        )
 
     def read() -> bytes:
         with _get(repo, name, {}) as (_, _, chunks):
@@ -343,6 +360,24 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
             hint=reason.hint,
         ) from reason
     return Snapshot(path, repo_id, path.name, note=f"{reason.message}; using the cached snapshot {path.name}")
+
+
+def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
+    """LocalIOError when the disk of the cache has no room for what of these files it does not have yet."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    stored = cache / f"models--{repo.repo_id.replace('/', '--')}"
+
+    def held(file: RemoteFile) -> int:
+        places = [stored / "snapshots" / repo.revision / file.name]
+        if file.sha256:  # of another commit, or begun by a version of huggingface_hub that goes on with it
+            places += [stored / "blobs" / f"{file.sha256}{ending}" for ending in ("", ".incomplete")]
+        return max(place.stat().st_size if place.exists() else 0 for place in places)
+
+    needed = sum(max(0, file.size - held(file)) for file in repo.files if file.name in names)
+    hint = "free some space, or set HF_HOME to a directory on another disk"
+    require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
 
 
 def _recorded_names(repo_id: str, commit: str) -> list[str] | None:

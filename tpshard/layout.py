@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tpshard.box import Box, Shape, full
 from tpshard.errors import UnsupportedError, UsageError
@@ -39,24 +39,34 @@ class LogicalTensor:
     cut: Cut
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A box of a logical tensor, and its corner in the stored tensor."""
+class Part(NamedTuple):
+    """A box of a logical tensor, and its corner in the stored tensor.
+
+    view: the shape in which box sees the logical tensor, if not its own; same elements in the same order.
+    order: dim d of the stored tensor is dim order[d] of the box; None when they are the same.
+    """
 
     tensor: str
     box: Box
     at: Shape
+    view: Shape | None = None
+    order: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of one rank: parts of logical tensors, and boxes of zeros (padding)."""
+class StoredTensor(NamedTuple):
+    """One tensor of one rank: parts of logical tensors, and boxes of a constant (padding).
+
+    view: the shape in which parts and fills see it, if not its own. value: the bytes of one element of the fills;
+    none for zeros.
+    """
 
     name: str
     dtype: str
     shape: Shape
     parts: tuple[Part, ...]
     fills: tuple[Box, ...] = ()
+    view: Shape | None = None
+    value: bytes = b""
 
 
 Layout = tuple[tuple[StoredTensor, ...], ...]
@@ -253,25 +263,35 @@ def _stored(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank:
     if cut.dim is None:
         return whole(tensor)
     kept, fills, size = intervals(cut, axes, ranges, rank)
-    shape, dim = tensor.shape, cut.dim
-    _check_bytes(tensor, dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
-    stored = (*shape[:dim], size, *shape[dim + 1 :])
+    _check_bytes(tensor, cut.dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
+    shape, pieces, zeros = _sliced(tensor.shape, cut.dim, kept, fills, size)
+    return StoredTensor(
+        tensor.name, tensor.dtype, shape, tuple(Part(tensor.name, box, at) for box, at in pieces), zeros
+    )
+
+
+@lru_cache(maxsize=4096)
+def _sliced(
+    shape: Shape, dim: int, kept: tuple[Interval, ...], fills: tuple[tuple[int, int], ...], size: int
+) -> tuple[Shape, tuple[tuple[Box, Shape], ...], tuple[Box, ...]]:
+    """A tensor's share along `dim` as boxes: stored shape, parts and fills. Cached: equal layers share one copy."""
 
     def along(start: int, stop: int) -> Box:
         return (*full(shape[:dim]), (start, stop), *full(shape[dim + 1 :]))
 
-    parts = []
-    for start, stop, at in kept:
-        corner = [0] * len(shape)
-        corner[dim] = at
-        parts.append(Part(tensor.name, along(start, stop), tuple(corner)))
-    return StoredTensor(tensor.name, tensor.dtype, stored, tuple(parts), tuple(along(a, b) for a, b in fills))
+    before, after = (0,) * dim, (0,) * (len(shape) - dim - 1)
+    pieces = tuple((along(start, stop), (*before, at, *after)) for start, stop, at in kept)
+    return (*shape[:dim], size, *shape[dim + 1 :]), pieces, tuple(along(start, stop) for start, stop in fills)
 
 
 def whole(tensor: LogicalTensor) -> StoredTensor:
     """A logical tensor stored as it is."""
-    part = Part(tensor.name, full(tensor.shape), (0,) * len(tensor.shape))
-    return StoredTensor(tensor.name, tensor.dtype, tensor.shape, (part,))
+    return StoredTensor(tensor.name, tensor.dtype, tensor.shape, (Part(tensor.name, *_everything(tensor.shape)),))
+
+
+@lru_cache(maxsize=4096)
+def _everything(shape: Shape) -> tuple[Box, Shape]:
+    return full(shape), (0,) * len(shape)
 
 
 def _check_bytes(tensor: LogicalTensor, dim: int, ranges: Sequence[tuple[int, int]]) -> None:

@@ -2,38 +2,42 @@
 
 A block is a box of the logical tensor that fits a small buffer, where it lies row-major. Each region of a source or
 target meets the block in strided runs; a run of files' bytes that is contiguous becomes one operation with many
-slices of the buffer (`preadv`, `pwritev`), so strided copies cost a list, not a system call a row.
+slices of the buffer (`preadv`, `pwritev`), so strided copies cost a list, not a system call a row. A region that is
+stored in another order of dims goes through a second buffer in that order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from math import gcd, prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-from tpshard.box import Box, Shape, extents, full, merge_box, merge_shape, mergeable
+from tpshard.box import Box, Shape, extents, full, intersect, merge_box, merge_shape, mergeable
 from tpshard.header import DTYPE_BITS
 from tpshard.planning import Fill, Region, Step
+from tpshard.views import Piece, row_major
 
 BLOCK = 2 << 20
 """Bytes of a block: small enough to stay in the last-level cache, large enough that a block costs little Python."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flat:
-    """A region with dims merged: shape and pieces in items along at least two dims, item size in bytes."""
+class Flat(NamedTuple):
+    """A region with dims merged, at least two of them; the file's bytes [begin, end), pieces and item size in bytes.
+
+    Offsets and strides count items. order: where the file has the dims in another order, which dim of the step each dim
+    of the pieces is; the number after the last one stands for a dim of size 1.
+    """
 
     file: str
     begin: int
+    end: int
     item: int
-    shape: Shape
-    pieces: tuple[tuple[Box, Shape], ...]
+    pieces: tuple[Piece, ...]
+    order: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FlatStep:
+class FlatStep(NamedTuple):
     """A step in merged dims. The same block of it is read from `sources` and goes to `targets`."""
 
     name: str
@@ -43,6 +47,7 @@ class FlatStep:
     targets: tuple[Flat, ...]
     source_dtype: str | None
     target_dtype: str
+    value: bytes
 
     def blocks(self) -> Iterator[Box]:
         """Boxes that tile the tensor, each of at most BLOCK bytes unless one item is larger.
@@ -71,20 +76,20 @@ class FlatStep:
 
 def flatten(step: Step) -> FlatStep:
     """Merge the dims of a step that no region tells apart; elements smaller than a byte become whole bytes."""
+    value = b""
     if isinstance(step, Fill):
-        shape, held = extents(step.target.pieces[0][0]), (0, 0)
+        shape, a, b = extents(step.target.pieces[0].box), 0, 0
         regions: tuple[Region, ...] = (step.target,)
+        value = step.value
     else:
-        shape, held = step.shape, (len(step.sources), len(step.sources) + len(step.replicas))
+        shape, a, b = step.shape, len(step.sources), len(step.sources) + len(step.replicas)
         regions = (*step.sources, *step.replicas, *step.targets)
     if not shape:
         shape = (1,)
         regions = tuple(_scalar(region) for region in regions)
-    groups = mergeable(shape, ((box, region.shape) for region in regions for box, _ in region.pieces))
+    groups = mergeable(shape, ((piece.box, piece.strides) for region in regions for piece in region.pieces))
     flats = tuple(_flat(region, shape, groups) for region in regions)
-    bits = DTYPE_BITS[regions[0].dtype]
-    merged = _items(merge_shape(shape, groups), 8 // gcd(8, bits))
-    a, b = held
+    merged = _items(merge_shape(shape, groups), 8 // gcd(8, DTYPE_BITS[regions[0].dtype]))
     return FlatStep(
         name=step.name,
         shape=merged if len(merged) > 1 else (1, *merged),
@@ -93,11 +98,12 @@ def flatten(step: Step) -> FlatStep:
         targets=flats[b:],
         source_dtype=regions[0].dtype if a else None,
         target_dtype=regions[-1].dtype,
+        value=value,
     )
 
 
 def _scalar(region: Region) -> Region:
-    return Region(region.file, region.begin, region.dtype, (1,), (((((0, 1),), (0,))),))
+    return region._replace(pieces=tuple(Piece(((0, 1),), piece.offset, (1,)) for piece in region.pieces))
 
 
 def _items(shape: Shape, granule: int) -> Shape:
@@ -111,24 +117,109 @@ def _items(shape: Shape, granule: int) -> Shape:
 def _flat(region: Region, shape: Shape, groups: Sequence[tuple[int, int]]) -> Flat:
     bits = DTYPE_BITS[region.dtype]
     granule = 8 // gcd(8, bits)  # elements that fill whole bytes
-    stored = _items(merge_shape(region.shape, groups), granule)
     pieces = []
-    for box, at in region.pieces:
+    for box, offset, strides in region.pieces:
         merged = merge_box(box, shape, groups)
-        start, stop = merged[-1]
-        corner = merge_box(tuple((a, a) for a in at), region.shape, groups)
-        assert start % granule == stop % granule == corner[-1][0] % granule == 0, f"{region} is cut inside a byte"
-        last = (start // granule, stop // granule)
-        at_merged = (*(a for a, _ in corner[:-1]), corner[-1][0] // granule)
-        pieces.append(((*merged[:-1], last), at_merged))
-    if len(stored) == 1:
-        stored = (1, *stored)
-        pieces = [(((0, 1), *box), (0, *at)) for box, at in pieces]
-    return Flat(region.file, region.begin, granule * bits // 8, stored, tuple(pieces))
+        steps = [strides[last] for _, last in groups]
+        if granule > 1 and all(stop > start for start, stop in merged):
+            (start, stop), outer = merged[-1], steps[:-1]
+            inside = [start, stop, offset, *(s for s, (a, b) in zip(outer, merged, strict=False) if b - a > 1)]
+            assert steps[-1] == 1 and not any(each % granule for each in inside), f"{region} is cut inside a byte"
+        box = (*merged[:-1], (merged[-1][0] // granule, merged[-1][1] // granule))
+        pieces.append(Piece(box, offset // granule, (*(each // granule for each in steps[:-1]), steps[-1])))
+    if len(groups) == 1:
+        pieces = [Piece(((0, 1), *box), offset, (0, *steps)) for box, offset, steps in pieces]
+    order = _order(pieces)
+    if order is not None:
+        pieces = [
+            Piece(_permuted((*box, (0, 1)), order), offset, _permuted((*steps, 1), order))
+            for box, offset, steps in pieces
+        ]
+    return Flat(region.file, region.begin, region.end, granule * bits // 8, tuple(pieces), order)
 
 
-def operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
-    """A region's share of a block: the file offset of each contiguous run, and the slices of the buffer it holds."""
+def _order(pieces: Sequence[Piece]) -> tuple[int, ...] | None:
+    """In which order the dims lie in the file, with one more of size 1; None when that is their own order.
+
+    The last one's elements follow each other, and so do those of the last dim of pieces in their own order.
+    """
+    filled = [piece for piece in pieces if all(start < stop for start, stop in piece.box)]
+    if not filled:
+        return None
+    strides = filled[0].strides
+    assert all(piece.strides == strides for piece in filled), "pieces of one region lie in different orders"
+    ndim = len(strides)
+    long = [dim for dim in range(ndim) if any(b.box[dim][1] - b.box[dim][0] > 1 for b in filled)]
+    stored = sorted(long, key=lambda dim: -strides[dim])
+    if stored == long and (strides[-1] == 1 or ndim - 1 not in long):
+        return None
+    short = [dim for dim in range(ndim) if dim not in long]
+    return (ndim, *short, *stored) if strides[stored[-1]] == 1 else (*short, *stored, ndim)
+
+
+_T = TypeVar("_T")
+
+
+def _permuted(values: tuple[_T, ...], order: Sequence[int]) -> tuple[_T, ...]:
+    return tuple(values[dim] for dim in order)
+
+
+def operations(
+    flat: Flat, block: Box, buffer: memoryview, *, reading: bool = False
+) -> Iterator[tuple[int, list[memoryview]]]:
+    """A region's share of a block: the file offset of each contiguous run, and the slices of memory that hold it.
+
+    The slices are of the buffer, or of a second one in the order of the file. reading: the caller fills the slices, and
+    the buffer has the bytes when the iterator is exhausted; else it takes the bytes from them.
+    """
+    if flat.order is None:
+        yield from _operations(flat, block, buffer)
+        return
+    block = (*block, (0, 1))
+    ordered = _permuted(block, flat.order)
+    for box, _, _ in flat.pieces:
+        share = intersect(box, ordered)
+        if share is None:
+            continue
+        stored = memoryview(bytearray(prod(extents(share)) * flat.item))
+        if not reading:
+            for near, far in _lines(share, block, flat.order, flat.item, buffer, stored):
+                far[:] = near
+        yield from _operations(flat, share, stored)
+        if reading:
+            for near, far in _lines(share, block, flat.order, flat.item, buffer, stored):
+                near[:] = far
+
+
+_CELLS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+def _lines(
+    share: Box, block: Box, order: Sequence[int], item: int, buffer: memoryview, stored: memoryview
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """The lines along the block's last long dim that a share of it has: in the buffer, and in `stored`.
+
+    share: a box in stored order, which `stored` holds row-major as `buffer` holds the block.
+    """
+    inner = order.index(len(block) - 2)  # the last one is the dim of size 1
+    steps = row_major(extents(share))
+    strides = _permuted(row_major(extents(block)), order)
+    first = sum(
+        (a - b) * stride for (a, _), (b, _), stride in zip(share, _permuted(block, order), strides, strict=True)
+    )
+    length, step, cell = share[inner][1] - share[inner][0], steps[inner], item
+    if step == 1:
+        length, cell = length * item, 1
+    scale = item // cell
+    near, far = buffer.cast(_CELLS[cell]), stored.cast(_CELLS[cell])
+    others = [dim for dim in range(len(share)) if dim != inner]
+    for index in product(*(range(share[dim][1] - share[dim][0]) for dim in others)):
+        a = (first + sum(i * strides[dim] for i, dim in zip(index, others, strict=True))) * scale
+        b = sum(i * steps[dim] for i, dim in zip(index, others, strict=True)) * scale
+        yield near[a : a + length], far[b : b + (length - 1) * step + 1 : step]
+
+
+def _operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
     item = flat.item
     (top_row, bottom_row), (left_column, right_column) = block[-2:]
     rows, width = bottom_row - top_row, right_column - left_column
@@ -138,7 +229,7 @@ def operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int
             base = base * (stop - start) + index - start
         base *= rows
         spans = []
-        for box, at in flat.pieces:
+        for box, at, strides in flat.pieces:
             (first, last), (near, far) = box[-2:]
             top, bottom = max(first, top_row), min(last, bottom_row)
             left, right = max(near, left_column), min(far, right_column)
@@ -146,52 +237,56 @@ def operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int
                 continue
             if any(not start <= i < stop for i, (start, stop) in zip(outer, box, strict=False)):
                 continue
-            plane = 0
-            for index, (start, _), corner, size in zip(outer, box, at, flat.shape, strict=False):
-                plane = plane * size + index - start + corner
+            for index, (start, _), stride in zip(outer, box, strides, strict=False):
+                at += (index - start) * stride
             spans.append(
                 _Span(
-                    row=plane * flat.shape[-2] + top - first + at[-2],
-                    column=left - near + at[-1],
+                    at=(at + (top - first) * strides[-2] + left - near) * item,
+                    stride=strides[-2] * item,
                     rows=bottom - top,
                     start=((base + top - top_row) * width + left - left_column) * item,
                     length=(right - left) * item,
                 )
             )
         if spans:
-            yield from _runs(flat, sorted(spans), width * item, buffer)
+            yield from _runs(flat.begin, sorted(spans), width * item, buffer)
 
 
 class _Span(NamedTuple):
-    """Part of some rows: where it is stored (in items) and where in the buffer its first row lies (in bytes)."""
+    """Equal parts of some rows: where the first is stored and what lies between two; the same in the buffer. Bytes."""
 
-    row: int
-    column: int
+    at: int
+    stride: int
     rows: int
     start: int
     length: int
 
 
-def _runs(flat: Flat, spans: list[_Span], stride: int, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
+def _runs(
+    begin: int, spans: list[_Span], buffer_stride: int, buffer: memoryview
+) -> Iterator[tuple[int, list[memoryview]]]:
     """Runs of spans in stored order; the spans of one row that follow each other make one run, and whole rows do."""
-    item, stored_stride = flat.item, flat.shape[-1] * flat.item
-    row, column, rows = spans[0][:3]
-    together = all(span.row == row and span.rows == rows for span in spans)
-    adjacent = all(a.column * item + a.length == b.column * item for a, b in zip(spans, spans[1:], strict=False))
-    whole = column == 0 and sum(span.length for span in spans) == stored_stride
-    if together and adjacent and (whole or rows == 1):
-        offset = flat.begin + row * stored_stride + column * item
+    at, stride, rows, start, length = spans[0]
+    together = all(span.stride == stride and span.rows == rows for span in spans)
+    adjacent = all(a.at + a.length == b.at for a, b in zip(spans, spans[1:], strict=False))
+    if together and adjacent and (rows == 1 or sum(span.length for span in spans) == stride):
         if len(spans) == 1:
-            _, _, _, start, length = spans[0]
-            if length == stride:  # the buffer's rows are whole too
-                yield offset, [buffer[start : start + rows * stride]]
+            if length == buffer_stride:  # the buffer's rows are whole too
+                yield begin + at, [buffer[start : start + rows * length]]
             else:
-                yield offset, [buffer[i : i + length] for i in range(start, start + rows * stride, stride)]
+                stop = start + rows * buffer_stride
+                yield begin + at, [buffer[i : i + length] for i in range(start, stop, buffer_stride)]
             return
         pattern = [(span.start, span.start + span.length) for span in spans]
-        yield offset, [buffer[i + a : i + b] for i in range(0, rows * stride, stride) for a, b in pattern]
+        yield (
+            begin + at,
+            [buffer[i + a : i + b] for i in range(0, rows * buffer_stride, buffer_stride) for a, b in pattern],
+        )
         return
-    for row, column, rows, start, length in spans:
-        for i in range(rows):
-            offset = flat.begin + (row + i) * stored_stride + column * item
-            yield offset, [buffer[start + i * stride : start + i * stride + length]]
+    for span in spans:
+        if len(spans) > 1 and (span.rows == 1 or span.length == span.stride):
+            yield from _runs(begin, [span], buffer_stride, buffer)
+            continue
+        for i in range(span.rows):
+            first = span.start + i * buffer_stride
+            yield begin + span.at + i * span.stride, [buffer[first : first + span.length]]

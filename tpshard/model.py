@@ -5,16 +5,17 @@ A checkpoint and a shard set both give one, so split and reshard differ in nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tpshard.checkpoint import Checkpoint, source_digest
 from tpshard.errors import UnsupportedError
 from tpshard.layout import LogicalTensor, whole
+from tpshard.nested import find_subject
 from tpshard.planning import Placed, alignment_order
-from tpshard.rules import Axis, classify, find_architecture
+from tpshard.rules import Axis
 
 CASTABLE = ("F64", "F32", "F16", "BF16")
 """Dtypes that `--dtype` casts from and to; everything else (integers, FP8) travels untouched."""
@@ -26,7 +27,8 @@ DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16":
 class Model:
     """tensors: in file order, with the dtype that the output has. file_of: the source's weight file of each.
 
-    source, architecture: what the manifest says of them (plain JSON). tied: module → module.
+    source, architecture: what the manifest says of them (plain JSON). tied: module → module. config: of the model.
+    full_names: of tensors whose name in the source lacks the architecture's prefix.
     """
 
     tensors: tuple[LogicalTensor, ...]
@@ -36,12 +38,24 @@ class Model:
     source: Mapping[str, Any]
     architecture: Mapping[str, Any]
     dtype: str | None = None
+    full_names: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def full_name(self, name: str) -> str:
+        """A tensor's name as the architecture's rules have it."""
+        return self.full_names.get(name, name)
+
+    def without(self, names: Collection[str]) -> Model:
+        """The model without some tensors."""
+        if not names:
+            return self
+        return replace(self, tensors=tuple(tensor for tensor in self.tensors if tensor.name not in names))
 
 
 def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: str | None = None) -> Model:
     """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
-    architecture = find_architecture(checkpoint.config, rules, checkpoint.config_path)
-    classified = classify(architecture, checkpoint.config, checkpoint.tensors)
+    subject = find_subject(checkpoint.config, rules, checkpoint.config_path)
+    classified, text = subject.classify(checkpoint.tensors)
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
@@ -64,10 +78,13 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: st
         },
         architecture={
             "model_type": checkpoint.config.get("model_type"),
-            "rules": architecture.name,
-            "rules_sha256": architecture.digest,
+            "rules": subject.architecture.name,
+            "rules_sha256": subject.architecture.digest,
+            **({"text": text} if text else {}),
         },
         dtype=dtype,
+        full_names=classified.full_names,
+        config=checkpoint.config,
     )
 
 

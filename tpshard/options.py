@@ -100,6 +100,7 @@ OUT = Annotated[
 MERGE_OUT = Annotated[
     Path | None, typer.Option("-o", "--out", help="Directory to write [default: ./MODEL-merged].", metavar="DIR")
 ]
+DRAFT_OUT = Annotated[Path | None, typer.Option("-o", "--out", help="File to write [default: stdout].", metavar="FILE")]
 REVISION = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a Hub repo [default: main].", metavar="NAME")
 ]
@@ -132,6 +133,18 @@ SIZE = Annotated[
 MERGE_SIZE = Annotated[
     int | None,
     typer.Option("--max-file-size", help=f"{_SIZE_HELP} [default: as in the source].", parser=_size, metavar="BYTES"),
+]
+FORMAT = Annotated[
+    str,
+    typer.Option("--format", help="How the ranks' files are written: native.", metavar="FORMAT"),
+]
+ENGINE_VERSION = Annotated[
+    str | None,
+    typer.Option(
+        "--engine-version",
+        help="Whose names the files have, as in 0.32 [default: the newest known].",
+        metavar="VERSION",
+    ),
 ]
 PICKLE = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin, with torch's weights_only loader.")

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
-from tpshard.box import Box, Shape, corner, extents, full, place, tiles, volume
+from tpshard.box import Box, Shape, corner, extents, full, tiles, volume
 from tpshard.errors import CorruptError
 from tpshard.header import DTYPE_BITS, build_header, nbytes
-from tpshard.layout import Layout, LogicalTensor, StoredTensor
+from tpshard.layout import Layout, LogicalTensor, Part, StoredTensor
+from tpshard.views import Piece, common_view, fine_box, pieces_of, placed_box, row_major
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A stored tensor in a file: its bytes begin at the absolute offset `begin`."""
 
     stored: StoredTensor
@@ -27,27 +29,29 @@ class Placed:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to be written: name, header bytes, total size in bytes, and tensors in file order."""
+    """A file to be written: name, first bytes, total size in bytes, and tensors in file order.
+
+    literals: other bytes that are no tensor's, by offset, where a container has some between or after the tensors.
+    """
 
     name: str
     header: bytes
     size: int
     tensors: tuple[Placed, ...]
+    literals: tuple[tuple[int, bytes], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Boxes of one logical tensor inside one stored tensor: `(logical box, corner in the stored tensor)` each."""
+class Region(NamedTuple):
+    """Pieces of one logical tensor inside one stored tensor, whose bytes are [begin, end) of a file."""
 
     file: str
     begin: int
+    end: int
     dtype: str
-    shape: Shape
-    pieces: tuple[tuple[Box, Shape], ...]
+    pieces: tuple[Piece, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """Move one logical tensor: read `sources`, which tile it; `replicas` must hold the same; write `targets`."""
 
     name: str
@@ -57,12 +61,15 @@ class Transfer:
     targets: tuple[Region, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Fill:
-    """Write zeros into a box of one stored tensor (padding): the target's one piece, whole and with its corner."""
+class Fill(NamedTuple):
+    """Write a constant into a box of one stored tensor (padding): the target's one piece, whole and with its corner.
+
+    value: the bytes of one element; none for zeros.
+    """
 
     name: str
     target: Region
+    value: bytes = b""
 
 
 Step = Transfer | Fill
@@ -110,13 +117,21 @@ def parts_by_size(tensors: Sequence[StoredTensor], limit: int) -> list[list[Stor
 
 def assert_coverage(logical: Iterable[LogicalTensor], layout: Layout) -> None:
     """Assert that the ranks together hold every element of every tensor, equal boxes being replicas."""
-    boxes: dict[str, set[Box]] = {tensor.name: set() for tensor in logical}
+    parts: dict[str, dict[tuple[Box, Shape | None], None]] = {tensor.name: {} for tensor in logical}
     for rank in layout:
         for stored in rank:
             for part in stored.parts:
-                boxes[part.tensor].add(part.box)
+                parts[part.tensor][part.box, part.view] = None
     for tensor in logical:
-        assert tiles(full(tensor.shape), list(boxes[tensor.name])), f"{tensor.name} is not covered exactly"
+        held = parts[tensor.name]
+        fine = common_view(tensor.shape, (view for _, view in held))
+        boxes = {each for box, view in held for each in fine_box(box, view or tensor.shape, fine)}
+        assert _tile(fine, frozenset(boxes)), f"{tensor.name} is not covered exactly"
+
+
+@lru_cache(maxsize=4096)
+def _tile(shape: Shape, boxes: frozenset[Box]) -> bool:
+    return tiles(full(shape), list(boxes))
 
 
 def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: Sequence[OutputFile]) -> Plan:
@@ -126,62 +141,85 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
     own duty and asserted.
     """
     shapes = {tensor.name: tensor.shape for tensor in logical}
-    held = _regions(sources)
-    wanted = _regions(placed for output in outputs for placed in output.tensors)
-    position: dict[str, int] = {}  # of a stored tensor's name; all ranks list the same names in the same order
+    held = _by_tensor(sources)
+    wanted = _by_tensor(placed for output in outputs for placed in output.tensors)
+    position: dict[str, int] = {}  # of a stored tensor's name; all ranks list theirs in the same order
     steps: list[tuple[int, Step]] = []
     done: set[str] = set()
     for output in outputs:
         for placed in output.tensors:
             stored = placed.stored
-            boxes = [place(part.box, part.at) for part in stored.parts] + list(stored.fills)
-            assert tiles(full(stored.shape), boxes), f"{stored.name}: parts and padding do not tile {stored.shape}"
+            _assert_filled(stored)
             at = position.setdefault(stored.name, len(position))
             for part in stored.parts:
                 if part.tensor not in done:
                     done.add(part.tensor)
-                    sources_of = held.get(part.tensor, [])
-                    transfer = _transfer(part.tensor, shapes[part.tensor], sources_of, wanted[part.tensor])
-                    steps.append((at, transfer))
+                    name = part.tensor
+                    steps.append((at, _transfer(name, shapes[name], held.get(name, ()), wanted[name])))
             for box in stored.fills:
-                steps.append((at, Fill(stored.name, _region(placed, [(full(extents(box)), corner(box))]))))
+                strides = row_major(stored.view or stored.shape)
+                offset = sum(start * stride for start, stride in zip(corner(box), strides, strict=True))
+                target = _region(placed, (Piece(full(extents(box)), offset, strides),))
+                steps.append((at, Fill(stored.name, target, stored.value)))
     steps.sort(key=lambda item: item[0])
     return Plan(tuple(outputs), tuple(step for _, step in steps))
 
 
-def _region(placed: Placed, pieces: Iterable[tuple[Box, Shape]]) -> Region:
-    return Region(placed.file, placed.begin, placed.stored.dtype, placed.stored.shape, tuple(pieces))
+def _assert_filled(stored: StoredTensor) -> None:
+    boxes = [box for box in (*(placed_box(part) for part in stored.parts), *stored.fills) if volume(box)]
+    once = frozenset(boxes)
+    assert len(once) == len(boxes) and _tile(stored.view or stored.shape, once), (
+        f"{stored.name}: parts and padding do not tile {stored.shape}"
+    )
 
 
-def _regions(tensors: Iterable[Placed]) -> dict[str, list[Region]]:
-    """Regions by logical tensor, in the order of `tensors`."""
-    regions: dict[str, list[Region]] = {}
+_Held = Sequence[tuple[Placed, tuple[Part, ...]]]
+"""Where a logical tensor lies: stored tensors, with those of their parts that are of it."""
+
+
+def _region(placed: Placed, pieces: tuple[Piece, ...]) -> Region:
+    stored = placed.stored
+    return Region(placed.file, placed.begin, placed.begin + nbytes(stored.dtype, stored.shape), stored.dtype, pieces)
+
+
+def _by_tensor(tensors: Iterable[Placed]) -> dict[str, list[tuple[Placed, tuple[Part, ...]]]]:
+    """Where each logical tensor lies, in the order of `tensors`."""
+    found: dict[str, list[tuple[Placed, tuple[Part, ...]]]] = {}
     for placed in tensors:
-        pieces: dict[str, list[tuple[Box, Shape]]] = {}
-        for part in placed.stored.parts:
-            pieces.setdefault(part.tensor, []).append((part.box, part.at))
-        for name, boxes in pieces.items():
-            regions.setdefault(name, []).append(_region(placed, boxes))
-    return regions
+        parts = placed.stored.parts
+        names = dict.fromkeys(part.tensor for part in parts)
+        for name in names:
+            own = parts if len(names) == 1 else tuple(part for part in parts if part.tensor == name)
+            found.setdefault(name, []).append((placed, own))
+    return found
 
 
-def _transfer(name: str, shape: Shape, held: Sequence[Region], wanted: Sequence[Region]) -> Transfer:
+def _transfer(name: str, shape: Shape, held: _Held, wanted: _Held) -> Transfer:
+    fine = common_view(shape, (part.view for _, parts in (*held, *wanted) for part in parts))
     sources: list[Region] = []
     replicas: list[Region] = []
     covered: set[Box] = set()
-    for region in held:
-        first = tuple(piece for piece in region.pieces if piece[0] not in covered)
-        again = tuple(piece for piece in region.pieces if piece[0] in covered)
-        covered.update(box for box, _ in first)
+    for placed, parts in held:
+        pieces = _all_pieces(placed.stored, parts, shape, fine)
+        first = tuple(piece for piece in pieces if piece.box not in covered)
+        again = tuple(piece for piece in pieces if piece.box in covered)
+        covered.update(piece.box for piece in first)
         if first:
-            sources.append(Region(region.file, region.begin, region.dtype, region.shape, first))
+            sources.append(_region(placed, pieces if not again else first))
         if again:
-            replicas.append(Region(region.file, region.begin, region.dtype, region.shape, again))
-    if not tiles(full(shape), list(covered)):
+            replicas.append(_region(placed, pieces if not first else again))
+    if not _tile(fine, frozenset(covered)):
         raise CorruptError(
             f"the ranks do not hold {name} exactly",
             tensor=name,
             expected=f"all of shape {list(shape)}, once or as equal replicas",
             found=f"{sum(map(volume, covered))} elements in {len(covered)} boxes",
         )
-    return Transfer(name, shape, tuple(sources), tuple(replicas), tuple(wanted))
+    targets = tuple(_region(placed, _all_pieces(placed.stored, parts, shape, fine)) for placed, parts in wanted)
+    return Transfer(name, fine, tuple(sources), tuple(replicas), targets)
+
+
+def _all_pieces(stored: StoredTensor, parts: tuple[Part, ...], shape: Shape, fine: Shape) -> tuple[Piece, ...]:
+    if len(parts) == 1:  # the cached tuple itself: equal layers share it
+        return pieces_of(stored, parts[0], shape, fine)
+    return tuple(piece for part in parts for piece in pieces_of(stored, part, shape, fine))

@@ -19,9 +19,9 @@ from pathlib import Path
 from tpshard.checkpoint import MANIFEST
 from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError
 from tpshard.execute import Convert, Loader, Progress
-from tpshard.files import Files, local_error, make_directory, sync_directory, write_small
+from tpshard.files import Files, local_error, make_directory, require_space, sync_directory, write_small
 from tpshard.lock import Lock
-from tpshard.planning import Plan, Transfer
+from tpshard.planning import OutputFile, Plan, Transfer
 from tpshard.target import check_leftovers, check_shared, check_target, is_empty, names_in, replaceable, strangers
 from tpshard.writer import PARTIAL, Writer, journal_path
 
@@ -79,12 +79,16 @@ def run_ids(job: Job, settings: Settings) -> dict[str, str]:
                 "verb": job.verb,
                 "identity": dict(job.identity),
                 "checksum": settings.checksum,
-                "output": [output.name, output.size, hashlib.sha256(output.header).hexdigest()],
+                "output": [output.name, output.size, _literals(output)],
                 "sources": sorted(states[path] for path in inputs[output.name]),
             }
         )
         for output in job.plan.outputs
     }
+
+
+def _literals(output: OutputFile) -> str:
+    return hashlib.sha256(b"".join([output.header, *(data for _, data in output.literals)])).hexdigest()
 
 
 def _state(path: str) -> tuple[str, int, int]:
@@ -182,7 +186,8 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
         fsync=settings.fsync,
         progress=settings.progress,
     )
-    _check_space(work, writer.remaining() + sum(map(len, job.small.values())))
+    needed = writer.remaining() + sum(map(len, job.small.values()))
+    require_space(work, needed, hint="free some space, or give another disk with -o")
     return writer
 
 
@@ -263,19 +268,6 @@ def _check_target(job: Job, out: Path, settings: Settings) -> None:
             "this name is needed for the old output until the new one has its own",
             path=old,
             hint="move it away, or give another output with -o",
-        )
-
-
-def _check_space(work: Path, needed: int) -> None:
-    status = os.statvfs(work)
-    free = status.f_bavail * status.f_frsize
-    if needed > free:
-        raise LocalIOError(
-            f"not enough room: {needed:,} bytes are needed and {free:,} are free",
-            path=work,
-            expected=f"{needed} bytes",
-            found=f"{free} bytes",
-            hint="free some space, or give another disk with -o",
         )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpshard.box import extents
 from tpshard.errors import UsageError
-from tpshard.formats.native import Split
+from tpshard.formats.base import Split
 from tpshard.header import TensorInfo, nbytes, read_header
-from tpshard.layout import StoredTensor, largest_tp, padded, possible_tp, why_not
-from tpshard.rules import Axis, Cut
+from tpshard.layout import LogicalTensor, largest_tp, padded, possible_tp, why_not
+from tpshard.rules import Axis
 
 if TYPE_CHECKING:
     from tpshard.checking import Difference
@@ -66,10 +68,12 @@ class PlanReport:
             "architecture": dict(split.model.architecture),
             "mesh": {"tp": split.options.tp, "pp": 1, "ep": 1},
             "set": split.set_id,
+            "format": split.options.format,
             "tensors": [
-                tensor_json(tensor.name, tensor.dtype, tensor.shape, tensor.cut, axes, [r[i] for r in split.layout])
-                for i, tensor in enumerate(split.model.tensors)
+                tensor_json(tensor, axes, shares, split.laid.dropped.get(tensor.name))
+                for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True)
             ],
+            **({} if split.options.format == "native" else {"stored": stored_json(split)}),
             "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
             "padded": self.padding(),
             "replicated": replicated_axes(axes, split.options.tp),
@@ -85,26 +89,75 @@ def replicated_axes(axes: Any, tp: int) -> list[str]:
     return [axis.name for axis in axes.values() if axis.replicate and axis.count < tp]
 
 
+Share = tuple[tuple[int, ...], int]
+"""What a rank holds of a logical tensor: shape, and bytes with padding."""
+
+
+def shares_of(split: Split) -> list[list[Share]]:
+    """What each rank holds of each tensor of the model, in the model's order; nothing of what is dropped."""
+    if split.options.format == "native":
+        return [
+            [(rank[index].shape, nbytes(rank[index].dtype, rank[index].shape)) for rank in split.layout]
+            for index in range(len(split.model.tensors))
+        ]
+    boxes: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for number, rank in enumerate(split.layout):
+        for stored in rank:
+            for part in stored.parts:
+                boxes.setdefault((part.tensor, number), []).append(extents(part.box))
+    found = []
+    for tensor in split.model.tensors:
+        shares = []
+        for number in range(len(split.layout) if tensor.name not in split.laid.dropped else 0):
+            count = sum(map(prod, boxes.get((tensor.name, number), [])))
+            shape, dim = tensor.shape, tensor.cut.dim
+            if dim is not None and count != prod(shape):
+                shape = (*shape[:dim], count * shape[dim] // max(1, prod(shape)), *shape[dim + 1 :])
+            shares.append((shape, nbytes(tensor.dtype, (count,))))
+        found.append(shares)
+    return found
+
+
+def stored_json(split: Split) -> list[dict[str, Any]]:
+    """The tensors that the files have, where they are not the model's own: from which of those each is made."""
+    by_rank = [{stored.name: stored for stored in rank} for rank in split.layout]
+    entries = []
+    for name in dict.fromkeys(name for rank in by_rank for name in rank):
+        held = [(number, rank[name]) for number, rank in enumerate(by_rank) if name in rank]
+        entries.append(
+            {
+                "name": name,
+                "dtype": held[0][1].dtype,
+                "from": list(dict.fromkeys(part.tensor for _, stored in held for part in stored.parts)),
+                "ranks": [
+                    {"rank": number, "shape": list(stored.shape), "bytes": nbytes(stored.dtype, stored.shape)}
+                    for number, stored in held
+                ],
+            }
+        )
+    return entries
+
+
 def tensor_json(
-    name: str, dtype: str, shape: Sequence[int], cut: Cut, axes: Any, ranks: Sequence[StoredTensor]
+    tensor: LogicalTensor, axes: Any, shares: Sequence[Share], dropped: str | None = None
 ) -> dict[str, Any]:
-    """One tensor of a plan or a shard set."""
+    """One tensor of a plan. dropped: why the format has no room for it."""
+    cut = tensor.cut
 
     def segment(axis: Axis) -> dict[str, Any]:
         return {"axis": axis.name, "count": axis.count, "unit": axis.unit}
 
+    rule = "drop" if dropped is not None else "replicate" if cut.kind == "buffer" else cut.kind
     return {
-        "name": name,
-        "dtype": dtype,
-        "shape": list(shape),
-        "rule": "replicate" if cut.kind == "buffer" else cut.kind,
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "rule": rule,
         "dim": cut.dim,
         "segments": [segment(axes[name]) for name in cut.segments],
         "interleave": cut.interleave,
-        "ranks": [
-            {"rank": rank, "shape": list(stored.shape), "bytes": nbytes(stored.dtype, stored.shape)}
-            for rank, stored in enumerate(ranks)
-        ],
+        "ranks": [{"rank": rank, "shape": list(shape), "bytes": size} for rank, (shape, size) in enumerate(shares)],
+        **({} if dropped is None else {"reason": dropped}),
     }
 
 
@@ -155,6 +208,7 @@ class CheckReport:
     source: str | None
     differences: list[Difference]
     unchecked: list[str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -173,6 +227,7 @@ class CheckReport:
             "equal": self.equal,
             "differences": [{"file": d.file, "tensor": d.tensor, "message": d.message} for d in self.differences],
             "unchecked": list(self.unchecked),
+            "warnings": list(self.warnings),
         }
 
 

@@ -97,11 +97,15 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Classified:
-    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name."""
+    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
+
+    full_names: of tensors whose name lacks the prefix, their name with it.
+    """
 
     axes: Mapping[str, Axis]
     cuts: Mapping[str, Cut]
     tied: Mapping[str, str]
+    full_names: Mapping[str, str]
 
 
 def _is_list(value: object) -> bool:
@@ -248,25 +252,34 @@ def builtin_names() -> list[str]:
     return sorted(path.stem for path in _DIRECTORY.glob("*.toml"))
 
 
-def builtin(name: str) -> Architecture:
-    """A built-in architecture by file name or model_type; UnsupportedError when there is none."""
+def all_builtin() -> list[Architecture]:
+    """Every built-in architecture."""
+    return [load_architecture(_DIRECTORY / f"{name}.toml") for name in builtin_names()]
+
+
+def builtin_or_none(name: str) -> Architecture | None:
+    """A built-in architecture by file name or model_type."""
     path = _DIRECTORY / f"{name}.toml"
     if re.fullmatch(r"[\w.-]+", name) and path.is_file():
         return load_architecture(path)
-    for other in builtin_names():
-        architecture = load_architecture(_DIRECTORY / f"{other}.toml")
-        if name in architecture.model_types:
-            return architecture
+    return next((architecture for architecture in all_builtin() if name in architecture.model_types), None)
+
+
+def builtin(name: str) -> Architecture:
+    """A built-in architecture by file name or model_type; UnsupportedError when there is none."""
+    if architecture := builtin_or_none(name):
+        return architecture
     raise UnsupportedError(
         f"no rules for model_type {name!r}{_closest(name)}",
-        hint="write rules of your own and give them with --rules FILE; `tpshard archs` lists the built-in ones",
+        hint="`tpshard archs draft MODEL` writes rules to start from, --rules FILE takes them; `tpshard archs` lists "
+        "the built-in ones",
     )
 
 
 def _closest(name: str) -> str:
     import difflib
 
-    known = {t for arch in builtin_names() for t in (arch, *load_architecture(_DIRECTORY / f"{arch}.toml").model_types)}
+    known = {name for architecture in all_builtin() for name in (architecture.name, *architecture.model_types)}
     near = difflib.get_close_matches(name, sorted(known))
     return f" (closest: {', '.join(near)})" if near else ""
 
@@ -291,26 +304,31 @@ def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path
     return builtin(model_type)
 
 
-def classify(architecture: Architecture, config: Mapping[str, Any], tensors: Iterable[TensorInfo]) -> Classified:
-    """Give every tensor its cut.
+def classify(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    tensors: Iterable[TensorInfo],
+    names: Mapping[str, str] | None = None,
+) -> Classified:
+    """Give every tensor its cut. names: what the rules call a tensor that has another name in the checkpoint.
 
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
     """
     tensors = tuple(tensors)
-    config = {**architecture.defaults, **config}
-    for name, pattern in architecture.found.items():
-        compiled = _compile(pattern)
-        config[name] = any(compiled.fullmatch(n) for t in tensors for n in (t.name, architecture.prefix + t.name))
+    names = names or {}
     try:
-        return _classify(architecture, config, tensors)
+        config = _with_found(architecture, config, [names.get(tensor.name, tensor.name) for tensor in tensors])
+        return _classify(architecture, config, tensors, names)
     except expression.ExpressionError as error:
-        raise CorruptError(f"the config does not fit the {architecture.name} rules: {error}") from None
+        raise _misfit(architecture, error) from None
 
 
-def _classify(architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> Classified:
+def _classify(
+    architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo], names: Mapping[str, str]
+) -> Classified:
     matcher = _Matcher(architecture, config)
-    matches = [matcher.match(tensor) for tensor in tensors]
+    matches = [matcher.match(tensor, names.get(tensor.name, tensor.name)) for tensor in tensors]
     used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
     used |= {group for name in used if (group := architecture.axes[name].get("group"))}
     axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
@@ -321,7 +339,39 @@ def _classify(architecture: Architecture, config: Mapping[str, Any], tensors: Se
         cuts[tensor.name] = cut
     matcher.check_complete()
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
-    return Classified(axes=axes, cuts=cuts, tied=tied)
+    full_names = {name: full for full, name in matcher.names.items() if full != name}
+    return Classified(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+
+
+def recognise(
+    architecture: Architecture, config: Mapping[str, Any], names: Iterable[str], exact: bool = False
+) -> tuple[list[str], list[str]]:
+    """By names alone: the required patterns that match none of `names`, and those of `names` without a rule.
+
+    exact: a name must have the prefix that a checkpoint may leave out.
+    """
+    names = tuple(names)
+    try:
+        matcher = _Matcher(architecture, _with_found(architecture, config, names))
+        found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
+    except expression.ExpressionError as error:
+        raise _misfit(architecture, error) from None
+    seen = {pattern.text for patterns in found.values() for pattern in patterns}
+    missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
+    return missing, [name for name, patterns in found.items() if not patterns]
+
+
+def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The config with what it means when it is silent, and with what the checkpoint is found to hold."""
+    config = {**architecture.defaults, **config}
+    for key, pattern in architecture.found.items():
+        compiled = _compile(pattern)
+        config[key] = any(compiled.fullmatch(full) for name in names for full in (name, architecture.prefix + name))
+    return config
+
+
+def _misfit(architecture: Architecture, error: Exception) -> CorruptError:
+    return CorruptError(f"the config does not fit the {architecture.name} rules: {error}")
 
 
 def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
@@ -417,17 +467,22 @@ class _Matcher:
         self._memo: dict[str, list[_Pattern]] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
-    def match(self, tensor: TensorInfo) -> tuple[_Rule, tuple[str, ...]]:
-        """The one rule of a tensor, and the axis of each of its dims."""
-        name = tensor.name
-        for full in (name, self.architecture.prefix + name):
+    def find(self, name: str, prefix: str) -> tuple[str, list[_Pattern]]:
+        """The patterns that match a name, as it is or after `prefix`, and the name that they match."""
+        for full in dict.fromkeys((name, prefix + name)):
             key = self._index.sub("0", full)
             if key not in self._memo:
                 self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(full)]
             candidates = [p for p in self._memo[key] if not p.condition or self._holds(p, _numbers(p, full)[0][0])]
             if candidates:
-                break
-        else:
+                return full, candidates
+        return name, []
+
+    def match(self, tensor: TensorInfo, known_as: str) -> tuple[_Rule, tuple[str, ...]]:
+        """The one rule of a tensor, which the rules know by another name perhaps, and the axis of each of its dims."""
+        name = tensor.name
+        full, candidates = self.find(known_as, self.architecture.prefix)
+        if not candidates:
             raise UnsupportedError(
                 f"no {self.architecture.name} rule matches the tensor {name}",
                 path=tensor.file,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from tpshard.console import Console, human_bytes
-from tpshard.report import InspectReport, PlanReport
+from tpshard.report import InspectReport, PlanReport, shares_of, stored_json
 
 
 def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:
@@ -66,14 +66,27 @@ def print_plan(report: PlanReport, every: bool) -> None:
     console = Console.rich()
     split = report.split
     rows = []
-    for index, tensor in enumerate(split.model.tensors):
-        ranks = _same_or_each([_shape(rank[index].shape) for rank in split.layout])
+    for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True):
+        ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
         rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
+        rule = rule if shares else f"drop: {split.laid.dropped[tensor.name]}"
         rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
     table = _table("tensor", "dtype", "shape", "rule", "each rank holds")
     for row in fold(rows, every):
         table.add_row(*row)
     console.print(table)
+    if text := split.model.architecture.get("text"):
+        console.print(_text_line(text))
+    if split.options.format != "native":
+        table = _table("the files have", "made of", "each rank holds")
+        made = []
+        for entry in stored_json(split):
+            whence = entry["from"] or ["a constant"]
+            ranks = _same_or_each([_shape(rank["shape"]) for rank in entry["ranks"]])
+            made.append((entry["name"], " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks))
+        for row in fold(made, every):
+            table.add_row(*row)
+        console.print(table)
     for rank, size in enumerate(report.rank_bytes):
         console.print(f"rank {rank}: {human_bytes(size)}")
     plan = report.to_json()
@@ -88,6 +101,12 @@ def print_plan(report: PlanReport, every: bool) -> None:
     console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
     for reason in _reasons(plan["impossible_tp"]):
         console.print(f"not possible: {reason}", style="dim")
+
+
+def _text_line(text: Mapping[str, Any]) -> str:
+    """What of a multimodal model is split."""
+    rest = ", ".join(text["replicated"]) or "nothing else"
+    return f"text model: {text['model_type']} under {text['prefix']}* is split; replicated: {rest}"
 
 
 def _reasons(impossible: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,7 +6,6 @@ much of it is safely on disk; the same command picks up there. A final name is o
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import threading
@@ -76,12 +75,18 @@ def journal_path(directory: Path, name: str) -> Path:
 
 
 def read_journal(path: Path) -> dict[str, Any]:
-    """A journal's content; empty when there is none or it is not whole."""
-    with contextlib.suppress(OSError, ValueError):
+    """A journal's content; empty when there is none or it is not whole.
+
+    LocalIOError when it cannot be read: it may say that the files beside it are another run's.
+    """
+    try:
         data = json.loads(path.read_bytes())
-        if isinstance(data, dict) and isinstance(data.get("offset"), int) and isinstance(data.get("run"), str):
-            return data
-    return {}
+    except (FileNotFoundError, ValueError):
+        return {}
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    whole = isinstance(data, dict) and isinstance(data.get("offset"), int) and isinstance(data.get("run"), str)
+    return data if whole else {}
 
 
 class Writer:
@@ -112,11 +117,6 @@ class Writer:
         }
         self.outputs = [_File(output, directory, _ends(output, last)) for output in plan.outputs]
         self._by_name = {file.output.name: file for file in self.outputs}
-        self._tensor_end = {
-            (placed.file, placed.begin): placed.begin + nbytes(placed.stored.dtype, placed.stored.shape)
-            for output in plan.outputs
-            for placed in output.tensors
-        }
         self._lock = threading.Lock()
 
     def remaining(self) -> int:
@@ -193,7 +193,8 @@ class Writer:
         with about(file.partial):
             file.fd = self.files.open_write(str(file.partial))
             self.files.truncate(file.fd, size)
-            write_exactly(self.files, file.fd, [memoryview(file.output.header)], 0)
+            for offset, data in ((0, file.output.header), *file.output.literals):
+                write_exactly(self.files, file.fd, [memoryview(data)], offset)
         self._note(file)
 
     def _note(self, file: _File) -> None:
@@ -209,14 +210,14 @@ class Writer:
     def _is_written(self, index: int) -> bool:
         step = self.plan.steps[index]
         regions = step.targets if isinstance(step, Transfer) else (step.target,)
-        return all(self._tensor_end[r.file, r.begin] <= self._by_name[r.file].durable for r in regions)
+        return all(r.end <= self._by_name[r.file].durable for r in regions)
 
     def _put(self, step: FlatStep, block: Box, buffer: memoryview, turn: int) -> None:
         written = 0
         start = turn % len(step.targets)  # two workers rarely want the same file's lock
         for flat in step.targets[start:] + step.targets[:start]:
             file = self._by_name[flat.file]
-            if file.done or self._tensor_end[flat.file, flat.begin] <= file.durable:
+            if file.done or flat.end <= file.durable:
                 continue
             with about(file.partial):
                 for offset, parts in operations(flat, block, buffer):
@@ -307,11 +308,14 @@ class _Hasher:
 
 
 def _ends(output: OutputFile, last: dict[tuple[str, int], int]) -> list[tuple[int, int]]:
-    """For every prefix of a file: the steps that must be complete for it, and where it ends."""
-    ends = [(0, len(output.header))]
-    for placed in output.tensors:
+    """For every prefix of a file: the steps that must be complete for it, and where it ends.
+
+    What lies between tensors is written first of all, so that a prefix ends where the next tensor begins.
+    """
+    begins = [*(placed.begin for placed in output.tensors), output.size]
+    ends = [(0, begins[0])]
+    for placed, following in zip(output.tensors, begins[1:], strict=True):
         # A tensor without elements has no step of its own and the offset of its neighbour: it needs nothing.
-        end = placed.begin + nbytes(placed.stored.dtype, placed.stored.shape)
-        needed = last[placed.file, placed.begin] if end > placed.begin else 0
-        ends.append((max(ends[-1][0], needed), end))
+        needed = last[placed.file, placed.begin] if nbytes(placed.stored.dtype, placed.stored.shape) else 0
+        ends.append((max(ends[-1][0], needed), following))
     return ends

@@ -7,10 +7,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from crash.scene import fine_grained  # noqa: E402
-from crash.seams import one_thread  # noqa: E402
+from crash.fine import SIZES, in_order  # noqa: E402
 
-from tpshard.cli import main  # noqa: E402
+from tpshard import lower, writer  # noqa: E402
+from tpshard.cli import run  # noqa: E402
 
-with fine_grained(), one_thread():
-    main()
+for name, size in SIZES.items():
+    module, _, variable = name.rpartition(".")
+    setattr(sys.modules[module], variable, size)
+assert lower.BLOCK == SIZES["tpshard.lower.BLOCK"]
+writer.run = in_order
+
+run()

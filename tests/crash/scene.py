@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
 from checkpoints import make, sharded
+from crash.fine import SIZES
 
 import tpshard
 from tpshard.errors import TargetError, TpshardError
@@ -45,19 +46,19 @@ def tree(directory: Path) -> Tree:
 
 @contextmanager
 def fine_grained() -> Iterator[None]:
-    """Blocks, flushes and hashes of a few bytes, so that small files have journals with something in them."""
-    with (
-        mock.patch("tpshard.writer.FLUSH", 2500),
-        mock.patch("tpshard.writer._HASH", 2000),
-        mock.patch("tpshard.writer._READ", 1500),
-        mock.patch("tpshard.lower.BLOCK", 1200),
-    ):
+    """The sizes of `crash.fine`."""
+    with ExitStack() as stack:
+        for name, size in SIZES.items():
+            stack.enter_context(mock.patch(name, size))
         yield
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A command that writes `out` under a root of its own. shared: other runs write into the same directory."""
+    """A command that writes `out` under a root of its own.
+
+    shared: other runs write into the same directory. in_place: `out` is there, empty, and cannot be renamed over.
+    """
 
     name: str
     command: Callable[[Path, Settings], object]
@@ -65,6 +66,7 @@ class Scene:
     before: Tree = field(default_factory=dict)
     overwrite: bool = False
     shared: bool = False
+    in_place: bool = False
 
     def out(self, root: Path) -> Path:
         """Where the command writes."""
@@ -73,7 +75,7 @@ class Scene:
     def prepare(self, root: Path) -> None:
         """Make the root as it is before the command."""
         shutil.rmtree(root, ignore_errors=True)
-        root.mkdir(parents=True)
+        (self.out(root) if self.in_place else root).mkdir(parents=True)
         for name, data in self.before.items():
             path = self.out(root) / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,24 +83,30 @@ class Scene:
 
     def run(self, root: Path, settings: Settings) -> None:
         """Run the command."""
-        self.command(self.out(root), settings)
+        with mock.patch("tpshard.publish.replaceable", return_value=False) if self.in_place else nullcontext():
+            self.command(self.out(root), settings)
 
     def state(self, root: Path) -> str:
         """absent, old, complete or unfinished; AssertionError when the output is none of them, or pretends to be.
 
-        An output that is renamed into place is never unfinished. In a shared directory `check` and `merge` must tell.
+        An output that is renamed into place is never unfinished. One that grows where it is may be whole while its
+        journals are still there; before that `check` and `merge` must tell.
         """
         out = self.out(root)
         if not out.exists():
             return "absent"
+        if self.in_place and not any(out.iterdir()):
+            return "old"
         found = {name: data for name, data in tree(out).items() if name != LOCK}  # empty, and taken away next time
         if found == self.expected:
             assert looks_complete(out) or self.name in ("merge", "first-rank")
             return "complete"
         if found == self.before:
             return "old"
-        assert self.shared, f"{self.name}: {sorted(found)} is neither the old output nor the new one"
-        assert not looks_complete(out), f"{self.name}: {sorted(found)} looks complete"
+        growing = self.shared or self.in_place
+        assert growing, f"{self.name}: {sorted(found)} is neither the old output nor the new one"
+        whole = self.expected.items() <= found.items()
+        assert looks_complete(out) == whole, f"{self.name}: {sorted(found)} looks {'un' if whole else ''}finished"
         return "unfinished"
 
     def again(self, root: Path, settings: Settings) -> None:
@@ -178,5 +186,6 @@ def scenes(root: Path) -> dict[str, Scene]:
         Scene("merge", merge, undisturbed(merge, root)),
         Scene("reshard", reshard, whole),
         Scene("overwrite", split, whole, before=old, overwrite=True),
+        Scene("in-place", split, whole, in_place=True),
     ]
     return {scene.name: scene for scene in found}

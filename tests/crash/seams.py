@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tpshard.execute import Background, Loader
+from crash.fine import in_order
+
 from tpshard.files import Files
-from tpshard.lower import flatten
-from tpshard.planning import Step
 
 CALLS = (
     "open_read", "open_write", "preadv", "pwritev", "truncate", "datasync", "fsync", "replace", "rename", "unlink",
@@ -244,31 +243,6 @@ def _moved(names: _Names, source: str, target: str) -> _Names:
 
 def _without(names: _Names, gone: str) -> _Names:
     return {path: inode for path, inode in names.items() if path != gone}
-
-
-def in_order(
-    steps: Sequence[Step],
-    loader: Loader,
-    action: Callable[..., None],
-    *,
-    workers: int,
-    skip: Callable[[int], bool] = lambda index: False,
-    background: Background | None = None,
-    on_complete: Callable[[int], None] = lambda complete: None,
-) -> None:
-    """What `tpshard.execute.run` does, by one thread in one order, so that the n-th call is always the same one."""
-    try:
-        for index, step in enumerate(steps):
-            if not skip(index):
-                flat = flatten(step)
-                for turn, block in enumerate(flat.blocks()):
-                    action(flat, block, loader.load(flat, block), turn)
-            on_complete(index + 1)
-            while background is not None and background.step(index + 1):
-                pass
-        assert background is None or background.finished(len(steps))
-    finally:
-        loader.handles.close()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 strace first lists the calls of an undisturbed run, then repeats the run once for each call and fault. After each of
 them the output must be absent, the old one, complete or resumable, and the same command must end with the same bytes.
+A call that fails by itself, such as opening what is not there yet, is one of them.
 
     python tests/crash/strace_all.py [--jobs 2] [SCENE ...]
 """
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -28,6 +29,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from crash.scene import Scene, scenes, tree  # noqa: E402
 
+from tpshard.errors import TpshardError  # noqa: E402
 from tpshard.publish import Settings  # noqa: E402
 
 CALLS = (
@@ -42,7 +44,10 @@ LIMIT = 300  # seconds for one run
 
 @dataclass(frozen=True)
 class Command:
-    """A scene as a command line. exact: without threads, every call of the listing must be hit."""
+    """A scene as a command line. exact: without threads, every call of the listing must be hit.
+
+    With threads the calls come in another order each time, and some only in some runs: those that came are counted.
+    """
 
     scene: Scene
     arguments: tuple[str, ...]
@@ -62,11 +67,19 @@ class Command:
 
 @dataclass(frozen=True)
 class Call:
-    """The n-th call of a name that mentions a path, which is relative to the root."""
+    """The n-th call of a name in its thread that mentions a path, which is relative to the root."""
 
     name: str
     path: str
     n: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a fault led to: where the command ended, or what is wrong with it; both None when the call did not come."""
+
+    outcome: str | None = None
+    wrong: str | None = None
 
 
 def commands(base: Path) -> list[Command]:
@@ -81,38 +94,45 @@ def commands(base: Path) -> list[Command]:
         "merge": ("merge", shards),
         "reshard": ("reshard", shards, "--tp", "2"),
         "overwrite": split,
+        "in-place": split,
     }
     exact = [Command(found[name], given, True) for name, given in arguments.items()]
-    return exact + [Command(found[name], (*arguments[name], "--workers", "2"), False) for name in ("split", "ranks")]
+    most = ("split", "ranks")
+    return exact + [Command(found[name], (*arguments[name], "--workers", "2"), False) for name in most]
 
 
 def strace(command: Command, root: Path, *options: str) -> tuple[int, str]:
     """Run a command under strace on a fresh root: exit code and log. What it says is in files beside the root."""
     command.scene.prepare(root)
     log = root.parent / "log"
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0", "PYTHONPATH": str(TESTS.parent)}
+    environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": str(TESTS.parent)}
+    environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(root.parent.parent / "bytecode")}
     with (root.parent / "stdout").open("wb") as stdout, (root.parent / "stderr").open("wb") as stderr:
         done = subprocess.run(
             ["strace", "-f", "-y", "-s", "0", "-o", str(log), *options, *command.argv(root)],
             stdout=stdout,
             stderr=stderr,
             env=environment,
+            cwd=command.scene.out(root) if command.scene.in_place else None,  # which no rename may take away
             timeout=LIMIT,
         )
     return done.returncode, log.read_text(errors="replace")
 
 
-def calls(log: str, root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Name and paths, relative to the root, of every call of a log that touches the output, stdout or stderr."""
+def calls(log: str, root: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Thread, name and paths, relative to the root, of every call of a log that touches the output, stdout or stderr.
+
+    With what failed by itself: strace counts all calls of a thread when it looks for the n-th.
+    """
     for line in log.splitlines():
-        match = re.match(r"\d+ +(\w+)\((.*)", line)
-        if match is None or " = -1 ENOENT" in line:
+        match = re.match(r"(\d+) +(\w+)\((.*)", line)
+        if match is None:
             continue
-        mentioned = re.findall(r'"([^"]*)"|<(/[^>]*)>', match[2])
+        mentioned = re.findall(r'"([^"]*)"|<(/[^>]*)>', match[3].replace("AT_FDCWD<", "<cwd "))
         paths = [a or b for a, b in mentioned]
         ours = [os.path.relpath(path, root) for path in paths if path.startswith(str(root.parent))]
         if ours:
-            yield match[1], ours
+            yield match[1], match[2], ours
 
 
 def listing(command: Command, root: Path) -> list[Call]:
@@ -121,38 +141,42 @@ def listing(command: Command, root: Path) -> list[Call]:
     code, log = strace(command, root, "-e", f"trace={names}")
     if code != 0 or command.scene.state(root) != "complete":
         raise SystemExit(f"{command.name}: an undisturbed run under strace exits with {code}\n{log[-2000:]}")
-    seen: Counter[tuple[str, str]] = Counter()
-    found = []
-    for name, paths in calls(log, root):
+    seen: Counter[tuple[str, str, str]] = Counter()
+    found: dict[Call, None] = {}  # threads may have calls in common
+    for thread, name, paths in calls(log, root):
         for path in set(paths):
-            seen[name, path] += 1
-        found.append(Call(name, paths[0], seen[name, paths[0]]))
-    return found
+            seen[thread, name, path] += 1
+        found[Call(name, paths[0], seen[thread, name, paths[0]])] = None
+    return list(found)
 
 
-def inject(command: Command, root: Path, call: Call, fault: str) -> bool:
-    """Run with one fault, judge what it leaves, run again, judge the end. False when the call did not come."""
+def inject(command: Command, root: Path, call: Call, fault: str) -> Result:
+    """Run with one fault, judge what it leaves, run again, judge the end."""
     path, killed = os.path.normpath(root / call.path), fault == "killed"
     options = ["-P", path, "-e", f"trace={call.name}", "-e", f"inject={call.name}:{FAULTS[fault]}:when={call.n}"]
     # strace stops only at the calls that it wants to see with --seccomp-bpf, but then (6.1) it sends no signals.
     code, log = strace(command, root, *([] if killed else ["--seccomp-bpf"]), *options)
-    if ("killed by SIGKILL" if killed else "(INJECTED)") not in log:
+    came = [number for number, line in enumerate(log.splitlines(), 1) if re.search(r"SIGKILL|\(INJECTED\)", line)]
+    if not came:
         assert code == 0, f"nothing was injected, and the run exits with {code}"
-        return False
+        return Result()
+    if command.exact:
+        assert came[0] == call.n + killed, f"line {came[0]} of the log instead of {call.n}"
     stderr = (root.parent / "stderr").read_text()
     assert code == (-9 if killed else 6), f"exit code {code}: {stderr}"
-    assert "Traceback" not in stderr
+    assert "Traceback" not in stderr, stderr
     assert killed or stderr.count("error: ") == 1, stderr
     state = command.scene.state(root)
     if command.scene.overwrite and not killed:
         assert state in ("old", "complete"), f"the old output is {state}"
         assert ("untouched" in stderr) == (state == "old"), stderr
+    left = command.scene.out(root).with_name("out.partial").exists()
     command.scene.again(root, Settings(workers=1, fsync=False, overwrite=command.scene.overwrite))
-    return True
+    return Result(outcome=f"{state} + partial" if left else state)
 
 
-def attack(command: Command, base: Path, jobs: int) -> tuple[int, list[str]]:
-    """Every fault at every call: how many were injected, and what went wrong."""
+def attack(command: Command, base: Path, jobs: int) -> Tally:
+    """Every fault at every call."""
     roots: SimpleQueue[Path] = SimpleQueue()
     for job in range(jobs):
         roots.put(base / f"job-{job}" / "root")
@@ -160,29 +184,52 @@ def attack(command: Command, base: Path, jobs: int) -> tuple[int, list[str]]:
     found = listing(command, first)
     roots.put(first)
 
-    def one(call: Call, fault: str) -> str | None:
+    def one(call: Call, fault: str) -> Result:
         root = roots.get()
         try:
-            came = inject(command, root, call, fault)
-            return "the call did not come" if command.exact and not came else None
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            return str(error) or "AssertionError"
+            result = inject(command, root, call, fault)
+            return Result(wrong="the call did not come") if command.exact and result == Result() else result
+        except (AssertionError, TpshardError, subprocess.TimeoutExpired) as error:
+            return Result(wrong=f"{type(error).__name__}: {error}")
         finally:
             roots.put(root)
 
     work = [(call, fault) for fault in FAULTS for call in found]
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda item: one(*item), work))
-    wrong = [
-        f"{command.name}: {fault} at {call.name} {call.path} #{call.n}: {result}"
-        for (call, fault), result in zip(work, results, strict=True)
-        if result is not None
-    ]
-    kinds = ", ".join(f"{count} {name}" for name, count in Counter(call.name for call in found).most_common())
-    print(f"{command.name}: {len(found)} calls ({kinds}) x {len(FAULTS)} faults, {len(wrong)} wrong", flush=True)
-    for line in wrong:
-        print(f"  {line}", flush=True)
-    return len(work), wrong
+    tally = Tally(Counter(call.name for call in found))
+    for (call, fault), result in zip(work, results, strict=True):
+        tally.outcomes[fault][result.outcome or ("WRONG" if result.wrong else "did not come")] += 1
+        if result.wrong:
+            tally.wrong.append(f"{command.name}: {fault} at {call.name} {call.path} #{call.n}: {result.wrong}")
+    tally.show(command.name)
+    return tally
+
+
+@dataclass
+class Tally:
+    """How many calls there were of each name, and where each fault led."""
+
+    calls: Counter[str]
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: {fault: Counter() for fault in FAULTS})
+    wrong: list[str] = field(default_factory=list)
+
+    def add(self, other: Tally) -> None:
+        """Take another's numbers in."""
+        self.calls += other.calls
+        self.wrong += other.wrong
+        for fault, counts in other.outcomes.items():
+            self.outcomes[fault] += counts
+
+    def show(self, what: str) -> None:
+        """Print the numbers, and everything that is wrong."""
+        kinds = ", ".join(f"{count} {name}" for name, count in self.calls.most_common())
+        print(f"{what}: {self.calls.total()} calls ({kinds})")
+        for fault, counts in self.outcomes.items():
+            print(f"  {fault:6} {counts.total():4}: {', '.join(f'{n} {name}' for name, n in counts.most_common())}")
+        for line in self.wrong:
+            print(f"  {line}")
+        sys.stdout.flush()
 
 
 def usable() -> None:
@@ -205,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("scene", nargs="*", help="only these")
     given = parser.parse_args(arguments)
     usable()
-    began, total, wrong = time.monotonic(), 0, []
+    began, total = time.monotonic(), Tally(Counter())
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # else most of the time goes into waiting for fsync
     with tempfile.TemporaryDirectory(prefix="tpshard-crash-", dir=memory) as directory:
         base = Path(directory).resolve()
@@ -215,13 +262,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sources = [tree(base / name) for name in ("tiny-0", "shards")]
         for command in every:
             if not given.scene or command.name in given.scene:
-                count, found = attack(command, base, given.jobs)
-                total += count
-                wrong += found
+                total.add(attack(command, base, given.jobs))
         if sources != [tree(base / name) for name in ("tiny-0", "shards")]:
-            wrong.append("a source was modified")
-    print(f"{total} faults in {time.monotonic() - began:.0f} s, {len(wrong)} wrong")
-    return 1 if wrong else 0
+            total.wrong.append("a source was modified")
+    print()
+    total.show("all scenes")
+    faults = sum(counts.total() - counts["did not come"] for counts in total.outcomes.values())
+    print(f"{faults} faults in {time.monotonic() - began:.0f} s, {len(total.wrong)} wrong")
+    return 1 if total.wrong else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Everything is read from the manifest and the files' headers. The rules that made
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import Any
 
 from tpshard.checkpoint import MANIFEST, load_json, read_bytes, safe_path, side_paths
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
-from tpshard.formats.native import FORMAT_VERSION, Options, _dump, rank_stem
-from tpshard.header import TensorInfo, read_header
-from tpshard.layout import Layout, LogicalTensor, Part, StoredTensor, whole
+from tpshard.formats import FORMATS, format_of
+from tpshard.formats.base import FORMAT_VERSION, Laid, Options, Split, dump, rank_stem, stored_from_json
+from tpshard.header import TensorInfo, nbytes, read_header
+from tpshard.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.model import Model
 from tpshard.planning import Placed
 from tpshard.rules import Axis, Cut
@@ -24,7 +24,6 @@ from tpshard.writer import PARTIAL
 
 _SAME = "copy it from where the rank files come from: it is the same on every host"
 _REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
-_RANK_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,25 @@ class ShardSet:
 
     directory: Path
     manifest: Mapping[str, Any]
-    model: Model
-    options: Options
-    layout: Layout
+    split: Split
     files: Mapping[int, tuple[RankFile, ...]]
     records: Mapping[int, Mapping[str, Any]]
     side_files: tuple[Path, ...]
+
+    @property
+    def model(self) -> Model:
+        """The unsharded model, as far as the set holds it."""
+        return self.split.kept
+
+    @property
+    def options(self) -> Options:
+        """What the set was made with."""
+        return self.split.options
+
+    @property
+    def layout(self) -> Layout:
+        """Every rank's stored tensors."""
+        return self.split.layout
 
     @property
     def tp(self) -> int:
@@ -131,26 +143,27 @@ def open_shards(directory: Path) -> ShardSet:
                 found=f"set {manifest.get('set')}",
                 hint=_SAME,
             )
-        model, options, layout = _parse(manifest)
+        split = _parse(manifest, directory)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=_SAME) from None
     names = sorted(entry.name for entry in directory.iterdir())
-    files = _rank_files(directory, names, manifest["set"], options.tp)
+    files = _rank_files(directory, names, split)
     for rank, found in files.items():
-        _check_tensors(rank, found, layout[rank])
-    records = {rank: record for rank in files if (record := _record(directory, rank, options.tp, manifest["set"]))}
-    return ShardSet(directory, manifest, model, options, layout, files, records, side_paths(directory, names))
+        _check_tensors(rank, found, split.layout[rank])
+    tp = split.options.tp
+    records = {rank: record for rank in files if (record := _record(directory, rank, tp, split.set_id))}
+    return ShardSet(directory, manifest, split, files, records, side_paths(directory, names))
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     """What `set` must be: a digest of all that follows from headers and options."""
     head = ("format", "format_version", "set", "tool")
     body = {key: value for key, value in manifest.items() if key not in head}
-    return hashlib.sha256(_dump(body)).hexdigest()[:32]
+    return hashlib.sha256(dump(body)).hexdigest()[:32]
 
 
-def _parse(manifest: Mapping[str, Any]) -> tuple[Model, Options, Layout]:
+def _parse(manifest: Mapping[str, Any], directory: Path) -> Split:
     tp = manifest["mesh"]["tp"]
     if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or not isinstance(tp, int) or tp < 1:
         raise ValueError(f"mesh {manifest['mesh']}")
@@ -162,17 +175,32 @@ def _parse(manifest: Mapping[str, Any]) -> tuple[Model, Options, Layout]:
         shares=None if shares is None else tuple(shares),
         pad_vocab_to=chosen["pad_vocab_to"],
         max_file_size=chosen["max_file_size"],
+        format=chosen["format"],
+        engine_version=chosen["engine_version"],
     )
     tensors = []
     ranks: list[list[StoredTensor]] = [[] for _ in range(tp)]
-    file_of = {}
+    file_of, full_names, dropped = {}, {}, {}
     for entry in manifest["tensors"]:
         cut = Cut(entry["rule"], entry.get("dim"), tuple(entry.get("segments", ())), entry.get("interleave"))
         tensor = LogicalTensor(entry["name"], entry["dtype"], tuple(entry["shape"]), cut)
         tensors.append(tensor)
         file_of[tensor.name] = entry["file"]
+        if "full" in entry:
+            full_names[tensor.name] = entry["full"]
+        if "dropped" in entry:
+            dropped[tensor.name] = entry["dropped"]
+        if "stored" not in manifest:
+            for rank in range(tp):
+                held = entry.get("ranks")
+                ranks[rank].append(
+                    stored_from_json(tensor.name, tensor.dtype, held[rank], tensor.name) if held else whole(tensor)
+                )
+    for entry in manifest.get("stored", ()):
         for rank in range(tp):
-            ranks[rank].append(_stored(tensor, entry["ranks"][rank]) if "ranks" in entry else whole(tensor))
+            found = entry["every"] if "every" in entry else entry["ranks"][rank]
+            if found is not None:
+                ranks[rank].append(stored_from_json(entry["name"], entry["dtype"], found))
     model = Model(
         tensors=tuple(tensors),
         axes={name: Axis(**axis) for name, axis in manifest["axes"].items()},
@@ -181,53 +209,80 @@ def _parse(manifest: Mapping[str, Any]) -> tuple[Model, Options, Layout]:
         source=manifest["source"],
         architecture=manifest["architecture"],
         dtype=chosen["dtype"],
+        full_names=full_names,
+        config=_config(directory),
     )
-    return model, options, tuple(tuple(rank) for rank in ranks)
+    return Split(model, options, Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], dump(manifest))
 
 
-def _stored(tensor: LogicalTensor, entry: Mapping[str, Any]) -> StoredTensor:
-    def box(sides: list[list[int]]) -> tuple[tuple[int, int], ...]:
-        return tuple((start, stop) for start, stop in sides)
-
-    parts = tuple(Part(tensor.name, box(part["box"]), tuple(part["at"])) for part in entry["parts"])
-    fills = tuple(box(fill) for fill in entry.get("padding", ()))
-    return StoredTensor(tensor.name, tensor.dtype, tuple(entry["shape"]), parts, fills)
+def _config(directory: Path) -> Mapping[str, Any]:
+    """The config beside the ranks' files; only formats that need more than the manifest look at it."""
+    path = directory / "config.json"
+    config = load_json(read_bytes(path), path) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}
 
 
-def _rank_files(directory: Path, names: list[str], set_id: str, tp: int) -> dict[int, tuple[RankFile, ...]]:
+def _rank_files(directory: Path, names: list[str], split: Split) -> dict[int, tuple[RankFile, ...]]:
     files: dict[int, list[RankFile]] = {}
     parts_of: dict[int, int] = {}
+    tp, own = split.options.tp, format_of(split.options.format)
     for name in names:
-        match = _RANK_FILE.fullmatch(name)
-        if match is None:
+        numbers = own.parse_name(name)
+        if numbers is None:
+            _refuse_other(directory, name, split)
             continue
         path = safe_path(directory, name)
+        rank = numbers["rank"]
+        output = own.verify_file(split, rank, path)
+        if output is not None:
+            infos = tuple(
+                TensorInfo(stored.name, stored.dtype, stored.shape, str(path), begin, begin + _size(stored))
+                for stored, _, begin in output.tensors
+            )
+            files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, infos))
+            parts_of[rank] = numbers.get("parts", 1)
+            continue
         header = read_header(path)
         said = header.metadata
-        rank, width, part, parts = (
-            int(group or default) for group, default in zip(match.groups(), (0, 1, 0, 1), strict=True)
-        )
-        expected = {"set": set_id, "tp": str(width), "rank": str(rank), "part": str(part), "parts": str(parts)}
-        wrong = [key for key, value in expected.items() if said.get(f"tpshard.{key}") != value]
-        if "set" in wrong or width != tp:
+        if said.get("tpshard.set") != split.set_id or numbers.get("tp", tp) != tp:
             raise CorruptError(
                 f"{name} is not of this set",
                 path=path,
-                expected=f"set {set_id}, tp {tp}",
+                expected=f"set {split.set_id}, tp {tp}",
                 found=f"set {said.get('tpshard.set')}, tp {said.get('tpshard.tp')}",
                 hint="keep one set in one directory",
             )
-        if wrong:
-            raise CorruptError(
-                f"{name} does not hold what its name says",
-                path=path,
-                expected=f"{wrong[0]} {expected[wrong[0]]}",
-                found=f"{wrong[0]} {said.get(f'tpshard.{wrong[0]}')}",
-                hint="files may have been exchanged: give each the name that its content says",
-            )
+        expected = {"tp": tp, **numbers}
+        for key, value in expected.items():
+            if said.get(f"tpshard.{key}") != str(value):
+                raise CorruptError(
+                    f"{name} does not hold what its name says",
+                    path=path,
+                    expected=f"{key} {value}",
+                    found=f"{key} {said.get(f'tpshard.{key}')}",
+                    hint="files may have been exchanged: give each the name that its content says",
+                )
+        parts = said.get("tpshard.parts", "")
         files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, header.tensors))
-        parts_of[rank] = parts
+        parts_of[rank] = int(parts) if parts.isdecimal() else 0
     return {rank: tuple(found) for rank, found in files.items() if len(found) == parts_of[rank]}
+
+
+def _size(stored: StoredTensor) -> int:
+    return nbytes(stored.dtype, stored.shape)
+
+
+def _refuse_other(directory: Path, name: str, split: Split) -> None:
+    """CorruptError for a rank file of another format: an engine would take it for one of this set."""
+    for other in FORMATS:
+        if other != split.options.format and format_of(other).parse_name(name) is not None:
+            raise CorruptError(
+                f"{name} is a rank's file of another format",
+                path=directory / name,
+                expected=f"files of the format {split.options.format}",
+                found=f"a name of the format {other}",
+                hint="keep one set in one directory",
+            )
 
 
 def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[StoredTensor, ...]) -> None:
