@@ -22,16 +22,17 @@ from tpshard.verify.verdict import Canary, layer_of
 
 def small(sides: Sides) -> Sides:
     """The model cut down to embedding, head, and the first of its layers that hold the most tensors: experts, say."""
-    counts = Counter(layer_of(name) for name in sides.source.names())
+    counts = Counter(layer_of(key) for key in sides.frame.shapes)
     return sides.with_layers(tuple(sorted(sides.frame.layers, key=lambda layer: -counts[layer])[:1]))
 
 
 def mutants(sides: Sides, *, structural: bool) -> Iterator[tuple[str, Sides]]:
     """The canaries that apply, as damaged shards; `structural` leaves the others out."""
+    names = sorted({name for recipe in sides.frame.recipes(sides.source).values() for name in recipe.stored})
     for name in CANARIES:
         fault = FAULTS[name]
         if (len(sides.ranks) > 1 or name not in BETWEEN_RANKS) and (fault.structural or not structural):
-            damaged = fault.mutant(sides.frame.config, sides.source, sides.ranks, sides.frame.layers[0])
+            damaged = fault.mutant(sides.frame.config, sides.source, sides.ranks, sides.frame.layers[0], names)
             if damaged is not None:
                 yield name, replace(sides, ranks=damaged)
 

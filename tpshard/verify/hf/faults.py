@@ -36,9 +36,11 @@ def is_bias(name: str) -> bool:
 
 
 class Bench:
-    """The shards under a fault. `layer` is the one to damage, `other` another one to borrow from (None if alone)."""
+    """The shards under a fault: the tensors `names` of which the model is made. `layer` is the one to damage."""
 
-    def __init__(self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int) -> None:
+    def __init__(
+        self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int, names: Sequence[str] | None
+    ) -> None:
         self.config = config
         self.source = source
         self.ranks = ranks
@@ -46,7 +48,8 @@ class Bench:
         self.layer = layer
         self.changes: list[dict[str, Tensor]] = [{} for _ in ranks]
         self.borrowed: list[dict[str, Weights]] = [{} for _ in ranks]
-        self.names = [name for name in source.names() if all(name in rank.names() for rank in ranks)]
+        wanted = source.names() if names is None else names
+        self.names = [name for name in wanted if all(name in rank.names() for rank in ranks)]
 
     def cut(self, name: str) -> Cut | None:
         """How a stored tensor is spread over the ranks; None if each has all of it."""
@@ -116,9 +119,19 @@ class Fault:
     inject: Callable[[Bench], None]
     structural: bool = True
 
-    def mutant(self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int) -> list[Weights] | None:
-        """The damaged ranks, or None where the fault does not apply to this model or changes no bit."""
-        bench = Bench(config, source, ranks, layer)
+    def mutant(
+        self,
+        config: Any,
+        source: Weights,
+        ranks: Sequence[Weights],
+        layer: int,
+        names: Sequence[str] | None = None,
+    ) -> list[Weights] | None:
+        """The damaged ranks, or None where the fault does not apply to this model or changes no bit.
+
+        `names` are the stored tensors that the model is made of; all by default.
+        """
+        bench = Bench(config, source, ranks, layer, names)
         self.inject(bench)
         return bench.mutant()
 

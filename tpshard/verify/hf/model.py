@@ -33,13 +33,26 @@ NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_
 TUPLE_LAYERS = {"mpt"}
 
 
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: the config itself, or what a multimodal one nests."""
+    nested = config.get("text_config")
+    if config.get("model_type") in MODEL_TYPES or not isinstance(nested, Mapping):
+        return config
+    tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    return {**nested, "tie_word_embeddings": tied}
+
+
 def covers(config: Mapping[str, Any]) -> bool:
     """Whether models of this config were tried."""
-    return config.get("model_type") in MODEL_TYPES
+    return text_of(config).get("model_type") in MODEL_TYPES
 
 
 def model_config(config: Mapping[str, Any]) -> Any:
-    """The config as transformers reads it. UnsupportedError where it, or this engine, does not know the model."""
+    """The text model's config as transformers reads it.
+
+    UnsupportedError where the library is not installed, or where it or this engine does not know the model.
+    """
+    config = text_of(config)
     try:
         from transformers import AutoConfig
     except ImportError:

@@ -233,7 +233,7 @@ def verify(
     if left:
         warnings.append(f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …")
     return Verdict(
-        model_type=str(config["model_type"]),
+        model_type=str(config.get("model_type")),
         tp=team.size,
         source=names[0],
         shards=names[1],
