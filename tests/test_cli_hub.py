@@ -75,6 +75,13 @@ def test_plan_reads_headers_alone(server: HubServer, source: Path, tmp_path: Pat
     assert plan["source"]["headers_sha256"] == local["source"]["headers_sha256"]
 
 
+def test_a_draft_reads_headers_alone(server: HubServer, tmp_path: Path) -> None:
+    server.add(REPO, llama(tmp_path / "foreign", model_type="mine", **LARGE))
+    assert succeeds("archs", "draft", REPO, "--json").json["refusal"] is None
+    assert 0 < server.sent(".safetensors") <= 1 << 16
+    assert not list((tmp_path / "home").rglob("*.safetensors")) and not list(Path().iterdir())
+
+
 def test_headers_are_asked_for_side_by_side(server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large model has a hundred files: one request after the other would take a minute."""
     server.add(REPO, source)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
@@ -27,10 +29,14 @@ from tpshard.formats.base import (
     share_texts,
     weight,
 )
-from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
+from tpshard.layout import StoredTensor
+from tpshard.model import check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
+
+if TYPE_CHECKING:
+    from tpshard.formats.shards import ShardSet
 
 Shares = Sequence[str | float]
 
@@ -143,6 +149,7 @@ def reshard(
     max_file_size: int | None = None,
     format: str = "native",
     engine_version: str | None = None,
+    allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
 ) -> WriteReport:
@@ -150,16 +157,12 @@ def reshard(
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     chosen = _ranks(ranks, tp)
-    from tpshard.formats.shards import open_shards
-
-    source = open_shards(Path(shards))
+    source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-tp{tp}")
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, options)
-    return _write_split(
-        planned, source.placed(), _side_files(source.side_files), target, chosen, settings, "reshard", ()
-    )
+    return _write_split(planned, source.placed(), _small(source), target, chosen, settings, "reshard", ())
 
 
 def _write_split(
@@ -192,7 +195,7 @@ def _write_split(
         small={**own.side_files(planned, small), MANIFEST: planned.manifest},
         identity={"set": planned.set_id},
         records=records,
-        convert=_convert(planned.model, placed),
+        convert=_convert((place.stored for place in placed), chain.from_iterable(planned.layout)),
         shared=ranks is not None,
         claims=[f".{rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
         verb=verb,
@@ -209,13 +212,12 @@ def merge(
     out: str | Path | None = None,
     *,
     max_file_size: int | None = None,
+    allow_pickle: bool = False,
     settings: Settings | None = None,
 ) -> WriteReport:
     """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits."""
     settings = settings or Settings()
-    from tpshard.formats.shards import open_shards
-
-    source = open_shards(Path(shards))
+    source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-merged")
     _check_distinct(source.directory, target)
@@ -223,9 +225,12 @@ def merge(
     joined = join(source.model.tensors, source.placed(), outputs)
     job = Job(
         plan=joined,
-        small={**_side_files(source.side_files), **index},
+        small={**_small(source), **index},
         identity={"set": source.manifest["set"]},
         records=lambda digests: {},
+        convert=_convert(
+            chain.from_iterable(source.layout), (placed.stored for output in outputs for placed in output.tensors)
+        ),
         verb="merge",
     )
     publish(job, target, replace(settings, checksum=False))
@@ -248,9 +253,8 @@ def check(
     """
     settings = settings or Settings()
     from tpshard.checking import check_records, check_source
-    from tpshard.formats.shards import open_shards
 
-    found = open_shards(Path(shards))
+    found = _open_shards(Path(shards), allow_pickle)
     if tp is not None and tp != found.tp:
         raise DifferentError(
             f"the shard set is for tp {found.tp}, not tp {tp}",
@@ -266,7 +270,8 @@ def check(
     model = from_checkpoint(checkpoint, _path(rules), found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
-    judged = check_source(found, planned, placed, _convert(model, placed), settings)
+    convert = _convert((place.stored for place in placed), chain.from_iterable(planned.layout))
+    judged = check_source(found, planned, placed, convert, settings)
     return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
 
 
@@ -298,6 +303,22 @@ def _check_distinct(source: Path | None, target: Path) -> None:
         raise UsageError("the source lies inside the output", path=target, hint="give another directory with -o")
 
 
+def _open_shards(directory: Path, allow_pickle: bool) -> ShardSet:
+    """A set that tpshard wrote, or files that Meta published."""
+    from tpshard.formats.shards import is_shard_set, open_shards
+
+    if not is_shard_set(directory):
+        from tpshard.formats.meta_input import is_meta, open_meta
+
+        if is_meta(directory):
+            return open_meta(directory, allow_pickle)
+    return open_shards(directory)
+
+
+def _small(source: ShardSet) -> dict[str, bytes]:
+    return {**source.made, **_side_files(source.side_files)}
+
+
 def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:
     return {path.name: read_bytes(path) for path in paths}
 
@@ -313,10 +334,10 @@ def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _convert(model: Model, placed: Iterable[Placed]) -> Convert | None:
+def _convert(sources: Iterable[StoredTensor], targets: Iterable[StoredTensor]) -> Convert | None:
     """torch's cast, if any tensor's dtype changes: only then is torch imported."""
-    stored = {place.stored.name: place.stored.dtype for place in placed}
-    if all(stored[tensor.name] == tensor.dtype for tensor in model.tensors):
+    dtypes = {part.tensor: stored.dtype for stored in sources for part in stored.parts}
+    if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in targets for part in stored.parts):
         return None
     from tpshard.torch_io import convert
 

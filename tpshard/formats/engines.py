@@ -1,0 +1,154 @@
+"""How an engine names and fuses its parameters: tables such as `vllm.toml`, one family per kind of model.
+
+The comment at the head of `vllm.toml` explains the language. A pattern fits a tensor, or a module and all in it.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+STACK = "#"
+"""The component of a pattern that stands for every expert of a layer."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of an engine's table. Names are patterns, with `layer` before those that began with a dot."""
+
+    layer: str = ""
+    head: str = ""
+    tied: str = ""
+    extra_layers: str = ""
+    repeat_kv: bool = True
+    scales: tuple[str, ...] = ()
+    transposed: tuple[str, ...] = ()
+    float32: tuple[str, ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def cut(self, name: str) -> str | None:
+        """The cut that the engine has for a tensor where it is not the architecture's."""
+        return next((cut for cut, patterns in self.cuts.items() if fits_any(patterns, name)), None)
+
+    def refusal(self, name: str) -> str | None:
+        """Why the engine cannot take a tensor."""
+        return next((reason for pattern, reason in self.refused.items() if match(pattern, name)), None)
+
+    def rename(self, name: str) -> str:
+        """A tensor's name in the engine; the longest pattern counts."""
+        found = [(pattern, fit) for pattern in self.renamed if (fit := match(pattern, name))]
+        if not found:
+            return name
+        pattern, fit = max(found, key=lambda item: item[0].count("."))
+        return fit.into(self.renamed[pattern])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a pattern fits a name: what its `*` stand for, the number that STACK stands for, and what follows."""
+
+    components: tuple[str, ...]
+    stacked: int | None
+    rest: str
+
+    def into(self, target: str) -> str:
+        """The name that another pattern with the same `*` has in this place."""
+        values = iter(self.components)
+        return ".".join(next(values) if part == "*" else part for part in target.split(".")) + self.rest
+
+
+@dataclass(frozen=True)
+class Table:
+    """An engine's table: families by model_type, and what it does not load at all."""
+
+    versions: tuple[str, ...]
+    families: Mapping[str, Family]
+    refused_models: Mapping[str, str]
+
+
+@lru_cache(maxsize=65536)
+def match(pattern: str, name: str) -> Fit | None:
+    """How a pattern fits a tensor's name, or None."""
+    found = _compile(pattern).fullmatch(name)
+    if found is None:
+        return None
+    groups = found.groupdict()
+    stars = tuple(value for key, value in groups.items() if key.startswith("star"))
+    stacked = groups.get("stack")
+    return Fit(stars, None if stacked is None else int(stacked), groups["rest"])
+
+
+def fits_any(patterns: tuple[str, ...], name: str) -> bool:
+    """Whether one of the patterns fits a tensor's name."""
+    return any(match(pattern, name) for pattern in patterns)
+
+
+@lru_cache(maxsize=4096)
+def _compile(pattern: str) -> re.Pattern[str]:
+    parts = []
+    for index, part in enumerate(pattern.split(".")):
+        if part == "*":
+            parts.append(rf"(?P<star{index}>[^.]+)")
+        elif part == STACK:
+            parts.append(r"(?P<stack>\d+)")
+        else:
+            parts.append("".join(p if p.startswith("[") else re.escape(p) for p in re.split(r"(\[[^]]*\])", part)))
+    return re.compile(r"\.".join(parts) + r"(?P<rest>(?:\..+)?)")
+
+
+@lru_cache(maxsize=4)
+def load_table(path: Path) -> Table:
+    """Read an engine's table. It is our own file: what is wrong with it is our bug."""
+    data = tomllib.loads(path.read_text(encoding="utf-8"))
+    families: dict[str, Family] = {}
+    for name, entry in data["families"].items():
+        family = _family(data["families"], name)
+        families |= {model_type: family for model_type in entry.get("model_types", ())}
+    return Table(tuple(data["versions"]), families, data["refused_models"])
+
+
+def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> Family:
+    merged = _merged(entries, name)
+    layer = merged.get("layer", "")
+
+    def full(pattern: str) -> str:
+        return layer + pattern if pattern.startswith(".") else pattern
+
+    def patterns(values: list[str]) -> tuple[str, ...]:
+        return tuple(full(value) for value in values)
+
+    known = {each.name for each in fields(Family)}
+    assert set(merged) <= known, f"unknown keys in {name}: {set(merged) - known}"
+    return Family(
+        layer=layer,
+        head=merged.get("head", ""),
+        tied=merged.get("tied", ""),
+        extra_layers=merged.get("extra_layers", ""),
+        repeat_kv=merged.get("repeat_kv", True),
+        scales=patterns(merged.get("scales", [])),
+        transposed=patterns(merged.get("transposed", [])),
+        float32=patterns(merged.get("float32", [])),
+        fused={full(target): patterns(sources) for target, sources in merged.get("fused", {}).items() if sources},
+        renamed={full(source): full(target) for source, target in merged.get("renamed", {}).items()},
+        cuts={cut: patterns(values) for cut, values in merged.get("cuts", {}).items()},
+        refused={full(pattern): reason for pattern, reason in merged.get("refused", {}).items()},
+    )
+
+
+def _merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """A family's keys over those of the one that it is like; tables key by key."""
+    entry = entries[name]
+    merged = _merged(entries, entry["like"]) if "like" in entry else {}
+    for key, value in entry.items():
+        if key in ("like", "model_types"):
+            continue
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    return merged

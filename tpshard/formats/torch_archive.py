@@ -1,0 +1,160 @@
+"""The container that torch.save writes, made without torch: a zip file that compresses nothing, around a pickle.
+
+Only the bytes between the tensors are made here; the tensors' own are streamed to their offsets like those of any
+other file. The layout follows torch's caffe2/serialize (PyTorchStreamWriter): every storage begins at a multiple of
+64, to which a field named `FB` in its local header pads. The checksums of the storages stay 0, as with torch's own
+`torch.serialization.set_crc32_options(False)`: torch does not look at them, and they would cost reading everything.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpshard.errors import UnsupportedError
+from tpshard.header import nbytes
+from tpshard.layout import StoredTensor
+from tpshard.planning import OutputFile, Placed
+
+STORAGES = {
+    "F64": "DoubleStorage",
+    "F32": "FloatStorage",
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+    "I64": "LongStorage",
+    "I32": "IntStorage",
+    "I16": "ShortStorage",
+    "I8": "CharStorage",
+    "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
+}
+"""The storage classes of torch's pickles, by dtype; newer dtypes have none."""
+_ALIGN = 64
+_LARGE = 0xFFFFFFFF
+
+
+@dataclass
+class _Entry:
+    name: bytes
+    offset: int
+    size: int
+    crc: int
+
+
+class _Zip:
+    """Bytes of a zip file at their offsets, with holes where storages lie."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.entries: list[_Entry] = []
+        self.literals: list[tuple[int, bytes]] = []
+        self.end = 0
+
+    def add(self, name: str, data: bytes) -> None:
+        begin = self.hole(name, len(data), zlib.crc32(data))
+        self._literal(begin, data)
+
+    def hole(self, name: str, size: int, crc: int = 0) -> int:
+        """A record whose bytes come from elsewhere; its first byte's offset."""
+        full = f"{self.folder}/{name}".encode()
+        large = struct.pack("<HHQQ", 1, 16, size, size) if size >= _LARGE else b""
+        bare = self.end + 30 + len(full) + len(large) + 4
+        padding = -bare % _ALIGN
+        extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        shown = _LARGE if large else size
+        head = struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 0, 0, 0, 0, 0, crc, shown, shown, len(full), len(extra))
+        self.entries.append(_Entry(full, self.end, size, crc))
+        self._literal(self.end, head + full + extra)
+        begin = bare + padding
+        self.end = begin + size
+        return begin
+
+    def _literal(self, offset: int, data: bytes) -> None:
+        if self.literals and self.literals[-1][0] + len(self.literals[-1][1]) == offset:
+            before, held = self.literals[-1]
+            self.literals[-1] = (before, held + data)
+        else:
+            self.literals.append((offset, data))
+        self.end = max(self.end, offset + len(data))
+
+    def close(self) -> None:
+        """Add the directory of the archive."""
+        begin, listing = self.end, b""
+        for entry in self.entries:
+            wide = [value for value in (entry.size, entry.size, entry.offset) if value >= _LARGE]
+            extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+            size, offset = min(entry.size, _LARGE), min(entry.offset, _LARGE)
+            fields = (0, 0, 0, 0, 0, 0, entry.crc, size, size, len(entry.name), len(extra), 0, 0, 0, 0, offset)
+            listing += struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", *fields) + entry.name + extra
+        count = len(self.entries)
+        tail = b""
+        if begin >= _LARGE or count >= 0xFFFF:
+            end = begin + len(listing)
+            tail += struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(listing), begin)
+            tail += struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
+        few = min(count, 0xFFFF)
+        tail += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, few, few, len(listing), min(begin, _LARGE), 0)
+        self._literal(begin, listing + tail)
+
+
+def archive_file(name: str, tensors: Sequence[StoredTensor]) -> OutputFile:
+    """A file as torch.save writes a dict of tensors, each with a storage of its own.
+
+    UnsupportedError for a dtype that torch's pickles have no storage class for.
+    """
+    archive = _Zip(name.rpartition(".")[0])
+    archive.add("data.pkl", _pickle(tensors))
+    archive.add("byteorder", b"little")
+    placed = []
+    for number, tensor in enumerate(tensors):
+        placed.append(Placed(tensor, name, archive.hole(f"data/{number}", nbytes(tensor.dtype, tensor.shape))))
+    archive.add("version", b"3\n")
+    archive.close()
+    (_, header), *others = archive.literals
+    return OutputFile(name, header, archive.end, tuple(placed), tuple(others))
+
+
+def _pickle(tensors: Sequence[StoredTensor]) -> bytes:
+    """The pickle of `{name: tensor}`, of protocol 2: opcodes as in CPython's pickletools."""
+    out = io.BytesIO()
+    out.write(b"\x80\x02}(")
+    for number, tensor in enumerate(tensors):
+        if tensor.dtype not in STORAGES:
+            raise UnsupportedError(
+                f"{tensor.name} has the dtype {tensor.dtype}, which this format cannot hold",
+                tensor=tensor.name,
+                expected=", ".join(STORAGES),
+                hint="cast it with --dtype, or use --format native",
+            )
+        count = 1
+        strides = []
+        for size in reversed(tensor.shape):
+            strides.append(count)
+            count *= size
+        out.write(_text(tensor.name) + b"ctorch._utils\n_rebuild_tensor_v2\n(")
+        storage = f"ctorch\n{STORAGES[tensor.dtype]}\n".encode()
+        out.write(b"(" + _text("storage") + storage + _text(str(number)) + _text("cpu") + _integer(count) + b"tQ")
+        out.write(
+            _integer(0) + _integers(tensor.shape) + _integers(strides[::-1]) + b"\x89ccollections\nOrderedDict\n)RtR"
+        )
+    out.write(b"u.")
+    return out.getvalue()
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _integer(value: int) -> bytes:
+    if value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    data = value.to_bytes(9, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def _integers(values: Sequence[int]) -> bytes:
+    return b"(" + b"".join(map(_integer, values)) + b"t"
