@@ -108,6 +108,7 @@ def test_verify_does_not_load_what_it_verifies() -> None:
     [
         ("import tpshard", "tpshard"),
         ("import tpshard.cli", "tpshard.cli"),
+        ("import tpshard\ntpshard.verify", "tpshard.verify"),
         ("import tpshard, sys\ntpshard.plan(sys.argv[1], 4)", "tpshard.layout"),
         (
             "import tpshard, sys\nmodel, out = sys.argv[1:]\ntpshard.split(model, 4, out)\n"
