@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import torch
@@ -31,9 +32,9 @@ VARIANTS = tuple(
 ONE_OF_EACH = tuple({checkpoints.VARIANTS[name].model_type: name for name in reversed(VARIANTS)}.values())
 
 
-def opened(model: Path, tp: int, out: Path) -> Sides:
+def opened(model: Path, tp: int, out: Path, **how: Any) -> Sides:
     """A checkpoint split and loaded; two prompts of twelve tokens."""
-    tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False))
+    tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
     config, source = open_source(model)
     shards = open_shards(out)
     frame = frame_of(model_config(config))

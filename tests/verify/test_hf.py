@@ -10,7 +10,7 @@ from typing import Any
 import library
 import pytest
 import torch
-from checkpoints import VARIANTS, build
+from checkpoints import VARIANTS, build, make
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -20,6 +20,7 @@ from tpshard.verify.decoder import Decoder
 from tpshard.verify.families import describe
 from tpshard.verify.group import Single
 from tpshard.verify.hf import run as engine
+from tpshard.verify.hf.canaries import exact_canaries
 from tpshard.verify.hf.faults import FAULTS
 from tpshard.verify.hf.heads import heads_of
 from tpshard.verify.hf.model import MODEL_TYPES, Cut, model_config
@@ -77,7 +78,7 @@ def test_a_correct_split_is_equal(name: str, tp: int, sides: Callable[..., Sides
     assert (tier.status, tier.reason) == ("pass", None)
     assert max(finding.error for finding in tier.findings) <= EXACT_LIMIT
     ranks = {finding.rank for finding in tier.findings}
-    assert ranks == set(range(tp)) and len(tier.findings) >= 10 * tp
+    assert ranks == set(range(tp)) and len(tier.findings) >= 7 * tp
 
 
 @pytest.mark.parametrize("tp", library.WIDTHS)
@@ -103,6 +104,7 @@ def test_every_architecture_has_a_variant() -> None:
     ("name", "fault", "module"),
     [
         ("phi3", "rank-files-exchanged", "the files of ranks 0 and 1 are exchanged"),
+        ("phi4-mini", "vocab-shifted-by-a-rank", "model.embed_tokens (every row) of rank 0"),
         ("phi3", "k-and-v-exchanged", "input of model.layers.1.self_attn.o_proj of rank 0"),
         ("phi3", "gate-and-up-exchanged", "input of model.layers.1.mlp.down_proj of rank 0"),
         ("opt", "up-bias-dropped", "model.decoder.layers.1.fc1 of rank 0"),
@@ -248,6 +250,29 @@ def test_a_parameter_that_nobody_cuts(sides: Callable[..., Sides]) -> None:
     missing = InMemory({key: one.ranks[1].get(key) for key in one.ranks[1].names() if key != name})
     with pytest.raises(DifferentError, match="rank 1 has no tensor"):
         exact(replace(one, ranks=[one.ranks[0], missing]))
+
+
+@pytest.mark.parametrize("name", ["phi3", "mpt", "deepseek_v3", "glm4_moe"])
+def test_uneven_shares(name: str, made: Made, tmp_path: Path) -> None:
+    heads = {"num_key_value_heads": 8} if name == "glm4_moe" else {}
+    model = make(name, tmp_path / "model", **heads)
+    one = library.opened(model, 3, tmp_path / "out", uneven=True)
+    with torch.no_grad():
+        tier = exact(one)
+        assert tier.status == "pass", tier.reason
+        canaries = exact_canaries(one)
+    assert len(canaries) >= 5 and all(canary.status == "caught" for canary in canaries)
+    assert (
+        len(
+            {
+                one.ranks[rank].shape(name)
+                for rank in range(3)
+                for name in one.ranks[0].names()
+                if "o_proj" in name or "out_proj" in name
+            }
+        )
+        > 1
+    )
 
 
 @pytest.mark.parametrize("name", ["cohere2", "qwen3_moe"])

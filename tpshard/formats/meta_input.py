@@ -66,7 +66,8 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     for rank, (file,) in files.items():
         _check(rank, file, {stored.name: stored for stored in split.layout[rank]})
     records = {
-        rank: {"parts": [{"file": file.path.name, "size": file.size, "sha256": None}]} for rank, (file,) in files.items()
+        rank: {"parts": [{"file": file.path.name, "size": file.size, "sha256": None}]}
+        for rank, (file,) in files.items()
     }
     small = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
     manifest = json.loads(split.manifest)

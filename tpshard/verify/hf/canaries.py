@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
+from tpshard.errors import DifferentError, UnsupportedError
 from tpshard.verify.canaries import VISIBLE
 from tpshard.verify.compare import EXACT_LIMIT, FLOAT32_LIMIT, no_tf32
 from tpshard.verify.group import Single
 from tpshard.verify.hf.faults import BETWEEN_RANKS, CANARIES, FAULTS
 from tpshard.verify.hf.modes import Pinned
 from tpshard.verify.hf.sides import Sides
-from tpshard.verify.hf.tiers import logits_of
+from tpshard.verify.hf.tiers import Choices, logits_of
 from tpshard.verify.native import exceeded, native_metrics
 from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Canary, layer_of
@@ -37,6 +40,14 @@ def mutants(sides: Sides, *, structural: bool) -> Iterator[tuple[str, Sides]]:
                 yield name, replace(sides, ranks=damaged)
 
 
+def _logits(mutant: Sides, dtype: torch.dtype, choices: Choices) -> list[Tensor]:
+    """The damaged ranks' logits; none where they cannot be run at all, which is to be caught as well."""
+    try:
+        return logits_of(mutant, mutant.here(dtype), [mutant.prompt], choices)
+    except (DifferentError, UnsupportedError):
+        return []
+
+
 def exact_canaries(sides: Sides, *, float32: bool = False) -> list[Canary]:
     """Every applicable canary against the exact tier's end-to-end criterion."""
     dtype = torch.float32 if float32 else torch.float64
@@ -45,8 +56,7 @@ def exact_canaries(sides: Sides, *, float32: bool = False) -> list[Canary]:
     with no_tf32():
         wanted = cut.reference(dtype).run(Single(), [sides.prompt], pins)
         for name, mutant in mutants(cut, structural=False):
-            logits = logits_of(mutant, mutant.here(dtype), [sides.prompt], pins.made)
-            error = max(relative(each, wanted) for each in logits)
+            error = max((relative(each, wanted) for each in _logits(mutant, dtype, pins.made)), default=math.inf)
             canaries.append(Canary(name, "exact", "caught" if error > limit else "missed", error))
     return canaries
 
@@ -58,12 +68,11 @@ def native_canaries(sides: Sides, dtype: torch.dtype) -> list[Canary]:
     n = cut.reference(dtype).run(Single(), [sides.prompt], Pinned(pins.made))
     noise = relative(n, r)
     for name, mutant in mutants(cut, structural=True):
-        logits = logits_of(mutant, mutant.here(dtype), [sides.prompt], pins.made)
-        metrics = [native_metrics(r, n, t, dtype) for t in logits]
+        metrics = [native_metrics(r, n, t, dtype) for t in _logits(mutant, dtype, pins.made)]
         status = "caught"
-        if not any(exceeded(rank) for rank in metrics):
-            wide = logits_of(mutant, mutant.here(torch.float64), [sides.prompt], pins.made)
-            effect = max(relative(each, r) for each in wide)
+        if metrics and not any(exceeded(rank) for rank in metrics):
+            wide = _logits(mutant, torch.float64, pins.made)
+            effect = max((relative(each, r) for each in wide), default=math.inf)
             status = "missed" if effect > VISIBLE * noise else "too small"
-        canaries.append(Canary(name, "native", status, max(rank["ratio"] for rank in metrics)))
+        canaries.append(Canary(name, "native", status, max((rank["ratio"] for rank in metrics), default=math.inf)))
     return canaries

@@ -18,15 +18,16 @@ from tpshard.verify.hf.model import Cut
 from tpshard.verify.verdict import layer_of
 from tpshard.verify.weights import Borrowed, Replaced, Weights
 
-OUT = re.compile(r"attn\w*\.(o_proj|out_proj|c_proj|dense)\.")
-DOWN = re.compile(r"(?<!attn\.)\b(down_proj|w2|fc2|c_proj|output_linear)(_bias)?\b")
-UP = re.compile(r"\b(up_proj|w3|fc1|c_fc|gate_up_proj|input_linear)(_bias)?\b")
+OUT = re.compile(r"att(ention|n)\w*\.(o_proj|out_proj|c_proj|dense)\.")
+DOWN = re.compile(r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b")
+UP = re.compile(r"\b(up_proj|w3|fc1|fc_in|c_fc|gate_up_proj|input_linear|dense_h_to_4h)(_bias)?\b")
 PAIRS = {"gate_proj": "up_proj", "w1": "w3"}
 BOTH = re.compile(r"\b(gate_up_proj|input_linear)(_bias)?\b")
 FUSED = re.compile(r"\.(qkv_proj|c_attn|Wqkv)\.")
 V = re.compile(r"\.v_proj\.")
 KV = re.compile(r"\.(k_proj|v_proj|k_norm)\.")
 NORM = re.compile(r"norm|\.ln_")
+EMBEDDINGS, HEAD = ("embed_tokens", "wte", "embed_in"), ("lm_head", "embed_out", "output_projection")
 INTERLEAVED = {"gpt_oss"}
 """Families that store gate and up alternately."""
 
@@ -82,11 +83,11 @@ class Bench:
             for r in range(self.tp) if rank is None else [rank]:
                 self.write(r, name, change(self.read(r, name)))
 
-    def exchange(self, order: Sequence[int], names: Sequence[str]) -> None:
+    def exchange(self, order: Sequence[int], names: Sequence[str], *, of_any_shape: bool = False) -> None:
         """Give each rank another's tensors, where shapes allow."""
         for rank, lender in enumerate(order):
             for name in names:
-                if self.ranks[rank].shape(name) == self.ranks[lender].shape(name):
+                if of_any_shape or self.ranks[rank].shape(name) == self.ranks[lender].shape(name):
                     self.borrowed[rank][name] = self.ranks[lender]
 
     def out(self) -> tuple[str, Cut, int] | None:
@@ -160,7 +161,7 @@ def _exchange_blocks(tensor: Tensor, dim: int, one: int, two: int, size: int) ->
 
 @_fault()
 def _rank_files_exchanged(bench: Bench) -> None:
-    bench.exchange(_swapped(bench.tp), bench.names)
+    bench.exchange(_swapped(bench.tp), bench.names, of_any_shape=True)
 
 
 @_fault()
@@ -170,12 +171,12 @@ def _two_ranks_the_same(bench: Bench) -> None:
 
 @_fault()
 def _vocab_shifted_by_a_rank(bench: Bench) -> None:
-    bench.exchange([bench.tp - 1, *range(bench.tp - 1)], bench.outside(("embed_tokens", "wte")))
+    bench.exchange([bench.tp - 1, *range(bench.tp - 1)], bench.outside(EMBEDDINGS))
 
 
 @_fault()
 def _head_shifted_by_a_rank(bench: Bench) -> None:
-    bench.exchange([bench.tp - 1, *range(bench.tp - 1)], bench.outside(("lm_head",)))
+    bench.exchange([bench.tp - 1, *range(bench.tp - 1)], bench.outside(HEAD))
 
 
 @_fault()
@@ -328,7 +329,7 @@ def _down_column_shifted(bench: Bench) -> None:
 
 @_fault()
 def _embedding_row_shifted(bench: Bench) -> None:
-    bench.edit(bench.outside(("embed_tokens", "wte")), lambda weight: weight.roll(1, 0), rank=0)
+    bench.edit(bench.outside(EMBEDDINGS), lambda weight: weight.roll(1, 0), rank=0)
 
 
 @_fault()

@@ -99,7 +99,8 @@ class Recorder:
 class Feeder:
     """Feeds a rank's modules what the unsharded ones took, and compares what they give; and inside, whose fault it is.
 
-    Inside a module the rank's own features, heads and summand are compared with the same part of the whole.
+    Inside a module the rank's own features, heads and summand are compared with the same part of the whole; `always`
+    does so in modules that agree, too.
     """
 
     whole: Side
@@ -107,6 +108,7 @@ class Feeder:
     side: Side
     names: Sequence[str]
     limit: float
+    always: bool = False
     findings: list[Finding] = field(default_factory=list)
     inside: list[tuple[str, Callable[[], float]]] = field(default_factory=list)
 
@@ -164,7 +166,7 @@ class Feeder:
         def judge(_: nn.Module, __: Any, output: Any) -> None:
             error = relative(_first(output), wanted)
             culprit = None
-            if error > self.limit:
+            if error > self.limit or self.always:
                 culprit = next((what for what, error_of in self.inside if error_of() > self.limit), None)
             self.findings.append(Finding(name, self.rank, error, culprit))
 

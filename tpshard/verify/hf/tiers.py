@@ -29,11 +29,12 @@ def logits_of(sides: Sides, models: Mapping[int, Side], steps: list[Tensor], cho
 
 
 def compare_modules(
-    sides: Sides, whole: Side, models: Mapping[int, Side], limit: float
+    sides: Sides, whole: Side, models: Mapping[int, Side], limit: float, *, always: bool = False
 ) -> tuple[list[float], list[Finding]]:
     """The ranks' models beside the unsharded one: end to end, and every module fed what the unsharded one took.
 
     Returns every rank's end-to-end error, and every rank's finding for each module in the order of computation.
+    `always` looks also inside of modules that agree.
     """
     names = blocks(whole, sides.frame.layers)
     recorder, pins = Recorder(whole, names), Pinned()
@@ -47,7 +48,7 @@ def compare_modules(
     def work(group: Group) -> tuple[float, list[Finding]]:
         side = models[group.rank]
         error = relative(side.run(group, [sides.prompt], Pinned(pins.made)), wanted)
-        feeder = Feeder(whole, recorder.records, side, names, limit)
+        feeder = Feeder(whole, recorder.records, side, names, limit, always)
         with feeder.looking():
             side.run(group, [sides.prompt], Pinned(pins.made))
         more = [_experts(side, group, name, *reached[name]) for name in experts]
@@ -120,9 +121,9 @@ def exact(sides: Sides, *, float32: bool = False) -> Tier:
 
 
 def exchanged_ranks(sides: Sides, limit: float, suspects: Sequence[int]) -> tuple[int, int] | None:
-    """The two suspects that, put in each other's place, make embedding and head equal the reference; None if none do.
+    """The two suspects that, put in each other's place, make embedding, head and a layer equal the reference.
 
-    Suspects are ranks whose rows of the embedding are not theirs.
+    None if none do. Suspects are ranks whose rows of the embedding are not theirs.
     """
     small = sides.with_layers(())
     wanted = small.reference(torch.float64).run(Single(), [sides.prompt], Pinned())
@@ -132,9 +133,19 @@ def exchanged_ranks(sides: Sides, limit: float, suspects: Sequence[int]) -> tupl
         trial = replace(small, ranks=ranks)
         models = trial.here(torch.float64)
         logits = logits_of(trial, models, [sides.prompt], {})
-        if all(relative(each, wanted) <= limit for each in logits):
+        if all(relative(each, wanted) <= limit for each in logits) and _layer_agrees(
+            replace(sides, ranks=ranks), limit
+        ):
             return one, other
     return None
+
+
+def _layer_agrees(sides: Sides, limit: float) -> bool:
+    """Whether every rank's own heads, features and summands in the first compared layer are the reference's."""
+    first = sides.with_layers(sides.frame.layers[:1])
+    whole, models = first.reference(torch.float64), first.here(torch.float64)
+    _, findings = compare_modules(first, whole, models, limit, always=True)
+    return not any(finding.error > limit or finding.inside is not None for finding in findings)
 
 
 def teach(sides: Sides, tokens: int) -> tuple[list[Tensor], Tensor, Choices]:
