@@ -149,7 +149,8 @@ def judge(request: Request, team: Processes | None, sharing: int, say: Say) -> V
     except UnsupportedError as error:
         if asked:
             raise
-        skipped = [Tier(name, "skipped", reason=str(error)) for name in computed]
+        reason = f"{error}: {error.hint}" if error.hint else str(error)
+        skipped = [Tier(name, "skipped", reason=reason) for name in computed]
         tier = compare() if team is None else team.once(compare)
         return _by_bytes(request, source, tier, skipped)
     return replace(verdict, source=_name(source))
