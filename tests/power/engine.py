@@ -1,4 +1,4 @@
-"""`make power-engine`: the faults that shards run by transformers' own classes show; writes docs/benchmarks/power-engine.
+"""`make power-engine`: what is noticed where transformers' own classes run; writes docs/benchmarks/power-engine.
 
 Every fault in one small model of every architecture at both widths, judged by the logits alone: the modules' outputs,
 each fed the reference's input, see no less.
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import library
 import torch
 from power.table import conditions
-import library
 
 from tpshard.verify.compare import EXACT_LIMIT
 from tpshard.verify.hf.faults import FAULTS
