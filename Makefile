@@ -17,7 +17,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Kills and fails every system call of the real command, with strace (Linux). About 20 minutes.
+# Kills and fails every system call of the real command, with strace (Linux). About 10 minutes.
 test-crash: $(VENV)/.dev
 	$(BIN)/python tests/crash/strace_all.py
 

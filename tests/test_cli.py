@@ -25,7 +25,8 @@ from conftest import Get
 from toys import BITS, Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
 
 from tpshard import __version__, cli, console
-from tpshard.errors import TpshardError
+from tpshard.errors import TpshardError, UsageError
+from tpshard.publish import Settings
 
 COMMANDS = ("plan", "split", "merge", "reshard", "check", "inspect")
 
@@ -131,7 +132,7 @@ def test_version() -> None:
         (["plan", "model", "--tp", "2", "--max-file-size", "5 parsecs"], "--max-file-size"),
         (["plan", "model", "--tp", "2", "--max-file-size", "infGB"], "--max-file-size"),
         (["plan", "model", "--tp", "2", "--rules", "nothing.toml"], "nothing.toml"),
-        (["split", "model", "--tp", "2", "--ranks", "2"], "--ranks"),
+        (["split", "model", "--tp", "2", "--ranks", "2"], "--ranks does not take these"),
         (["split", "model", "--tp", "2", "--ranks", "1-0"], "--ranks"),
         (["split", "model", "--tp", "2", "--ranks", "-1"], "--ranks"),
         (["split", "model", "--tp", "2", "--ranks", ""], "--ranks"),
@@ -382,7 +383,7 @@ CONTRACT: dict[str, Any] = {
     "plan": {
         "schema_version": int, "command": str, "model_type": str, "source": SOURCE,
         "architecture": {"model_type": str, "rules": str, "rules_sha256": str}, "mesh": MESH, "set": str,
-        "tensors": [{
+        "format": str, "tensors": [{
             "name": str, "dtype": str, "shape": [int], "rule": ("column", "row", "replicate", "drop"),
             "dim": (int, None), "segments": [{"axis": str, "count": int, "unit": int}], "interleave": (str, None),
             "ranks": [{"rank": int, "shape": [int], "bytes": int}],
@@ -395,6 +396,7 @@ CONTRACT: dict[str, Any] = {
     "check": {
         "schema_version": int, "command": str, "path": str, "source": (str, None), "mesh": MESH, "set": str,
         "equal": bool, "differences": [{"file": str, "tensor": (str, None), "message": str}], "unchecked": [str],
+        "warnings": [str],
     },
     "inspect": {
         "schema_version": int, "command": str, "kind": str, "path": str, "model_type": str, "mesh": MESH, "set": str,
@@ -557,6 +559,37 @@ def test_check_says_what_it_judged(model: Path, options: list[str]) -> None:
     split(model, "set")
     out = succeeds("check", "set", *options).out
     assert out == f"set: 4 ranks, equal to {'every byte of model' if options else 'its recorded checksums'}\n"
+
+
+HOW = {
+    "--workers=3": {"workers": 3},
+    "--no-fsync": {"fsync": False},
+    "--overwrite": {"overwrite": True},
+    "--checksum=none": {"checksum": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"), [("split", [*HOW]), ("reshard", [*HOW]), ("merge", [*HOW][:3]), ("check", [*HOW][:1])]
+)
+def test_how_to_write_is_passed_on(verb: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(*option: str) -> dict[str, object]:
+        seen: list[Settings] = []
+
+        def called(*arguments: object, settings: Settings, **others: object) -> None:
+            seen.append(settings)
+            raise UsageError("called")
+
+        monkeypatch.setattr(f"tpshard.api.{verb}", called)
+        assert tpshard(verb, "x", *(["--tp", 2] if verb in ("split", "reshard") else []), *option).code == 2
+        (settings,) = seen
+        return {name: getattr(settings, name) for change in HOW.values() for name in change}
+
+    usual = given()
+    if verb != "check":
+        assert usual == {"workers": Settings().workers, "fsync": True, "overwrite": False, "checksum": verb != "merge"}
+    for option in options:
+        assert given(option) == usual | HOW[option]
 
 
 def test_the_source_is_never_modified(model: Path) -> None:

@@ -246,7 +246,8 @@ def test_pickles_on_the_hub(server: HubServer, tmp_path: Path) -> None:
     for verb in ("plan", "split"):
         assert "--allow-pickle" in fails(5, verb, REPO, "--tp", 2)["hint"]
     assert "pytorch_model.bin" not in fetched(server)
-    succeeds("split", REPO, "--tp", 2, "--allow-pickle", "--no-fsync")
+    result = succeeds("split", REPO, "--tp", 2, "--allow-pickle", "--no-fsync")
+    assert f"next: tpshard check tiny-tp2 --source {REPO} --allow-pickle\n" in result.err
     succeeds("check", "tiny-tp2", "--source", tmp_path / "twin")
     plan = succeeds("plan", REPO, "--tp", 2, "--allow-pickle", "--json").json
     assert plan["source"]["repo_id"] == REPO and len(plan["tensors"]) == 21

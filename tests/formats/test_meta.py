@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tpshard.formats.meta import ffn_size
+from tpshard.formats.meta import _ffn, ffn_size
 from tpshard.formats.torch_archive import archive_file
 from tpshard.layout import StoredTensor
 
@@ -74,7 +74,7 @@ def published(model: Path, tp: int, generation: str) -> list[dict[str, Tensor]]:
 def params_of(model: Path) -> dict[str, object]:
     config = config_of(model)
     dim, ffn = config["hidden_size"], config["intermediate_size"]
-    multiplier = (ffn - 0.5) / int(8 * dim / 3)
+    multiplier = (ffn + 0.5) / int(8 * dim / 3)
     assert ffn_size(dim, 1, multiplier) == ffn
     return {
         "dim": dim,
@@ -202,6 +202,16 @@ def test_what_the_format_cannot_hold(model: Path, tmp_path: Path) -> None:
     assert "Llama 9" in str(fails(4, "split", model, "--tp", 2, "--engine-version", "9", *out))
     make("gpt2", tmp_path / "gpt2")
     assert "LLaMA models alone" in str(fails(4, "split", tmp_path / "gpt2", "--tp", 2, *out))
+
+
+@pytest.mark.parametrize(
+    ("dim", "ffn"), [(4096, 11008), (5120, 13824), (8192, 28672), (4096, 14336), (2048, 8192), (64, 77)]
+)
+def test_params_give_the_width_of_the_mlp(dim: int, ffn: int) -> None:
+    """Llama 2 7B, 13B and 70B, 3 8B, 3.2 1B; and a width that no published model has."""
+    multiple, multiplier = _ffn(dim, ffn)
+    assert ffn_size(dim, multiple, multiplier) == ffn
+    assert ffn == 77 or multiplier in (None, 1.3, 1.5)
 
 
 def test_an_archive_of_more_than_four_gibibytes(tmp_path: Path) -> None:

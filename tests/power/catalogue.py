@@ -99,7 +99,7 @@ def named(setup: Setup, mutant: Sequence[Weights], tier: Tier) -> str:
     if tier.first is None:
         return "no"
     modules = changed(setup.ranks, mutant)
-    core = re.sub(r"^(input|[qkv]) of ", "", tier.first.module).removesuffix(" (every row)").removesuffix(" as head")
+    core = re.sub(r"^(input|[qkv]) of ", "", tier.first.module).removesuffix(" (every row)")
     if core in modules and tier.first.rank in modules[core] and not tier.first.module.startswith("input of "):
         return "module"
     around = blocks(setup)

@@ -258,7 +258,7 @@ def _ffn(dim: int, size: int) -> tuple[int, float | None]:
             if ffn_size(dim, multiple, known) == size:
                 return multiple, known
     multiple = math.gcd(size, 4096)
-    multiplier = (size - multiple / 2) / int(2 * 4 * dim / 3)
+    multiplier = (size - multiple // 2 + 0.5) / int(2 * 4 * dim / 3)  # rounded up to `multiple`, it is the size
     assert ffn_size(dim, multiple, multiplier) == size
     return multiple, multiplier
 

@@ -310,18 +310,17 @@ class Decoder:
         if family.project_out is not None:
             x = self._whole_linear(family.project_out, x)
         name = self.store.head()
+        # One name for both: a tied head may be stored in the source and not in the shards, or the other way.
+        label = family.heads_names[0]
 
         def logits(y: Tensor) -> Tensor:
             share = self.store.linear(name, y)
-            self.probe.share(self.store.full(name), share, self.first_head)
+            self.probe.share(label, share, self.first_head)
             bias = self.store.head_bias()
             share = share if bias is None else share + bias
-            # GPT-J has this bias of its own even where the weight is the embedding's.
-            own = family.heads_names[0] if name == family.embed else name
-            self.probe.share(f"{own}.bias", share, self.first_head)
+            self.probe.share(f"{label}.bias", share, self.first_head)
             whole = self.group.all_gather(share, -1)[..., : family.vocab]
             cap = family.final_softcap
             return whole if cap is None else torch.tanh(whole / cap) * cap
 
-        tied = " as head" if name == family.embed else ""
-        return self.probe.module(self.store.full(name) + tied, logits, x)
+        return self.probe.module(label, logits, x)
