@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash bench power gpu-check clean
+.PHONY: demo test check test-crash bench power power-engine gpu-check clean
 
 demo: $(VENV)/.base
 	$(BIN)/python tests/demo.py
@@ -28,6 +28,10 @@ bench: $(VENV)/.dev
 # What verify catches, and what common tests of equality let through. About 10 minutes.
 power: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m power.table $(ARGS)
+
+# The same where transformers' own classes run the ranks. About 10 minutes.
+power-engine: $(VENV)/.dev
+	PYTHONPATH=tests:tests/verify $(BIN)/python -m power.engine $(ARGS)
 
 # On a machine with a GPU, torch and this directory, without network; see the script's --help.
 gpu-check:
