@@ -17,7 +17,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Kills and fails every system call of the real command, with strace (Linux). About 20 minutes.
+# Kills and fails every system call of the real command, with strace (Linux). About 10 minutes.
 test-crash: $(VENV)/.dev
 	$(BIN)/python tests/crash/strace_all.py
 
@@ -25,7 +25,7 @@ test-crash: $(VENV)/.dev
 bench: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m bench.bench $(if $(DIR),--dir $(DIR)) $(ARGS)
 
-# What verify catches, and what common tests of equality let through. About 6 minutes.
+# What verify catches, and what common tests of equality let through. About 10 minutes.
 power: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m power.table $(ARGS)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dense_checkpoints import CENTRED_AT_ZERO, DENSE, ELSEWHERE
+from moe_checkpoints import MOE, STACKED
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,7 @@ FAMILIES = {
     "opt": Family("model.", "lm_head", "model.decoder.embed_tokens"),
 }
 FAMILIES |= {t: Family(*ELSEWHERE.get(t, ("model.", "lm_head", "model.embed_tokens"))) for t, _ in DENSE.values()}
+FAMILIES |= {model_type: Family("model.", "lm_head", "model.embed_tokens") for model_type, _ in MOE.values()}
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {
@@ -201,7 +203,7 @@ DECODED: dict[str, Variant] = {
         Variant("opt-f16", "opt", _OPT, dtype="float16"),
     )
 }
-VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in DENSE.items()}
+VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in (DENSE | MOE).items()}
 
 
 def norm_center_of(model_type: str) -> float:
@@ -212,8 +214,8 @@ def norm_center_of(model_type: str) -> float:
 def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     """The variant `name` as a transformers model in eval mode, with eager attention unless overridden.
 
-    Each parameter is drawn from a generator of its own, seeded by `seed` and its name, so that another config leaves
-    the parameters of the same shape as they were. `dtype` and `attn_implementation` are overrides too.
+    Each parameter, or buffer that is saved, is drawn from a generator of its own, seeded by `seed` and its name: with
+    another config those of the same shape stay as they were. `dtype` and `attn_implementation` are overrides too.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -228,7 +230,9 @@ def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     )
     norm_center = norm_center_of(variant.model_type)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
+        saved = model.state_dict()
+        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+        for parameter_name, parameter in [*model.named_parameters(), *buffers]:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {parameter_name}".encode()))
             center = norm_center if parameter.dim() == 1 and parameter_name.endswith(".weight") else 0.0
             parameter.copy_(center + STD * torch.randn(parameter.shape, generator=generator))
@@ -241,7 +245,7 @@ def make(name: str, path: Path, seed: int = 0, **config_overrides: Any) -> Path:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    build(name, seed, **config_overrides).save_pretrained(path)
+    build(name, seed, **config_overrides).save_pretrained(path, save_original_format=not name.endswith(STACKED))
     return path
 
 

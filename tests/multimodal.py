@@ -42,6 +42,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": _TEXT | {"model_type": "llama"},
         "vision_config": _VISION | {"model_type": "clip_vision_model"},
     },
+    "gemma3": {
+        "text_config": _TEXT | {"model_type": "gemma3_text", "head_dim": 16},
+        "vision_config": _VISION,
+    },
     "mistral3": {
         "text_config": _TEXT | {"model_type": "mistral", "head_dim": 16},
         "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8},

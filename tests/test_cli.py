@@ -25,7 +25,8 @@ from conftest import Get
 from toys import BITS, Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
 
 from tpshard import __version__, cli, console
-from tpshard.errors import TpshardError
+from tpshard.errors import TpshardError, UsageError
+from tpshard.publish import Settings
 
 COMMANDS = ("plan", "split", "merge", "reshard", "check", "inspect")
 
@@ -131,7 +132,7 @@ def test_version() -> None:
         (["plan", "model", "--tp", "2", "--max-file-size", "5 parsecs"], "--max-file-size"),
         (["plan", "model", "--tp", "2", "--max-file-size", "infGB"], "--max-file-size"),
         (["plan", "model", "--tp", "2", "--rules", "nothing.toml"], "nothing.toml"),
-        (["split", "model", "--tp", "2", "--ranks", "2"], "--ranks"),
+        (["split", "model", "--tp", "2", "--ranks", "2"], "--ranks does not take these"),
         (["split", "model", "--tp", "2", "--ranks", "1-0"], "--ranks"),
         (["split", "model", "--tp", "2", "--ranks", "-1"], "--ranks"),
         (["split", "model", "--tp", "2", "--ranks", ""], "--ranks"),
@@ -557,6 +558,37 @@ def test_check_says_what_it_judged(model: Path, options: list[str]) -> None:
     split(model, "set")
     out = succeeds("check", "set", *options).out
     assert out == f"set: 4 ranks, equal to {'every byte of model' if options else 'its recorded checksums'}\n"
+
+
+HOW = {
+    "--workers=3": {"workers": 3},
+    "--no-fsync": {"fsync": False},
+    "--overwrite": {"overwrite": True},
+    "--checksum=none": {"checksum": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"), [("split", [*HOW]), ("reshard", [*HOW]), ("merge", [*HOW][:3]), ("check", [*HOW][:1])]
+)
+def test_how_to_write_is_passed_on(verb: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(*option: str) -> dict[str, object]:
+        seen: list[Settings] = []
+
+        def called(*arguments: object, settings: Settings, **others: object) -> None:
+            seen.append(settings)
+            raise UsageError("called")
+
+        monkeypatch.setattr(f"tpshard.api.{verb}", called)
+        assert tpshard(verb, "x", *(["--tp", 2] if verb in ("split", "reshard") else []), *option).code == 2
+        (settings,) = seen
+        return {name: getattr(settings, name) for change in HOW.values() for name in change}
+
+    usual = given()
+    if verb != "check":
+        assert usual == {"workers": Settings().workers, "fsync": True, "overwrite": False, "checksum": verb != "merge"}
+    for option in options:
+        assert given(option) == usual | HOW[option]
 
 
 def test_the_source_is_never_modified(model: Path) -> None:

@@ -75,6 +75,13 @@ def test_plan_reads_headers_alone(server: HubServer, source: Path, tmp_path: Pat
     assert plan["source"]["headers_sha256"] == local["source"]["headers_sha256"]
 
 
+def test_a_draft_reads_headers_alone(server: HubServer, tmp_path: Path) -> None:
+    server.add(REPO, llama(tmp_path / "foreign", model_type="mine", **LARGE))
+    assert succeeds("archs", "draft", REPO, "--json").json["refusal"] is None
+    assert 0 < server.sent(".safetensors") <= 1 << 16
+    assert not list((tmp_path / "home").rglob("*.safetensors")) and not list(Path().iterdir())
+
+
 def test_headers_are_asked_for_side_by_side(server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large model has a hundred files: one request after the other would take a minute."""
     server.add(REPO, source)
@@ -239,7 +246,8 @@ def test_pickles_on_the_hub(server: HubServer, tmp_path: Path) -> None:
     for verb in ("plan", "split"):
         assert "--allow-pickle" in fails(5, verb, REPO, "--tp", 2)["hint"]
     assert "pytorch_model.bin" not in fetched(server)
-    succeeds("split", REPO, "--tp", 2, "--allow-pickle", "--no-fsync")
+    result = succeeds("split", REPO, "--tp", 2, "--allow-pickle", "--no-fsync")
+    assert f"next: tpshard check tiny-tp2 --source {REPO} --allow-pickle\n" in result.err
     succeeds("check", "tiny-tp2", "--source", tmp_path / "twin")
     plan = succeeds("plan", REPO, "--tp", 2, "--allow-pickle", "--json").json
     assert plan["source"]["repo_id"] == REPO and len(plan["tensors"]) == 21

@@ -71,6 +71,7 @@ def test_a_failure_names_the_ranks_first_and_the_next_command_last(pair: tuple[P
     result = tpshard("verify", shards, "--source", pair[0], *CPU, "--tier", "bytes,exact")
     assert result.code == 1
     assert result.out.splitlines()[0] == ("FAIL: shards (tp 2) against model: the files of ranks 0 and 1 are exchanged")
+    assert result.out.splitlines()[-2].startswith("bytes: ")  # what the verdict's first line left out
     assert result.err.splitlines()[-1] == f"next: tpshard check {shards} --source {pair[0]}"
 
 
@@ -88,6 +89,23 @@ def test_reports_of_every_kind(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert json.loads(paths[0].read_text())["verdict"] == "pass"
     assert ElementTree.parse(paths[1]).getroot().get("failures") == "0"
     assert "verify: pass" in paths[2].read_text() and "<h1>tpshard verify" in paths[3].read_text()
+
+
+def test_reports_of_an_error(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    paths = [tmp_path / f"report{ending}" for ending in (".json", ".xml", ".md", ".html")]
+    options = [part for path in paths for part in ("--report", path)]
+    shards = Path(shutil.copytree(pair[1], tmp_path / "shards"))
+    (shards / "rank-00001-of-00002.safetensors").unlink()
+    found = tpshard("verify", shards, "--source", pair[0], *CPU, *options, "--json")
+    assert found.code == 3 and found.json["verdict"] == "error"
+    assert json.loads(paths[0].read_text()) == found.json
+    suites = ElementTree.parse(paths[1]).getroot()
+    assert suites.get("errors") == "1" and "all but 1" in (suites.findtext(".//error") or "")
+    assert paths[2].read_text().startswith("## tpshard verify: error\n\n`shards`: ranks are missing")
+    assert "hint: " in paths[2].read_text() and "all but 1" in paths[3].read_text()
+    kept = tmp_path / "kept.json"
+    assert tpshard("verify", pair[1], "--report", kept, "--report", tmp_path / "no" / "a.md").code == 2
+    assert "no such directory" in json.loads(kept.read_text())["error"]["message"]
 
 
 def test_what_is_refused_before_anything_is_run(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -271,9 +271,14 @@ def test_layers_that_differ_are_rows_of_their_own() -> None:
     assert fold([("h.3.q", "x")], False) == [("h.3.q", "x")]
 
 
-def test_only_the_first_number_of_a_name_is_folded() -> None:
-    rows = [(f"layers.{layer}.experts.{expert}.w", "x") for layer in range(2) for expert in range(2)]
-    assert fold(rows, False) == [("layers.{0-1}.experts.0.w", "x"), ("layers.{0-1}.experts.1.w", "x")]
+def test_experts_and_layers_that_are_alike_are_one_row() -> None:
+    rows = [(f"layers.{layer}.experts.{expert}.w{n}", "x") for layer in range(3) for expert in range(4) for n in (1, 2)]
+    assert fold(rows, False) == [("layers.{0-2}.experts.{0-3}.w1", "x"), ("layers.{0-2}.experts.{0-3}.w2", "x")]
+    del rows[rows.index(("layers.1.experts.2.w1", "x"))]
+    assert fold(rows, False)[:2] == [
+        ("layers.{0,2}.experts.{0-3}.w1", "x"),
+        ("layers.{0-2}.experts.{0-3}.w2", "x"),
+    ]
     assert fold([("0.w", "x"), ("1.w", "x"), ("w2.x", "x")], False) == [("{0-1}.w", "x"), ("w2.x", "x")]
 
 

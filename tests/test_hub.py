@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,17 +132,17 @@ def test_is_repo_id(text: str, expected: bool) -> None:
     "quantize_config.json LICENCE.md license.txt License NOTICE NOTICE.txt COPYING USE_POLICY.md".split(),
 )
 def test_patterns_match(name: str) -> None:
-    assert any(fnmatchcase(name, pattern) for pattern in hub.PATTERNS)
+    assert hub.fits(name, hub.PATTERNS)
 
 
 @pytest.mark.parametrize(
     "name",
     "README.md .gitattributes modeling_llama.py tokenizer.py tokenization_qwen.py pytorch_model.bin training_args.bin "
     "consolidated.00.pth model.gguf model.onnx tf_model.h5 flax_model.msgpack model.pt trainer_state.json "
-    "pytorch_model.bin.index.json adapter_config.json".split(),
+    "pytorch_model.bin.index.json adapter_config.json config.json.bak xconfig.json sentencepiece.mode".split(),
 )
 def test_patterns_do_not_match(name: str) -> None:
-    assert not any(fnmatchcase(name, pattern) for pattern in hub.PATTERNS)
+    assert not hub.fits(name, hub.PATTERNS)
 
 
 # --- download ---

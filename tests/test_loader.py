@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import checkpoints
@@ -12,6 +15,8 @@ from safetensors.torch import load_file
 import tpshard
 from tpshard import loader
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
+from tpshard.formats.shards import RankFile
+from tpshard.header import build_header, read_header
 
 
 @pytest.mark.parametrize("limit", [None, 30_000])
@@ -30,6 +35,49 @@ def test_equals_what_safetensors_reads(
         assert loaded.keys() == expected.keys()
         for name, tensor in expected.items():
             assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+
+
+def test_a_buffer_is_filled_again_only_after_its_copy_has_ended() -> None:
+    """Copies that happen as late as they may: when they are waited for."""
+    source = bytes(random.Random(0).randbytes(1000))
+    held = [b""] * 3
+    target = bytearray(len(source))
+
+    def read(index: int, offset: int, count: int) -> None:
+        held[index] = source[offset : offset + count]
+
+    def send(index: int, offset: int, count: int) -> Callable[[], None]:
+        def copy() -> None:
+            target[offset : offset + count] = held[index]
+
+        return copy
+
+    loader.staged(len(source), 7, len(held), read, send)
+    assert target == source
+
+
+def test_a_failed_read_or_copy_ends_the_load_and_its_threads() -> None:
+    def broken(index: int, offset: int, count: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    before = threading.active_count()
+    for read, send in ((broken, lambda *_: print), (lambda *_: None, broken)):
+        with pytest.raises(OSError, match="Input/output"):
+            loader.staged(100, 7, 3, read, send)  # type: ignore[arg-type]
+        assert threading.active_count() == before
+
+
+def test_tensors_that_lie_unaligned(tmp_path: Path) -> None:
+    """Three bytes' worth of bfloat16 before a float32, as the format allows."""
+    tensors = {"model.norm.weight": torch.randn(3).bfloat16(), "x": torch.randn(4)}
+    kinds = ("BF16", "F32")
+    header = build_header([(n, kind, (len(t),)) for (n, t), kind in zip(tensors.items(), kinds, strict=True)], {})
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(header + b"".join(t.view(torch.uint8).numpy().tobytes() for t in tensors.values()))
+    infos = read_header(path).tensors
+    assert (infos[1].begin - infos[0].begin) % 4
+    loaded = dict(loader._load_file(RankFile(path, path.stat().st_size, infos), torch.device("cpu")))
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_refuses_a_rank_that_is_not_there(tmp_path: Path) -> None:

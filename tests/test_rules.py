@@ -412,7 +412,6 @@ def test_a_class_of_layer_numbers_tells_layers_apart(order: tuple[int, int, int]
         ("[defaults]", '[conditions]\nx = "1 +"\n[defaults]', r"cannot read the expression '\(1 \+\)'"),
         ("[defaults]", '[found]\nx = "[z-a]"\n[defaults]', "bad character range"),
         ("layers.*.down", "layers.*.experts.*.down", r"'model.layers.\*.experts.\*.down' is of experts, and no key"),
-        ('["in", "out"]', '["expert", "out"]', r"'model.layers.\*.up' is of experts, and no key `experts` says"),
         ('"column vocab"', '"column vocab if layer > 1"', "pattern 'model.embed' has no layer, and its condition"),
         ('ffn = { count = "n_ffn" }', 'ffn = { count = "n_ffn", pads = true }', "axis ffn: unknown keys: pads"),
         ('ffn = { count = "n_ffn" }', 'ffn = { unit = "1" }', "axis ffn: missing keys: count"),

@@ -70,6 +70,13 @@ def test_all_tiers_with_the_source_beside_the_shards(pair: tuple[Path, Path]) ->
     assert estimate < lines.index("bytes tier")
 
 
+def test_the_verb_of_the_library_is_the_package(pair: tuple[Path, Path]) -> None:
+    import tpshard
+
+    assert tpshard.verify(pair[1], tiers=("bytes",)).verdict == "pass"
+    assert tpshard.verify.__name__ == "tpshard.verify" and "verify" in tpshard.__all__
+
+
 def test_the_source_in_the_current_directory(
     pair: tuple[Path, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,13 +266,13 @@ def test_a_killed_process_is_told_of(pair: tuple[Path, Path], monkeypatch: pytes
 def test_the_group_that_is_there() -> None:
     assert surroundings({}) is None
     assert surroundings({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x"}) is None
-    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "x", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    torchrun = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "x", "LOCAL_RANK": "1"}
     found = surroundings(torchrun)
     assert found is not None
-    assert (found.rank, found.size, found.local_rank, found.local_size, found.url) == (5, 8, 1, 4, "env://")
-    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    assert (found.rank, found.size, found.local_rank, found.url) == (5, 8, 1, "env://")
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "3"}
     found = surroundings(slurm | {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "gpu[03-04],other"})
-    assert found is not None and (found.local_rank, found.local_size) == (3, 4)
+    assert found is not None and found.local_rank == 3
     assert found.url == "tcp://gpu03:20077?rank=3&world_size=8"
     assert surroundings(slurm | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     for wrong in ({"RANK": "two"}, {"RANK": "8"}):
@@ -274,6 +281,12 @@ def test_the_group_that_is_there() -> None:
     assert [first_host(nodes) for nodes in ("a", "a,b", "n[1,3]", "n[01-04]-ib", "")] == [
         "a", "a", "n1", "n01", "127.0.0.1",
     ]  # fmt: skip
+
+
+def test_nccl_needs_a_gpu_for_each_rank() -> None:
+    one, two, none = "gpu host 1", "gpu host 2", processes._device(None)
+    assert processes.nccl_or_gloo([one, two]) == "nccl"
+    assert {processes.nccl_or_gloo(devices) for devices in ([one, one], [one, none], [none, none])} == {"gloo"}
 
 
 def test_width_is_read_from_the_names(pair: tuple[Path, Path], tmp_path: Path) -> None:

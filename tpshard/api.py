@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
@@ -33,6 +34,9 @@ from tpshard.model import check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
+
+if TYPE_CHECKING:
+    from tpshard.formats.shards import ShardSet
 
 Shares = Sequence[str | float]
 
@@ -145,6 +149,7 @@ def reshard(
     max_file_size: int | None = None,
     format: str = "native",
     engine_version: str | None = None,
+    allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
 ) -> WriteReport:
@@ -152,16 +157,12 @@ def reshard(
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     chosen = _ranks(ranks, tp)
-    from tpshard.formats.shards import open_shards
-
-    source = open_shards(Path(shards))
+    source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-tp{tp}")
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, options)
-    return _write_split(
-        planned, source.placed(), _side_files(source.side_files), target, chosen, settings, "reshard", ()
-    )
+    return _write_split(planned, source.placed(), _small(source), target, chosen, settings, "reshard", ())
 
 
 def _write_split(
@@ -211,13 +212,12 @@ def merge(
     out: str | Path | None = None,
     *,
     max_file_size: int | None = None,
+    allow_pickle: bool = False,
     settings: Settings | None = None,
 ) -> WriteReport:
     """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits."""
     settings = settings or Settings()
-    from tpshard.formats.shards import open_shards
-
-    source = open_shards(Path(shards))
+    source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-merged")
     _check_distinct(source.directory, target)
@@ -225,7 +225,7 @@ def merge(
     joined = join(source.model.tensors, source.placed(), outputs)
     job = Job(
         plan=joined,
-        small={**_side_files(source.side_files), **index},
+        small={**_small(source), **index},
         identity={"set": source.manifest["set"]},
         records=lambda digests: {},
         convert=_convert(
@@ -253,9 +253,8 @@ def check(
     """
     settings = settings or Settings()
     from tpshard.checking import check_records, check_source
-    from tpshard.formats.shards import open_shards
 
-    found = open_shards(Path(shards))
+    found = _open_shards(Path(shards), allow_pickle)
     if tp is not None and tp != found.tp:
         raise DifferentError(
             f"the shard set is for tp {found.tp}, not tp {tp}",
@@ -302,6 +301,22 @@ def _check_distinct(source: Path | None, target: Path) -> None:
         raise UsageError("the output is the source itself", path=target, hint="give another directory with -o")
     if real_source.is_relative_to(real_target):
         raise UsageError("the source lies inside the output", path=target, hint="give another directory with -o")
+
+
+def _open_shards(directory: Path, allow_pickle: bool) -> ShardSet:
+    """A set that tpshard wrote, or files that Meta published."""
+    from tpshard.formats.shards import is_shard_set, open_shards
+
+    if not is_shard_set(directory):
+        from tpshard.formats.meta_input import is_meta, open_meta
+
+        if is_meta(directory):
+            return open_meta(directory, allow_pickle)
+    return open_shards(directory)
+
+
+def _small(source: ShardSet) -> dict[str, bytes]:
+    return {**source.made, **_side_files(source.side_files)}
 
 
 def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:

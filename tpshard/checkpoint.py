@@ -11,14 +11,13 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tpshard.errors import CorruptError, LocalIOError, TpshardError, UnsafeError, UnsupportedError, UsageError
 from tpshard.header import Header, TensorInfo, header_length, parse_header, read_header
-from tpshard.hub import SIDE_PATTERNS
+from tpshard.hub import SIDE_PATTERNS, fits
 
 MANIFEST = "tpshard.json"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -218,7 +217,7 @@ def _refuse_quantised(names: set[str], place: object) -> None:
 
 def side_files(names: Iterable[str]) -> list[str]:
     """Those of `names` that travel with the weights (configuration, tokenizer, chat template, licence), sorted."""
-    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in SIDE_PATTERNS))
+    return sorted(name for name in names if fits(name, SIDE_PATTERNS))
 
 
 def side_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:

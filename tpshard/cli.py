@@ -25,6 +25,7 @@ from tpshard.options import (
     JSON,
     MERGE_OUT,
     MERGE_SIZE,
+    META_PICKLE,
     MODEL,
     NO_FSYNC,
     OUT,
@@ -180,6 +181,7 @@ def merge(
     shards: SHARDS,
     out: MERGE_OUT = None,
     max_file_size: MERGE_SIZE = None,
+    allow_pickle: META_PICKLE = False,
     workers: WORKERS = None,
     overwrite: OVERWRITE = False,
     no_fsync: NO_FSYNC = False,
@@ -197,7 +199,7 @@ def merge(
         from tpshard import api
 
         with _settings(console, "merge", workers, Checksum.none, overwrite, no_fsync) as settings:
-            report = api.merge(shards, out, max_file_size=max_file_size, settings=settings)
+            report = api.merge(shards, out, max_file_size=max_file_size, allow_pickle=allow_pickle, settings=settings)
         _print_written(console, report, ["tpshard", "inspect", str(report.output)])
 
 
@@ -213,6 +215,7 @@ def reshard(
     max_file_size: SIZE = None,
     format: FORMAT = "native",
     engine_version: ENGINE_VERSION = None,
+    allow_pickle: META_PICKLE = False,
     checksum: CHECKSUM = Checksum.sha256,
     workers: WORKERS = None,
     overwrite: OVERWRITE = False,
@@ -241,6 +244,7 @@ def reshard(
                 max_file_size=max_file_size,
                 format=format,
                 engine_version=engine_version,
+                allow_pickle=allow_pickle,
                 ranks=rank_list(ranks, tp),
                 settings=settings,
             )

@@ -149,12 +149,14 @@ def verify(
 
     with _console(json, quiet) as console:
         speaks = True
+        reports: list[Path] = []
         try:
             group = surroundings()
             speaks = group is None or group.rank == 0
             from tpshard import verifying
 
-            reports = [_writable(path) for path in report or ()]
+            for path in report or ():
+                reports.append(_writable(path))
             verdict = verifying.verify(
                 shards,
                 source,
@@ -177,9 +179,18 @@ def verify(
         except TpshardError as error:
             if not speaks:
                 raise typer.Exit(error.exit_code) from None
+            _report_error(console, error, shards, reports)
             if json:
-                console.data({"schema_version": 1, "command": "verify", "error": error.to_json(), "verdict": "error"})
-                console.as_json = False  # the object is out; the message on stderr is left
+                from tpshard.verify.report import error_json
+
+                console.data(error_json(error))
+                console.as_json = False  # the object, which has a verdict, is out; the message on stderr is left
+                console.error(error)
+                raise typer.Exit(error.exit_code) from None
+            raise
+        except Exception as error:
+            if speaks:
+                _report_error(console, TpshardError(f"{type(error).__name__}: {error}"), shards, reports)
             raise
         if speaks:
             _print(console, verdict, shards, source, reports)
@@ -188,24 +199,33 @@ def verify(
 
 def _writable(path: Path) -> Path:
     """A report's path, refused before anything is run."""
-    from tpshard.verify.report import kind_of
+    from tpshard.verify.report import check_kind
 
-    kind_of(path)
+    check_kind(path)
     if not path.absolute().parent.is_dir():
         raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
     return path
 
 
+def _report_error(console: Console, error: TpshardError, shards: Path, reports: list[Path]) -> None:
+    """The error in every report that was asked for; one that cannot be written does not hide the error itself."""
+    from tpshard.verify.report import write_error
+
+    for path in reports:
+        try:
+            write_error(error, shards.name, path)
+        except TpshardError as another:
+            console.warn(str(another))
+
+
 def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:
-    from tpshard.verify.report import caught, rows, to_json, write
+    from tpshard.verify.report import to_json, write
+    from tpshard.verify.wording import caught, reasons, rows
 
     for path in reports:
         write(verdict, path)
     for warning in verdict.warnings:
         console.warn(warning)
-    for tier in verdict.tiers:
-        if tier.status == "skipped":
-            console.warn(f"the {tier.name} tier was left out: {tier.reason}")
     if console.as_json:
         console.data(json_text.loads(to_json(verdict)))
         return
@@ -215,6 +235,8 @@ def _print(console: Console, verdict: Verdict, shards: Path, source: str | None,
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     for row in table:
         print("  ".join(cell.ljust(size) for cell, size in zip(row, [*widths, 0], strict=True)).rstrip())
+    for reason in reasons(verdict):
+        print(reason)
     if verdict.canaries:
         print(caught(verdict))
     if verdict.verdict == "fail":

@@ -9,11 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +93,20 @@ def is_repo_id(text: str) -> bool:
     return len(parts) <= 2 and all(_PART.fullmatch(part) for part in parts)
 
 
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits any of the patterns, of which each has one `*` at most.
+
+    Without regular expressions, of which thirty would be compiled whenever a command starts.
+    """
+    for pattern in patterns:
+        begin, star, end = pattern.partition("*")
+        if star and name.startswith(begin) and name.endswith(end) and len(name) >= len(begin + end):
+            return True
+        if name == pattern:
+            return True
+    return False
+
+
 def describe(repo_id: str, revision: str | None) -> RemoteRepo:
     """The files of a repository at the commit that `revision` (branch, tag, hash; None: `main`) is now: one request.
 
@@ -132,6 +144,8 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
     Raises HubError, UnsafeError (only pickle weights), UnsupportedError (no weights), LocalIOError: also, before the
     weights are asked for, when the cache's disk has no room for them.
     """
+    from glob import escape
+
     from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
@@ -282,7 +296,7 @@ def _select(
     weights = _weights(names, allow_pickle, index)
     if not weights:
         found = sorted(name for name in names if not name.startswith("."))
-        if any(fnmatchcase(name, PICKLE_PATTERNS[0]) for name in names):
+        if any(fits(name, PICKLE_PATTERNS[:1]) for name in names):
             raise UnsafeError(
                 f"{repo_id} has only pickle weights, and unpickling can run code",
                 expected="*.safetensors",
@@ -294,8 +308,7 @@ def _select(
             expected="*.safetensors",
             found=", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "no files",
         )
-    side = (name for name in sorted(names) if any(fnmatchcase(name, pattern) for pattern in SIDE_PATTERNS))
-    return tuple(side), weights
+    return tuple(name for name in sorted(names) if fits(name, SIDE_PATTERNS)), weights
 
 
 def _weights(names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]) -> tuple[str, ...]:
@@ -311,9 +324,9 @@ def _weights(names: Collection[str], allow_pickle: bool, index: Callable[[str], 
             return (single,)
         if f"{single}.index.json" in names:
             return (f"{single}.index.json", *_shards(index(f"{single}.index.json"), f"{single}.index.json"))
-        loose = sorted(name for name in names if fnmatchcase(name, pattern))
+        loose = sorted(name for name in names if fits(name, [pattern]))
         if loose:
-            return (*loose, *sorted(name for name in names if fnmatchcase(name, f"{pattern}.index.json")))
+            return (*loose, *sorted(name for name in names if fits(name, [f"{pattern}.index.json"])))
     return ()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -15,15 +16,17 @@ from tpshard.torch_io import DTYPES  # first: it says what to do when torch is m
 
 import torch  # isort: skip  # noqa: E402
 
-STAGE = 64 << 20
-"""Bytes of one staging buffer; a GPU load has two pinned ones."""
+STAGE = 16 << 20
+"""Bytes of one staging buffer, pinned where it is copied to a GPU."""
+READERS = 4
+"""Threads that read into them: one alone copies from the page cache more slowly than the bus takes it."""
 
 
 def load_rank(directory: str | Path, rank: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
     """The tensors of one rank of a shard set, by name, on `device`.
 
-    One allocation a file on the device, of which the tensors are views in the file's own layout. On a GPU the file is
-    read into two pinned buffers in turn while the other one is copied.
+    One allocation a file on the device, of which the tensors are views in the file's own layout, but for those that lie
+    there unaligned. For a GPU, threads read the file into pinned buffers while others of them are copied.
     UsageError for a rank that the set has not, CorruptError when it is not complete.
     """
     shards = open_shards(Path(directory))
@@ -55,7 +58,7 @@ def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torc
                 for offset in range(0, len(array), STAGE):
                     read_exactly(files, fd, [array[offset : offset + STAGE]], begin + offset, str(file.path))
             else:
-                _stream(files, fd, begin, data, str(file.path))
+                _to_gpu(files, fd, begin, data, str(file.path))
         finally:
             files.close(fd)
     except OSError as error:
@@ -63,47 +66,89 @@ def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torc
     for info in infos:
         if info.dtype not in DTYPES:
             raise UnsupportedError(f"torch has no dtype for {info.dtype}", tensor=info.name, path=file.path)
+        dtype = DTYPES[info.dtype]
         flat = data[info.begin - begin : info.end - begin]
-        yield info.name, flat.view(DTYPES[info.dtype]).view(info.shape)
+        if (info.begin - begin) % dtype.itemsize:  # the format packs tensors; torch has no view of such
+            flat = flat.clone()
+        yield info.name, flat.view(dtype).view(info.shape)
 
 
-def _stream(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
-    """Read a file into pinned buffers on a thread, and copy each to the device as it is filled."""
+def _to_gpu(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
+    """Fill `data` on a GPU with a file's bytes from `begin` on, through pinned buffers and a stream of our own."""
     size = data.numel()
-    buffers = [torch.empty(min(STAGE, size), dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    free: Queue[int] = Queue()
-    filled: Queue[tuple[int, int, int] | BaseException | None] = Queue()
-    for index in range(len(buffers)):
-        free.put(index)
-
-    def read() -> None:
-        try:
-            for offset in range(0, size, STAGE):
-                index = free.get()
-                count = min(STAGE, size - offset)
-                view = buffers[index].numpy().data[:count]
-                read_exactly(files, fd, [view], begin + offset, path)
-                filled.put((index, offset, count))
-            filled.put(None)
-        except BaseException as error:
-            filled.put(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
+    buffers = [torch.empty(min(STAGE, size), dtype=torch.uint8, pin_memory=True) for _ in range(READERS + 1)]
     stream: Any = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
-    copying: list[tuple[int, Any]] = []
-    while (item := filled.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        index, offset, count = item
+    # The memory of `data` may have belonged to a tensor that kernels in flight still read.
+    stream.wait_stream(torch.cuda.current_stream(data.device))
+
+    def read(index: int, offset: int, count: int) -> None:
+        read_exactly(files, fd, [buffers[index].numpy().data[:count]], begin + offset, path)
+
+    def send(index: int, offset: int, count: int) -> Callable[[], object]:
         with torch.cuda.stream(stream):
             data[offset : offset + count].copy_(buffers[index][:count], non_blocking=True)
             event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(stream)
-        copying.append((index, event))
-        if len(copying) == len(buffers):  # the reader needs one back: wait for the older copy
-            oldest, done = copying.pop(0)
-            done.synchronize()
-            free.put(oldest)
-    stream.synchronize()
-    thread.join()
+        wait: Callable[[], object] = event.synchronize
+        return wait
+
+    try:
+        staged(size, min(STAGE, size), len(buffers), read, send)
+    finally:
+        stream.synchronize()
+
+
+def staged(
+    size: int,
+    stage: int,
+    buffers: int,
+    read: Callable[[int, int, int], None],
+    send: Callable[[int, int, int], Callable[[], object]],
+) -> None:
+    """Move `size` bytes through numbered buffers: `read(buffer, offset, count)` on threads, `send(…)` on this one.
+
+    `send` begins a copy and returns what waits for its end; a buffer is read into again only after that. The first
+    error ends it; on return no thread is reading.
+    """
+    assert buffers > 1, "one is copied while another one is read"
+    offsets = iter(range(0, size, stage))
+    free: Queue[int | None] = Queue()
+    filled: Queue[tuple[int, int, int] | BaseException] = Queue()
+    turn = threading.Lock()
+
+    def work() -> None:
+        try:
+            while (index := free.get()) is not None:
+                with turn:
+                    offset = next(offsets, None)
+                if offset is None:
+                    return
+                count = min(stage, size - offset)
+                read(index, offset, count)
+                filled.put((index, offset, count))
+        except BaseException as error:
+            filled.put(error)
+
+    readers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, buffers - 1))]
+    for index in range(buffers):
+        free.put(index)
+    for reader in readers:
+        reader.start()
+    copying: deque[tuple[int, Callable[[], object]]] = deque()
+    try:
+        for _ in range(0, size, stage):
+            item = filled.get()
+            if isinstance(item, BaseException):
+                raise item
+            copying.append((item[0], send(*item)))
+            if len(copying) > 1:  # one copy goes on while the readers get the others' buffers back
+                index, wait = copying.popleft()
+                wait()
+                free.put(index)
+    finally:
+        for _, wait in copying:
+            wait()
+        for _ in readers:
+            free.put(None)
+        for reader in readers:
+            reader.join()

@@ -136,7 +136,7 @@ MERGE_SIZE = Annotated[
 ]
 FORMAT = Annotated[
     str,
-    typer.Option("--format", help="How the ranks' files are written: native.", metavar="FORMAT"),
+    typer.Option("--format", help="How the ranks' files are written: native, vllm, meta, deepseek.", metavar="FORMAT"),
 ]
 ENGINE_VERSION = Annotated[
     str | None,
@@ -148,6 +148,9 @@ ENGINE_VERSION = Annotated[
 ]
 PICKLE = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin, with torch's weights_only loader.")
+]
+META_PICKLE = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read Meta's consolidated.*.pth, with torch's weights_only loader.")
 ]
 RANKS = Annotated[
     str | None,

@@ -143,14 +143,16 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
     shapes = {tensor.name: tensor.shape for tensor in logical}
     held = _by_tensor(sources)
     wanted = _by_tensor(placed for output in outputs for placed in output.tensors)
-    position: dict[str, int] = {}  # of a stored tensor's name; all ranks list theirs in the same order
+    # Of a stored tensor's name: the ranks list theirs in the same order, and one that others lack after its neighbour.
+    position: dict[str, int] = {}
+    at = -1
     steps: list[tuple[int, Step]] = []
     done: set[str] = set()
     for output in outputs:
         for placed in output.tensors:
             stored = placed.stored
             _assert_filled(stored)
-            at = position.setdefault(stored.name, len(position))
+            at = position.setdefault(stored.name, at + 1)
             for part in stored.parts:
                 if part.tensor not in done:
                     done.add(part.tensor)

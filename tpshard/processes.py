@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,7 +37,6 @@ class Surroundings:
     rank: int
     size: int
     local_rank: int
-    local_size: int
     url: str
 
 
@@ -47,17 +46,14 @@ def surroundings(environment: Mapping[str, str] = os.environ) -> Surroundings | 
     try:
         if get("RANK") and get("WORLD_SIZE") and get("MASTER_ADDR"):
             rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            local = int(get("LOCAL_RANK") or rank)
-            return _group("torchrun", rank, size, local, int(get("LOCAL_WORLD_SIZE") or size), "env://")
+            return _group("torchrun", rank, size, int(get("LOCAL_RANK") or rank), "env://")
         size = int(get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS") or 1)
         if get("SLURM_PROCID") and size > 1:
             rank = int(environment["SLURM_PROCID"])
-            here = re.match(r"\d+", get("SLURM_STEP_TASKS_PER_NODE") or get("SLURM_TASKS_PER_NODE") or "")
             host = get("MASTER_ADDR") or first_host(get("SLURM_STEP_NODELIST") or get("SLURM_JOB_NODELIST") or "")
             port = get("MASTER_PORT") or str(20000 + int(get("SLURM_JOB_ID") or 0) % 20000)
             url = f"tcp://{host}:{port}?rank={rank}&world_size={size}"
-            local = int(get("SLURM_LOCALID") or rank)
-            return _group("SLURM", rank, size, local, int(here[0]) if here else size, url)
+            return _group("SLURM", rank, size, int(get("SLURM_LOCALID") or rank), url)
     except ValueError as error:
         raise UsageError(
             "the environment of torchrun or SLURM is not as it should be",
@@ -67,10 +63,10 @@ def surroundings(environment: Mapping[str, str] = os.environ) -> Surroundings | 
     return None
 
 
-def _group(starter: str, rank: int, size: int, local: int, local_size: int, url: str) -> Surroundings | None:
+def _group(starter: str, rank: int, size: int, local: int, url: str) -> Surroundings | None:
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} of {size}")
-    return Surroundings(starter, rank, size, local, local_size, url) if size > 1 else None
+    return Surroundings(starter, rank, size, local, url) if size > 1 else None
 
 
 def first_host(nodes: str) -> str:
@@ -98,10 +94,10 @@ def join(group: Surroundings, device: str, work: Callable[[Processes, int], T]) 
         given = (group.rank, group.size) if group.url.startswith("file:") else (-1, -1)
         store, rank, size = next(rendezvous(group.url, *given, timeout=JOIN))
         store.set_timeout(JOIN)
-        mine = f"{socket.gethostname()} {group.local_rank % gpus}" if gpus else ""
+        mine = _device(torch.cuda.current_device() if gpus else None)
         store.set(f"tpshard/device/{rank}", mine)
         devices = [store.get(f"tpshard/device/{other}").decode() for other in range(size)]
-        backend = "nccl" if all(devices) and len(set(devices)) == size else "gloo"
+        backend = nccl_or_gloo(devices)
         store.set_timeout(WORK)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
     except (RuntimeError, ValueError, OSError) as error:
@@ -111,9 +107,27 @@ def join(group: Surroundings, device: str, work: Callable[[Processes, int], T]) 
             hint=f"start all {group.size} with one torchrun or srun, or unset RANK and SLURM_PROCID to run alone",
         ) from None
     try:
-        return work(Processes(), -(-group.local_size // max(1, gpus)))
+        return work(Processes(), devices.count(mine))
     finally:
         dist.destroy_process_group()
+
+
+def _device(index: int | None) -> str:
+    """A name for a GPU, or for this host's memory, that two processes share only if they share the thing.
+
+    By the GPU's own number, since SLURM may show each task one GPU, and then all of them are number 0.
+    """
+    if index is None:
+        return f"cpu {socket.gethostname()}"
+    import torch
+
+    return f"gpu {socket.gethostname()} {torch.cuda.get_device_properties(index).uuid}"
+
+
+def nccl_or_gloo(devices: Sequence[str]) -> str:
+    """NCCL where every rank has a GPU of its own."""
+    apart = len(set(devices)) == len(devices) and all(device.startswith("gpu ") for device in devices)
+    return "nccl" if apart else "gloo"
 
 
 def start(request: Any, count: int, say: Callable[[str], None]) -> Any:
@@ -201,7 +215,7 @@ def work(folder: Path, rank: int, size: int) -> None:
         if rank == 0:
             print(line, flush=True)
 
-    group = Surroundings("tpshard", rank, size, rank, size, f"file://{folder}/meeting")
+    group = Surroundings("tpshard", rank, size, rank, f"file://{folder}/meeting")
     outcome: Any
     try:
         outcome = join(group, request.device, lambda team, sharing: judge(request, team, sharing, say))

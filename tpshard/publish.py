@@ -219,7 +219,7 @@ def _finish(
             lock.rename(work / name)
     else:
         if work != out:
-            _swap(job, files, work, out, fsync=fsync)
+            _swap(job, work, out, settings)
             locks[0].path = out / LOCK  # held until here: no other run may begin in a directory that moves
         if settings.overwrite:
             _remove_replaced(job, files, out)
@@ -271,9 +271,13 @@ def _check_target(job: Job, out: Path, settings: Settings) -> None:
         )
 
 
-def _swap(job: Job, files: Files, work: Path, out: Path, *, fsync: bool) -> None:
-    """Give the finished directory its name; what it replaces keeps another one until that is durable."""
-    if out.exists() and not is_empty(out):
+def _swap(job: Job, work: Path, out: Path, settings: Settings) -> None:
+    """Give the finished directory its name; what it replaces keeps another one until that is durable.
+
+    Without --overwrite the rename fails when somebody has put something there since it was looked at.
+    """
+    files = settings.files
+    if settings.overwrite and out.exists() and not is_empty(out):
         _remove_replaced(job, files, out)
         with Lock(files, out / LOCK) as lock:  # marks what is ours to remove
             files.rename(str(out), str(_replaced(out)))
@@ -285,7 +289,7 @@ def _swap(job: Job, files: Files, work: Path, out: Path, *, fsync: bool) -> None
                 raise
     else:
         files.rename(str(work), str(out))
-    if fsync:
+    if settings.fsync:
         sync_directory(files, out.parent)
 
 

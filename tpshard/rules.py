@@ -205,7 +205,7 @@ def parse_architecture(text: str, path: str) -> Architecture:
             _compile(pattern.removesuffix("?"))
         except re.error as error:
             raise refuse(f"pattern {pattern!r}: {error}") from None
-        if "experts" not in data and (pattern.split(".").count("*") > 1 or "expert" in dims.get(pattern, ())):
+        if "experts" not in data and pattern.removesuffix("?").split(".").count("*") > 1:
             raise refuse(f"pattern {pattern!r} is of experts, and no key `experts` says how many there are")
     for rule in rules:
         unlayered = [pattern for pattern in rule.patterns if "*" not in pattern.removesuffix("?").split(".")]
@@ -356,9 +356,9 @@ def recognise(
         found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
     except expression.ExpressionError as error:
         raise _misfit(architecture, error) from None
-    seen = {pattern.text for patterns in found.values() for pattern in patterns}
+    seen = {pattern.text for candidates in found.values() for pattern, _, _ in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
-    return missing, [name for name, patterns in found.items() if not patterns]
+    return missing, [name for name, candidates in found.items() if not candidates]
 
 
 def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -467,13 +467,14 @@ class _Matcher:
         self._memo: dict[str, list[_Pattern]] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
-    def find(self, name: str, prefix: str) -> tuple[str, list[_Pattern]]:
+    def find(self, name: str, prefix: str) -> tuple[str, list[_Match]]:
         """The patterns that match a name, as it is or after `prefix`, and the name that they match."""
         for full in dict.fromkeys((name, prefix + name)):
             key = self._index.sub("0", full)
             if key not in self._memo:
                 self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(full)]
-            candidates = [p for p in self._memo[key] if not p.condition or self._holds(p, _numbers(p, full)[0][0])]
+            matches = [(pattern, *_numbers(pattern, full)) for pattern in self._memo[key]]
+            candidates = [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]
             if candidates:
                 return full, candidates
         return name, []
@@ -492,7 +493,7 @@ class _Matcher:
             )
         if len(candidates) > 1:
             raise UsageError(
-                f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p in candidates)}",
+                f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, _, _ in candidates)}",
                 tensor=name,
                 hint="make the patterns of the rules file disjoint",
             )
@@ -504,12 +505,10 @@ class _Matcher:
                 expected=f"one of them, with or without {self.architecture.prefix!r}",
             )
         self.names[full] = name
-        pattern = candidates[0]
+        pattern, numbers, rest = candidates[0]
         pattern.seen = True
-        if pattern.required:
-            numbers, rest = _numbers(pattern, full)
-            if numbers:
-                pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
+        if pattern.required and numbers:
+            pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
         return pattern.rule, self._dims(full, tensor)
 
     def _holds(self, pattern: _Pattern, layer: int) -> bool:
@@ -535,7 +534,7 @@ class _Matcher:
                             expected=f"{len(dims)} dims: {', '.join(dims)}",
                             found=f"shape {list(tensor.shape)}",
                         )
-                    dim = dims.index("expert") if "expert" in dims else None
+                    dim = dims.index("expert") if "expert" in dims and self.architecture.experts else None
                     if dim is not None and tensor.shape[dim] != self._experts:
                         raise CorruptError(
                             f"config.json contradicts the tensor {tensor.name}",
@@ -594,14 +593,20 @@ def _check_run(
         )
 
 
+_Match = tuple[_Pattern, list[int], str]
+"""A pattern that matches a name, the layer and expert in it, and the name with `*` for them."""
+
+
 def _numbers(pattern: _Pattern, full: str) -> tuple[list[int], str]:
     """The layer and expert in a name that the pattern matches, and the name with `*` for them."""
     found = pattern.compiled.fullmatch(full)
     assert found is not None
     rest = full
-    for group in range(len(found.groups()), 0, -1):
-        rest = rest[: found.start(group)] + "*" + rest[found.end(group) :]
-    return [int(number) for number in found.groups()], rest
+    numbers = found.groups()
+    for group in range(len(numbers), 0, -1):
+        start, end = found.span(group)
+        rest = f"{rest[:start]}*{rest[end:]}"
+    return [int(number) for number in numbers], rest
 
 
 _INDEX = r"(?:0|[1-9][0-9]*)"  # a layer's number, as nobody writes it otherwise

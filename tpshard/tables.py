@@ -14,18 +14,20 @@ from tpshard.report import InspectReport, PlanReport, shares_of, stored_json
 
 
 def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:
-    """Make one row of rows that differ only in one number of the name: `model.layers.{0-31}.mlp`.
+    """Make one row of rows that differ only in numbers of the name: `model.layers.{0-31}.mlp.experts.{0-7}.w1`.
 
-    rows: the name first. Order is that of the first row of each kind.
+    rows: the name first. Order is that of the first row of each kind. Experts are folded in each layer, then layers.
     """
-    if every:
-        return list(rows)
+    return list(rows) if every else _fold(_fold(rows, 1), 0)
+
+
+def _fold(rows: Sequence[tuple[str, ...]], which: int) -> list[tuple[str, ...]]:
+    """Fold the first number of the names, or the second."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    names: dict[tuple[str, ...], str] = {}
     for name, *cells in rows:
-        match = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", name)
+        found = list(re.finditer(r"(?<![^.])\d+(?=\.)", name))
+        match = found[which] if which < len(found) else None
         key = (name[: match.start()] + "\0" + name[match.end() :] if match else name, *cells)
-        names.setdefault(key, name)
         groups.setdefault(key, []).append(int(match.group()) if match else -1)
     folded = []
     for (pattern, *cells), numbers in groups.items():

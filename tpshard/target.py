@@ -43,7 +43,11 @@ def strangers(directory: Path, expected: set[str], *, models: bool) -> list[str]
         while match := _TEMPORARY.fullmatch(name):
             name = match[1]
         name = name.removesuffix(PARTIAL)
-        return bool(_SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}))
+        if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}):
+            return True
+        from tpshard.formats import writes  # last of all: it looks into every format
+
+        return writes(name)
 
     return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or ours(n)))
 

@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from bench.synthetic import LLAMA_1B, LLAMA_405B, write_llama
 
@@ -71,6 +73,7 @@ def commands(tp: int, workers: int) -> dict[str, Command]:
     }
 
 
+LOADERS, LOADS = "loaders", 5
 PAIRS = [
     ("split, none", "cp, sync", 1.0),
     ("split, none, no fsync", "cp", 1.1),
@@ -79,6 +82,8 @@ PAIRS = [
     ("merge, no fsync", "split, none, no fsync", 1.3),
     ("reshard, none, no fsync", "split, none, no fsync", 1.3),
     ("check --source", "cmp", 1.3),
+    ("tpshard.load_rank", "safetensors load_file", 1.0),
+    ("tpshard.load_rank", "fastsafetensors", 1.0),
 ]
 
 
@@ -112,11 +117,24 @@ def peak_memory(shell: str, place: Path) -> int:
     return int(out.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
 
 
+def loaders(shards: Path) -> dict[str, Any] | None:
+    """One rank's load by us and by others, on a GPU if there is one, without start-up; None without torch."""
+    if not find_spec("torch"):
+        return None
+    done = subprocess.run([sys.executable, "-m", "bench.loaders", shards], check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    for name, seconds in [*found["seconds"].items()]:
+        if isinstance(seconds, str):
+            print(f"{name}: {seconds}", file=sys.stderr)
+            del found["seconds"][name]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, help="where to work; 10 GB, 42 GB with --memory [default: a temporary one]")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--only", help="comma-separated names of commands")
+    parser.add_argument("--only", help=f"comma-separated names of commands, or {LOADERS}")
     parser.add_argument("--memory", action="store_true", help="also measure memory, on a model 8 times as large")
     parser.add_argument("--output", type=Path, help="write PREFIX.json and PREFIX.md")
     options = parser.parse_args()
@@ -133,7 +151,9 @@ def main() -> None:
         for _ in range(options.repeat):
             for name, command in chosen.items():
                 seconds[name].append(run(command, place, 2 * size if command.writes else 0))
-        result = report(seconds, size)
+        loaded = loaders(place / "shards") if not options.only or LOADERS in options.only.split(",") else None
+        result = report(seconds | (loaded["seconds"] if loaded else {}), size)
+        result["loaders_on"] = loaded and loaded["device"]
         if options.memory:
             shutil.rmtree(place / "twin")
             eightfold = {**LLAMA_1B, "num_hidden_layers": 8 * LLAMA_1B["num_hidden_layers"]}
@@ -183,7 +203,7 @@ def markdown(result: dict[str, object]) -> str:
     gib = host["memory_bytes"] / 2**30
     seconds = result["seconds"]
     assert isinstance(seconds, dict)
-    runs = len(next(iter(seconds.values())))
+    runs = max(map(len, seconds.values()), default=0)
     lines = [
         f"# Benchmark of {result['date']}",
         "",
@@ -201,6 +221,12 @@ def markdown(result: dict[str, object]) -> str:
     assert isinstance(medians, dict)
     lines += ["", "| command | median seconds |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in medians.items()]
+    if result.get("loaders_on"):
+        lines += [
+            "",
+            f"Loaders: one rank of four onto the {result['loaders_on']}, {LOADS} loads in turn and a first one,",
+            "without start-up. On a CPU safetensors maps the file; its ratio is that of copies, as the others give.",
+        ]
     memory = result.get("memory")
     if isinstance(memory, dict):
         one, eight = memory["model"], memory["model8"]

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.loaders import measure
 
 import tpshard
+from tpshard.verify.native import NATIVE_LIMITS
 
 REPEAT = 5
 CHUNK = 1 << 28
@@ -98,25 +100,6 @@ def reading(path: Path, device: torch.device) -> float:
     return path.stat().st_size / min(timed(read, device))
 
 
-def fast(path: Path, device: torch.device) -> Callable[[], Any] | None:
-    """A load by fastsafetensors, or None where it is not installed."""
-    try:
-        from fastsafetensors import SafeTensorsFileLoader, SingleGroup
-    except ImportError:
-        return None
-
-    def load() -> Any:
-        loader = SafeTensorsFileLoader(SingleGroup(), torch.device(device.type, 0), nogds=True)
-        loader.add_filenames({0: [str(path)]})
-        held = loader.copy_files_to_device()
-        tensors = {name: held.get_tensor(name) for name in held.key_to_rank_lidx}
-        held.close()
-        loader.close()
-        return tensors
-
-    return load
-
-
 def loader(shards: Path, device: torch.device) -> dict[str, Any]:
     """One rank's load in bytes a second, beside the bus, the page cache, and other loaders of the same file."""
     if device.type != "cuda":
@@ -124,25 +107,10 @@ def loader(shards: Path, device: torch.device) -> dict[str, Any]:
     path = next(iter(sorted(shards.glob("rank-00000-of-*.safetensors"))))
     size = sum(part.stat().st_size for part in shards.glob("rank-00000-of-*.safetensors"))
     limit = bus(device)
-    ways: dict[str, Callable[[], Any] | None] = {
-        "tpshard.load_rank": lambda: tpshard.load_rank(shards, 0, device),
-        "fastsafetensors": fast(path, device),
-    }
-    try:
-        from safetensors.torch import load_file
-    except ImportError:
-        ways["safetensors load_file"] = None
-    else:
-        ways["safetensors load_file"] = lambda: load_file(path, device=f"{device.type}:0")
     rates: dict[str, Any] = {}
-    for name, way in ways.items():
-        if way is None:
-            rates[name] = "not installed"
-            continue
-        try:
-            seconds = timed(way, device)
-        except Exception as error:
-            rates[name] = f"failed: {type(error).__name__}: {error}"
+    for name, seconds in measure(shards, device).items():
+        if isinstance(seconds, str):
+            rates[name] = seconds
             continue
         median = size / statistics.median(seconds)
         rates[name] = {"best": size / min(seconds), "median": median, "of_bus": median / limit}
@@ -163,6 +131,7 @@ def markdown(result: dict[str, Any]) -> str:
     """One table of all steps, then the loaders."""
     facts = result["environment"]
     gpu = facts["gpu"]
+    limits = " | ".join(f"{name.replace('_', ' ')} ≤ {limit:g}" for name, limit in NATIVE_LIMITS.items())
     memory = f" with {facts['gpu_memory_bytes'] / 2**30:.0f} GiB" if gpu else ""
     lines = [
         f"# GPU check of {facts['date']}",
@@ -175,7 +144,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{'Small models, to try the script. ' if result['small'] else ''}{result.get('seconds', 0)} s in all; "
         "32 tokens decoded, prompts of 2 × 16 tokens.",
         "",
-        "| step | status | seconds | exact error | ratio ≤ 1.5 | token ≤ 2 | KL ≤ 2 | canaries | streamed | peak, GB |",
+        f"| step | status | seconds | exact error | {limits} | canaries | streamed | peak, GB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -183,7 +152,7 @@ def markdown(result: dict[str, Any]) -> str:
         peaks = [peak for peak in row.get("peaks", [row.get("peak_gpu_bytes")]) if peak]
         cells = [
             row["step"], row.get("status", ""), number(row["seconds"]), number(row.get("exact"), ".1e"),
-            *(number(native.get(name), ".2f") for name in ("ratio", "token_ratio", "kl_ratio")),
+            *(number(native.get(name), ".2f") for name in NATIVE_LIMITS),
             row.get("canaries", ""), {True: "yes", False: "no"}.get(row.get("streamed"), ""),
             ", ".join(f"{peak / 1e9:.2f}" for peak in peaks),
         ]  # fmt: skip

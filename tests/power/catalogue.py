@@ -20,7 +20,7 @@ from tpshard.verify.compare import Setup, Tier, exact, through
 from tpshard.verify.families import describe
 from tpshard.verify.faults import FAULTS
 from tpshard.verify.group import Threads
-from tpshard.verify.native import exceeded, native_logits, native_metrics, teacher_tokens
+from tpshard.verify.native import NATIVE_LIMITS, exceeded, native_logits, native_metrics, teacher_tokens
 from tpshard.verify.prepare import prompt_ids
 from tpshard.verify.shards import open_shards, open_source, resident
 from tpshard.verify.weights import Store, Weights
@@ -38,7 +38,8 @@ VARIANTS = tuple(name for name, variant in checkpoints.DECODED.items() if varian
 class Case:
     """One fault in one shard set. `named` is module, block (attention or MLP around it) or no.
 
-    `error` is the exact tier's end-to-end error, `cosine` and `top` what the usual tests would have looked at.
+    `error` is the exact tier's end-to-end error, `excess` the largest of the native criteria in units of its limit,
+    `cosine` and `top` what the usual tests would have looked at.
     """
 
     fault: str
@@ -48,9 +49,13 @@ class Case:
     exact: bool
     named: str
     reason: str
-    native: bool
+    excess: float
     cosine: float
     top: bool
+
+    @property
+    def native(self) -> bool:
+        return self.excess > 1
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
@@ -68,11 +73,12 @@ def top_contained(x: Tensor, y: Tensor, count: int = TOP) -> bool:
 
 
 def changed(clean: Sequence[Weights], mutant: Sequence[Weights]) -> dict[str, set[int]]:
-    """The modules whose tensors differ, and in which ranks."""
+    """What differs, and in which ranks: modules by their names, biases by their own as well."""
     found: dict[str, set[int]] = {}
     for rank, (before, after) in enumerate(zip(clean, mutant, strict=True)):
         for name in before.names():
             if not torch.equal(after.get(name), before.get(name)):
+                found.setdefault(name.removesuffix(".weight"), set()).add(rank)
                 found.setdefault(name.rpartition(".")[0], set()).add(rank)
     return found
 
@@ -93,10 +99,11 @@ def named(setup: Setup, mutant: Sequence[Weights], tier: Tier) -> str:
     if tier.first is None:
         return "no"
     modules = changed(setup.ranks, mutant)
-    core = re.sub(r"^(input|[qkv]) of ", "", tier.first.module).removesuffix(" (every row)").removesuffix(" as head")
+    core = re.sub(r"^(input|[qkv]) of ", "", tier.first.module).removesuffix(" (every row)")
     if core in modules and tier.first.rank in modules[core] and not tier.first.module.startswith("input of "):
         return "module"
     around = blocks(setup)
+    core = core.removesuffix(".bias")
     return "block" if around.get(core, core) in {around.get(module) for module in modules} else "no"
 
 
@@ -136,21 +143,23 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
     r, n = native_logits(setup, DTYPE, steps)
     plain = through(setup.reference(DTYPE), [setup.prompt], setup.which())
 
-    def run(ranks: Sequence[Weights]) -> tuple[Tier, bool, Tensor]:
+    def run(ranks: Sequence[Weights]) -> tuple[Tier, float, Tensor]:
         held = replace(setup, ranks=ranks)
         logits = held.team.run(lambda group: through(held.sharded(group, DTYPE), steps, held.which()))
-        failed = any(exceeded(native_metrics(r, n, each, DTYPE)) for each in logits)
-        return exact(held), failed, logits[0][:, : setup.prompt.shape[1]]
+        metrics = [native_metrics(r, n, each, DTYPE) for each in logits]
+        excess = max(each[name] / limit for each in metrics for name, limit in NATIVE_LIMITS.items())
+        assert any(map(exceeded, metrics)) is (excess > 1)
+        return exact(held), excess, logits[0][:, : setup.prompt.shape[1]]
 
-    tier, failed, logits = run(setup.ranks)
-    assert tier.status == "pass" and not failed, f"{variant} at tp {tp} is refused: {tier.reason}"
+    tier, excess, logits = run(setup.ranks)
+    assert tier.status == "pass" and excess <= 1, f"{variant} at tp {tp} is refused: {tier.reason}"
     assert cosine(logits, plain) >= COSINE
     cases = []
     for fault in FAULTS.values():
         mutant = fault.mutant(setup.family, setup.ranks, setup.family.layers // 2)
         if mutant is None:
             continue
-        tier, failed, logits = run(mutant)
+        tier, excess, logits = run(mutant)
         case = Case(
             fault=fault.name,
             variant=variant,
@@ -159,7 +168,7 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
             exact=tier.status == "fail",
             named=named(setup, mutant, tier) if tier.status == "fail" else "no",
             reason=tier.reason or "",
-            native=failed,
+            excess=excess,
             cosine=cosine(logits, plain),
             top=top_contained(logits, plain),
         )

@@ -110,13 +110,18 @@ def config(rng: random.Random, family: str, unit: int) -> tuple[str, dict[str, A
     return name, vocab | sizes | narrow
 
 
+def chosen(rng: random.Random, family: str) -> tuple[str, int, dict[str, Any], str, dict[str, Any]]:
+    """A dtype, a width, how to share, a variant of the family, and sizes that replace its own."""
+    dtype, tp = rng.choice(DTYPES), rng.choice((2, 2, 3, 4, 4, 5, 6, 8))
+    how: dict[str, Any] = rng.choice(({}, {"uneven": True}, {"shares": [rng.randint(1, 4) for _ in range(tp)]}))
+    return dtype, tp, how, *config(rng, family, 1 if how else tp)
+
+
 def draw(seed: int, folder: Path) -> Drawn | None:
     """One random model, split and judged; None when those sizes cannot be split so, which is no matter of verify's."""
     rng = random.Random(seed)
     family = FAMILIES[seed % len(FAMILIES)]
-    dtype, tp = rng.choice(DTYPES), rng.choice((2, 2, 3, 4, 4, 5, 6, 8))
-    how: dict[str, Any] = rng.choice(({}, {"uneven": True}, {"shares": [rng.randint(1, 4) for _ in range(tp)]}))
-    name, sizes = config(rng, family, 1 if how else tp)
+    dtype, tp, how, name, sizes = chosen(rng, family)
     options = {"sequence_parallel": rng.random() < 0.3, "stream": rng.random() < 0.3, "float32": rng.random() < 0.2}
     model, out = folder / "model", folder / "shards"
     try:

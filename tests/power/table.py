@@ -1,6 +1,7 @@
 """`make power`: how much verify notices, measured; writes docs/benchmarks/power.md and power.json.
 
-Two parts, each on its own with --part: the catalogue of faults in every family, and correct splits of random models.
+Three parts, each on its own with --part: the catalogue of faults in every family, correct splits of random models, and
+the noise of correct splits, above which the native tier's limits lie.
 A part that is not run anew keeps the figures, and the date, of the run that is in the JSON.
 """
 
@@ -22,6 +23,10 @@ from typing import Any
 import checkpoints
 import torch
 import transformers
+from power.calibration import TOKENS as NOISE_TOKENS
+from power.calibration import WIDTHS as HIDDEN
+from power.calibration import measure as measure_noise
+from power.calibration import summary as noise_summary
 from power.catalogue import COSINE, TOKENS, TOP, VARIANTS, WIDTHS, Case, measure
 from power.splits import measure as measure_splits
 
@@ -53,10 +58,15 @@ def catalogue(variants: Sequence[str]) -> dict[str, Any]:
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         cases = measure(Path(folder), variants, say)
+    return judged(cases, variants, conditions(begun))
+
+
+def judged(cases: Sequence[Case], variants: Sequence[str], ran: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of all cases."""
     faults = {name: counted([case for case in cases if case.fault == name]) for name in FAULTS}
     harmful = [case for case in cases if not FAULTS[case.fault].harmless]
     return {
-        **conditions(begun),
+        **ran,
         "variants": list(variants),
         "faults": faults,
         "missed_by_exact": [asdict(case) for case in harmful if not case.exact],
@@ -65,9 +75,10 @@ def catalogue(variants: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def counted(cases: list[Case]) -> dict[str, int]:
-    """How many cases of one fault each test noticed, and how many were named."""
+def counted(cases: list[Case]) -> dict[str, Any]:
+    """How many cases of one fault each test noticed, and how many were named; `least`: the smallest native excess."""
     return {
+        "least": round(min((case.excess for case in cases), default=0.0), 3),
         "cases": len(cases),
         "exact": sum(case.exact for case in cases),
         "module": sum(case.named == "module" for case in cases),
@@ -85,6 +96,13 @@ def splits(count: int) -> dict[str, Any]:
     return {**conditions(begun), "drawn": [asdict(each) for each in drawn]}
 
 
+def noise(count: int) -> dict[str, Any]:
+    begun = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_noise(Path(folder), count, say)
+    return {**conditions(begun), **noise_summary(found)}
+
+
 def versions(part: dict[str, Any]) -> str:
     return (
         f"{part['date']}, CPU ({part['machine']}), tpshard {part['tpshard']}, torch {part['torch']}, "
@@ -92,12 +110,12 @@ def versions(part: dict[str, Any]) -> str:
     )
 
 
-def summary(faults: dict[str, dict[str, int]]) -> list[str]:
+def summary(faults: dict[str, dict[str, Any]]) -> list[str]:
     """What each test noticed of the cases that change the function."""
     harmful = {name: counts for name, counts in faults.items() if not FAULTS[name].harmless}
     large = {name: counts for name, counts in harmful.items() if FAULTS[name].structural}
 
-    def line(title: str, key: str, of: dict[str, dict[str, int]]) -> str:
+    def line(title: str, key: str, of: dict[str, dict[str, Any]]) -> str:
         total, noticed = (sum(counts[what] for counts in of.values()) for what in ("cases", key))
         never = sum(counts["cases"] > 0 and counts[key] == 0 for counts in of.values())
         partly = sum(0 < counts[key] < counts["cases"] for counts in of.values())
@@ -118,16 +136,17 @@ def summary(faults: dict[str, dict[str, int]]) -> list[str]:
     ]
 
 
-def table(faults: dict[str, dict[str, int]]) -> list[str]:
+def table(faults: dict[str, dict[str, Any]]) -> list[str]:
     """A row per fault."""
     lines = [
-        "| fault | cases | exact | module and rank named | block named | native | cosine lets through "
-        f"| top-{TOP} lets through |",
-        "|---|---|---|---|---|---|---|---|",
+        "| fault | cases | exact | module and rank named | block named | native | least excess "
+        f"| cosine lets through | top-{TOP} lets through |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, counts in faults.items():
+    for name, counts in sorted(faults.items()):
         mark = " (changes nothing)" if FAULTS[name].harmless else "" if FAULTS[name].structural else " (small)"
         cells = [counts[key] for key in ("cases", "exact", "module", "block", "native")]
+        cells += [f"{counts['least']:.3g}"]
         cells += [counts["cases"] - counts[key] for key in ("cosine", "top")]
         lines.append(f"| {name}{mark} | " + " | ".join(map(str, cells)) + " |")
     return lines
@@ -147,7 +166,8 @@ def exceptions(part: dict[str, Any]) -> list[str]:
         ]
         lines += [""] * bool(cases)
     wrong = part["misnamed"]
-    lines += [f"Noticed by the exact tier, but under another name than what was changed: {len(wrong) or 'none'}.", ""]
+    lines += [f"Noticed by the exact tier, but under another name than what was changed: {len(wrong) or 'none'}."]
+    lines += [""] * bool(wrong)
     grouped = Counter((case["fault"], case["reason"].split(", by ")[0]) for case in wrong)
     return lines + [f"- {fault}, {count} times: “{reason}”" for (fault, reason), count in sorted(grouped.items())]
 
@@ -174,12 +194,6 @@ def split_lines(part: dict[str, Any]) -> list[str]:
         "| verdict | splits |",
         "|---|---|",
         *(f"| {name} | {verdicts[name]} |" for name in ("pass", "fail", "inconclusive")),
-        "",
-        "What the native tier measured of these correct splits:",
-        "",
-        "| criterion | limit | median | 95th of 100 | largest |",
-        "|---|---|---|---|---|",
-        *(quantiles(name, limit, [each[name] for each in drawn]) for name, limit in NATIVE_LIMITS.items()),
     ]
     bad = [each for each in drawn if each["verdict"] != "pass"]
     if bad:
@@ -192,11 +206,27 @@ def split_lines(part: dict[str, Any]) -> list[str]:
     return lines
 
 
-def quantiles(name: str, limit: float, values: list[float]) -> str:
-    """A row of the table of native criteria."""
-    ordered = sorted(values)
-    shown = (ordered[len(ordered) // 2], ordered[len(ordered) * 95 // 100], ordered[-1])
-    return f"| {name} | {limit:g} | " + " | ".join(f"{value:.2f}" for value in shown) + " |"
+def noise_lines(part: dict[str, Any]) -> list[str]:
+    """The distribution of each native criterion among correct splits, by hidden size, beside its limit."""
+    lines = [
+        f"{part['splits']} correct splits of random models, drawn like those above with other seeds; prompts of 2 × 16 "
+        f"tokens, {NOISE_TOKENS} decoded.",
+        "The limits have to lie above all of this, with room for what was not drawn.",
+        "",
+        "| criterion | limit | hidden size | splits | median | 95th of 100 | 99th of 100 | largest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, limit in NATIVE_LIMITS.items():
+        for hidden in HIDDEN:
+            row = part["criteria"][hidden]
+            cells = [f"{row[name][key]:.2f}" for key in ("median", "95th", "99th", "largest")] if name in row else [""]
+            lines.append(f"| {name} | {limit:g} | {hidden} | {row['splits']} | " + " | ".join(cells) + " |")
+    lines += ["", "Nearest to a limit:", ""]
+    for each in part["worst"]:
+        figures = ", ".join(f"{name} {each[name]:.2f}" for name in NATIVE_LIMITS)
+        model = f"{each['family']}, {each['dtype']}, hidden size {each['hidden']}, tp {each['tp']}"
+        lines.append(f"- seed {each['seed']} ({model}): {figures}")
+    return lines
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -224,6 +254,8 @@ def markdown(result: dict[str, Any]) -> str:
             *summary(part["faults"]),
             "",
             "*Small* faults, such as one element's sign, are not asked of the native tier: rounding is its yardstick.",
+            "*Least excess* is, of the fault's least visible case, the largest native criterion in units of its limit:",
+            "above 1 is noticed.",
             "",
             *table(part["faults"]),
             *exceptions(part),
@@ -232,22 +264,28 @@ def markdown(result: dict[str, Any]) -> str:
     lines += ["## Correct splits", ""]
     part = result.get("splits")
     lines += ["Not measured."] if part is None else [versions(part), "", *split_lines(part)]
+    lines += ["", "## The native tier's limits", ""]
+    part = result.get("noise")
+    lines += ["Not measured."] if part is None else [versions(part), "", *noise_lines(part)]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("catalogue", "splits"), help="run only this one [default: both]")
+    parser.add_argument("--part", choices=("catalogue", "splits", "noise"), help="run only this one [default: all]")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated names of test checkpoints")
     parser.add_argument("--count", type=int, default=200, help="number of random splits")
+    parser.add_argument("--noise", type=int, default=900, help="number of splits for the native limits")
     parser.add_argument("--output", type=Path, default=DOCS, help="write PREFIX.md and PREFIX.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     new: dict[str, Any] = {}
-    if options.part != "splits":
+    if options.part in (None, "catalogue"):
         new["catalogue"] = catalogue(options.variants.split(","))
-    if options.part != "catalogue":
+    if options.part in (None, "splits"):
         new["splits"] = splits(options.count)
+    if options.part in (None, "noise"):
+        new["noise"] = noise(options.noise)
     stored = options.output.with_suffix(".json")
     result = (json.loads(stored.read_text()) if stored.exists() else {}) | new
     stored.write_text(json.dumps(result, separators=(",", ":"), sort_keys=True) + "\n")

@@ -104,12 +104,32 @@ def test_the_first_module_and_rank_that_differ_are_named(fault: str, layer: int,
         assert result.first.layer == layer
 
 
-def test_a_dropped_bias_is_named() -> None:
-    case = setup("gpt2", 2)
-    mutant = FAULTS["down-bias-dropped"].mutant(case.family, case.ranks, 1)
+@pytest.mark.parametrize(
+    ("name", "fault", "found"),
+    [
+        ("gpt2", "down-bias-dropped", "transformer.h.1.mlp.c_proj.bias"),
+        ("gpt2", "v-bias-dropped", "v of transformer.h.1.attn.c_attn.bias"),
+        ("opt", "out-bias-added-tp-times", "model.decoder.layers.1.self_attn.out_proj.bias"),
+        ("opt", "up-bias-dropped", "model.decoder.layers.1.fc1.bias"),
+        ("gptj-tied-inner", "head-bias-dropped", "lm_head.bias"),
+        ("qwen3", "q-and-k-norm-exchanged", "model.layers.1.self_attn.q_norm"),
+    ],
+)
+def test_biases_and_inner_norms_are_named(name: str, fault: str, found: str) -> None:
+    case = setup(name, 2)
+    mutant = FAULTS[fault].mutant(case.family, case.ranks, 1)
     assert mutant is not None
     result = exact(replace(case, ranks=mutant))
-    assert result.reason is not None and "transformer.h.1.mlp" in result.reason
+    assert result.reason is not None and result.reason.startswith(f"{found} of rank 0 differs first")
+
+
+@pytest.mark.parametrize("suffix", ["mlp.c_proj.bias", "mlp.c_fc.bias", "attn.c_attn.bias"])
+def test_a_bias_that_one_rank_lacks_is_named(suffix: str) -> None:
+    case = setup("gpt2", 2)
+    tensors = {name: case.ranks[1].get(name) for name in case.ranks[1].names() if name != f"transformer.h.0.{suffix}"}
+    result = exact(replace(case, ranks=[case.ranks[0], InMemory(tensors)]))
+    assert result.first is not None and result.first.rank == 1
+    assert result.first.module.removeprefix("q of ") == f"transformer.h.0.{suffix}"
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt"])
@@ -119,6 +139,29 @@ def test_exchanged_rank_files_are_named(name: str) -> None:
     result = exact(replace(case, ranks=ranks))
     assert result.status == "fail"
     assert result.reason == "the files of ranks 1 and 3 are exchanged"
+
+
+@pytest.mark.parametrize("fault", ["vocab-shifted-by-a-rank", "head-shifted-by-a-rank"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama-gqa"])
+def test_an_embedding_in_another_ranks_file_is_no_exchange_of_files(name: str, fault: str) -> None:
+    case = setup(name, 2)
+    mutant = FAULTS[fault].mutant(case.family, case.ranks, 1)
+    assert mutant is not None
+    result = exact(replace(case, ranks=mutant))
+    assert result.reason is not None and " of rank 0 differs first" in result.reason
+    assert "lm_head" in result.reason or "model.embed_tokens" in result.reason
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-scaled", "falcon-mqa"])
+def test_files_of_unlike_ranks_are_exchanged_whole(name: str) -> None:
+    """Shares of 3 to 1: no tensor of one rank has the shape of the other's."""
+    config, tensors = source(name)
+    case = setup(name, 2, ranks=cut(tensors, config, 2, [3, 1]))
+    assert exact(case).status == "pass"
+    assert {c.name: c.status for c in exact_canaries(case)}["rank-files-exchanged"] == "caught"
+    assert {c.name: c.status for c in native_canaries(case, torch.float32)}["rank-files-exchanged"] == "caught"
+    result = exact(replace(case, ranks=[case.ranks[1], case.ranks[0]]))
+    assert result.reason == "the files of ranks 0 and 1 are exchanged"
 
 
 def test_an_embedding_row_that_no_prompt_looks_up_is_judged() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make
+from checkpoints import make, published
 from cut import cut
 from models import tokens
 from safetensors.torch import load_file, save_file
@@ -17,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verify import run
 from tpshard.verify.machine import Need
-from tpshard.verify.report import kind_of, to_html, to_junit, to_markdown, write
+from tpshard.verify.report import check_kind, to_html, to_junit, to_markdown, write
 from tpshard.verify.run import prompt_ids, verify
 from tpshard.verify.shards import FileWeights, open_shards, open_source
+from tpshard.verify.verdict import Canary, Finding, Tier, Verdict
 
 
 def write_shards(model: Path, out: Path, tp: int) -> Path:
@@ -188,6 +191,15 @@ def test_a_cast_on_record_is_applied_to_the_source(tmp_path: Path) -> None:
         open_shards(shards)
 
 
+def test_a_tied_head_may_be_stored_on_one_side_alone(tmp_path: Path) -> None:
+    bare = make("llama-tied", tmp_path / "bare")
+    stored = published(bare, tmp_path / "stored", tied_head_stored=True)
+    for model, other in ((bare, stored), (stored, bare)):
+        shards = write_shards(model, tmp_path / f"{model.name}-tp2", 2)
+        verdict = verify(shards, other, tokens=2, device="cpu")
+        assert verdict.verdict == "pass" and verdict.tiers[0].findings[-1].module == "lm_head"
+
+
 def test_file_weights_read_what_is_stored(pair: tuple[Path, Path]) -> None:
     model, shards = pair
     _, weights = open_source(model)
@@ -209,6 +221,22 @@ def test_prompts_spread_over_the_vocabulary() -> None:
     assert torch.equal(ids, prompt_ids(1000, 3, 2, 10)) and not torch.equal(ids, prompt_ids(1000, 4, 2, 10))
 
 
+def test_infinite_and_vanishing_errors_are_drawn_and_other_tiers_reasons_told() -> None:
+    findings = tuple(
+        Finding(f"model.layers.{i}.mlp", 0, error) for i, error in enumerate((0.0, 1e-16, math.inf, math.nan))
+    )
+    tiers = (
+        Tier("bytes", "fail", reason="one byte differs"),
+        Tier("exact", "fail", {"relative_error": 1e-12}, {"relative_error": math.inf}, findings=findings, reason="x"),
+    )
+    verdict = Verdict("llama", 1, "a", "b", tiers, (Canary("c", "native", "too small", 0.5),))
+    page = to_html(verdict)
+    heights = [float(found) for found in re.findall(r'cy="([0-9.]+)" r="3"', page)]
+    assert heights[0] > heights[1] > heights[2] == heights[3] == min(heights) > 0
+    assert "bytes: one byte differs" in page and "- bytes: one byte differs" in to_markdown(verdict)
+    assert "0 of 1 faults injected on purpose were noticed, 1 is too small for the dtype" in page
+
+
 def test_reports(copy: tuple[Path, Path], tmp_path: Path) -> None:
     model, shards = copy
     edit(shards, 0, "model.layers.0.mlp.up_proj.weight", 1.0)
@@ -223,9 +251,12 @@ def test_reports(copy: tuple[Path, Path], tmp_path: Path) -> None:
     assert "model.layers.0.mlp.up_proj of rank 0" in (suite.findtext(".//failure") or "")
     assert "| exact | fail |" in to_markdown(verdict)
     page = to_html(verdict)
-    assert page.count("<circle") == sum(len(tier.findings) for tier in verdict.tiers)
-    assert "http" not in page and "<script" not in page
+    drawn = sum(len(tier.findings) for tier in verdict.tiers)
+    assert page.count("<circle") == drawn + 4 * len(verdict.tiers)  # a dot each, and a key of four ranks
+    assert page.count('class="limit"') == 1 and page.count('class="r3"') * 4 == page.count("<circle")
+    assert "http" not in page and "<script" not in page and "@import" not in page
+    assert "tokens from</td><td>the reference</td>" in page
     with pytest.raises(UsageError, match="unknown kind of report"):
-        kind_of(Path("report.pdf"))
+        check_kind(Path("report.pdf"))
     with pytest.raises(LocalIOError, match="cannot write"):
         write(verdict, tmp_path / "no" / "report.md")

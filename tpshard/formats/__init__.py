@@ -7,7 +7,7 @@ from importlib import import_module
 from tpshard.errors import UsageError
 from tpshard.formats.base import Format
 
-FORMATS = ("native", "sglang", "vllm")
+FORMATS = ("native", "vllm", "sglang", "meta", "deepseek")
 """Names as `--format` takes them; each is a module of this package with a `FORMAT`."""
 
 
@@ -18,3 +18,9 @@ def format_of(name: str) -> Format:
     module = import_module(f"tpshard.formats.{name.replace('-', '_')}")
     found: Format = module.FORMAT
     return found
+
+
+def writes(name: str) -> bool:
+    """Whether any format gives its files such a name."""
+    formats = map(format_of, FORMATS)
+    return any(each.parse_name(name) is not None or name in each.side_names for each in formats)

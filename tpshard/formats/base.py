@@ -94,7 +94,12 @@ class Split:
 
 
 class Format(ABC):
-    """An on-disk format: what each rank stores, and in which files."""
+    """An on-disk format: what each rank stores, and in which files.
+
+    side_names: small files that the source does not have.
+    """
+
+    side_names: frozenset[str] = frozenset()
 
     @abstractmethod
     def lay(self, model: Model, options: Options) -> Laid:

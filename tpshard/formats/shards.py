@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,10 @@ class RankFile:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A shard set on disk. files, records: by rank; a rank without a record is not complete."""
+    """A shard set on disk. files, records: by rank; a rank without a record is not complete.
+
+    made: small files that the directory does not have, but an ordinary checkpoint needs.
+    """
 
     directory: Path
     manifest: Mapping[str, Any]
@@ -45,6 +48,7 @@ class ShardSet:
     files: Mapping[int, tuple[RankFile, ...]]
     records: Mapping[int, Mapping[str, Any]]
     side_files: tuple[Path, ...]
+    made: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def model(self) -> Model:

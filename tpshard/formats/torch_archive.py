@@ -96,8 +96,7 @@ class _Zip:
             tail += struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(listing), begin)
             tail += struct.pack("<4sIQI", b"PK\6\7", 0, end, 1)
         few = min(count, 0xFFFF)
-        fields = (0, 0, few, few, len(listing), min(begin, _LARGE), 0)
-        tail += struct.pack("<4sHHHHIIH", b"PK\5\6", *fields)
+        tail += struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, few, few, len(listing), min(begin, _LARGE), 0)
         self._literal(begin, listing + tail)
 
 

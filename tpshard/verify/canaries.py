@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from tpshard.errors import DifferentError
 from tpshard.verify.compare import EXACT_LIMIT, FLOAT32_LIMIT, Setup, no_tf32, through
+from tpshard.verify.family import Family
 from tpshard.verify.faults import FAULTS
 from tpshard.verify.native import exceeded, native_metrics
 from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Canary
 from tpshard.verify.weights import Weights
 
+T = TypeVar("T")
 CANARIES = (
     "rank-files-exchanged",
     "heads-swapped-in-a-rank",
@@ -36,6 +41,18 @@ BETWEEN_RANKS = ("rank-files-exchanged", "heads-swapped-between-ranks", "wrong-k
 VISIBLE = 3.0
 
 
+def applicable(family: Family, tp: int, *, biases: bool, structural: bool) -> int:
+    """About how many canaries a model will get, for the estimate of the time."""
+    unfit = {
+        *(() if biases else (name for name in CANARIES if "bias" in name)),
+        *(BETWEEN_RANKS if tp == 1 else ()),
+        *(("gate-and-up-exchanged",) if family.gate is None else ()),
+        *(("wrong-kv-replica",) if family.kv_heads >= tp else ()),
+        *(name for name in CANARIES if structural and not FAULTS[name].structural),
+    }
+    return len(CANARIES) - len(unfit)
+
+
 def _small(setup: Setup) -> Setup:
     """The model cut down to embedding, its first layer that is compared, and head: enough to see a fault there."""
     return replace(setup, layers=setup.which()[:1], sequence_parallel=False)
@@ -50,13 +67,20 @@ def _mutants(setup: Setup, *, structural: bool) -> Iterator[tuple[str, list[Weig
                 yield name, mutant
 
 
-def _error(setup: Setup, ranks: Sequence[Weights], dtype: torch.dtype, wanted: Tensor) -> float:
+def _judged(setup: Setup, ranks: Sequence[Weights], judge: Callable[[Tensor], T], dtype: torch.dtype) -> list[T] | None:
+    """`judge` of each rank's logits; None when these shards cannot be run at all, which is to be caught as well."""
     mutated = replace(setup, ranks=ranks)
-    return max(
-        mutated.team.run(
-            lambda group: relative(through(mutated.sharded(group, dtype), [setup.prompt], setup.which()), wanted)
+    try:
+        return mutated.team.run(
+            lambda group: judge(through(mutated.sharded(group, dtype), [setup.prompt], setup.which()))
         )
-    )
+    except DifferentError:
+        return None
+
+
+def _error(setup: Setup, ranks: Sequence[Weights], dtype: torch.dtype, wanted: Tensor) -> float:
+    errors = _judged(setup, ranks, lambda logits: relative(logits, wanted), dtype)
+    return math.inf if errors is None else max(errors)
 
 
 def exact_canaries(setup: Setup, *, float32: bool = False) -> list[Canary]:
@@ -82,15 +106,11 @@ def native_canaries(setup: Setup, dtype: torch.dtype) -> list[Canary]:
         n = through(small.reference(dtype), [setup.prompt], small.which())
         noise = relative(n, r)
         for name, ranks in _mutants(small, structural=True):
-            mutated = replace(small, ranks=ranks)
-            metrics = mutated.team.run(
-                lambda group, m=mutated: native_metrics(  # type: ignore[misc]
-                    r, n, through(m.sharded(group, dtype), [setup.prompt], m.which()), dtype
-                )
-            )
+            metrics = _judged(small, ranks, lambda logits: native_metrics(r, n, logits, dtype), dtype)
             status = "caught"
-            if not any(exceeded(rank) for rank in metrics):
+            if metrics is not None and not any(exceeded(rank) for rank in metrics):
                 effect = _error(small, ranks, torch.float64, r)
                 status = "missed" if effect > VISIBLE * noise else "too small"
-            canaries.append(Canary(name, "native", status, max(rank["ratio"] for rank in metrics)))
+            worst = math.inf if metrics is None else max(rank["ratio"] for rank in metrics)
+            canaries.append(Canary(name, "native", status, worst))
     return canaries

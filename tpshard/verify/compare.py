@@ -133,10 +133,13 @@ def place(finding: Finding) -> Place:
     return Place(finding.inside or finding.module, layer_of(finding.module), finding.rank, finding.error)
 
 
-def lockstep(setup: Setup, dtype: torch.dtype, limit: float, *, wide: torch.dtype) -> tuple[list[float], list[Finding]]:
+def lockstep(
+    setup: Setup, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
+) -> tuple[list[float], list[Finding]]:
     """The sharded model in `dtype` beside the unsharded one in `wide`, a stage at a time, so that no more is kept.
 
     Returns every rank's end-to-end error, and every rank's finding for each module in the order of computation.
+    `always` looks also inside of modules that agree.
     """
     layers, team = setup.which(), setup.team
     recorder = Recorder()
@@ -144,7 +147,7 @@ def lockstep(setup: Setup, dtype: torch.dtype, limit: float, *, wide: torch.dtyp
 
     def work(group: Group) -> tuple[float, list[Finding]]:
         plain = Pass(setup.sharded(group, dtype), [setup.prompt], layers)
-        replayer = Replayer(recorder.records, group.rank, limit)
+        replayer = Replayer(recorder.records, group.rank, limit, always=always)
         fed = Pass(setup.sharded(group, dtype, replayer), [setup.prompt], layers)
         for stage in whole.stages:
             if team.leads(group):
@@ -237,7 +240,10 @@ def _exact_reason(setup: Setup, first: Place | None, error: float, limit: float)
 
 
 def exchanged_ranks(setup: Setup, limit: float) -> tuple[int, int] | None:
-    """The two ranks that, put in each other's place, make embedding and head equal the reference; None if none do."""
+    """The two ranks that, put in each other's place, make embedding, head and a layer equal the reference.
+
+    None if none do. The layer tells whole files from an embedding alone, and by what is inside of its modules.
+    """
     small = replace(setup, layers=(), sequence_parallel=False)
     wanted = through(small.reference(torch.float64), [setup.prompt], ())
 
@@ -256,6 +262,13 @@ def exchanged_ranks(setup: Setup, limit: float) -> tuple[int, int] | None:
         for other in range(one + 1, size):
             ranks = list(setup.ranks)
             ranks[one], ranks[other] = ranks[other], ranks[one]
-            if error(ranks) <= limit:
+            if error(ranks) <= limit and _layer_agrees(replace(setup, ranks=ranks), limit):
                 return one, other
     return None
+
+
+def _layer_agrees(setup: Setup, limit: float) -> bool:
+    """Whether every rank's own heads, features and summands in the first compared layer are the reference's."""
+    first = replace(setup, layers=setup.which()[:1], sequence_parallel=False)
+    _, findings = lockstep(first, torch.float64, limit, wide=torch.float64, always=True)
+    return not any(finding.error > limit or finding.inside is not None for finding in findings)

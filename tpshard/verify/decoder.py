@@ -43,7 +43,7 @@ class Probe:
         return work(x)
 
     def share(self, name: str, x: Tensor, first: int) -> None:
-        """A rank's features (last dim) of an activation, from feature `first` of the whole on."""
+        """A rank's features (last dim) of an activation or bias, from feature `first` of the whole on."""
 
     def summand(self, name: str, partial: Tensor, compute: Summand, first: int, count: int) -> None:
         """A rank's summand of a sum over ranks: that of `count` input features from `first` on."""
@@ -197,7 +197,8 @@ class Decoder:
         q, k, v = self.project(i, x)
         if family.q_norm is not None and family.k_norm is not None:
             at = family.layer.format(i)
-            q, k = normalise(self.store, at + family.q_norm, q), normalise(self.store, at + family.k_norm, k)
+            q = self._norm_of_heads(at + family.q_norm, q, share.first_q)
+            k = self._norm_of_heads(at + family.k_norm, k, share.first_kv)
         if family.rope is not None:
             cos, sin = rope_tables(family.rope, positions, x.dtype)
             q, k = rotate(family.rope, q, cos, sin), rotate(family.rope, k, cos, sin)
@@ -215,6 +216,12 @@ class Decoder:
         wide = heads.transpose(1, 2).flatten(2)
         return self._row(family.layer.format(i) + family.out, wide, share.first_q * family.head_dim)
 
+    def _norm_of_heads(self, module: str, x: Tensor, first: int) -> Tensor:
+        """A norm within each head of [B, n, S, D], the first of them head `first` of the whole."""
+        y = normalise(self.store, module, x)
+        self.probe.share(self.store.full(module), y.transpose(1, 2).flatten(2), first * self.family.head_dim)
+        return y
+
     def _row(self, module: str, wide: Tensor, first: int) -> Tensor:
         row = RowParallelLinear(self.store, module, self.group, self.scatter)
         name = self.store.full(module)
@@ -227,13 +234,34 @@ class Decoder:
             return row.partial(only)
 
         self.probe.summand(name, partial, summand, first, wide.shape[-1])
+        # Every rank adds its own copy of the bias to the sum: look at the copy, since the sum is of all ranks.
+        bias = self.store.vector(module, "bias")
+        self.probe.share(f"{name}.bias", partial.new_zeros(partial.shape[-1]) if bias is None else bias, 0)
         return row.join(partial)
 
     def project(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's q [B, n_q, S, D], k and v [B, n_kv, S, D] of layer i."""
         family, share, d = self.family, self.shares[i], self.family.head_dim
         names = [family.layer.format(i) + name for name in family.qkv]
-        parts = [ColumnParallelLinear(self.store, name)(x) for name in names]
+        linears = [ColumnParallelLinear(self.store, name) for name in names]
+        products = [linear.product(x) for linear in linears]
+        told = (
+            [self.store.full(name) for name in names]
+            if family.fused is None
+            else [f"{letter} of {self.store.full(names[0])}" for letter in "qkv"]
+        )
+        firsts = [share.first_q * d, share.first_kv * d, share.first_kv * d]
+        for name, part, first in zip(told, self._parted(share, products), firsts, strict=True):
+            self.probe.share(name, part.flatten(-2), first)
+        biased = [linear.add_bias(product) for linear, product in zip(linears, products, strict=True)]
+        q, k, v = self._parted(share, biased)
+        for name, part, first in zip(told, (q, k, v), firsts, strict=True):
+            self.probe.share(f"{name}.bias", part.flatten(-2), first)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _parted(self, share: Share, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, n_q, D], k and v [B, S, n_kv, D] from what the projections give, one of them or three."""
+        family, d = self.family, self.family.head_dim
         if family.fused is None:
             q, k, v = (part.view(*part.shape[:-1], -1, d) for part in parts)
         elif family.fused == "segments":
@@ -243,14 +271,7 @@ class Decoder:
             # "heads" is the case of "groups" where a group has one q head.
             grouped = parts[0].view(*parts[0].shape[:-1], share.kv, share.q // share.kv + 2, d)
             q, k, v = grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :]
-        names = (
-            [self.store.full(name) for name in names]
-            if family.fused is None
-            else [f"{letter} of {self.store.full(names[0])}" for letter in "qkv"]
-        )
-        for name, part, first in zip(names, (q, k, v), (share.first_q, share.first_kv, share.first_kv), strict=True):
-            self.probe.share(name, part.flatten(-2), first * d)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return q, k, v
 
     def _for_each_q(self, share: Share, x: Tensor) -> Tensor:
         """The KV head of every local q head: global q head h attends to KV head h // (heads / kv_heads)."""
@@ -270,15 +291,17 @@ class Decoder:
         at = family.layer.format(i)
         first = self.shares[i].first_ffn
         activate = ACTIVATIONS[family.activation]
-        wide = ColumnParallelLinear(self.store, at + family.up)(x)
-        self.probe.share(self.store.full(at + family.up), wide, first)
-        if family.gate is None:
-            wide = activate(wide)
-        else:
-            gate = ColumnParallelLinear(self.store, at + family.gate)(x)
-            self.probe.share(self.store.full(at + family.gate), gate, first)
-            wide = activate(gate) * wide
+        wide = self._column(at + family.up, x, first)
+        wide = activate(wide) if family.gate is None else activate(self._column(at + family.gate, x, first)) * wide
         return self._row(at + family.down, wide, first)
+
+    def _column(self, module: str, x: Tensor, first: int) -> Tensor:
+        linear, name = ColumnParallelLinear(self.store, module), self.store.full(module)
+        product = linear.product(x)
+        self.probe.share(name, product, first)
+        y = linear.add_bias(product)
+        self.probe.share(f"{name}.bias", y, first)
+        return y
 
     def head(self, x: Tensor) -> Tensor:
         """Logits [B, S, vocab] from the stream that leaves the last layer, gathered on every rank."""
@@ -287,15 +310,17 @@ class Decoder:
         if family.project_out is not None:
             x = self._whole_linear(family.project_out, x)
         name = self.store.head()
+        # One name for both: a tied head may be stored in the source and not in the shards, or the other way.
+        label = family.heads_names[0]
 
         def logits(y: Tensor) -> Tensor:
             share = self.store.linear(name, y)
+            self.probe.share(label, share, self.first_head)
             bias = self.store.head_bias()
             share = share if bias is None else share + bias
-            self.probe.share(self.store.full(name), share, self.first_head)
+            self.probe.share(f"{label}.bias", share, self.first_head)
             whole = self.group.all_gather(share, -1)[..., : family.vocab]
             cap = family.final_softcap
             return whole if cap is None else torch.tanh(whole / cap) * cap
 
-        tied = " as head" if name == family.embed else ""
-        return self.probe.module(self.store.full(name) + tied, logits, x)
+        return self.probe.module(label, logits, x)

@@ -265,6 +265,7 @@ def _gpt_neox(config: _Config, model_type: str) -> Family:
         eps=float(config.get("layer_norm_eps", default=1e-5)),
         activation=config.get("hidden_act", default="gelu"),
         prefixes=("gpt_neox.", ""),
+        heads_names=("embed_out", "lm_head"),
         embed="embed_in",
         layer="layers.{}.",
         fused="heads",

@@ -103,7 +103,9 @@ class Bench:
 
 
 def _same(one: Weights, other: Weights, name: str, step: int = 1024) -> bool:
-    """Whether two ranks' tensors of one shape are equal, a few rows at a time: an embedding is large."""
+    """Whether two ranks' tensors are equal, looked at a few rows at a time: an embedding is large."""
+    if one.shape(name) != other.shape(name):
+        return False
     rows = one.shape(name)[0] if one.shape(name) else 0
     if not rows:
         return torch.equal(one.get(name).cpu(), other.get(name).cpu())
@@ -138,10 +140,12 @@ def _fault(*, structural: bool = True, harmless: bool = False) -> Callable[[Call
     return register
 
 
-def _exchange(bench: Bench, order: Sequence[int], wanted: Callable[[str], bool]) -> None:
+def _exchange(bench: Bench, order: Sequence[int], wanted: Callable[[str], bool] = lambda name: True) -> None:
+    """Give each rank another's tensors. Whole files go whatever their shapes, single ones only where they would fit."""
+    whole = all(wanted(name) for name in bench.ranks[0].names())
     for rank, source in enumerate(order):
         for name in bench.ranks[rank].names():
-            if wanted(name) and bench.ranks[rank].shape(name) == bench.ranks[source].shape(name):
+            if whole or (wanted(name) and bench.ranks[rank].shape(name) == bench.ranks[source].shape(name)):
                 bench.borrowed[rank][name] = bench.ranks[source]
 
 
@@ -155,17 +159,17 @@ def _rolled(tp: int) -> list[int]:
 
 @_fault()
 def _rank_files_exchanged(bench: Bench) -> None:
-    _exchange(bench, _two_swapped(bench.tp), lambda name: True)
+    _exchange(bench, _two_swapped(bench.tp))
 
 
 @_fault()
 def _rank_files_rotated(bench: Bench) -> None:
-    _exchange(bench, _rolled(bench.tp), lambda name: True)
+    _exchange(bench, _rolled(bench.tp))
 
 
 @_fault()
 def _two_ranks_the_same(bench: Bench) -> None:
-    _exchange(bench, [0, 0, *range(2, bench.tp)], lambda name: True)
+    _exchange(bench, [0, 0, *range(2, bench.tp)])
 
 
 @_fault()

@@ -22,10 +22,16 @@ class ColumnParallelLinear:
     store: Store
     module: str
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.store.linear(self.module, x)
+    def product(self, x: Tensor) -> Tensor:
+        """The output before the bias."""
+        return self.store.linear(self.module, x)
+
+    def add_bias(self, product: Tensor) -> Tensor:
         bias = self.store.vector(self.module, "bias")
-        return y if bias is None else y + bias
+        return product if bias is None else product + bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.add_bias(self.product(x))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from tpshard.errors import LocalIOError, UsageError
 from tpshard.verify.family import Family
 from tpshard.verify.shards import FileWeights, elements, needed
+from tpshard.verify.verdict import layer_of
 
 BLOCK_BYTES = 1 << 26
 # Of the memory that is free, how much verify plans to fill; the rest is for everyone else.
@@ -43,30 +44,53 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a process has to go through: elements and stored bytes of the source, and of the ranks that it runs."""
+class Side:
+    """The source, or the ranks that a process runs: stored bytes, and elements of what is gone through.
 
-    source: int
-    source_bytes: int
-    shards: int
-    shard_bytes: int
+    `tables` are looked up and compared, `body` and `head` multiplied; a tied head is the embedding's table.
+    """
+
+    nbytes: int
+    elements: int
+    tables: int
+    body: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a process has to go through, of so many layers. `largest`: elements of the largest matrix."""
+
+    source: Side
+    shards: Side
     layers: int
     largest: int
-    """Elements of the largest matrix."""
 
 
-def load(source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int], here: range) -> Load:
+def load(
+    family: Family, source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int], here: range
+) -> Load:
     """The load of the ranks `here`, of these layers."""
-    names = needed(source, layers)
-    mine = [(rank, needed(rank, layers)) for rank in (ranks[i] for i in here)]
     return Load(
-        source=elements(source, names),
-        source_bytes=sum(source.infos[name].nbytes for name in names),
-        shards=sum(elements(rank, used) for rank, used in mine),
-        shard_bytes=sum(rank.infos[name].nbytes for rank, used in mine for name in used),
+        source=_side(family, [source], layers),
+        shards=_side(family, [ranks[i] for i in here], layers),
         layers=max(1, len(layers)),
-        largest=max(elements(source, [name]) for name in names),
+        largest=max(elements(source, [name]) for name in needed(source, layers)),
     )
+
+
+def _side(family: Family, files: Sequence[FileWeights], layers: Collection[int]) -> Side:
+    nbytes = total = tables = body = head = 0
+    for weights in files:
+        names = needed(weights, layers)
+        looked_up = [n for n in names if n.endswith((f"{family.embed}.weight", f"{family.positions}.weight"))]
+        heads = [n for n in names if n in {f"{name}.weight" for name in family.heads_names}]
+        nbytes += sum(weights.infos[name].nbytes for name in names)
+        total += elements(weights, names)
+        tables += elements(weights, looked_up)
+        body += elements(weights, [name for name in names if layer_of(name) is not None])
+        head += elements(weights, heads or looked_up)
+    return Side(nbytes, total, tables, body, head)
 
 
 def estimate(
@@ -79,15 +103,15 @@ def estimate(
     """
     logits = 8 * positions * family.vocab * (here + 4)
     # Streaming keeps a layer in the checkpoint's dtype for decoding, and records one layer's activations.
-    layer = load.source_bytes // load.layers if native else 0
+    layer = load.source.nbytes // load.layers if native else 0
     streamed = 8 * BLOCK_BYTES + 2 * layer + logits
     if apart:
-        return Need(load.shard_bytes + 16 * load.largest + streamed, streamed)
+        return Need(load.shards.nbytes + 16 * load.largest + streamed, streamed)
     if not widened:
-        return Need(load.source_bytes + load.shard_bytes + 16 * load.largest + logits, streamed)
-    kept = 8 * (load.source + load.shards)
+        return Need(load.source.nbytes + load.shards.nbytes + 16 * load.largest + logits, streamed)
+    kept = 8 * (load.source.elements + load.shards.elements)
     if native:
-        kept = max(kept, 8 * load.source + load.source_bytes + load.shard_bytes)
+        kept = max(kept, 8 * load.source.elements + load.source.nbytes + load.shards.nbytes)
     return Need(kept + logits, streamed)
 
 

@@ -9,25 +9,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tpshard.verify.canaries import CANARIES
-from tpshard.verify.machine import Load
+from tpshard.verify.machine import BLOCK_BYTES, Load, Side
 from tpshard.verify.shards import FileWeights, elements
+from tpshard.verify.weights import move
 
-BLOCK_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = BLOCK_BYTES // 8
+LAYER_SECONDS = 1e-3
+"""A layer of a rank on one step of tokens, however small: what Python and torch take for its operations."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per element of a weight matrix, to fetch it from its file as float64, and to multiply with it.
+    """Seconds per element of a weight matrix, to look for NaN in its file, to fetch it from there, to multiply with it.
 
-    `wide` and `native` multiply all prompts at once, in float64 and in the stored dtype; the steps are one token's.
+    `wide` is in float64 and `native` in the stored dtype, all prompts at once; the steps are one token's.
     """
 
-    fetch: float
+    look: float
+    fetch_wide: float
+    fetch_native: float
     wide: float
     native: float
     wide_step: float
     native_step: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done at that pace, by the `here` ranks of a process.
+
+    `kept`: weights stay in memory. `longer`: tokens decoded per token of the prompt. `taught`: the reference chooses
+    them. `exact` and `native` are the numbers of canaries.
+    """
+
+    load: Load
+    here: int
+    kept: bool
+    tokens: int
+    longer: float
+    taught: bool
+    exact: int
+    native: int
 
 
 def _seconds(work: Callable[[], Tensor], device: torch.device) -> float:
@@ -47,20 +69,24 @@ def measure(weights: FileWeights, names: list[str], prompt: Tensor, device: torc
     name = max((name for name in names if len(weights.shape(name)) == 2), key=lambda n: elements(weights, [n]))
     rows, width = weights.shape(name)
     count = min(rows, max(1, BLOCK_ELEMENTS // width))
-
-    def fetch() -> Tensor:
-        return weights.rows(name, 0, count).to(device=device, dtype=torch.float64)
-
-    wide = fetch()
     native = weights.rows(name, 0, count).to(device)
+    wide = native.double()
     batch, size = prompt.shape[0], prompt.numel()
+
+    def fetch(dtype: torch.dtype) -> float:
+        return _seconds(lambda: move(weights.rows(name, 0, count), device, dtype), device) / wide.numel()
+
+    def look() -> Tensor:
+        return weights.rows(name, 0, count).isfinite().all()
 
     def multiply(weight: Tensor, positions: int) -> float:
         x = torch.ones(positions, width, dtype=weight.dtype, device=device)
         return _seconds(lambda: x @ weight.T, device) / wide.numel()
 
     return Pace(
-        fetch=_seconds(fetch, device) / wide.numel(),
+        look=_seconds(look, device) / wide.numel(),
+        fetch_wide=fetch(torch.float64),
+        fetch_native=fetch(native.dtype),
         wide=multiply(wide, size),
         native=multiply(native, size),
         wide_step=multiply(wide, batch),
@@ -68,21 +94,48 @@ def measure(weights: FileWeights, names: list[str], prompt: Tensor, device: torc
     )
 
 
-def exact_seconds(pace: Pace, load: Load, *, kept: bool) -> float:
-    """The exact tier: the source once, the ranks alone and fed, and a small model for each canary."""
-    each = pace.wide + (0 if kept else pace.fetch)
-    small = load.shards * min(1.0, 2 / load.layers)
-    once = pace.fetch * (load.source + load.shards) if kept else 0.0
-    return once + each * (load.source + 2 * load.shards + small * len(CANARIES))
+def _pass(side: Side, each: float, fetch: float = 0.0) -> float:
+    """A forward pass over one step of tokens."""
+    return (side.body + side.head) * (each + fetch)
 
 
-def native_seconds(pace: Pace, load: Load, tokens: int, *, kept: bool) -> float:
-    """The native tier: R and N, T through the cache, both module by module, tokens chosen, canaries."""
-    fetch = 0.0 if kept else pace.fetch
-    step = tokens * pace.native_step
-    once = pace.fetch * (load.source + load.shards) if kept else 0.0
-    choose = tokens * pace.wide_step * load.source if kept else 0.0
-    wide = 3 * load.source * (pace.wide + fetch)
-    narrow = 3 * load.source + 3 * load.shards
-    small = load.shards * min(1.0, 2 / load.layers) * len(CANARIES)
-    return once + choose + wide + (narrow + small) * (pace.native + fetch) + step * (load.source + load.shards)
+def _small(side: Side, layers: int) -> Side:
+    """The model that canaries are put into: one layer, embedding and head."""
+    return Side(side.nbytes, side.elements, side.tables, side.body // layers, side.head)
+
+
+def look_seconds(pace: Pace, work: Work) -> float:
+    """Both sides looked at for what is not finite, before any tier."""
+    return pace.look * (work.load.source.elements + work.load.shards.elements)
+
+
+def exact_seconds(pace: Pace, work: Work) -> float:
+    """Both sides' tables read; the source once, the ranks alone and fed; a small model for each canary."""
+    source, shards, layers = work.load.source, work.load.shards, work.load.layers
+    fetch = 0.0 if work.kept else pace.fetch_wide
+    once = pace.fetch_wide * (source.elements + shards.elements) if work.kept else 0.0
+    tables = pace.fetch_wide * (source.tables + shards.tables)
+    passes = _pass(source, pace.wide, fetch) + 2 * _pass(shards, pace.wide, fetch)
+    canaries = work.exact * _pass(_small(shards, layers), pace.wide, fetch)
+    return once + tables + passes + canaries + LAYER_SECONDS * work.here * (2 * layers + work.exact)
+
+
+def native_seconds(pace: Pace, work: Work) -> float:
+    """R; N and T through the cache; both again module by module beside float64; canaries; and the tokens' choice."""
+    source, shards, layers = work.load.source, work.load.shards, work.load.layers
+    wide_fetch, fetch = (0.0, 0.0) if work.kept else (pace.fetch_wide, pace.fetch_native)
+    once = 0.0
+    if work.kept:
+        once = pace.fetch_wide * source.elements + pace.fetch_native * (source.elements + shards.elements)
+    r = _pass(source, pace.wide * (1 + work.longer), wide_fetch)
+    cached = sum(
+        side.body * (pace.native + work.tokens * pace.native_step + fetch)
+        + side.head * (pace.native * (1 + work.longer) + fetch)
+        for side in (source, shards)
+    )
+    modules = 2 * _pass(source, pace.wide, wide_fetch)
+    modules += 2 * _pass(source, pace.native, fetch) + 2 * _pass(shards, pace.native, fetch)
+    canaries = work.native * _pass(_small(shards, layers), pace.native, fetch)
+    taught = _pass(source, pace.wide, wide_fetch) + work.tokens * _pass(source, pace.wide_step, wide_fetch)
+    steps = (1 + work.tokens) * (1 + work.here + work.taught) + work.here * 4 + work.native
+    return once + r + cached + modules + canaries + work.taught * taught + LAYER_SECONDS * layers * steps

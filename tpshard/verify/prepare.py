@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import CorruptError, UsageError
+from tpshard.verify.canaries import applicable
 from tpshard.verify.compare import Setup
 from tpshard.verify.families import describe
 from tpshard.verify.family import Family
 from tpshard.verify.group import Processes, Threads
 from tpshard.verify.machine import BLOCK_BYTES, Load, estimate, load
-from tpshard.verify.pace import exact_seconds, measure, native_seconds
+from tpshard.verify.pace import Work, exact_seconds, look_seconds, measure, native_seconds
 from tpshard.verify.shards import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
-from tpshard.verify.weights import Replaced, Store, Weights
+from tpshard.verify.verdict import layer_of
+from tpshard.verify.weights import Replaced, Store, Weights, move
 
 PROMPT, BATCH = 16, 2
+TAUGHT_BYTES = 1 << 30
+"""A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
 QUIET_SECONDS = 10.0
 """The least time between two lines about the progress of a tier."""
 
@@ -77,6 +81,8 @@ class Case:
     seed: int
     float32: bool
     seconds: Mapping[str, float]
+    taught: bool = True
+    """Whether the tokens to decode are the reference's own choices, else they come from the seed."""
 
 
 def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet, Mapping[str, Any], FileWeights]:
@@ -132,7 +138,7 @@ def prepare(
     return Case(
         opened=opened,
         setup=setup,
-        load=load(weights, opened.ranks, setup.which(), team.here),
+        load=load(family, weights, opened.ranks, setup.which(), team.here),
         tokens=fitting,
         short=fitting != tokens,
         seed=seed,
@@ -161,12 +167,13 @@ def choose(case: Case, tiers: Sequence[str], stream: bool | None, sharing: int, 
     amount = need.streamed if streamed else need.resident
     pace = measure(source, needed(source, setup.which()), setup.prompt, where)
     kept = not streamed and not apart
-    seconds = {
-        "exact": exact_seconds(pace, case.load, kept=kept),
-        "native": native_seconds(pace, case.load, case.tokens, kept=kept),
-    }
+    taught = kept or case.load.source.nbytes <= TAUGHT_BYTES
+    biases = any(name.endswith(".bias") and layer_of(name) is not None for name in source.names())
+    counts = [applicable(setup.family, team.size, biases=biases, structural=only) for only in (False, True)]
+    work = Work(case.load, len(team.here), kept, case.tokens, case.tokens / length, taught, *counts)
+    seconds = {"exact": exact_seconds(pace, work), "native": native_seconds(pace, work)}
     how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
-    total = duration(sum(time for name, time in seconds.items() if name in tiers))
+    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in tiers))
     say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
     setup = replace(
         setup,
@@ -174,7 +181,7 @@ def choose(case: Case, tiers: Sequence[str], stream: bool | None, sharing: int, 
         keep_ranks=apart and not streamed,
         say=_seldom(say),
     )
-    return replace(case, setup=setup, seconds=seconds)
+    return replace(case, setup=setup, seconds=seconds, taught=taught)
 
 
 def duration(seconds: float) -> str:
@@ -217,7 +224,7 @@ def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: Load
         loaded = load_rank(rank, setup.device)
     if loaded is None:
         return resident(weights, dtype, setup.device, names)
-    return Replaced(weights, {name: loaded[name].to(dtype=dtype) for name in names})
+    return Replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
 
 
 def keep(case: Case, load_rank: LoadRank | None) -> Case:

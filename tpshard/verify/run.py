@@ -149,6 +149,7 @@ def verify(
             "tiers": [tier.name for tier in done],
             "prompt_tokens": setup.prompt.numel(),
             "tokens": case.tokens,
+            "tokens_from": "the reference" if case.taught else "the seed",
             "seed": seed,
             "float32": float32,
             "layers": None if setup.layers is None else list(setup.layers),
@@ -182,9 +183,11 @@ def _native(case: Case, load_rank: LoadRank | None) -> tuple[Tier, list[Canary]]
         if setup.device.type == "cpu":
             wide = resident(source, torch.float64, setup.device, needed(source, setup.which()))
             setup = replace(setup, wide=wide)
-        steps = teacher_tokens(setup, case.tokens)
+    if case.taught:
+        # One process chooses: on another kind of GPU, logits that are nearly equal may change places.
+        chosen = setup.team.once(lambda: [step.tolist() for step in teacher_tokens(setup, case.tokens)])
+        steps = [torch.tensor(step, device=setup.device) for step in chosen]
     else:
-        # To choose tokens, the reference would have to be read once for each; so they come from the seed.
         more = prompt_ids(setup.family.vocab, case.seed + 1, len(setup.prompt), max(case.tokens, 1))
         steps = [setup.prompt, *(more[:, i : i + 1].to(setup.device) for i in range(case.tokens))]
     return native(setup, dtype, steps), native_canaries(setup, dtype)

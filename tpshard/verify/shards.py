@@ -18,7 +18,7 @@ from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageEr
 from tpshard.header import TensorInfo, read_header
 from tpshard.torch_io import DTYPES
 from tpshard.verify.verdict import layer_of
-from tpshard.verify.weights import Replaced, Weights
+from tpshard.verify.weights import Replaced, Weights, move
 
 RANK_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -239,4 +239,4 @@ def resident(
 ) -> Replaced:
     """The named tensors (all weights and biases) on a device, in one dtype (None: as stored); others stay in files."""
     chosen = parameters(weights) if names is None else names
-    return Replaced(weights, {name: weights.get(name).to(device=device, dtype=dtype) for name in chosen})
+    return Replaced(weights, {name: move(weights.get(name), device, dtype) for name in chosen})

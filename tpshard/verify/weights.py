@@ -14,6 +14,15 @@ from tpshard.errors import DifferentError
 from tpshard.verify.family import Family
 
 
+def move(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """A tensor on a device, in a dtype (None: its own).
+
+    In two steps: in one, torch would convert on the CPU and send the wider form over the bus.
+    """
+    there = tensor.to(device)
+    return there if dtype is None else there.to(dtype)
+
+
 class Weights(Protocol):
     """The stored tensors of one rank, or of the whole model."""
 
@@ -172,9 +181,9 @@ class Store:
         if name not in self.weights.names():
             return None
         if self.hold is None:
-            return self.weights.get(name).to(device=self.device, dtype=self.dtype)
+            return move(self.weights.get(name), self.device, self.dtype)
         if name not in self.hold:
-            self.hold[name] = self.weights.get(name).to(device=self.device, dtype=self.dtype)
+            self.hold[name] = move(self.weights.get(name), self.device, self.dtype)
         return self.hold[name]
 
     def head_bias(self) -> Tensor | None:
@@ -210,13 +219,13 @@ class Store:
         step = max(1, self.block_bytes // (max(1, width) * self.dtype.itemsize))
         for start in range(0, rows, step):
             block = self.weights.rows(name, start, min(start + step, rows))
-            yield start, block.to(device=self.device, dtype=self.dtype)
+            yield start, move(block, self.device, self.dtype)
 
     def table(self, module: str, start: int, stop: int, step: int = 1024) -> Iterator[Tensor]:
         """Rows of an embedding from `start` to `stop`, `step` at a time."""
         name = f"{self.full(module)}.weight"
         for at in range(start, stop, step):
-            yield self.weights.rows(name, at, min(at + step, stop)).to(device=self.device, dtype=self.dtype)
+            yield move(self.weights.rows(name, at, min(at + step, stop)), self.device, self.dtype)
 
     def look_up(self, module: str, ids: Tensor) -> Tensor:
         """Rows of an embedding [*ids.shape, width]; every id must be one of this rank's rows."""
@@ -226,4 +235,4 @@ class Store:
         wanted = sorted(set(ids.flatten().tolist()))
         rows = torch.cat([self.weights.rows(name, i, i + 1) for i in wanted])
         where = torch.searchsorted(torch.tensor(wanted, device=ids.device), ids)
-        return rows.to(device=self.device, dtype=self.dtype)[where]
+        return move(rows, self.device, self.dtype)[where]
