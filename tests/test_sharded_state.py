@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import multimodal
 import pytest
 import torch
 from checkpoints import make
@@ -25,6 +26,7 @@ from tpshard.publish import Settings
 
 Tensors = dict[str, torch.Tensor]
 FORMATS = Path(tpshard.__file__).parent / "formats"
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
 SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 
 
@@ -191,7 +193,7 @@ def test_a_tied_pair_has_one_name_and_the_config_says_so(
         (source / "config.json").write_text(json.dumps(config))
     tpshard.split(source, 2, tmp_path / "out", format="vllm", settings=quick)
     stored = ranks(tmp_path / "out", 2)[0]
-    embedding = next(tensor for each, tensor in load(source).items() if "embed" in each or each.endswith("wte.weight"))
+    embedding = next(tensor for each, tensor in load(source).items() if each.endswith(EMBEDDINGS))
     expected = vocab(embedding, 0, 2)
     found = [each for each, t in stored.items() if t.shape == expected.shape and torch.equal(t, expected)]
     assert found == [f"{kept}.weight"]
@@ -273,6 +275,12 @@ def test_what_the_class_would_leave_out_is_refused(made: Get, tmp_path: Path) ->
         tpshard.split(biased, 2, tmp_path / "out", format="vllm")
     with pytest.raises(UnsupportedError, match="mlp.down_proj.bias"):
         tpshard.split(made("llama-mha-bias"), 2, tmp_path / "out", format="sglang")
+
+
+def test_a_text_model_among_others_is_refused(tmp_path: Path) -> None:
+    source = multimodal.make(next(iter(multimodal.CONFIGS)), tmp_path / "source")
+    with pytest.raises(UnsupportedError, match="not a text model alone"):
+        tpshard.split(source, 2, tmp_path / "out", format="vllm")
 
 
 def test_a_checkpoint_without_its_head_is_refused(made: Get, tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ class ShardedState(Format):
             )
         if reason := table.refused_models.get(model_type):
             raise self._unsupported(f"{self.engine} {table.versions[0]} does not load {model_type}: {reason}")
+        if model.architecture.get("text"):
+            raise self._unsupported(
+                f"the names that {self.engine} has in {model_type}, not a text model alone, are not known"
+            )
         if model_type not in table.families:
             raise UnsupportedError(
                 f"the names that {self.engine} has for model_type {model_type!r} are not known",
@@ -176,25 +180,29 @@ def _dropped(family: Family, model: Model, engine: str) -> dict[str, str]:
 
 def _recipes(family: Family, named: Mapping[str, str]) -> dict[str, Recipe]:
     """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name."""
-    found: dict[str, dict[int | None, dict[int, str]]] = {}
+    found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
         for target, patterns in family.fused.items():
             for place, pattern in enumerate(patterns):
                 if fit := match(pattern, full_name):
-                    found.setdefault(fit.into(target), {}).setdefault(fit.stacked, {})[place] = name
+                    into = fit.into(target.removesuffix("?"))
+                    found.setdefault((into, target), {}).setdefault(fit.stacked, {})[place] = name
     recipes: dict[str, Recipe] = {}
     members: dict[str, str] = {}
-    for into, groups in found.items():
-        places = {place for group in groups.values() for place in group}
-        if len(places) > 1 or None not in groups:
-            ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
-            for _, group in ordered:
-                if set(group) != places:
-                    raise CorruptError(
-                        f"the tensors that make {into} are not all there", tensor=into, found=", ".join(group.values())
-                    )
-            recipes[into] = Recipe(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
-            members |= {name: into for group in groups.values() for name in group.values()}
+    for (into, target), groups in found.items():
+        lacking = [group for group in groups.values() if len(group) < len(family.fused[target])]
+        if lacking and target.endswith("?"):
+            continue
+        if lacking:
+            raise CorruptError(
+                f"not all tensors that make {into} are there",
+                tensor=into,
+                expected=", ".join(family.fused[target]),
+                found=", ".join(lacking[0].values()),
+            )
+        ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
+        recipes[into] = Recipe(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
+        members |= {name: into for group in groups.values() for name in group.values()}
     result: dict[str, Recipe] = {}
     for name, full_name in named.items():
         if name in members:
