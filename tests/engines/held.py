@@ -70,7 +70,7 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     )
     config = arguments.create_engine_config()
     complaints = Complaints()
-    logging.getLogger("vllm").addHandler(complaints)
+    logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
     with set_current_vllm_config(config):
         init_distributed_environment(tp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
         initialize_model_parallel(tp)
