@@ -251,6 +251,7 @@ def test_a_bias_that_is_added_once_lies_on_rank_0_alone(tmp_path: Path, quick: S
     ("name", "options", "error", "message"),
     [
         ("gpt_neo", {}, UnsupportedError, "does not load gpt_neo"),
+        ("gpt_bigcode-mha", {}, UnsupportedError, "multi_query false"),
         ("llama", {"uneven": True}, UsageError, "even shares"),
         ("llama", {"shares": [1, 3]}, UsageError, "even shares"),
         ("llama", {"pad_vocab_to": 512}, UsageError, "even shares"),

@@ -30,7 +30,7 @@ from tpshard.formats.base import (
     weight,
 )
 from tpshard.layout import StoredTensor
-from tpshard.model import check_dtype, from_checkpoint, placed_in
+from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
@@ -125,14 +125,22 @@ def split(
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
     chosen = _ranks(ranks, tp)
+    if format == "hf" and chosen is not None:
+        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
     checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
-    target = Path(out) if out is not None else Path(f"{checkpoint.name.rpartition('/')[2]}-tp{tp}")
-    _check_distinct(checkpoint.directory, target)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
+    target = Path(out) if out is not None else Path(f"{_base_name(built)}-{_suffix(options)}")
+    _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, options)
     small = _side_files(checkpoint.side_files)
     if dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, dtype)
+    if format == "hf":
+        placed = placed_in(checkpoint, built)
+        size = options.max_file_size if max_file_size is None else max_file_size
+        return _write_hf(
+            built, placed, small, target, size, settings, planned.set_id, "split", warnings=checkpoint.warnings
+        )
     return _write_split(
         planned, placed_in(checkpoint, built), small, target, chosen, settings, "split", checkpoint.warnings
     )
@@ -157,11 +165,16 @@ def reshard(
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     chosen = _ranks(ranks, tp)
+    if format == "hf" and chosen is not None:
+        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
     source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
-    target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-tp{tp}")
+    target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-{_suffix(options)}")
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, options)
+    if format == "hf":
+        small, placed = _small(source), source.placed()
+        return _write_hf(source.model, placed, small, target, max_file_size, settings, planned.set_id, "reshard")
     return _write_split(planned, source.placed(), _small(source), target, chosen, settings, "reshard", ())
 
 
@@ -216,25 +229,50 @@ def merge(
     settings: Settings | None = None,
 ) -> WriteReport:
     """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits."""
-    settings = settings or Settings()
     source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
-    target = Path(out) if out is not None else Path(f"{str(source.model.source['name']).rpartition('/')[2]}-merged")
+    target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-merged")
     _check_distinct(source.directory, target)
-    outputs, index = hf.outputs(source.model.tensors, source.model.file_of, max_file_size)
-    joined = join(source.model.tensors, source.placed(), outputs)
+    return _write_hf(
+        source.model,
+        source.placed(),
+        _small(source),
+        target,
+        max_file_size,
+        settings,
+        source.manifest["set"],
+        "merge",
+        source.tp,
+    )
+
+
+def _write_hf(
+    model: Model,
+    placed: list[Placed],
+    small: dict[str, bytes],
+    target: Path,
+    max_file_size: int | None,
+    settings: Settings | None,
+    set_id: str,
+    verb: str,
+    tp: int = 1,
+    warnings: Sequence[str] = (),
+) -> WriteReport:
+    """Write a model unsharded. set_id: names what it is made of. tp: of what it is made of."""
+    outputs, index = hf.outputs(model.tensors, model.file_of, max_file_size)
+    joined = join(model.tensors, placed, outputs)
     job = Job(
         plan=joined,
-        small={**_small(source), **index},
-        identity={"set": source.manifest["set"]},
+        small={**small, **index},
+        identity={"set": set_id},
         records=lambda digests: {},
         convert=_convert(
-            chain.from_iterable(source.layout), (placed.stored for output in outputs for placed in output.tensors)
+            (place.stored for place in placed), (each.stored for output in outputs for each in output.tensors)
         ),
         verb="merge",
     )
-    publish(job, target, replace(settings, checksum=False))
-    return WriteReport("merge", target, source.tp, source.manifest["set"], joined.nbytes, (), ())
+    publish(job, target, replace(settings or Settings(), checksum=False))
+    return WriteReport(verb, target, tp, set_id, joined.nbytes, (), tuple(warnings))
 
 
 def check(
@@ -278,6 +316,14 @@ def check(
 def inspect(path: str | Path) -> InspectReport:
     """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor."""
     return inspect_path(Path(path))
+
+
+def _base_name(model: Model) -> str:
+    return str(model.source["name"]).rpartition("/")[2]
+
+
+def _suffix(options: Options) -> str:
+    return "hf" if options.format == "hf" else f"tp{options.tp}"
 
 
 def _path(rules: str | Path | None) -> Path | None:

@@ -136,7 +136,9 @@ MERGE_SIZE = Annotated[
 ]
 FORMAT = Annotated[
     str,
-    typer.Option("--format", help="How the ranks' files are written: native, vllm, meta, deepseek.", metavar="FORMAT"),
+    typer.Option(
+        "--format", help="How the ranks' files are written: native, vllm, meta, deepseek, hf.", metavar="FORMAT"
+    ),
 ]
 ENGINE_VERSION = Annotated[
     str | None,

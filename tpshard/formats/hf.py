@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from tpshard.errors import UsageError
+from tpshard.formats.base import Format, Laid, Options
 from tpshard.header import nbytes
 from tpshard.layout import LogicalTensor, whole
+from tpshard.model import Model
 from tpshard.planning import OutputFile, alignment_order, output_file, parts_by_size
 
 INDEX = "model.safetensors.index.json"
@@ -35,3 +38,29 @@ def outputs(
     total = sum(nbytes(tensor.dtype, tensor.shape) for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return written, {INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+
+
+class HuggingFace(Format):
+    """The unsharded layout as a format: one rank that holds everything. It is written by `outputs`."""
+
+    def lay(self, model: Model, options: Options) -> Laid:
+        """Every tensor whole; UsageError for more than one rank."""
+        if options.tp != 1:
+            raise UsageError(
+                "the ordinary layout has no ranks",
+                expected="--tp 1",
+                found=f"--tp {options.tp}",
+                hint="give --tp 1, or another --format",
+            )
+        return Laid((tuple(map(whole, model.tensors)),))
+
+    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+        """As transformers names them."""
+        return f"model-{part + 1:05}-of-{parts:05}.safetensors" if parts > 1 else "model.safetensors"
+
+    def parse_name(self, name: str) -> Mapping[str, int] | None:
+        """None: an ordinary checkpoint has no rank files."""
+        return None
+
+
+FORMAT = HuggingFace()

@@ -102,7 +102,11 @@ class ShardedState(Format):
                 found=model_type,
                 hint="use --format native",
             )
-        return table.families[model_type]
+        family = table.families[model_type]
+        for key, reason in family.needs.items():
+            if not model.config.get(key, True):
+                raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
+        return family
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
