@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from bench.synthetic import DEEPSEEK_V3, deepseek_tensors
 from checkpoints import VOCAB
 from moe_checkpoints import MOE, STACKED
 from toys import contents, read_all, write_checkpoint
@@ -16,9 +17,10 @@ from toys import contents, read_all, write_checkpoint
 import tpshard
 from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.header import TensorInfo
 from tpshard.model import from_checkpoint
 from tpshard.publish import Settings
-from tpshard.rules import builtin
+from tpshard.rules import builtin, classify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -322,3 +324,21 @@ def test_gpt_oss_keeps_each_gate_with_its_up(made: Made, quick: Settings, tmp_pa
 )
 def test_a_plan_says_which_tp_are_possible(name: str, possible: list[int], made: Made) -> None:
     assert tpshard.plan(made(name), 2).to_json()["possible_tp"] == possible
+
+
+def test_the_published_shape_of_deepseek_v3_fits_its_rules() -> None:
+    infos = [TensorInfo(name, dtype, shape, "", 0, 0) for name, dtype, shape in deepseek_tensors(DEEPSEEK_V3)]
+    found = classify(builtin("deepseek_v3"), DEEPSEEK_V3, infos)
+    assert {axis.name: (axis.count, axis.unit) for axis in found.axes.values()} == {
+        "heads": (128, 192),
+        "kv_heads": (128, 256),
+        "out_heads": (128, 128),
+        "ffn": (18432, 1),
+        "moe_ffn": (2048, 1),
+        "shared_ffn": (2048, 1),
+        "vocab": (129280, 1),
+    }
+    routed = [cut for name, cut in found.cuts.items() if ".mlp.experts." in name]
+    assert len(routed) == (61 + 1 - 3) * 256 * 3 and {cut.segments for cut in routed} == {("moe_ffn",)}
+    with pytest.raises(CorruptError, match="layers 61 beyond the config"):
+        classify(builtin("deepseek_v3"), DEEPSEEK_V3 | {"num_nextn_predict_layers": 0}, infos)

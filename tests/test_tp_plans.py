@@ -51,10 +51,11 @@ def test_every_tensor_is_cut_in_the_dim_that_the_plan_means(variant: str, made: 
         module, _, suffix = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
         pattern = ".".join("*" if part.isdecimal() else part for part in module.split("."))
         kind = KINDS.get(plan.get(pattern, ""))
+        out = max(len(tensor.shape) - 2, 0)  # of stacked experts the first dim is the expert
         if kind == "column":
-            assert (tensor.cut.kind, tensor.cut.dim) == ("column", 0), tensor.name
+            assert (tensor.cut.kind, tensor.cut.dim) == ("column", out), tensor.name
         elif kind == "row":
-            assert (tensor.cut.kind, tensor.cut.dim) == (("row", 1) if suffix == "weight" else ("replicate", None))
+            assert (tensor.cut.kind, tensor.cut.dim) == (("replicate", None) if suffix == "bias" else ("row", out + 1))
         elif kind == "replicate":
             assert tensor.cut.kind == "replicate", tensor.name
         seen.add(pattern)

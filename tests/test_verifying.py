@@ -220,6 +220,7 @@ def test_two_processes_started_here_agree_with_one(pair: tuple[Path, Path]) -> N
     lines: list[str] = []
     several = verify(pair[1], pair[0], nproc=2, device="cpu", tokens=2, say=lines.append)
     assert several.verdict == "pass" and several.settings["processes"] == 2
+    assert several.settings["tokens_from"] == "the reference"
     assert [tier.name for tier in several.tiers] == ["bytes", "exact", "native"]
     assert any(line.startswith("keeping the shards: about") for line in lines)
     assert sum(line.startswith("exact tier") for line in lines) == 1

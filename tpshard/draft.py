@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpshard import expression
+from tpshard.header import TensorInfo
 from tpshard.lexicon import (
     WIDTH,
     Definition,
@@ -258,6 +259,6 @@ class _Reader:
         return tuple(dict.fromkeys([*(vote.rule for vote in votes), *fitting, "replicate"]))
 
 
-def draft_modules(tensors: Iterable[Any]) -> list[Module]:
+def draft_modules(tensors: Iterable[TensorInfo]) -> list[Module]:
     """The modules of a checkpoint, in an order that does not depend on that of the files."""
     return sorted(modules(tensors), key=lambda module: module.name)

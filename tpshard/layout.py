@@ -255,33 +255,40 @@ def _intervals(
 
 def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], tp: int, ranges: Deal) -> Layout:
     """The layout of a tensor-parallel split: every rank's tensors, in the order of `tensors`."""
-    return tuple(tuple(_stored(tensor, axes, ranges, rank) for tensor in tensors) for rank in range(tp))
+    known: dict[tuple[Shape, Cut, str], tuple[_Share, ...]] = {}  # layers are alike
+    ranks: tuple[list[StoredTensor], ...] = tuple([] for _ in range(tp))
+    for tensor in tensors:
+        name, dtype = tensor.name, tensor.dtype
+        if tensor.cut.dim is None:
+            stored = whole(tensor)
+            for rank in ranks:
+                rank.append(stored)
+            continue
+        key = (tensor.shape, tensor.cut, dtype)
+        if key not in known:
+            known[key] = tuple(_share(tensor, axes, ranges, rank) for rank in range(tp))
+        for rank, (shape, pieces, zeros) in zip(ranks, known[key], strict=True):
+            rank.append(StoredTensor(name, dtype, shape, tuple([Part(name, box, at) for box, at in pieces]), zeros))
+    return tuple(map(tuple, ranks))
 
 
-def _stored(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: int) -> StoredTensor:
-    cut = tensor.cut
-    if cut.dim is None:
-        return whole(tensor)
+_Share = tuple[Shape, tuple[tuple[Box, Shape], ...], tuple[Box, ...]]
+"""What a rank holds of a tensor: stored shape, boxes with their corners, and boxes of padding."""
+
+
+def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: int) -> _Share:
+    cut, shape, dim = tensor.cut, tensor.shape, tensor.cut.dim
+    assert dim is not None
     kept, fills, size = intervals(cut, axes, ranges, rank)
-    _check_bytes(tensor, cut.dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
-    shape, pieces, zeros = _sliced(tensor.shape, cut.dim, kept, fills, size)
-    return StoredTensor(
-        tensor.name, tensor.dtype, shape, tuple(Part(tensor.name, box, at) for box, at in pieces), zeros
-    )
-
-
-@lru_cache(maxsize=4096)
-def _sliced(
-    shape: Shape, dim: int, kept: tuple[Interval, ...], fills: tuple[tuple[int, int], ...], size: int
-) -> tuple[Shape, tuple[tuple[Box, Shape], ...], tuple[Box, ...]]:
-    """A tensor's share along `dim` as boxes: stored shape, parts and fills. Cached: equal layers share one copy."""
+    _check_bytes(tensor, dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
 
     def along(start: int, stop: int) -> Box:
         return (*full(shape[:dim]), (start, stop), *full(shape[dim + 1 :]))
 
     before, after = (0,) * dim, (0,) * (len(shape) - dim - 1)
     pieces = tuple((along(start, stop), (*before, at, *after)) for start, stop, at in kept)
-    return (*shape[:dim], size, *shape[dim + 1 :]), pieces, tuple(along(start, stop) for start, stop in fills)
+    zeros = tuple(along(start, stop) for start, stop in fills)
+    return (*shape[:dim], size, *shape[dim + 1 :]), pieces, zeros
 
 
 def whole(tensor: LogicalTensor) -> StoredTensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -19,7 +20,7 @@ import torch  # isort: skip  # noqa: E402
 STAGE = 16 << 20
 """Bytes of one staging buffer, pinned where it is copied to a GPU."""
 READERS = 4
-"""Threads that read into them: one alone copies from the page cache more slowly than the bus takes it."""
+"""Threads that read: one alone copies from the page cache more slowly than memory, or the bus, would take it."""
 
 
 def load_rank(directory: str | Path, rank: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
@@ -54,9 +55,7 @@ def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torc
         fd = files.open_read(str(file.path))
         try:
             if device.type == "cpu":
-                array = data.numpy().data
-                for offset in range(0, len(array), STAGE):
-                    read_exactly(files, fd, [array[offset : offset + STAGE]], begin + offset, str(file.path))
+                _to_memory(files, fd, begin, data, str(file.path))
             else:
                 _to_gpu(files, fd, begin, data, str(file.path))
         finally:
@@ -71,6 +70,18 @@ def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torc
         if (info.begin - begin) % dtype.itemsize:  # the format packs tensors; torch has no view of such
             flat = flat.clone()
         yield info.name, flat.view(dtype).view(info.shape)
+
+
+def _to_memory(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
+    """Fill `data` with a file's bytes from `begin` on, several stretches at once."""
+    array = data.numpy().data
+
+    def read(offset: int) -> None:
+        read_exactly(files, fd, [array[offset : offset + STAGE]], begin + offset, path)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(read, range(0, len(array), STAGE)):
+            pass
 
 
 def _to_gpu(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:

@@ -40,6 +40,59 @@ def llama_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...
     return [*tensors, ("model.norm.weight", "BF16", (hidden,)), ("lm_head.weight", "BF16", (vocab, hidden))]
 
 
+# The published one, with the layer that predicts a further token: 46,183 tensors.
+DEEPSEEK_V3 = {"model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+               "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "q_lora_rank": 1536,
+               "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+               "first_k_dense_replace": 3, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+               "n_shared_experts": 1, "num_nextn_predict_layers": 1, "tie_word_embeddings": False}  # fmt: skip
+
+
+def deepseek_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor of a bf16 DeepSeek-V3 with one layer beyond the last, in file order."""
+    hidden, vocab, heads = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
+    q, latent, key = config["q_lora_rank"], config["kv_lora_rank"], config["qk_nope_head_dim"]
+    rope, value = config["qk_rope_head_dim"], config["v_head_dim"]
+
+    def feed_forward(module: str, width: int) -> list[tuple[str, tuple[int, ...]]]:
+        shapes = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        return [(f"{module}.{name}", shape) for name, shape in shapes.items()]
+
+    layers = []
+    for layer in range(config["num_hidden_layers"] + 1):
+        modules: list[tuple[str, tuple[int, ...]]] = [
+            ("input_layernorm", (hidden,)),
+            ("post_attention_layernorm", (hidden,)),
+            ("self_attn.q_a_proj", (q, hidden)),
+            ("self_attn.q_a_layernorm", (q,)),
+            ("self_attn.q_b_proj", (heads * (key + rope), q)),
+            ("self_attn.kv_a_proj_with_mqa", (latent + rope, hidden)),
+            ("self_attn.kv_a_layernorm", (latent,)),
+            ("self_attn.kv_b_proj", (heads * (key + value), latent)),
+            ("self_attn.o_proj", (hidden, heads * value)),
+        ]
+        if layer < config["first_k_dense_replace"]:
+            modules += feed_forward("mlp", config["intermediate_size"])
+        else:
+            width, experts = config["moe_intermediate_size"], config["n_routed_experts"]
+            modules += [("mlp.gate", (experts, hidden))]
+            for expert in range(experts):
+                modules += feed_forward(f"mlp.experts.{expert}", width)
+            modules += feed_forward("mlp.shared_experts", width * config["n_shared_experts"])
+            layers.append((f"model.layers.{layer}.mlp.gate.e_score_correction_bias", "F32", (experts,)))
+        if layer == config["num_hidden_layers"]:
+            modules += [("eh_proj", (hidden, 2 * hidden)), ("embed_tokens", (vocab, hidden))]
+            modules += [("shared_head.head", (vocab, hidden)), ("shared_head.norm", (hidden,))]
+            modules += [("enorm", (hidden,)), ("hnorm", (hidden,))]
+        layers += [(f"model.layers.{layer}.{name}.weight", "BF16", shape) for name, shape in modules]
+    ends: list[tuple[str, str, tuple[int, ...]]] = [
+        ("model.embed_tokens.weight", "BF16", (vocab, hidden)),
+        ("model.norm.weight", "BF16", (hidden,)),
+        ("lm_head.weight", "BF16", (vocab, hidden)),
+    ]
+    return ends[:1] + layers + ends[1:]
+
+
 def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: int = 5_000_000_000) -> int:
     """Write a LLaMA checkpoint; the bytes are random, or a hole when only headers matter. Returns bytes of tensors."""
     path.mkdir(parents=True)

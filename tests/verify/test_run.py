@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verify import run
-from tpshard.verify.machine import Need
+from tpshard.verify.families import describe
+from tpshard.verify.machine import Load, Need, Side, estimate
 from tpshard.verify.report import check_kind, to_html, to_junit, to_markdown, write
 from tpshard.verify.run import prompt_ids, verify
 from tpshard.verify.shards import FileWeights, open_shards, open_source
@@ -62,6 +63,22 @@ def test_a_correct_split_passes(pair: tuple[Path, Path], options: dict[str, bool
     assert (verdict.verdict, verdict.exit_code, verdict.warnings) == ("pass", 0, ())
     assert [tier.name for tier in verdict.tiers] == ["exact", "native"]
     assert verdict.canaries and all(canary.status == "caught" for canary in verdict.canaries)
+
+
+def test_the_reference_chooses_the_tokens_unless_it_would_be_read_too_often(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def metrics(stream: bool) -> tuple[str, float]:
+        verdict = verify(pair[1], pair[0], tiers=["native"], tokens=6, device="cpu", stream=stream)
+        assert verdict.verdict == "pass"
+        return verdict.settings["tokens_from"], verdict.tiers[0].metrics["kl_unsharded"]
+
+    kept, streamed = metrics(False), metrics(True)
+    assert kept[0] == streamed[0] == "the reference"
+    monkeypatch.setattr("tpshard.verify.prepare.TAUGHT_BYTES", 0)
+    seeded = metrics(True)
+    assert seeded[0] == "the seed" and metrics(False)[0] == "the reference"
+    assert abs(streamed[1] - kept[1]) < 1e-3 * kept[1] < abs(seeded[1] - kept[1])
 
 
 def test_a_verdict_repeats_but_for_what_is_volatile(pair: tuple[Path, Path]) -> None:
@@ -156,6 +173,20 @@ def test_too_little_memory_is_said_before_loading(pair: tuple[Path, Path], monke
     monkeypatch.setattr(run, "resident", None)
     with pytest.raises(LocalIOError, match="not enough memory"):
         verify(pair[1], pair[0], device="cpu")
+
+
+def test_a_70b_shape_is_streamed_in_4_gb() -> None:
+    config = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "hidden_act": "silu"}
+    table, body = 128256 * 8192, 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
+    side = Side(2 * (body + 2 * table), body + 2 * table, table, body, table)
+    need = estimate(
+        describe(config | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192}),
+        Load(side, side, 80, table),
+        here=8, native=True, positions=2 * (16 + 32), widened=True, apart=False,
+    )  # fmt: skip
+    layer = 2 * body // 80
+    assert layer < need.streamed <= 4e9 and need.resident > 8 * body
 
 
 def test_memory_decides_whether_to_stream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,11 @@ class Format(ABC):
 
     def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
         """The small files beside the ranks': the source's, and what the engine wants of its own."""
-        return dict(small)
+        return {**small, **self.derived(split)}
+
+    def derived(self, split: Split) -> dict[str, bytes]:
+        """Those of the side files that follow from the split alone: who opens a set compares every byte of them."""
+        return {}
 
     def verify_file(self, split: Split, rank: int, path: Path) -> OutputFile | None:
         """How a file that is no safetensors file lies on disk; CorruptError when it is not what it should be."""
@@ -145,9 +149,9 @@ def plan_split(model: Model, options: Options) -> Split:
     laid = format_of(options.format).lay(model, options)
     assert_coverage([tensor for tensor in model.tensors if tensor.name not in laid.dropped], laid.layout)
     body = _manifest(model, options, laid)
-    set_id = hashlib.sha256(dump(body)).hexdigest()[:32]
+    set_id = hashlib.sha256(_object(body)).hexdigest()[:32]
     head = {"format": "tpshard", "format_version": FORMAT_VERSION, "set": set_id, "tool": f"tpshard {__version__}"}
-    return Split(model, options, laid, set_id, dump({**head, **body}))
+    return Split(model, options, laid, set_id, _object(_lines(head) + body))
 
 
 def rank_stem(rank: int, tp: int) -> str:
@@ -161,9 +165,11 @@ def record(split: Split, rank: int, files: Sequence[OutputFile], sha256: Mapping
     return dump({"set": split.set_id, "rank": rank, "tp": split.options.tp, "parts": parts})
 
 
-def _manifest(model: Model, options: Options, laid: Laid) -> dict[str, Any]:
+def _manifest(model: Model, options: Options, laid: Laid) -> list[str]:
+    """The manifest's lines, but for those that say who wrote it."""
     native = options.format == "native"
-    tensors = []
+    rows = []
+    known: dict[object, str] = {}  # layers are alike
     for index, tensor in enumerate(model.tensors):
         entry: dict[str, Any] = {
             "name": tensor.name,
@@ -181,9 +187,13 @@ def _manifest(model: Model, options: Options, laid: Laid) -> dict[str, Any]:
             entry["segments"] = list(tensor.cut.segments)
             if tensor.cut.interleave:
                 entry["interleave"] = tensor.cut.interleave
-            if native:
-                entry["ranks"] = [_stored_json(rank[index], named=False) for rank in laid.layout]
-        tensors.append(entry)
+        row = _compact(entry)
+        if tensor.cut.dim is not None and native:
+            key = (tensor.shape, tensor.cut, tensor.dtype)
+            if key not in known:
+                known[key] = _compact([_stored_json(rank[index], named=False) for rank in laid.layout])
+            row = f'{row[:-1]},"ranks":{known[key]}}}'
+        rows.append(row)
     body: dict[str, Any] = {
         "mesh": asdict(Mesh(options.tp)),
         "source": dict(model.source),
@@ -199,11 +209,9 @@ def _manifest(model: Model, options: Options, laid: Laid) -> dict[str, Any]:
         },
         "axes": {name: asdict(axis) for name, axis in sorted(model.axes.items())},
         "tied": dict(model.tied),
-        "tensors": tensors,
     }
-    if not native:
-        body["stored"] = _all_stored(laid.layout)
-    return body
+    lines = [*_lines(body), _table("tensors", rows)]
+    return lines if native else [*lines, _table("stored", list(map(_compact, _all_stored(laid.layout))))]
 
 
 def _all_stored(layout: Layout) -> list[dict[str, Any]]:
@@ -277,14 +285,28 @@ def stored_from_json(name: str, dtype: str, entry: Mapping[str, Any], tensor: st
 
 def dump(data: Mapping[str, Any]) -> bytes:
     """JSON with one tensor a line: small, and readable in a diff."""
-    lines = []
-    for key, value in data.items():
-        if key in ("tensors", "stored"):
-            rows = ",\n  ".join(json.dumps(row, separators=(",", ":")) for row in value)
-            lines.append(f' "{key}": [\n  {rows}\n ]')
-        else:
-            lines.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return _object(_lines(data))
+
+
+def _lines(data: Mapping[str, Any]) -> list[str]:
+    return [
+        _table(key, list(map(_compact, value)))
+        if key in ("tensors", "stored")
+        else f" {json.dumps(key)}: {json.dumps(value)}"
+        for key, value in data.items()
+    ]
+
+
+def _table(key: str, rows: Sequence[str]) -> str:
+    return f' "{key}": [\n  ' + ",\n  ".join(rows) + "\n ]"
+
+
+def _object(lines: Sequence[str]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def weight(share: str) -> Fraction:

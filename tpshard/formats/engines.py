@@ -26,6 +26,7 @@ class Family:
     tied: str = ""
     extra_layers: str = ""
     repeat_kv: bool = True
+    needs: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
@@ -133,6 +134,7 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> Family:
         tied=merged.get("tied", ""),
         extra_layers=merged.get("extra_layers", ""),
         repeat_kv=merged.get("repeat_kv", True),
+        needs=merged.get("needs", {}),
         scales=patterns(merged.get("scales", [])),
         transposed=patterns(merged.get("transposed", [])),
         float32=patterns(merged.get("float32", [])),

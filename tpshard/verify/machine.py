@@ -101,10 +101,12 @@ def estimate(
     `widened`: weights that are kept are kept in float64, else as stored and widened at each use. `apart`: the ranks are
     processes of their own, which keep their shards at most, never the source.
     """
-    logits = 8 * positions * family.vocab * (here + 4)
-    # Streaming keeps a layer in the checkpoint's dtype for decoding, and records one layer's activations.
-    layer = load.source.nbytes // load.layers if native else 0
-    streamed = 8 * BLOCK_BYTES + 2 * layer + logits
+    # The native criteria take eight temporaries of the size of all logits, whatever the number of ranks.
+    logits = 8 * positions * family.vocab * (here + 8)
+    # Streaming keeps a layer of one side in the checkpoint's dtype for decoding, and records its activations.
+    source = load.source
+    layer = source.nbytes * source.body // max(1, source.elements) // load.layers if native else 0
+    streamed = 8 * BLOCK_BYTES + layer + logits
     if apart:
         return Need(load.shards.nbytes + 16 * load.largest + streamed, streamed)
     if not widened:

@@ -22,12 +22,14 @@ LAYER_SECONDS = 1e-3
 class Pace:
     """Seconds per element of a weight matrix, to look for NaN in its file, to fetch it from there, to multiply with it.
 
-    `wide` is in float64 and `native` in the stored dtype, all prompts at once; the steps are one token's.
+    `wide` is in float64 and `native` in the stored dtype, all prompts at once; the steps are one token's. `widen` is
+    what a GPU takes to make float64 of a kept weight; a CPU keeps it so.
     """
 
     look: float
     fetch_wide: float
     fetch_native: float
+    widen: float
     wide: float
     native: float
     wide_step: float
@@ -87,6 +89,7 @@ def measure(weights: FileWeights, names: list[str], prompt: Tensor, device: torc
         look=_seconds(look, device) / wide.numel(),
         fetch_wide=fetch(torch.float64),
         fetch_native=fetch(native.dtype),
+        widen=_seconds(native.double, device) / wide.numel() if device.type == "cuda" else 0.0,
         wide=multiply(wide, size),
         native=multiply(native, size),
         wide_step=multiply(wide, batch),
@@ -112,7 +115,7 @@ def look_seconds(pace: Pace, work: Work) -> float:
 def exact_seconds(pace: Pace, work: Work) -> float:
     """Both sides' tables read; the source once, the ranks alone and fed; a small model for each canary."""
     source, shards, layers = work.load.source, work.load.shards, work.load.layers
-    fetch = 0.0 if work.kept else pace.fetch_wide
+    fetch = pace.widen if work.kept else pace.fetch_wide
     once = pace.fetch_wide * (source.elements + shards.elements) if work.kept else 0.0
     tables = pace.fetch_wide * (source.tables + shards.tables)
     passes = _pass(source, pace.wide, fetch) + 2 * _pass(shards, pace.wide, fetch)
@@ -123,7 +126,7 @@ def exact_seconds(pace: Pace, work: Work) -> float:
 def native_seconds(pace: Pace, work: Work) -> float:
     """R; N and T through the cache; both again module by module beside float64; canaries; and the tokens' choice."""
     source, shards, layers = work.load.source, work.load.shards, work.load.layers
-    wide_fetch, fetch = (0.0, 0.0) if work.kept else (pace.fetch_wide, pace.fetch_native)
+    wide_fetch, fetch = (pace.widen, 0.0) if work.kept else (pace.fetch_wide, pace.fetch_native)
     once = 0.0
     if work.kept:
         once = pace.fetch_wide * source.elements + pace.fetch_native * (source.elements + shards.elements)
