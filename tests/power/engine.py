@@ -84,9 +84,9 @@ def markdown(cases: Sequence[Case], part: Mapping[str, Any]) -> str:
         "",
         f"{len(FAULTS)} faults × {len(kinds)} architectures × tp {' and '.join(map(str, library.WIDTHS))}: "
         f"{len(faulty)} cases, those that apply.",
-        "Small random models in bfloat16, shards by `tpshard split`, the last layer damaged, a prompt of 2 × 12 tokens,",
-        "everything in float64. *Least error*: of the fault's least visible case, the relative error of the logits; the",
-        f"limit is {EXACT_LIMIT:.0e}.",
+        "Small random models in bfloat16, shards by `tpshard split`, the last layer damaged, a prompt of 2 × 12",
+        "tokens, everything in float64. *Least error*: of the fault's least visible case, the relative error of the",
+        f"logits; the limit is {EXACT_LIMIT:.0e}.",
         "",
         f"Noticed: {sum(case.noticed for case in faulty)} of {len(faulty)}. Correct splits refused: "
         f"{sum(case.noticed for case in correct)} of {len(correct)}; the largest error of a correct split is "
