@@ -138,7 +138,7 @@ FORMAT = Annotated[
     str,
     typer.Option(
         "--format",
-        help="How the ranks' files are written: native, vllm, meta, deepseek, dcp, dcp-hf, hf.",
+        help="How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, hf.",
         metavar="FORMAT",
     ),
 ]

@@ -7,12 +7,11 @@ each fed the reference's input, see no less.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from power.table import conditions
 from tpshard.verify.compare import EXACT_LIMIT
 from tpshard.verify.hf.faults import FAULTS
 
-DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power-engine"
+DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power-engine.md"
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def measure(folder: Path, names: Sequence[str], say: Callable[[str], None]) -> l
     return found
 
 
-def markdown(part: dict[str, Any]) -> str:
-    cases = [Case(**case) for case in part["cases"]]
+def markdown(cases: Sequence[Case], part: Mapping[str, Any]) -> str:
+    """The tables of all cases; `part` says when and with what they were measured."""
     correct = [case for case in cases if not case.fault]
     faulty = [case for case in cases if case.fault]
     kinds = sorted({case.architecture for case in cases})
@@ -84,9 +83,10 @@ def markdown(part: dict[str, Any]) -> str:
         f"{part['transformers']}, Python {part['python']}, {part['cpu_seconds']} s of one core.",
         "",
         f"{len(FAULTS)} faults × {len(kinds)} architectures × tp {' and '.join(map(str, library.WIDTHS))}: "
-        f"{len(faulty)} cases, those that apply. Small random models in bfloat16, shards by `tpshard split`, the last",
-        "layer damaged, a prompt of 2 × 12 tokens, everything in float64. *Least error*: of the fault's least visible",
-        f"case, the relative error of the logits; the limit is {EXACT_LIMIT:.0e}.",
+        f"{len(faulty)} cases, those that apply.",
+        "Small random models in bfloat16, shards by `tpshard split`, the last layer damaged, a prompt of 2 × 12",
+        "tokens, everything in float64. *Least error*: of the fault's least visible case, the relative error of the",
+        f"logits; the limit is {EXACT_LIMIT:.0e}.",
         "",
         f"Noticed: {sum(case.noticed for case in faulty)} of {len(faulty)}. Correct splits refused: "
         f"{sum(case.noticed for case in correct)} of {len(correct)}; the largest error of a correct split is "
@@ -117,9 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         cases = measure(Path(folder), options.variants, lambda line: print(line, file=sys.stderr, flush=True))
-    part = {"cases": [asdict(case) for case in cases], **conditions(begun)}
-    options.out.with_suffix(".json").write_text(json.dumps(part, sort_keys=True) + "\n")
-    options.out.with_suffix(".md").write_text(markdown(part))
+    options.out.write_text(markdown(cases, conditions(begun)))
 
 
 if __name__ == "__main__":

@@ -6,25 +6,25 @@ pickles them: torch/distributed/checkpoint/metadata.py, the same from 2.6 on.
 
 from __future__ import annotations
 
-import io
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tpshard.box import Shape
-from tpshard.formats.torch_archive import pickle_integer, pickle_text
+from tpshard.formats.torch_archive import pickle_integer, pickle_integers, pickle_text
 
+_CLASSES = b"torch.distributed.checkpoint.metadata"
 _DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+    "F64": b"float64",
+    "F32": b"float32",
+    "F16": b"float16",
+    "BF16": b"bfloat16",
+    "I64": b"int64",
+    "I32": b"int32",
+    "I16": b"int16",
+    "I8": b"int8",
+    "U8": b"uint8",
+    "BOOL": b"bool",
 }
 _VERSION = "1.0.0"
 """torch's CURRENT_DCP_VERSION."""
@@ -49,139 +49,104 @@ class Described(NamedTuple):
     chunks: Sequence[Chunk]
 
 
-class _Class(NamedTuple):
-    module: str
-    name: str
-
-
-class _Call(NamedTuple):
-    function: _Class
-    arguments: _Sequence
-
-
-class _Object(NamedTuple):
-    """An instance that gets its state by `__setstate__`, or as its attributes."""
-
-    type: _Class
-    state: _Sequence | Mapping[str, _Value]
-
-
-class _Sequence(NamedTuple):
-    """A tuple; named apart from the others here, which are tuples too."""
-
-    items: Iterable[_Value]
-
-
-class _Map(NamedTuple):
-    items: Iterable[tuple[_Value, _Value]]
-
-
-_Value = str | int | bool | None | list["_Value"] | Mapping[str, "_Value"] | _Class | _Call | _Object | _Sequence | _Map
-
-
-def _class(name: str) -> _Class:
-    return _Class("torch.distributed.checkpoint.metadata", name)
-
-
 def metadata_pickle(tensors: Sequence[Described], set_id: str) -> bytes:
     """The pickled Metadata of these tensors. set_id: what torch has a random `save_id` for."""
-    meta: Mapping[str, _Value] = {"checkpoint_id": None, "save_id": set_id, "load_id": None, "modules": []}
-    state: Mapping[str, _Value] = {
-        "state_dict_metadata": _Map((tensor.name, _tensor(tensor)) for tensor in tensors),
-        "planner_data": _Map((tensor.name, _Sequence([tensor.name])) for tensor in tensors),
-        "storage_data": _Map(
-            (_index(tensor.name, number, chunk), _place(chunk))
-            for tensor in tensors
-            for number, chunk in enumerate(tensor.chunks)
-        ),
-        "storage_meta": _Object(_class("StorageMeta"), meta),
-        "version": _VERSION,
-    }
-    pickle = _Pickle()
-    pickle.write(_Object(_class("Metadata"), state))
-    return b"\x80\x02" + pickle.out.getvalue() + b"."
+    known = _Known()
+    names = [known(pickle_text(tensor.name)) for tensor in tensors]
+    placed = [
+        (_index(known, name, number, chunk), _place(known, chunk))
+        for name, tensor in zip(names, tensors, strict=True)
+        for number, chunk in enumerate(tensor.chunks)
+    ]
+    modules = (b"modules", b"]")
+    ids = ((b"checkpoint_id", b"N"), (b"save_id", pickle_text(set_id)), (b"load_id", b"N"))
+    body = known.object(
+        _CLASSES,
+        b"Metadata",
+        (b"state_dict_metadata", _map(zip(names, (_tensor(known, tensor) for tensor in tensors), strict=True))),
+        (b"planner_data", _map((name, name + b"\x85") for name in names)),  # a tuple of one
+        (b"storage_data", _map(placed)),
+        (b"storage_meta", known.object(_CLASSES, b"StorageMeta", *ids, modules)),
+        (b"version", pickle_text(_VERSION)),
+    )
+    return b"".join((b"\x80\x02", *known.code, body, b"."))
 
 
-def _tensor(tensor: Described) -> _Object:
-    layout = _Call(_Class("torch.serialization", "_get_layout"), _Sequence(["torch.strided"]))
-    contiguous = _Call(_class("_MEM_FORMAT_ENCODING"), _Sequence([0]))
-    properties = _Sequence([_Class("torch", _DTYPES[tensor.dtype]), layout, False, contiguous, False])
-    return _Object(
-        _class("TensorStorageMetadata"),
-        {
-            "properties": _Object(_class("TensorProperties"), properties),
-            "size": _size(tensor.shape),
-            "chunks": [
-                _Object(_class("ChunkStorageMetadata"), {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)})
-                for chunk in tensor.chunks
-            ],
-        },
+class _Known:
+    """What is written once, before all else, and referred to by number.
+
+    So the rest can be put together in any order. Opcodes of protocol 2, as in CPython's pickletools.
+    """
+
+    def __init__(self) -> None:
+        self.code: list[bytes] = []
+        self.numbers: dict[bytes, bytes] = {}
+        self.sizes: dict[Shape, bytes] = {}
+
+    def __call__(self, code: bytes) -> bytes:
+        """A reference to the value of `code`."""
+        found = self.numbers.get(code)
+        if found is None:
+            number = struct.pack("<I", len(self.numbers))
+            self.code.append(code + b"r" + number + b"0")  # made, remembered, and taken off the stack again
+            found = self.numbers[code] = b"j" + number
+        return found
+
+    def type(self, module: bytes, name: bytes) -> bytes:
+        """A class, or whatever else a module has by name."""
+        return self(b"c" + module + b"\n" + name + b"\n")
+
+    def size(self, shape: Shape) -> bytes:
+        """A torch.Size."""
+        found = self.sizes.get(shape)
+        if found is None:
+            found = self.sizes[shape] = self(self.type(b"torch", b"Size") + pickle_integers(shape) + b"\x85R")
+        return found
+
+    def object(self, module: bytes, name: bytes, *fields: tuple[bytes, bytes]) -> bytes:
+        """An object with these attributes."""
+        state = _map((self(pickle_text(key.decode())), value) for key, value in fields)
+        return self.type(module, name) + b")\x81" + state + b"b"
+
+
+def _map(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
+    return b"}(" + b"".join(key + value for key, value in pairs) + b"u"
+
+
+def _tensor(known: _Known, tensor: Described) -> bytes:
+    layout = known(known.type(b"torch.serialization", b"_get_layout") + pickle_text("torch.strided") + b"\x85R")
+    contiguous = known(known.type(_CLASSES, b"_MEM_FORMAT_ENCODING") + pickle_integer(0) + b"\x85R")
+    dtype = known.type(b"torch", _DTYPES[tensor.dtype])
+    # dtype, layout, requires_grad, memory_format, pin_memory: what __setstate__ takes
+    state = b"(" + dtype + layout + b"\x89" + contiguous + b"\x89t"
+    chunks = b"".join(
+        known.object(
+            _CLASSES,
+            b"ChunkStorageMetadata",
+            (b"offsets", known.size(chunk.offsets)),
+            (b"sizes", known.size(chunk.sizes)),
+        )
+        for chunk in tensor.chunks
+    )
+    return known.object(
+        _CLASSES,
+        b"TensorStorageMetadata",
+        (b"properties", known.type(_CLASSES, b"TensorProperties") + b")\x81" + state + b"b"),
+        (b"size", known.size(tensor.shape)),
+        (b"chunks", b"](" + chunks + b"e"),
     )
 
 
-def _index(name: str, number: int, chunk: Chunk) -> _Object:
-    return _Object(_class("MetadataIndex"), {"fqn": name, "index": number, "offset": _size(chunk.offsets)})
+def _index(known: _Known, name: bytes, number: int, chunk: Chunk) -> bytes:
+    fields = ((b"fqn", name), (b"index", pickle_integer(number)), (b"offset", known.size(chunk.offsets)))
+    return known.object(_CLASSES, b"MetadataIndex", *fields)
 
 
-def _place(chunk: Chunk) -> _Object:
-    where: Mapping[str, _Value] = {"relative_path": chunk.file, "offset": chunk.begin, "length": chunk.length}
-    return _Object(_Class("torch.distributed.checkpoint.filesystem", "_StorageInfo"), where)
-
-
-def _size(shape: Shape) -> _Call:
-    return _Call(_Class("torch", "Size"), _Sequence([_Sequence(shape)]))
-
-
-class _Pickle:
-    """Writes values as opcodes of protocol 2, as in CPython's pickletools; a class or a text once, then by number."""
-
-    def __init__(self) -> None:
-        self.out = io.BytesIO()
-        self.memo: dict[bytes, int] = {}
-
-    def write(self, value: _Value) -> None:
-        out = self.out
-        match value:
-            case None:
-                out.write(b"N")
-            case False:
-                out.write(b"\x89")
-            case int():
-                out.write(pickle_integer(value))
-            case str():
-                self._once(pickle_text(value))
-            case _Class(module, name):
-                self._once(f"c{module}\n{name}\n".encode())
-            case _Call(function, arguments):
-                self.write(function)
-                self.write(arguments)
-                out.write(b"R")
-            case _Object(kind, state):
-                self.write(kind)
-                out.write(b")\x81")
-                self.write(state)
-                out.write(b"b")
-            case _Sequence(items):
-                self._all(b"(", items, b"t")
-            case list():
-                self._all(b"](", value, b"e")
-            case _Map(pairs):
-                self._all(b"}(", (each for pair in pairs for each in pair), b"u")
-            case Mapping():
-                self.write(_Map(value.items()))
-            case _:
-                raise AssertionError(f"not to be pickled: {value!r}")
-
-    def _all(self, before: bytes, items: Iterable[_Value], after: bytes) -> None:
-        self.out.write(before)
-        for item in items:
-            self.write(item)
-        self.out.write(after)
-
-    def _once(self, code: bytes) -> None:
-        number = self.memo.get(code)
-        if number is None:
-            number = self.memo[code] = len(self.memo)
-            self.out.write(code + b"r" + struct.pack("<I", number))
-        else:
-            self.out.write(b"j" + struct.pack("<I", number))
+def _place(known: _Known, chunk: Chunk) -> bytes:
+    return known.object(
+        b"torch.distributed.checkpoint.filesystem",
+        b"_StorageInfo",
+        (b"relative_path", known(pickle_text(chunk.file))),
+        (b"offset", pickle_integer(chunk.begin)),
+        (b"length", pickle_integer(chunk.length)),
+    )
