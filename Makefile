@@ -59,7 +59,7 @@ dist: $(VENV)/.base
 # docs/how-to/sign.md, command by command, with the package that it names. An environment of 150 MB.
 test-signing: $(VENV)/.dev
 	test -x build/signing/bin/model_signing || $(PYTHON) -m venv build/signing
-	build/signing/bin/pip install --quiet --disable-pip-version-check model-signing
+	build/signing/bin/pip install --quiet --disable-pip-version-check model-signing pyopenssl
 	PATH="$(abspath build/signing/bin):$$PATH" $(BIN)/python -m pytest -q -n 0 tests/check_signing.py
 
 $(VENV)/.base: pyproject.toml constraints.txt

@@ -10,6 +10,10 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 CLI = "reference/cli.md"
+COMPLETION = """What `--help` prints.
+
+`tpshard --install-completion` teaches the shell that it is called from (bash, zsh, fish or PowerShell) to complete
+commands and options, from its next start on; `tpshard --show-completion` prints what it would add."""
 SECTIONS = ("how-to", "reference", "explanation", "benchmarks")
 
 
@@ -19,7 +23,7 @@ def cli_reference() -> str:
 
     from tpshard.cli import app
 
-    pages = ["# Command line", "What `--help` prints. `tpshard --install-completion` completes commands and options."]
+    pages = ["# Command line", COMPLETION]
 
     def add(command: Any, name: str, parent: Any) -> None:
         context = command.make_context(name, [], parent=parent, resilient_parsing=True, terminal_width=100)

@@ -2,21 +2,24 @@
 
 Each fenced block names its language. One in bash has a comment before it: `<!-- run -->`, `<!-- run: KIND -->` with a
 kind that this file knows, or `<!-- not run: REASON -->`. The blocks of a page are one script, as a reader types them.
-`<!-- file: NAME -->` before a block of another language saves it under that name. Beside the page's directory lies a
-small LLaMA, `Llama-3.1-8B`.
+`<!-- file: NAME -->` before a block of another language saves it under that name. What pages take for granted lies
+where they run: see `place`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -32,7 +35,7 @@ FENCE = re.compile(
 )
 MARK = re.compile(r"<!-- (?P<what>run|not run|file)(: (?P<detail>[^>]+?))? -->\n *$")
 SHELL = ("bash", "sh", "shell", "console")
-KINDS = {None, "published", "signing"}
+KINDS = {None, "signing"}
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,12 @@ def run(commands: str, place: Path) -> str:
 
 @pytest.fixture
 def place(made: Callable[..., Path], tmp_path: Path) -> Path:
-    """A directory to work in: a model, and a split of it that somebody has published."""
+    """A directory to work in: a model, a split of it that somebody has published, a model of a family without rules."""
     (tmp_path / "Llama-3.1-8B").symlink_to(made("llama-bf16"))
     api.split(tmp_path / "Llama-3.1-8B", 4, tmp_path / "published", settings=Settings(fsync=False))
+    family = shutil.copytree(made("llama-bf16"), tmp_path / "new-family")
+    config = json.loads((family / "config.json").read_text())
+    (family / "config.json").write_text(json.dumps(config | {"model_type": "new_family"}))
     return tmp_path
 
 
@@ -129,11 +135,33 @@ def test_a_failing_command_is_noticed(tmp_path: Path) -> None:
         run(first.text, tmp_path)
 
 
-def test_the_reference_has_every_command_and_option() -> None:
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """docs/build.py."""
     spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
     assert spec is not None and spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_site_that_fetches_from_others_is_found_out(build: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<a href="https://x/y">y</a><link rel="canonical" href="https://x/z"><img src="i.png">'
+    )
+    assert build.fetched(tmp_path) == []
+    (tmp_path / "b.html").write_text('<link rel="stylesheet" href="https://f/css"><script src="//c/j.js"></script>')
+    (tmp_path / "c.css").write_text('@import "https://f/other.css"; a { background: url(data:image/png;base64,) }')
+    assert build.fetched(tmp_path) == ["b.html: https://f/css", "b.html: //c/j.js", "c.css: https://f/other.css"]
+
+
+def test_the_shell_completes_commands(tmp_path: Path) -> None:
+    assert "complete -o default" in run("tpshard --show-completion", tmp_path)
+    asked = "_TPSHARD_COMPLETE=complete_bash COMP_WORDS='tpshard re' COMP_CWORD=1 tpshard"
+    assert run(asked, tmp_path).split() == ["reshard"]
+
+
+def test_the_reference_has_every_command_and_option(build: ModuleType) -> None:
     sections = dict(re.findall(r"^## (tpshard[^\n]*)\n(.*?)(?=^## |\Z)", build.cli_reference(), re.M | re.S))
     seen = 0
 
