@@ -27,6 +27,7 @@ from tpshard.publish import Settings
 Tensors = dict[str, torch.Tensor]
 FORMATS = Path(tpshard.__file__).parent / "formats"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
+DOCS = Path(__file__).parent.parent / "docs" / "reference" / "formats.md"
 SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 
 
@@ -330,6 +331,8 @@ def test_tables_name_only_modules_that_some_architecture_has(table: str) -> None
 
     families = load_table(FORMATS / table).families
     assert families
+    section = DOCS.read_text().split(f"## {table.removesuffix('.toml')}\n")[1].split("\n## ")[0]
+    assert [each for each in families if f"`{each}`" not in section] == []
     for model_type, family in families.items():
         assert model_type in builtin(model_type).model_types
         assert family.layer.endswith(".*")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from tpshard.box import Box, Shape, full
 from tpshard.errors import UnsupportedError
@@ -25,49 +26,42 @@ class Recipe:
 
 
 def shares_of(
-    family: Family,
-    model: Model,
-    tensors: Sequence[LogicalTensor],
-    axes: Mapping[str, Axis],
-    ranges: Deal,
-    tp: int,
+    family: Family, model: Model, tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], ranges: Deal, tp: int
 ) -> dict[str, tuple[Share, ...]]:
     """Each tensor's share of every rank, cut and turned as the engine has it."""
+    names = [model.full_name(tensor.name) for tensor in tensors]
+    hows = [family.cut(name) for name in names]
+    axes, ranges, cut = dict(axes), dict(ranges), []
+    for tensor, name, how in zip(tensors, names, hows, strict=True):
+        if fits_any(family.float32, name) and tensor.dtype in CASTABLE:
+            tensor = replace(tensor, dtype="F32")
+        if how == "even":
+            axis = _even(tensor, tp)
+            axes[axis.name], ranges[axis.name] = axis, deal({axis.name: axis}, tp, None, None)[axis.name]
+            tensor = replace(tensor, cut=Cut(tensor.cut.kind, tensor.cut.dim, (axis.name,)))
+        elif how in ("replicate", "first"):
+            tensor = replace(tensor, cut=Cut("replicate"))
+        elif how is not None and how != "grouped":
+            tensor = replace(tensor, cut=Cut(tensor.cut.kind, tensor.cut.dim, tuple(how.split()[1:])))
+        cut.append(tensor)
     shares = {}
-    for tensor in tensors:
-        name = model.full_name(tensor.name)
-        dtype = "F32" if fits_any(family.float32, name) and tensor.dtype in CASTABLE else tensor.dtype
-        how = family.cut(name)
-        cut = replace(tensor, dtype=dtype)
+    for tensor, name, how, held in zip(cut, names, hows, zip(*shard(cut, axes, tp, ranges), strict=True), strict=True):
         if how == "grouped":
-            held = tuple(_grouped(cut, axes, ranges, rank) for rank in range(tp))
-        else:
-            held = _cut_as(cut, how, axes, ranges, tp)
-        if fits_any(family.transposed, name):
-            held = tuple(map(_transposed, held))
-        shares[tensor.name] = held
+            held = tuple(_grouped(tensor, axes, ranges, rank) for rank in range(tp))
+        elif how == "first":
+            zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
+            held = (held[0], *(zeros for _ in held[1:]))
+        shares[tensor.name] = tuple(map(_transposed, held)) if fits_any(family.transposed, name) else held
     return shares
 
 
-def _cut_as(
-    tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], ranges: Deal, tp: int
-) -> tuple[Share, ...]:
-    if how == "even":
-        assert tensor.cut.dim is not None
-        axis = Axis(tensor.name, tensor.shape[tensor.cut.dim], unit=1)
-        if reason := why_not(axis, tp):
-            raise UnsupportedError(reason, tensor=tensor.name, found=f"tp {tp}")
-        axes, ranges = {axis.name: axis}, deal({axis.name: axis}, tp, None, None)
-        tensor = replace(tensor, cut=Cut(tensor.cut.kind, tensor.cut.dim, (axis.name,)))
-    elif how in ("replicate", "first"):
-        tensor = replace(tensor, cut=Cut("replicate"))
-    elif how is not None:
-        tensor = replace(tensor, cut=replace(tensor.cut, segments=tuple(how.split()[1:]), interleave=None))
-    held = tuple(rank[0] for rank in shard([tensor], axes, tp, ranges))
-    if how == "first":
-        zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
-        held = (held[0], *(zeros for _ in held[1:]))
-    return held
+def _even(tensor: LogicalTensor, tp: int) -> Axis:
+    """An axis of everything that is stored along the cut dim, whatever it is."""
+    assert tensor.cut.dim is not None
+    axis = Axis(f"{tensor.shape[tensor.cut.dim]} rows", tensor.shape[tensor.cut.dim], unit=1)
+    if reason := why_not(axis, tp):
+        raise UnsupportedError(reason, tensor=tensor.name, found=f"tp {tp}")
+    return axis
 
 
 def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: int) -> Share:
@@ -123,26 +117,25 @@ def join_shares(
         begin = 0
         for share in (shares[each][rank] for each in group):
             for part in share.parts:
-                moved = part._replace(at=(part.at[0] + begin, *part.at[1:]))
-                parts.append(_stacked(moved, expert, shapes[part.tensor]) if recipe.stacked else moved)
+                if recipe.stacked:
+                    assert part.view is None and part.order is None
+                    box, at, view = _stacked(part.box, part.at, begin, expert, shapes[part.tensor])
+                    parts.append(Part(part.tensor, box, at, view))
+                else:
+                    parts.append(part._replace(at=(part.at[0] + begin, *part.at[1:])))
             for (start, stop), *rest in share.fills:
-                box = ((start + begin, stop + begin), *rest)
-                fills.append(((expert, expert + 1), *box) if recipe.stacked else box)
+                filled = ((start + begin, stop + begin), *rest)
+                fills.append(((expert, expert + 1), *filled) if recipe.stacked else filled)
             begin += share.shape[0]
     first = shares[recipe.groups[0][0]][rank]
     if len({shares[each][rank].dtype for group in recipe.groups for each in group}) > 1:
         raise UnsupportedError(f"the tensors that make {name} have different dtypes", tensor=name, hint="cast: --dtype")
     shape = (begin, *first.shape[1:])
-    return StoredTensor(
-        name,
-        first.dtype,
-        (len(recipe.groups), *shape) if recipe.stacked else shape,
-        tuple(parts),
-        tuple(fills),
-    )
+    stacked = (len(recipe.groups), *shape) if recipe.stacked else shape
+    return StoredTensor(name, first.dtype, stacked, tuple(parts), tuple(fills))
 
 
-def _stacked(part: Part, expert: int, shape: Shape) -> Part:
-    """A part of one expert's tensor of `shape`, in a tensor that has all experts."""
-    assert part.view is None and part.order is None
-    return Part(part.tensor, ((0, 1), *part.box), (expert, *part.at), (1, *shape))
+@lru_cache(maxsize=1 << 16)
+def _stacked(box: Box, at: Shape, begin: int, expert: int, shape: Shape) -> tuple[Box, Shape, Shape]:
+    """A part of one expert's tensor of `shape` where all are stacked: box, corner, view. Cached: layers are alike."""
+    return ((0, 1), *box), (expert, at[0] + begin, *at[1:]), (1, *shape)

@@ -17,7 +17,7 @@ from pathlib import Path
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats.base import Format, Laid, Options, Split
 from tpshard.formats.engine_shares import Recipe, join_shares, shares_of
-from tpshard.formats.engines import Family, load_table, match
+from tpshard.formats.engines import Family, fits_any, load_table, match
 from tpshard.header import DTYPE_BITS
 from tpshard.layout import Deal, LogicalTensor, StoredTensor, deal, listing, possible_tp, why_not
 from tpshard.model import Model
@@ -120,9 +120,15 @@ class ShardedState(Format):
                 found="--uneven, --shares or --pad-vocab-to",
                 hint="leave them out, or use --format native",
             )
+        single = {
+            segment
+            for tensor in model.tensors
+            if fits_any(family.unrepeated, model.full_name(tensor.name))
+            for segment in tensor.cut.segments
+        }
         for axis in model.axes.values():
             padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
-            even = replace(axis, count=padded, pad=False, replicate=axis.replicate and family.repeat_kv)
+            even = replace(axis, count=padded, pad=False, replicate=axis.replicate and axis.name not in single)
             if reason := why_not(even, tp):
                 fits = [each for each in possible_tp(model.axes) if why_not(even, each) is None]
                 raise UnsupportedError(
