@@ -45,7 +45,7 @@ gpu-check:
 # The site, in site/; strict, and nothing is fetched when it is read.
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --quiet --strict
-	$(BIN)/python docs/site.py site
+	$(BIN)/python docs/build.py site
 
 # wheel and sdist in dist/; the wheel of the sdist is installed elsewhere and splits a model.
 dist: $(VENV)/.base
@@ -77,5 +77,9 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) torch && $(PIP) --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) --editable '.[docs]' --config-settings editable_mode=compat
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
