@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tpshard import processes
 from tpshard.checkpoint import MANIFEST
 from tpshard.errors import CorruptError, DifferentError, HubError, UnsupportedError, UsageError
+from tpshard.verify.files import width
 from tpshard.verify.verdict import Tier, Verdict
 
 if TYPE_CHECKING:
@@ -96,15 +97,6 @@ def verify(
         return judge(request, None, 1, say)
     verdict: Verdict = processes.start(request, count, say)
     return verdict
-
-
-def width(shards: Path) -> int:
-    """The number of ranks, as the names of the files say it; 1 where there are none, which others will complain of."""
-    for path in sorted(shards.glob("rank-*-of-*.safetensors")):
-        digits = path.name.partition("-of-")[2][:5]
-        if digits.isdecimal():
-            return max(1, int(digits))
-    return 1
 
 
 def _processes(request: Request, tp: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tpshard.errors import CorruptError, UsageError
 from tpshard.verify.canaries import applicable
 from tpshard.verify.compare import Setup
+from tpshard.verify.engines import require_replicas, translated
 from tpshard.verify.families import describe
 from tpshard.verify.family import Family
 from tpshard.verify.group import Processes, Threads
@@ -88,7 +89,7 @@ class Case:
 def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet, Mapping[str, Any], FileWeights]:
     opened = open_shards(Path(shards))
     config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
-    return opened, config, weights
+    return translated(opened, weights.names()), config, weights
 
 
 def prepare(
@@ -214,13 +215,20 @@ def all_finite(case: Case) -> None:
         _finite(case.opened.ranks[rank], setup.which())
 
 
+def replicas(case: Case) -> None:
+    """DifferentError where ranks contradict each other in what the decoder takes from one; looked at by rank 0."""
+    if 0 in case.setup.team.here:
+        require_replicas(case.opened)
+
+
 def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: LoadRank | None) -> Weights:
     """A rank's weights in memory on the device; by the caller's loader on a GPU, where that saves a copy."""
     weights, setup = case.opened.ranks[rank], case.setup
     names = needed(weights, setup.which())
     loaded = None
-    # The loader takes whole files, so not when some layers are enough.
-    if load_rank is not None and setup.device.type == "cuda" and setup.layers is None:
+    # The loader takes whole files as they are, so not when some layers are enough, nor under an engine's names.
+    native = case.opened.format == "native"
+    if load_rank is not None and native and setup.device.type == "cuda" and setup.layers is None:
         loaded = load_rank(rank, setup.device)
     if loaded is None:
         return resident(weights, dtype, setup.device, names)

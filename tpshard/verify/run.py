@@ -16,6 +16,7 @@ from torch import Tensor
 from tpshard.errors import DifferentError, LocalIOError, UsageError
 from tpshard.verify.canaries import exact_canaries, native_canaries
 from tpshard.verify.compare import exact
+from tpshard.verify.engines import stored_in
 from tpshard.verify.group import Processes, Threads
 from tpshard.verify.machine import pick_device
 from tpshard.verify.native import native, teacher_tokens
@@ -30,10 +31,12 @@ from tpshard.verify.prepare import (
     open_both,
     prepare,
     prompt_ids,
+    replicas,
 )
 from tpshard.verify.shards import FileWeights, needed, parameters, resident
 from tpshard.verify.verdict import Canary, Tier, Verdict
 
+Judge = Callable[[Case, LoadRank | None], tuple[Tier, list[Canary]]]
 TIERS = ("exact", "native")
 REFERENCES = ("tpshard", "transformers")
 
@@ -142,7 +145,7 @@ def verify(
             begun = time.monotonic()
             say(f"{name} tier: about {duration(case.seconds[name])} (an estimate)")
             judge = _exact if name == "exact" else _native
-            tier, birds = judged(name, team, partial(judge, case, load_rank))
+            tier, birds = judged(name, team, partial(_sound, judge, case, load_rank))
             seconds[name] = time.monotonic() - begun
             done.append(tier)
             canaries += birds
@@ -190,6 +193,17 @@ def verify(
             "python": platform.python_version(),
         },
     )
+
+
+def _sound(judge: Judge, case: Case, load_rank: LoadRank | None) -> tuple[Tier, list[Canary]]:
+    """A tier of ranks that do not contradict each other; what differs first is named as it is stored as well."""
+    replicas(case)
+    tier, canaries = judge(case, load_rank)
+    first = tier.first
+    if first is not None and first.rank is not None and (tier.reason or "").startswith(first.module):
+        stored = stored_in(case.opened, first.module, first.rank)
+        tier = tier if stored is None else replace(tier, reason=f"{tier.reason}; it is stored in {stored}")
+    return tier, canaries
 
 
 def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, list[Canary]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ from torch import Tensor
 from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
 from tpshard.header import TensorInfo, read_header
-from tpshard.torch_io import DTYPES
+from tpshard.torch_io import DTYPES, read_pickle
+from tpshard.verify.files import RankFiles, rank_files
 from tpshard.verify.verdict import layer_of
 from tpshard.verify.weights import Replaced, Weights, move
 
-RANK_FILE = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -86,7 +85,11 @@ class FileWeights:
 
 @dataclass(frozen=True)
 class ShardSet:
-    """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin."""
+    """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin.
+
+    The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
+    them in `stored`.
+    """
 
     directory: Path
     config: Mapping[str, Any]
@@ -94,6 +97,8 @@ class ShardSet:
     source: Mapping[str, Any] = field(default_factory=dict)
     cast: torch.dtype | None = None
     warnings: tuple[str, ...] = ()
+    format: str = "native"
+    stored: tuple[FileWeights, ...] = ()
 
 
 def _json(path: Path) -> Any:
@@ -115,37 +120,8 @@ def open_shards(directory: Path) -> ShardSet:
     """
     if not directory.is_dir():
         raise UsageError("no such directory of shards", path=directory, hint="make one with `tpshard split`")
-    names = sorted(path.name for path in directory.iterdir() if RANK_FILE.fullmatch(path.name))
-    if not names:
-        raise CorruptError(
-            "no rank files here",
-            path=directory,
-            expected="rank-00000-of-….safetensors",
-            hint="make them with `tpshard split`",
-        )
-    found: dict[tuple[int, int], dict[int, str]] = {}
-    parts: dict[tuple[int, int], set[int]] = {}
-    for name in names:
-        match = RANK_FILE.fullmatch(name)
-        assert match is not None
-        rank, tp, part, count = (int(group or 0) for group in match.groups())
-        found.setdefault((rank, tp), {})[part] = name
-        parts.setdefault((rank, tp), set()).add(max(count, 1))
-    widths = {tp for _, tp in found}
-    if len(widths) > 1:
-        raise CorruptError("rank files of several widths", path=directory, found=sorted(widths))
-    tp = widths.pop()
-    missing = [rank for rank in range(tp) if (rank, tp) not in found]
-    for key, files in found.items():
-        if len(parts[key]) > 1 or len(files) != next(iter(parts[key])):
-            missing.append(key[0])
-    if missing:
-        raise CorruptError(
-            "ranks are missing or incomplete",
-            path=directory,
-            expected=f"ranks 0 to {tp - 1}",
-            found="all but " + ", ".join(str(rank) for rank in sorted(missing)),
-        )
+    files = rank_files(directory)
+    tp = files.tp
     manifest = _json(directory / "tpshard.json") if (directory / "tpshard.json").exists() else {}
     recorded = manifest.get("mesh", {}).get("tp", tp)
     if recorded != tp:
@@ -155,8 +131,7 @@ def open_shards(directory: Path) -> ShardSet:
     warnings: list[str] = []
     ranks = []
     for rank in range(tp):
-        in_order = [name for _, name in sorted(found[rank, tp].items())]
-        ranks.append(_open_rank(directory, rank, in_order, warnings))
+        ranks.append(_open_rank(directory, files, rank, warnings))
     cast = manifest.get("options", {}).get("dtype")
     return ShardSet(
         directory=directory,
@@ -165,18 +140,20 @@ def open_shards(directory: Path) -> ShardSet:
         source=manifest.get("source", {}),
         cast=None if cast is None else DTYPES[cast],
         warnings=tuple(warnings),
+        format=files.format,
     )
 
 
-def _open_rank(directory: Path, rank: int, files: list[str], warnings: list[str]) -> FileWeights:
+def _open_rank(directory: Path, files: RankFiles, rank: int, warnings: list[str]) -> FileWeights:
     infos: list[TensorInfo] = []
-    for name in files:
-        header = read_header(directory / name)
+    for name in files.ranks[rank]:
+        path = directory / name
+        header = read_pickle(path, name)[0] if files.format == "meta" else read_header(path)
         infos += header.tensors
         stated = header.metadata.get("tpshard.rank", str(rank))
         if stated != str(rank):
             warnings.append(f"{name} says that it is of rank {stated}")
-    record = directory / f"{files[0][: len('rank-00000-of-00000')]}.json"
+    record = directory / f"rank-{rank:05}-of-{files.tp:05}.json"
     if record.exists():
         for part in _json(record).get("parts", []):
             path = directory / part["file"]

@@ -1,0 +1,97 @@
+"""Which files of a directory are ranks, told by their names alone; no file is opened here, and torch not needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpshard.errors import CorruptError, UnsupportedError
+
+_NAMES = {
+    "native": re.compile(
+        r"rank-(?P<rank>\d{5})-of-(?P<tp>\d{5})(?:-part-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.safetensors"
+    ),
+    "vllm": re.compile(r"model-rank-(?P<rank>\d{1,5})-part-(?P<part>\d{1,5})\.safetensors"),
+    "meta": re.compile(r"consolidated\.(?P<rank>\d\d)\.pth"),
+    "deepseek": re.compile(r"model(?P<rank>\d{1,5})-mp(?P<tp>\d{1,5})\.safetensors"),
+    "dcp": re.compile(r"__(?P<rank>\d{1,5})_(?P<part>\d{1,5})\.distcp"),
+    "dcp-hf": re.compile(r"shard-(?P<rank>\d{5})-model-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors"),
+}
+_UNREAD = ("deepseek", "dcp", "dcp-hf")
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """The files of a set: what names them, how many ranks there are, and each rank's files in order."""
+
+    format: str
+    tp: int
+    ranks: Mapping[int, tuple[str, ...]]
+
+
+def rank_files(directory: Path) -> RankFiles:
+    """The ranks' files; CorruptError where some are missing, or are of several widths or formats.
+
+    UnsupportedError for a format that verify does not read.
+    """
+    found: dict[str, list[tuple[re.Match[str], str]]] = {}
+    for path in sorted(directory.iterdir()):
+        for kind, pattern in _NAMES.items():
+            if match := pattern.fullmatch(path.name):
+                found.setdefault(kind, []).append((match, path.name))
+    if not found:
+        raise CorruptError(
+            "no rank files here",
+            path=directory,
+            expected="rank-00000-of-….safetensors, or an engine's",
+            hint="make them with `tpshard split`",
+        )
+    if len(found) > 1:
+        raise CorruptError("rank files of several formats", path=directory, found=", ".join(sorted(found)))
+    ((kind, matches),) = found.items()
+    if kind in _UNREAD:
+        raise UnsupportedError(
+            f"verify does not run shards of the format {kind}",
+            path=directory,
+            hint="`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs",
+        )
+    return _grouped(directory, kind, matches)
+
+
+def _grouped(directory: Path, kind: str, matches: list[tuple[re.Match[str], str]]) -> RankFiles:
+    widths, ranks, counts = set(), dict[int, dict[int, str]](), dict[int, set[int]]()
+    for match, name in matches:
+        said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+        widths.add(said.get("tp"))
+        ranks.setdefault(said["rank"], {})[said.get("part", 0)] = name
+        counts.setdefault(said["rank"], set()).add(said.get("parts", 0))
+    if len(widths) > 1:
+        raise CorruptError("rank files of several widths", path=directory, found=sorted(w or 0 for w in widths))
+    # Engines' names do not say the width: then it is as many ranks as there are.
+    tp = widths.pop() or max(ranks) + 1
+    missing = [rank for rank in range(tp) if rank not in ranks]
+    for rank, parts in ranks.items():
+        expected = max(counts[rank]) or max(parts) + 1
+        if len(counts[rank]) > 1 or len(parts) != expected:
+            missing.append(rank)
+    if missing:
+        raise CorruptError(
+            "ranks are missing or incomplete",
+            path=directory,
+            expected=f"ranks 0 to {tp - 1}",
+            found="all but " + ", ".join(str(rank) for rank in sorted(missing)),
+        )
+    return RankFiles(kind, tp, {rank: tuple(name for _, name in sorted(ranks[rank].items())) for rank in range(tp)})
+
+
+def width(directory: Path) -> int:
+    """The number of ranks, as the names of the files say it; 1 where there are none, which others will complain of."""
+    width = 1
+    for path in directory.iterdir() if directory.is_dir() else ():
+        for pattern in _NAMES.values():
+            if match := pattern.fullmatch(path.name):
+                said = match.groupdict()
+                width = max(width, int(said.get("tp") or int(said["rank"]) + 1))
+    return width
