@@ -1,10 +1,11 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Both make .venv first.
 PYTHON ?= python3
 VENV ?= .venv
+ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash bench power gpu-check clean
+.PHONY: demo test check test-crash test-engines bench power power-engine gpu-check clean
 
 demo: $(VENV)/.base
 	$(BIN)/python tests/demo.py
@@ -25,9 +26,17 @@ test-crash: $(VENV)/.dev
 bench: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m bench.bench $(if $(DIR),--dir $(DIR)) $(ARGS)
 
+# Every parameter of every architecture against vLLM's own loaders, and its tokens, on CPU. An environment of 2 GB, an hour.
+test-engines: $(VENV)/.dev $(ENGINES)/.ready
+	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m pytest -v tests/engines/check_vllm.py $(ARGS)
+
 # What verify catches, and what common tests of equality let through. About 10 minutes.
 power: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m power.table $(ARGS)
+
+# The same where transformers' own classes run the ranks. About 10 minutes.
+power-engine: $(VENV)/.dev
+	PYTHONPATH=tests:tests/verify $(BIN)/python -m power.engine $(ARGS)
 
 # On a machine with a GPU, torch and this directory, without network; see the script's --help.
 gpu-check:
@@ -39,9 +48,14 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(PIP) --editable . --config-settings editable_mode=compat
 	touch $@
 
+$(ENGINES)/.ready: tests/engines/requirements.txt
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) torch && $(PIP) --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -383,7 +383,7 @@ CONTRACT: dict[str, Any] = {
     "plan": {
         "schema_version": int, "command": str, "model_type": str, "source": SOURCE,
         "architecture": {"model_type": str, "rules": str, "rules_sha256": str}, "mesh": MESH, "set": str,
-        "tensors": [{
+        "format": str, "tensors": [{
             "name": str, "dtype": str, "shape": [int], "rule": ("column", "row", "replicate", "drop"),
             "dim": (int, None), "segments": [{"axis": str, "count": int, "unit": int}], "interleave": (str, None),
             "ranks": [{"rank": int, "shape": [int], "bytes": int}],
@@ -396,6 +396,7 @@ CONTRACT: dict[str, Any] = {
     "check": {
         "schema_version": int, "command": str, "path": str, "source": (str, None), "mesh": MESH, "set": str,
         "equal": bool, "differences": [{"file": str, "tensor": (str, None), "message": str}], "unchecked": [str],
+        "warnings": [str],
     },
     "inspect": {
         "schema_version": int, "command": str, "kind": str, "path": str, "model_type": str, "mesh": MESH, "set": str,

@@ -36,7 +36,9 @@ def test_names_records_and_metadata(llama: Path, tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     ranks = [f"rank-0000{r}-of-00004" for r in range(4)]
     weights = {f"{rank}.safetensors" for rank in ranks}
-    assert names == weights | {f"{r}.json" for r in ranks} | {"tpshard.json", "config.json", "generation_config.json"}
+    assert names == (
+        weights | {f"{r}.json" for r in ranks} | {"tpshard.json", "config.json", "generation_config.json", "SHA256SUMS"}
+    )
     manifest = json.loads((out / "tpshard.json").read_bytes())
     assert manifest["format_version"] == FORMAT_VERSION
     assert manifest["mesh"] == {"tp": 4, "pp": 1, "ep": 1}

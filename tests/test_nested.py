@@ -97,7 +97,7 @@ def test_the_decoder_is_split_and_the_rest_replicated(
     assert read_all(tmp_path / "merged") == source
 
 
-@pytest.mark.parametrize("name", TODAY.keys() & CONFIGS.keys())
+@pytest.mark.parametrize("name", sorted(TODAY.keys() & CONFIGS.keys()))
 def test_the_names_of_today_are_transformers_own(name: str, published: Any) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -291,9 +291,19 @@ def test_a_cast_reaches_the_nested_config_and_the_rest(tmp_path: Path, quick: Se
     assert {tensor.dtype for tensor in read_rank(tmp_path / "out", 0, 2).values()} == {"BF16"}
 
 
-def test_verify_says_that_it_does_not_know_the_model(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = write_checkpoint(tmp_path / "m", CONFIG, tiny(vision__proj__weight=(4, 4)))
-    succeeds("split", model, "--tp", 2, "-o", "out")
-    result = tpshard_command("verify", "out", "--source", model, "--tier", "exact")
-    assert result.code == 4 and "verify does not know the model type 'some_vl'" in result.err
+@pytest.mark.parametrize(("name", "form"), [("llava", "today"), ("mistral3", "published")])
+def test_verify_runs_the_text_model_and_says_what_it_does_not_run(
+    name: str, form: str, published: Any, tmp_path: Path, quick: Settings
+) -> None:
+    model = published(name, form)
+    tpshard.split(model, 2, tmp_path / "out", settings=quick)
+    found = tpshard_command("verify", tmp_path / "out", "--source", model, "--tier", "exact", "--json").json
+    assert (found["verdict"], found["settings"]["engine"]) == ("pass", "transformers"), found["reason"]
+    assert "were not run" in found["warnings"][0]
+
+
+def test_verify_says_that_it_does_not_know_the_model(published: Any, tmp_path: Path, quick: Settings) -> None:
+    """Its text model has positions in three dimensions, and was not tried."""
+    tpshard.split(published("qwen2_vl"), 2, tmp_path / "out", settings=quick)
+    result = tpshard_command("verify", tmp_path / "out", "--source", published("qwen2_vl"), "--tier", "exact")
+    assert result.code == 4 and "verify does not know the model type 'qwen2_vl'" in result.err

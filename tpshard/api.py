@@ -239,7 +239,7 @@ def merge(
         _small(source),
         target,
         max_file_size,
-        settings,
+        replace(settings or Settings(), checksum=False),
         source.manifest["set"],
         "merge",
         source.tp,
@@ -252,7 +252,7 @@ def _write_hf(
     small: dict[str, bytes],
     target: Path,
     max_file_size: int | None,
-    settings: Settings | None,
+    settings: Settings,
     set_id: str,
     verb: str,
     tp: int = 1,
@@ -271,7 +271,7 @@ def _write_hf(
         ),
         verb="merge",
     )
-    publish(job, target, replace(settings or Settings(), checksum=False))
+    publish(job, target, settings)
     return WriteReport(verb, target, tp, set_id, joined.nbytes, (), tuple(warnings))
 
 

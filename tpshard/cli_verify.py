@@ -34,6 +34,14 @@ class Reference(StrEnum):
     transformers = "transformers"
 
 
+class Engine(StrEnum):
+    """Whose code runs the ranks."""
+
+    auto = "auto"
+    tpshard = "tpshard"
+    transformers = "transformers"
+
+
 def _number(option: str, least: int) -> Callable[[str | int], int]:
     """A parser for whole numbers from `least` on, and for defaults. Typer's own errors differ between its versions."""
 
@@ -86,6 +94,9 @@ _SEQUENCE = Annotated[
     bool, typer.Option("--sequence-parallel", help="Cut the sequence between modules: reduce-scatter and all-gather.")
 ]
 _REFERENCE = Annotated[Reference, typer.Option("--reference", help="transformers: compare with its own model as well.")]
+_ENGINE = Annotated[
+    Engine, typer.Option("--engine", help="Whose model runs; auto: transformers' own where tpshard has none.")
+]
 _PROMPT = Annotated[
     str | None,
     typer.Option("--prompt", help="A text for the model's tokenizer [default: ids by --seed].", metavar="TEXT"),
@@ -126,6 +137,7 @@ def verify(
     stream: _STREAM = None,
     sequence_parallel: _SEQUENCE = False,
     reference: _REFERENCE = Reference.tpshard,
+    engine: _ENGINE = Engine.auto,
     nproc_per_node: _NPROC = None,
     revision: REVISION = None,
     rules: RULES = None,
@@ -137,7 +149,7 @@ def verify(
     """Run the shards tensor-parallel beside the unsharded model: are they the same function?
 
     Exit 0: they are. 1: they differ. 8: it could not be said for sure. Under torchrun or SLURM each process takes a
-    rank.
+    rank. SHARDS may be in the formats native, vllm, sglang and meta.
 
     \b
       tpshard verify Llama-3.1-8B-tp4
@@ -169,6 +181,7 @@ def verify(
                 stream=stream,
                 sequence_parallel=sequence_parallel,
                 reference=reference.value,
+                engine=engine.value,
                 prompt=prompt,
                 revision=revision,
                 rules=rules,

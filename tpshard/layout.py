@@ -283,12 +283,12 @@ def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: 
     _check_bytes(tensor, dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
 
     def along(start: int, stop: int) -> Box:
-        return (*full(shape[: dim]), (start, stop), *full(shape[dim + 1 :]))
+        return (*full(shape[:dim]), (start, stop), *full(shape[dim + 1 :]))
 
     before, after = (0,) * dim, (0,) * (len(shape) - dim - 1)
     pieces = tuple((along(start, stop), (*before, at, *after)) for start, stop, at in kept)
     zeros = tuple(along(start, stop) for start, stop in fills)
-    return (*shape[: dim], size, *shape[dim + 1 :]), pieces, zeros
+    return (*shape[:dim], size, *shape[dim + 1 :]), pieces, zeros
 
 
 def whole(tensor: LogicalTensor) -> StoredTensor:

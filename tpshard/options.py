@@ -137,7 +137,9 @@ MERGE_SIZE = Annotated[
 FORMAT = Annotated[
     str,
     typer.Option(
-        "--format", help="How the ranks' files are written: native, vllm, meta, deepseek, hf.", metavar="FORMAT"
+        "--format",
+        help="How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, hf.",
+        metavar="FORMAT",
     ),
 ]
 ENGINE_VERSION = Annotated[

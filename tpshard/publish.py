@@ -2,7 +2,7 @@
 
 An output appears whole: it is written into `OUT.partial` and renamed. Only where several hosts write into one
 directory (`--ranks`), or OUT cannot be renamed over, are files written into OUT itself, each complete before it gets
-its name.
+its name. With checksums, a run that writes the whole of an output also writes SHA256SUMS.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tpshard.execute import Convert, Loader, Progress
 from tpshard.files import Files, local_error, make_directory, require_space, sync_directory, write_small
 from tpshard.lock import Lock
 from tpshard.planning import OutputFile, Plan, Transfer
+from tpshard.sums import SUMS, sums
 from tpshard.target import check_leftovers, check_shared, check_target, is_empty, names_in, replaceable, strangers
 from tpshard.writer import PARTIAL, Writer, journal_path
 
@@ -166,7 +167,10 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
             )
         if not in_place:
             _check_target(job, out, settings)  # who knows what was put there meanwhile
-        _finish(job, work, out, locks, writer, job.records(digests), settings)
+        records = job.records(digests)
+        if _has_sums(job, settings):  # the records come after it: where all of them are, an output is complete
+            records = {SUMS: sums(digests, {**job.small, **records}), **records}
+        _finish(job, work, out, locks, writer, records, settings)
     return digests
 
 
@@ -243,6 +247,11 @@ def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: b
             files.rmdir(str(work))
 
 
+def _has_sums(job: Job, settings: Settings) -> bool:
+    """Whether SHA256SUMS is written: where several hosts write one directory, none knows the checksums of all."""
+    return settings.checksum and not job.shared
+
+
 def _records(job: Job) -> set[str]:
     return set(job.records({output.name: None for output in job.plan.outputs}))
 
@@ -250,7 +259,7 @@ def _records(job: Job) -> set[str]:
 def _expected(job: Job) -> set[str]:
     """Every name that a run of this job may have left in its directory."""
     finals = {output.name for output in job.plan.outputs}
-    small = set(job.small) | _records(job)
+    small = {SUMS, *job.small, *_records(job)}
     journals = {journal_path(Path(), name).name for name in finals}
     names = finals | {name + PARTIAL for name in finals} | journals | small | set(job.claims)
     return names | {f".{name}.tmp" for name in small}

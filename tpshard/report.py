@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpshard.box import extents
+from tpshard.box import extents, volume
 from tpshard.errors import UsageError
 from tpshard.formats.base import Split
 from tpshard.header import TensorInfo, nbytes, read_header
-from tpshard.layout import LogicalTensor, largest_tp, padded, possible_tp, why_not
+from tpshard.layout import LogicalTensor, largest_tp, possible_tp, why_not
 from tpshard.rules import Axis
 
 if TYPE_CHECKING:
@@ -47,13 +48,17 @@ class PlanReport:
         return reasons
 
     def padding(self) -> list[dict[str, Any]]:
-        """Axes that are padded with zeros."""
-        options = self.split.options
+        """Axes that are padded with zeros, as the files have it: formats pad differently, or not at all."""
+        stored = list(chain.from_iterable(self.split.layout))
         found = []
         for axis in self.split.model.axes.values():
-            size = padded(axis, options.tp, options.pad_vocab_to)
-            if size != axis.count:
-                found.append({"axis": axis.name, "count": axis.count, "padded": size})
+            along = (tensor for tensor in self.split.kept.tensors if tensor.cut.segments == (axis.name,))
+            cut = next((tensor for tensor in along if 0 not in tensor.shape), None)
+            if axis.pad and cut is not None:
+                name = next(each.name for each in stored if any(part.tensor == cut.name for part in each.parts))
+                filled = sum(volume(box) for each in stored if each.name == name for box in each.fills)
+                if extra := filled * axis.count // prod(cut.shape):
+                    found.append({"axis": axis.name, "count": axis.count, "padded": axis.count + extra})
         return found
 
     def to_json(self) -> dict[str, Any]:

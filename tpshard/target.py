@@ -10,12 +10,13 @@ from pathlib import Path
 from tpshard.checkpoint import MANIFEST, side_files
 from tpshard.errors import TargetError
 from tpshard.files import Files
+from tpshard.sums import SUMS
 from tpshard.writer import PARTIAL, journal_path, read_journal
 
 _MOUNTED = {"lost+found"}  # what a new ext4 file system holds
 _RANK = r"rank-\d{5}-of-\d{5}"
 _TEMPORARY = re.compile(rf"\.(.+?)(\.{_RANK}\.lock)?\.(tmp|journal|lock)")
-_SET = re.compile(rf"{_RANK}((-part-\d{{5}}-of-\d{{5}})?\.safetensors|\.json)?|tpshard(\.json)?")
+_SET = re.compile(rf"{_RANK}((-part-\d{{5}}-of-\d{{5}})?\.safetensors|\.json)?|tpshard(\.json)?|{SUMS}")
 _MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 

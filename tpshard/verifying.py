@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TIERS = ("bytes", "exact", "native")
 REFERENCES = ("tpshard", "transformers")
+ENGINES = ("auto", "tpshard", "transformers")
 DEVICES = ("auto", "cpu", "cuda")
 Say = Callable[[str], None]
 
@@ -47,6 +48,7 @@ class Request:
     stream: bool | None = None
     sequence_parallel: bool = False
     reference: str = "tpshard"
+    engine: str = "auto"
     prompt: str | None = None
     revision: str | None = None
     rules: Path | None = None
@@ -58,6 +60,7 @@ class Request:
             ("tier", self.tiers or (), TIERS),
             ("device", (self.device.partition(":")[0],), DEVICES),
             ("reference", (self.reference,), REFERENCES),
+            ("engine", (self.engine,), ENGINES),
         ):
             for value in given:
                 if value not in known:
@@ -116,7 +119,7 @@ def _processes(request: Request, tp: int) -> int:
 
 def judge(request: Request, team: Processes | None, sharing: int, say: Say) -> Verdict:
     """The verdict, by the ranks of `team`, or by threads of this process. `sharing`: processes with one device."""
-    asked = request.tiers is not None
+    asked = request.tiers is not None or request.engine != "auto"
     computed = request.computed
     skipped: list[Tier] = []
     if computed and not find_spec("torch"):
@@ -138,7 +141,8 @@ def judge(request: Request, team: Processes | None, sharing: int, say: Say) -> V
     except UnsupportedError as error:
         if asked:
             raise
-        skipped = [Tier(name, "skipped", reason=str(error)) for name in computed]
+        reason = f"{error}: {error.hint}" if error.hint else str(error)
+        skipped = [Tier(name, "skipped", reason=reason) for name in computed]
         tier = compare() if team is None else team.once(compare)
         return _by_bytes(request, source, tier, skipped)
     return replace(verdict, source=_name(source))
@@ -175,6 +179,7 @@ def _computed(
         stream=request.stream,
         sequence_parallel=request.sequence_parallel,
         reference=request.reference,
+        engine=request.engine,
         prompt=ids,
         team=team,
         sharing=sharing,

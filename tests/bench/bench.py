@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.synthetic import LLAMA_1B, LLAMA_405B, write_llama
+from bench.synthetic import LLAMA_1B, LLAMA_8B, LLAMA_405B, write_llama
 
 BIN = Path(sys.executable).parent
 TPSHARD = str(BIN / "tpshard")
@@ -156,12 +156,15 @@ def main() -> None:
         result["loaders_on"] = loaded and loaded["device"]
         if options.memory:
             shutil.rmtree(place / "twin")
-            eightfold = {**LLAMA_1B, "num_hidden_layers": 8 * LLAMA_1B["num_hidden_layers"]}
-            write_llama(place / "model8", eightfold, data=False)
-            result["memory"] = {
-                name: peak_memory(f"{TPSHARD} split {name} --tp 4 -o out --workers 2 -q", place)
-                for name in ("model", "model8")
-            }
+            deep = {**LLAMA_1B, "num_hidden_layers": 8 * LLAMA_1B["num_hidden_layers"]}
+            result["memory"] = {}
+            for name, config in (("model", None), ("8B", LLAMA_8B), ("8 x layers", deep)):
+                path = place / name.replace(" ", "")
+                if config is not None:
+                    write_llama(path, config, data=False)
+                shell = f"{TPSHARD} split {path.name} --tp 4 -o out --workers 2 -q"
+                result["memory"][name] = peak_memory(shell, place)
+                shutil.rmtree(path)
     text = markdown(result)
     print(text)
     if options.output:
@@ -229,10 +232,12 @@ def markdown(result: dict[str, object]) -> str:
         ]
     memory = result.get("memory")
     if isinstance(memory, dict):
-        one, eight = memory["model"], memory["model8"]
+        one, large, deep = (memory[name] / 1e6 for name in ("model", "8B", "8 x layers"))
         lines += [
             "",
-            f"Peak resident memory of split: {one / 1e6:.0f} MB; for a model 8 times as large {eight / 1e6:.0f} MB.",
+            f"Peak resident memory of split: {one:.1f} MB. For the shape of Llama 3.1 8B {large:.1f} MB,",
+            f"x {large / one:.2f}; for the same widths and 8 times as many layers {deep:.1f} MB, x {deep / one:.2f}:",
+            "it grows with the number of tensors, not with their bytes.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from power import calibration, splits
+from power import calibration, engine, splits
 from power.catalogue import Case, cosine, measure, top_contained
 from power.table import conditions, counted, markdown, noise_lines
 
@@ -63,3 +63,14 @@ def test_random_splits_pass(tmp_path: Path) -> None:
     found = splits.measure(tmp_path, 4)
     assert len(found) == 4 and all(each.verdict != "fail" for each in found)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_engines_table_counts_what_it_finds(tmp_path: Path) -> None:
+    with torch.no_grad():
+        cases = engine.measure(tmp_path, ["phi3"], lambda line: None)
+    faults = {case.fault for case in cases} - {""}
+    assert len(faults) >= 15 and {case.noticed for case in cases if case.fault} == {True}
+    assert [case.noticed for case in cases if not case.fault] == [False, False]
+    missed = replace(cases[1], error=0.0)
+    text = engine.markdown([*cases, missed], conditions(0))
+    assert f"Noticed: {len(cases) - 2} of {len(cases) - 1}." in text and "refused: 0 of 2" in text

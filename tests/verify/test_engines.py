@@ -48,6 +48,12 @@ VLLM = [
             "falcon-mha-alibi",
             "opt",
             "opt-350m-like",
+            # By transformers' classes.
+            "granite",
+            "nemotron",
+            "phi3",
+            "mixtral",
+            "qwen3_moe",
         )
     ),
 ]
@@ -136,6 +142,7 @@ def interleaved(name: str, heads: int) -> Change:
 
 LAYER = "model.layers.1."
 H = "transformer.h.1."
+W13 = "model.layers.1.block_sparse_moe.experts.routed_experts.w13_weight"
 FAULTS = {
     # 4 q heads of 8 rows, 1 KV head.
     "two q heads": (
@@ -193,6 +200,12 @@ FAULTS = {
         # A row of rank 0's share, which the decoder does not take from rank 1, but the engine does.
         swapped("model.h.1.mlp.c_fc.weight", slice(0, 1), slice(1, 2)),
         "model.h.1.mlp.c_fc.weight of rank 1, which all ranks hold whole, is not rank 0's",
+        None,
+    ),
+    "an expert's gate and up": (
+        "mixtral",
+        lambda tensors: tensors.update({W13: tensors[W13].roll(tensors[W13].shape[1] // 2, 1)}),
+        "model.layers.1.mlp.experts of rank 1",
         None,
     ),
     "scale": (

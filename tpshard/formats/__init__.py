@@ -7,7 +7,7 @@ from importlib import import_module
 from tpshard.errors import UsageError
 from tpshard.formats.base import Format
 
-FORMATS = ("native", "vllm", "meta", "deepseek", "hf")
+FORMATS = ("native", "vllm", "sglang", "meta", "deepseek", "dcp", "dcp-hf", "hf")
 """Names as `--format` takes them; each is a module of this package with a `FORMAT`."""
 
 

@@ -131,7 +131,11 @@ class Format(ABC):
 
     def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
         """The small files beside the ranks': the source's, and what the engine wants of its own."""
-        return dict(small)
+        return {**small, **self.derived(split)}
+
+    def derived(self, split: Split) -> dict[str, bytes]:
+        """Those of the side files that follow from the split alone: who opens a set compares every byte of them."""
+        return {}
 
     def verify_file(self, split: Split, rank: int, path: Path) -> OutputFile | None:
         """How a file that is no safetensors file lies on disk; CorruptError when it is not what it should be."""

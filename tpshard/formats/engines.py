@@ -25,8 +25,9 @@ class Family:
     head: str = ""
     tied: str = ""
     extra_layers: str = ""
-    repeat_kv: bool = True
+    needs: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
+    unrepeated: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -132,8 +133,9 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> Family:
         head=merged.get("head", ""),
         tied=merged.get("tied", ""),
         extra_layers=merged.get("extra_layers", ""),
-        repeat_kv=merged.get("repeat_kv", True),
+        needs=merged.get("needs", {}),
         scales=patterns(merged.get("scales", [])),
+        unrepeated=patterns(merged.get("unrepeated", [])),
         transposed=patterns(merged.get("transposed", [])),
         float32=patterns(merged.get("float32", [])),
         fused={full(target): patterns(sources) for target, sources in merged.get("fused", {}).items() if sources},

@@ -18,7 +18,7 @@ from typing import Any
 from tpshard.box import Shape, full
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats.base import Format, Laid, Options, Split
-from tpshard.formats.torch_archive import archive_file
+from tpshard.formats.torch_archive import archive_file, check_literals
 from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, deal, shard
 from tpshard.model import Model
 from tpshard.planning import OutputFile
@@ -105,18 +105,7 @@ class Meta(Format):
                 hint="keep one set in one directory",
             )
         (output,) = self.files(split, rank)
-        size = path.stat().st_size
-        if size != output.size:
-            raise CorruptError("the archive does not have its size", path=path, expected=output.size, found=size)
-        with path.open("rb") as file:
-            for offset, data in ((0, output.header), *output.literals):
-                file.seek(offset)
-                if file.read(len(data)) != data:
-                    raise CorruptError(
-                        "the archive is not the one of this set: its directory or its pickle differs",
-                        path=path,
-                        hint="copy it again from where it comes from, or write the rank again",
-                    )
+        check_literals(output, path)
         return output
 
 

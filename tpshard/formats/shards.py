@@ -152,6 +152,7 @@ def open_shards(directory: Path) -> ShardSet:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=_SAME) from None
     names = sorted(entry.name for entry in directory.iterdir())
+    _check_derived(directory, split)
     files = _rank_files(directory, names, split)
     for rank, found in files.items():
         _check_tensors(rank, found, split.layout[rank])
@@ -219,6 +220,12 @@ def _parse(manifest: Mapping[str, Any], directory: Path) -> Split:
     return Split(model, options, Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], dump(manifest))
 
 
+def _check_derived(directory: Path, split: Split) -> None:
+    for name, data in format_of(split.options.format).derived(split).items():
+        if read_bytes(safe_path(directory, name)) != data:
+            raise CorruptError(f"{name} is not the one of this set", path=directory / name, hint=_SAME)
+
+
 def _config(directory: Path) -> Mapping[str, Any]:
     """The config beside the ranks' files; only formats that need more than the manifest look at it."""
     path = directory / "config.json"
@@ -244,7 +251,7 @@ def _rank_files(directory: Path, names: list[str], split: Split) -> dict[int, tu
                 for stored, _, begin in output.tensors
             )
             files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, infos))
-            parts_of[rank] = numbers.get("parts", 1)
+            parts_of[rank] = len(own.files(split, rank))
             continue
         header = read_header(path)
         said = header.metadata

@@ -13,8 +13,11 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
-from tpshard.errors import UnsupportedError
+from tpshard.box import Shape
+from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.header import nbytes
 from tpshard.layout import StoredTensor
 from tpshard.planning import OutputFile, Placed
@@ -32,7 +35,8 @@ STORAGES = {
     "BOOL": "BoolStorage",
 }
 """The storage classes of torch's pickles, by dtype; newer dtypes have none."""
-_ALIGN = 64
+ALIGN = 64
+"""Where storages begin in an archive: at multiples of this."""
 _LARGE = 0xFFFFFFFF
 
 
@@ -62,7 +66,7 @@ class _Zip:
         full = f"{self.folder}/{name}".encode()
         large = struct.pack("<HHQQ", 1, 16, size, size) if size >= _LARGE else b""
         bare = self.end + 30 + len(full) + len(large) + 4
-        padding = -bare % _ALIGN
+        padding = -bare % ALIGN
         extra = large + struct.pack("<2sH", b"FB", padding) + b"Z" * padding
         shown = _LARGE if large else size
         head = struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 0, 0, 0, 0, 0, crc, shown, shown, len(full), len(extra))
@@ -117,44 +121,96 @@ def archive_file(name: str, tensors: Sequence[StoredTensor]) -> OutputFile:
     return OutputFile(name, header, archive.end, tuple(placed), tuple(others))
 
 
+@dataclass(frozen=True)
+class TensorArchive:
+    """What torch.save writes of one tensor: all bytes but its own at their offsets, where those begin, the total."""
+
+    literals: tuple[tuple[int, bytes], ...]
+    begin: int
+    size: int
+
+
+@lru_cache(maxsize=4096)
+def tensor_archive(dtype: str, shape: Shape, note: bytes) -> TensorArchive:
+    """The archive of a tensor alone. note: a record that torch does not look at."""
+    archive = _Zip("archive")
+    archive.add("data.pkl", b"\x80\x02" + _tensor(dtype, shape, 0) + b".")
+    archive.add("byteorder", b"little")
+    archive.add("tpshard", note)
+    begin = archive.hole("data/0", nbytes(dtype, shape))
+    archive.add("version", b"3\n")
+    archive.close()
+    return TensorArchive(tuple(archive.literals), begin, archive.end)
+
+
+def require_storage(name: str, dtype: str) -> None:
+    """UnsupportedError for a dtype that torch's pickles have no storage class for."""
+    if dtype not in STORAGES:
+        raise UnsupportedError(
+            f"{name} has the dtype {dtype}, which this format cannot hold",
+            tensor=name,
+            expected=", ".join(STORAGES),
+            hint="cast it with --dtype, or use --format native",
+        )
+
+
+def check_literals(output: OutputFile, path: Path) -> None:
+    """CorruptError when a file has another size than it must have, or other bytes where no tensor lies."""
+    size = path.stat().st_size
+    if size != output.size:
+        raise CorruptError("the archive does not have its size", path=path, expected=output.size, found=size)
+    with path.open("rb") as file:
+        for offset, data in ((0, output.header), *output.literals):
+            file.seek(offset)
+            if file.read(len(data)) != data:
+                raise CorruptError(
+                    "the archive is not the one of this set: its directory or its pickle differs",
+                    path=path,
+                    hint="copy it again from where it comes from, or write the rank again",
+                )
+
+
 def _pickle(tensors: Sequence[StoredTensor]) -> bytes:
     """The pickle of `{name: tensor}`, of protocol 2: opcodes as in CPython's pickletools."""
     out = io.BytesIO()
     out.write(b"\x80\x02}(")
     for number, tensor in enumerate(tensors):
-        if tensor.dtype not in STORAGES:
-            raise UnsupportedError(
-                f"{tensor.name} has the dtype {tensor.dtype}, which this format cannot hold",
-                tensor=tensor.name,
-                expected=", ".join(STORAGES),
-                hint="cast it with --dtype, or use --format native",
-            )
-        count = 1
-        strides = []
-        for size in reversed(tensor.shape):
-            strides.append(count)
-            count *= size
-        out.write(_text(tensor.name) + b"ctorch._utils\n_rebuild_tensor_v2\n(")
-        storage = f"ctorch\n{STORAGES[tensor.dtype]}\n".encode()
-        out.write(b"(" + _text("storage") + storage + _text(str(number)) + _text("cpu") + _integer(count) + b"tQ")
-        out.write(
-            _integer(0) + _integers(tensor.shape) + _integers(strides[::-1]) + b"\x89ccollections\nOrderedDict\n)RtR"
-        )
+        require_storage(tensor.name, tensor.dtype)
+        out.write(pickle_text(tensor.name) + _tensor(tensor.dtype, tensor.shape, number))
     out.write(b"u.")
     return out.getvalue()
 
 
-def _text(text: str) -> bytes:
+def _tensor(dtype: str, shape: Shape, number: int) -> bytes:
+    """A tensor whose storage is the record `data/number`."""
+    count = 1
+    strides = []
+    for size in reversed(shape):
+        strides.append(count)
+        count *= size
+    storage = pickle_text("storage") + f"ctorch\n{STORAGES[dtype]}\n".encode() + pickle_text(str(number))
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + (b"(" + storage + pickle_text("cpu") + pickle_integer(count) + b"tQ")
+        + (pickle_integer(0) + pickle_integers(shape) + pickle_integers(strides[::-1]))
+        + b"\x89ccollections\nOrderedDict\n)RtR"
+    )
+
+
+def pickle_text(text: str) -> bytes:
+    """A string."""
     data = text.encode()
     return b"X" + struct.pack("<I", len(data)) + data
 
 
-def _integer(value: int) -> bytes:
+def pickle_integer(value: int) -> bytes:
+    """A whole number below 2^63, not negative."""
     if value < 2**31:
         return b"J" + struct.pack("<i", value)
     data = value.to_bytes(9, "little", signed=True)
     return b"\x8a" + bytes([len(data)]) + data
 
 
-def _integers(values: Sequence[int]) -> bytes:
-    return b"(" + b"".join(map(_integer, values)) + b"t"
+def pickle_integers(values: Sequence[int]) -> bytes:
+    """A tuple of whole numbers."""
+    return b"(" + b"".join(map(pickle_integer, values)) + b"t"

@@ -41,7 +41,7 @@ TIERS = ("exact", "native")
 REFERENCES = ("tpshard", "transformers")
 
 
-def _judge(
+def judged(
     name: str, team: Threads | Processes, work: Callable[[], tuple[Tier, list[Canary]]]
 ) -> tuple[Tier, list[Canary]]:
     """A tier and its canaries: shards that cannot be run are different, a tier that is blind is inconclusive."""
@@ -80,6 +80,7 @@ def verify(
     stream: bool | None = None,
     sequence_parallel: bool = False,
     reference: str = "tpshard",
+    engine: str = "auto",
     prompt: Tensor | None = None,
     team: Threads | Processes | None = None,
     sharing: int = 1,
@@ -93,7 +94,8 @@ def verify(
     `team` runs the ranks: threads of this process by default; `sharing` says how many processes share a device.
     `prompt` [batch, length] replaces ids from the seed. `stream` None decides by memory. `load_rank` loads what is kept
     on a GPU. `first` is a tier that comes before ours, judged by rank 0 once all has been opened. `reference`
-    "transformers" adds that library's own model as a reference.
+    "transformers" adds that library's own model as a reference. `engine` says whose code runs the ranks: tpshard's,
+    transformers', or auto, which is transformers' where ours does not cover the model.
     Raises UsageError, CorruptError, UnsupportedError or LocalIOError for what cannot be judged at all.
     """
     started = time.monotonic()
@@ -102,6 +104,28 @@ def verify(
     group = team or Threads(1)
     opened, config, weights = group.together(lambda: open_both(shards, source, allow_pickle))
     team = team or Threads(len(opened.ranks))
+    from tpshard.verify.hf import run as library
+
+    if team.together(lambda: library.engine_of(engine, config)) == "transformers":
+        return library.verify(
+            opened,
+            config,
+            weights,
+            team,
+            where,
+            tiers=tiers,
+            tokens=tokens,
+            seed=seed,
+            float32=float32,
+            layers=layers,
+            stream=stream,
+            sequence_parallel=sequence_parallel,
+            prompt=prompt,
+            sharing=sharing,
+            first=first,
+            say=say,
+            names=(Path(source).name, Path(shards).name),
+        )
     try:
         case = team.together(
             lambda: prepare(
@@ -121,7 +145,7 @@ def verify(
             begun = time.monotonic()
             say(f"{name} tier: about {duration(case.seconds[name])} (an estimate)")
             judge = _exact if name == "exact" else _native
-            tier, birds = _judge(name, team, partial(_sound, judge, case, load_rank))
+            tier, birds = judged(name, team, partial(_sound, judge, case, load_rank))
             seconds[name] = time.monotonic() - begun
             done.append(tier)
             canaries += birds
@@ -130,7 +154,7 @@ def verify(
 
             say("transformers as the reference")
             outside = partial(against_transformers, case.setup, Path(source))
-            done.append(_judge(reference, team, lambda: (outside(), canaries))[0])
+            done.append(judged(reference, team, lambda: (outside(), canaries))[0])
     except torch.OutOfMemoryError as error:
         raise LocalIOError(
             f"out of memory: {str(error).splitlines()[0]}", hint="--stream needs less, --layers looks at fewer"
@@ -149,6 +173,7 @@ def verify(
             *([f"{case.tokens} tokens, not {tokens}: the model has no more positions"] if case.short else []),
         ),
         settings={
+            "engine": "tpshard",
             "tiers": [tier.name for tier in done],
             "prompt_tokens": setup.prompt.numel(),
             "tokens": case.tokens,

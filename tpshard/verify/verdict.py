@@ -48,7 +48,7 @@ class Tier:
 
 def layer_of(module: str) -> int | None:
     """The layer number in a module's name, None outside the layers."""
-    match = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", module)
+    match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", module)
     return int(match[1]) if match else None
 
 

@@ -1,0 +1,232 @@
+"""Small checkpoints for the engines: one or more of every architecture, as transformers saves them.
+
+Larger than those of the other tests, because engines want heads of 32 and vocabularies that they pad: 8 heads, 2 KV
+heads (repeated at tp 4), a vocabulary of 1000, bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+_TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = _TOKENS | {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
+_MHA = _SIZES | {"intermediate_size": 512, "max_position_embeddings": 128}
+_GQA = _MHA | {"num_key_value_heads": 2}
+_HEAD = _GQA | {"head_dim": 32}
+_GPT2 = _TOKENS | {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_positions": 128}
+_GPTJ = _GPT2 | {"rotary_dim": 8}
+_BLOOM = _TOKENS | {"hidden_size": 256, "n_layer": 2, "n_head": 8}
+_FALCON = _SIZES | {"max_position_embeddings": 128}
+_OPT = _SIZES | {"ffn_dim": 512, "max_position_embeddings": 128, "word_embed_proj_dim": 256}
+_NEO = _TOKENS | {
+    "hidden_size": 256,
+    "num_layers": 2,
+    "num_heads": 8,
+    "max_position_embeddings": 128,
+    "attention_types": [[["global", "local"], 1]],
+}
+_MPT = {"vocab_size": 1000, "d_model": 256, "n_heads": 8, "n_layers": 2, "max_seq_len": 128}
+_LOCAL = _GQA | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}
+_FINE = _HEAD | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LATENT = _MHA | {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 8,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_group": 4,
+    "topk_group": 2,
+}
+_GLM_MOE = _HEAD | {
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "use_qk_norm": True,
+}
+_GPT_OSS = _LOCAL | {"head_dim": 32}
+
+_TIED = {"tie_word_embeddings": True}
+_UNTIED = {"tie_word_embeddings": False}
+_BIAS = {"attention_bias": True}
+
+LOADED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GQA | _UNTIED),
+    "llama-tied-bias": ("llama", _GQA | _TIED | _BIAS | {"mlp_bias": True}),
+    "mistral": ("mistral", _GQA | _UNTIED),
+    "qwen2": ("qwen2", _GQA | _UNTIED),
+    "qwen2-tied": ("qwen2", _GQA | _TIED),
+    "qwen3": ("qwen3", _HEAD | _UNTIED),
+    "qwen3-tied": ("qwen3", _HEAD | _TIED),
+    "gemma2": ("gemma2", _HEAD),
+    "gpt2": ("gpt2", _GPT2),
+    "gpt2-untied": ("gpt2", _GPT2 | _UNTIED),
+    "gpt_neox": ("gpt_neox", _MHA | _UNTIED),
+    "gpt_neox-tied-nobias": ("gpt_neox", _MHA | _TIED | {"attention_bias": False}),
+    "gptj": ("gptj", _GPTJ | _UNTIED),
+    "gpt_bigcode": ("gpt_bigcode", _GPT2 | {"multi_query": True}),
+    "gpt_bigcode-untied": ("gpt_bigcode", _GPT2 | _UNTIED | {"multi_query": True}),
+    "bloom": ("bloom", _BLOOM),
+    "falcon-new": ("falcon", _FALCON | {"new_decoder_architecture": True, "multi_query": False, "num_kv_heads": 2}),
+    "falcon-mqa-untied": ("falcon", _FALCON | _UNTIED | {"multi_query": True}),
+    "falcon-mha": ("falcon", _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True, "alibi": True}),
+    "opt": ("opt", _OPT),
+    "opt-untied": ("opt", _OPT | _UNTIED),
+    "opt-350m-like": ("opt", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 128}),
+    "opt-nobias": ("opt", _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "phi3": ("phi3", _GQA | _UNTIED),
+    "phi3-tied": ("phi3", _GQA | _TIED),
+    "gemma": ("gemma", _HEAD),
+    "gemma3": ("gemma3_text", _HEAD),
+    "gemma3-bias": ("gemma3_text", _HEAD | _BIAS),
+    "stablelm": ("stablelm", _GQA | _UNTIED),
+    "stablelm-tied-bias": ("stablelm", _GQA | _TIED | {"use_qkv_bias": True}),
+    "starcoder2": ("starcoder2", _GQA | _TIED),
+    "starcoder2-untied-nobias": ("starcoder2", _GQA | _UNTIED | {"use_bias": False}),
+    "olmo": ("olmo", _GQA | _UNTIED),
+    "olmo-tied-bias": ("olmo", _GQA | _TIED | _BIAS),
+    "olmo2": ("olmo2", _GQA | _UNTIED),
+    "olmo2-tied-bias": ("olmo2", _GQA | _TIED | _BIAS),
+    "cohere": ("cohere", _GQA | _TIED),
+    "cohere-norm": ("cohere", _MHA | _TIED | {"use_qk_norm": True}),
+    "cohere2": ("cohere2", _GQA | _TIED),
+    "granite": ("granite", _GQA | _TIED),
+    "granite-untied-bias": ("granite", _GQA | _UNTIED | _BIAS | {"mlp_bias": True}),
+    "glm": ("glm", _HEAD | _UNTIED),
+    "glm-tied-nobias": ("glm", _HEAD | _TIED | {"attention_bias": False}),
+    "glm4": ("glm4", _HEAD | _UNTIED),
+    "glm4-tied-bias": ("glm4", _HEAD | _TIED | _BIAS),
+    "smollm3": ("smollm3", _GQA | _TIED),
+    "smollm3-untied-bias": ("smollm3", _GQA | _UNTIED | _BIAS | {"mlp_bias": True}),
+    "internlm2": ("internlm2", _GQA | _UNTIED | {"bias": False}),
+    "internlm2-tied": ("internlm2", _GQA | _TIED | {"bias": False}),
+    "nemotron": ("nemotron", _HEAD | _UNTIED),
+    "nemotron-tied-bias": ("nemotron", _HEAD | _TIED | _BIAS | {"mlp_bias": True}),
+    "exaone4": ("exaone4", _GQA | _TIED),
+    "exaone4-untied": (
+        "exaone4",
+        _GQA | _UNTIED | {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    ),
+    "seed_oss": ("seed_oss", _HEAD | _UNTIED),
+    "seed_oss-tied-bias": ("seed_oss", _HEAD | _TIED | {"attention_out_bias": True, "mlp_bias": True}),
+    "mixtral": ("mixtral", _LOCAL | _UNTIED),
+    "mixtral-tied": ("mixtral", _LOCAL | _TIED),
+    "qwen2_moe": ("qwen2_moe", _FINE | _UNTIED | {"shared_expert_intermediate_size": 128, "mlp_only_layers": [0]}),
+    "qwen2_moe-tied": ("qwen2_moe", _FINE | _TIED | {"shared_expert_intermediate_size": 128}),
+    "qwen3_moe": ("qwen3_moe", _FINE | _UNTIED | {"mlp_only_layers": [0]}),
+    "qwen3_moe-tied": ("qwen3_moe", _FINE | _TIED),
+    "olmoe": ("olmoe", _GQA | _UNTIED | {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}),
+    "granitemoe": ("granitemoe", _LOCAL | _TIED),
+    "granitemoe-untied": ("granitemoe", _LOCAL | _UNTIED),
+    "phimoe": ("phimoe", _LOCAL | _UNTIED | _BIAS),
+    "phimoe-tied": ("phimoe", _LOCAL | _TIED),
+    "deepseek_v2": ("deepseek_v2", _LATENT | _UNTIED | {"topk_method": "group_limited_greedy"}),
+    "deepseek_v2-lite": ("deepseek_v2", _LATENT | _UNTIED | {"q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", _LATENT | _UNTIED | {"topk_method": "noaux_tc"}),
+    "deepseek_v3-no-q-lora": ("deepseek_v3", _LATENT | _UNTIED | {"q_lora_rank": None, "topk_method": "noaux_tc"}),
+    "gpt_oss": ("gpt_oss", _GPT_OSS | _UNTIED | {"num_key_value_heads": 4}),
+    "glm4_moe": ("glm4_moe", _GLM_MOE | _UNTIED),
+    "glm4_moe-bias": ("glm4_moe", _GLM_MOE | _UNTIED | _BIAS),
+}
+"""What vLLM loads."""
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neo": ("gpt_neo", _NEO),
+    "mpt": ("mpt", _MPT),
+    "bloom-untied": ("bloom", _BLOOM | _UNTIED),
+    "gptj-tied": ("gptj", _GPTJ | _TIED),
+    "stablelm-norms": ("stablelm", _GQA | _UNTIED | {"qk_layernorm": True}),
+    "phi": ("phi", _GQA | _UNTIED),
+    "phimoe-head-bias": ("phimoe", _LOCAL | _UNTIED | {"lm_head_bias": True}),
+    "qwen3-bias": ("qwen3", _HEAD | _UNTIED | _BIAS),
+    "qwen3_moe-bias": ("qwen3_moe", _FINE | _UNTIED | _BIAS),
+    "gemma-bias": ("gemma", _HEAD | _BIAS),
+    "cohere-bias": ("cohere", _GQA | _TIED | _BIAS),
+    "cohere-norm-repeated": ("cohere", _GQA | _TIED | {"use_qk_norm": True}),
+    "gpt_bigcode-mha": ("gpt_bigcode", _GPT2 | {"multi_query": False}),
+    "cohere-untied": ("cohere", _GQA | _UNTIED),
+    "granitemoe-bias": ("granitemoe", _LOCAL | _UNTIED | _BIAS),
+    "internlm2-bias": ("internlm2", _GQA | _UNTIED | {"bias": True}),
+    "olmoe-tied": ("olmoe", _GQA | _TIED | {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}),
+    "deepseek_v3-bias": ("deepseek_v3", _LATENT | _UNTIED | _BIAS | {"topk_method": "noaux_tc"}),
+    "deepseek_v3-tied": ("deepseek_v3", _LATENT | _TIED | {"topk_method": "noaux_tc"}),
+    "glm4_moe-tied": ("glm4_moe", _GLM_MOE | _TIED),
+    "gpt_oss-tied": ("gpt_oss", _GPT_OSS | _TIED | {"num_key_value_heads": 4}),
+    "gpt_oss-repeated-kv": ("gpt_oss", _GPT_OSS | _UNTIED),
+}
+"""What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
+
+
+def make(name: str, path: Path) -> Path:
+    """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
+    model_type, config = {**LOADED, **REFUSED}[name]
+    if model_type == "internlm2":
+        return _internlm2(path, config)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
+    with torch.no_grad():
+        state = [*model.named_parameters(), *(each for each in model.named_buffers() if "correction_bias" in each[0])]
+        for each, parameter in state:
+            generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+            parameter.copy_((parameter.dim() == 1) + 0.08 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path)
+    return path
+
+
+def _internlm2(path: Path, config: dict[str, Any]) -> Path:
+    """InternLM 2 has no class in transformers."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads = config["num_attention_heads"] + 2 * config["num_key_value_heads"]
+    qkv = heads * hidden // config["num_attention_heads"]
+    shapes = {"model.tok_embeddings.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["output.weight"] = (vocab, hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}attention.wqkv.weight": (qkv, hidden),
+            f"{prefix}attention.wo.weight": (hidden, hidden),
+            f"{prefix}feed_forward.w1.weight": (ffn, hidden),
+            f"{prefix}feed_forward.w3.weight": (ffn, hidden),
+            f"{prefix}feed_forward.w2.weight": (hidden, ffn),
+            f"{prefix}attention_norm.weight": (hidden,),
+            f"{prefix}ffn_norm.weight": (hidden,),
+        }
+        if config["bias"]:
+            shapes |= {f"{prefix}attention.wqkv.bias": (qkv,), f"{prefix}attention.wo.bias": (hidden,)}
+    tensors = {}
+    for name, shape in shapes.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        tensors[name] = (0.08 * torch.randn(shape, generator=generator)).bfloat16()
+    path.mkdir(parents=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    written = {
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "dtype": "bfloat16",
+        **config,
+    }
+    (path / "config.json").write_text(json.dumps(written, indent=2))
+    return path

@@ -1,0 +1,56 @@
+"""Small models split by tpshard, and loaded for transformers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import torch
+from torch import Tensor
+
+import tpshard
+from tpshard.publish import Settings
+from tpshard.verify.group import Single, Threads
+from tpshard.verify.hf.model import MODEL_TYPES, frame_of, model_config
+from tpshard.verify.hf.modes import Pinned
+from tpshard.verify.hf.sides import Sides
+from tpshard.verify.hf.tiers import logits_of
+from tpshard.verify.prepare import prompt_ids
+from tpshard.verify.probes import relative
+from tpshard.verify.shards import open_shards, open_source, resident
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+WIDTHS = (2, 4)
+# All variants of the families that the engine takes, but those that differ in dtype alone.
+VARIANTS = tuple(
+    name
+    for name, variant in checkpoints.VARIANTS.items()
+    if variant.model_type in MODEL_TYPES and variant.dtype == "float32"
+)
+ONE_OF_EACH = tuple({checkpoints.VARIANTS[name].model_type: name for name in reversed(VARIANTS)}.values())
+
+
+def opened(model: Path, tp: int, out: Path, **how: Any) -> Sides:
+    """A checkpoint split and loaded; two prompts of twelve tokens."""
+    tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
+    config, source = open_source(model)
+    shards = open_shards(out)
+    frame = frame_of(model_config(config))
+    ids = prompt_ids(frame.config.vocab_size, 0, 2, 12)
+    names = list(source.names())
+    ranks = [resident(rank, None, CPU, list(rank.names())) for rank in shards.ranks]
+    return Sides(frame, resident(source, None, CPU, names), ranks, Threads(tp), ids, CPU)
+
+
+def reference(sides: Sides, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Pinned]:
+    """The unsharded model's logits, and the experts that it chose."""
+    pins = Pinned()
+    return sides.reference(dtype).run(Single(), [sides.prompt], pins), pins
+
+
+def error(sides: Sides, wanted: Tensor, pins: Pinned) -> float:
+    """The largest end-to-end error of a rank in float64."""
+    logits = logits_of(sides, sides.here(torch.float64), [sides.prompt], pins.made)
+    return max(relative(each, wanted) for each in logits)

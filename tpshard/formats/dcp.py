@@ -1,0 +1,142 @@
+"""torch.distributed.checkpoint's own files: `__0_0.distcp`, one archive for every chunk of a tensor, and `.metadata`.
+
+A chunk is a rectangle of a tensor; a rank may hold several of one tensor, so a fused one is no problem. What several
+ranks hold is stored once, by the lowest of them, as torch's writer may do it: its readers know of no replicas.
+Source: torch/distributed/checkpoint/{filesystem,metadata,planner_helpers}.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from tpshard.box import Box, corner, extents
+from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.formats.base import Format, Laid, Options, Split
+from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
+from tpshard.formats.torch_archive import ALIGN, TensorArchive, check_literals, require_storage, tensor_archive
+from tpshard.layout import LogicalTensor, Part, StoredTensor, deal, shard
+from tpshard.model import Model
+from tpshard.planning import OutputFile, Placed, parts_by_size
+
+METADATA = ".metadata"
+_FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
+
+
+def chunks(model: Model, options: Options) -> list[tuple[LogicalTensor, list[list[Box]]]]:
+    """For every tensor, the boxes that each rank stores: none twice, and nothing of padding.
+
+    UnsupportedError when padding is asked for.
+    """
+    if options.pad_vocab_to is not None:
+        raise UnsupportedError(
+            "torch.distributed.checkpoint describes the model's own tensors: it has no place for padding",
+            found=f"--pad-vocab-to {options.pad_vocab_to}",
+            hint="leave it out: the last ranks get less, as torch's DTensor does it; or use --format native",
+        )
+    ranges = deal(model.axes, options.tp, options.weights(), None)
+    held = shard(model.tensors, model.axes, options.tp, ranges)
+    found = []
+    for tensor, stored in zip(model.tensors, zip(*held, strict=True), strict=True):
+        taken: set[Box] = set()
+        by_rank: list[list[Box]] = []
+        for each in stored:
+            boxes = [part.box for part in each.parts if part.box not in taken]
+            taken.update(boxes)
+            by_rank.append(boxes)
+        found.append((tensor, by_rank))
+    return found
+
+
+def chunk(name: str, tensor: LogicalTensor, box: Box) -> StoredTensor:
+    """A box of a tensor as a tensor of its own."""
+    shape = extents(box)
+    return StoredTensor(name, tensor.dtype, shape, (Part(tensor.name, box, (0,) * len(shape)),))
+
+
+class Dcp(Format):
+    """`__0_0.distcp`: rank and number of a file, as torch names them."""
+
+    side_names = frozenset({METADATA})
+
+    def lay(self, model: Model, options: Options) -> Laid:
+        """Every chunk is a stored tensor; `name#0`, `name#1` where a rank has several of a tensor."""
+        rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
+        for tensor, by_rank in chunks(model, options):
+            require_storage(tensor.name, tensor.dtype)
+            name = model.full_name(tensor.name)
+            several = any(len(boxes) > 1 for boxes in by_rank)
+            for row, boxes in zip(rows, by_rank, strict=True):
+                for number, box in enumerate(boxes):
+                    row.append(chunk(f"{name}#{number}" if several else name, tensor, box))
+        return Laid(tuple(map(tuple, rows)))
+
+    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+        """torch's threads each have a file; here several are there only above the file size."""
+        return f"__{rank}_{part}.distcp"
+
+    def parse_name(self, name: str) -> Mapping[str, int] | None:
+        """Rank and part."""
+        found = _FILE.fullmatch(name)
+        return {"rank": int(found[1]), "part": int(found[2])} if found else None
+
+    def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
+        """One archive after the other, each aligned like its tensor; each says of which set and rank it is."""
+        parts = parts_by_size(split.layout[rank], split.options.max_file_size)
+        names = [self.file_name(rank, split.options.tp, part, len(parts)) for part in range(len(parts))]
+        return tuple(_file(split, rank, name, tensors) for name, tensors in zip(names, parts, strict=True))
+
+    def derived(self, split: Split) -> dict[str, bytes]:
+        """`.metadata`: of every chunk its place in the tensor and in the files."""
+        found: dict[str, list[Chunk]] = {}
+        for rank in range(split.options.tp):
+            for file in self.files(split, rank):
+                for placed in file.tensors:
+                    (part,) = placed.stored.parts
+                    archive = _archive(split, rank, placed.stored)
+                    where = Chunk(
+                        corner(part.box), extents(part.box), file.name, placed.begin - archive.begin, archive.size
+                    )
+                    found.setdefault(part.tensor, []).append(where)
+        tensors = [
+            Described(split.model.full_name(tensor.name), tensor.dtype, tensor.shape, found[tensor.name])
+            for tensor in split.kept.tensors
+        ]
+        return {METADATA: metadata_pickle(tensors, split.set_id)}
+
+    def verify_file(self, split: Split, rank: int, path: Path) -> OutputFile | None:
+        """A file of this set: everything that is no tensor must be as written."""
+        if rank < split.options.tp:
+            for output in self.files(split, rank):
+                if output.name == path.name:
+                    check_literals(output, path)
+                    return output
+        raise CorruptError(
+            f"{path.name} is no file of this set",
+            path=path,
+            expected=f"the files of ranks 0 to {split.options.tp - 1}",
+            hint="keep one set in one directory",
+        )
+
+
+def _archive(split: Split, rank: int, stored: StoredTensor) -> TensorArchive:
+    return tensor_archive(stored.dtype, stored.shape, f"{split.set_id} {rank}\n".encode())
+
+
+def _file(split: Split, rank: int, name: str, tensors: list[StoredTensor]) -> OutputFile:
+    end = 0
+    placed, literals = [], []
+    for stored in tensors:
+        archive = _archive(split, rank, stored)
+        placed.append(Placed(stored, name, end + archive.begin))
+        # Not joined with its neighbours': all archives of one dtype and shape share these bytes.
+        literals += [(end + offset, data) for offset, data in archive.literals]
+        padding = -archive.size % ALIGN
+        literals.append((end + archive.size, b"\0" * padding))
+        end += archive.size + padding
+    header = literals.pop(0)[1] if literals else b""
+    return OutputFile(name, header, end, tuple(placed), tuple(literals))
+
+
+FORMAT = Dcp()

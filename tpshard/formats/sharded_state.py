@@ -1,0 +1,234 @@
+"""`sharded_state`: each rank's parameters under an engine's own names, fused, padded and transposed as it has them.
+
+What the engine has is data (`vllm.toml`, `sglang.toml`); this module turns a model and that table into stored tensors.
+The files say nothing of the width, and the engines load those of another one without an error: `tpshard check --tp`
+stands before them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
+from tpshard.formats.base import Format, Laid, Options, Split
+from tpshard.formats.engine_shares import Recipe, join_shares, shares_of
+from tpshard.formats.engines import Family, fits_any, load_table, match
+from tpshard.header import DTYPE_BITS
+from tpshard.layout import Deal, LogicalTensor, StoredTensor, deal, listing, possible_tp, why_not
+from tpshard.model import Model
+from tpshard.rules import Axis
+
+VOCAB_MULTIPLE = 64
+"""Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
+_SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
+_ONE = struct.pack("<f", 1.0)
+_NAME = re.compile(r"model-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
+
+
+class ShardedState(Format):
+    """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
+
+    def __init__(self, engine: str, table: str) -> None:
+        self.engine = engine
+        self.path = Path(__file__).with_name(table)
+
+    def lay(self, model: Model, options: Options) -> Laid:
+        """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
+        family = self._family(model, options)
+        axes, ranges = self._deal(family, model, options)
+        dropped = _dropped(family, model, self.engine)
+        tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
+        for tensor in tensors:
+            if reason := family.refusal(model.full_name(tensor.name)):
+                raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
+        named = self._names(family, model, tensors)
+        shares = shares_of(family, model, tensors, axes, ranges, options.tp)
+        rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        for name, recipe in _recipes(family, named).items():
+            for rank, row in enumerate(rows):
+                row.append(join_shares(name, recipe, rank, shares, shapes))
+        constants = list(_scales(family, named.values()))
+        for row in rows:
+            row.extend(constants)
+        order = sorted(range(len(rows[0])), key=lambda index: -(DTYPE_BITS[rows[0][index].dtype] // 8))
+        return Laid(tuple(tuple(row[index] for index in order) for row in rows), dropped)
+
+    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+        """The engine's default pattern; it reads all parts that there are."""
+        return f"model-rank-{rank}-part-{part}.safetensors"
+
+    def parse_name(self, name: str) -> Mapping[str, int] | None:
+        """Rank and part; the width is only in the file's metadata."""
+        found = _NAME.fullmatch(name)
+        return {"rank": int(found[1]), "part": int(found[2])} if found else None
+
+    def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
+        """config.json says whether the head is tied as the files have it, whatever the class's default is."""
+        files = dict(small)
+        if split.model.tied and "config.json" in files:
+            head, embedding = next(iter(split.model.tied.items()))
+            stored = {split.kept.full_name(tensor.name) for tensor in split.kept.tensors}
+            config = json.loads(files["config.json"])
+            config["tie_word_embeddings"] = not {f"{head}.weight", f"{embedding}.weight"} <= stored
+            files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+        return files
+
+    def _family(self, model: Model, options: Options) -> Family:
+        table = load_table(self.path)
+        model_type = str(model.architecture.get("model_type"))
+        if options.engine_version is not None and options.engine_version not in table.versions:
+            raise UnsupportedError(
+                f"the names of {self.engine} {options.engine_version} are not known",
+                expected=", ".join(table.versions),
+                found=options.engine_version,
+                hint=f"names change between versions: split for {self.engine} {table.versions[0]} and load with that",
+            )
+        if reason := table.refused_models.get(model_type):
+            raise self._unsupported(f"{self.engine} {table.versions[0]} does not load {model_type}: {reason}")
+        if model.architecture.get("text"):
+            raise self._unsupported(
+                f"the names that {self.engine} has in {model_type}, not a text model alone, are not known"
+            )
+        if model_type not in table.families:
+            raise UnsupportedError(
+                f"the names that {self.engine} has for model_type {model_type!r} are not known",
+                expected=", ".join(sorted(table.families)),
+                found=model_type,
+                hint="use --format native",
+            )
+        family = table.families[model_type]
+        for key, reason in family.needs.items():
+            if not model.config.get(key, True):
+                raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
+        return family
+
+    def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
+        return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
+
+    def _deal(self, family: Family, model: Model, options: Options) -> tuple[Mapping[str, Axis], Deal]:
+        """The axes, and even ranges of them, the vocabulary padded as the engine pads it."""
+        tp = options.tp
+        if options.uneven or options.shares is not None or options.pad_vocab_to is not None:
+            raise UsageError(
+                f"{self.engine} takes even shares and its own padding only",
+                found="--uneven, --shares or --pad-vocab-to",
+                hint="leave them out, or use --format native",
+            )
+        single = {
+            segment
+            for tensor in model.tensors
+            if fits_any(family.unrepeated, model.full_name(tensor.name))
+            for segment in tensor.cut.segments
+        }
+        for axis in model.axes.values():
+            padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
+            even = replace(axis, count=padded, pad=False, replicate=axis.replicate and axis.name not in single)
+            if reason := why_not(even, tp):
+                fits = [each for each in possible_tp(model.axes) if why_not(even, each) is None]
+                raise UnsupportedError(
+                    reason,
+                    expected="tp " + listing(fits),
+                    found=f"tp {tp}",
+                    hint=f"{self.engine} takes even shares only: use one of those",
+                )
+        ranges = {
+            name: deal({name: axis}, tp, None, -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)[name]
+            for name, axis in ((name, replace(axis, group=None)) for name, axis in model.axes.items())
+        }
+        return model.axes, ranges
+
+    def _names(self, family: Family, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
+        """Each tensor's full name, with a tied pair under the name that the engine keeps."""
+        names = {tensor.name: model.full_name(tensor.name) for tensor in tensors}
+        stored = {family.rename(name) for name in names.values()}
+        head = f"{family.head}.weight"
+        if model.tied:
+            _, embedding = next(iter(model.tied.items()))
+            if family.head and head in stored:
+                return names
+            if not family.tied:
+                raise self._unsupported(
+                    f"{self.engine}'s class for {model.architecture.get('model_type')} does not tie the head to the "
+                    "embedding, and the checkpoint has no head of its own"
+                )
+            return {
+                name: f"{family.tied}.weight" if full_name == f"{embedding}.weight" else full_name
+                for name, full_name in names.items()
+            }
+        if not family.head and "lm_head.weight" in stored:
+            raise self._unsupported(f"{self.engine}'s class has no head of its own, and this one is not tied")
+        if family.head and head not in stored:
+            raise CorruptError(
+                "the checkpoint has no head, and its config does not say that it is tied to the embedding",
+                tensor=head,
+                hint="use --format native, or complete the checkpoint",
+            )
+        return names
+
+
+def _dropped(family: Family, model: Model, engine: str) -> dict[str, str]:
+    """Tensors that the engine has no place for and needs none for, with the reason."""
+    dropped = {}
+    layers = model.config.get(family.extra_layers) if family.extra_layers else None
+    for tensor in model.tensors:
+        name = model.full_name(tensor.name)
+        fit = match(family.layer, name)
+        if tensor.cut.kind == "buffer":
+            dropped[tensor.name] = f"a buffer that {engine} computes itself"
+        elif isinstance(layers, int) and fit and int(fit.components[0]) >= layers:
+            dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
+        elif not family.head and name in {f"{head}.weight" for head in model.tied}:
+            dropped[tensor.name] = f"tied: {engine} takes the embedding"
+    return dropped
+
+
+def _recipes(family: Family, named: Mapping[str, str]) -> dict[str, Recipe]:
+    """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name."""
+    found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
+    for name, full_name in named.items():
+        for target, patterns in family.fused.items():
+            for place, pattern in enumerate(patterns):
+                if fit := match(pattern, full_name):
+                    into = fit.into(target.removesuffix("?"))
+                    found.setdefault((into, target), {}).setdefault(fit.stacked, {})[place] = name
+    recipes: dict[str, Recipe] = {}
+    members: dict[str, str] = {}
+    for (into, target), groups in found.items():
+        lacking = [group for group in groups.values() if len(group) < len(family.fused[target])]
+        if lacking and target.endswith("?"):
+            continue
+        if lacking:
+            raise CorruptError(
+                f"not all tensors that make {into} are there",
+                tensor=into,
+                expected=", ".join(family.fused[target]),
+                found=", ".join(lacking[0].values()),
+            )
+        ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
+        recipes[into] = Recipe(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
+        members |= {name: into for group in groups.values() for name in group.values()}
+    result: dict[str, Recipe] = {}
+    for name, full_name in named.items():
+        if name in members:
+            result[members[name]] = recipes[members[name]]
+        else:
+            renamed = family.rename(full_name)
+            assert renamed not in result, f"{name} and {result[renamed]} are one parameter"
+            result[renamed] = Recipe(((name,),))
+    return result
+
+
+def _scales(family: Family, names: Iterable[str]) -> Iterator[StoredTensor]:
+    """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
+    layers = sorted({int(fit.components[0]) for name in names if (fit := match(family.layer, name))})
+    for layer in layers:
+        for pattern in family.scales:
+            for scale in _SCALES:
+                name = f"{pattern.replace('*', str(layer))}.{scale}"
+                yield StoredTensor(name, "F32", (), (), ((),), None, _ONE)

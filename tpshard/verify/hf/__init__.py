@@ -1,0 +1,1 @@
+"""transformers' own model classes, run tensor-parallel from outside."""

@@ -1,0 +1,78 @@
+"""Faults put into the loaded shards on purpose, as the built-in decoder's canaries are."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import DifferentError, UnsupportedError
+from tpshard.verify.canaries import VISIBLE
+from tpshard.verify.compare import EXACT_LIMIT, FLOAT32_LIMIT, no_tf32
+from tpshard.verify.group import Single
+from tpshard.verify.hf.faults import BETWEEN_RANKS, CANARIES, FAULTS
+from tpshard.verify.hf.modes import Pinned
+from tpshard.verify.hf.sides import Sides
+from tpshard.verify.hf.tiers import Choices, logits_of
+from tpshard.verify.native import exceeded, native_metrics
+from tpshard.verify.probes import relative
+from tpshard.verify.verdict import Canary, layer_of
+
+
+def small(sides: Sides) -> Sides:
+    """The model cut down to embedding, head, and the first of its layers that hold the most tensors: experts, say."""
+    counts = Counter(layer_of(key) for key in sides.frame.shapes)
+    return sides.with_layers(tuple(sorted(sides.frame.layers, key=lambda layer: -counts[layer])[:1]))
+
+
+def mutants(sides: Sides, *, structural: bool) -> Iterator[tuple[str, Sides]]:
+    """The canaries that apply, as damaged shards; `structural` leaves the others out."""
+    names = sorted({name for recipe in sides.frame.recipes(sides.source).values() for name in recipe.stored})
+    for name in CANARIES:
+        fault = FAULTS[name]
+        if (len(sides.ranks) > 1 or name not in BETWEEN_RANKS) and (fault.structural or not structural):
+            damaged = fault.mutant(sides.frame.config, sides.source, sides.ranks, sides.frame.layers[0], names)
+            if damaged is not None:
+                yield name, replace(sides, ranks=damaged)
+
+
+def _logits(mutant: Sides, dtype: torch.dtype, choices: Choices) -> list[Tensor]:
+    """The damaged ranks' logits; none where they cannot be run at all, which is to be caught as well."""
+    try:
+        return logits_of(mutant, mutant.here(dtype), [mutant.prompt], choices)
+    except (DifferentError, UnsupportedError):
+        return []
+
+
+def exact_canaries(sides: Sides, *, float32: bool = False) -> list[Canary]:
+    """Every applicable canary against the exact tier's end-to-end criterion."""
+    dtype = torch.float32 if float32 else torch.float64
+    limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
+    cut, pins, canaries = small(sides), Pinned(), []
+    with no_tf32():
+        wanted = cut.reference(dtype).run(Single(), [sides.prompt], pins)
+        for name, mutant in mutants(cut, structural=False):
+            error = max((relative(each, wanted) for each in _logits(mutant, dtype, pins.made)), default=math.inf)
+            canaries.append(Canary(name, "exact", "caught" if error > limit else "missed", error))
+    return canaries
+
+
+def native_canaries(sides: Sides, dtype: torch.dtype) -> list[Canary]:
+    """Every applicable structural canary against the native tier's criteria on the prompt."""
+    cut, pins, canaries = small(sides), Pinned(), []
+    r = cut.reference(torch.float64).run(Single(), [sides.prompt], pins)
+    n = cut.reference(dtype).run(Single(), [sides.prompt], Pinned(pins.made))
+    noise = relative(n, r)
+    for name, mutant in mutants(cut, structural=True):
+        metrics = [native_metrics(r, n, t, dtype) for t in _logits(mutant, dtype, pins.made)]
+        status = "caught"
+        if metrics and not any(exceeded(rank) for rank in metrics):
+            wide = _logits(mutant, torch.float64, pins.made)
+            effect = max((relative(each, r) for each in wide), default=math.inf)
+            status = "missed" if effect > VISIBLE * noise else "too small"
+        canaries.append(Canary(name, "native", status, max((rank["ratio"] for rank in metrics), default=math.inf)))
+    return canaries

@@ -1,0 +1,127 @@
+"""Which heads a rank has, from the shapes of its attention's parameters, and the module told so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tpshard.errors import DifferentError
+from tpshard.verify.hf.model import Cut
+
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
+FUSED = ("qkv_proj", "c_attn", "Wqkv")
+"""Projections that make q, k and v, one behind the other."""
+OUT = ("o_proj", "out_proj", "c_proj", "dense")
+BIASES = ("position_bias", "alibi")
+"""Arguments that hold a value for each head of the whole model."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A rank's q heads and KV heads in an attention module, and the first of each among all."""
+
+    q: int
+    kv: int
+    first_q: int
+    first_kv: int
+
+
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that attend, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+
+
+def output_of(module: nn.Module) -> str:
+    """The projection behind the heads."""
+    return next(leaf for leaf in OUT if hasattr(module, leaf))
+
+
+def total_heads(config: Any) -> tuple[int, int]:
+    """Q heads and KV heads of the unsharded model."""
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -> Heads:
+    """A rank's heads. DifferentError where a rank does not hold whole heads, or q heads without their k and v."""
+    heads, _ = total_heads(config)
+    row = f"{name}.{output_of(module)}.weight"
+    out = cuts[row]
+    if sum(out.sizes) != out.total or any(size * heads % out.total for size in out.sizes):
+        raise DifferentError(
+            f"the ranks' {row} are not {heads} whole heads",
+            tensor=row,
+            expected=f"heads of {out.total // heads}",
+            found=", ".join(map(str, out.sizes)),
+        )
+    counts = [size * heads // out.total for size in out.sizes]
+    q, first_q = counts[rank], sum(counts[:rank])
+    kv = _kv(name, module, config, cuts, counts, out.total // heads)
+    held, first, group = kv.sizes[rank], kv.first(rank), heads // kv.total
+    # Global q head h attends to KV head h // group; the model's own code deals a rank's KV heads to its q heads evenly.
+    if held < 1 or q % held or any((first_q + i) // group - first != i // (q // held) for i in range(q)):
+        raise DifferentError(
+            f"rank {rank}: {name} has q heads without their k and v",
+            tensor=row,
+            expected=f"KV heads of q heads {first_q} to {first_q + q - 1}",
+            found=f"{held} KV heads from {first} on",
+        )
+    return Heads(q, held, first_q, first)
+
+
+def _kv(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut], q: list[int], head: int) -> Cut:
+    """The ranks' KV heads: by k_proj, by what a fused projection has beside q, or as many as q heads (MLA)."""
+    heads, kv_heads = total_heads(config)
+    if hasattr(module, "k_proj"):
+        k = cuts.get(f"{name}.k_proj.weight")
+        if k is None:
+            return Cut(0, (kv_heads,) * len(q), kv_heads, alike=True)
+        size = k.total // kv_heads
+        return Cut(0, tuple(rows // size if rows % size == 0 else 0 for rows in k.sizes), kv_heads)
+    fused = next((leaf for leaf in FUSED if hasattr(module, leaf)), None)
+    if fused is None:
+        return Cut(0, tuple(q), heads)
+    rows = [size - n * head for size, n in zip(cuts[f"{name}.{fused}.weight"].sizes, q, strict=True)]
+    return Cut(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
+
+
+def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:
+    """Set the numbers that the module's own code reads, and cut what comes by head.
+
+    `head` is the width of a head's output, `total` the number of q heads in the unsharded model.
+    """
+    for names, value in ((COUNTS, heads.q), (KV_COUNTS, heads.kv)):
+        for attribute in names:
+            if isinstance(getattr(module, attribute, None), int):
+                setattr(module, attribute, value)
+    if hasattr(module, "num_key_value_groups"):
+        module.num_key_value_groups = heads.q // heads.kv  # type: ignore[assignment]
+    if hasattr(module, "split_size"):
+        module.split_size = heads.q * head  # type: ignore[assignment]
+    if hasattr(module, "config"):
+        mine: Any = copy.copy(module.config)
+        mine.num_attention_heads = heads.q
+        if hasattr(mine, "num_key_value_heads"):
+            mine.num_key_value_heads = heads.kv
+        module.config = mine
+    # StableLM has a norm for each head; every rank stores them all.
+    for leaf, first, count in (("q_layernorm", heads.first_q, heads.q), ("k_layernorm", heads.first_kv, heads.kv)):
+        norms = getattr(getattr(module, leaf, None), "norms", None)
+        if isinstance(norms, nn.ModuleList):
+            getattr(module, leaf).norms = norms[first : first + count]
+
+    def cut_biases(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for key in BIASES:
+            bias = kwargs.get(key)
+            if isinstance(bias, Tensor) and bias.shape[0] == total:
+                kwargs = kwargs | {key: bias.narrow(0, heads.first_q, heads.q)}
+        return args, kwargs
+
+    module.register_forward_pre_hook(cut_biases, with_kwargs=True)

@@ -1,0 +1,81 @@
+"""What is changed about torch while a model of transformers runs: float32 means float64, and routing is pinned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+CHOICES = {torch.topk, Tensor.topk, torch.max, Tensor.max}
+"""What routers choose their experts with."""
+
+
+def _wider(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+class Wide(TorchFunctionMode):
+    """Every float32 becomes float64.
+
+    transformers computes norms, softmax, rotary tables and routers in float32 whatever the model's dtype is; here a
+    conversion to float32, a `dtype=torch.float32` and a new tensor of the default dtype are float64 instead.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        named = {key: _wider(value) for key, value in (kwargs or {}).items()}
+        out = func(*(_wider(value) for value in args), **named)
+        return out.double() if isinstance(out, Tensor) and out.dtype == torch.float32 else out
+
+
+class Pinned(TorchFunctionMode):
+    """Makes routers choose what another run chose, so that a tie cannot fall differently on the two sides.
+
+    With `choices` None it records: `made` holds, by router, every choice in order. What is chosen from is compared
+    elsewhere, as the router's logits; a pinned choice still takes its values from the scores at hand.
+    """
+
+    def __init__(self, choices: Mapping[str, Sequence[Tensor]] | None = None) -> None:
+        super().__init__()
+        self.choices = choices
+        self.made: dict[str, list[Tensor]] = {}
+        self.router: str | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.router is None or func not in CHOICES or isinstance(out, Tensor):
+            return out
+        made = self.made.setdefault(self.router, [])
+        if self.choices is None:
+            made.append(out.indices)
+            return out
+        indices = self.choices[self.router][len(made)]
+        made.append(indices)
+        dim = args[2] if len(args) > 2 else (kwargs or {}).get("dim", -1)
+        if out.indices.dim() == args[0].dim():
+            return type(out)((args[0].gather(dim, indices), indices))
+        return type(out)((args[0].gather(dim, indices.unsqueeze(dim)).squeeze(dim), indices))
+
+    @contextmanager
+    def watching(self, routers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Choices are pinned within these modules alone: attention has maxima of its own."""
+
+        def enter(name: str) -> Any:
+            return lambda *_: setattr(self, "router", name)
+
+        hooks = [module.register_forward_pre_hook(enter(name)) for name, module in routers.items()]
+        hooks += [module.register_forward_hook(lambda *_: setattr(self, "router", None)) for module in routers.values()]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
