@@ -5,7 +5,7 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash test-engines bench power power-engine gpu-check clean
+.PHONY: demo test check test-crash test-engines bench power power-engine gpu-check docs dist test-signing clean
 
 demo: $(VENV)/.base
 	$(BIN)/python tests/demo.py
@@ -42,6 +42,26 @@ power-engine: $(VENV)/.dev
 gpu-check:
 	$(PYTHON) tests/gpu/check.py --output docs/benchmarks $(ARGS)
 
+# The site, in site/; strict, and nothing is fetched when it is read.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python docs/build.py site
+
+# wheel and sdist in dist/; the wheel of the sdist is installed elsewhere and splits a model.
+dist: $(VENV)/.base
+	rm -rf dist build/dist && mkdir -p build/dist
+	$(PIP) build
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/dist/venv
+	build/dist/venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	build/dist/venv/bin/python tests/installed.py
+
+# docs/how-to/sign.md, command by command, with the package that it names. An environment of 150 MB.
+test-signing: $(VENV)/.dev
+	test -x build/signing/bin/model_signing || $(PYTHON) -m venv build/signing
+	build/signing/bin/pip install --quiet --disable-pip-version-check model-signing pyopenssl
+	PATH="$(abspath build/signing/bin):$$PATH" $(BIN)/python -m pytest -q -n 0 tests/check_signing.py
+
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpshard needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,5 +77,9 @@ $(VENV)/.dev: $(VENV)/.base
 	$(PIP) torch && $(PIP) --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) --editable '.[docs]' --config-settings editable_mode=compat
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ENGINES) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -124,7 +124,8 @@ def test_one_file_of_any_name_beside_others() -> None:
 def test_one_part_of_several_is_not_a_model() -> None:
     model = llama(Path("model"), parts=2)
     error = fails(3, "plan", model / "model-00001-of-00002.safetensors", "--tp", 2)
-    assert "no tensor matches" in error["message"] and "complete" in error["hint"]
+    assert "layers 1 missing" in error["message"]
+    assert (error["expected"], error["found"]) == ("layers 0 to 1", "1 layers")
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX, "notes.txt"])

@@ -1,0 +1,186 @@
+"""Every command that README and docs show: run here, page by page, or marked with the reason why not.
+
+Each fenced block names its language. One in bash has a comment before it: `<!-- run -->`, `<!-- run: KIND -->` with a
+kind that this file knows, or `<!-- not run: REASON -->`. The blocks of a page are one script, as a reader types them.
+`<!-- file: NAME -->` before a block of another language saves it under that name. What pages take for granted lies
+where they run: see `place`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+
+from tpshard import api
+from tpshard.cli import app
+from tpshard.publish import Settings
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>\S*)\n(?P<text>.*?)^(?P=indent)(?P=fence)$", re.M | re.S
+)
+MARK = re.compile(r"<!-- (?P<what>run|not run|file)(: (?P<detail>[^>]+?))? -->\n *$")
+SHELL = ("bash", "sh", "shell", "console")
+KINDS = {None, "signing"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: where it begins, its language, its text, and the mark before it."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    what: str | None
+    detail: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for found in FENCE.finditer(text):
+        mark = MARK.search(text, 0, found.start() + len(found["indent"]))
+        body = "".join(line.removeprefix(found["indent"]) for line in found["text"].splitlines(keepends=True))
+        what, detail = (mark["what"], mark["detail"]) if mark else (None, None)
+        yield Block(page, text.count("\n", 0, found.start()) + 1, found["language"], body, what, detail)
+
+
+def script(found: list[Block], kind: Callable[[str | None], bool]) -> str:
+    """The commands of a page's blocks, with what saves its files."""
+    parts = []
+    for block in found:
+        if block.what == "file":
+            assert block.detail is not None
+            parts.append(f"cat > {shlex.quote(block.detail)} <<'END_OF_FILE'\n{block.text}END_OF_FILE\n")
+        elif block.what == "run" and kind(block.detail):
+            parts.append(f"echo '# {block}'\n{block.text}")
+    return "".join(parts)
+
+
+def run(commands: str, place: Path) -> str:
+    """Run a script as in a terminal that ends at the first failure; what it printed."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", commands], cwd=place, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\nexit code {done.returncode}"
+    return done.stdout
+
+
+@pytest.fixture
+def place(made: Callable[..., Path], tmp_path: Path) -> Path:
+    """A directory to work in: a model, a split of it that somebody has published, a model of a family without rules."""
+    (tmp_path / "Llama-3.1-8B").symlink_to(made("llama-bf16"))
+    api.split(tmp_path / "Llama-3.1-8B", 4, tmp_path / "published", settings=Settings(fsync=False))
+    family = shutil.copytree(made("llama-bf16"), tmp_path / "new-family")
+    config = json.loads((family / "config.json").read_text())
+    (family / "config.json").write_text(json.dumps(config | {"model_type": "new_family"}))
+    return tmp_path
+
+
+def test_every_command_is_run_or_says_why_not() -> None:
+    wrong = []
+    for block in (block for page in PAGES for block in blocks(page)):
+        if not block.language:
+            wrong.append(f"{block}: name the block's language; `text` where it is none")
+        elif block.language in SHELL and block.what not in ("run", "not run"):
+            wrong.append(f"{block}: run it, or say why not: see tests/test_docs.py")
+        elif block.language not in SHELL and block.what in ("run", "not run"):
+            wrong.append(f"{block}: only bash is run")
+        elif block.what == "run" and (block.language != "bash" or block.detail not in KINDS):
+            wrong.append(f"{block}: no block is run so")
+        elif block.what == "not run" and not block.detail:
+            wrong.append(f"{block}: not run, for which reason?")
+        elif block.language == "text" and re.search(r"^(\$ )?(tpshard|pip|make|torchrun) ", block.text, re.M):
+            wrong.append(f"{block}: commands are bash")
+    assert not wrong, "\n".join(wrong)
+
+
+RUN = [page for page in PAGES if any(b.what == "run" and b.detail != "signing" for b in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_commands_of_a_page_run(page: Path, place: Path) -> None:
+    printed = run(script(list(blocks(page)), lambda kind: kind != "signing"), place)
+    assert printed.startswith("# ")
+    if page.name == "tutorial.md":
+        assert "equal to every byte of tiny" in printed and "PASS: tiny-tp2" in printed
+        assert "rank-00001-of-00002.safetensors: " in printed and "exit code 1" in printed
+
+
+def test_a_failing_command_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("1. x\n\n   <!-- run -->\n   ```bash\n   false\n   echo later\n   ```\n\n```bash\ntrue\n```\n")
+    first, second = blocks(page)
+    assert (first.what, first.text, first.line) == ("run", "false\necho later\n", 4) and second.what is None
+    with pytest.raises(AssertionError, match="exit code 1"):
+        run(first.text, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """docs/build.py."""
+    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_site_that_fetches_from_others_is_found_out(build: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(
+        '<a href="https://x/y">y</a><link rel="canonical" href="https://x/z"><img src="i.png">'
+    )
+    assert build.fetched(tmp_path) == []
+    (tmp_path / "b.html").write_text('<link rel="stylesheet" href="https://f/css"><script src="//c/j.js"></script>')
+    (tmp_path / "c.css").write_text('@import "https://f/other.css"; a { background: url(data:image/png;base64,) }')
+    assert build.fetched(tmp_path) == ["b.html: https://f/css", "b.html: //c/j.js", "c.css: https://f/other.css"]
+
+
+def test_the_shell_completes_commands(tmp_path: Path) -> None:
+    assert "complete -o default" in run("tpshard --show-completion", tmp_path)
+    asked = "_TPSHARD_COMPLETE=complete_bash COMP_WORDS='tpshard re' COMP_CWORD=1 tpshard"
+    assert run(asked, tmp_path).split() == ["reshard"]
+
+
+def test_the_reference_has_every_command_and_option(build: ModuleType) -> None:
+    sections = dict(re.findall(r"^## (tpshard[^\n]*)\n(.*?)(?=^## |\Z)", build.cli_reference(), re.M | re.S))
+    seen = 0
+
+    def look(command: typer.core.TyperCommand, name: str) -> None:
+        nonlocal seen
+        seen += 1
+        for parameter in command.params:
+            for option in getattr(parameter, "opts", []):
+                assert not option.startswith("-") or option in sections[name], (name, option)
+        for sub, inner in getattr(command, "commands", {}).items():
+            look(inner, f"{name} {sub}")
+
+    look(typer.main.get_command(app), "tpshard")  # type: ignore[arg-type]
+    assert seen == len(sections) > 8
+
+
+def test_every_page_is_linked_to_something_that_is_there() -> None:
+    for page in PAGES:
+        text = FENCE.sub("", page.read_text())
+        for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text):
+            generated = (page.parent / target).resolve() == ROOT / "docs/reference/cli.md"
+            assert generated or (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
