@@ -311,6 +311,26 @@ def test_only_the_rows_that_are_asked_for_are_read(splits: Splits, monkeypatch: 
     assert read == [(8, 12), (68, 72)]
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "version"),
+    [
+        ("gpt2", "vllm", None),
+        ("gpt_bigcode-mqa", "vllm", None),
+        ("llama-gqa", "vllm", None),
+        ("llama-gqa", "meta", "2"),
+    ],
+)
+def test_blocks_of_rows_are_those_of_the_whole(name: str, format: str, version: str | None, splits: Splits) -> None:
+    model, shards = splits(name, 2, format, version)
+    _, source = open_source(model)
+    for rank in translated(open_shards(shards), source.names()).ranks:
+        assert set(source.names()) == set(rank.names())
+        for tensor in rank.names():
+            whole = rank.get(tensor)
+            assert tuple(whole.shape) == rank.shape(tensor) and whole.dtype == rank.dtype(tensor)
+            assert torch.equal(rank.rows(tensor, 3, 7), whole[3:7])
+
+
 def test_what_cannot_be_read_is_said(splits: Splits, tmp_path: Path) -> None:
     model, good = splits("llama-gqa", 4)
     shards = Path(shutil.copytree(good, tmp_path / "shards"))
