@@ -48,6 +48,12 @@ VLLM = [
             "falcon-mha-alibi",
             "opt",
             "opt-350m-like",
+            # By transformers' classes.
+            "granite",
+            "nemotron",
+            "phi3",
+            "mixtral",
+            "qwen3_moe",
         )
     ),
 ]
@@ -136,6 +142,7 @@ def interleaved(name: str, heads: int) -> Change:
 
 LAYER = "model.layers.1."
 H = "transformer.h.1."
+W13 = "model.layers.1.block_sparse_moe.experts.routed_experts.w13_weight"
 FAULTS = {
     # 4 q heads of 8 rows, 1 KV head.
     "two q heads": (
@@ -193,6 +200,12 @@ FAULTS = {
         # A row of rank 0's share, which the decoder does not take from rank 1, but the engine does.
         swapped("model.h.1.mlp.c_fc.weight", slice(0, 1), slice(1, 2)),
         "model.h.1.mlp.c_fc.weight of rank 1, which all ranks hold whole, is not rank 0's",
+        None,
+    ),
+    "an expert's gate and up": (
+        "mixtral",
+        lambda tensors: tensors.update({W13: tensors[W13].roll(tensors[W13].shape[1] // 2, 1)}),
+        "model.layers.1.mlp.experts of rank 1",
         None,
     ),
     "scale": (
@@ -296,6 +309,26 @@ def test_only_the_rows_that_are_asked_for_are_read(splits: Splits, monkeypatch: 
     # 4 heads of 8. Rows 20 to 28 of the source end the first one's v and begin the second one's q.
     assert torch.equal(rank.rows(name, 20, 28), whole[20:28])
     assert read == [(8, 12), (68, 72)]
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "version"),
+    [
+        ("gpt2", "vllm", None),
+        ("gpt_bigcode-mqa", "vllm", None),
+        ("llama-gqa", "vllm", None),
+        ("llama-gqa", "meta", "2"),
+    ],
+)
+def test_blocks_of_rows_are_those_of_the_whole(name: str, format: str, version: str | None, splits: Splits) -> None:
+    model, shards = splits(name, 2, format, version)
+    _, source = open_source(model)
+    for rank in translated(open_shards(shards), source.names()).ranks:
+        assert set(source.names()) == set(rank.names())
+        for tensor in rank.names():
+            whole = rank.get(tensor)
+            assert tuple(whole.shape) == rank.shape(tensor) and whole.dtype == rank.dtype(tensor)
+            assert torch.equal(rank.rows(tensor, 3, 7), whole[3:7])
 
 
 def test_what_cannot_be_read_is_said(splits: Splits, tmp_path: Path) -> None:

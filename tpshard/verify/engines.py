@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError, UnsupportedError
-from tpshard.verify.families import describe
+from tpshard.verify.families import FAMILIES, describe
 from tpshard.verify.family import Family
 from tpshard.verify.pieces import Columns, Piece, PieceWeights, Rows, Turned
 from tpshard.verify.shards import FileWeights, ShardSet
 
 _Pieces = Iterator[tuple[str, Piece]]
 _LAYER = re.compile(r"(.*?\.)(\d+)\.(.+)")
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 _SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 
 
@@ -31,7 +39,8 @@ class Names:
 
     qkv, gate_up: the fused modules. turned: modules with the source's weights transposed. grouped: a module with its q,
     k and v apart that the source interleaves. whole: modules that all ranks hold whole, and share out here; the one
-    that ends with the MLP by its inputs. roots: the engine's first component of a name → the source's.
+    that ends with the MLP by its inputs. roots: the engine's first component of a name → the source's. renamed: tensors
+    under the names that transformers' classes have, which --engine transformers takes.
     """
 
     qkv: str | None = None
@@ -40,12 +49,25 @@ class Names:
     grouped: str | None = None
     whole: tuple[str, ...] = ()
     roots: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+def _experts(module: str) -> Mapping[str, str]:
+    """Stacked experts: what vLLM has as w13 and w2."""
+    stacked = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
+    return {f"{module}.experts.routed_experts.{name}": f"mlp.experts.{into}" for name, into in stacked.items()}
 
 
 _LLAMA = Names(qkv="self_attn.qkv_proj", gate_up="mlp.gate_up_proj")
 _BLOOM = Names(grouped="self_attention.query_key_value")
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2"), _LLAMA),
+    **dict.fromkeys(("cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "granite", "olmo", "seed_oss"), _LLAMA),
+    **dict.fromkeys(("smollm3", "stablelm"), _LLAMA),
+    **dict.fromkeys(("glm4", "nemotron", "starcoder2"), replace(_LLAMA, gate_up=None)),
+    "phi3": Names(),
+    "mixtral": replace(_LLAMA, renamed=_experts("block_sparse_moe")),
+    "qwen3_moe": replace(_LLAMA, renamed={**_experts("mlp"), "mlp.experts.gate.weight": "mlp.gate.weight"}),
     "gpt2": Names(turned=frozenset(("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"))),
     "gptj": Names(qkv="attn.qkv_proj"),
     "gpt_neox": Names(roots={"model": "gpt_neox", "lm_head": "embed_out"}),
@@ -84,7 +106,7 @@ def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
             expected=", ".join(sorted(known)),
             hint="`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs",
         )
-    family = describe(opened.config)
+    family = _described(opened.config)
     tp = len(opened.ranks)
     if opened.format == "vllm":
         names = VLLM[model_type]
@@ -95,6 +117,13 @@ def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
     rename = _prefix(family, source)
     ranks = [PieceWeights({rename(name): piece for name, piece in pieces.items()}) for pieces in made]
     return replace(opened, ranks=tuple(ranks), stored=opened.ranks)
+
+
+def _described(config: Mapping[str, Any]) -> Family:
+    """The family, or a LLaMA of its sizes: what `VLLM` has and the decoder does not is named as LLaMA is."""
+    model_type = str(config.get("model_type"))
+    sizes = {key: config[key] for key in _SIZES if key in config}
+    return describe(config if model_type in FAMILIES else {**sizes, "model_type": "llama"})
 
 
 def _prefix(family: Family, source: Collection[str]) -> Callable[[str], str]:
@@ -134,6 +163,10 @@ class _Rank:
             if name.rpartition(".")[2] in _SCALES:
                 continue
             module, _, suffix = name.rpartition(".")
+            found = _LAYER.fullmatch(name)
+            if found is not None and found[3] in self.names.renamed:
+                yield self._root(f"{found[1]}{found[2]}.{self.names.renamed[found[3]]}"), Rows(self.weights, name)
+                continue
             found = _LAYER.fullmatch(module)
             if found is None or suffix not in ("weight", "bias"):
                 yield self._root(name), Rows(self.weights, name)

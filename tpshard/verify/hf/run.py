@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
+from tpshard.verify.engines import require_replicas
 from tpshard.verify.families import describe
 from tpshard.verify.group import Processes, Threads
 from tpshard.verify.hf.canaries import exact_canaries, native_canaries
@@ -51,6 +52,7 @@ def engine_of(asked: str, config: Mapping[str, Any]) -> str:
 class Case:
     """What is compared, and what was decided before a number is computed."""
 
+    opened: ShardSet
     sides: Sides
     tokens: int
     short: bool
@@ -109,7 +111,7 @@ def prepare(
             found=f"{free:,} bytes to use on {device}",
             hint="--layers looks at fewer layers, --float32 --tier exact takes half",
         )
-    return Case(sides, fitting, fitting != tokens, seed, float32)
+    return Case(opened, sides, fitting, fitting != tokens, seed, float32)
 
 
 def _layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
@@ -176,13 +178,20 @@ def unused(case: Case) -> list[str]:
     ]
 
 
+def _replicas(case: Case) -> None:
+    if 0 in case.sides.team.here:
+        require_replicas(case.opened)
+
+
 def _judge_exact(case: Case) -> tuple[Tier, list[Canary]]:
     """The exact tier and its canaries."""
+    _replicas(case)
     return exact(case.sides, float32=case.float32), exact_canaries(case.sides, float32=case.float32)
 
 
 def _judge_native(case: Case) -> tuple[Tier, list[Canary]]:
     """The native tier in the dtype of most of the shards' tensors, and its canaries."""
+    _replicas(case)
     rank = case.sides.ranks[0]
     assert isinstance(rank, FileWeights)
     dtype = Counter(rank.dtype(name) for name in _used(case.sides, rank)).most_common(1)[0][0]
