@@ -149,7 +149,7 @@ def test_split_fetches_what_is_wanted_and_writes_it(server: HubServer, source: P
     index = "model.safetensors.index.json"
     assert fetched(server) == side | {index} | {path.name for path in source.glob("*.safetensors")}
     ranks = {f"rank-0000{rank}-of-00002.{end}" for rank in range(2) for end in ("safetensors", "json")}
-    assert {path.name for path in Path("tiny-tp2").iterdir()} == side | ranks | {"tpshard.json"}
+    assert {path.name for path in Path("tiny-tp2").iterdir()} == side | ranks | {"tpshard.json", "SHA256SUMS"}
     written = json.loads(Path("tiny-tp2/tpshard.json").read_text())["source"]
     assert (written["name"], written["repo_id"], written["revision"]) == (REPO, REPO, commit)
     succeeds("check", "tiny-tp2", "--source", REPO)

@@ -151,6 +151,14 @@ def open_shards(directory: Path) -> ShardSet:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=_SAME) from None
+    if split.options.format not in FORMATS:
+        raise CorruptError(
+            "the set is of a format that is not known",
+            path=path,
+            expected=", ".join(FORMATS),
+            found=split.options.format,
+            hint=f"upgrade tpshard, or {_SAME}",
+        )
     names = sorted(entry.name for entry in directory.iterdir())
     _check_derived(directory, split)
     files = _rank_files(directory, names, split)
