@@ -431,7 +431,8 @@ def _q_and_k_norm_exchanged(bench: Bench) -> None:
             bench.write(rank, two, q)
 
 
-def _flip_largest(weight: Tensor) -> Tensor:
+def flip_largest(weight: Tensor) -> Tensor:
+    """The weight with the sign of its largest element turned; same shape."""
     flat = weight.flatten()
     at = flat.abs().argmax()
     flat[at] = -flat[at]
@@ -440,12 +441,12 @@ def _flip_largest(weight: Tensor) -> Tensor:
 
 @_fault(structural=False)
 def _sign_of_an_element_of_out(bench: Bench) -> None:
-    bench.edit(bench.at(bench.family.out), _flip_largest, rank=bench.tp - 1)
+    bench.edit(bench.at(bench.family.out), flip_largest, rank=bench.tp - 1)
 
 
 @_fault(structural=False)
 def _sign_of_an_element_of_down(bench: Bench) -> None:
-    bench.edit(bench.at(bench.family.down), _flip_largest, rank=bench.tp - 1)
+    bench.edit(bench.at(bench.family.down), flip_largest, rank=bench.tp - 1)
 
 
 @_fault()

@@ -72,7 +72,11 @@ def native(setup: Setup, dtype: torch.dtype, steps: Sequence[Tensor]) -> Tier:
     ranks = setup.team.run(
         lambda group: native_metrics(r, n, through(setup.sharded(group, dtype, hold=True), steps, setup.which()), dtype)
     )
-    worst, findings = worst_module(setup, dtype)
+    return native_tier(ranks, *worst_module(setup, dtype))
+
+
+def native_tier(ranks: Sequence[Mapping[str, float]], worst: Place, findings: Sequence[Finding]) -> Tier:
+    """The tier that every rank's metrics, and the worst module of all, come to."""
     failed = [rank for rank, metrics in enumerate(ranks) if exceeded(metrics)]
     shown = failed[0] if failed else max(range(len(ranks)), key=lambda rank: ranks[rank]["ratio"])
     reason = None
@@ -99,10 +103,17 @@ def worst_module(setup: Setup, dtype: torch.dtype) -> tuple[Place, list[Finding]
     alone = replace(setup, ranks=[setup.source], team=Threads(1), sequence_parallel=False, keep_ranks=False)
     _, unsharded = lockstep(alone, dtype, math.inf, wide=torch.float64)
     _, sharded = lockstep(setup, dtype, math.inf, wide=torch.float64)
+    return worst_ratio(unsharded, sharded, dtype)
+
+
+def worst_ratio(
+    unsharded: Sequence[Finding], sharded: Sequence[Finding], dtype: torch.dtype
+) -> tuple[Place, list[Finding]]:
+    """The sharded modules' errors as multiples of the unsharded ones', and the place of the largest."""
     floor = float(torch.finfo(dtype).eps) / 4
-    yardstick = {f.module: f.error + floor for f in unsharded}
-    ratios = [replace(f, error=f.error / yardstick[f.module]) for f in sharded]
-    return place(max(ratios, key=lambda f: f.error)), ratios
+    yardstick = {finding.module: finding.error + floor for finding in unsharded}
+    ratios = [replace(finding, error=finding.error / yardstick[finding.module]) for finding in sharded]
+    return place(max(ratios, key=lambda finding: finding.error)), ratios
 
 
 def exceeded(metrics: Mapping[str, float]) -> list[str]:

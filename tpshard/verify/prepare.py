@@ -44,13 +44,45 @@ def prompt_ids(vocab: int, seed: int, batch: int, length: int) -> Tensor:
     return ids.view(batch, length)
 
 
-def _layers(family: Family, layers: Sequence[int] | None) -> tuple[int, ...] | None:
+def chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
+    """The layers asked for, of `count`, in order and without the negative numbers; UsageError when there is none."""
     if layers is None:
         return None
     for i in layers:
-        if not -family.layers <= i < family.layers:
-            raise UsageError(f"there is no layer {i}", expected=f"{-family.layers} to {family.layers - 1}")
-    return tuple(sorted({i % family.layers for i in layers}))
+        if not -count <= i < count:
+            raise UsageError(f"there is no layer {i}", expected=f"{-count} to {count - 1}")
+    return tuple(sorted({i % count for i in layers}))
+
+
+def require_one_each(opened: ShardSet, team: Threads | Processes) -> None:
+    """UsageError unless as many processes run as there are ranks, or one for all of them."""
+    if team.size != len(opened.ranks):
+        raise UsageError(
+            "one process per rank is needed",
+            path=opened.directory,
+            expected=len(opened.ranks),
+            found=team.size,
+            hint="start as many processes as there are ranks, or one for all of them",
+        )
+
+
+def another_model(opened: ShardSet, model_type: object) -> UsageError:
+    """The error for shards that are not of the source, which is of this type."""
+    return UsageError(
+        "the shards are of another model than the source",
+        path=opened.directory,
+        expected=f"the {model_type} that the source holds",
+        found=f"a {opened.config.get('model_type')} of other sizes or settings",
+        hint="give the model that was split with --source",
+    )
+
+
+def prompt_of(prompt: Tensor | None, vocab: int, seed: int) -> Tensor:
+    """The prompt that was given, or ids from the seed; UsageError when its ids are not of the vocabulary."""
+    ids = prompt_ids(vocab, seed, BATCH, PROMPT) if prompt is None else prompt
+    if not ids.numel() or int(ids.max()) >= vocab or int(ids.min()) < 0:
+        raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {vocab}")
+    return ids
 
 
 def _finite(weights: FileWeights, layers: Sequence[int]) -> None:
@@ -107,24 +139,9 @@ def prepare(
 ) -> Case:
     family = describe(config)
     if describe(opened.config) != family:
-        raise UsageError(
-            "the shards are of another model than the source",
-            path=opened.directory,
-            expected=f"the {family.model_type} that the source holds",
-            found=f"a {opened.config.get('model_type')} of other sizes or settings",
-            hint="give the model that was split with --source",
-        )
-    if team.size != len(opened.ranks):
-        raise UsageError(
-            "one process per rank is needed",
-            path=opened.directory,
-            expected=len(opened.ranks),
-            found=team.size,
-            hint="start as many processes as there are ranks, or one for all of them",
-        )
-    ids = prompt_ids(family.vocab, seed, BATCH, PROMPT) if prompt is None else prompt
-    if not ids.numel() or int(ids.max()) >= family.vocab or int(ids.min()) < 0:
-        raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {family.vocab}")
+        raise another_model(opened, family.model_type)
+    require_one_each(opened, team)
+    ids = prompt_of(prompt, family.vocab, seed)
     fitting = _room(family, weights, ids.shape[1], tokens)
     setup = Setup(
         family=family,
@@ -133,7 +150,7 @@ def prepare(
         team=team,
         prompt=ids.to(where),
         device=where,
-        layers=_layers(family, layers),
+        layers=chosen_layers(layers, family.layers),
         sequence_parallel=sequence_parallel,
     )
     return Case(

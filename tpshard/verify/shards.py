@@ -160,7 +160,7 @@ def _open_rank(directory: Path, files: RankFiles, rank: int, warnings: list[str]
             if path.exists() and path.stat().st_size != part["size"]:
                 warnings.append(f"{path.name} has {path.stat().st_size} bytes, its record says {part['size']}")
     weights = FileWeights(infos)
-    _require_floats(weights)
+    require_floats(weights, parameters(weights))
     return weights
 
 
@@ -169,8 +169,9 @@ def parameters(weights: Weights) -> list[str]:
     return [n for n in weights.names() if n.endswith((".weight", ".bias")) and len(weights.shape(n)) in (1, 2)]
 
 
-def _require_floats(weights: FileWeights) -> None:
-    for name in parameters(weights):
+def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
+    """UnsupportedError for the first of the named tensors that is not of a floating-point dtype."""
+    for name in names:
         if weights.dtype(name) not in FLOATS:
             raise UnsupportedError(
                 "verify computes with floating-point weights only",
@@ -185,7 +186,7 @@ def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: b
     """Config and weights of an unsharded checkpoint, rounded to `cast` where the shards were."""
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
     weights = FileWeights(checkpoint.tensors, cast)
-    _require_floats(weights)
+    require_floats(weights, parameters(weights))
     return checkpoint.config, weights
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError, UnsupportedError
-from tpshard.verify.canaries import VISIBLE
+from tpshard.verify.canaries import BETWEEN_RANKS, CANARIES, VISIBLE
 from tpshard.verify.compare import EXACT_LIMIT, FLOAT32_LIMIT, no_tf32
 from tpshard.verify.group import Single
-from tpshard.verify.hf.faults import BETWEEN_RANKS, CANARIES, FAULTS
+from tpshard.verify.hf.faults import FAULTS
 from tpshard.verify.hf.modes import Pinned
 from tpshard.verify.hf.sides import Sides
 from tpshard.verify.hf.tiers import Choices, logits_of

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpshard.verify.faults import flip_largest
 from tpshard.verify.hf.heads import total_heads
 from tpshard.verify.hf.model import Cut
 from tpshard.verify.verdict import layer_of
@@ -386,22 +387,15 @@ def _a_layer_stale(bench: Bench) -> None:
             bench.write(0, name, bench.ranks[0].get(other))
 
 
-def _flip_largest(weight: Tensor) -> Tensor:
-    flat = weight.flatten()
-    at = flat.abs().argmax()
-    flat[at] = -flat[at]
-    return flat.view_as(weight)
-
-
 @_fault(structural=False)
 def _sign_of_an_element_of_out(bench: Bench) -> None:
-    bench.edit(bench.find(OUT, cut=True), _flip_largest, rank=bench.tp - 1)
+    bench.edit(bench.find(OUT, cut=True), flip_largest, rank=bench.tp - 1)
 
 
 @_fault(structural=False)
 def _sign_of_an_element_of_down(bench: Bench) -> None:
     """Of experts that are stored one by one, in the last one alone."""
-    bench.edit(bench.find(DOWN, cut=True)[-1:], _flip_largest, rank=bench.tp - 1)
+    bench.edit(bench.find(DOWN, cut=True)[-1:], flip_largest, rank=bench.tp - 1)
 
 
 @_fault(structural=False)
@@ -411,22 +405,3 @@ def _cast_through_a_smaller_dtype(bench: Bench) -> None:
         return weight.to(smaller).to(weight.dtype)
 
     bench.edit(bench.find(DOWN, cut=True)[-1:], narrow, rank=0)
-
-
-CANARIES = (
-    "rank-files-exchanged",
-    "heads-swapped-in-a-rank",
-    "heads-swapped-between-ranks",
-    "k-and-v-exchanged",
-    "gate-and-up-exchanged",
-    "wrong-kv-replica",
-    "out-bias-dropped",
-    "down-bias-dropped",
-    "v-bias-dropped",
-    "out-bias-added-tp-times",
-    "down-bias-added-tp-times",
-    "up-row-shifted",
-    "sign-of-an-element-of-out",
-)
-# These need a second rank.
-BETWEEN_RANKS = {"rank-files-exchanged", "heads-swapped-between-ranks", "wrong-kv-replica"}

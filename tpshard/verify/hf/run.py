@@ -22,9 +22,9 @@ from tpshard.verify.hf.model import covers, frame_of, library_version, model_con
 from tpshard.verify.hf.sides import Sides
 from tpshard.verify.hf.tiers import exact, native
 from tpshard.verify.machine import FILL, available
-from tpshard.verify.prepare import BATCH, PROMPT, prompt_ids
+from tpshard.verify.prepare import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verify.run import TIERS, judged
-from tpshard.verify.shards import FLOATS, FileWeights, ShardSet, elements, not_finite
+from tpshard.verify.shards import FileWeights, ShardSet, elements, not_finite, require_floats
 from tpshard.verify.verdict import Canary, Tier, Verdict, layer_of
 
 ENGINES = ("auto", "tpshard", "transformers")
@@ -80,25 +80,14 @@ def prepare(
     """
     read, other = model_config(config), model_config(opened.config)
     if not same_model(read, other):
-        raise UsageError(
-            "the shards are of another model than the source",
-            path=opened.directory,
-            expected=f"the {config.get('model_type')} that the source holds",
-            found=f"a {opened.config.get('model_type')} of other sizes or settings",
-            hint="give the model that was split with --source",
-        )
-    if team.size != len(opened.ranks):
-        raise UsageError(
-            "one process per rank is needed", path=opened.directory, expected=len(opened.ranks), found=team.size
-        )
-    ids = prompt_ids(read.vocab_size, seed, BATCH, PROMPT) if prompt is None else prompt
-    if not ids.numel() or int(ids.max()) >= read.vocab_size or int(ids.min()) < 0:
-        raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {read.vocab_size}")
+        raise another_model(opened, config.get("model_type"))
+    require_one_each(opened, team)
+    ids = prompt_of(prompt, read.vocab_size, seed)
     positions = int(getattr(read, "max_position_embeddings", 0) or getattr(read, "max_seq_len", 0) or ids.shape[1])
     if ids.shape[1] > positions:
         raise UsageError("the prompt is longer than the model's positions", expected=positions, found=ids.shape[1])
     fitting = min(tokens, positions - ids.shape[1])
-    frame = frame_of(read, _layers(layers, read.num_hidden_layers))
+    frame = frame_of(read, chosen_layers(layers, read.num_hidden_layers))
     sides = Sides(frame, source, opened.ranks, team, ids.to(device), device)
     _floats(sides)
     need = _memory(sides)
@@ -114,15 +103,6 @@ def prepare(
     return Case(opened, sides, fitting, fitting != tokens, seed, float32)
 
 
-def _layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
-    if layers is None:
-        return None
-    for i in layers:
-        if not -count <= i < count:
-            raise UsageError(f"there is no layer {i}", expected=f"{-count} to {count - 1}")
-    return tuple(sorted({i % count for i in layers}))
-
-
 def _used(sides: Sides, weights: FileWeights) -> list[str]:
     """The stored tensors that make the model's parameters."""
     return sorted({name for recipe in sides.frame.recipes(weights).values() for name in recipe.stored})
@@ -131,15 +111,7 @@ def _used(sides: Sides, weights: FileWeights) -> list[str]:
 def _floats(sides: Sides) -> None:
     for weights in (sides.source, *sides.ranks):
         assert isinstance(weights, FileWeights)
-        for name in _used(sides, weights):
-            if weights.dtype(name) not in FLOATS:
-                raise UnsupportedError(
-                    "verify computes with floating-point weights only",
-                    path=weights.infos[name].file,
-                    tensor=name,
-                    expected="F64, F32, F16 or BF16",
-                    found=weights.infos[name].dtype,
-                )
+        require_floats(weights, _used(sides, weights))
 
 
 def _memory(sides: Sides) -> int:

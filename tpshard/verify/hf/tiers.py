@@ -16,9 +16,9 @@ from tpshard.verify.hf.modes import Pinned
 from tpshard.verify.hf.parallel import is_experts
 from tpshard.verify.hf.probes import Feeder, Recorder, blocks, every_expert
 from tpshard.verify.hf.sides import Side, Sides
-from tpshard.verify.native import NATIVE_LIMITS, exceeded, native_metrics
+from tpshard.verify.native import native_metrics, native_tier, worst_ratio
 from tpshard.verify.probes import relative
-from tpshard.verify.verdict import Finding, Tier
+from tpshard.verify.verdict import Finding, Place, Tier
 
 Choices = Mapping[str, Sequence[Tensor]]
 
@@ -162,32 +162,13 @@ def native(sides: Sides, dtype: torch.dtype, tokens: int) -> Tier:
     n = sides.reference(dtype).run(Single(), steps, Pinned(choices))
     models = sides.here(dtype)
     ranks = [native_metrics(r, n, t, dtype) for t in logits_of(sides, models, steps, choices)]
-    worst, findings = _worst_module(sides, dtype, models)
-    failed = [rank for rank, metrics in enumerate(ranks) if exceeded(metrics)]
-    shown = failed[0] if failed else max(range(len(ranks)), key=lambda rank: ranks[rank]["ratio"])
-    reason = None
-    if failed:
-        name = exceeded(ranks[shown])[0]
-        reason = f"{name} is {ranks[shown][name]:.3g} (limit {NATIVE_LIMITS[name]:g}); worst: {worst.module}"
-        reason += f" of rank {worst.rank}, {worst.error:.3g} times the unsharded model's error"
-    return Tier(
-        name="native",
-        status="fail" if failed else "pass",
-        thresholds=NATIVE_LIMITS,
-        metrics=ranks[shown],
-        worst=place(worst),
-        findings=tuple(findings),
-        reason=reason,
-    )
+    return native_tier(ranks, *_worst_module(sides, dtype, models))
 
 
-def _worst_module(sides: Sides, dtype: torch.dtype, models: Mapping[int, Side]) -> tuple[Finding, list[Finding]]:
+def _worst_module(sides: Sides, dtype: torch.dtype, models: Mapping[int, Side]) -> tuple[Place, list[Finding]]:
     """The module whose error, fed float64's input, is largest against the unsharded model's; findings are ratios."""
     whole = sides.reference(torch.float64)
     single = sides.alone()
     _, unsharded = compare_modules(single, whole, {0: single.reference(dtype)}, math.inf)
     _, sharded = compare_modules(sides, whole, models, math.inf)
-    floor = float(torch.finfo(dtype).eps) / 4
-    yardstick = {finding.module: finding.error + floor for finding in unsharded}
-    ratios = [replace(finding, error=finding.error / yardstick[finding.module]) for finding in sharded]
-    return max(ratios, key=lambda finding: finding.error), ratios
+    return worst_ratio(unsharded, sharded, dtype)
