@@ -82,6 +82,7 @@ class _Known:
         self.code: list[bytes] = []
         self.numbers: dict[bytes, bytes] = {}
         self.sizes: dict[Shape, bytes] = {}
+        self.rectangles: dict[tuple[Shape, Shape], bytes] = {}
 
     def __call__(self, code: bytes) -> bytes:
         """A reference to the value of `code`."""
@@ -119,15 +120,7 @@ def _tensor(known: _Known, tensor: Described) -> bytes:
     dtype = known.type(b"torch", _DTYPES[tensor.dtype])
     # dtype, layout, requires_grad, memory_format, pin_memory: what __setstate__ takes
     state = b"(" + dtype + layout + b"\x89" + contiguous + b"\x89t"
-    chunks = b"".join(
-        known.object(
-            _CLASSES,
-            b"ChunkStorageMetadata",
-            (b"offsets", known.size(chunk.offsets)),
-            (b"sizes", known.size(chunk.sizes)),
-        )
-        for chunk in tensor.chunks
-    )
+    chunks = b"".join(_rectangle(known, chunk.offsets, chunk.sizes) for chunk in tensor.chunks)
     return known.object(
         _CLASSES,
         b"TensorStorageMetadata",
@@ -135,6 +128,15 @@ def _tensor(known: _Known, tensor: Described) -> bytes:
         (b"size", known.size(tensor.shape)),
         (b"chunks", b"](" + chunks + b"e"),
     )
+
+
+def _rectangle(known: _Known, offsets: Shape, sizes: Shape) -> bytes:
+    """Written out for every chunk, but made once for chunks that are alike, as those of layers are."""
+    found = known.rectangles.get((offsets, sizes))
+    if found is None:
+        fields = ((b"offsets", known.size(offsets)), (b"sizes", known.size(sizes)))
+        found = known.rectangles[offsets, sizes] = known.object(_CLASSES, b"ChunkStorageMetadata", *fields)
+    return found
 
 
 def _index(known: _Known, name: bytes, number: int, chunk: Chunk) -> bytes:
