@@ -154,7 +154,7 @@ def test_every_element_arrives_whatever_the_boxes(data: st.DataObject, dtype: st
         sides.append(tuple(regions))
     before = {side.region.file: get(files, side)[1] for side in sides[1]}
     step = flatten(Transfer("t", shape, tuple(s.region for s in sides[0]), (), tuple(s.region for s in sides[1])))
-    with patch.object(lower, "BLOCK", block):
+    with patch.multiple(lower, BLOCK=block, TURNED=block):
         assert tiles(full(step.shape), list(step.blocks()))
         assert all(volume(b) * step.sources[0].item <= max(block, step.sources[0].item) for b in step.blocks())
         move(step, files)
