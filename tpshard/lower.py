@@ -21,7 +21,7 @@ from tpshard.views import Piece, row_major
 
 BLOCK = 2 << 20
 """Bytes of a block: small enough to stay in the last-level cache, large enough that a block costs little Python."""
-TURNED = 2 * BLOCK
+TURNED = 4 * BLOCK
 """The same where rows become columns: of that shape that what is read and written at once is long on both sides."""
 
 
@@ -45,6 +45,11 @@ class Flat(NamedTuple):
         if self.order is None:
             return len(self.pieces[0].box) - 1 if self.pieces else 0
         return self.order[-1] if self.order[-1] < len(self.order) - 1 else self.order[-2]
+
+    def starts(self, dim: int) -> set[int]:
+        """Where the pieces begin along a dim of the step."""
+        place = dim if self.order is None else self.order.index(dim)
+        return {piece.box[place][0] for piece in self.pieces}
 
 
 class FlatStep(NamedTuple):
@@ -85,6 +90,9 @@ class FlatStep(NamedTuple):
         if turned:
             dim, count = min(turned), max(1, TURNED // item)
             size[dim] = min(self.shape[dim], max(isqrt(count), count // self.shape[last]))
+            share = gcd(*(start for flat in self.targets for start in flat.starts(dim)))
+            if 0 < share <= size[dim]:
+                size[dim] -= size[dim] % share  # a rank's rows are cut no more often than they must be
             size[last] = min(self.shape[last], max(1, count // size[dim]))
             return tuple(size)
         count = max(1, BLOCK // item)
@@ -263,7 +271,8 @@ def _copy(shape: Shape, source: _Lines, target: _Lines, item: int) -> None:
         for a, b in begins:
             target.memory[b * item : (b + length) * item] = source.memory[a * item : (a + length) * item]
         return
-    gathered = array(_CELLS[item], bytes(source.memory))
+    gathered = array(_CELLS[item])
+    gathered.frombytes(source.memory)
     cells, span = target.memory.cast(_CELLS[item]), (length - 1) * step + 1
     for a, b in begins:
         cells[b : b + length] = gathered[a : a + span : step]
