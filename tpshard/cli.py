@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpshard import __version__, cli_numbers, cli_verify
+from tpshard import __version__, cli_numbers, cli_schema, cli_verify
 from tpshard.console import Console, drop_stdout, human_bytes
 from tpshard.errors import Interrupted, TpshardError, UsageError
 from tpshard.options import (
@@ -485,6 +485,7 @@ def _console(as_json: bool, quiet: bool, resumes: bool = False) -> Iterator[Cons
 
 
 cli_numbers.add(app, _console)
+cli_schema.add(app, _console)
 
 
 def main(arguments: list[str] | None = None) -> None:
