@@ -26,20 +26,6 @@ _LATENT = (
     | {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
 )
 
-_ONE_DENSE = _GQA | {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 16}
-_INDEXED = _LATENT | {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "n_group": 2, "topk_group": 1}
-# Three layers of linear attention and one of the other kind; 2 value heads share a key head.
-_LINEAR = _GQA | {
-    "num_hidden_layers": 4,
-    "head_dim": 16,
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 12,
-    "linear_conv_kernel_dim": 3,
-}
-_LINEAR_MOE = _LINEAR | {"num_experts": 8, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
-
 MOE: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", _LOCAL),
     "mixtral-head-dim": ("mixtral", _LOCAL | {"head_dim": 16, "tie_word_embeddings": True}),
@@ -88,27 +74,6 @@ MOE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", _GQA | {"num_experts": 8, "moe_topk": 2, "head_dim": 16}),
     "dots1": ("dots1", _GQA | _FINE | {"n_shared_experts": 2}),
-    "llama4_text": ("llama4_text", _LOCAL | {"head_dim": 16, "intermediate_size_mlp": 48, "attention_bias": True}),
-    "llama4_text-every-other": (
-        "llama4_text",
-        _LOCAL | {"head_dim": 16, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "use_qk_norm": False},
-    ),
-    "qwen3_next": ("qwen3_next", _LINEAR_MOE | {"mlp_only_layers": [1]}),
-    "qwen3_5_text": ("qwen3_5_text", _LINEAR),
-    "qwen3_5_moe_text": ("qwen3_5_moe_text", _LINEAR_MOE),
-    "glm4_moe_lite": ("glm4_moe_lite", _LATENT),
-    "deepseek_v32": ("deepseek_v32", _INDEXED),
-    "glm_moe_dsa": ("glm_moe_dsa", _INDEXED | {"indexer_types": ["full", "shared", "full"]}),
-    "exaone_moe": ("exaone_moe", _ONE_DENSE | {"sliding_window": 8}),
-    "solar_open": ("solar_open", _GQA | _FINE | {"head_dim": 16, "attention_bias": True}),
-    "flex_olmo": ("flex_olmo", _GQA | {"num_experts": 8}),
-    "hy_v3": ("hy_v3", _ONE_DENSE),
-    "cohere2_moe": (
-        "cohere2_moe",
-        _ONE_DENSE | {"first_k_dense_replace": 1, "prefix_dense_intermediate_size": 48, "num_shared_experts": 2},
-    ),
-    "granitemoeshared": ("granitemoeshared", _LOCAL | {"shared_intermediate_size": 48}),
-    "afmoe": ("afmoe", _ONE_DENSE | {"num_dense_layers": 1}),
 }
 # As newer code may save them: the experts of a layer stacked, under the names of its own modules.
 STACKED = "-stacked"
