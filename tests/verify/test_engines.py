@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tpshard.formats
 from tpshard import api, verifying
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.publish import Settings
@@ -134,6 +136,8 @@ def test_a_correct_split_for_vllm_is_equal(name: str, tp: int, tmp_path: Path) -
 
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
+    written = tomllib.loads((Path(tpshard.formats.__file__).parent / "vllm.toml").read_text())["families"]
+    assert known.keys() == {name for family in written.values() for name in family.get("model_types", ())}
     tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {"internlm2"}
     assert tried <= known.keys()
     assert all(known[other] in (known["llama"], known["nemotron"]) for other in known.keys() - tried)
