@@ -15,12 +15,13 @@ from moe_checkpoints import MOE, STACKED
 from toys import contents, read_all, write_checkpoint
 
 import tpshard
+from tpshard.architecture import builtin
 from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.header import TensorInfo
 from tpshard.model import from_checkpoint
 from tpshard.publish import Settings
-from tpshard.rules import builtin, classify
+from tpshard.rules import classify
 
 if TYPE_CHECKING:
     from torch import Tensor

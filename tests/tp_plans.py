@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
-from tpshard.rules import Architecture, all_builtin
+from tpshard.architecture import Architecture, all_builtin
 
 KINDS = {
     "colwise": "column", "colwise_gather_output": "column", "colwise_rep": "column", "packed_colwise": "column",

@@ -356,7 +356,7 @@ def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> 
 def archs_list(json: JSON = False, quiet: QUIET = False) -> None:
     """List the built-in architectures and their model_types."""
     with _console(json, quiet) as console:
-        from tpshard import rules as loaded
+        from tpshard import architecture as loaded
 
         found = {name: loaded.builtin(name).model_types for name in loaded.builtin_names()}
         if console.as_json:
@@ -375,7 +375,7 @@ def archs_show(
 ) -> None:
     """Print the rules of one architecture: the form that --rules takes."""
     with _console(json, quiet) as console:
-        from tpshard import rules as loaded
+        from tpshard import architecture as loaded
 
         architecture = loaded.builtin(name)
         if console.as_json:

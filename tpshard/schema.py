@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 from tpshard.errors import UsageError
-from tpshard.formats.base import FORMAT_VERSION
+from tpshard.formats.manifest import FORMAT_VERSION
 from tpshard.report import SCHEMA_VERSION
 from tpshard.schema_terms import (
     COUNT,

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from tpshard.box import Box, corner, extents
-from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split
 from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
-from tpshard.formats.torch_archive import ALIGN, TensorArchive, check_literals, require_storage, tensor_archive
+from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
 from tpshard.layout import LogicalTensor, Part, StoredTensor, deal, shard
 from tpshard.model import Model
 from tpshard.planning import OutputFile, Placed, parts_by_size
@@ -59,6 +58,7 @@ class Dcp(Format):
     """`__0_0.distcp`: rank and number of a file, as torch names them."""
 
     side_names = frozenset({METADATA})
+    container = True
 
     def lay(self, model: Model, options: Options) -> Laid:
         """Every chunk is a stored tensor; `name#0`, `name#1` where a rank has several of a tensor."""
@@ -91,7 +91,7 @@ class Dcp(Format):
         """`.metadata`: of every chunk its place in the tensor and in the files."""
         found: dict[str, list[Chunk]] = {}
         for rank in range(split.options.tp):
-            for file in self.files(split, rank):
+            for file in split.files(rank):
                 for placed in file.tensors:
                     (part,) = placed.stored.parts
                     archive = _archive(split, rank, placed.stored)
@@ -104,20 +104,6 @@ class Dcp(Format):
             for tensor in split.kept.tensors
         ]
         return {METADATA: metadata_pickle(tensors, split.set_id)}
-
-    def verify_file(self, split: Split, rank: int, path: Path) -> OutputFile | None:
-        """A file of this set: everything that is no tensor must be as written."""
-        if rank < split.options.tp:
-            for output in self.files(split, rank):
-                if output.name == path.name:
-                    check_literals(output, path)
-                    return output
-        raise CorruptError(
-            f"{path.name} is no file of this set",
-            path=path,
-            expected=f"the files of ranks 0 to {split.options.tp - 1}",
-            hint="keep one set in one directory",
-        )
 
 
 def _archive(split: Split, rank: int, stored: StoredTensor) -> TensorArchive:

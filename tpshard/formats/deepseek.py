@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tpshard.errors import UnsupportedError, UsageError
-from tpshard.formats.base import Format, Laid, Options
-from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, deal, shard, whole
+from tpshard.formats.base import Format, Laid, Options, bare
+from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, shard, whole
 from tpshard.model import Model
-from tpshard.rules import Cut
+from tpshard.rules import Axis, Cut
 
 _FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
 _MODULES = {
@@ -124,24 +124,9 @@ def _deal(model: Model, options: Options) -> Deal:
             found=model.architecture.get("model_type"),
             hint="use --format native",
         )
-    if options.uneven or options.shares is not None or options.pad_vocab_to is not None:
-        raise UsageError(
-            "DeepSeek's code takes even shares without padding only",
-            found="--uneven, --shares or --pad-vocab-to",
-            hint="leave them out, or use --format native",
-        )
-    counts = {axis.name: axis.count for axis in model.axes.values() if axis.name != "moe_ffn"}
-    counts["routed experts"] = model.config.get("n_routed_experts") or options.tp
-    for name, count in counts.items():
-        if count % options.tp:
-            fits = [n for n in range(1, min(counts.values()) + 1) if not any(c % n for c in counts.values())]
-            raise UnsupportedError(
-                f"{count} {name} on {options.tp} ranks: DeepSeek's code divides evenly",
-                expected="tp " + ", ".join(map(str, fits)),
-                found=f"tp {options.tp}",
-            )
-    even = {name: axis for name, axis in model.axes.items() if axis.name != "moe_ffn"}
-    return deal(even, options.tp, None, None)
+    axes = {name: bare(axis) for name, axis in model.axes.items() if axis.name != "moe_ffn"}
+    axes["routed experts"] = Axis("routed experts", model.config.get("n_routed_experts") or options.tp, unit=1)
+    return options.even_deal("DeepSeek's code", axes)
 
 
 FORMAT = DeepSeek()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from tpshard.box import Box, Shape, full
+from tpshard.box import Box, Shape, full, slab
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engines import Family, fits_any
 from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, deal, shard, why_not
@@ -26,12 +26,12 @@ class Recipe:
 
 
 def shares_of(
-    family: Family, model: Model, tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], ranges: Deal, tp: int
+    family: Family, model: Model, tensors: Sequence[LogicalTensor], ranges: Deal, tp: int
 ) -> dict[str, tuple[Share, ...]]:
     """Each tensor's share of every rank, cut and turned as the engine has it."""
     names = [model.full_name(tensor.name) for tensor in tensors]
     hows = [family.cut(name) for name in names]
-    axes, ranges, cut = dict(axes), dict(ranges), []
+    axes, ranges, cut = dict(model.axes), dict(ranges), []
     for tensor, name, how in zip(tensors, names, hows, strict=True):
         if fits_any(family.float32, name) and tensor.dtype in CASTABLE:
             tensor = replace(tensor, dtype="F32")
@@ -81,15 +81,11 @@ def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank
                 continue
             start = group * sum(sizes) + sum(sizes[:index]) + (low - group * per_group) * axes[name].unit
             length = (high - low) * axes[name].unit
-            box = _along(tensor.shape, cut.dim, start, start + length)
+            box = slab(tensor.shape, cut.dim, start, start + length)
             parts.append(Part(tensor.name, box, tuple(stored if dim == cut.dim else 0 for dim in range(len(box)))))
             stored += length
     shape = (*tensor.shape[: cut.dim], stored, *tensor.shape[cut.dim + 1 :])
     return StoredTensor(tensor.name, tensor.dtype, shape, tuple(parts))
-
-
-def _along(shape: Shape, dim: int, start: int, stop: int) -> Box:
-    return (*full(shape[:dim]), (start, stop), *full(shape[dim + 1 :]))
 
 
 def _transposed(share: Share) -> Share:
