@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +119,22 @@ def deepseek_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, 
 
 
 def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: int = 5_000_000_000) -> int:
-    """Write a LLaMA checkpoint; the bytes are random, or a hole when only headers matter. Returns bytes of tensors."""
-    return _write(path, {"model_type": "llama", **config}, llama_tensors(config), data, shard_bytes)
+    """Write a LLaMA checkpoint, see `write`."""
+    full = {"model_type": "llama", "torch_dtype": "bfloat16", **config}
+    return write(path, full, llama_tensors(config), data=data, shard_bytes=shard_bytes)
 
 
-def write_deepseek(path: Path, config: dict[str, Any]) -> int:
-    """Write the headers of a DeepSeek-V3; the bytes are a hole. Returns bytes of tensors."""
-    return _write(path, config, deepseek_tensors(config), False, 5_000_000_000)
-
-
-def write_gpt2(path: Path, config: dict[str, Any]) -> int:
-    """Write a GPT-2 of random bytes in one file. Returns bytes of tensors."""
-    return _write(path, config, gpt2_tensors(config), True, 1 << 60)
-
-
-def _write(
-    path: Path, config: dict[str, Any], tensors: list[tuple[str, str, tuple[int, ...]]], data: bool, shard_bytes: int
+def write(
+    path: Path,
+    config: dict[str, Any],
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    *,
+    data: bool,
+    shard_bytes: int = 5_000_000_000,
 ) -> int:
+    """Write a checkpoint; the numbers are random, or a hole when only headers matter. Returns bytes of tensors."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", **config}))
+    (path / "config.json").write_text(json.dumps(config))
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     size = total = 0
     for tensor in tensors:
@@ -148,7 +146,8 @@ def _write(
         size += length
         total += length
     weight_map = {}
-    block = os.urandom(1 << 24)
+    block = _numbers(1 << 24)
+    begin = 0
     for index, group in enumerate(groups, 1):
         single = len(groups) == 1
         name = "model.safetensors" if single else f"model-{index:05}-of-{len(groups):05}.safetensors"
@@ -160,9 +159,18 @@ def _write(
             if not data:
                 file.truncate(len(header) + left)
                 continue
-            while left:
-                left -= file.write(block[: min(left, len(block))])
+            while left:  # each time from elsewhere in the block, so that few stretches of the file are alike
+                begin = (begin + 2 * 1_000_003) % len(block)
+                left -= file.write(block[begin : begin + left])
     if len(groups) > 1:
         index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n")
     return total
+
+
+def _numbers(size: int) -> bytes:
+    """Random bytes of which each pair is a bf16, and each four an F32, between 2⁻⁷ and 2⁻⁶ or their negatives."""
+    block = bytearray(os.urandom(size))
+    signs = bytes(0x3C | (byte & 0x80) for byte in range(256))
+    block[1::2] = block[1::2].translate(signs)
+    return bytes(block)
