@@ -54,6 +54,15 @@ def test_tensors_are_compared_by_file_name_dtype_shape_and_bits(tmp_path: Path) 
     assert part != found("a", tensor, "model-rank-1-part-0.safetensors")
 
 
+def test_files_are_the_same_when_names_and_bytes_are(tmp_path: Path) -> None:
+    seen = set()
+    for name, data in (("a", b"1"), ("b", b"1"), ("a", b"2"), ("a", b"1")):
+        (tmp_path / name).write_bytes(data)
+        seen.add(others.all_files(tmp_path))
+        (tmp_path / name).unlink()
+    assert len(seen) == 3
+
+
 def test_a_dcp_checkpoint_is_read_whole(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
