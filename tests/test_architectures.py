@@ -33,11 +33,12 @@ from toys import (
 )
 
 import tpshard
+from tpshard.architecture import builtin, builtin_names
 from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import UnsupportedError
 from tpshard.model import from_checkpoint
 from tpshard.publish import Settings
-from tpshard.rules import Cut, builtin, builtin_names
+from tpshard.rules import Cut
 
 VARIANTS = {name: variant for name, variant in ALL.items() if name not in MOE}  # those are in test_moe
 Made = Callable[..., Path]

@@ -19,11 +19,12 @@ from toys import Tensor, contents, random_tensor, read_all, write_checkpoint
 
 import tpshard
 from tpshard import expression
+from tpshard.architecture import Architecture, builtin
 from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.header import TensorInfo
 from tpshard.publish import Settings
-from tpshard.rules import Architecture, Cut, builtin, classify
+from tpshard.rules import Cut, classify
 
 Made = Callable[..., Path]
 FIRST = {model_type: name for name, (model_type, _) in reversed(DENSE.items())}  # one variant of each family

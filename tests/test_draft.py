@@ -16,11 +16,12 @@ from command import LLAMA, fails, llama, llama_tensors, succeeds
 from toys import Tensor, random_tensor, write_checkpoint
 
 import tpshard
+from tpshard.architecture import all_builtin, builtin, find_architecture, parse_architecture
 from tpshard.checkpoint import Checkpoint, open_checkpoint
 from tpshard.drafting import Draft, make
 from tpshard.errors import TpshardError, UsageError
 from tpshard.lexicon import modules
-from tpshard.rules import Classified, all_builtin, builtin, classify, find_architecture, parse_architecture
+from tpshard.rules import Classified, classify
 
 Made = Callable[..., Path]
 # Families of separate q, k, v, gate and up under LLaMA's names: a draft needs no hand.

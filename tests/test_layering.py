@@ -17,7 +17,10 @@ PACKAGE = Path(tpshard.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
 WITH_TORCH = {"tpshard.torch_io", "tpshard.loader", "tpshard.processes", "tpshard.verifying"} | {"tpshard.torch_facts"}
 """The modules outside `verify` that may import torch, and be imported only where something needs it."""
-BEHIND_THE_WALL = {"rules", "schemes", "layout", "planning", "lower", "execute", "box", "formats", "model", "api"} | {
+BEHIND_THE_WALL = {"architecture", "matching", "rules", "schemes", "layout", "planning", "lower", "execute", "box"} | {
+    "formats",
+    "model",
+    "api",
     "nested",
     "lexicon",
     "draft",

@@ -15,11 +15,12 @@ from command import fails, llama, succeeds, tpshard
 
 from tpshard.advice import advice, rank_weights
 from tpshard.api import plan
+from tpshard.architecture import builtin
 from tpshard.header import TensorInfo
 from tpshard.layout import LogicalTensor, deal, shard
 from tpshard.model import Model
 from tpshard.numbers import Workload, cache_bytes, numbers, ring_bytes, traits
-from tpshard.rules import builtin, classify
+from tpshard.rules import classify
 
 Shapes = list[tuple[str, str, tuple[int, ...]]]
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,

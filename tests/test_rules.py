@@ -8,19 +8,11 @@ from typing import Any
 
 import pytest
 
+import tpshard.architecture
+from tpshard.architecture import Architecture, builtin, builtin_names, find_architecture, parse_architecture
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.header import TensorInfo
-from tpshard.rules import (
-    Architecture,
-    Axis,
-    Classified,
-    Cut,
-    builtin,
-    builtin_names,
-    classify,
-    find_architecture,
-    parse_architecture,
-)
+from tpshard.rules import Axis, Classified, Cut, classify
 from tpshard.schemes import stored_axes
 
 RULES = """
@@ -510,6 +502,19 @@ def test_the_built_in_files_are_found_by_each_of_their_types() -> None:
         architecture = builtin(name)
         assert architecture.name == name
         assert {builtin(model_type).name for model_type in architecture.model_types} == {name}
+
+
+def test_no_other_file_is_read_as_toml_for_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed, parse = [], tpshard.architecture.parse_architecture
+
+    def spy(text: str, path: str) -> Architecture:
+        parsed.append(Path(path).stem)
+        return parse(text, path)
+
+    monkeypatch.setattr(tpshard.architecture, "parse_architecture", spy)
+    for name in ("llama", "RefinedWeb", "qwen2_vl_text"):
+        builtin(name)
+    assert parsed == ["llama", "falcon", "qwen2"]
 
 
 def test_dims_of_plain_modules() -> None:

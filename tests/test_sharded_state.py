@@ -329,7 +329,7 @@ def test_a_missing_member_of_a_fused_parameter_is_refused(made: Get, tmp_path: P
 @pytest.mark.parametrize("table", ["vllm.toml", "sglang.toml"])
 def test_tables_name_only_modules_that_some_architecture_has(table: str) -> None:
     """Every model_type has rules, and every family says where its layers and its head are."""
-    from tpshard.rules import builtin
+    from tpshard.architecture import builtin
 
     families = load_table(FORMATS / table).families
     assert families

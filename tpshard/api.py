@@ -18,7 +18,7 @@ from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_heade
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
 from tpshard.execute import Convert
 from tpshard.files import local_error
-from tpshard.formats import format_of, hf
+from tpshard.formats import hf
 from tpshard.formats.base import (
     DEFAULT_MAX_FILE_SIZE,
     Options,
@@ -31,13 +31,13 @@ from tpshard.formats.base import (
 )
 from tpshard.layout import StoredTensor
 from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
-from tpshard.numbers import Workload
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
 
 if TYPE_CHECKING:
     from tpshard.formats.shards import ShardSet
+    from tpshard.numbers import Workload
 
 Shares = Sequence[str | float]
 
@@ -101,7 +101,7 @@ def plan(
     check_dtype(dtype)
     checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
-    return PlanReport(plan_split(built, options), checkpoint.warnings, workload or Workload())
+    return PlanReport(plan_split(built, options), checkpoint.warnings, workload)
 
 
 def split(
@@ -129,9 +129,7 @@ def split(
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
-    chosen = _ranks(ranks, tp)
-    if format == "hf" and chosen is not None:
-        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
+    chosen = _ranks(ranks, tp, format)
     checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
     target = Path(out) if out is not None else Path(f"{_base_name(built)}-{_suffix(options)}")
@@ -169,9 +167,7 @@ def reshard(
     """Split a shard set anew for another tp or format, in one pass; the files equal those of a direct split."""
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
-    chosen = _ranks(ranks, tp)
-    if format == "hf" and chosen is not None:
-        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
+    chosen = _ranks(ranks, tp, format)
     source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-{_suffix(options)}")
@@ -201,8 +197,7 @@ def _write_split(
             path=target,
             hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
         )
-    own = format_of(planned.options.format)
-    outputs = {rank: own.files(planned, rank) for rank in writing}
+    outputs = {rank: planned.files(rank) for rank in writing}
     joined = join(planned.kept.tensors, placed, [output for rank in writing for output in outputs[rank]])
 
     def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
@@ -210,7 +205,7 @@ def _write_split(
 
     job = Job(
         plan=joined,
-        small={**own.side_files(planned, small), MANIFEST: planned.manifest},
+        small={**planned.format.side_files(planned, small), MANIFEST: planned.manifest},
         identity={"set": planned.set_id},
         records=records,
         convert=_convert((place.stored for place in placed), chain.from_iterable(planned.layout)),
@@ -335,9 +330,11 @@ def _path(rules: str | Path | None) -> Path | None:
     return None if rules is None else Path(rules)
 
 
-def _ranks(ranks: Iterable[int] | None, tp: int) -> list[int] | None:
+def _ranks(ranks: Iterable[int] | None, tp: int, format: str) -> list[int] | None:
     if ranks is None:
         return None
+    if format == "hf":
+        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
     chosen = sorted(set(ranks))
     if not chosen or chosen[0] < 0 or chosen[-1] >= tp:
         raise UsageError("--ranks takes ranks of the set", expected=f"0 to {tp - 1}", found=", ".join(map(str, chosen)))

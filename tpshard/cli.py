@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tpshard import __version__, cli_numbers, cli_verify
+from tpshard import __version__, cli_numbers, cli_schema, cli_verify
 from tpshard.console import Console, drop_stdout, human_bytes
 from tpshard.errors import Interrupted, TpshardError, UsageError
 from tpshard.options import (
@@ -355,7 +355,7 @@ def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> 
 def archs_list(json: JSON = False, quiet: QUIET = False) -> None:
     """List the built-in architectures and the model_types that each is for."""
     with _console(json, quiet) as console:
-        from tpshard import rules as loaded
+        from tpshard import architecture as loaded
 
         found = {name: loaded.builtin(name).model_types for name in loaded.builtin_names()}
         if console.as_json:
@@ -374,7 +374,7 @@ def archs_show(
 ) -> None:
     """Print the rules of one architecture: the form that --rules takes."""
     with _console(json, quiet) as console:
-        from tpshard import rules as loaded
+        from tpshard import architecture as loaded
 
         architecture = loaded.builtin(name)
         if console.as_json:
@@ -485,6 +485,7 @@ def _console(as_json: bool, quiet: bool, resumes: bool = False) -> Iterator[Cons
 
 
 cli_numbers.add(app, _console)
+cli_schema.add(app, _console)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpshard import expression
+from tpshard.architecture import Architecture
 from tpshard.header import TensorInfo
 from tpshard.lexicon import (
     WIDTH,
@@ -27,7 +28,6 @@ from tpshard.lexicon import (
     of_module,
     tail,
 )
-from tpshard.rules import Architecture
 
 Effect = tuple[str, int | None, int, int]
 """What a rule does to a tensor: kind, dim, and the axis' count and unit."""

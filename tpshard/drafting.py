@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tpshard.architecture import Architecture, all_builtin, parse_architecture
 from tpshard.checkpoint import open_headers
 from tpshard.draft import Choice, Sketch, draft_modules, sketch
 from tpshard.errors import TargetError, TpshardError, UnsupportedError, UsageError
 from tpshard.header import TensorInfo
 from tpshard.lexicon import Definition, Module, base, counts
 from tpshard.nested import text_config
-from tpshard.rules import Architecture, all_builtin, classify, parse_architecture
+from tpshard.rules import classify
 
 _MOST = 6
 """Candidates that are named for a module."""

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from tpshard import expression
+from tpshard.architecture import Architecture, Kind
 from tpshard.header import TensorInfo
-from tpshard.rules import Architecture, Kind
 from tpshard.schemes import SUFFIXES
 
 WIDTH = "hidden_size or n_embd or n_embed or d_model"

@@ -12,18 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tpshard.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.header import TensorInfo
-from tpshard.rules import (
-    Architecture,
-    Classified,
-    Cut,
-    builtin_or_none,
-    classify,
-    find_architecture,
-    load_architecture,
-    recognise,
-)
+from tpshard.rules import Classified, Cut, classify, recognise
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 """Where configs nest that of the text model: transformers' key, InternVL's, DeepSeek-VL2's."""

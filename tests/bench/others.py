@@ -216,9 +216,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{host['python']}; load average when it began {host['load']:.1f}. {result['note']}".rstrip(),
         f"{', '.join(result['versions'])}.",
         "",
-        f"Medians of {repeat} interleaved runs, page cache warm, start-up of every command included. A ratio above 1",
-        "means that the other tool takes more. In every round what both sides wrote was compared, tensor by tensor, bit",
-        "by bit: equal. Of the others only dcp.save waits for the disk; none writes checksums.",
+        f"Medians of {repeat} interleaved runs, page cache warm, start-up of every command included. A ratio above",
+        "1 means that the other tool takes more. In every round what both sides wrote was compared, tensor by tensor,",
+        "bit by bit: equal. Of the others only dcp.save waits for the disk; none writes checksums.",
         "",
         "| the other tool's job | source | tensors | seconds | tpshard | ratio | without checksum and fsync | ratio "
         "| same files each time | tpshard |",

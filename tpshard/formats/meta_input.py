@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpshard.architecture import builtin
 from tpshard.checkpoint import load_json, read_bytes, safe_path, side_paths
 from tpshard.errors import CorruptError, UnsafeError
 from tpshard.formats.base import Options, plan_split
@@ -19,7 +20,7 @@ from tpshard.formats.shards import RankFile, ShardSet
 from tpshard.header import TensorInfo
 from tpshard.layout import LogicalTensor
 from tpshard.model import Model
-from tpshard.rules import builtin, classify
+from tpshard.rules import classify
 
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 
