@@ -13,14 +13,24 @@ from bench.process_tree import measure
 from safetensors.torch import save_file
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory of processes is read from /proc")
-HOLD = "import time; held = bytearray(80_000_000); held[::4096] = bytes(len(held[::4096])); time.sleep(1)"
+HOLD = """
+import sys, time
+from pathlib import Path
+held = bytearray(80_000_000)
+held[::4096] = bytes(len(held[::4096]))
+Path(sys.argv[1]).touch()
+while len(list(Path().glob(sys.argv[2]))) < int(sys.argv[3]):  # until all are there and hold their memory
+    time.sleep(0.01)
+time.sleep(1)
+"""
 
 
 @linux
 def test_memory_is_that_of_all_processes_together(tmp_path: Path) -> None:
-    one, log = f'{sys.executable} -c "{HOLD}"', tmp_path / "log"
-    alone = measure(one, tmp_path, os.environ, log)
-    both = measure(f"{one} & {one}; wait", tmp_path, os.environ, log)
+    (tmp_path / "hold.py").write_text(HOLD)
+    hold, log = f"{sys.executable} hold.py", tmp_path / "log"
+    alone = measure(f"{hold} a1 'a*' 1", tmp_path, os.environ, log)
+    both = measure(f"{hold} b1 'b*' 2 & {hold} b2 'b*' 2; wait", tmp_path, os.environ, log)
     assert 80e6 < alone.anonymous < 150e6 < 160e6 < both.anonymous < 300e6
     assert alone.resident > alone.anonymous and alone.seconds > 1
 

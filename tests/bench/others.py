@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -282,7 +283,8 @@ def main() -> None:
                 print(f"round {number + 1}: {job.name}", file=sys.stderr)
                 rounds[job.name].append(once(job, place, 2 * sizes[job.source]))
         for job in todo:
-            about = {"bytes": sizes[job.source], "commands": job.commands, "script": job.script.name}
+            commands = {side: re.sub(r"/\S*/", "", command) for side, command in job.commands.items()}  # no paths
+            about = {"bytes": sizes[job.source], "commands": commands, "script": job.script.name}
             about["script_sha256"] = hashlib.sha256(job.script.read_bytes()).hexdigest()
             result["jobs"][job.name] = about | summary(rounds[job.name])
     text = markdown(result)
