@@ -137,14 +137,14 @@ class _Fetched(HTMLParser):
 
 
 def fetched(site: Path) -> list[str]:
-    """What pages and style sheets of a site take from other servers."""
+    """What pages, style sheets and drawings of a site take from other servers."""
     found = []
     for page in sorted(site.rglob("*.html")):
         parser = _Fetched()
         parser.feed(page.read_text(encoding="utf-8"))
         found += [f"{page.name}: {url}" for url in parser.found if re.match(r"(\w+:)?//", url)]
-    for sheet in sorted(site.rglob("*.css")):
-        urls = re.findall(r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]*)", sheet.read_text(encoding="utf-8"))
+    for sheet in [*sorted(site.rglob("*.css")), *sorted(site.rglob("*.svg"))]:
+        urls = re.findall(r"(?:url\(|@import |href=)[\"']?((?:https?:)?//[^\"')]*)", sheet.read_text(encoding="utf-8"))
         found += [f"{sheet.name}: {url}" for url in urls]
     return found
 

@@ -9,6 +9,7 @@ where they run: see `place`.
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import inspect
 import json
@@ -25,6 +26,7 @@ from types import ModuleType
 
 import pytest
 import typer
+from checkpoints import make
 
 import tpshard
 import tpshard.verifying
@@ -93,9 +95,19 @@ def run(commands: str, place: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="session")
+def even(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models with a vocab that divides, as Meta's and DeepSeek's code want it, by the name that pages give them."""
+    place = tmp_path_factory.mktemp("even")
+    variants = {"Llama-2-13b-hf": "llama-bf16", "DeepSeek-V3": "deepseek_v3"}
+    return {name: make(variant, place / name, vocab_size=256) for name, variant in variants.items()}
+
+
 @pytest.fixture
-def place(made: Callable[..., Path], tmp_path: Path) -> Path:
-    """A directory to work in: a model, a split of it that somebody has published, a model of a family without rules."""
+def place(made: Callable[..., Path], even: dict[str, Path], tmp_path: Path) -> Path:
+    """A directory to work in: models, a split that somebody has published, a model of a family without rules."""
+    for name, model in even.items():
+        (tmp_path / name).symlink_to(model)
     (tmp_path / "Llama-3.1-8B").symlink_to(made("llama-bf16"))
     api.split(tmp_path / "Llama-3.1-8B", 4, tmp_path / "published", settings=Settings(fsync=False))
     family = shutil.copytree(made("llama-bf16"), tmp_path / "new-family")
@@ -143,14 +155,18 @@ def test_a_failing_command_is_noticed(tmp_path: Path) -> None:
         run(first.text, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def build() -> ModuleType:
-    """docs/build.py."""
-    spec = importlib.util.spec_from_file_location("build_docs", ROOT / "docs" / "build.py")
+def loaded(name: str) -> ModuleType:
+    """A script of docs/, imported."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    return loaded("build")
 
 
 def test_a_site_that_fetches_from_others_is_found_out(build: ModuleType, tmp_path: Path) -> None:
@@ -160,7 +176,18 @@ def test_a_site_that_fetches_from_others_is_found_out(build: ModuleType, tmp_pat
     assert build.fetched(tmp_path) == []
     (tmp_path / "b.html").write_text('<link rel="stylesheet" href="https://f/css"><script src="//c/j.js"></script>')
     (tmp_path / "c.css").write_text('@import "https://f/other.css"; a { background: url(data:image/png;base64,) }')
-    assert build.fetched(tmp_path) == ["b.html: https://f/css", "b.html: //c/j.js", "c.css: https://f/other.css"]
+    (tmp_path / "d.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg"><style>@font-face{src:url("//f/x")}</style>'
+    )
+    assert build.fetched(tmp_path) == [
+        "b.html: https://f/css", "b.html: //c/j.js", "c.css: https://f/other.css", "d.svg: //f/x"
+    ]  # fmt: skip
+
+
+def test_the_picture_is_of_the_commands_that_its_script_runs() -> None:
+    drawn = html.unescape((ROOT / "docs/images/run.svg").read_text()).replace("\xa0", " ")
+    commands = loaded("picture").COMMANDS
+    assert len(commands) > 3 and all(f"$ {command}<" in drawn for command in commands)
 
 
 def test_the_shell_completes_commands(tmp_path: Path) -> None:

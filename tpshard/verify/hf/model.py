@@ -20,17 +20,19 @@ from tpshard.verify.weights import Weights
 # Those that were tried: other classes may read sizes from places that nobody here knows of.
 MODEL_TYPES = frozenset(
     (
-        "apertus arcee biogpt cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4"
-        " gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_neox gpt_oss gptj granite granitemoe helium"
-        " hunyuan_v1_dense hunyuan_v1_moe internlm3 llama minimax_m2 ministral ministral3 mistral mixtral mpt"
-        " nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe"
-        " seed_oss smollm3 stablelm starcoder2"
+        "afmoe apertus arcee biogpt cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 deepseek_v32 dots1"
+        " ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe"
+        " glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium"
+        " hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 llama llama4_text minimax_m2 ministral ministral3"
+        " mistral mixtral mpt nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe"
+        " qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"
+        " starcoder2"
     ).split()
 )
 HINT = "pip install 'tpshard[transformers]', or --tier bytes"
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
-TUPLE_LAYERS = {"mpt"}
+TUPLE_LAYERS = {"mpt", "glm_moe_dsa"}
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -204,6 +206,8 @@ class Frame:
                 if key not in found:
                     raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
             shapes = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
+            if recipe.stacked:
+                _experts_in_order(key, [found[key] for found in held], shapes, full[0])
             dims = {dim for shape in shapes for dim in _unlike(shape, full)}
             if len(dims) > 1 or any(len(shape) != len(full) for shape in shapes):
                 raise DifferentError(
@@ -215,6 +219,21 @@ class Frame:
             for dim in dims:
                 cuts[key] = Cut(dim, tuple(shape[dim] for shape in shapes), full[dim])
         return cuts
+
+
+def _experts_in_order(key: str, recipes: Sequence[Recipe], shapes: Sequence[tuple[int, ...]], total: int) -> None:
+    """DifferentError unless each rank has all experts, or those that follow the rank's before it."""
+    some = any(shape[0] != total for shape in shapes)
+    expected = 0
+    for rank, (recipe, shape) in enumerate(zip(recipes, shapes, strict=True)):
+        if recipe.first != expected:
+            raise DifferentError(
+                f"rank {rank} has other experts of {key} than are its own",
+                tensor=recipe.stored[0],
+                expected=f"those from {expected} on",
+                found=f"{recipe.first} to {recipe.first + shape[0] - 1}",
+            )
+        expected += shape[0] if some else 0
 
 
 def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
@@ -242,6 +261,8 @@ def fill(
     """
     found = frame.recipes(weights)
     for key, recipe in found.items():
+        if rank is None and recipe.stacked and recipe.shape(weights) != frame.shapes[key]:
+            raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
         tensor = recipe.tensor(weights).to(device=device)
@@ -262,8 +283,8 @@ def skip_layers(model: Any, layers: Collection[int]) -> None:
     """Make every other layer give what it gets."""
     tuples = model.config.model_type in TUPLE_LAYERS
 
-    def passing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states, None) if tuples else hidden_states
+    def passing(hidden_states: Tensor, *_: Any, prev_topk_indices: Any = None, **__: Any) -> Any:
+        return (hidden_states, prev_topk_indices) if tuples else hidden_states
 
     for i, (_, layer) in enumerate(layers_of(model)):
         if i not in layers:

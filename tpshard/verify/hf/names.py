@@ -18,11 +18,16 @@ RENAMED = (
     (".output_linear.weight", ".experts.down_proj"),
     (".router.layer.", ".router."),
     (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
+    (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+    (".mlp.router.gate.", ".mlp.gate."),
+    (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+    (".mlp.shared_mlp.", ".mlp.shared_experts."),
     ("embed_out.", "lm_head."),
     ("language_model.", ""),
     ("text_model.", ""),
 )
-"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, GPT-NeoX; and the
+"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
+GPT-NeoX; and the
 text model inside of a larger one, which is run as if it were alone."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
@@ -32,10 +37,14 @@ MATRICES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows."""
+    """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows.
+
+    `first` is the number of the first expert: a rank may hold some, whole, and no others.
+    """
 
     experts: tuple[tuple[str, ...], ...]
     stacked: bool
+    first: int = 0
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -73,9 +82,11 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
                 number[MATRICES[match["matrix"]]] = name
     for owner, numbers in experts.items():
         for matrix, wanted in (("gate_up_proj", (0, 1)), ("down_proj", (2,))):
-            whole = [numbers.get(i, {}) for i in range(max(numbers) + 1)]
+            whole = [numbers.get(i, {}) for i in range(min(numbers), max(numbers) + 1)]
             if all(i in held for held in whole for i in wanted):
-                found[f"{owner}.{matrix}"] = Recipe(tuple(tuple(held[i] for i in wanted) for held in whole), True)
+                found[f"{owner}.{matrix}"] = Recipe(
+                    tuple(tuple(held[i] for i in wanted) for held in whole), True, min(numbers)
+                )
     return found
 
 
