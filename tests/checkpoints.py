@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dense_checkpoints import CENTRED_AT_ZERO, DENSE, ELSEWHERE
 from moe_checkpoints import MOE, STACKED
+from newer_checkpoints import NEWER
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +63,7 @@ FAMILIES = {
     "opt": Family("model.", "lm_head", "model.decoder.embed_tokens"),
 }
 FAMILIES |= {t: Family(*ELSEWHERE.get(t, ("model.", "lm_head", "model.embed_tokens"))) for t, _ in DENSE.values()}
-FAMILIES |= {model_type: Family("model.", "lm_head", "model.embed_tokens") for model_type, _ in MOE.values()}
+FAMILIES |= {model_type: Family("model.", "lm_head", "model.embed_tokens") for model_type, _ in (MOE | NEWER).values()}
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {
@@ -203,7 +204,7 @@ DECODED: dict[str, Variant] = {
         Variant("opt-f16", "opt", _OPT, dtype="float16"),
     )
 }
-VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in (DENSE | MOE).items()}
+VARIANTS = DECODED | {name: Variant(name, *rest) for name, rest in (DENSE | MOE | NEWER).items()}
 
 
 def norm_center_of(model_type: str) -> float:

@@ -18,6 +18,8 @@ CONFIG: dict[str, Any] = {
     "off": False,
     "kind": "wide",
     "layers": [0, 2],
+    "kinds": ["sparse", "dense"],
+    "inner": {"heads": 8},
 }
 
 
@@ -47,6 +49,8 @@ CONFIG: dict[str, Any] = {
         ("2 in layers", True),
         ("2 not in layers or heads in layers", False),
         ("(flag or off) and kind", "wide"),
+        ("kinds[heads - 3]", "dense"),
+        ("layers[1] + inner['heads']", 10),
     ],
 )
 def test_the_value_is_pythons(text: str, value: object) -> None:
@@ -61,7 +65,10 @@ def test_the_value_is_pythons(text: str, value: object) -> None:
         "__import__('os').system('true')",
         "().__class__",
         "hidden_size.real",
-        "config['x']",
+        "config['x']['y']",
+        "kinds[0:1]",
+        "kinds[f()]",
+        "(a or b)[0]",
         "[1, 2]",
         "{}",
         "lambda: 1",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from bench.synthetic import DEEPSEEK_V3, deepseek_tensors
-from checkpoints import VOCAB
+from by_hand import compare, config_of, tensors_of, tensors_of_file, there_and_back, with_one_more
 from moe_checkpoints import MOE, STACKED
-from toys import contents, read_all, write_checkpoint
+from toys import read_all, write_checkpoint
 
 import tpshard
 from tpshard.architecture import builtin
@@ -24,110 +23,16 @@ from tpshard.publish import Settings
 from tpshard.rules import classify
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 Made = Callable[..., Path]
-NORM_OF_ALL_HEADS = {"olmoe", "minimax_m2"}
 EXPERT = re.compile(r"experts\.\d+\.")
 PREDICTS_MORE = ["deepseek_v3", "glm4_moe"]
 
 
-def config_of(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((path / "config.json").read_text())
-    return config
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: int) -> Tensor:
-    """What a rank must hold of a tensor."""
-    import torch
-
-    module, _, suffix = name.rpartition(".")
-    module = module.rpartition(".")[2]
-    whole_norm = config["model_type"] in NORM_OF_ALL_HEADS
-    kv = config["num_key_value_heads"]
-
-    def share(tensor: Tensor, dim: int) -> Tensor:
-        return tensor.chunk(tp, dim)[rank]
-
-    if module in ("embed_tokens", "lm_head", "head"):
-        rows = -(-VOCAB // tp) * tp
-        return share(torch.cat([whole, whole.new_zeros(rows - VOCAB, *whole.shape[1:])]), 0)
-    if suffix == "sinks" or module in ("q_proj", "q_b_proj", "kv_b_proj") or (module == "q_norm" and whole_norm):
-        return share(whole, 0)
-    if module in ("k_proj", "v_proj") or (module == "k_norm" and whole_norm):
-        return whole.chunk(kv)[rank * kv // tp] if kv < tp else share(whole, 0)
-    if module in ("gate_proj", "up_proj", "w1", "w3"):
-        return share(whole, 0)
-    if module in ("o_proj", "down_proj", "w2"):
-        return whole if suffix == "bias" else share(whole, 1)
-    if config["model_type"] == "gpt_oss" and module == "experts":  # stored [expert, in, out], gate and up by turns
-        if suffix.startswith("gate_up"):
-            pairs = whole.unflatten(-1, (-1, 2))
-            return share(pairs, pairs.dim() - 2).flatten(-2)
-        return whole if suffix.endswith("bias") else share(whole, 1)
-    if suffix == "gate_up_proj" or module == "input_linear":
-        gate, up = whole.chunk(2, 1)
-        return torch.cat([share(gate, 1), share(up, 1)], 1)
-    if suffix == "down_proj" or module == "output_linear":
-        return share(whole, 2)
-    return whole
-
-
-def compare(model: Path, out: Path, tp: int) -> None:
-    import torch
-
-    config, source = config_of(model), tensors_of(model)
-    for rank in range(tp):
-        (file,) = out.glob(f"rank-{rank:05}-of-{tp:05}.safetensors")
-        held = tensors_of_file(file)
-        assert set(held) == set(source)
-        for name, whole in source.items():
-            expected = held_by(name, whole, config, rank, tp)
-            assert held[name].dtype == expected.dtype
-            assert torch.equal(held[name], expected), f"rank {rank}: {name}"
-
-
-def tensors_of_file(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def logits(path: Path) -> Tensor:
-    """transformers' logits, of copied weights: in the mapped file they need not be aligned, and sums differ then."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-        result: Tensor = model(1 + torch.arange(24)[None] * 7 % (VOCAB - 1)).logits
-    return result
-
-
 @pytest.mark.parametrize("name", MOE)
 def test_there_and_back(name: str, made: Made, quick: Settings, tmp_path: Path) -> None:
-    import torch
-
-    model = made(name)
-    for tp in (2, 4):
-        out = tmp_path / f"{tp}"
-        tpshard.split(model, tp, out, settings=quick)
-        compare(model, out, tp)
-        assert tpshard.check(out, model, tp=tp, settings=quick).equal
-        tpshard.merge(out, tmp_path / f"merged-{tp}", settings=quick)
-        assert read_all(tmp_path / f"merged-{tp}") == read_all(model)
-    for a, b in ((2, 4), (4, 2)):
-        tpshard.reshard(tmp_path / f"{a}", b, tmp_path / f"{a}-{b}", settings=quick)
-        assert contents(tmp_path / f"{a}-{b}") == contents(tmp_path / f"{b}")
-    assert torch.equal(logits(tmp_path / "merged-4"), logits(model))
+    there_and_back(made(name), tmp_path, quick)
 
 
 def test_the_variants_have_what_they_are_for(made: Made) -> None:
@@ -230,31 +135,6 @@ def test_a_dense_layer_where_the_config_wants_experts_is_refused(made: Made, tmp
     config["first_k_dense_replace"] = 2
     with pytest.raises(UnsupportedError, match=r"no deepseek_v3 rule matches the tensor model.layers.1.mlp.experts.0"):
         tpshard.plan(write_checkpoint(tmp_path / "other", config, read_all(made("deepseek_v3"))), 2)
-
-
-def with_one_more(model: Path, out: Path, without: str = "", **changes: Any) -> Path:
-    """The checkpoint with the layer that predicts a further token, as DeepSeek-V3 and GLM-4.5 publish it."""
-    import torch
-    from safetensors.torch import save_file
-
-    tensors, config = tensors_of(model), config_of(model) | changes
-    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
-    extra = {name.replace(last, new): tensor + 1 for name, tensor in tensors.items() if name.startswith(last)}
-    for name, shape in {
-        "embed_tokens": (VOCAB, hidden),
-        "shared_head.head": (VOCAB, hidden),
-        "shared_head.norm": (hidden,),
-        "enorm": (hidden,),
-        "hnorm": (hidden,),
-        "eh_proj": (hidden, 2 * hidden),
-    }.items():
-        extra[f"{new}{name}.weight"] = torch.randn(shape, generator=torch.Generator().manual_seed(len(extra)))
-    assert not without or extra.pop(new + without) is not None
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(config))
-    save_file(tensors | extra, out / "model.safetensors", metadata={"format": "pt"})
-    return out
 
 
 @pytest.mark.parametrize("name", PREDICTS_MORE)

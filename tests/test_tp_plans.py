@@ -7,7 +7,20 @@ from pathlib import Path
 
 import pytest
 from checkpoints import FAMILIES, VARIANTS
-from tp_plans import DIFFERENCES, KINDS, NO_WEIGHT, PAGE, alike, differences, kinds, known, page, plans
+from tp_plans import (
+    DIFFERENCES,
+    KINDS,
+    NO_WEIGHT,
+    OTHERWISE,
+    PAGE,
+    alike,
+    differences,
+    kinds,
+    known,
+    meant,
+    page,
+    plans,
+)
 
 from tpshard.checkpoint import open_checkpoint
 from tpshard.model import from_checkpoint
@@ -24,13 +37,21 @@ def test_what_a_plan_says_is_done(model_type: str) -> None:
     for pattern, style in plans().get(model_type, {}).items():
         if style not in NO_WEIGHT:
             found = set().union(*(kind for name, kind in mine.items() if alike(name, pattern)))
-            assert found == {KINDS[style]}, f"{pattern} is {style}"
+            assert found == {meant(model_type, pattern, style)}, f"{pattern} is {style}"
 
 
 def test_what_no_plan_says_has_a_reason() -> None:
     listed = [(t, module) for by_type in DIFFERENCES.values() for t, modules in by_type.items() for module in modules]
     assert len(listed) == len(set(listed))
     assert differences() == {(model_type, module) for model_type, module in listed if model_type in known()}
+
+
+def test_what_is_cut_otherwise_is_in_a_plan() -> None:
+    for by_type in OTHERWISE.values():
+        for model_type, modules in by_type.items():
+            for module in modules:
+                style = plans()[model_type][f"layers.*.{module}"]
+                assert meant(model_type, f"layers.*.{module}", style) != KINDS[style]
 
 
 def test_most_plans_are_of_known_model_types() -> None:
@@ -50,12 +71,15 @@ def test_every_tensor_is_cut_in_the_dim_that_the_plan_means(variant: str, made: 
         name = tensor.name.removeprefix(FAMILIES[model_type].prefix)
         module, _, suffix = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
         pattern = ".".join("*" if part.isdecimal() else part for part in module.split("."))
-        kind = KINDS.get(plan.get(pattern, ""))
+        kind = meant(model_type, pattern, plan[pattern]) if plan.get(pattern) in KINDS else None
         out = max(len(tensor.shape) - 2, 0)  # of stacked experts the first dim is the expert
+        other = out + 1
+        if model_type == "llama4_text" and len(tensor.shape) == 3:
+            out, other = other, out  # for products from the left
         if kind == "column":
             assert (tensor.cut.kind, tensor.cut.dim) == ("column", out), tensor.name
         elif kind == "row":
-            assert (tensor.cut.kind, tensor.cut.dim) == (("replicate", None) if suffix == "bias" else ("row", out + 1))
+            assert (tensor.cut.kind, tensor.cut.dim) == (("replicate", None) if suffix == "bias" else ("row", other))
         elif kind == "replicate":
             assert tensor.cut.kind == "replicate", tensor.name
         seen.add(pattern)

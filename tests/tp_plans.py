@@ -25,6 +25,7 @@ NO_WEIGHT = {"moe_tp_experts", "all_reduce", "moe_identity_expert", "local_param
 _QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _QK_NORM = ("self_attn.q_norm", "self_attn.k_norm")
 _W123 = tuple(f"block_sparse_moe.experts.*.w{number}" for number in (1, 2, 3))
+_LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "Over all heads at once. transformers gathers q and k and keeps the norm whole; cut like q and k, its mean of "
@@ -35,31 +36,53 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "Latent attention whole on every rank. What each head has of it is cut here, as in the plan of deepseek_v2.": {
         "deepseek_v3": (*(f"self_attn.{name}_proj" for name in ("q", "q_b", "kv_b")), "self_attn.o_proj")
     },
-    "A plan of the experts alone. The attention is LLaMA's and is cut as in LLaMA.": {
-        model_type: _QKVO for model_type in ("granitemoe", "hunyuan_v1_moe", "phimoe")
+    "A query without a latent, which the plan leaves out.": {"glm4_moe_lite": ("self_attn.q_proj",)},
+    "A plan of the experts alone. The attention is LLaMA's and is cut as in LLaMA, and so is a dense layer.": {
+        **{model_type: _QKVO for model_type in ("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "phimoe")},
+        "afmoe": (*_QKVO, "self_attn.gate_proj", *(f"mlp.{name}" for name in _GATED)),
     },
+    "What linear attention has of each head beside its projections. The plan gathers what those give, and every rank "
+    "computes all heads.": dict.fromkeys(_LINEAR, ("linear_attn.conv1d", "linear_attn.A_log", "linear_attn.dt_bias")),
     "The shared expert whole on every rank. It is a feed-forward like any other.": {
         "hunyuan_v1_moe": tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
         "qwen2_moe": tuple(f"mlp.shared_expert.{name}" for name in _GATED),
+        **dict.fromkeys(
+            ("afmoe", "cohere2_moe", "exaone_moe", "glm4_moe_lite", "solar_open"),
+            tuple(f"mlp.shared_experts.{name}" for name in _GATED),
+        ),
+        "granitemoeshared": ("shared_mlp.input_linear", "shared_mlp.output_linear"),
     },
     "Experts one by one, as files have them; the plan speaks of the stacked tensors in memory.": {
         **{
             model_type: tuple(f"mlp.experts.*.{name}" for name in _GATED)
             for model_type in (
                 "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "olmoe",
-                "qwen2_moe", "qwen3_moe",
+                "qwen2_moe", "qwen3_moe", "afmoe", "cohere2_moe", "deepseek_v32", "exaone_moe", "flex_olmo",
+                "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "qwen3_5_moe_text", "qwen3_next", "solar_open",
             )
         },
         **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), _W123),
     },
-    "Experts stacked under the names of the files; the plan speaks of those in memory.": {
-        "granitemoe": ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
+    "Experts under the names of the files; the plan speaks of those in memory.": {
+        **dict.fromkeys(
+            ("granitemoe", "granitemoeshared"), ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
+        ),
+        "hy_v3": tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
     },
 }  # fmt: skip
 """What is cut here and not in transformers' plan: reason → model_type → modules of a layer.
 
-The other way round there is nothing: whatever a plan cuts is cut here, in the same direction.
+The other way round there is nothing: whatever a plan cuts is cut here.
 """
+OTHERWISE: dict[str, dict[str, tuple[str, ...]]] = {
+    "Stored for products from the left. The plan calls a dim what it would be in other matrices; it is the same dim.": {
+        "llama4_text": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+    },
+    "Behind the heads of linear attention. The plan gathers what the projections give; here a rank has whole heads, "
+    "and their sum is over the ranks.": dict.fromkeys(_LINEAR, ("linear_attn.out_proj",)),
+}
+"""What is cut here by its input and in transformers' plan by its output, or the other way round."""
+_OTHER = {"column": "row", "row": "column"}
 
 
 def known() -> dict[str, Architecture]:
@@ -88,6 +111,13 @@ def kinds(architecture: Architecture) -> dict[str, set[str]]:
     return found
 
 
+def meant(model_type: str, pattern: str, style: str) -> str:
+    """The kind of rule that does what a plan's style does, or what is done instead."""
+    module = pattern.removeprefix("layers.*.")
+    other = any(module in by_type.get(model_type, ()) for by_type in OTHERWISE.values())
+    return _OTHER[KINDS[style]] if other else KINDS[style]
+
+
 def alike(pattern: str, name: str) -> bool:
     mine, others = pattern.split("."), name.split(".")
     return len(mine) == len(others) and all(fnmatchcase(b, a) for a, b in zip(mine, others, strict=True))
@@ -96,7 +126,7 @@ def alike(pattern: str, name: str) -> bool:
 def differences() -> set[tuple[str, str]]:
     """(model_type, module of a layer) of what is cut here and the plan says nothing of, the vocab axis excepted.
 
-    Embeddings and heads are not in plans of base models.
+    Embeddings and heads are not in plans of base models, nor are layers that predict further tokens.
     """
     found = set()
     for model_type in plans().keys() & known().keys():
@@ -107,6 +137,7 @@ def differences() -> set[tuple[str, str]]:
                 if (
                     rule.axes
                     and rule.axes != ("vocab",)
+                    and not name.startswith("mtp.")
                     and not any(alike(name, other) for other in plans()[model_type])
                 ):
                     found.add((model_type, name.removeprefix("layers.*.")))
@@ -122,8 +153,7 @@ multimodal model is split where its text model is one of these ([nested text mod
 model_type `tpshard archs draft` writes [rules to start from](rules.md).
 
 A test compares the rules with the tensor-parallel plans that transformers {version} publishes (`base_model_tp_plan`):
-{compared} of the model_types below have one. Whatever a plan cuts is cut here in the same direction; the differences
-that remain are listed further down.
+{compared} of the model_types below have one. Whatever a plan cuts is cut here; the differences are listed further down.
 
 | rules | model_types | transformers' plan |
 |---|---|---|
@@ -132,6 +162,10 @@ that remain are listed further down.
 ## Cut here, and not by transformers' plan
 
 {differences}
+
+## Cut here by the input and there by the output, or the other way round
+
+{otherwise}
 """
 
 
@@ -143,21 +177,25 @@ def page() -> str:
     for architecture in all_builtin():
         planned = [model_type for model_type in architecture.model_types if model_type in plans()]
         compared += len(planned)
-        differ = any(t in by_type for t in planned for by_type in DIFFERENCES.values())
+        differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE).values())
         verdict = ("more is cut here" if differ else "the same") if planned else "none"
         types = ", ".join(f"`{model_type}`" for model_type in architecture.model_types)
         rows.append(f"| {architecture.name} | {types} | {verdict} |")
+    text = {"rows": "\n".join(rows), "differences": _reasons(DIFFERENCES), "otherwise": _reasons(OTHERWISE)}
+    version = ".".join(transformers.__version__.split(".")[:2])
+    return _TEXT.format(version=version, compared=compared, **text)
+
+
+def _reasons(listed: Mapping[str, Mapping[str, tuple[str, ...]]]) -> str:
     reasons = []
-    for reason, by_type in DIFFERENCES.items():
+    for reason, by_type in listed.items():
         own = {t: ", ".join(f"`{m}`" for m in modules) for t, modules in by_type.items() if t in known()}
         lines = [
             f"  - {', '.join(t for t in own if own[t] == modules)}: {modules}"
             for modules in dict.fromkeys(own.values())
         ]
         reasons += [f"- {reason}", *lines] if own else []
-    text = {"rows": "\n".join(rows), "differences": "\n".join(reasons)}
-    version = ".".join(transformers.__version__.split(".")[:2])
-    return _TEXT.format(version=version, compared=compared, **text)
+    return "\n".join(reasons)
 
 
 if __name__ == "__main__":

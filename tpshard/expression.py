@@ -33,6 +33,19 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.In: lambda item, items: item in items,
     ast.NotIn: lambda item, items: item not in items,
 }
+
+
+def _item(items: Any, key: Any) -> Any:
+    """What a list holds at a place, or a table under a name: None beyond its end, as of a key that a config lacks."""
+    if items is None:
+        return None
+    if isinstance(items, list) and isinstance(key, int):
+        return items[key] if 0 <= key < len(items) else None
+    if isinstance(items, dict):
+        return items.get(key)
+    raise TypeError(f"{items!r} has no {key!r}")
+
+
 _LONGEST = 1000  # far more than any rule needs, and never so deep that walking it exhausts the stack
 
 
@@ -60,7 +73,7 @@ def _is_known(node: ast.expr) -> bool:
     match node:
         case ast.Constant(value=bool() | int() | str() | None) | ast.Name() | ast.BoolOp() | ast.IfExp():
             return True
-        case ast.UnaryOp(op=ast.Not()):
+        case ast.UnaryOp(op=ast.Not()) | ast.Subscript(value=ast.Name()):
             return True
         case ast.BinOp(op=op):
             return type(op) in _BINARY
@@ -118,6 +131,8 @@ def _value(node: ast.expr, config: Mapping[str, Any]) -> Any:
             return _BINARY[type(op)](_value(left, config), _value(right, config))
         case ast.Compare(left=left, ops=[op], comparators=[right]):
             return _COMPARE[type(op)](_value(left, config), _value(right, config))
+        case ast.Subscript(value=of, slice=key):
+            return _item(_value(of, config), _value(key, config))
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _value(body if _value(test, config) else orelse, config)
     raise AssertionError(f"{ast.dump(node)} is not of the language, and parse let it pass")

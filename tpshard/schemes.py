@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 SUFFIXES = ("weight", "bias")
-AXES = ("out", "in", "expert")
-"""What a dim can be. An embedding's `out` is the vocab; `expert` counts the experts of a stacked tensor."""
+AXES = ("out", "in", "expert", "kernel")
+"""What a dim can be. An embedding's `out` is the vocab; `expert` counts the experts of a stacked tensor; `kernel` are
+the places of a convolution."""
 
 
 def stored_axes(suffix: str, ndim: int) -> tuple[str, ...]:

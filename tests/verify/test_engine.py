@@ -11,6 +11,7 @@ import library
 import pytest
 import torch
 from checkpoints import VARIANTS, build, make
+from newer_checkpoints import NEWER
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -98,7 +99,7 @@ def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., Side
 
 
 def test_every_architecture_has_a_variant() -> None:
-    assert {VARIANTS[name].model_type for name in library.VARIANTS} == MODEL_TYPES
+    assert {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} == MODEL_TYPES
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.base import Format, Laid, Options, bare
 from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, shard, whole
 from tpshard.model import Model
-from tpshard.rules import Axis, Cut
+from tpshard.rules import Axis
 
 _FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
 _MODULES = {
@@ -58,8 +57,7 @@ class DeepSeek(Format):
                 dropped[tensor.name] = "a buffer that DeepSeek's code computes"
             elif expert := _EXPERT.fullmatch(name):
                 rank = _owner(int(expert[2]), model, options.tp)
-                whole_tensor = replace(tensor, cut=Cut("replicate"))
-                rows[rank].append(whole(whole_tensor)._replace(name=_name(name, tensor)))
+                rows[rank].append(whole(tensor)._replace(name=_name(name, tensor)))
             elif stacked := _STACKED.fullmatch(name):
                 for index in range(tensor.shape[0]):
                     rows[_owner(index, model, options.tp)] += _unstacked(tensor, index, stacked[1], stacked[2])

@@ -10,12 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tpshard import __version__
-from tpshard.box import Box, volume
+from tpshard.box import Box, Shape, volume
 from tpshard.layout import Layout, Mesh, Part, StoredTensor
 from tpshard.model import Model
+from tpshard.rules import Cut
 
 if TYPE_CHECKING:
     from tpshard.formats.base import Laid, Options
@@ -47,29 +49,24 @@ def _body(model: Model, options: Options, laid: Laid) -> list[str]:
     rows = []
     known: dict[object, str] = {}  # layers are alike
     for index, tensor in enumerate(model.tensors):
-        entry: dict[str, Any] = {
-            "name": tensor.name,
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "file": model.file_of[tensor.name],
-            "rule": tensor.cut.kind,
-        }
-        if (full := model.full_name(tensor.name)) != tensor.name:
-            entry["full"] = full
-        if tensor.name in laid.dropped:
-            entry["dropped"] = laid.dropped[tensor.name]
+        full_name, dropped = model.full_name(tensor.name), laid.dropped.get(tensor.name)
+        row = [
+            f'"name":{_text(tensor.name)},"dtype":"{tensor.dtype}","shape":{_numbers(tensor.shape)}',
+            f'"file":{_text(model.file_of[tensor.name])},"rule":"{tensor.cut.kind}"',
+        ]
+        if full_name != tensor.name:
+            row.append(f'"full":{_text(full_name)}')
+        if dropped is not None:
+            row.append(f'"dropped":{_text(dropped)}')
         if tensor.cut.dim is not None:
-            entry["dim"] = tensor.cut.dim
-            entry["segments"] = list(tensor.cut.segments)
-            if tensor.cut.interleave:
-                entry["interleave"] = tensor.cut.interleave
-        row = _compact(entry)
-        if tensor.cut.dim is not None and native:
             key = (tensor.shape, tensor.cut, tensor.dtype)
             if key not in known:
-                known[key] = _compact([_stored_json(rank[index], named=False) for rank in laid.layout])
-            row = f'{row[:-1]},"ranks":{known[key]}}}'
-        rows.append(row)
+                known[key] = _cut(tensor.cut)
+                if native:
+                    ranks = ",".join(_stored(rank[index], named=False) for rank in laid.layout)
+                    known[key] += f',"ranks":[{ranks}]'
+            row.append(known[key])
+        rows.append(f"{{{','.join(row)}}}")
     body: dict[str, Any] = {
         "mesh": asdict(Mesh(options.tp)),
         "source": dict(model.source),
@@ -87,50 +84,66 @@ def _body(model: Model, options: Options, laid: Laid) -> list[str]:
         "tied": dict(model.tied),
     }
     lines = [*_lines(body), _table("tensors", rows)]
-    return lines if native else [*lines, _table("stored", list(map(_compact, _all_stored(laid.layout))))]
+    return lines if native else [*lines, _table("stored", _all_stored(laid.layout))]
 
 
-def _all_stored(layout: Layout) -> list[dict[str, Any]]:
-    """Every stored tensor by name, with what each rank has of it; null for a rank that has none."""
+def _cut(cut: Cut) -> str:
+    interleave = f',"interleave":{_text(cut.interleave)}' if cut.interleave else ""
+    return f'"dim":{cut.dim},"segments":{_text(list(cut.segments))}{interleave}'
+
+
+def _all_stored(layout: Layout) -> list[str]:
+    """A line for every stored tensor, with what each rank has of it; null for a rank that has none."""
     by_rank = [{stored.name: stored for stored in rank} for rank in layout]
     names = dict.fromkeys(name for rank in by_rank for name in rank)
-    entries = []
+    lines = []
     for name in names:
         held = [rank.get(name) for rank in by_rank]
         dtype = next(stored.dtype for stored in held if stored is not None)
-        ranks = [None if stored is None else _stored_json(stored, named=True) for stored in held]
+        ranks = ["null" if stored is None else _stored(stored, named=True) for stored in held]
         same = all(each == ranks[0] for each in ranks)
-        entries.append({"name": name, "dtype": dtype, **({"every": ranks[0]} if same else {"ranks": ranks})})
-    return entries
+        found = f'"every":{ranks[0]}' if same else f'"ranks":[{",".join(ranks)}]'
+        lines.append(f'{{"name":{_text(name)},"dtype":"{dtype}",{found}}}')
+    return lines
 
 
-def _stored_json(stored: StoredTensor, named: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {"shape": list(stored.shape), "parts": [_part_json(part, named) for part in stored.parts]}
-    if stored.view is not None:
-        entry["view"] = list(stored.view)
-    if any(volume(box) for box in stored.fills):
-        entry["padding"] = [_box_json(box) for box in stored.fills]
-    if stored.value:
-        entry["value"] = stored.value.hex()
-    return entry
+def _stored(stored: StoredTensor, named: bool) -> str:
+    """A stored tensor of one rank. named: whether parts say of which logical tensor they are."""
+    if named:
+        parts = [f'{{"tensor":{_text(part.tensor)},{_place(*part[1:])}}}' for part in stored.parts]
+    else:
+        parts = [f"{{{_place(*part[1:])}}}" for part in stored.parts]
+    return f'{{"shape":{_numbers(stored.shape)},"parts":[{",".join(parts)}]{_rest(*stored[4:])}}}'
 
 
-def _part_json(part: Part, named: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {"tensor": part.tensor} if named else {}
-    entry |= {"box": _box_json(part.box), "at": list(part.at)}
-    if part.view is not None:
-        entry["view"] = list(part.view)
-    if part.order is not None:
-        entry["order"] = list(part.order)
-    return entry
+@lru_cache(maxsize=1 << 16)
+def _place(box: Box, at: Shape, view: Shape | None, order: tuple[int, ...] | None) -> str:
+    """A part without its tensor. Cached: layers are alike."""
+    text = f'"box":{_boxes(box)},"at":{_numbers(at)}'
+    if view is not None:
+        text += f',"view":{_numbers(view)}'
+    return text if order is None else f'{text},"order":{_numbers(order)}'
 
 
-def _box_json(box: Box) -> list[list[int]]:
-    return [list(side) for side in box]
+@lru_cache(maxsize=4096)
+def _rest(fills: tuple[Box, ...], view: Shape | None, value: bytes) -> str:
+    """What a stored tensor has beside shape and parts."""
+    text = "" if view is None else f',"view":{_numbers(view)}'
+    if any(volume(box) for box in fills):
+        text += f',"padding":[{",".join(map(_boxes, fills))}]'
+    return f'{text},"value":"{value.hex()}"' if value else text
+
+
+def _boxes(box: Box) -> str:
+    return f"[{','.join(map(_numbers, box))}]"
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return f"[{','.join(map(str, values))}]"
 
 
 def stored_from_json(name: str, dtype: str, entry: Mapping[str, Any], tensor: str | None = None) -> StoredTensor:
-    """What `_stored_json` wrote. tensor: of which logical tensor the parts are, where they do not say it."""
+    """What `_stored` wrote. tensor: of which logical tensor the parts are, where they do not say it."""
 
     def box(sides: list[list[int]]) -> Box:
         return tuple((start, stop) for start, stop in sides)
@@ -166,7 +179,7 @@ def dump(data: Mapping[str, Any]) -> bytes:
 
 def _lines(data: Mapping[str, Any]) -> list[str]:
     return [
-        _table(key, list(map(_compact, value)))
+        _table(key, list(map(_text, value)))
         if key in ("tensors", "stored")
         else f" {json.dumps(key)}: {json.dumps(value)}"
         for key, value in data.items()
@@ -181,5 +194,5 @@ def _object(lines: Sequence[str]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _compact(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"))
+_text = json.JSONEncoder(separators=(",", ":")).encode
+"""Compact JSON. Rows of tensors are put together from pieces: an encoder for each would take ten times as long."""

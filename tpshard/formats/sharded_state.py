@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split
-from tpshard.formats.engine_shares import Recipe, join_shares, shares_of
+from tpshard.formats.engine_shares import Recipe, joined, shares_of
 from tpshard.formats.engines import Family, fits_any, load_table, match
 from tpshard.header import DTYPE_BITS
 from tpshard.layout import Deal, LogicalTensor, StoredTensor
@@ -47,16 +47,10 @@ class ShardedState(Format):
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
         shares = shares_of(family, model, tensors, ranges, options.tp)
-        rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        for name, recipe in _recipes(family, named).items():
-            for rank, row in enumerate(rows):
-                row.append(join_shares(name, recipe, rank, shares, shapes))
-        constants = list(_scales(family, named.values()))
-        for row in rows:
-            row.extend(constants)
-        order = sorted(range(len(rows[0])), key=lambda index: -(DTYPE_BITS[rows[0][index].dtype] // 8))
-        return Laid(tuple(tuple(row[index] for index in order) for row in rows), dropped)
+        constants = tuple(_scales(family, named.values()))
+        rows = [row + constants for row in joined(_recipes(family, named), shares, shapes, options.tp)]
+        return Laid(tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dropped)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""

@@ -16,6 +16,8 @@ COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
 FUSED = ("qkv_proj", "c_attn", "Wqkv")
 """Projections that make q, k and v, one behind the other."""
+LINEAR_NUMBERS = ("A_log", "dt_bias")
+"""What linear attention has of each value head beside its features."""
 OUT = ("o_proj", "out_proj", "c_proj", "dense")
 BIASES = ("position_bias", "alibi")
 """Arguments that hold a value for each head of the whole model."""
@@ -88,6 +90,37 @@ def _kv(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut], q: l
         return Cut(0, tuple(q), heads)
     rows = [size - n * head for size, n in zip(cuts[f"{name}.{fused}.weight"].sizes, q, strict=True)]
     return Cut(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
+
+
+def linear_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of linear attention by a gated delta rule, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("GatedDeltaNet")}
+
+
+def tell_linear(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> None:
+    """Set the numbers of heads and features that a module of linear attention reads.
+
+    DifferentError where a rank does not hold whole key heads with all of their value heads.
+    """
+    if f"{name}.out_proj.weight" not in cuts:
+        return
+    conv, *numbers = (_held(cuts.get(f"{name}.{leaf}"), rank) for leaf in ("conv1d.weight", *LINEAR_NUMBERS))
+    each, v = module.num_v_heads // module.num_k_heads, numbers[0] or 0
+    k = v // each
+    wide = 2 * k * module.head_k_dim + v * module.head_v_dim
+    if not v or v % each or conv != wide or set(numbers) != {v}:
+        raise DifferentError(
+            f"rank {rank}: {name} does not hold whole key heads with their value heads",
+            tensor=f"{name}.conv1d.weight",
+            expected=f"heads of {module.head_k_dim}, {each} of {module.head_v_dim} for each",
+            found=f"{conv} features, and numbers of {numbers} heads",
+        )
+    module.num_k_heads, module.num_v_heads, module.conv_dim = k, v, wide
+    module.key_dim, module.value_dim = k * module.head_k_dim, v * module.head_v_dim
+
+
+def _held(cut: Cut | None, rank: int) -> int | None:
+    return None if cut is None else cut.sizes[rank]
 
 
 def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:

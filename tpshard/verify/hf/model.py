@@ -20,17 +20,19 @@ from tpshard.verify.weights import Weights
 # Those that were tried: other classes may read sizes from places that nobody here knows of.
 MODEL_TYPES = frozenset(
     (
-        "apertus arcee biogpt cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4"
-        " gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_neox gpt_oss gptj granite granitemoe helium"
-        " hunyuan_v1_dense hunyuan_v1_moe internlm3 llama minimax_m2 ministral ministral3 mistral mixtral mpt"
-        " nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe"
-        " seed_oss smollm3 stablelm starcoder2"
+        "afmoe apertus arcee biogpt cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 deepseek_v32 dots1"
+        " ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe"
+        " glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite granitemoe granitemoeshared helium"
+        " hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 llama llama4_text minimax_m2 ministral ministral3"
+        " mistral mixtral mpt nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe"
+        " qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"
+        " starcoder2"
     ).split()
 )
 HINT = "pip install 'tpshard[transformers]', or --tier bytes"
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
-TUPLE_LAYERS = {"mpt"}
+TUPLE_LAYERS = {"mpt", "glm_moe_dsa"}
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -281,8 +283,8 @@ def skip_layers(model: Any, layers: Collection[int]) -> None:
     """Make every other layer give what it gets."""
     tuples = model.config.model_type in TUPLE_LAYERS
 
-    def passing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return (hidden_states, None) if tuples else hidden_states
+    def passing(hidden_states: Tensor, *_: Any, prev_topk_indices: Any = None, **__: Any) -> Any:
+        return (hidden_states, prev_topk_indices) if tuples else hidden_states
 
     for i, (_, layer) in enumerate(layers_of(model)):
         if i not in layers:

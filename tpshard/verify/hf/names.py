@@ -18,11 +18,16 @@ RENAMED = (
     (".output_linear.weight", ".experts.down_proj"),
     (".router.layer.", ".router."),
     (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
+    (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+    (".mlp.router.gate.", ".mlp.gate."),
+    (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+    (".mlp.shared_mlp.", ".mlp.shared_experts."),
     ("embed_out.", "lm_head."),
     ("language_model.", ""),
     ("text_model.", ""),
 )
-"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, GPT-NeoX; and the
+"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
+GPT-NeoX; and the
 text model inside of a larger one, which is run as if it were alone."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"

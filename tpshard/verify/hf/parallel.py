@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
 from tpshard.verify.group import Group, Single
-from tpshard.verify.hf.heads import attentions, heads_of, output_of, tell, total_heads
+from tpshard.verify.hf.heads import (
+    LINEAR_NUMBERS,
+    attentions,
+    heads_of,
+    linear_attentions,
+    output_of,
+    tell,
+    tell_linear,
+    total_heads,
+)
 from tpshard.verify.hf.model import Cut
 
 EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
@@ -75,6 +84,8 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -
         row = cuts.get(f"{name}.{output_of(module)}.weight")
         if row is not None:
             tell(module, heads_of(name, module, config, cuts, rank), row.total // heads, heads)
+    for name, module in linear_attentions(model).items():
+        tell_linear(name, module, cuts, rank)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     for name, module in model.named_modules():
         mine = {leaf: cuts[f"{name}.{leaf}"] for leaf in module._parameters if f"{name}.{leaf}" in cuts}
@@ -120,13 +131,18 @@ def _connect(
         down = cuts["down_proj"]
         _adds_up(f"{name}.down_proj", down, down.total, down.total)
         module.forward = _experts(name, module, len(down.sizes), link)
+    elif isinstance(module, nn.Conv1d) and module.groups == module.out_channels and cuts.keys() == {"weight"}:
+        # Every feature by itself.
+        module.in_channels = module.out_channels = module.groups = cuts["weight"].sizes[rank]
+        return cuts["weight"].dim == 0 and module.bias is None
     elif is_experts(module) and cuts.keys() == module._parameters.keys():
         module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
     elif name.endswith(QK_NORMS) and weight is not None and type(module).__name__.endswith("RMSNorm"):
         module.forward = _over_all_ranks(module, weight, rank, link)
     else:
         # A value for each head, or in a norm a row for each head.
-        return (attends and cuts.keys() == {"sinks"}) or (name.endswith(QK_NORMS) and len(_weight(module).shape) == 2)
+        heads = {"sinks"} if attends else set(LINEAR_NUMBERS)
+        return cuts.keys() == heads or (name.endswith(QK_NORMS) and len(_weight(module).shape) == 2)
     return True
 
 

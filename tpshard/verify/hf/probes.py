@@ -18,7 +18,7 @@ from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Finding
 
 # Their rows are several blocks, so that a rank's are no stretch of the whole's.
-BLOCKS = (*FUSED, "gate_up_proj")
+BLOCKS = (*FUSED, "gate_up_proj", "input_linear", "in_proj_qkv")
 STREAM = ("hidden_states", "residual")
 """Named arguments that carry the stream; what else a module takes is the same on both sides, or a rank's own."""
 
@@ -53,7 +53,10 @@ def _first(output: Any) -> Tensor:
 
 
 def blocks(side: Side, layers: Sequence[int]) -> list[str]:
-    """The modules that are compared: the parts of each layer, routers, and what has parameters outside of layers."""
+    """The modules that are compared: the parts of each layer, routers, and what has parameters outside of layers.
+
+    Of an indexer, whose choice is pinned, it is the modules that it chooses by.
+    """
     every = layers_of(side.model)
     parts = [
         f"{name}.{part}"
@@ -63,7 +66,9 @@ def blocks(side: Side, layers: Sequence[int]) -> list[str]:
     ]
     inside = tuple(f"{name}." for name, _ in every)
     outside = [name for name, module in side.modules.items() if module._parameters and not name.startswith(inside)]
-    return parts + outside + [name for name in side.routers if name.startswith(tuple(f"{part}." for part in parts))]
+    choosing = [f"{name}.{part}" for name, module in side.indexers.items() for part, _ in module.named_children()]
+    deeper = tuple(f"{part}." for part in parts)
+    return parts + outside + [name for name in (*side.routers, *choosing) if name.startswith(deeper)]
 
 
 @dataclass
@@ -242,13 +247,19 @@ def _part_of_experts(whole: nn.Module, down: Cut, rank: int) -> Iterator[None]:
 
 
 def every_expert(whole: Side, record: Record, name: str) -> tuple[tuple[Any, ...], Tensor]:
-    """Arguments that send one token to each expert, and what the unsharded experts give: a prompt alone reaches few."""
+    """Arguments that send one token to each expert, and what the unsharded experts give: a prompt alone reaches few.
+
+    Experts that are not told whom a token is for (Llama 4) get as many for each, one behind the other.
+    """
     module = whole.modules[name]
     down = module._parameters["down_proj"]
     assert down is not None
     count = len(down)
     tokens = record.input.flatten(0, -2)
+    tokens = tokens[tokens.any(-1)]
     x = tokens[torch.arange(count, device=tokens.device) % len(tokens)]
+    if len(record.all_args) + len(record.all_kwargs) == 1:
+        return (x,), _first(module(x))
     chosen = torch.arange(count, device=tokens.device).unsqueeze(1)
     args = (x, chosen, x.new_ones(count, 1))
     return args, _first(module(*args))

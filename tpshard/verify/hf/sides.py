@@ -35,7 +35,15 @@ class Side:
 
     @cached_property
     def routers(self) -> dict[str, nn.Module]:
-        return {name: module for name, module in self.modules.items() if type(module).__name__.endswith("Router")}
+        return self._named("Router")
+
+    @cached_property
+    def indexers(self) -> dict[str, nn.Module]:
+        """What chooses the tokens to attend to."""
+        return self._named("Indexer")
+
+    def _named(self, ending: str) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.modules.items() if type(module).__name__.endswith(ending)}
 
     def precision(self) -> AbstractContextManager[Any]:
         """What makes the model's dtype hold in all its parts: only float64 is not already what its code computes in."""
@@ -55,7 +63,7 @@ class Side:
         cached = len(steps) + more > 1
         logits: list[Tensor] = []
         cache: Any = None
-        with self.precision(), pins.watching(self.routers):
+        with self.precision(), pins.watching(self.routers | self.indexers):
             for i in range(len(steps) + more):
                 if i == len(steps):
                     steps.append(logits[-1][:, -1:].argmax(-1))

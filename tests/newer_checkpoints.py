@@ -1,0 +1,69 @@
+"""Small models of the families that came last, by name; most are put together from modules that others have too.
+
+As small as a family allows: two layers, so that a config may ask for one of either kind, and four experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_GQA = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+_WIDE = _GQA | {"head_dim": 16}
+_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
+_ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 32}
+_LOCAL = {"num_local_experts": 4}
+_LATENT = (
+    _GQA
+    | _ROUTED
+    | {"num_key_value_heads": 8, "kv_lora_rank": 16, "q_lora_rank": 24, "first_k_dense_replace": 1}
+    | {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12}
+)
+# 12 tokens are more than 8.
+_INDEXED = _LATENT | {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 8, "n_group": 2, "topk_group": 1}
+# Two value heads share a key head.
+_LINEAR = _WIDE | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 3,
+}
+
+NEWER: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4_text": (
+        "llama4_text",
+        _WIDE | _LOCAL | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "attention_bias": True},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 48, "mlp_only_layers": [0]},
+    ),
+    "qwen3_5_text": ("qwen3_5_text", _LINEAR),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _LINEAR | _EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "glm4_moe_lite": ("glm4_moe_lite", _LATENT),
+    "deepseek_v32": ("deepseek_v32", _INDEXED),
+    "glm_moe_dsa": ("glm_moe_dsa", _INDEXED | {"indexer_types": ["full", "shared"]}),
+    "exaone_moe": ("exaone_moe", _WIDE | _EXPERTS | {"sliding_window": 8}),
+    "solar_open": ("solar_open", _WIDE | _ROUTED | {"attention_bias": True}),
+    "flex_olmo": ("flex_olmo", _GQA | {"num_experts": 4}),
+    "hy_v3": ("hy_v3", _WIDE | _EXPERTS),
+    "cohere2_moe": (
+        "cohere2_moe",
+        _WIDE
+        | {"num_experts": 4, "num_shared_experts": 2, "prefix_dense_intermediate_size": 48}
+        | {"mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "granitemoeshared": ("granitemoeshared", _GQA | _LOCAL | {"shared_intermediate_size": 48}),
+    "afmoe": ("afmoe", _WIDE | _EXPERTS | {"num_dense_layers": 1}),
+}
+ALL_AT_ONCE = frozenset({"llama4_text", "granitemoeshared"})
+"""Families whose files always hold the experts of a layer stacked."""

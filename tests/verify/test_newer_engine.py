@@ -1,0 +1,120 @@
+"""transformers' own classes of the families that came last, run tensor-parallel: equal, and no fault gets by."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import library
+import pytest
+import torch
+from checkpoints import build
+from newer_checkpoints import NEWER
+
+from tpshard.errors import DifferentError
+from tpshard.verify.compare import EXACT_LIMIT
+from tpshard.verify.hf.canaries import exact_canaries
+from tpshard.verify.hf.faults import FAULTS
+from tpshard.verify.hf.sides import Sides
+from tpshard.verify.hf.tiers import exact, native
+from tpshard.verify.probes import relative
+from tpshard.verify.weights import Replaced, Weights
+
+Made = Callable[..., Path]
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_correct_split_is_equal_and_a_faulty_one_is_not(name: str, made: Made, tmp_path: Path) -> None:
+    with torch.no_grad():
+        one = library.opened(made(name), 4, tmp_path / "out")
+        wanted, pins = library.reference(one)
+        assert relative(wanted, build(name, dtype="float32")(one.prompt).logits) <= 1e-5
+        tier = exact(one)
+        assert (tier.status, tier.reason) == ("pass", None)
+        assert max(finding.error for finding in tier.findings) <= EXACT_LIMIT
+        last = one.frame.config.num_hidden_layers - 1
+        for fault in ("rank-files-exchanged", "out-of-another-rank", "sign-of-an-element-of-down"):
+            damaged = FAULTS[fault].mutant(one.frame.config, one.source, one.ranks, last)
+            assert damaged is not None
+            assert library.error(replace(one, ranks=damaged), wanted, pins) > 1e3 * EXACT_LIMIT, fault
+
+
+@pytest.fixture(scope="module")
+def sides(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sides]:
+    """A variant, split for two ranks and loaded once."""
+    kept: dict[str, Sides] = {}
+
+    def get(name: str) -> Sides:
+        if name not in kept:
+            kept[name] = library.opened(made(name), 2, tmp_path_factory.mktemp("split") / "out")
+        return kept[name]
+
+    return get
+
+
+def damaged(one: Sides, pattern: str, change: Callable[[torch.Tensor], torch.Tensor], rank: int) -> Sides:
+    """One tensor of one rank changed."""
+    ranks: list[Weights] = list(one.ranks)
+    (name,) = (name for name in one.source.names() if re.search(pattern, name))
+    ranks[rank] = Replaced(ranks[rank], {name: change(ranks[rank].get(name)).contiguous()})
+    return replace(one, ranks=ranks)
+
+
+LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("part", ["in_proj_qkv", "in_proj_(z|ba)", "conv1d", "A_log", "dt_bias", "out_proj", "norm"])
+def test_every_part_of_linear_attention_is_looked_at(name: str, part: str, sides: Callable[[str], Sides]) -> None:
+    one = sides(name)
+    bad = damaged(one, rf"layers\.0\.linear_attn\.{part}", lambda tensor: tensor.roll(1, 0), 1)
+    with torch.no_grad():
+        tier = exact(bad)
+    assert tier.status == "fail" and tier.first is not None
+    assert "model.layers.0.linear_attn" in tier.first.module and tier.first.rank == 1
+
+
+def test_a_key_head_without_a_value_head(sides: Callable[[str], Sides]) -> None:
+    """Rank 0 has two key heads with two value heads each; a number of one of them is missing."""
+    one = sides("qwen3_next")
+    for part in ("A_log", "conv1d"):
+        with pytest.raises(DifferentError, match="does not hold whole key heads with their value heads"):
+            exact(damaged(one, rf"layers\.0\.linear_attn\.{part}", lambda tensor: tensor[:-1], 0))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("part", ["wq_b", "wk", "k_norm", "weights_proj"])
+def test_what_an_indexer_chooses_by_is_looked_at(name: str, part: str, sides: Callable[[str], Sides]) -> None:
+    """Its choice is pinned, so a rank that would choose others is found by what it chooses by."""
+    bad = damaged(sides(name), rf"layers\.0\.self_attn\.indexer\.{part}\.weight", lambda tensor: tensor * 1.01, 1)
+    with torch.no_grad():
+        tier = exact(bad)
+    assert tier.status == "fail" and tier.first is not None
+    assert (tier.first.module, tier.first.rank) == (f"model.layers.0.self_attn.indexer.{part}", 1)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v32", "llama4_text"])
+def test_the_native_tier_and_the_canaries(name: str, sides: Callable[[str], Sides]) -> None:
+    """Through the cache: the states of convolution and delta rule, the keys of the indexer."""
+    one = sides(name)
+    with torch.no_grad():
+        tier = native(one, torch.bfloat16, 3)
+        assert tier.status == "pass", tier.reason
+        canaries = exact_canaries(one)
+    assert len(canaries) >= 5 and all(canary.status == "caught" for canary in canaries)
+
+
+def test_an_expert_of_llama_4_that_no_token_meets_is_looked_at(sides: Callable[[str], Sides]) -> None:
+    one = sides("llama4_text")
+    short = replace(one, prompt=one.prompt[:1, :1])
+    with torch.no_grad():
+        chosen = {int(i) for made in library.reference(short)[1].made.values() for i in made[0].flatten()}
+        idle = next(i for i in range(4) if i not in chosen)
+
+        def negated(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor[:idle], -tensor[idle : idle + 1], tensor[idle + 1 :]])
+
+        tier = exact(damaged(short, r"experts\.down_proj", negated, 0))
+    assert tier.status == "fail" and tier.reason is not None and "(every expert)" in tier.reason
