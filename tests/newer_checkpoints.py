@@ -96,7 +96,6 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": ("afmoe", _WIDE | _EXPERTS | {"num_dense_layers": 1}),
 }
 AS_THEY_ARE = frozenset(
-    {"llama4_text", "granitemoeshared", "granitemoehybrid", "granitemoehybrid-dense"}  # always stacked
-    | {"nemotron_h", "qwen3_5_text", "bamba"}  # always one by one, or without experts
+    {"llama4_text", "granitemoeshared", "granitemoehybrid", "granitemoehybrid-dense", "qwen3_5_text", "bamba"}
 )
-"""Those whose experts are stored in one way."""
+"""Those whose experts are always stacked, or that have none."""

@@ -74,6 +74,8 @@ def stacked(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
         rows, columns = each[0].shape
         if matrix == "down_proj":
             kept.append(replace(each[0], name=f"{module}.down_proj", shape=(len(each), rows, columns)))
+        elif (module, "gate_proj") not in experts:
+            kept.append(replace(each[0], name=f"{module}.up_proj", shape=(len(each), rows, columns)))
         elif matrix == "gate_proj":
             kept.append(replace(each[0], name=f"{module}.gate_up_proj", shape=(len(each), 2 * rows, columns)))
     return kept
@@ -106,6 +108,9 @@ def test_experts_may_be_stacked(name: str, made: Made) -> None:
     for new, cut in cuts.items():
         if new.endswith("experts.gate_up_proj"):
             assert cut == Cut("column", 1, (axis, axis))
+            seen += 1
+        elif new.endswith("experts.up_proj"):
+            assert cut == Cut("column", 1, (axis,))
             seen += 1
         elif new.endswith("experts.down_proj"):
             assert cut == Cut("row", 2, (axis,))

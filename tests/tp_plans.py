@@ -57,7 +57,9 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
             ("afmoe", "cohere2_moe", "exaone_moe", "glm4_moe_lite", "solar_open"),
             tuple(f"mlp.shared_experts.{name}" for name in _GATED),
         ),
-        **dict.fromkeys(("granitemoeshared", "granitemoehybrid"), ("shared_mlp.input_linear", "shared_mlp.output_linear")),
+        **dict.fromkeys(
+            ("granitemoeshared", "granitemoehybrid"), ("shared_mlp.input_linear", "shared_mlp.output_linear")
+        ),
         "nemotron_h": ("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
     },
     "Experts one by one, as files have them; the plan speaks of the stacked tensors in memory.": {
