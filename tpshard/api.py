@@ -18,7 +18,7 @@ from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_heade
 from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
 from tpshard.execute import Convert
 from tpshard.files import local_error
-from tpshard.formats import format_of, hf
+from tpshard.formats import hf
 from tpshard.formats.base import (
     DEFAULT_MAX_FILE_SIZE,
     Options,
@@ -31,13 +31,13 @@ from tpshard.formats.base import (
 )
 from tpshard.layout import StoredTensor
 from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
-from tpshard.numbers import Workload
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
 
 if TYPE_CHECKING:
     from tpshard.formats.shards import ShardSet
+    from tpshard.numbers import Workload
 
 Shares = Sequence[str | float]
 
@@ -95,13 +95,18 @@ def plan(
 ) -> PlanReport:
     """Plan a split and write nothing. Of a Hub repo only config and headers are read.
 
+    model: a directory, a .safetensors file, or a Hub repo (`org/name`, at `revision`). rules: an architecture file.
+    dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. uneven: deal units
+    that do not divide. shares: a weight for each rank, as `["0.5", "0.3", "0.2"]`. pad_vocab_to: the vocab's size after
+    padding; None is the next multiple of tp. max_file_size: bytes (default: 50 GB). format: as `--format` takes it.
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
+    UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
     checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
-    return PlanReport(plan_split(built, options), checkpoint.warnings, workload or Workload())
+    return PlanReport(plan_split(built, options), checkpoint.warnings, workload)
 
 
 def split(
@@ -124,14 +129,14 @@ def split(
 ) -> WriteReport:
     """Split a checkpoint for `tp` ranks into `out` (default: MODEL-tpN in the current directory).
 
-    ranks: write only these, into a directory that other hosts write the other ranks into.
+    The model's options are those of `plan`. ranks: write only these, into a directory that other hosts write the other
+    ranks into. TargetError when `out` exists and `settings` do not say `overwrite`; after an error or a kill the same
+    call resumes.
     """
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
-    chosen = _ranks(ranks, tp)
-    if format == "hf" and chosen is not None:
-        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
+    chosen = _ranks(ranks, tp, format)
     checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
     built = from_checkpoint(checkpoint, _path(rules), dtype)
     target = Path(out) if out is not None else Path(f"{_base_name(built)}-{_suffix(options)}")
@@ -166,12 +171,14 @@ def reshard(
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
 ) -> WriteReport:
-    """Split a shard set anew for another tp or format, in one pass; the files equal those of a direct split."""
+    """Split a shard set anew for another tp or format, in one pass; the files equal those of a direct split.
+
+    The options are those of `split`; allow_pickle: of Meta's own files. DifferentError when ranks that hold the same
+    part disagree, CorruptError when ranks are missing.
+    """
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
-    chosen = _ranks(ranks, tp)
-    if format == "hf" and chosen is not None:
-        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
+    chosen = _ranks(ranks, tp, format)
     source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-{_suffix(options)}")
@@ -201,8 +208,7 @@ def _write_split(
             path=target,
             hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
         )
-    own = format_of(planned.options.format)
-    outputs = {rank: own.files(planned, rank) for rank in writing}
+    outputs = {rank: planned.files(rank) for rank in writing}
     joined = join(planned.kept.tensors, placed, [output for rank in writing for output in outputs[rank]])
 
     def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
@@ -210,7 +216,7 @@ def _write_split(
 
     job = Job(
         plan=joined,
-        small={**own.side_files(planned, small), MANIFEST: planned.manifest},
+        small={**planned.format.side_files(planned, small), MANIFEST: planned.manifest},
         identity={"set": planned.set_id},
         records=records,
         convert=_convert((place.stored for place in placed), chain.from_iterable(planned.layout)),
@@ -233,7 +239,11 @@ def merge(
     allow_pickle: bool = False,
     settings: Settings | None = None,
 ) -> WriteReport:
-    """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits."""
+    """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits.
+
+    out: default MODEL-merged in the current directory. max_file_size: bytes (default: files as in the source).
+    DifferentError when ranks that hold the same part disagree, CorruptError when ranks are missing.
+    """
     source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-merged")
@@ -292,7 +302,8 @@ def check(
 ) -> CheckReport:
     """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
 
-    A judged difference is in the report, not raised; a set that cannot be judged raises.
+    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
+    the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
     """
     settings = settings or Settings()
     from tpshard.checking import check_records, check_source
@@ -319,7 +330,10 @@ def check(
 
 
 def inspect(path: str | Path) -> InspectReport:
-    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor."""
+    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
+
+    UsageError for a path that is not there, CorruptError for a damaged file.
+    """
     return inspect_path(Path(path))
 
 
@@ -335,9 +349,11 @@ def _path(rules: str | Path | None) -> Path | None:
     return None if rules is None else Path(rules)
 
 
-def _ranks(ranks: Iterable[int] | None, tp: int) -> list[int] | None:
+def _ranks(ranks: Iterable[int] | None, tp: int, format: str) -> list[int] | None:
     if ranks is None:
         return None
+    if format == "hf":
+        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
     chosen = sorted(set(ranks))
     if not chosen or chosen[0] < 0 or chosen[-1] >= tp:
         raise UsageError("--ranks takes ranks of the set", expected=f"0 to {tp - 1}", found=", ".join(map(str, chosen)))

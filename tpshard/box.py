@@ -15,6 +15,11 @@ def full(shape: Shape) -> Box:
     return tuple((0, size) for size in shape)
 
 
+def slab(shape: Shape, dim: int, start: int, stop: int) -> Box:
+    """The box of a tensor of `shape` that is whole but along one dim."""
+    return (*full(shape[:dim]), (start, stop), *full(shape[dim + 1 :]))
+
+
 def extents(box: Box) -> Shape:
     """The shape of a box."""
     return tuple(stop - start for start, stop in box)

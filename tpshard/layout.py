@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from tpshard.box import Box, Shape, full
+from tpshard.box import Box, Shape, full, slab
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.header import DTYPE_BITS
 from tpshard.rules import Axis, Cut
@@ -282,12 +282,9 @@ def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: 
     kept, fills, size = intervals(cut, axes, ranges, rank)
     _check_bytes(tensor, dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
 
-    def along(start: int, stop: int) -> Box:
-        return (*full(shape[:dim]), (start, stop), *full(shape[dim + 1 :]))
-
     before, after = (0,) * dim, (0,) * (len(shape) - dim - 1)
-    pieces = tuple((along(start, stop), (*before, at, *after)) for start, stop, at in kept)
-    zeros = tuple(along(start, stop) for start, stop in fills)
+    pieces = tuple((slab(shape, dim, start, stop), (*before, at, *after)) for start, stop, at in kept)
+    zeros = tuple(slab(shape, dim, start, stop) for start, stop in fills)
     return (*shape[:dim], size, *shape[dim + 1 :]), pieces, zeros
 
 

@@ -117,16 +117,21 @@ def parts_by_size(tensors: Sequence[StoredTensor], limit: int) -> list[list[Stor
 
 def assert_coverage(logical: Iterable[LogicalTensor], layout: Layout) -> None:
     """Assert that the ranks together hold every element of every tensor, equal boxes being replicas."""
-    parts: dict[str, dict[tuple[Box, Shape | None], None]] = {tensor.name: {} for tensor in logical}
+    parts: dict[str, set[tuple[Box, Shape | None]]] = {tensor.name: set() for tensor in logical}
     for rank in layout:
         for stored in rank:
             for part in stored.parts:
-                parts[part.tensor][part.box, part.view] = None
+                parts[part.tensor].add((part.box, part.view))
     for tensor in logical:
-        held = parts[tensor.name]
-        fine = common_view(tensor.shape, (view for _, view in held))
-        boxes = {each for box, view in held for each in fine_box(box, view or tensor.shape, fine)}
-        assert _tile(fine, frozenset(boxes)), f"{tensor.name} is not covered exactly"
+        assert _covers(tensor.shape, frozenset(parts[tensor.name])), f"{tensor.name} is not covered exactly"
+
+
+@lru_cache(maxsize=4096)
+def _covers(shape: Shape, held: frozenset[tuple[Box, Shape | None]]) -> bool:
+    """Whether boxes of views of a tensor cover it exactly. Cached: layers are alike."""
+    fine = common_view(shape, (view for _, view in held))
+    boxes = {each for box, view in held for each in fine_box(box, view or shape, fine)}
+    return _tile(fine, frozenset(boxes))
 
 
 @lru_cache(maxsize=4096)
@@ -151,7 +156,9 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
     for output in outputs:
         for placed in output.tensors:
             stored = placed.stored
-            _assert_filled(stored)
+            assert _is_filled(stored.view or stored.shape, _places(stored.parts), stored.fills), (
+                f"{stored.name}: parts and padding do not tile {stored.shape}"
+            )
             at = position.setdefault(stored.name, at + 1)
             for part in stored.parts:
                 if part.tensor not in done:
@@ -167,12 +174,20 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
     return Plan(tuple(outputs), tuple(step for _, step in steps))
 
 
-def _assert_filled(stored: StoredTensor) -> None:
-    boxes = [box for box in (*(placed_box(part) for part in stored.parts), *stored.fills) if volume(box)]
+_Place = tuple[Box, Shape, Shape | None, tuple[int, ...] | None]
+"""A part without the tensor's name: box, corner, view and order."""
+
+
+def _places(parts: Sequence[Part]) -> tuple[_Place, ...]:
+    return tuple([part[1:] for part in parts])
+
+
+@lru_cache(maxsize=4096)
+def _is_filled(shape: Shape, places: tuple[_Place, ...], fills: tuple[Box, ...]) -> bool:
+    """Whether parts and padding of a stored tensor tile it. Cached: layers are alike."""
+    boxes = [box for box in (*(placed_box(box, at, order) for box, at, _, order in places), *fills) if volume(box)]
     once = frozenset(boxes)
-    assert len(once) == len(boxes) and _tile(stored.view or stored.shape, once), (
-        f"{stored.name}: parts and padding do not tile {stored.shape}"
-    )
+    return len(once) == len(boxes) and _tile(shape, once)
 
 
 _Held = Sequence[tuple[Placed, tuple[Part, ...]]]
@@ -188,40 +203,68 @@ def _by_tensor(tensors: Iterable[Placed]) -> dict[str, list[tuple[Placed, tuple[
     """Where each logical tensor lies, in the order of `tensors`."""
     found: dict[str, list[tuple[Placed, tuple[Part, ...]]]] = {}
     for placed in tensors:
-        parts = placed.stored.parts
-        names = dict.fromkeys(part.tensor for part in parts)
-        for name in names:
-            own = parts if len(names) == 1 else tuple(part for part in parts if part.tensor == name)
-            found.setdefault(name, []).append((placed, own))
+        own: dict[str, list[Part]] = {}
+        for part in placed.stored.parts:
+            own.setdefault(part.tensor, []).append(part)
+        for name, parts in own.items():
+            found.setdefault(name, []).append((placed, tuple(parts)))
     return found
 
 
 def _transfer(name: str, shape: Shape, held: _Held, wanted: _Held) -> Transfer:
-    fine = common_view(shape, (part.view for _, parts in (*held, *wanted) for part in parts))
-    sources: list[Region] = []
-    replicas: list[Region] = []
-    covered: set[Box] = set()
-    for placed, parts in held:
-        pieces = _all_pieces(placed.stored, parts, shape, fine)
-        first = tuple(piece for piece in pieces if piece.box not in covered)
-        again = tuple(piece for piece in pieces if piece.box in covered)
-        covered.update(piece.box for piece in first)
-        if first:
-            sources.append(_region(placed, pieces if not again else first))
-        if again:
-            replicas.append(_region(placed, pieces if not first else again))
-    if not _tile(fine, frozenset(covered)):
+    flow = _flow(shape, _kinds(held), _kinds(wanted))
+    if flow.found is not None:
         raise CorruptError(
             f"the ranks do not hold {name} exactly",
             tensor=name,
             expected=f"all of shape {list(shape)}, once or as equal replicas",
-            found=f"{sum(map(volume, covered))} elements in {len(covered)} boxes",
+            found=flow.found,
         )
-    targets = tuple(_region(placed, _all_pieces(placed.stored, parts, shape, fine)) for placed, parts in wanted)
-    return Transfer(name, fine, tuple(sources), tuple(replicas), targets)
+    sides = ((held, flow.sources), (held, flow.replicas), (wanted, flow.targets))
+    regions = [
+        tuple([_region(placed, each) for (placed, _), each in zip(side, pieces, strict=True) if each])
+        for side, pieces in sides
+    ]
+    return Transfer(name, flow.fine, *regions)
 
 
-def _all_pieces(stored: StoredTensor, parts: tuple[Part, ...], shape: Shape, fine: Shape) -> tuple[Piece, ...]:
-    if len(parts) == 1:  # the cached tuple itself: equal layers share it
-        return pieces_of(stored, parts[0], shape, fine)
-    return tuple(piece for part in parts for piece in pieces_of(stored, part, shape, fine))
+_Kind = tuple[Shape, tuple[_Place, ...]]
+"""What a stored tensor has of a logical one, without names: the shape in which parts see it, and the parts."""
+
+
+def _kinds(held: _Held) -> tuple[_Kind, ...]:
+    return tuple([(placed.stored.view or placed.stored.shape, _places(parts)) for placed, parts in held])
+
+
+class _Flow(NamedTuple):
+    """What of a logical tensor goes from where to where: for every stored tensor on a side its pieces, maybe none.
+
+    found: what the sources hold, when that is not the tensor exactly.
+    """
+
+    fine: Shape
+    sources: tuple[tuple[Piece, ...], ...]
+    replicas: tuple[tuple[Piece, ...], ...]
+    targets: tuple[tuple[Piece, ...], ...]
+    found: str | None
+
+
+@lru_cache(maxsize=4096)
+def _flow(shape: Shape, held: tuple[_Kind, ...], wanted: tuple[_Kind, ...]) -> _Flow:
+    """Cached, so that equal layers share their pieces."""
+    fine = common_view(shape, (view for _, places in (*held, *wanted) for _, _, view, _ in places))
+
+    def pieces(kind: _Kind) -> tuple[Piece, ...]:
+        stored, places = kind
+        return tuple(piece for place in places for piece in pieces_of(stored, *place, shape, fine))
+
+    sources, replicas = [], []
+    covered: set[Box] = set()
+    for each in map(pieces, held):
+        first = tuple(piece for piece in each if piece.box not in covered)
+        replicas.append(tuple(piece for piece in each if piece.box in covered))
+        covered.update(piece.box for piece in first)
+        sources.append(first)
+    whole = _tile(fine, frozenset(covered))
+    found = None if whole else f"{sum(map(volume, covered))} elements in {len(covered)} boxes"
+    return _Flow(fine, tuple(sources), tuple(replicas), tuple(map(pieces, wanted)), found)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from tpshard.box import extents, volume
 from tpshard.errors import UsageError
 from tpshard.formats.base import Split
-from tpshard.header import TensorInfo, nbytes, read_header
+from tpshard.header import TensorInfo, element_count, nbytes, read_header
 from tpshard.layout import LogicalTensor, deal, largest_tp, possible_tp, why_not
-from tpshard.numbers import Workload, numbers
 from tpshard.rules import Axis
 
 if TYPE_CHECKING:
     from tpshard.checking import Difference
     from tpshard.formats.shards import ShardSet
+    from tpshard.numbers import Workload
 
 SCHEMA_VERSION = 1
 """Fields are only added within a version."""
@@ -27,11 +27,14 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class PlanReport:
-    """A planned split. `split` holds everything; `to_json` is the contract. workload: what the numbers are for."""
+    """A planned split. `split` holds everything; `to_json` is the contract.
+
+    workload: what the numbers are for, None for the usual one.
+    """
 
     split: Split
     warnings: tuple[str, ...]
-    workload: Workload = Workload()
+    workload: Workload | None = None
 
     @property
     def rank_bytes(self) -> list[int]:
@@ -40,9 +43,11 @@ class PlanReport:
 
     def numbers(self) -> dict[str, Any]:
         """Memory and communication of the ranks: the `numbers` object of the JSON contract."""
+        from tpshard.numbers import Workload, numbers  # not when something is written: imports count
+
         model, options = self.split.model, self.split.options
         ranges = deal(model.axes, options.tp, options.weights(), None)
-        return numbers(model, ranges, self.rank_bytes, self.workload)
+        return numbers(model, ranges, self.rank_bytes, self.workload or Workload())
 
     @property
     def impossible_tp(self) -> list[tuple[int, str]]:
@@ -187,7 +192,7 @@ class RankPart:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What split, merge or reshard wrote."""
+    """What split, merge or reshard wrote: `nbytes` of tensors into `output`. parts: of ranks; none of a merge."""
 
     command: str
     output: Path
@@ -302,15 +307,8 @@ def inspect_path(path: Path) -> InspectReport:
         "repo_id": checkpoint.repo_id,
         "revision": checkpoint.revision,
         "bytes": sum(file.size for file in checkpoint.files),
-        "parameters": sum(_elements(info) for info in checkpoint.tensors),
+        "parameters": sum(element_count(info.shape) for info in checkpoint.tensors),
         "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
         "warnings": list(checkpoint.warnings),
     }
     return InspectReport("checkpoint", path, facts, checkpoint.tensors)
-
-
-def _elements(info: TensorInfo) -> int:
-    count = 1
-    for size in info.shape:
-        count *= size
-    return count

@@ -111,6 +111,11 @@ def _records(path: Path) -> dict[int, int]:
             raise CorruptError("the archive is damaged or cut off", path=path, found=error) from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UnsupportedError("the archive is compressed", path=path, expected="as torch.save writes it", hint=_AGAIN)
+    # From this record on torch computes where storages lie, as if each followed the one before it.
+    stored = [entry.filename for entry in sorted(entries, key=lambda entry: entry.header_offset)]
+    keys = [int(name.rpartition("/")[2]) for name in stored if re.search(r"/data/\d+$", name)]
+    if keys != sorted(keys) and any(name.endswith("/.format_version") for name in stored):
+        raise CorruptError("the tensors lie in another order than torch.save writes", path=path, hint=_AGAIN)
     # Before torch sees it: under fake tensors its byte swap crashes the process.
     if orders - {b"little"}:
         raise UnsupportedError("the archive is not little-endian", path=path, found=orders.pop(), hint=_AGAIN)
@@ -157,17 +162,16 @@ def _info(name: str, tensor: torch.Tensor, path: Path, records: Mapping[int, int
         )
     if tensor.numel() == 0:
         return TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape), str(path), 0, 0)
-    storage = tensor.untyped_storage()
-    offset: int | None = getattr(storage, "_checkpoint_offset", None)
-    # torch may compute offsets instead of reading them, which is wrong for an archive that was packed anew.
-    if offset is None or records.get(offset) != storage.nbytes():
+    first = int(tensor.storage_offset()) * tensor.element_size()
+    last = first + tensor.numel() * tensor.element_size()
+    offset: int | None = tensor.untyped_storage()._checkpoint_offset
+    # None for a tensor without bytes. Computed offsets are wrong for an archive that was packed anew.
+    if offset is None or last > records.get(offset, -1):
         raise CorruptError(
             f"{name} is not where torch looks for it in the archive",
             path=path,
             tensor=name,
-            expected=f"{storage.nbytes()} bytes at offset {offset}",
+            expected=f"a record of at least {last} bytes at offset {offset}",
             hint=_AGAIN,
         )
-    begin = offset + int(tensor.storage_offset()) * tensor.element_size()
-    end = begin + tensor.numel() * tensor.element_size()
-    return TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape), str(path), begin, end)
+    return TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape), str(path), offset + first, offset + last)

@@ -7,12 +7,10 @@ a reordering inside a head are one thing to the executor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 from tpshard.box import Box, Shape, extents, full
-from tpshard.layout import Part, StoredTensor
 
 
 class Piece(NamedTuple):
@@ -51,16 +49,14 @@ def _inner_sizes(shape: Shape) -> list[int]:
     return [prod(shape[dim:]) for dim in range(len(shape) + 1)]
 
 
-def pieces_of(stored: StoredTensor, part: Part, shape: Shape, fine: Shape) -> tuple[Piece, ...]:
-    """A part as pieces over `fine`, a refinement of the logical tensor's `shape` and of the part's view."""
-    return _pieces(stored.view or stored.shape, part.box, part.at, part.view or shape, part.order, fine)
-
-
-@lru_cache(maxsize=8192)
-def _pieces(
-    stored: Shape, box: Box, at: Shape, view: Shape, order: tuple[int, ...] | None, fine: Shape
+def pieces_of(
+    stored: Shape, box: Box, at: Shape, view: Shape | None, order: tuple[int, ...] | None, shape: Shape, fine: Shape
 ) -> tuple[Piece, ...]:
-    """Cached, so that equal layers share what they hold."""
+    """A part of a stored tensor, seen in the shape `stored`, as pieces over `fine`.
+
+    fine: a refinement of the logical tensor's `shape` and of the part's view.
+    """
+    view = view or shape
     by_dim = row_major(stored)
     offset = sum(start * stride for start, stride in zip(at, by_dim, strict=True))
     strides = list(by_dim)
@@ -126,9 +122,9 @@ def _split_range(start: int, stop: int, inner: Shape) -> list[Box]:
     return [box for a, b in zip(cuts, cuts[1:], strict=False) if a < b for box in _split_range(a, b, inner)]
 
 
-def placed_box(part: Part) -> Box:
+def placed_box(box: Box, at: Shape, order: tuple[int, ...] | None) -> Box:
     """Where a part lies in its stored tensor, as a box of that tensor's view."""
-    sizes: Sequence[int] = extents(part.box)
-    if part.order is not None:
-        sizes = [sizes[dim] for dim in part.order]
-    return tuple((a, a + size) for a, size in zip(part.at, sizes, strict=True))
+    sizes: Sequence[int] = extents(box)
+    if order is not None:
+        sizes = [sizes[dim] for dim in order]
+    return tuple((a, a + size) for a, size in zip(at, sizes, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,25 @@ def deepseek_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, 
 
 
 def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: int = 5_000_000_000) -> int:
-    """Write a LLaMA checkpoint; the bytes are random, or a hole when only headers matter. Returns bytes of tensors."""
+    """Write a LLaMA checkpoint, see `write`."""
+    full = {"model_type": "llama", "torch_dtype": "bfloat16", **config}
+    return write(path, full, llama_tensors(config), data=data, shard_bytes=shard_bytes)
+
+
+def write(
+    path: Path,
+    config: dict[str, Any],
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    *,
+    data: bool,
+    shard_bytes: int = 5_000_000_000,
+) -> int:
+    """Write a checkpoint; the numbers are random, or a hole when only headers matter. Returns bytes of tensors."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16", **config}))
+    (path / "config.json").write_text(json.dumps(config))
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     size = total = 0
-    for tensor in llama_tensors(config):
+    for tensor in tensors:
         length = nbytes(tensor[1], tensor[2])
         if groups[-1] and size + length > shard_bytes:
             groups.append([])
@@ -108,7 +122,8 @@ def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: 
         size += length
         total += length
     weight_map = {}
-    block = os.urandom(1 << 24)
+    block = _numbers(1 << 24)
+    begin = 0
     for index, group in enumerate(groups, 1):
         single = len(groups) == 1
         name = "model.safetensors" if single else f"model-{index:05}-of-{len(groups):05}.safetensors"
@@ -120,9 +135,18 @@ def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: 
             if not data:
                 file.truncate(len(header) + left)
                 continue
-            while left:
-                left -= file.write(block[: min(left, len(block))])
+            while left:  # each time from elsewhere in the block, so that few stretches of the file are alike
+                begin = (begin + 2 * 1_000_003) % len(block)
+                left -= file.write(block[begin : begin + left])
     if len(groups) > 1:
         index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (path / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2, sort_keys=True) + "\n")
     return total
+
+
+def _numbers(size: int) -> bytes:
+    """Random bytes of which each pair is a bf16, and each four an F32, between 2⁻⁷ and 2⁻⁶ or their negatives."""
+    block = bytearray(os.urandom(size))
+    signs = bytes(0x3C | (byte & 0x80) for byte in range(256))
+    block[1::2] = block[1::2].translate(signs)
+    return bytes(block)

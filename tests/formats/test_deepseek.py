@@ -92,7 +92,7 @@ def test_stacked_experts_give_the_same_files(tmp_path: Path) -> None:
 def test_what_the_format_cannot_hold(tmp_path: Path) -> None:
     model = make("deepseek_v2", tmp_path / "model", vocab_size=256)
     out = ("--format", "deepseek", "-o", tmp_path / "out")
-    assert "divides evenly" in str(fails(4, "split", model, "--tp", 3, *out))
+    assert "8 heads on 3 ranks" in str(fails(4, "split", model, "--tp", 3, *out))
     assert "even shares" in str(fails(2, "split", model, "--tp", 2, "--uneven", *out))
     assert "one file" in str(fails(2, "split", model, "--tp", 2, "--max-file-size", "5kB", *out))
     make("llama", tmp_path / "llama")

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import make
-from power.splits import FAMILIES, chosen
+from power.splits import FAMILIES, chosen, split_model
 
-import tpshard
-from tpshard.errors import UnsupportedError
-from tpshard.publish import Settings
 from tpshard.verify.compare import Setup, through
 from tpshard.verify.families import describe
 from tpshard.verify.group import Threads
@@ -48,13 +43,10 @@ def draw(seed: int, folder: Path) -> Noise | None:
     family = FAMILIES[seed % len(FAMILIES)]
     rng = random.Random(f"noise {seed}")
     dtype, tp, how, name, sizes = chosen(rng, family)
-    model, out = folder / "model", folder / "shards"
-    try:
-        make(name, model, seed, dtype=dtype, **sizes)
-        try:
-            tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
-        except UnsupportedError:
+    with split_model(folder, seed, dtype, tp, how, name, sizes) as made:
+        if made is None:
             return None
+        model, out = made
         opened = open_shards(out)
         config, source = open_source(model)
         kind, cpu, native = describe(config), torch.device("cpu"), getattr(torch, dtype)
@@ -65,9 +57,6 @@ def draw(seed: int, folder: Path) -> Noise | None:
         r, n = native_logits(setup, native, steps)
         logits = setup.team.run(lambda group: through(setup.sharded(group, native), steps, setup.which()))
         metrics = [native_metrics(r, n, each, native) for each in logits]
-    finally:
-        shutil.rmtree(model, ignore_errors=True)
-        shutil.rmtree(out, ignore_errors=True)
     worst = {name: max(each[name] for each in metrics) for name in NATIVE_LIMITS}
     assert all(math.isfinite(value) for value in worst.values()), f"seed {seed}"
     return Noise(seed, family, dtype, kind.hidden, tp, **worst)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,24 +118,37 @@ def chosen(rng: random.Random, family: str) -> tuple[str, int, dict[str, Any], s
     return dtype, tp, how, *config(rng, family, 1 if how else tp)
 
 
-def draw(seed: int, folder: Path) -> Drawn | None:
-    """One random model, split and judged; None when those sizes cannot be split so, which is no matter of verify's."""
-    rng = random.Random(seed)
-    family = FAMILIES[seed % len(FAMILIES)]
-    dtype, tp, how, name, sizes = chosen(rng, family)
-    options = {"sequence_parallel": rng.random() < 0.3, "stream": rng.random() < 0.3, "float32": rng.random() < 0.2}
+@contextmanager
+def split_model(
+    folder: Path, seed: int, dtype: str, tp: int, how: dict[str, Any], name: str, sizes: dict[str, Any]
+) -> Iterator[tuple[Path, Path] | None]:
+    """A random model and its shards, removed afterwards; None when those sizes cannot be split so."""
     model, out = folder / "model", folder / "shards"
     try:
         make(name, model, seed, dtype=dtype, **sizes)
         try:
             tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
         except UnsupportedError:
-            return None
-        with patch.object(machine, "BLOCK_BYTES", BLOCK_BYTES), patch.object(prepare, "BLOCK_BYTES", BLOCK_BYTES):
-            verdict = verify(out, model, device="cpu", tokens=4, seed=seed, **options)
+            yield None
+        else:
+            yield model, out
     finally:
         shutil.rmtree(model, ignore_errors=True)
         shutil.rmtree(out, ignore_errors=True)
+
+
+def draw(seed: int, folder: Path) -> Drawn | None:
+    """One random model, split and judged; None when those sizes cannot be split so, which is no matter of verify's."""
+    rng = random.Random(seed)
+    family = FAMILIES[seed % len(FAMILIES)]
+    dtype, tp, how, name, sizes = chosen(rng, family)
+    options = {"sequence_parallel": rng.random() < 0.3, "stream": rng.random() < 0.3, "float32": rng.random() < 0.2}
+    with split_model(folder, seed, dtype, tp, how, name, sizes) as made:
+        if made is None:
+            return None
+        model, out = made
+        with patch.object(machine, "BLOCK_BYTES", BLOCK_BYTES), patch.object(prepare, "BLOCK_BYTES", BLOCK_BYTES):
+            verdict = verify(out, model, device="cpu", tokens=4, seed=seed, **options)
     native = next(tier for tier in verdict.tiers if tier.name == "native")
     return Drawn(
         seed=seed,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tpshard
 from tpshard.publish import Settings
+from tpshard.verify.engines import translated
 from tpshard.verify.group import Single, Threads
 from tpshard.verify.hf.model import MODEL_TYPES, frame_of, model_config
 from tpshard.verify.hf.modes import Pinned
@@ -37,7 +38,7 @@ def opened(model: Path, tp: int, out: Path, **how: Any) -> Sides:
     """A checkpoint split and loaded; two prompts of twelve tokens."""
     tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
     config, source = open_source(model)
-    shards = open_shards(out)
+    shards = translated(open_shards(out), source.names())
     frame = frame_of(model_config(config))
     ids = prompt_ids(frame.config.vocab_size, 0, 2, 12)
     names = list(source.names())

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import library
 import pytest
 import torch
-from checkpoints import make
+from checkpoints import VARIANTS, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tpshard.formats
 from tpshard import api, verifying
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.publish import Settings
+from tpshard.verify import sharded_state
 from tpshard.verify.engines import translated
+from tpshard.verify.hf.tiers import exact
 from tpshard.verify.run import verify
 from tpshard.verify.shards import FileWeights, open_shards, open_source
 from tpshard.verify.verdict import Verdict
@@ -54,9 +59,26 @@ VLLM = [
             "phi3",
             "mixtral",
             "qwen3_moe",
+            "olmo2",
+            "deepseek_v3",
+            "gpt_oss",
         )
     ),
 ]
+# One of every other family that vLLM takes and the built-in decoder does not, and what differs from the variant.
+BY_TRANSFORMERS: dict[str, dict[str, object]] = {
+    "olmoe": {},
+    "olmo2": {},
+    "glm": {},
+    "glm4_moe-bias-qk-norm": {},
+    "deepseek_v2-lite": {},
+    "deepseek_v3": {},
+    "gpt_oss": {"num_key_value_heads": 4},  # vLLM repeats none
+    "granitemoe": {},
+    "phimoe": {"lm_head_bias": False},
+    "qwen2_moe": {},
+}
+STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +121,26 @@ def test_a_correct_split_for_vllm_passes(name: str, tp: int, splits: Splits) -> 
     assert [(tier.name, tier.status) for tier in verdict.tiers] == [("bytes", "pass"), ("exact", "pass")]
     assert (verdict.exit_code, verdict.tp, verdict.warnings) == (0, tp, ())
     assert verdict.canaries and all(canary.status == "caught" for canary in verdict.canaries)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"), [*((name, tp) for name in BY_TRANSFORMERS for tp in (2, 4)), *((name, 2) for name in STACKED)]
+)
+def test_a_correct_split_for_vllm_is_equal(name: str, tp: int, tmp_path: Path) -> None:
+    model = make(name, tmp_path / "model", **BY_TRANSFORMERS.get(name, {}))
+    with torch.no_grad():
+        tier = exact(library.opened(model, tp, tmp_path / "out", format="vllm"))
+    assert (tier.status, tier.reason) == ("pass", None)
+    assert {finding.rank for finding in tier.findings} == set(range(tp))
+
+
+def test_every_name_that_vllm_has_is_tried() -> None:
+    known = sharded_state.VLLM
+    written = tomllib.loads((Path(tpshard.formats.__file__).parent / "vllm.toml").read_text())["families"]
+    assert known.keys() == {name for family in written.values() for name in family.get("model_types", ())}
+    tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {"internlm2"}
+    assert tried <= known.keys()
+    assert all(known[other] in (known["llama"], known["nemotron"]) for other in known.keys() - tried)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-new"])
@@ -206,6 +248,49 @@ FAULTS = {
         "mixtral",
         lambda tensors: tensors.update({W13: tensors[W13].roll(tensors[W13].shape[1] // 2, 1)}),
         "model.layers.1.mlp.experts of rank 1",
+        None,
+    ),
+    "a norm that is another": (
+        "olmo2",
+        swapped("model.layers.1.self_attn.q_norm.weight", slice(0, 1), slice(1, 2)),
+        "model.layers.1.self_attn.q_norm.weight of rank 1, which all ranks hold whole, is not rank 0's",
+        None,
+    ),
+    # 24 rows of q's latent, then 24 of the other.
+    "two latents": (
+        "deepseek_v3",
+        swapped("model.layers.1.self_attn.fused_qkv_a_proj.weight", slice(0, 24), slice(24, 48)),
+        "model.layers.1.self_attn.q_a_proj of rank 1",
+        None,
+    ),
+    "a shared expert's gate and up": (
+        "deepseek_v3",
+        swapped("model.layers.1.mlp.experts._shared_experts._layer.gate_up_proj.weight", slice(0, 16), slice(16, 32)),
+        "model.layers.1.mlp.shared_experts.gate_proj of rank 1",
+        None,
+    ),
+    "two experts": (
+        "gpt_oss",
+        swapped("model.layers.1.mlp.experts.routed_experts.w2_weight", slice(0, 1), slice(1, 2)),
+        "model.layers.1.mlp.experts of rank 1",
+        None,
+    ),
+    "a bias that every rank adds": (
+        "gpt_oss",
+        lambda tensors: tensors["model.layers.1.mlp.experts.routed_experts.w2_bias"].fill_(1.0),
+        "model.layers.1.mlp.experts.routed_experts.w2_bias of rank 1 is added to rank 0's",
+        None,
+    ),
+    "sinks": (
+        "gpt_oss",
+        swapped("model.layers.1.attn.sinks", slice(0, 1), slice(1, 2)),
+        "input of model.layers.1.self_attn.o_proj of rank 1",
+        None,
+    ),
+    "a matrix of all ranks' rows": (
+        "glm",
+        swapped("model.layers.1.mlp.gate_up_proj.weight", slice(0, 1), slice(1, 2)),
+        "input of model.layers.1.mlp.down_proj of rank 0",
         None,
     ),
     "scale": (
@@ -350,13 +435,3 @@ def test_what_cannot_be_read_is_said(splits: Splits, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="verify does not know the names.*vllm.*mpt") as error:
         judged(model, shards)
     assert error.value.exit_code == 4
-
-
-@pytest.mark.parametrize(
-    "name", ["model0-mp2.safetensors", "__0_0.distcp", "shard-00001-model-00001-of-00001.safetensors"]
-)
-def test_formats_that_verify_does_not_run(name: str, made: Get, tmp_path: Path) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(UnsupportedError, match="verify does not run shards of the format") as error:
-        judged(made("llama-gqa"), tmp_path)
-    assert error.value.exit_code == 4 and error.value.hint is not None and "--format native" in error.value.hint

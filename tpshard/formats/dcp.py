@@ -8,15 +8,15 @@ Source: torch/distributed/checkpoint/{filesystem,metadata,planner_helpers}.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
-from tpshard.box import Box, corner, extents
-from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.box import Box, Shape, corner, extents
+from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split
 from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
-from tpshard.formats.torch_archive import ALIGN, TensorArchive, check_literals, require_storage, tensor_archive
-from tpshard.layout import LogicalTensor, Part, StoredTensor, deal, shard
+from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
+from tpshard.layout import Layout, LogicalTensor, Part, StoredTensor, deal, shard
 from tpshard.model import Model
 from tpshard.planning import OutputFile, Placed, parts_by_size
 
@@ -24,7 +24,7 @@ METADATA = ".metadata"
 _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
 
 
-def chunks(model: Model, options: Options) -> list[tuple[LogicalTensor, list[list[Box]]]]:
+def chunks(model: Model, options: Options) -> Iterator[tuple[LogicalTensor, list[list[Box]]]]:
     """For every tensor, the boxes that each rank stores: none twice, and nothing of padding.
 
     UnsupportedError when padding is asked for.
@@ -36,29 +36,42 @@ def chunks(model: Model, options: Options) -> list[tuple[LogicalTensor, list[lis
             hint="leave it out: the last ranks get less, as torch's DTensor does it; or use --format native",
         )
     ranges = deal(model.axes, options.tp, options.weights(), None)
-    held = shard(model.tensors, model.axes, options.tp, ranges)
-    found = []
-    for tensor, stored in zip(model.tensors, zip(*held, strict=True), strict=True):
-        taken: set[Box] = set()
-        by_rank: list[list[Box]] = []
-        for each in stored:
-            boxes = [part.box for part in each.parts if part.box not in taken]
-            taken.update(boxes)
-            by_rank.append(boxes)
-        found.append((tensor, by_rank))
-    return found
+    known: dict[object, list[list[Box]]] = {}  # layers are alike
+    for tensor in model.tensors:
+        key = (tensor.shape, tensor.cut, tensor.dtype)
+        if key not in known:
+            known[key] = _once(shard([tensor], model.axes, options.tp, ranges))
+        yield tensor, known[key]
+
+
+def _once(held: Layout) -> list[list[Box]]:
+    """Of the one tensor that each rank holds, the boxes that no rank before it has."""
+    taken: set[Box] = set()
+    by_rank = []
+    for (stored,) in held:
+        boxes = [part.box for part in stored.parts if part.box not in taken]
+        taken.update(boxes)
+        by_rank.append(boxes)
+    return by_rank
 
 
 def chunk(name: str, tensor: LogicalTensor, box: Box) -> StoredTensor:
     """A box of a tensor as a tensor of its own."""
-    shape = extents(box)
-    return StoredTensor(name, tensor.dtype, shape, (Part(tensor.name, box, (0,) * len(shape)),))
+    shape, at = _extents(box)
+    return StoredTensor(name, tensor.dtype, shape, (Part(tensor.name, box, at),))
+
+
+@lru_cache(maxsize=4096)
+def _extents(box: Box) -> tuple[Shape, Shape]:
+    """The shape of a box, and the corner of a tensor of that shape. Cached, so that equal layers share them."""
+    return extents(box), (0,) * len(box)
 
 
 class Dcp(Format):
     """`__0_0.distcp`: rank and number of a file, as torch names them."""
 
     side_names = frozenset({METADATA})
+    container = True
 
     def lay(self, model: Model, options: Options) -> Laid:
         """Every chunk is a stored tensor; `name#0`, `name#1` where a rank has several of a tensor."""
@@ -91,7 +104,7 @@ class Dcp(Format):
         """`.metadata`: of every chunk its place in the tensor and in the files."""
         found: dict[str, list[Chunk]] = {}
         for rank in range(split.options.tp):
-            for file in self.files(split, rank):
+            for file in split.files(rank):
                 for placed in file.tensors:
                     (part,) = placed.stored.parts
                     archive = _archive(split, rank, placed.stored)
@@ -104,20 +117,6 @@ class Dcp(Format):
             for tensor in split.kept.tensors
         ]
         return {METADATA: metadata_pickle(tensors, split.set_id)}
-
-    def verify_file(self, split: Split, rank: int, path: Path) -> OutputFile | None:
-        """A file of this set: everything that is no tensor must be as written."""
-        if rank < split.options.tp:
-            for output in self.files(split, rank):
-                if output.name == path.name:
-                    check_literals(output, path)
-                    return output
-        raise CorruptError(
-            f"{path.name} is no file of this set",
-            path=path,
-            expected=f"the files of ranks 0 to {split.options.tp - 1}",
-            hint="keep one set in one directory",
-        )
 
 
 def _archive(split: Split, rank: int, stored: StoredTensor) -> TensorArchive:

@@ -7,13 +7,11 @@ Source: torch/distributed/checkpoint/{hf_storage,_hf_utils,_consolidate_hf_safet
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
-from tpshard.box import corner
 from tpshard.errors import UnsupportedError
-from tpshard.formats.base import Format, Laid, Options, Split
+from tpshard.formats.base import Format, Laid, Options, Split, saved_offsets
 from tpshard.formats.dcp import chunk, chunks
 from tpshard.layout import StoredTensor
 from tpshard.model import Model
@@ -59,9 +57,8 @@ class DcpHf(Format):
         return {"rank": int(found[1]) - 1, "part": int(found[2]) - 1, "parts": int(found[3])}
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
-        """Where each rectangle begins. torch's reader wants it of every tensor of a file."""
-        info = {stored.name: {"saved_offsets": list(corner(stored.parts[0].box))} for stored in tensors}
-        return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info, separators=(",", ":"))}
+        """Where each rectangle begins."""
+        return saved_offsets(tensors)
 
 
 FORMAT = DcpHf()

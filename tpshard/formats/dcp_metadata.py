@@ -13,18 +13,18 @@ from typing import NamedTuple
 from tpshard.box import Shape
 from tpshard.formats.torch_archive import pickle_integer, pickle_integers, pickle_text
 
-_CLASSES = b"torch.distributed.checkpoint.metadata"
+_CLASSES = "torch.distributed.checkpoint.metadata"
 _DTYPES = {
-    "F64": b"float64",
-    "F32": b"float32",
-    "F16": b"float16",
-    "BF16": b"bfloat16",
-    "I64": b"int64",
-    "I32": b"int32",
-    "I16": b"int16",
-    "I8": b"int8",
-    "U8": b"uint8",
-    "BOOL": b"bool",
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 _VERSION = "1.0.0"
 """torch's CURRENT_DCP_VERSION."""
@@ -52,22 +52,22 @@ class Described(NamedTuple):
 def metadata_pickle(tensors: Sequence[Described], set_id: str) -> bytes:
     """The pickled Metadata of these tensors. set_id: what torch has a random `save_id` for."""
     known = _Known()
-    names = [known(pickle_text(tensor.name)) for tensor in tensors]
+    names = [known.text(tensor.name) for tensor in tensors]
     placed = [
         (_index(known, name, number, chunk), _place(known, chunk))
         for name, tensor in zip(names, tensors, strict=True)
         for number, chunk in enumerate(tensor.chunks)
     ]
-    modules = (b"modules", b"]")
-    ids = ((b"checkpoint_id", b"N"), (b"save_id", pickle_text(set_id)), (b"load_id", b"N"))
     body = known.object(
         _CLASSES,
-        b"Metadata",
-        (b"state_dict_metadata", _map(zip(names, (_tensor(known, tensor) for tensor in tensors), strict=True))),
-        (b"planner_data", _map((name, name + b"\x85") for name in names)),  # a tuple of one
-        (b"storage_data", _map(placed)),
-        (b"storage_meta", known.object(_CLASSES, b"StorageMeta", *ids, modules)),
-        (b"version", pickle_text(_VERSION)),
+        "Metadata",
+        state_dict_metadata=_map(zip(names, (_tensor(known, tensor) for tensor in tensors), strict=True)),
+        planner_data=_map((name, name + b"\x85") for name in names),  # a tuple of one
+        storage_data=_map(placed),
+        storage_meta=known.object(
+            _CLASSES, "StorageMeta", checkpoint_id=b"N", save_id=pickle_text(set_id), load_id=b"N", modules=b"]"
+        ),
+        version=pickle_text(_VERSION),
     )
     return b"".join((b"\x80\x02", *known.code, body, b"."))
 
@@ -81,7 +81,9 @@ class _Known:
     def __init__(self) -> None:
         self.code: list[bytes] = []
         self.numbers: dict[bytes, bytes] = {}
+        self.texts: dict[str, bytes] = {}
         self.sizes: dict[Shape, bytes] = {}
+        self.forms: dict[str, bytes] = {}
 
     def __call__(self, code: bytes) -> bytes:
         """A reference to the value of `code`."""
@@ -92,21 +94,32 @@ class _Known:
             found = self.numbers[code] = b"j" + number
         return found
 
-    def type(self, module: bytes, name: bytes) -> bytes:
+    def text(self, text: str) -> bytes:
+        """A string."""
+        found = self.texts.get(text)
+        if found is None:
+            found = self.texts[text] = self(pickle_text(text))
+        return found
+
+    def type(self, module: str, name: str) -> bytes:
         """A class, or whatever else a module has by name."""
-        return self(b"c" + module + b"\n" + name + b"\n")
+        return self(f"c{module}\n{name}\n".encode())
 
     def size(self, shape: Shape) -> bytes:
         """A torch.Size."""
         found = self.sizes.get(shape)
         if found is None:
-            found = self.sizes[shape] = self(self.type(b"torch", b"Size") + pickle_integers(shape) + b"\x85R")
+            found = self.sizes[shape] = self(self.type("torch", "Size") + pickle_integers(shape) + b"\x85R")
         return found
 
-    def object(self, module: bytes, name: bytes, *fields: tuple[bytes, bytes]) -> bytes:
-        """An object with these attributes."""
-        state = _map((self(pickle_text(key.decode())), value) for key, value in fields)
-        return self.type(module, name) + b")\x81" + state + b"b"
+    def object(self, module: str, name: str, **fields: bytes) -> bytes:
+        """An object with these attributes. All of a class are of one form: a checkpoint has one for every chunk."""
+        form = self.forms.get(name)
+        if form is None:
+            keys = [self.text(key).replace(b"%", b"%%") + b"%b" for key in fields]
+            begin = self.type(module, name).replace(b"%", b"%%")
+            form = self.forms[name] = b"".join((begin, b")\x81}(", *keys, b"ub"))
+        return form % tuple(fields.values())
 
 
 def _map(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -114,39 +127,35 @@ def _map(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def _tensor(known: _Known, tensor: Described) -> bytes:
-    layout = known(known.type(b"torch.serialization", b"_get_layout") + pickle_text("torch.strided") + b"\x85R")
-    contiguous = known(known.type(_CLASSES, b"_MEM_FORMAT_ENCODING") + pickle_integer(0) + b"\x85R")
-    dtype = known.type(b"torch", _DTYPES[tensor.dtype])
+    layout = known(known.type("torch.serialization", "_get_layout") + pickle_text("torch.strided") + b"\x85R")
+    contiguous = known(known.type(_CLASSES, "_MEM_FORMAT_ENCODING") + pickle_integer(0) + b"\x85R")
+    dtype = known.type("torch", _DTYPES[tensor.dtype])
     # dtype, layout, requires_grad, memory_format, pin_memory: what __setstate__ takes
     state = b"(" + dtype + layout + b"\x89" + contiguous + b"\x89t"
-    chunks = b"".join(
-        known.object(
-            _CLASSES,
-            b"ChunkStorageMetadata",
-            (b"offsets", known.size(chunk.offsets)),
-            (b"sizes", known.size(chunk.sizes)),
-        )
+    chunks = [
+        known.object(_CLASSES, "ChunkStorageMetadata", offsets=known.size(chunk.offsets), sizes=known.size(chunk.sizes))
         for chunk in tensor.chunks
-    )
+    ]
     return known.object(
         _CLASSES,
-        b"TensorStorageMetadata",
-        (b"properties", known.type(_CLASSES, b"TensorProperties") + b")\x81" + state + b"b"),
-        (b"size", known.size(tensor.shape)),
-        (b"chunks", b"](" + chunks + b"e"),
+        "TensorStorageMetadata",
+        properties=known.type(_CLASSES, "TensorProperties") + b")\x81" + state + b"b",
+        size=known.size(tensor.shape),
+        chunks=b"".join((b"](", *chunks, b"e")),
     )
 
 
 def _index(known: _Known, name: bytes, number: int, chunk: Chunk) -> bytes:
-    fields = ((b"fqn", name), (b"index", pickle_integer(number)), (b"offset", known.size(chunk.offsets)))
-    return known.object(_CLASSES, b"MetadataIndex", *fields)
+    return known.object(
+        _CLASSES, "MetadataIndex", fqn=name, index=pickle_integer(number), offset=known.size(chunk.offsets)
+    )
 
 
 def _place(known: _Known, chunk: Chunk) -> bytes:
     return known.object(
-        b"torch.distributed.checkpoint.filesystem",
-        b"_StorageInfo",
-        (b"relative_path", known(pickle_text(chunk.file))),
-        (b"offset", pickle_integer(chunk.begin)),
-        (b"length", pickle_integer(chunk.length)),
+        "torch.distributed.checkpoint.filesystem",
+        "_StorageInfo",
+        relative_path=known.text(chunk.file),
+        offset=pickle_integer(chunk.begin),
+        length=pickle_integer(chunk.length),
     )

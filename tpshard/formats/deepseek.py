@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 
 from tpshard.errors import UnsupportedError, UsageError
-from tpshard.formats.base import Format, Laid, Options
-from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, deal, shard, whole
+from tpshard.formats.base import Format, Laid, Options, bare
+from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, shard, whole
 from tpshard.model import Model
-from tpshard.rules import Cut
+from tpshard.rules import Axis
 
 _FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
 _MODULES = {
@@ -58,8 +57,7 @@ class DeepSeek(Format):
                 dropped[tensor.name] = "a buffer that DeepSeek's code computes"
             elif expert := _EXPERT.fullmatch(name):
                 rank = _owner(int(expert[2]), model, options.tp)
-                whole_tensor = replace(tensor, cut=Cut("replicate"))
-                rows[rank].append(whole(whole_tensor)._replace(name=_name(name, tensor)))
+                rows[rank].append(whole(tensor)._replace(name=_name(name, tensor)))
             elif stacked := _STACKED.fullmatch(name):
                 for index in range(tensor.shape[0]):
                     rows[_owner(index, model, options.tp)] += _unstacked(tensor, index, stacked[1], stacked[2])
@@ -124,24 +122,9 @@ def _deal(model: Model, options: Options) -> Deal:
             found=model.architecture.get("model_type"),
             hint="use --format native",
         )
-    if options.uneven or options.shares is not None or options.pad_vocab_to is not None:
-        raise UsageError(
-            "DeepSeek's code takes even shares without padding only",
-            found="--uneven, --shares or --pad-vocab-to",
-            hint="leave them out, or use --format native",
-        )
-    counts = {axis.name: axis.count for axis in model.axes.values() if axis.name != "moe_ffn"}
-    counts["routed experts"] = model.config.get("n_routed_experts") or options.tp
-    for name, count in counts.items():
-        if count % options.tp:
-            fits = [n for n in range(1, min(counts.values()) + 1) if not any(c % n for c in counts.values())]
-            raise UnsupportedError(
-                f"{count} {name} on {options.tp} ranks: DeepSeek's code divides evenly",
-                expected="tp " + ", ".join(map(str, fits)),
-                found=f"tp {options.tp}",
-            )
-    even = {name: axis for name, axis in model.axes.items() if axis.name != "moe_ffn"}
-    return deal(even, options.tp, None, None)
+    axes = {name: bare(axis) for name, axis in model.axes.items() if axis.name != "moe_ffn"}
+    axes["routed experts"] = Axis("routed experts", model.config.get("n_routed_experts") or options.tp, unit=1)
+    return options.even_deal("DeepSeek's code", axes)
 
 
 FORMAT = DeepSeek()

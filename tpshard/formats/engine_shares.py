@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from itertools import chain
 
-from tpshard.box import Box, Shape, full
+from tpshard.box import Box, Shape, full, slab
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engines import Family, fits_any
-from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, deal, shard, why_not
+from tpshard.layout import Deal, Layout, LogicalTensor, Part, StoredTensor, deal, shard, why_not
 from tpshard.model import CASTABLE, Model
 from tpshard.rules import Axis, Cut
 
 Share = StoredTensor
-"""A rank's share of one logical tensor, before it is named, fused or stacked."""
+"""A rank's share of one logical tensor, before it is named, fused or stacked: the names in it count for nothing."""
 
 
 @dataclass(frozen=True)
@@ -24,35 +24,49 @@ class Recipe:
     groups: tuple[tuple[str, ...], ...]
     stacked: bool = False
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return tuple(chain.from_iterable(self.groups))
+
 
 def shares_of(
-    family: Family, model: Model, tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], ranges: Deal, tp: int
+    family: Family, model: Model, tensors: Sequence[LogicalTensor], ranges: Deal, tp: int
 ) -> dict[str, tuple[Share, ...]]:
-    """Each tensor's share of every rank, cut and turned as the engine has it."""
-    names = [model.full_name(tensor.name) for tensor in tensors]
-    hows = [family.cut(name) for name in names]
-    axes, ranges, cut = dict(axes), dict(ranges), []
-    for tensor, name, how in zip(tensors, names, hows, strict=True):
+    """Each tensor's share of every rank, cut and turned as the engine has it; tensors that are alike have one."""
+    shares = {}
+    known: dict[object, tuple[Share, ...]] = {}
+    for tensor in tensors:
+        name = model.full_name(tensor.name)
+        how, transposed = family.cut(name), fits_any(family.transposed, name)
         if fits_any(family.float32, name) and tensor.dtype in CASTABLE:
             tensor = replace(tensor, dtype="F32")
-        if how == "even":
-            axis = _even(tensor, tp)
-            axes[axis.name], ranges[axis.name] = axis, deal({axis.name: axis}, tp, None, None)[axis.name]
-            tensor = replace(tensor, cut=Cut(tensor.cut.kind, tensor.cut.dim, (axis.name,)))
-        elif how in ("replicate", "first"):
-            tensor = replace(tensor, cut=Cut("replicate"))
-        elif how is not None and how != "grouped":
-            tensor = replace(tensor, cut=Cut(tensor.cut.kind, tensor.cut.dim, tuple(how.split()[1:])))
-        cut.append(tensor)
-    shares = {}
-    for tensor, name, how, held in zip(cut, names, hows, zip(*shard(cut, axes, tp, ranges), strict=True), strict=True):
-        if how == "grouped":
-            held = tuple(_grouped(tensor, axes, ranges, rank) for rank in range(tp))
-        elif how == "first":
-            zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
-            held = (held[0], *(zeros for _ in held[1:]))
-        shares[tensor.name] = tuple(map(_transposed, held)) if fits_any(family.transposed, name) else held
+        key = (tensor.shape, tensor.cut, tensor.dtype, how, transposed)
+        if key not in known:
+            held = _cut(tensor, how, model.axes, ranges, tp)
+            known[key] = tuple(map(_transposed, held)) if transposed else held
+        shares[tensor.name] = known[key]
     return shares
+
+
+def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], ranges: Deal, tp: int) -> tuple[Share, ...]:
+    """The shares of a tensor as an engine cuts it. how: None for the architecture's own cut."""
+    cut = tensor.cut
+    if how == "grouped":
+        return tuple(_grouped(tensor, axes, ranges, rank) for rank in range(tp))
+    if how == "even":
+        axis = _even(tensor, tp)
+        axes, ranges = {axis.name: axis}, deal({axis.name: axis}, tp, None, None)
+        cut = Cut(cut.kind, cut.dim, (axis.name,))
+    elif how in ("replicate", "first"):
+        cut = Cut("replicate")
+    elif how is not None:
+        cut = Cut(cut.kind, cut.dim, tuple(how.split()[1:]))
+    held = tuple(stored for (stored,) in shard([replace(tensor, cut=cut)], axes, tp, ranges))
+    if how == "first":
+        zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
+        return (held[0], *(zeros for _ in held[1:]))
+    return held
 
 
 def _even(tensor: LogicalTensor, tp: int) -> Axis:
@@ -81,15 +95,11 @@ def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank
                 continue
             start = group * sum(sizes) + sum(sizes[:index]) + (low - group * per_group) * axes[name].unit
             length = (high - low) * axes[name].unit
-            box = _along(tensor.shape, cut.dim, start, start + length)
+            box = slab(tensor.shape, cut.dim, start, start + length)
             parts.append(Part(tensor.name, box, tuple(stored if dim == cut.dim else 0 for dim in range(len(box)))))
             stored += length
     shape = (*tensor.shape[: cut.dim], stored, *tensor.shape[cut.dim + 1 :])
     return StoredTensor(tensor.name, tensor.dtype, shape, tuple(parts))
-
-
-def _along(shape: Shape, dim: int, start: int, stop: int) -> Box:
-    return (*full(shape[:dim]), (start, stop), *full(shape[dim + 1 :]))
 
 
 def _transposed(share: Share) -> Share:
@@ -105,37 +115,53 @@ def _transposed(share: Share) -> Share:
     return share._replace(shape=turned(share.shape), parts=parts, fills=fills)
 
 
-def join_shares(
+def joined(
+    recipes: Mapping[str, Recipe], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
+) -> Layout:
+    """Every rank's parameters by their recipes: shares fused along their first dim, experts stacked before it."""
+    rows: list[list[StoredTensor]] = [[] for _ in range(tp)]
+    known: dict[object, list[tuple[Share, list[int]]]] = {}  # layers are alike
+    for name, recipe in recipes.items():
+        tensors = recipe.tensors
+        key = (recipe.stacked, len(recipe.groups), *(id(shares[tensor]) for tensor in tensors))
+        if key not in known:
+            known[key] = [_join(name, recipe, rank, shares, shapes) for rank in range(tp)]
+        for row, (share, owners) in zip(rows, known[key], strict=True):
+            parts = [Part(tensors[owner], *part[1:]) for owner, part in zip(owners, share.parts, strict=True)]
+            row.append(share._replace(name=name, parts=tuple(parts)))
+    return tuple(map(tuple, rows))
+
+
+def _join(
     name: str, recipe: Recipe, rank: int, shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape]
-) -> StoredTensor:
-    """One parameter of one rank: shares fused along their first dim, experts stacked before it."""
-    if recipe == Recipe(recipe.groups[:1]) and len(recipe.groups[0]) == 1:
-        return shares[recipe.groups[0][0]][rank]._replace(name=name)
+) -> tuple[Share, list[int]]:
+    """A recipe's parameter of one rank, and which of the recipe's tensors each part is of."""
+    held = [shares[tensor][rank] for tensor in recipe.tensors]
+    first = held[0]
+    if len(held) == 1 and not recipe.stacked:
+        return first, [0] * len(first.parts)
+    if len({share.dtype for share in held}) > 1:
+        raise UnsupportedError(f"the tensors that make {name} have different dtypes", tensor=name, hint="cast: --dtype")
     parts: list[Part] = []
     fills: list[Box] = []
+    owners: list[int] = []
+    members = iter(enumerate(held))
     for expert, group in enumerate(recipe.groups):
         begin = 0
-        for share in (shares[each][rank] for each in group):
+        for tensor in group:
+            index, share = next(members)
+            owners += [index] * len(share.parts)
             for part in share.parts:
                 if recipe.stacked:
                     assert part.view is None and part.order is None
-                    box, at, view = _stacked(part.box, part.at, begin, expert, shapes[part.tensor])
-                    parts.append(Part(part.tensor, box, at, view))
+                    at = (expert, part.at[0] + begin, *part.at[1:])
+                    parts.append(Part("", ((0, 1), *part.box), at, (1, *shapes[tensor])))
                 else:
                     parts.append(part._replace(at=(part.at[0] + begin, *part.at[1:])))
             for (start, stop), *rest in share.fills:
                 filled = ((start + begin, stop + begin), *rest)
                 fills.append(((expert, expert + 1), *filled) if recipe.stacked else filled)
             begin += share.shape[0]
-    first = shares[recipe.groups[0][0]][rank]
-    if len({shares[each][rank].dtype for group in recipe.groups for each in group}) > 1:
-        raise UnsupportedError(f"the tensors that make {name} have different dtypes", tensor=name, hint="cast: --dtype")
     shape = (begin, *first.shape[1:])
     stacked = (len(recipe.groups), *shape) if recipe.stacked else shape
-    return StoredTensor(name, first.dtype, stacked, tuple(parts), tuple(fills))
-
-
-@lru_cache(maxsize=1 << 16)
-def _stacked(box: Box, at: Shape, begin: int, expert: int, shape: Shape) -> tuple[Box, Shape, Shape]:
-    """A part of one expert's tensor of `shape` where all are stacked: box, corner, view. Cached: layers are alike."""
-    return ((0, 1), *box), (expert, at[0] + begin, *at[1:]), (1, *shape)
+    return StoredTensor(name, first.dtype, stacked, tuple(parts), tuple(fills)), owners

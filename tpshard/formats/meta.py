@@ -12,14 +12,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from tpshard.box import Shape, full
-from tpshard.errors import CorruptError, UnsupportedError, UsageError
-from tpshard.formats.base import Format, Laid, Options, Split
-from tpshard.formats.torch_archive import archive_file, check_literals
-from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, deal, shard
+from tpshard.errors import UnsupportedError
+from tpshard.formats.base import Format, Laid, Options, Split, bare
+from tpshard.formats.torch_archive import archive_file
+from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, shard
 from tpshard.model import Model
 from tpshard.planning import OutputFile
 from tpshard.rules import Axis, Cut
@@ -40,6 +39,7 @@ _LAYER = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_EMBEDDING, _HEAD = "tok_embeddings.weight", "output.weight"
 _LARGE_VOCAB = 100_000
 """Llama 3's vocabulary has 128,256 entries, those before it (Code Llama's too) at most 32,016."""
 _LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original": 8192}
@@ -49,32 +49,34 @@ class Meta(Format):
     """`consolidated.00.pth`, one file a rank."""
 
     side_names = frozenset({PARAMS})
+    container = True
 
     def lay(self, model: Model, options: Options) -> Laid:
         """Meta's names, cuts and rotary order; UnsupportedError for what its code cannot hold."""
         generation = _generation(model, options)
-        ranges = _deal(model, options)
+        axes, ranges = _deal(model, options)
         params(model.config, model)  # refuses a config that params.json cannot say
-        rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
-        dropped = {}
-        for tensor in model.tensors:
-            full_name = model.full_name(tensor.name)
-            if tensor.cut.kind == "buffer":
-                dropped[tensor.name] = "rotary frequencies, which Meta's code computes"
-                continue
-            name = _name(full_name, tensor)
-            cut = tensor
-            if name == "tok_embeddings.weight" and generation != "3":
-                cut = replace(tensor, cut=Cut("row", 1, ("hidden",)))
-            axes = {**model.axes, "hidden": Axis("hidden", tensor.shape[-1], 1)}
-            held = shard([cut], axes, options.tp, {**ranges, "hidden": _even("hidden", tensor.shape[-1], options.tp)})
-            for row, ((stored,), rank) in zip(rows, zip(held, range(options.tp), strict=True), strict=True):
+        reason = "rotary frequencies, which Meta's code computes"
+        dropped = {tensor.name: reason for tensor in model.tensors if tensor.cut.kind == "buffer"}
+        tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
+        names = [_name(model.full_name(tensor.name), tensor) for tensor in tensors]
+        if generation != "3":
+            row_cut = Cut("row", 1, ("hidden",))
+            tensors = [
+                replace(tensor, cut=row_cut) if name == _EMBEDDING else tensor
+                for name, tensor in zip(names, tensors, strict=True)
+            ]
+        rows: list[list[StoredTensor]] = []
+        for rank, held in enumerate(shard(tensors, axes, options.tp, ranges)):
+            row = []
+            for name, tensor, stored in zip(names, tensors, held, strict=True):
                 if name.endswith(("wq.weight", "wk.weight")):
-                    axis = model.axes[tensor.cut.segments[0]]
+                    axis = axes[tensor.cut.segments[0]]
                     stored = _rotary(stored, tensor, axis, ranges[axis.name][rank])
                 row.append(stored._replace(name=name))
-                if name == "tok_embeddings.weight" and not _has_head(model):
+                if name == _EMBEDDING and _HEAD not in names:
                     row.append(_tied_head(stored, generation))
+            rows.append(row)
         return Laid(tuple(map(tuple, rows)), dropped)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
@@ -95,19 +97,6 @@ class Meta(Format):
         said = params(split.model.config, split.model)
         return {**small, PARAMS: (json.dumps(said, indent=2) + "\n").encode()}
 
-    def verify_file(self, split: Split, rank: int, path: Path) -> OutputFile | None:
-        """A file of a set that tpshard wrote: everything that is no tensor must be as written."""
-        if rank >= split.options.tp:
-            raise CorruptError(
-                f"{path.name} is of a rank that the set does not have",
-                path=path,
-                expected=f"ranks 0 to {split.options.tp - 1}",
-                hint="keep one set in one directory",
-            )
-        (output,) = self.files(split, rank)
-        check_literals(output, path)
-        return output
-
 
 def _name(full_name: str, tensor: LogicalTensor) -> str:
     module, _, suffix = full_name.rpartition(".")
@@ -123,10 +112,6 @@ def _name(full_name: str, tensor: LogicalTensor) -> str:
     return f"{name}.weight" if layer is None else f"layers.{layer[1]}.{name}.weight"
 
 
-def _has_head(model: Model) -> bool:
-    return any(model.full_name(tensor.name) == "lm_head.weight" for tensor in model.tensors)
-
-
 def _tied_head(embedding: StoredTensor, generation: str) -> StoredTensor:
     """Meta's files always have a head; here it is the embedding once more."""
     if generation != "3":
@@ -134,7 +119,7 @@ def _tied_head(embedding: StoredTensor, generation: str) -> StoredTensor:
             "a tied head cannot be said where the embedding is cut along the hidden size",
             hint="use --engine-version 3",
         )
-    return embedding._replace(name="output.weight")
+    return embedding._replace(name=_HEAD)
 
 
 def _generation(model: Model, options: Options) -> str:
@@ -150,7 +135,8 @@ def _generation(model: Model, options: Options) -> str:
     return "3" if model.axes["vocab"].count >= _LARGE_VOCAB else "2"
 
 
-def _deal(model: Model, options: Options) -> Deal:
+def _deal(model: Model, options: Options) -> tuple[Mapping[str, Axis], Deal]:
+    """The axes and even ranges of them; the embedding may be cut along its hidden size."""
     if model.architecture.get("model_type") != "llama":
         raise UnsupportedError(
             "Meta's layout holds LLaMA models alone",
@@ -158,28 +144,9 @@ def _deal(model: Model, options: Options) -> Deal:
             found=model.architecture.get("model_type"),
             hint="use --format native",
         )
-    if options.uneven or options.shares is not None or options.pad_vocab_to is not None:
-        raise UsageError(
-            "Meta's code takes even shares without padding only",
-            found="--uneven, --shares or --pad-vocab-to",
-            hint="leave them out, or use --format native",
-        )
-    for axis in model.axes.values():
-        if axis.count % options.tp:
-            counts = [each.count for each in model.axes.values()]
-            fits = [tp for tp in range(1, min(counts) + 1) if not any(count % tp for count in counts)]
-            raise UnsupportedError(
-                f"{axis.count} {axis.name} on {options.tp} ranks: Meta's code divides evenly, and repeats no KV heads",
-                expected="tp " + ", ".join(map(str, fits)),
-                found=f"tp {options.tp}",
-            )
-    return deal(model.axes, options.tp, None, None)
-
-
-def _even(name: str, count: int, tp: int) -> tuple[tuple[int, int], ...]:
-    if count % tp:
-        raise UnsupportedError(f"{count} {name} columns of the embedding on {tp} ranks", found=f"tp {tp}")
-    return deal({name: Axis(name, count, 1)}, tp, None, None)[name]
+    axes = {name: bare(axis) for name, axis in model.axes.items()}
+    axes["hidden"] = Axis("hidden", model.config["hidden_size"], unit=1)
+    return axes, options.even_deal("Meta's code", axes)
 
 
 def _rotary(stored: StoredTensor, tensor: LogicalTensor, axis: Axis, heads: tuple[int, int]) -> StoredTensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
-from tpshard.formats.base import Format, Laid, Options, Split, rank_stem
+from tpshard.formats.base import Format, Laid, Options, Split, rank_stem, saved_offsets
 from tpshard.layout import Layout, StoredTensor, deal, shard
 from tpshard.model import Model
 
@@ -38,8 +37,7 @@ class Native(Format):
         """torch's description of rectangles: of all tensors of a set or of none, or its reader fails."""
         if not _is_rectangles(split.layout):
             return {}
-        info = {t.name: {"saved_offsets": [start for start, _ in t.parts[0].box]} for t in tensors}
-        return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info, separators=(",", ":"))}
+        return saved_offsets(tensors)
 
 
 def _is_rectangles(layout: Layout) -> bool:

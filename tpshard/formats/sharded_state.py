@@ -14,14 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tpshard.errors import CorruptError, UnsupportedError, UsageError
+from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split
-from tpshard.formats.engine_shares import Recipe, join_shares, shares_of
+from tpshard.formats.engine_shares import Recipe, joined, shares_of
 from tpshard.formats.engines import Family, fits_any, load_table, match
 from tpshard.header import DTYPE_BITS
-from tpshard.layout import Deal, LogicalTensor, StoredTensor, deal, listing, possible_tp, why_not
+from tpshard.layout import Deal, LogicalTensor, StoredTensor
 from tpshard.model import Model
-from tpshard.rules import Axis
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
@@ -40,24 +39,18 @@ class ShardedState(Format):
     def lay(self, model: Model, options: Options) -> Laid:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         family = self._family(model, options)
-        axes, ranges = self._deal(family, model, options)
+        ranges = self._deal(family, model, options)
         dropped = _dropped(family, model, self.engine)
         tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
         for tensor in tensors:
             if reason := family.refusal(model.full_name(tensor.name)):
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
-        shares = shares_of(family, model, tensors, axes, ranges, options.tp)
-        rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
+        shares = shares_of(family, model, tensors, ranges, options.tp)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        for name, recipe in _recipes(family, named).items():
-            for rank, row in enumerate(rows):
-                row.append(join_shares(name, recipe, rank, shares, shapes))
-        constants = list(_scales(family, named.values()))
-        for row in rows:
-            row.extend(constants)
-        order = sorted(range(len(rows[0])), key=lambda index: -(DTYPE_BITS[rows[0][index].dtype] // 8))
-        return Laid(tuple(tuple(row[index] for index in order) for row in rows), dropped)
+        constants = tuple(_scales(family, named.values()))
+        rows = [row + constants for row in joined(_recipes(family, named), shares, shapes, options.tp)]
+        return Laid(tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dropped)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""
@@ -111,37 +104,20 @@ class ShardedState(Format):
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
 
-    def _deal(self, family: Family, model: Model, options: Options) -> tuple[Mapping[str, Axis], Deal]:
-        """The axes, and even ranges of them, the vocabulary padded as the engine pads it."""
-        tp = options.tp
-        if options.uneven or options.shares is not None or options.pad_vocab_to is not None:
-            raise UsageError(
-                f"{self.engine} takes even shares and its own padding only",
-                found="--uneven, --shares or --pad-vocab-to",
-                hint="leave them out, or use --format native",
-            )
+    def _deal(self, family: Family, model: Model, options: Options) -> Deal:
+        """Even ranges of the axes, the vocabulary padded as the engine pads it."""
         single = {
             segment
             for tensor in model.tensors
             if fits_any(family.unrepeated, model.full_name(tensor.name))
             for segment in tensor.cut.segments
         }
-        for axis in model.axes.values():
+        axes = {}
+        for name, axis in model.axes.items():
             padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
-            even = replace(axis, count=padded, pad=False, replicate=axis.replicate and axis.name not in single)
-            if reason := why_not(even, tp):
-                fits = [each for each in possible_tp(model.axes) if why_not(even, each) is None]
-                raise UnsupportedError(
-                    reason,
-                    expected="tp " + listing(fits),
-                    found=f"tp {tp}",
-                    hint=f"{self.engine} takes even shares only: use one of those",
-                )
-        ranges = {
-            name: deal({name: axis}, tp, None, -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE)[name]
-            for name, axis in ((name, replace(axis, group=None)) for name, axis in model.axes.items())
-        }
-        return model.axes, ranges
+            repeated = axis.replicate and name not in single
+            axes[name] = replace(axis, count=padded, pad=False, replicate=repeated, group=None)
+        return options.even_deal(self.engine, axes)
 
     def _names(self, family: Family, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""

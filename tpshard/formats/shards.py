@@ -5,7 +5,6 @@ Everything is read from the manifest and the files' headers. The rules that made
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 from tpshard.checkpoint import MANIFEST, load_json, read_bytes, safe_path, side_paths
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.base import FORMAT_VERSION, Laid, Options, Split, dump, rank_stem, stored_from_json
+from tpshard.formats.base import Laid, Options, Split, rank_stem
+from tpshard.formats.manifest import FORMAT_VERSION, digest_of, stored_from_json
+from tpshard.formats.torch_archive import check_literals
 from tpshard.header import TensorInfo, nbytes, read_header
 from tpshard.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.model import Model
@@ -125,7 +126,8 @@ def open_shards(directory: Path) -> ShardSet:
             hint=_SAME,
         )
     path = safe_path(directory, MANIFEST)
-    manifest = load_json(read_bytes(path), path)
+    raw = read_bytes(path)
+    manifest = load_json(raw, path)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if type(version) is not int or version < 1 or manifest.get("format") != "tpshard":
         raise CorruptError("not a manifest of tpshard", path=path, expected='"format": "tpshard" and a format_version')
@@ -138,7 +140,7 @@ def open_shards(directory: Path) -> ShardSet:
             hint="upgrade tpshard",
         )
     try:
-        digest = _digest(manifest)
+        digest = digest_of(manifest)
         if manifest.get("set") != digest:
             raise CorruptError(
                 "the manifest was changed or is damaged: its set is not the digest of its content",
@@ -147,7 +149,7 @@ def open_shards(directory: Path) -> ShardSet:
                 found=f"set {manifest.get('set')}",
                 hint=_SAME,
             )
-        split = _parse(manifest, directory)
+        split = _parse(manifest, raw, directory)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=_SAME) from None
@@ -169,14 +171,7 @@ def open_shards(directory: Path) -> ShardSet:
     return ShardSet(directory, manifest, split, files, records, side_paths(directory, names))
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """What `set` must be: a digest of all that follows from headers and options."""
-    head = ("format", "format_version", "set", "tool")
-    body = {key: value for key, value in manifest.items() if key not in head}
-    return hashlib.sha256(dump(body)).hexdigest()[:32]
-
-
-def _parse(manifest: Mapping[str, Any], directory: Path) -> Split:
+def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     tp = manifest["mesh"]["tp"]
     if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or not isinstance(tp, int) or tp < 1:
         raise ValueError(f"mesh {manifest['mesh']}")
@@ -225,11 +220,11 @@ def _parse(manifest: Mapping[str, Any], directory: Path) -> Split:
         full_names=full_names,
         config=_config(directory),
     )
-    return Split(model, options, Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], dump(manifest))
+    return Split(model, options, Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], raw)
 
 
 def _check_derived(directory: Path, split: Split) -> None:
-    for name, data in format_of(split.options.format).derived(split).items():
+    for name, data in split.format.derived(split).items():
         if read_bytes(safe_path(directory, name)) != data:
             raise CorruptError(f"{name} is not the one of this set", path=directory / name, hint=_SAME)
 
@@ -242,53 +237,67 @@ def _config(directory: Path) -> Mapping[str, Any]:
 
 
 def _rank_files(directory: Path, names: list[str], split: Split) -> dict[int, tuple[RankFile, ...]]:
+    """The files of each rank that has all of its own."""
     files: dict[int, list[RankFile]] = {}
     parts_of: dict[int, int] = {}
-    tp, own = split.options.tp, format_of(split.options.format)
+    open_file = _open_container if split.format.container else _open_safetensors
     for name in names:
-        numbers = own.parse_name(name)
+        numbers = split.format.parse_name(name)
         if numbers is None:
             _refuse_other(directory, name, split)
             continue
-        path = safe_path(directory, name)
-        rank = numbers["rank"]
-        output = own.verify_file(split, rank, path)
-        if output is not None:
-            infos = tuple(
-                TensorInfo(stored.name, stored.dtype, stored.shape, str(path), begin, begin + _size(stored))
-                for stored, _, begin in output.tensors
-            )
-            files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, infos))
-            parts_of[rank] = len(own.files(split, rank))
-            continue
-        header = read_header(path)
-        said = header.metadata
-        if said.get("tpshard.set") != split.set_id or numbers.get("tp", tp) != tp:
-            raise CorruptError(
-                f"{name} is not of this set",
-                path=path,
-                expected=f"set {split.set_id}, tp {tp}",
-                found=f"set {said.get('tpshard.set')}, tp {said.get('tpshard.tp')}",
-                hint="keep one set in one directory",
-            )
-        expected = {"tp": tp, **numbers}
-        for key, value in expected.items():
-            if said.get(f"tpshard.{key}") != str(value):
-                raise CorruptError(
-                    f"{name} does not hold what its name says",
-                    path=path,
-                    expected=f"{key} {value}",
-                    found=f"{key} {said.get(f'tpshard.{key}')}",
-                    hint="files may have been exchanged: give each the name that its content says",
-                )
-        parts = said.get("tpshard.parts", "")
-        files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, header.tensors))
-        parts_of[rank] = int(parts) if parts.isdecimal() else 0
+        rank, path = numbers["rank"], safe_path(directory, name)
+        tensors, parts_of[rank] = open_file(path, numbers, split)
+        files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, tensors))
     return {rank: tuple(found) for rank, found in files.items() if len(found) == parts_of[rank]}
 
 
-def _size(stored: StoredTensor) -> int:
-    return nbytes(stored.dtype, stored.shape)
+def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tuple[tuple[TensorInfo, ...], int]:
+    """The tensors of a file that is no safetensors file, and how many files its rank has.
+
+    CorruptError when it is not of the set, or anything in it that is no tensor is not as written.
+    """
+    rank, tp = numbers["rank"], split.options.tp
+    outputs = split.files(rank) if rank < tp else ()
+    output = next((output for output in outputs if output.name == path.name), None)
+    if output is None:
+        raise CorruptError(
+            f"{path.name} is no file of this set",
+            path=path,
+            expected=f"the files of ranks 0 to {tp - 1}",
+            hint="keep one set in one directory",
+        )
+    check_literals(output, path)
+    tensors = []
+    for stored, _, begin in output.tensors:
+        name, dtype, shape = stored.name, stored.dtype, stored.shape
+        tensors.append(TensorInfo(name, dtype, shape, str(path), begin, begin + nbytes(dtype, shape)))
+    return tuple(tensors), len(outputs)
+
+
+def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> tuple[tuple[TensorInfo, ...], int]:
+    """The tensors of a safetensors file, and how many files its rank has; CorruptError when it is not of the set."""
+    tp, header = split.options.tp, read_header(path)
+    said = header.metadata
+    if said.get("tpshard.set") != split.set_id or numbers.get("tp", tp) != tp:
+        raise CorruptError(
+            f"{path.name} is not of this set",
+            path=path,
+            expected=f"set {split.set_id}, tp {tp}",
+            found=f"set {said.get('tpshard.set')}, tp {said.get('tpshard.tp')}",
+            hint="keep one set in one directory",
+        )
+    for key, value in {"tp": tp, **numbers}.items():
+        if said.get(f"tpshard.{key}") != str(value):
+            raise CorruptError(
+                f"{path.name} does not hold what its name says",
+                path=path,
+                expected=f"{key} {value}",
+                found=f"{key} {said.get(f'tpshard.{key}')}",
+                hint="files may have been exchanged: give each the name that its content says",
+            )
+    parts = said.get("tpshard.parts", "")
+    return header.tensors, int(parts) if parts.isdecimal() else 0
 
 
 def _refuse_other(directory: Path, name: str, split: Split) -> None:

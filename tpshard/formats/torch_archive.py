@@ -86,13 +86,14 @@ class _Zip:
 
     def close(self) -> None:
         """Add the directory of the archive."""
-        begin, listing = self.end, b""
+        begin, rows = self.end, []
         for entry in self.entries:
             wide = [value for value in (entry.size, entry.size, entry.offset) if value >= _LARGE]
             extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
             size, offset = min(entry.size, _LARGE), min(entry.offset, _LARGE)
             fields = (0, 0, 0, 0, 0, 0, entry.crc, size, size, len(entry.name), len(extra), 0, 0, 0, 0, offset)
-            listing += struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", *fields) + entry.name + extra
+            rows.append(struct.pack("<4sHHHHHHIIIHHHHHII", b"PK\1\2", *fields) + entry.name + extra)
+        listing = b"".join(rows)
         count = len(self.entries)
         tail = b""
         if begin >= _LARGE or count >= 0xFFFF:

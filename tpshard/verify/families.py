@@ -115,6 +115,24 @@ def _llama(config: _Config, model_type: str) -> Family:
     )
 
 
+def _internlm2(config: _Config, model_type: str) -> Family:
+    return replace(
+        _llama(config, model_type),
+        heads_names=("output",),
+        embed="tok_embeddings",
+        fused="groups",
+        qkv=("attention.wqkv",),
+        attention="attention",
+        out="attention.wo",
+        mlp="feed_forward",
+        gate="feed_forward.w1",
+        up="feed_forward.w3",
+        down="feed_forward.w2",
+        attn_norm="attention_norm",
+        mlp_norm="ffn_norm",
+    )
+
+
 def _mistral(config: _Config, model_type: str) -> Family:
     family = _llama(config, model_type)
     window = config.values.get("sliding_window", 4096)
@@ -400,6 +418,7 @@ def _opt(config: _Config, model_type: str) -> Family:
 
 FAMILIES: Mapping[str, Callable[[_Config, str], Family]] = {
     "llama": _llama,
+    "internlm2": _internlm2,
     "mistral": _mistral,
     "qwen2": _qwen,
     "qwen3": _qwen,

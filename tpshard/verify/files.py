@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.errors import CorruptError
 
 _NAMES = {
     "native": re.compile(
@@ -19,7 +19,8 @@ _NAMES = {
     "dcp": re.compile(r"__(?P<rank>\d{1,5})_(?P<part>\d{1,5})\.distcp"),
     "dcp-hf": re.compile(r"shard-(?P<rank>\d{5})-model-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors"),
 }
-_UNREAD = ("deepseek", "dcp", "dcp-hf")
+_FROM_ONE = ("dcp-hf",)
+"""Formats that count ranks and parts from 1."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,7 @@ class RankFiles:
 
 
 def rank_files(directory: Path) -> RankFiles:
-    """The ranks' files; CorruptError where some are missing, or are of several widths or formats.
-
-    UnsupportedError for a format that verify does not read.
-    """
+    """The ranks' files; CorruptError where some are missing, or are of several widths or formats."""
     found: dict[str, list[tuple[re.Match[str], str]]] = {}
     for path in sorted(directory.iterdir()):
         for kind, pattern in _NAMES.items():
@@ -51,19 +49,19 @@ def rank_files(directory: Path) -> RankFiles:
     if len(found) > 1:
         raise CorruptError("rank files of several formats", path=directory, found=", ".join(sorted(found)))
     ((kind, matches),) = found.items()
-    if kind in _UNREAD:
-        raise UnsupportedError(
-            f"verify does not run shards of the format {kind}",
-            path=directory,
-            hint="`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs",
-        )
     return _grouped(directory, kind, matches)
+
+
+def _said(kind: str, match: re.Match[str]) -> dict[str, int]:
+    """The numbers in a file's name, those of ranks and parts from 0 on."""
+    said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+    return {key: n - (kind in _FROM_ONE and key in ("rank", "part")) for key, n in said.items()}
 
 
 def _grouped(directory: Path, kind: str, matches: list[tuple[re.Match[str], str]]) -> RankFiles:
     widths, ranks, counts = set(), dict[int, dict[int, str]](), dict[int, set[int]]()
     for match, name in matches:
-        said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+        said = _said(kind, match)
         widths.add(said.get("tp"))
         ranks.setdefault(said["rank"], {})[said.get("part", 0)] = name
         counts.setdefault(said["rank"], set()).add(said.get("parts", 0))
@@ -90,8 +88,8 @@ def width(directory: Path) -> int:
     """The number of ranks, as the names of the files say it; 1 where there are none, which others will complain of."""
     width = 1
     for path in directory.iterdir() if directory.is_dir() else ():
-        for pattern in _NAMES.values():
+        for kind, pattern in _NAMES.items():
             if match := pattern.fullmatch(path.name):
-                said = match.groupdict()
-                width = max(width, int(said.get("tp") or int(said["rank"]) + 1))
+                said = _said(kind, match)
+                width = max(width, said.get("tp", said["rank"] + 1))
     return width

@@ -31,12 +31,11 @@ class Piece(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a stored tensor, each of `index` [n] once and in that order, or all where it is None."""
+class Stored:
+    """A stored tensor as it is."""
 
     weights: FileWeights
     name: str
-    index: Tensor | None = None
 
     @property
     def stored(self) -> TensorInfo:
@@ -44,64 +43,108 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        shape = self.weights.shape(self.name)
-        return shape if self.index is None else (len(self.index), *shape[1:])
+        return self.weights.shape(self.name)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        if self.index is None:
-            return self.weights.rows(self.name, start, stop)
+        return self.weights.rows(self.name, start, stop)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of another piece, each of `index` [n] once and in that order."""
+
+    piece: Piece
+    index: Tensor
+
+    @property
+    def stored(self) -> TensorInfo:
+        return self.piece.stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index), *self.piece.shape[1:])
+
+    def rows(self, start: int, stop: int) -> Tensor:
         wanted, order = self.index[start:stop].sort()
         # Rows that are neighbours in the file are read at once.
         ends = ((wanted.diff() != 1).nonzero().flatten() + 1).tolist()
         runs = [(int(wanted[i]), j - i) for i, j in pairwise([0, *ends, len(wanted)]) if j > i]
-        read = [self.weights.rows(self.name, first, first + count) for first, count in runs]
+        read = [self.piece.rows(first, first + count) for first, count in runs]
         if not read:
-            return self.weights.rows(self.name, 0, 0)
+            return self.piece.rows(0, 0)
         joined = torch.cat(read)
         return joined[order.argsort()]
 
 
 @dataclass(frozen=True)
 class Turned:
-    """A stored matrix with its dims exchanged, which is read whole."""
+    """A stored tensor with its last two dims exchanged; of a matrix, all is read for any of its rows."""
 
-    weights: FileWeights
-    name: str
+    piece: Piece
 
     @property
     def stored(self) -> TensorInfo:
-        return self.weights.infos[self.name]
+        return self.piece.stored
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weights.shape(self.name)[::-1]
+        *outer, rows, columns = self.piece.shape
+        return (*outer, columns, rows)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.weights.get(self.name)[:, start:stop].T.contiguous()
+        if len(self.shape) > 2:
+            return self.piece.rows(start, stop).mT.contiguous()
+        return self.piece.rows(0, self.piece.shape[0])[:, start:stop].T.contiguous()
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns `first` to `last` of one or several ranks' matrices of one name, side by side; rows `top` to `bottom`."""
+    """Columns `first` to `last` of another piece (its last dim)."""
 
-    ranks: Sequence[FileWeights]
-    name: str
+    piece: Piece
     first: int
     last: int
-    top: int
-    bottom: int
 
     @property
     def stored(self) -> TensorInfo:
-        return self.ranks[0].infos[self.name]
+        return self.piece.stored
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.bottom - self.top, len(self.ranks) * (self.last - self.first))
+        return (*self.piece.shape[:-1], self.last - self.first)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        whole = [weights.rows(self.name, self.top + start, self.top + stop) for weights in self.ranks]
-        return torch.cat([rows[:, self.first : self.last] for rows in whole], 1)
+        return self.piece.rows(start, stop)[..., self.first : self.last]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Pieces one behind another along a dim."""
+
+    pieces: Sequence[Piece]
+    dim: int = 0
+
+    @property
+    def stored(self) -> TensorInfo:
+        return self.pieces[0].stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.pieces[0].shape)
+        shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
+        return tuple(shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.dim:
+            return torch.cat([piece.rows(start, stop) for piece in self.pieces], self.dim)
+        read, begin = [], 0
+        for piece in self.pieces:
+            end = begin + piece.shape[0]
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                read.append(piece.rows(first - begin, last - begin))
+            begin = end
+        return torch.cat(read) if read else self.pieces[0].rows(0, 0)
 
 
 class PieceWeights(FileWeights):

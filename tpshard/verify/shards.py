@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tpshard.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
 from tpshard.header import TensorInfo, read_header
 from tpshard.torch_io import DTYPES, read_pickle
+from tpshard.verify.dcp import Chunk, Chunks, of_header, of_metadata
 from tpshard.verify.files import RankFiles, rank_files
 from tpshard.verify.verdict import layer_of
 from tpshard.verify.weights import Replaced, Weights, move
@@ -88,7 +89,7 @@ class ShardSet:
     """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin.
 
     The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
-    them in `stored`.
+    them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them.
     """
 
     directory: Path
@@ -99,6 +100,7 @@ class ShardSet:
     warnings: tuple[str, ...] = ()
     format: str = "native"
     stored: tuple[FileWeights, ...] = ()
+    chunks: tuple[Chunks, ...] = ()
 
 
 def _json(path: Path) -> Any:
@@ -129,27 +131,36 @@ def open_shards(directory: Path) -> ShardSet:
             "tpshard.json and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
         )
     warnings: list[str] = []
-    ranks = []
-    for rank in range(tp):
-        ranks.append(_open_rank(directory, files, rank, warnings))
+    listed = of_metadata(directory) if files.format == "dcp" else {}
+    opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
     cast = manifest.get("options", {}).get("dtype")
     return ShardSet(
         directory=directory,
         config=_json(directory / "config.json"),
-        ranks=tuple(ranks),
+        ranks=tuple(weights for weights, _ in opened),
         source=manifest.get("source", {}),
         cast=None if cast is None else DTYPES[cast],
         warnings=tuple(warnings),
         format=files.format,
+        chunks=tuple(chunks for _, chunks in opened) if files.format.startswith("dcp") else (),
     )
 
 
-def _open_rank(directory: Path, files: RankFiles, rank: int, warnings: list[str]) -> FileWeights:
+def _open_rank(
+    directory: Path, files: RankFiles, rank: int, listed: Mapping[str, list[Chunk]], warnings: list[str]
+) -> tuple[FileWeights, Chunks]:
     infos: list[TensorInfo] = []
+    chunks: list[Chunk] = []
     for name in files.ranks[rank]:
         path = directory / name
+        if files.format == "dcp":
+            chunks += listed.get(name, [])
+            continue
         header = read_pickle(path, name)[0] if files.format == "meta" else read_header(path)
-        infos += header.tensors
+        if files.format == "dcp-hf":
+            chunks += of_header(header, path)
+        else:
+            infos += header.tensors
         stated = header.metadata.get("tpshard.rank", str(rank))
         if stated != str(rank):
             warnings.append(f"{name} says that it is of rank {stated}")
@@ -159,9 +170,24 @@ def _open_rank(directory: Path, files: RankFiles, rank: int, warnings: list[str]
             path = directory / part["file"]
             if path.exists() and path.stat().st_size != part["size"]:
                 warnings.append(f"{path.name} has {path.stat().st_size} bytes, its record says {part['size']}")
-    weights = FileWeights(infos)
+    named = _numbered(chunks)
+    weights = FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)])
     require_floats(weights, parameters(weights))
-    return weights
+    return weights, named
+
+
+def _numbered(chunks: Iterable[Chunk]) -> Chunks:
+    """Rectangles by their tensor; where a rank has several of one, each has a name of its own."""
+    found: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.info.name, []).append(chunk)
+    return {
+        name: [
+            replace(chunk, info=replace(chunk.info, name=f"{name}#{i}")) if len(each) > 1 else chunk
+            for i, chunk in enumerate(each)
+        ]
+        for name, each in found.items()
+    }
 
 
 def parameters(weights: Weights) -> list[str]:

@@ -217,6 +217,8 @@ class Frame:
                 if key not in found:
                     raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
             shapes = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
+            if recipe.stacked:
+                _experts_in_order(key, [found[key] for found in held], shapes, full[0])
             dims = {dim for shape in shapes for dim in _unlike(shape, full)}
             if len(dims) > 1 or any(len(shape) != len(full) for shape in shapes):
                 raise DifferentError(
@@ -228,6 +230,21 @@ class Frame:
             for dim in dims:
                 cuts[key] = Cut(dim, tuple(shape[dim] for shape in shapes), full[dim])
         return cuts
+
+
+def _experts_in_order(key: str, recipes: Sequence[Recipe], shapes: Sequence[tuple[int, ...]], total: int) -> None:
+    """DifferentError unless each rank has all experts, or those that follow the rank's before it."""
+    some = any(shape[0] != total for shape in shapes)
+    expected = 0
+    for rank, (recipe, shape) in enumerate(zip(recipes, shapes, strict=True)):
+        if recipe.first != expected:
+            raise DifferentError(
+                f"rank {rank} has other experts of {key} than are its own",
+                tensor=recipe.stored[0],
+                expected=f"those from {expected} on",
+                found=f"{recipe.first} to {recipe.first + shape[0] - 1}",
+            )
+        expected += shape[0] if some else 0
 
 
 def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
@@ -255,6 +272,8 @@ def fill(
     """
     found = frame.recipes(weights)
     for key, recipe in found.items():
+        if rank is None and recipe.stacked and recipe.shape(weights) != frame.shapes[key]:
+            raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
         tensor = recipe.tensor(weights).to(device=device)

@@ -38,10 +38,14 @@ MATRICES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2"
 
 @dataclass(frozen=True)
 class Recipe:
-    """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows."""
+    """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows.
+
+    `first` is the number of the first expert: a rank may hold some, whole, and no others.
+    """
 
     experts: tuple[tuple[str, ...], ...]
     stacked: bool
+    first: int = 0
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -79,9 +83,11 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
                 number[MATRICES[match["matrix"]]] = name
     for owner, numbers in experts.items():
         for matrix, wanted in (("gate_up_proj", (0, 1)), ("up_proj", (1,)), ("down_proj", (2,))):
-            whole = [numbers.get(i, {}) for i in range(max(numbers) + 1)]
+            whole = [numbers.get(i, {}) for i in range(min(numbers), max(numbers) + 1)]
             if f"{owner}.{matrix}" in keys and all(i in held for held in whole for i in wanted):
-                found[f"{owner}.{matrix}"] = Recipe(tuple(tuple(held[i] for i in wanted) for held in whole), True)
+                found[f"{owner}.{matrix}"] = Recipe(
+                    tuple(tuple(held[i] for i in wanted) for held in whole), True, min(numbers)
+                )
     return found
 
 

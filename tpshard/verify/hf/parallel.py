@@ -140,6 +140,8 @@ def _connect(
         # Every feature by itself.
         module.in_channels = module.out_channels = module.groups = weight.sizes[rank]
         return weight.dim == 0 and cuts.keys() == _leaves(module)
+    elif is_experts(module) and cuts.keys() == module._parameters.keys():
+        module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
     elif weight is not None and _norms_all_heads(name, module):
         module.forward = _over_all_ranks(module, weight, rank, link)
     else:
@@ -205,6 +207,26 @@ def _experts(name: str, module: nn.Module, tp: int, link: Link) -> Callable[...,
     if bias is not None:
         module._parameters["down_proj_bias"] = nn.Parameter(bias / tp, requires_grad=False)
     return lambda *args, **kwargs: link.reduce(name, forward(*args, **kwargs))
+
+
+def own_weights(cut: Cut, rank: int, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The weights of chosen experts, 0 for those that are not of the rank's range."""
+    first = cut.first(rank)
+    return weights * ((chosen >= first) & (chosen < first + cut.sizes[rank]))
+
+
+def _some_experts(
+    name: str, module: nn.Module, cut: Cut, rank: int, link: Link
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Whole experts, some on each rank: another rank's add nothing here. Then a sum over ranks."""
+    _adds_up(f"{name}.down_proj", cut, cut.total, cut.total)
+    forward, first, size = module.forward, cut.first(rank), cut.sizes[rank]
+
+    def work(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        weights = own_weights(cut, rank, chosen, weights)
+        return link.reduce(name, forward(x, (chosen - first).clamp(0, size - 1), weights))
+
+    return work
 
 
 def _over_all_ranks(module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[..., Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tpshard.verify.hf.heads import FUSED
 from tpshard.verify.hf.model import Cut, layers_of
-from tpshard.verify.hf.parallel import in_dim, is_column, is_experts, is_linear, is_row, product
+from tpshard.verify.hf.parallel import in_dim, is_column, is_experts, is_linear, is_row, own_weights, product
 from tpshard.verify.hf.sides import Side
 from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Finding
@@ -211,9 +211,12 @@ class Feeder:
             self.inside.append((name, lambda: relative(partial, self._experts(name, whole))))
 
     def _experts(self, name: str, whole: nn.Module) -> Tensor:
-        """The unsharded experts' output with the rank's features alone."""
-        with _part_of_experts(whole, self.side.cuts[f"{name}.down_proj"], self.rank):
-            record = self.records[name]
+        """The unsharded experts' output with the rank's features, or experts, alone."""
+        cut, record = self.side.cuts[f"{name}.down_proj"], self.records[name]
+        if cut.dim == 0:
+            x, chosen, weights = record.all_args
+            return _first(whole(x, chosen, own_weights(cut, self.rank, chosen, weights)))
+        with _part_of_experts(whole, cut, self.rank):
             return _first(whole(*record.all_args, **record.all_kwargs))
 
 

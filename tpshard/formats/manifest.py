@@ -1,0 +1,198 @@
+"""`tpshard.json`: what it says of a planned split, and of every stored tensor.
+
+It follows from headers and options alone, so every host of a cluster writes the same one. docs/reference/manifest.md
+documents it; what is written today stays readable in later versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from tpshard import __version__
+from tpshard.box import Box, Shape, volume
+from tpshard.layout import Layout, Mesh, Part, StoredTensor
+from tpshard.model import Model
+from tpshard.rules import Cut
+
+if TYPE_CHECKING:
+    from tpshard.formats.base import Laid, Options
+
+FORMAT_VERSION = 1
+
+
+def manifest_of(model: Model, options: Options, laid: Laid) -> tuple[str, bytes]:
+    """The name of a set, which is a digest of all that follows from headers and options, and its manifest."""
+    body = _body(model, options, laid)
+    set_id = _digest(body)
+    head = {"format": "tpshard", "format_version": FORMAT_VERSION, "set": set_id, "tool": f"tpshard {__version__}"}
+    return set_id, _object(_lines(head) + body)
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """What `set` must be in a manifest that was read."""
+    head = ("format", "format_version", "set", "tool")
+    return _digest(_lines({key: value for key, value in manifest.items() if key not in head}))
+
+
+def _digest(body: Sequence[str]) -> str:
+    return hashlib.sha256(_object(body)).hexdigest()[:32]
+
+
+def _body(model: Model, options: Options, laid: Laid) -> list[str]:
+    """The manifest's lines, but for those that say who wrote it."""
+    native = options.format == "native"
+    rows = []
+    known: dict[object, str] = {}  # layers are alike
+    for index, tensor in enumerate(model.tensors):
+        full_name, dropped = model.full_name(tensor.name), laid.dropped.get(tensor.name)
+        row = [
+            f'"name":{_text(tensor.name)},"dtype":"{tensor.dtype}","shape":{_numbers(tensor.shape)}',
+            f'"file":{_text(model.file_of[tensor.name])},"rule":"{tensor.cut.kind}"',
+        ]
+        if full_name != tensor.name:
+            row.append(f'"full":{_text(full_name)}')
+        if dropped is not None:
+            row.append(f'"dropped":{_text(dropped)}')
+        if tensor.cut.dim is not None:
+            key = (tensor.shape, tensor.cut, tensor.dtype)
+            if key not in known:
+                known[key] = _cut(tensor.cut)
+                if native:
+                    ranks = ",".join(_stored(rank[index], named=False) for rank in laid.layout)
+                    known[key] += f',"ranks":[{ranks}]'
+            row.append(known[key])
+        rows.append(f"{{{','.join(row)}}}")
+    body: dict[str, Any] = {
+        "mesh": asdict(Mesh(options.tp)),
+        "source": dict(model.source),
+        "architecture": dict(model.architecture),
+        "options": {
+            "dtype": model.dtype,
+            "uneven": options.uneven,
+            "shares": None if options.shares is None else list(options.shares),
+            "pad_vocab_to": options.pad_vocab_to,
+            "max_file_size": options.max_file_size,
+            "format": options.format,
+            "engine_version": options.engine_version,
+        },
+        "axes": {name: asdict(axis) for name, axis in sorted(model.axes.items())},
+        "tied": dict(model.tied),
+    }
+    lines = [*_lines(body), _table("tensors", rows)]
+    return lines if native else [*lines, _table("stored", _all_stored(laid.layout))]
+
+
+def _cut(cut: Cut) -> str:
+    interleave = f',"interleave":{_text(cut.interleave)}' if cut.interleave else ""
+    return f'"dim":{cut.dim},"segments":{_text(list(cut.segments))}{interleave}'
+
+
+def _all_stored(layout: Layout) -> list[str]:
+    """A line for every stored tensor, with what each rank has of it; null for a rank that has none."""
+    by_rank = [{stored.name: stored for stored in rank} for rank in layout]
+    names = dict.fromkeys(name for rank in by_rank for name in rank)
+    lines = []
+    for name in names:
+        held = [rank.get(name) for rank in by_rank]
+        dtype = next(stored.dtype for stored in held if stored is not None)
+        ranks = ["null" if stored is None else _stored(stored, named=True) for stored in held]
+        same = all(each == ranks[0] for each in ranks)
+        found = f'"every":{ranks[0]}' if same else f'"ranks":[{",".join(ranks)}]'
+        lines.append(f'{{"name":{_text(name)},"dtype":"{dtype}",{found}}}')
+    return lines
+
+
+def _stored(stored: StoredTensor, named: bool) -> str:
+    """A stored tensor of one rank. named: whether parts say of which logical tensor they are."""
+    if named:
+        parts = [f'{{"tensor":{_text(part.tensor)},{_place(*part[1:])}}}' for part in stored.parts]
+    else:
+        parts = [f"{{{_place(*part[1:])}}}" for part in stored.parts]
+    return f'{{"shape":{_numbers(stored.shape)},"parts":[{",".join(parts)}]{_rest(*stored[4:])}}}'
+
+
+@lru_cache(maxsize=1 << 16)
+def _place(box: Box, at: Shape, view: Shape | None, order: tuple[int, ...] | None) -> str:
+    """A part without its tensor. Cached: layers are alike."""
+    text = f'"box":{_boxes(box)},"at":{_numbers(at)}'
+    if view is not None:
+        text += f',"view":{_numbers(view)}'
+    return text if order is None else f'{text},"order":{_numbers(order)}'
+
+
+@lru_cache(maxsize=4096)
+def _rest(fills: tuple[Box, ...], view: Shape | None, value: bytes) -> str:
+    """What a stored tensor has beside shape and parts."""
+    text = "" if view is None else f',"view":{_numbers(view)}'
+    if any(volume(box) for box in fills):
+        text += f',"padding":[{",".join(map(_boxes, fills))}]'
+    return f'{text},"value":"{value.hex()}"' if value else text
+
+
+def _boxes(box: Box) -> str:
+    return f"[{','.join(map(_numbers, box))}]"
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return f"[{','.join(map(str, values))}]"
+
+
+def stored_from_json(name: str, dtype: str, entry: Mapping[str, Any], tensor: str | None = None) -> StoredTensor:
+    """What `_stored` wrote. tensor: of which logical tensor the parts are, where they do not say it."""
+
+    def box(sides: list[list[int]]) -> Box:
+        return tuple((start, stop) for start, stop in sides)
+
+    def numbers(value: list[int] | None) -> tuple[int, ...] | None:
+        return None if value is None else tuple(value)
+
+    parts = tuple(
+        Part(
+            tensor or part["tensor"],
+            box(part["box"]),
+            tuple(part["at"]),
+            numbers(part.get("view")),
+            numbers(part.get("order")),
+        )
+        for part in entry["parts"]
+    )
+    return StoredTensor(
+        name,
+        dtype,
+        tuple(entry["shape"]),
+        parts,
+        tuple(box(fill) for fill in entry.get("padding", ())),
+        numbers(entry.get("view")),
+        bytes.fromhex(entry.get("value", "")),
+    )
+
+
+def dump(data: Mapping[str, Any]) -> bytes:
+    """JSON with one tensor a line: small, and readable in a diff."""
+    return _object(_lines(data))
+
+
+def _lines(data: Mapping[str, Any]) -> list[str]:
+    return [
+        _table(key, list(map(_text, value)))
+        if key in ("tensors", "stored")
+        else f" {json.dumps(key)}: {json.dumps(value)}"
+        for key, value in data.items()
+    ]
+
+
+def _table(key: str, rows: Sequence[str]) -> str:
+    return f' "{key}": [\n  ' + ",\n  ".join(rows) + "\n ]"
+
+
+def _object(lines: Sequence[str]) -> bytes:
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+_text = json.JSONEncoder(separators=(",", ":")).encode
+"""Compact JSON. Rows of tensors are put together from pieces: an encoder for each would take ten times as long."""
