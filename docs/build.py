@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from html.parser import HTMLParser
@@ -9,7 +10,22 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "tpshard"
 CLI = "reference/cli.md"
+PYTHON = "reference/python-api.md"
+PUBLIC = {
+    "api": ("plan", "split", "merge", "reshard", "check", "inspect"),
+    "loader": ("load_rank",),
+    "verifying": ("verify", "Request"),
+    "advice": ("advise", "Advice", "Choice"),
+    "publish": ("Settings",),
+    "numbers": ("Workload",),
+    "report": ("PlanReport", "WriteReport", "RankPart", "CheckReport", "InspectReport"),
+    "checking": ("Difference",),
+    "header": ("TensorInfo",),
+    "verify/verdict": ("Verdict", "Tier", "Place", "Finding", "Canary"),
+}
+"""By module, what a program calls, and what it gets."""
 COMPLETION = """What `--help` prints.
 
 `tpshard --install-completion` teaches the shell that it is called from (bash, zsh, fish or PowerShell) to complete
@@ -35,22 +51,73 @@ def cli_reference() -> str:
     return "\n\n".join(pages) + "\n"
 
 
+def _defined(module: str) -> list[ast.FunctionDef | ast.ClassDef]:
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    return [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
+def _parameters(of: ast.arguments) -> list[str]:
+    """Each parameter with its type and default."""
+    plain = [*of.posonlyargs, *of.args]
+    pairs = [*zip(plain, [None] * (len(plain) - len(of.defaults)) + of.defaults, strict=True), None]
+    pairs += zip(of.kwonlyargs, of.kw_defaults, strict=True)
+    texts = []
+    for pair in pairs if of.kwonlyargs else pairs[:-1]:
+        default = f" = {ast.unparse(pair[1])}" if pair and pair[1] else ""
+        texts.append(ast.unparse(pair[0]) + default if pair else "*")
+    return texts + ([f"**{ast.unparse(of.kwarg)}"] if of.kwarg else [])
+
+
+def _entry(node: ast.FunctionDef | ast.ClassDef) -> str:
+    """A function's signature and docstring; a class's fields, docstring and what else it has."""
+    more = []
+    if isinstance(node, ast.FunctionDef):
+        result = ast.unparse(node.returns) if node.returns else "None"
+        lines = [f"def {node.name}(", *(f"    {each}," for each in _parameters(node.args)), f") -> {result}"]
+    else:
+        lines = [f"class {node.name}:"]
+        lines += [f"    {ast.unparse(each)}" for each in node.body if isinstance(each, ast.AnnAssign)]
+        for each in node.body:
+            if isinstance(each, ast.FunctionDef) and not each.name.startswith("_"):
+                name = each.name if each.decorator_list else f"{each.name}()"
+                more.append(f"- `{name}`: {ast.get_docstring(each)}")
+    code = "\n".join(lines)
+    return "\n\n".join([f"## `{node.name}`", f"```python\n{code}\n```", ast.get_docstring(node) or "", "\n".join(more)])
+
+
+def python_reference() -> str:
+    """Signatures and docstrings of what is public, read from the source: torch need not be there."""
+    from tpshard import errors
+
+    pages = ["# Python API", "From the source. [Python](python.md) says how it is used."]
+    for module, names in PUBLIC.items():
+        found = {node.name: node for node in _defined(module)}
+        pages += [_entry(found[name]) for name in names]
+    rows = ["| class | `code` | exit code | |", "|---|---|---|---|"]
+    for node in _defined("errors"):
+        kind = getattr(errors, node.name)
+        about = (ast.get_docstring(node) or "").split("\n")[0]
+        rows.append(f"| `{node.name}` | `{kind.code}` | {kind.exit_code} | {about} |")
+    return "\n\n".join([*pages, "## `errors`", "\n".join(rows)]) + "\n"
+
+
 def on_config(config: Any) -> Any:
     """The navigation: every page that is there, by section and name."""
     config.nav = ["index.md", "tutorial.md"]
     for section in SECTIONS:
         pages = {path.relative_to(DOCS).as_posix() for path in (DOCS / section).glob("*.md")}
-        pages |= {CLI} if section == "reference" else set()
+        pages |= {CLI, PYTHON} if section == "reference" else set()
         front = {f"{section}/README.md"}
         config.nav.append({section.capitalize(): [*sorted(pages & front), *sorted(pages - front)]})
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Put the page of the command line among the others."""
+    """Put the pages of the command line and of the functions among the others."""
     from mkdocs.structure.files import File
 
     files.append(File.generated(config, CLI, content=cli_reference()))
+    files.append(File.generated(config, PYTHON, content=python_reference()))
     return files
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError
 
 from tpshard.schema import schema
 
@@ -26,5 +27,14 @@ def name_of(found: dict[str, Any]) -> str:
 
 def conforms(found: Any, name: str) -> None:
     """AssertionError that names each place where an object is not what its schema says."""
-    wrong = [f"{error.json_path}: {error.message[:300]}" for error in validator(name).iter_errors(found)]
+    places = [place for error in validator(name).iter_errors(found) for place in leaves(error)]
+    wrong = [f"{place.json_path}: {place.message[:300]}" for place in places]
     assert not wrong, f"{name}: " + "\n".join(wrong)
+
+
+def leaves(error: ValidationError) -> Iterator[ValidationError]:
+    """What is wrong, of an object that may have one of several forms: in each of them."""
+    if not error.context:
+        yield error
+    for inner in error.context or ():
+        yield from leaves(inner)

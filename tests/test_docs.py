@@ -1,7 +1,8 @@
 """Every command that README and docs show: run here, page by page, or marked with the reason why not.
 
 Each fenced block names its language. One in bash has a comment before it: `<!-- run -->`, `<!-- run: KIND -->` with a
-kind that this file knows, or `<!-- not run: REASON -->`. The blocks of a page are one script, as a reader types them.
+kind that this file knows, or `<!-- not run: REASON -->`; one in python may, and is a program of its own. The
+blocks of a page are one script, as a reader types them.
 `<!-- file: NAME -->` before a block of another language saves it under that name. What pages take for granted lies
 where they run: see `place`.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -26,8 +28,11 @@ import pytest
 import typer
 from checkpoints import make
 
+import tpshard
+import tpshard.verifying
 from tpshard import api
 from tpshard.cli import app
+from tpshard.errors import TpshardError
 from tpshard.publish import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +43,8 @@ FENCE = re.compile(
 MARK = re.compile(r"<!-- (?P<what>run|not run|file)(: (?P<detail>[^>]+?))? -->\n *$")
 SHELL = ("bash", "sh", "shell", "console")
 KINDS = {None, "signing"}
+GENERATED = ("cli.md", "python-api.md")
+"""Pages that docs/build.py makes."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ def script(found: list[Block], kind: Callable[[str | None], bool]) -> str:
             assert block.detail is not None
             parts.append(f"cat > {shlex.quote(block.detail)} <<'END_OF_FILE'\n{block.text}END_OF_FILE\n")
         elif block.what == "run" and kind(block.detail):
-            parts.append(f"echo '# {block}'\n{block.text}")
+            text = block.text if block.language == "bash" else f"python <<'END_OF_FILE'\n{block.text}END_OF_FILE\n"
+            parts.append(f"echo '# {block}'\n{text}")
     return "".join(parts)
 
 
@@ -115,9 +123,9 @@ def test_every_command_is_run_or_says_why_not() -> None:
             wrong.append(f"{block}: name the block's language; `text` where it is none")
         elif block.language in SHELL and block.what not in ("run", "not run"):
             wrong.append(f"{block}: run it, or say why not: see tests/test_docs.py")
-        elif block.language not in SHELL and block.what in ("run", "not run"):
-            wrong.append(f"{block}: only bash is run")
-        elif block.what == "run" and (block.language != "bash" or block.detail not in KINDS):
+        elif block.language not in (*SHELL, "python") and block.what in ("run", "not run"):
+            wrong.append(f"{block}: only bash and python are run")
+        elif block.what == "run" and (block.language not in ("bash", "python") or block.detail not in KINDS):
             wrong.append(f"{block}: no block is run so")
         elif block.what == "not run" and not block.detail:
             wrong.append(f"{block}: not run, for which reason?")
@@ -206,9 +214,22 @@ def test_the_reference_has_every_command_and_option(build: ModuleType) -> None:
     assert seen == len(sections) > 8
 
 
+def test_the_reference_has_every_public_name_and_parameter(build: ModuleType) -> None:
+    page = build.python_reference()
+    sections = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    assert set(sections) >= set(tpshard.__all__) - {"__version__"}
+    for name in ("plan", "split", "merge", "reshard", "check", "inspect", "load_rank", "advise", "verify", "Settings"):
+        about = tpshard.verifying.verify if name == "verify" else getattr(tpshard, name)
+        for parameter in inspect.signature(about).parameters.values():
+            if parameter.kind is not parameter.VAR_KEYWORD:
+                assert re.search(rf"^    {parameter.name}: ", sections[name], re.M), (name, parameter.name)
+    for kind in TpshardError.__subclasses__():
+        assert f"`{kind.__name__}`" in sections["errors"] and f"`{kind.code}`" in sections["errors"]
+
+
 def test_every_page_is_linked_to_something_that_is_there() -> None:
     for page in PAGES:
         text = FENCE.sub("", page.read_text())
         for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text):
-            generated = (page.parent / target).resolve() == ROOT / "docs/reference/cli.md"
+            generated = (page.parent / target).resolve() in (ROOT / "docs/reference" / each for each in GENERATED)
             assert generated or (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"

@@ -13,9 +13,10 @@ import pytest
 from bench.synthetic import DEEPSEEK_V3, LLAMA_8B, LLAMA_405B, deepseek_tensors, llama_tensors
 from command import fails, llama, succeeds, tpshard
 
-from tpshard.advice import advice, rank_weights
+from tpshard.advice import advice, advise, rank_weights
 from tpshard.api import plan
 from tpshard.architecture import builtin
+from tpshard.errors import UsageError
 from tpshard.header import TensorInfo
 from tpshard.layout import LogicalTensor, deal, shard
 from tpshard.model import Model
@@ -216,3 +217,17 @@ def test_advise_ends_with_1_where_nothing_fits(tmp_path: Path, monkeypatch: pyte
     shorts = [choice["short"] for choice in result.json["choices"]]
     totals = [choice["total"] for choice in result.json["choices"]]
     assert shorts == [total - 900 for total in totals] and "more than it has room for" in result.json["reason"]
+
+
+@pytest.mark.parametrize(
+    "given", [{"kv_dtype": "int3"}, {"batch": 0}, {"seq": -1}, {"gpu_memory": 0}, {"bandwidth": 0}]
+)
+def test_a_workload_that_cannot_be(given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"{next(iter(given))}"):
+        Workload(**given)
+
+
+def test_advice_needs_devices_and_their_memory(tmp_path: Path) -> None:
+    for gpus, work in ((8, Workload()), (0, Workload(gpu_memory=10**9))):
+        with pytest.raises(UsageError, match="advice needs devices"):
+            advise(llama(tmp_path / "m"), gpus, work)

@@ -18,6 +18,7 @@ from schemas import conforms, name_of, validator
 
 from tpshard import api
 from tpshard.schema import SCHEMAS, schema
+from tpshard.schema_terms import METRICS
 
 ROOT = Path(__file__).parent.parent
 FORMATS = ("native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "hf")
@@ -174,5 +175,6 @@ def test_every_field_is_documented() -> None:
     pages = "".join((ROOT / "docs/reference" / name).read_text() for name in ("json.md", "manifest.md"))
     words = set(re.findall(r"\w+", pages))
     names = {name for each in objects(list(map(schema, SCHEMAS))) for name in each.get("properties", ())}
+    names |= set(METRICS)
     assert names <= words, sorted(names - words)
     assert set(re.findall(r"^tpshard schema (\S+)", pages, re.M)) <= set(SCHEMAS)

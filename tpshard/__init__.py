@@ -7,19 +7,43 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tpshard import errors
+    from tpshard.advice import advise
     from tpshard.api import check, inspect, merge, plan, reshard, split
     from tpshard.loader import load_rank
+    from tpshard.numbers import Workload
+    from tpshard.publish import Settings
     from tpshard.verifying import verify
 
-__all__ = ["__version__", "check", "inspect", "load_rank", "merge", "plan", "reshard", "split", "verify"]
+__all__ = [
+    "Settings",
+    "Workload",
+    "__version__",
+    "advise",
+    "check",
+    "errors",
+    "inspect",
+    "load_rank",
+    "merge",
+    "plan",
+    "reshard",
+    "split",
+    "verify",
+]
+_ELSEWHERE = {"Settings": "publish", "Workload": "numbers", "advise": "advice", "load_rank": "loader"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import verbs on first use: `import tpshard` itself costs nothing, and only load_rank imports torch."""
+    """Import what is public on first use: `import tpshard` itself costs nothing, and only load_rank imports torch."""
     import importlib
 
-    if name == "verify":  # also a package, which can be called (see there): importing it puts it here
-        return importlib.import_module("tpshard.verify")
+    if name in ("errors", "verify"):  # modules; the latter can be called (see there), and importing it puts it here
+        return importlib.import_module(f"tpshard.{name}")
     if name in __all__:
-        return getattr(importlib.import_module("tpshard.loader" if name == "load_rank" else "tpshard.api"), name)
+        return getattr(importlib.import_module(f"tpshard.{_ELSEWHERE.get(name, 'api')}"), name)
     raise AttributeError(f"module 'tpshard' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is public, also before its first use."""
+    return sorted({*globals(), *__all__})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.console import human_bytes
+from tpshard.errors import UsageError
 from tpshard.header import nbytes
 from tpshard.layout import deal, possible_tp, shard, why_not
 from tpshard.model import Model
@@ -23,7 +24,7 @@ from tpshard.report import SCHEMA_VERSION
 class Choice:
     """One tp. weights, cache: bytes of the fullest rank; None, like `fits`, where the tp is not possible.
 
-    short: bytes that the fullest rank has too many, 0 where it fits.
+    short: bytes that the fullest rank has too many, 0 where it fits. sent: bytes that each rank sends for a token.
     """
 
     tp: int
@@ -98,10 +99,17 @@ def advise(
     rules: str | Path | None = None,
     dtype: str | None = None,
 ) -> Advice:
-    """Judge every tp from 1 to `gpus`. workload: with the memory of a device. Of a Hub repo only headers are read."""
+    """Judge every tp from 1 to `gpus`. Of a Hub repo only config and headers are read.
+
+    workload: what the devices are to do, with the memory of one; UsageError without it. revision, rules, dtype: as in
+    `plan`. That the model fits on none is in the result, not raised.
+    """
     from tpshard.checkpoint import open_headers
     from tpshard.model import check_dtype, from_checkpoint
 
+    if gpus < 1 or workload.gpu_memory is None:
+        expected = "at least one device, and its memory"
+        raise UsageError("advice needs devices", expected=expected, hint="Workload(gpu_memory=80 * 10**9)")
     check_dtype(dtype)
     checkpoint = open_headers(model, revision)
     built = from_checkpoint(checkpoint, None if rules is None else Path(rules), dtype)

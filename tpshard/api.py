@@ -95,7 +95,12 @@ def plan(
 ) -> PlanReport:
     """Plan a split and write nothing. Of a Hub repo only config and headers are read.
 
+    model: a directory, a .safetensors file, or a Hub repo (`org/name`, at `revision`). rules: an architecture file.
+    dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. uneven: deal units
+    that do not divide. shares: a weight for each rank, as `["0.5", "0.3", "0.2"]`. pad_vocab_to: the vocab's size after
+    padding; None is the next multiple of tp. max_file_size: bytes (default: 50 GB). format: as `--format` takes it.
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
+    UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
@@ -124,7 +129,9 @@ def split(
 ) -> WriteReport:
     """Split a checkpoint for `tp` ranks into `out` (default: MODEL-tpN in the current directory).
 
-    ranks: write only these, into a directory that other hosts write the other ranks into.
+    The model's options are those of `plan`. ranks: write only these, into a directory that other hosts write the other
+    ranks into. TargetError when `out` exists and `settings` do not say `overwrite`; after an error or a kill the same
+    call resumes.
     """
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
@@ -164,7 +171,11 @@ def reshard(
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
 ) -> WriteReport:
-    """Split a shard set anew for another tp or format, in one pass; the files equal those of a direct split."""
+    """Split a shard set anew for another tp or format, in one pass; the files equal those of a direct split.
+
+    The options are those of `split`; allow_pickle: of Meta's own files. DifferentError when ranks that hold the same
+    part disagree, CorruptError when ranks are missing.
+    """
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     chosen = _ranks(ranks, tp, format)
@@ -228,7 +239,11 @@ def merge(
     allow_pickle: bool = False,
     settings: Settings | None = None,
 ) -> WriteReport:
-    """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits."""
+    """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits.
+
+    out: default MODEL-merged in the current directory. max_file_size: bytes (default: files as in the source).
+    DifferentError when ranks that hold the same part disagree, CorruptError when ranks are missing.
+    """
     source = _open_shards(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-merged")
@@ -287,7 +302,8 @@ def check(
 ) -> CheckReport:
     """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
 
-    A judged difference is in the report, not raised; a set that cannot be judged raises.
+    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
+    the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
     """
     settings = settings or Settings()
     from tpshard.checking import check_records, check_source
@@ -314,7 +330,10 @@ def check(
 
 
 def inspect(path: str | Path) -> InspectReport:
-    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor."""
+    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
+
+    UsageError for a path that is not there, CorruptError for a damaged file.
+    """
     return inspect_path(Path(path))
 
 

@@ -71,6 +71,7 @@ app = typer.Typer(
     "  tpshard plan MODEL --tp 4                 show what would be written\n"
     "  tpshard split MODEL --tp 4                write MODEL-tp4, a file for each rank\n"
     "  tpshard check MODEL-tp4 --source MODEL    compare every byte with the source\n"
+    "  tpshard verify MODEL-tp4 --source MODEL   run both: the same function?\n"
     "  tpshard merge MODEL-tp4                   make an ordinary checkpoint of it again",
     epilog="Exit codes: 0 ok, 1 judged different, 2 usage, 3 corrupt input, 4 unsupported, 5 refused as unsafe, "
     "6 local I/O, 7 Hub or network, 8 inconclusive, 9 target exists or locked, 70 bug, 130 interrupted.",
@@ -245,9 +246,9 @@ def reshard(
     json: JSON = False,
     quiet: QUIET = False,
 ) -> None:
-    """Split a shard set for another number of ranks, or in another format, in one pass.
+    """Split a shard set anew: for another tp, or in another format.
 
-    The files are the same, byte for byte, as those of a direct split.
+    In one pass; the files are the same, byte for byte, as those of a direct split.
 
     \b
       tpshard reshard Llama-3.1-8B-tp4 --tp 8 -o Llama-3.1-8B-tp8
@@ -340,7 +341,7 @@ def inspect(
 
 @archs_app.callback(invoke_without_command=True)
 def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> None:
-    """List the architectures that have rules, print one's, or draft new ones.
+    """List architectures, print the rules of one, or draft new ones.
 
     \b
       tpshard archs
@@ -353,7 +354,7 @@ def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> 
 
 @archs_app.command("list")
 def archs_list(json: JSON = False, quiet: QUIET = False) -> None:
-    """List the built-in architectures and the model_types that each is for."""
+    """List the built-in architectures and their model_types."""
     with _console(json, quiet) as console:
         from tpshard import architecture as loaded
 

@@ -84,11 +84,12 @@ def add(app: typer.Typer, opened: Callable[[bool, bool], AbstractContextManager[
         json: JSON = False,
         quiet: QUIET = False,
     ) -> None:
-        """Say which tp to take on --gpus devices of --gpu-memory GB; exit 1 when the model fits on none.
+        """Say which tp to take on given devices; exit 1 when none fits.
 
-        Every tp is judged: whether it cuts a unit (an attention head, a KV head, an ffn column), and whether weights
-        and a KV cache for --batch sequences of --seq tokens fill at most 0.9 of a device. The rest is for activations
-        and the runtime. Only config and headers are read, also of a Hub repo.
+        Every tp up to --gpus is judged: whether it cuts a unit (an attention head, a KV head, an ffn column), and
+        whether weights and a KV cache for --batch sequences of --seq tokens fill at most 0.9 of a device of
+        --gpu-memory GB. The rest is for activations and the runtime. Only config and headers are read, also of a Hub
+        repo.
 
         \b
           tpshard advise ./Llama-3.1-8B --gpus 8 --gpu-memory 80
@@ -116,7 +117,9 @@ def add(app: typer.Typer, opened: Callable[[bool, bool], AbstractContextManager[
 
     @app.command()
     def env(json: JSON = False, quiet: QUIET = False) -> None:
-        """Say what this machine can do: devices, torch, NCCL, memory, disk, versions, extras.
+        """Say what this machine can do: devices, memory, versions.
+
+        Devices, torch, NCCL, memory, disk, and which extras are installed: what a report of a bug should have.
 
         \b
           tpshard env

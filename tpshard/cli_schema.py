@@ -22,9 +22,10 @@ def add(app: typer.Typer, opened: Callable[[bool, bool], AbstractContextManager[
 
     @app.command()
     def schema(name: _NAME = None, json: JSON = False, quiet: QUIET = False) -> None:
-        """Print the JSON Schema of what a command prints with --json, or of a file that split writes.
+        """Print the JSON Schema of a command's --json, or of a file.
 
-        A schema is JSON with and without --json.
+        The files are those that split writes: tpshard.json (manifest) and the ranks' records. A schema is JSON with and
+        without --json.
 
         \b
           tpshard schema

@@ -146,10 +146,11 @@ def verify(
     json: JSON = False,
     quiet: QUIET = False,
 ) -> None:
-    """Run the shards tensor-parallel beside the unsharded model: are they the same function?
+    """Run shards and unsharded model: are they the same function?
 
-    Exit 0: they are. 1: they differ. 8: it could not be said for sure. Under torchrun or SLURM each process takes a
-    rank. SHARDS may be in the formats native, vllm, sglang and meta.
+    The shards run tensor-parallel. Exit 0: they are. 1: they differ. 8: it could not be said for sure. Without torch,
+    only bytes are compared. Under torchrun or SLURM each process takes a rank. SHARDS may be in the formats native,
+    vllm, sglang and meta.
 
     \b
       tpshard verify Llama-3.1-8B-tp4

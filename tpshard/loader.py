@@ -24,11 +24,11 @@ READERS = 4
 
 
 def load_rank(directory: str | Path, rank: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """The tensors of one rank of a shard set, by name, on `device`.
+    """The tensors of one rank of a shard set, by name, on `device`: `cpu`, `cuda`, `cuda:1`; as stored, so padded.
 
     One allocation a file on the device, of which the tensors are views in the file's own layout, but for those that lie
     there unaligned. For a GPU, threads read the file into pinned buffers while others of them are copied.
-    UsageError for a rank that the set has not, CorruptError when it is not complete.
+    UsageError for a rank that the set has not, CorruptError when it is incomplete, UnsupportedError without the device.
     """
     shards = open_shards(Path(directory))
     if not 0 <= rank < shards.tp:

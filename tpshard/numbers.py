@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from tpshard.console import human_bytes
+from tpshard.errors import UsageError
 from tpshard.header import DTYPE_BITS, nbytes
 from tpshard.layout import Deal, LogicalTensor
 from tpshard.model import CASTABLE, Model
@@ -30,13 +31,25 @@ _LATENT = "kv_a_proj_with_mqa.weight"
 
 @dataclass(frozen=True)
 class Workload:
-    """What the ranks are to do: `batch` sequences of `seq` tokens each, on devices of this memory and bandwidth."""
+    """What the ranks are to do: `batch` sequences of `seq` tokens each, on devices of this memory and bandwidth.
+
+    kv_dtype: a key of `KV_DTYPES`; None is the weights' dtype. gpu_memory: in bytes. bandwidth: in bytes per second.
+    UsageError for a number or dtype that cannot be.
+    """
 
     batch: int = 1
     seq: int = 4096
     kv_dtype: str | None = None
     gpu_memory: int | None = None
     bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise UsageError(f"unknown kv_dtype {self.kv_dtype!r}", expected=", ".join(KV_DTYPES))
+        given = {"batch": self.batch, "seq": self.seq, "gpu_memory": self.gpu_memory, "bandwidth": self.bandwidth}
+        for name, value in given.items():
+            if value is not None and value <= 0:
+                raise UsageError(f"{name} must be positive", found=value)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,12 @@ REPLACED = ".replaced"
 
 @dataclass(frozen=True)
 class Settings:
-    """How to write: everything that does not change the bytes."""
+    """How to write: everything that does not change the bytes.
+
+    workers: threads (default: one per core, at most 8). checksum: record sha256. fsync: wait for the disk, so that a
+    power loss costs nothing. overwrite: replace an existing output once the new one is complete. start: called once
+    with the bytes that are to be moved; progress: with the bytes moved since its last call, from any thread.
+    """
 
     workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     checksum: bool = True

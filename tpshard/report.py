@@ -192,7 +192,7 @@ class RankPart:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What split, merge or reshard wrote."""
+    """What split, merge or reshard wrote: `nbytes` of tensors into `output`. parts: of ranks; none of a merge."""
 
     command: str
     output: Path

@@ -57,12 +57,14 @@ SET: Schema = {"type": "string", "pattern": "^[0-9a-f]{32}$", "description": "na
 SHAPE = array(COUNT)
 BOX = array(array(COUNT, minItems=2, maxItems=2), description="[start, stop] of each dim")
 ERROR: Schema = {"anyOf": [NUMBER, one_of("inf", "nan")]}
+FIGURE: Schema = {"anyOf": [{"type": "number"}, one_of("inf", "-inf", "nan")]}
 NAMED = {"name": TEXT, "dtype": DTYPE, "shape": SHAPE}
 
 
 METRICS = (
     "differences", "relative_error", "worst_module_error", "router_error",
     "ratio", "token_ratio", "worst_token", "kl_ratio",
+    "unsharded_error", "sharded_error", "kl_unsharded", "kl_sharded", "top1_unsharded", "top1_sharded",
 )  # fmt: skip
 """What a tier of verify measures, and has limits for."""
 
@@ -153,7 +155,7 @@ DEFINITIONS: dict[str, Schema] = {
             "status": one_of("pass", "fail", "inconclusive", "skipped"),
             "reason": or_null(TEXT),
             "thresholds": _metrics(NUMBER),
-            "metrics": _metrics(ERROR),
+            "metrics": _metrics(FIGURE),
             "worst": or_null(ref("place")),
             "first": or_null(ref("place")),
             "modules": array(fields({"module": TEXT, "rank": COUNT, "error": ERROR})),

@@ -56,7 +56,8 @@ def to_markdown(verdict: Verdict) -> str:
     lines += [f"`{verdict.shards}` (tp {verdict.tp}) against `{verdict.source}` ({verdict.model_type})", ""]
     lines += ["| tier | status | figures | worst place |", "| --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(verdict)]
-    lines += ["", *(f"- {reason}" for reason in reasons(verdict)), caught(verdict) + "."]
+    lines += ["", *(f"- {reason}" for reason in reasons(verdict))]
+    lines += ["", caught(verdict) + "."] if verdict.canaries else []
     lines += [f"- warning: {warning}" for warning in verdict.warnings]
     return "\n".join(lines) + "\n"
 
