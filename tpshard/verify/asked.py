@@ -20,8 +20,9 @@ REFERENCES = ("tpshard", "transformers")
 
 LoadRank = Callable[[int, torch.device], Mapping[str, Tensor] | None]
 """A rank's tensors on a device, as stored; None where its files are not of the form that the loader knows."""
-Judge = Callable[[], tuple[Tier, list[Canary] | None]]
-"""A tier and its canaries; None where a tier has none, and no need of them."""
+Canaries = Callable[[], list[Canary]]
+Judge = Callable[[], tuple[Tier, Canaries | None]]
+"""A tier, and what injects its canaries; None where it has none, and no need of them."""
 
 
 @dataclass(frozen=True)

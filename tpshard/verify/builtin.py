@@ -9,13 +9,13 @@ from functools import partial
 
 import torch
 
-from tpshard.verify.asked import TIERS, Asked, Judge, LoadRank, Opened, Ready
+from tpshard.verify.asked import TIERS, Asked, Canaries, Judge, LoadRank, Opened, Ready
 from tpshard.verify.canaries import exact_canaries, native_canaries
 from tpshard.verify.compare import exact
 from tpshard.verify.native import native, teacher_tokens
 from tpshard.verify.prepare import Case, all_finite, all_kept, choose, duration, keep, prepare, prompt_ids
 from tpshard.verify.shards import FileWeights, needed, parameters, resident
-from tpshard.verify.verdict import Canary, Tier
+from tpshard.verify.verdict import Tier
 
 
 def ready(opened: Opened, asked: Asked) -> Ready:
@@ -54,13 +54,13 @@ def _begin(case: Case, opened: Opened, asked: Asked) -> Mapping[str, Judge]:
     return judges
 
 
-def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, list[Canary]]:
+def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
     dtype = torch.float32 if case.float32 else torch.float64
     setup = case.setup if case.setup.block_bytes is not None else all_kept(case, dtype, load_rank)
-    return exact(setup, float32=case.float32), exact_canaries(setup, float32=case.float32)
+    return exact(setup, float32=case.float32), partial(exact_canaries, setup, float32=case.float32)
 
 
-def _native(case: Case, load_rank: LoadRank | None) -> tuple[Tier, list[Canary]]:
+def _native(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
     setup, weights = case.setup, case.opened.ranks[0]
     dtype = Counter(weights.dtype(name) for name in parameters(weights)).most_common(1)[0][0]
     if setup.block_bytes is None:
@@ -77,4 +77,4 @@ def _native(case: Case, load_rank: LoadRank | None) -> tuple[Tier, list[Canary]]
     else:
         more = prompt_ids(setup.family.vocab, case.seed + 1, len(setup.prompt), max(case.tokens, 1))
         steps = [setup.prompt, *(more[:, i : i + 1].to(setup.device) for i in range(case.tokens))]
-    return native(setup, dtype, steps), native_canaries(setup, dtype)
+    return native(setup, dtype, steps), partial(native_canaries, setup, dtype)

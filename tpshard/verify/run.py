@@ -74,27 +74,31 @@ def _tiers(engaged: Ready, opened: Opened, asked: Asked) -> tuple[list[Tier], li
 
 
 def _judged(name: str, opened: Opened, judge: Judge) -> tuple[Tier, list[Canary]]:
-    """A tier and its canaries: shards that cannot be run are different, a tier that is blind is inconclusive."""
+    """A tier and its canaries: shards that cannot be run are different, a tier that is blind is inconclusive.
+
+    A tier that saw a difference is not blind, and nothing is injected.
+    """
 
     def work() -> tuple[Tier, list[Canary] | None]:
         if 0 in opened.team.here:
             require_replicas(opened.shards)
-        return judge()
+        tier, inject = judge()
+        return tier, inject() if inject is not None and tier.status == "pass" else None
 
     try:
         tier, canaries = opened.team.together(work)
     except DifferentError as error:
         return Tier(name, "fail", reason=str(error)), []
     if canaries is None:
-        return tier, []
+        return _named(tier, opened), []
     missed = [canary.name for canary in canaries if canary.status == "missed"]
     blind = not any(canary.status == "caught" for canary in canaries)
-    if tier.status == "pass" and (missed or blind):
+    if missed or blind:
         reason = "faults injected on purpose were not noticed: " + ", ".join(missed)
         if not missed:
             reason = "no fault could be injected that this tier would notice"
         tier = replace(tier, status="inconclusive", reason=reason)
-    return _named(tier, opened), canaries
+    return tier, canaries
 
 
 def _named(tier: Tier, opened: Opened) -> Tier:

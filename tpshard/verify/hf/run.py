@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
-from tpshard.verify.asked import TIERS, Asked, Judge, Opened, Ready
+from tpshard.verify.asked import TIERS, Asked, Canaries, Judge, Opened, Ready
 from tpshard.verify.families import describe
 from tpshard.verify.hf.canaries import exact_canaries, native_canaries
 from tpshard.verify.hf.model import covers, frame_of, library_version, model_config, quiet, same_model
@@ -16,7 +17,7 @@ from tpshard.verify.hf.tiers import exact, native
 from tpshard.verify.machine import FILL, available
 from tpshard.verify.prepare import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verify.shards import FileWeights, elements, not_finite, require_floats
-from tpshard.verify.verdict import Canary, Tier, layer_of
+from tpshard.verify.verdict import Tier, layer_of
 
 ENGINES = ("auto", "tpshard", "transformers")
 
@@ -98,7 +99,10 @@ def _prepare(opened: Opened, asked: Asked) -> tuple[Sides, int]:
 def _begin(sides: Sides, tokens: int, asked: Asked) -> Mapping[str, Judge]:
     sides.team.together(lambda: all_finite(sides))
     judges: dict[str, Judge] = {
-        "exact": lambda: (exact(sides, float32=asked.float32), exact_canaries(sides, float32=asked.float32)),
+        "exact": lambda: (
+            exact(sides, float32=asked.float32),
+            partial(exact_canaries, sides, float32=asked.float32),
+        ),
         "native": lambda: _native(sides, tokens),
     }
     return {name: judge for name, judge in judges.items() if name in asked.tiers}
@@ -149,9 +153,9 @@ def unused(sides: Sides) -> list[str]:
     ]
 
 
-def _native(sides: Sides, tokens: int) -> tuple[Tier, list[Canary]]:
+def _native(sides: Sides, tokens: int) -> tuple[Tier, Canaries]:
     """The native tier in the dtype of most of the shards' tensors, and its canaries."""
     rank = sides.ranks[0]
     assert isinstance(rank, FileWeights)
     dtype = Counter(rank.dtype(name) for name in _used(sides, rank)).most_common(1)[0][0]
-    return native(sides, dtype, tokens), native_canaries(sides, dtype)
+    return native(sides, dtype, tokens), partial(native_canaries, sides, dtype)
