@@ -83,6 +83,11 @@ class Transfer(NamedTuple):
     replicas: tuple[Region, ...]
     targets: tuple[Region, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the logical tensor, in the dtype of its targets."""
+        return nbytes(self.targets[0].dtype, self.shape)
+
 
 class Fill(NamedTuple):
     """Write a constant into a box of one stored tensor (padding): the target's one piece, whole and with its corner.
@@ -93,6 +98,11 @@ class Fill(NamedTuple):
     name: str
     target: Region
     value: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box."""
+        return nbytes(self.target.dtype, extents(self.target.pieces[0].box))
 
 
 Step = Transfer | Fill

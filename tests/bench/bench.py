@@ -128,14 +128,17 @@ PAIRS = [
 ]
 
 
-def run(command: Command, place: Path, memory: int) -> tuple[float, float]:
-    """Seconds of one run, and of processor time; what it wrote is removed and flushed away afterwards.
-
-    Before it, `memory` bytes are touched and freed: a virtual machine's host takes free pages back, and the command
-    that gets them first would pay for their return.
+def touch(memory: int) -> None:
+    """Touch and free so many bytes: a virtual machine's host takes free pages back, and the command that gets them
+    first would pay for their return.
     """
-    touch = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = bytes(len(b[::4096]))"
-    subprocess.run([sys.executable, "-c", touch, str(memory)], check=True)
+    code = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = bytes(len(b[::4096]))"
+    subprocess.run([sys.executable, "-c", code, str(memory)], check=True)
+
+
+def run(command: Command, place: Path, memory: int) -> tuple[float, float]:
+    """Seconds of one run after `touch(memory)`, and of processor time; what it wrote is removed and flushed away."""
+    touch(memory)
     begin, cpu = time.perf_counter(), os.times()
     subprocess.run(command.shell, shell=True, cwd=place, check=True)
     seconds, used = time.perf_counter() - begin, os.times()

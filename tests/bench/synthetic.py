@@ -120,8 +120,17 @@ def deepseek_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, 
 
 def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: int = 5_000_000_000) -> int:
     """Write a LLaMA checkpoint, see `write`."""
-    full = {"model_type": "llama", "torch_dtype": "bfloat16", **config}
-    return write(path, full, llama_tensors(config), data=data, shard_bytes=shard_bytes)
+    return write(path, {"model_type": "llama", **config}, llama_tensors(config), data=data, shard_bytes=shard_bytes)
+
+
+def write_deepseek(path: Path, config: dict[str, Any]) -> int:
+    """Write the headers of a DeepSeek-V3, see `write`."""
+    return write(path, config, deepseek_tensors(config), data=False)
+
+
+def write_gpt2(path: Path, config: dict[str, Any]) -> int:
+    """Write a GPT-2 in one file, see `write`."""
+    return write(path, config, gpt2_tensors(config), data=True, shard_bytes=1 << 60)
 
 
 def write(
@@ -134,7 +143,7 @@ def write(
 ) -> int:
     """Write a checkpoint; the numbers are random, or a hole when only headers matter. Returns bytes of tensors."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", **config}))
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     size = total = 0
     for tensor in tensors:
