@@ -42,7 +42,7 @@ def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: 
     def share(tensor: Tensor, dim: int) -> Tensor:
         return tensor.chunk(tp, dim)[rank]
 
-    if module in ("embed_tokens", "lm_head", "head"):
+    if module in ("embed_tokens", "lm_head", "head", "embeddings"):
         rows = -(-VOCAB // tp) * tp
         return share(torch.cat([whole, whole.new_zeros(rows - VOCAB, *whole.shape[1:])]), 0)
     if suffix == "sinks" or module in ("q_proj", "q_b_proj", "kv_b_proj") or (module == "q_norm" and whole_norm):
@@ -64,6 +64,8 @@ def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: 
         return _fused(whole, whole.dim() - 2, [1, 1], rank, tp)
     if suffix == "down_proj" or module == "output_linear":
         return share(whole, whole.dim() - 1)
+    if ".mamba." in name or (".mixer." in name and "latent" not in name and "mixer.gate." not in name):
+        return _of_mamba(name, whole, config, rank, tp)
     if ".linear_attn." in name and module != "norm":
         return _of_linear_attention(name, whole, config, rank, tp)
     return whole
@@ -75,6 +77,30 @@ def _fused(whole: Tensor, dim: int, sizes: Sequence[int], rank: int, tp: int) ->
 
     blocks = whole.split([size * whole.shape[dim] // sum(sizes) for size in sizes], dim)
     return torch.cat([block.chunk(tp, dim)[rank] for block in blocks], dim)
+
+
+def _of_mamba(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: int) -> Tensor:
+    """A rank's heads, and the groups that they read."""
+    import torch
+
+    if config["model_type"] == "nemotron_h":
+        keys = ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")
+    else:
+        keys = ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")
+    heads, groups, state, head = (config[key] for key in keys)
+    wide = heads * head
+    if name.endswith("out_proj.bias"):
+        return whole
+    if not name.endswith(("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias")):
+        return whole.chunk(tp, 1 if name.endswith("out_proj.weight") else 0)[rank]
+    sizes = [wide, wide, groups * state, groups * state, heads]
+    blocks = whole.split(sizes if "in_proj" in name else sizes[1:4])
+    first, count = (rank * groups // tp, 1) if groups < tp else (rank * groups // tp, groups // tp)
+    held = [
+        block.narrow(0, first * state, count * state) if len(block) == groups * state else block.chunk(tp)[rank]
+        for block in blocks
+    ]
+    return torch.cat(held)
 
 
 def _of_linear_attention(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: int) -> Tensor:

@@ -64,6 +64,7 @@ FAMILIES = {
 }
 FAMILIES |= {t: Family(*ELSEWHERE.get(t, ("model.", "lm_head", "model.embed_tokens"))) for t, _ in DENSE.values()}
 FAMILIES |= {model_type: Family("model.", "lm_head", "model.embed_tokens") for model_type, _ in (MOE | NEWER).values()}
+FAMILIES["nemotron_h"] = Family("backbone.", "lm_head", "backbone.embeddings")
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _LLAMA = {

@@ -37,6 +37,14 @@ _LINEAR = _WIDE | {
     "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 3,
 }
+# One layer of Mamba 2, with a bias and without, and one that attends. At tp 4 two ranks share a group.
+_MAMBA = _GQA | {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 12,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 8,
+}
 
 NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
@@ -63,7 +71,31 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
         | {"mlp_layer_types": ["dense", "sparse"]},
     ),
     "granitemoeshared": ("granitemoeshared", _GQA | _LOCAL | {"shared_intermediate_size": 48}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        _MAMBA
+        | _LOCAL
+        | {"shared_intermediate_size": 48, "layer_types": ["linear_attention", "full_attention"]}
+        | {"mamba_n_groups": 1, "mamba_proj_bias": True},
+    ),
+    "granitemoehybrid-dense": (
+        "granitemoehybrid",
+        _MAMBA
+        | {"num_local_experts": 0, "shared_intermediate_size": 48, "tie_word_embeddings": True}
+        | {"layer_types": ["full_attention", "linear_attention"], "mamba_conv_bias": False},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        _WIDE
+        | _ROUTED
+        | {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 12, "n_groups": 2, "chunk_size": 8}
+        | {"moe_shared_expert_intermediate_size": 48, "moe_latent_size": 40, "hybrid_override_pattern": "M*-E"}
+        | {"num_hidden_layers": 4},
+    ),
+    "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
     "afmoe": ("afmoe", _WIDE | _EXPERTS | {"num_dense_layers": 1}),
 }
-ALL_AT_ONCE = frozenset({"llama4_text", "granitemoeshared"})
-"""Families whose files always hold the experts of a layer stacked."""
+AS_THEY_ARE = frozenset(
+    {"llama4_text", "granitemoeshared", "granitemoehybrid", "granitemoehybrid-dense", "qwen3_5_text", "bamba"}
+)
+"""Those whose experts are always stacked, or that have none."""

@@ -51,6 +51,13 @@ CONFIG: dict[str, Any] = {
         ("(flag or off) and kind", "wide"),
         ("kinds[heads - 3]", "dense"),
         ("layers[1] + inner['heads']", 10),
+        ("kind[1]", "i"),
+        ("kinds[2]", None),
+        ("kinds[0 - 1]", None),
+        ("nothing[0]", None),
+        ("inner['kv']", None),
+        ("len(kinds) + len(kind)", 6),
+        ("len(nothing) or heads", 4),
     ],
 )
 def test_the_value_is_pythons(text: str, value: object) -> None:
@@ -68,6 +75,9 @@ def test_the_value_is_pythons(text: str, value: object) -> None:
         "config['x']['y']",
         "kinds[0:1]",
         "kinds[f()]",
+        "len(a, b)",
+        "len(a or b)",
+        "max(a)",
         "(a or b)[0]",
         "[1, 2]",
         "{}",
@@ -119,7 +129,19 @@ def test_the_longest_expression_has_a_value(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["kv + 1", "heads // 0", "kind - 1", "missing < 3", "kind * kind", "kind % heads", "2 in kv"]
+    "text",
+    [
+        "kv + 1",
+        "heads // 0",
+        "kind - 1",
+        "missing < 3",
+        "kind * kind",
+        "kind % heads",
+        "2 in kv",
+        "heads[0]",
+        "layers[kind]",
+        "len(heads)",
+    ],
 )
 def test_an_expression_without_a_value_for_this_config_is_named(text: str) -> None:
     with pytest.raises(ExpressionError, match="has no value for this config"):
@@ -134,7 +156,7 @@ def test_a_count_is_a_positive_int(value: object) -> None:
 
 
 def test_names_are_the_config_keys() -> None:
-    assert names("b or a // (b + 1) if not c else 2") == ("a", "b", "c")
+    assert names("b or a // (b + 1) if not c else len(d) + f[e]") == ("a", "b", "c", "d", "e", "f")
 
 
 atoms = st.integers(0, 9).map(str) | st.sampled_from(["a", "b", "c"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from by_hand import compare, config_of, there_and_back, with_one_more
-from newer_checkpoints import ALL_AT_ONCE, NEWER
+from newer_checkpoints import AS_THEY_ARE, NEWER
 from toys import read_all
 
 import tpshard
@@ -74,6 +74,8 @@ def stacked(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
         rows, columns = each[0].shape
         if matrix == "down_proj":
             kept.append(replace(each[0], name=f"{module}.down_proj", shape=(len(each), rows, columns)))
+        elif (module, "gate_proj") not in experts:
+            kept.append(replace(each[0], name=f"{module}.up_proj", shape=(len(each), rows, columns)))
         elif matrix == "gate_proj":
             kept.append(replace(each[0], name=f"{module}.gate_up_proj", shape=(len(each), 2 * rows, columns)))
     return kept
@@ -90,7 +92,7 @@ RENAMED = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in NEWER if n not in ALL_AT_ONCE and n != "qwen3_5_text"])
+@pytest.mark.parametrize("name", [name for name in NEWER if name not in AS_THEY_ARE])
 def test_experts_may_be_stacked(name: str, made: Made) -> None:
     """The same axis, cut in the dims that it then has."""
     tensors = open_checkpoint(made(name)).tensors
@@ -106,6 +108,9 @@ def test_experts_may_be_stacked(name: str, made: Made) -> None:
     for new, cut in cuts.items():
         if new.endswith("experts.gate_up_proj"):
             assert cut == Cut("column", 1, (axis, axis))
+            seen += 1
+        elif new.endswith("experts.up_proj"):
+            assert cut == Cut("column", 1, (axis,))
             seen += 1
         elif new.endswith("experts.down_proj"):
             assert cut == Cut("row", 2, (axis,))
@@ -176,6 +181,26 @@ def test_dense_layers_are_listed_or_counted(name: str, changes: Mapping[str, Any
     wrong = {"moe_layers": [0]} if name == "llama4_text" else {"mlp_layer_types": ["sparse", "sparse"]}
     with pytest.raises(UnsupportedError, match="rule matches the tensor model.layers.0"):
         classified(made(name), **wrong)
+
+
+def test_layers_of_nemotron_are_letters_or_words(made: Made) -> None:
+    found = classified(
+        made("nemotron_h"), layers_block_type="gone", hybrid_override_pattern="M*-E", num_hidden_layers=4
+    )
+    assert found.cuts == classified(made("nemotron_h")).cuts
+    with pytest.raises(UnsupportedError, match="no nemotron_h rule matches the tensor backbone.layers.2.mixer"):
+        classified(made("nemotron_h"), layers_block_type="gone", hybrid_override_pattern="M*E-", num_hidden_layers=4)
+
+
+def test_heads_of_mamba_go_with_their_groups(made: Made) -> None:
+    """8 heads in 2 groups: of 4 ranks two hold a group each, of 3 ranks nobody half a head."""
+    axes = classified(made("bamba")).axes
+    assert {name: (axes[name].count, axes[name].unit, axes[name].group) for name in axes if "ssm" in name} == {
+        "ssm_groups": (2, 12, None),
+        "ssm_heads": (8, 16, "ssm_groups"),
+        "ssm_numbers": (8, 1, "ssm_groups"),
+    }
+    assert tpshard.plan(made("bamba"), 2).to_json()["possible_tp"] == [1, 2, 4, 8]
 
 
 def test_a_key_head_is_never_parted_from_its_value_heads(made: Made) -> None:

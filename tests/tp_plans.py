@@ -26,6 +26,7 @@ _QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 _QK_NORM = ("self_attn.q_norm", "self_attn.k_norm")
 _W123 = tuple(f"block_sparse_moe.experts.*.w{number}" for number in (1, 2, 3))
 _LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_MAMBA = ("in_proj", "conv1d", "A_log", "D", "dt_bias", "norm", "out_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "Over all heads at once. transformers gathers q and k and keeps the norm whole; cut like q and k, its mean of "
@@ -40,6 +41,12 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "A plan of the experts alone. The attention is LLaMA's and is cut as in LLaMA, and so is a dense layer.": {
         **{model_type: _QKVO for model_type in ("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "phimoe")},
         "afmoe": (*_QKVO, "self_attn.gate_proj", *(f"mlp.{name}" for name in _GATED)),
+        "granitemoehybrid": _QKVO,
+        "nemotron_h": tuple(f"mixer.{letter}_proj" for letter in ("q", "k", "v", "o", "up", "down")),
+    },
+    "A plan of the experts alone. Each head of Mamba 2 goes with the group that it reads.": {
+        "granitemoehybrid": tuple(f"mamba.{name}" for name in _MAMBA),
+        "nemotron_h": tuple(f"mixer.{name}" for name in _MAMBA),
     },
     "What linear attention has of each head beside its projections. The plan gathers what those give, and every rank "
     "computes all heads.": dict.fromkeys(_LINEAR, ("linear_attn.conv1d", "linear_attn.A_log", "linear_attn.dt_bias")),
@@ -50,7 +57,10 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
             ("afmoe", "cohere2_moe", "exaone_moe", "glm4_moe_lite", "solar_open"),
             tuple(f"mlp.shared_experts.{name}" for name in _GATED),
         ),
-        "granitemoeshared": ("shared_mlp.input_linear", "shared_mlp.output_linear"),
+        **dict.fromkeys(
+            ("granitemoeshared", "granitemoehybrid"), ("shared_mlp.input_linear", "shared_mlp.output_linear")
+        ),
+        "nemotron_h": ("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
     },
     "Experts one by one, as files have them; the plan speaks of the stacked tensors in memory.": {
         **{
@@ -62,10 +72,12 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
             )
         },
         **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), _W123),
+        "nemotron_h": ("mixer.experts.*.up_proj", "mixer.experts.*.down_proj"),
     },
     "Experts under the names of the files; the plan speaks of those in memory.": {
         **dict.fromkeys(
-            ("granitemoe", "granitemoeshared"), ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
+            ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+            ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
         ),
         "hy_v3": tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
     },

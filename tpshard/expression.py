@@ -36,10 +36,10 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 
 def _item(items: Any, key: Any) -> Any:
-    """What a list holds at a place, or a table under a name: None beyond its end, as of a key that a config lacks."""
+    """What a list or string holds at a place, or a table under a name: None where it has none, as a config has."""
     if items is None:
         return None
-    if isinstance(items, list) and isinstance(key, int):
+    if isinstance(items, list | str) and isinstance(key, int):
         return items[key] if 0 <= key < len(items) else None
     if isinstance(items, dict):
         return items.get(key)
@@ -75,6 +75,8 @@ def _is_known(node: ast.expr) -> bool:
             return True
         case ast.UnaryOp(op=ast.Not()) | ast.Subscript(value=ast.Name()):
             return True
+        case ast.Call(func=ast.Name(id="len"), args=[ast.Name()], keywords=[]):
+            return True
         case ast.BinOp(op=op):
             return type(op) in _BINARY
         case ast.Compare(ops=[op]):
@@ -84,7 +86,7 @@ def _is_known(node: ast.expr) -> bool:
 
 def names(text: str) -> tuple[str, ...]:
     """The config keys an expression mentions, sorted."""
-    return tuple(sorted({node.id for node in ast.walk(parse(text)) if isinstance(node, ast.Name)}))
+    return tuple(sorted({node.id for node in ast.walk(parse(text)) if isinstance(node, ast.Name)} - {"len"}))
 
 
 def evaluate(text: str, config: Mapping[str, Any]) -> Any:
@@ -133,6 +135,9 @@ def _value(node: ast.expr, config: Mapping[str, Any]) -> Any:
             return _COMPARE[type(op)](_value(left, config), _value(right, config))
         case ast.Subscript(value=of, slice=key):
             return _item(_value(of, config), _value(key, config))
+        case ast.Call(args=[of]):
+            items = _value(of, config)
+            return None if items is None else len(items)
         case ast.IfExp(test=test, body=body, orelse=orelse):
             return _value(body if _value(test, config) else orelse, config)
     raise AssertionError(f"{ast.dump(node)} is not of the language, and parse let it pass")

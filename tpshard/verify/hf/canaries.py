@@ -22,6 +22,9 @@ from tpshard.verify.native import exceeded, native_metrics
 from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Canary, layer_of
 
+OF_STATES = ("convolution-of-another-rank", "decay-of-another-rank")
+"""What layers without attention have; these need a second rank."""
+
 
 def small(sides: Sides) -> Sides:
     """The model cut down to embedding, head, and the first of its layers that hold the most tensors: experts, say."""
@@ -32,9 +35,9 @@ def small(sides: Sides) -> Sides:
 def mutants(sides: Sides, *, structural: bool) -> Iterator[tuple[str, Sides]]:
     """The canaries that apply, as damaged shards; `structural` leaves the others out."""
     names = sorted({name for recipe in sides.frame.recipes(sides.source).values() for name in recipe.stored})
-    for name in CANARIES:
+    for name in (*CANARIES, *OF_STATES):
         fault = FAULTS[name]
-        if (len(sides.ranks) > 1 or name not in BETWEEN_RANKS) and (fault.structural or not structural):
+        if (len(sides.ranks) > 1 or name not in (*BETWEEN_RANKS, *OF_STATES)) and (fault.structural or not structural):
             damaged = fault.mutant(sides.frame.config, sides.source, sides.ranks, sides.frame.layers[0], names)
             if damaged is not None:
                 yield name, replace(sides, ranks=damaged)

@@ -19,7 +19,7 @@ from tpshard.verify.hf.model import Cut
 from tpshard.verify.verdict import layer_of
 from tpshard.verify.weights import Borrowed, Replaced, Weights
 
-OUT = re.compile(r"att(ention|n)\w*\.(o_proj|out_proj|c_proj|dense)\.")
+OUT = re.compile(r"(att(ention|n)\w*|mamba|mixer)\.(o_proj|out_proj|c_proj|dense)\.")
 DOWN = re.compile(r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b")
 UP = re.compile(r"\b(up_proj|w3|fc1|fc_in|c_fc|gate_up_proj|input_linear|dense_h_to_4h)(_bias)?\b")
 PAIRS = {"gate_proj": "up_proj", "w1": "w3"}
@@ -360,6 +360,16 @@ def _router_rows_exchanged(bench: Bench) -> None:
 @_fault(structural=False)
 def _sinks_of_another_rank(bench: Bench) -> None:
     bench.exchange(_swapped(bench.tp), bench.find(re.compile(r"\.sinks$")))
+
+
+@_fault()
+def _convolution_of_another_rank(bench: Bench) -> None:
+    bench.exchange(_swapped(bench.tp), bench.find(re.compile(r"\.conv1d\."), cut=True))
+
+
+@_fault(structural=False)
+def _decay_of_another_rank(bench: Bench) -> None:
+    bench.exchange(_swapped(bench.tp), bench.find(re.compile(r"\.A_log$"), cut=True))
 
 
 @_fault(structural=False)

@@ -19,7 +19,8 @@ WIDTHS = ("split_size", "embed_dim")
 FUSED = ("qkv_proj", "c_attn", "Wqkv")
 """Projections that make q, k and v, one behind the other."""
 LINEAR_NUMBERS = ("A_log", "dt_bias")
-"""What linear attention has of each value head beside its features."""
+MIXER_NUMBERS = (*LINEAR_NUMBERS, "D")
+"""What linear attention has of each value head beside its features, and a Mamba 2 mixer of each head."""
 OUT = ("o_proj", "out_proj", "c_proj", "dense")
 BIASES = ("position_bias", "alibi")
 """Arguments that hold a value for each head of the whole model."""
@@ -119,6 +120,39 @@ def tell_linear(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> N
         )
     module.num_k_heads, module.num_v_heads, module.conv_dim = k, v, wide
     module.key_dim, module.value_dim = k * module.head_k_dim, v * module.head_v_dim
+
+
+def mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of Mamba 2, by name."""
+    read = ("num_heads", "n_groups", "ssm_state_size", "conv_dim")
+    return {name: module for name, module in model.named_modules() if all(hasattr(module, leaf) for leaf in read)}
+
+
+def tell_mixer(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> None:
+    """Set the numbers of heads, groups and features that a mixer reads.
+
+    DifferentError where a rank does not hold whole heads, or heads without the groups that they read.
+    """
+    if f"{name}.out_proj.weight" not in cuts:
+        return
+    conv, rows, *numbers = (
+        _held(cuts.get(f"{name}.{leaf}"), rank) for leaf in ("conv1d.weight", "in_proj.weight", *MIXER_NUMBERS)
+    )
+    each, h = module.num_heads // module.n_groups, numbers[0] or 0
+    first = sum(cuts[f"{name}.A_log"].sizes[:rank]) if h else 0
+    g = (first + h - 1) // each - first // each + 1 if h else 0
+    wide = h * module.head_dim
+    features = wide + 2 * g * module.ssm_state_size
+    # The module's own code deals a rank's groups to its heads evenly.
+    even = h > 0 and h % g == 0 and all((first + i) // each - first // each == i // (h // g) for i in range(h))
+    if not even or conv != features or rows != wide + features + h or set(numbers) != {h}:
+        raise DifferentError(
+            f"rank {rank}: {name} does not hold whole heads with their groups",
+            tensor=f"{name}.in_proj.weight",
+            expected=f"heads of {module.head_dim}, {each} to a group of {module.ssm_state_size}",
+            found=f"{rows} rows, {conv} features, and numbers of {numbers} heads",
+        )
+    module.num_heads, module.n_groups, module.intermediate_size, module.conv_dim = h, g, wide, features
 
 
 def _held(cut: Cut | None, rank: int) -> int | None:

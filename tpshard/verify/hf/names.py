@@ -22,12 +22,13 @@ RENAMED = (
     (".mlp.router.gate.", ".mlp.gate."),
     (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
     (".mlp.shared_mlp.", ".mlp.shared_experts."),
+    ("backbone.", "model."),
     ("embed_out.", "lm_head."),
     ("language_model.", ""),
     ("text_model.", ""),
 )
 """Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
-GPT-NeoX; and the
+Nemotron-H, GPT-NeoX; and the
 text model inside of a larger one, which is run as if it were alone."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
@@ -81,9 +82,9 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
                 number = experts.setdefault(owner.removesuffix(".down_proj"), {}).setdefault(int(match["number"]), {})
                 number[MATRICES[match["matrix"]]] = name
     for owner, numbers in experts.items():
-        for matrix, wanted in (("gate_up_proj", (0, 1)), ("down_proj", (2,))):
+        for matrix, wanted in (("gate_up_proj", (0, 1)), ("up_proj", (1,)), ("down_proj", (2,))):
             whole = [numbers.get(i, {}) for i in range(min(numbers), max(numbers) + 1)]
-            if all(i in held for held in whole for i in wanted):
+            if f"{owner}.{matrix}" in keys and all(i in held for held in whole for i in wanted):
                 found[f"{owner}.{matrix}"] = Recipe(
                     tuple(tuple(held[i] for i in wanted) for held in whole), True, min(numbers)
                 )

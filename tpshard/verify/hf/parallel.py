@@ -13,12 +13,15 @@ from tpshard.errors import DifferentError
 from tpshard.verify.group import Group, Single
 from tpshard.verify.hf.heads import (
     LINEAR_NUMBERS,
+    MIXER_NUMBERS,
     attentions,
     heads_of,
     linear_attentions,
+    mixers,
     output_of,
     tell,
     tell_linear,
+    tell_mixer,
     total_heads,
 )
 from tpshard.verify.hf.model import Cut
@@ -63,8 +66,8 @@ def is_column(name: str, module: nn.Module, cuts: Mapping[str, Cut]) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module stacks the matrices of all experts."""
-    return {"gate_up_proj", "down_proj"} <= module._parameters.keys()
+    """Whether a module stacks the matrices of all experts, which may have no gate."""
+    return "down_proj" in module._parameters and not module._parameters.keys().isdisjoint(("gate_up_proj", "up_proj"))
 
 
 def product(module: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -91,6 +94,8 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -
             tell(module, heads_of(name, module, config, cuts, rank), row.total // heads, heads)
     for name, module in linear_attentions(model).items():
         tell_linear(name, module, cuts, rank)
+    for name, module in mixers(model).items():
+        tell_mixer(name, module, cuts, rank)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
     for name, module in model.named_modules():
         mine = {leaf: cuts[f"{name}.{leaf}"] for leaf in module._parameters if f"{name}.{leaf}" in cuts}
@@ -131,24 +136,34 @@ def _connect(
         # Its rows are the rank's own; a bias goes with them.
         if hasattr(module, "nf"):
             setattr(module, "nf", cuts["weight"].sizes[rank])  # noqa: B010
-        return cuts.keys() == {leaf for leaf, parameter in module._parameters.items() if parameter is not None}
+        return cuts.keys() == _leaves(module)
     elif is_experts(module) and all(cut.dim != 0 for cut in cuts.values()) and "down_proj" in cuts:
         down = cuts["down_proj"]
         _adds_up(f"{name}.down_proj", down, down.total, down.total)
         module.forward = _experts(name, module, len(down.sizes), link)
-    elif isinstance(module, nn.Conv1d) and module.groups == module.out_channels and cuts.keys() == {"weight"}:
+    elif isinstance(module, nn.Conv1d) and module.groups == module.out_channels and weight is not None:
         # Every feature by itself.
-        module.in_channels = module.out_channels = module.groups = cuts["weight"].sizes[rank]
-        return cuts["weight"].dim == 0 and module.bias is None
+        module.in_channels = module.out_channels = module.groups = weight.sizes[rank]
+        return weight.dim == 0 and cuts.keys() == _leaves(module)
     elif is_experts(module) and cuts.keys() == module._parameters.keys():
         module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
-    elif name.endswith(QK_NORMS) and weight is not None and type(module).__name__.endswith("RMSNorm"):
+    elif weight is not None and _norms_all_heads(name, module):
         module.forward = _over_all_ranks(module, weight, rank, link)
     else:
         # A value for each head, or in a norm a row for each head.
-        heads = {"sinks"} if attends else set(LINEAR_NUMBERS)
-        return cuts.keys() == heads or (name.endswith(QK_NORMS) and len(_weight(module).shape) == 2)
+        numbers: tuple[set[str], ...] = ({"sinks"},) if attends else (set(LINEAR_NUMBERS), set(MIXER_NUMBERS))
+        return cuts.keys() in numbers or (name.endswith(QK_NORMS) and len(_weight(module).shape) == 2)
     return True
+
+
+def _leaves(module: nn.Module) -> set[str]:
+    return {leaf for leaf, parameter in module._parameters.items() if parameter is not None}
+
+
+def _norms_all_heads(name: str, module: nn.Module) -> bool:
+    """Whether a norm that is cut is over the heads of all ranks: of q or k, or gated ones behind a mixer."""
+    kind = type(module).__name__
+    return kind.endswith("RMSNormGated") or (name.endswith(QK_NORMS) and kind.endswith("RMSNorm"))
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -235,18 +250,18 @@ def _all_heads(module: nn.Module, row: Cut, rank: int, link: Link) -> None:
     out.register_forward_pre_hook(lambda _, args: (args[0].narrow(-1, row.first(rank), row.sizes[rank]),))
 
 
-def _over_all_ranks(module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[[Tensor], Tensor]:
-    """A norm over all heads at once: the ranks' heads are put together and the module's own code norms them.
+def _over_all_ranks(module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[..., Tensor]:
+    """A norm over all heads at once: the ranks' heads (and gates) are put together, and the module's own code norms.
 
     Heads that several ranks hold come as often as each other, which changes no mean.
     """
     own, size, first = module.forward, cut.sizes[rank], sum(cut.sizes[:rank])
     mine = _weight(module)
 
-    def norm(x: Tensor) -> Tensor:
+    def norm(*args: Tensor) -> Tensor:
         group = link.group
         module._parameters["weight"] = nn.Parameter(group.all_gather(mine, 0), requires_grad=False)
-        whole: Tensor = own(group.all_gather(x, -1))
+        whole: Tensor = own(*(group.all_gather(x, -1) for x in args))
         module._parameters["weight"] = nn.Parameter(mine, requires_grad=False)
         return whole.narrow(-1, first, size)
 

@@ -18,7 +18,7 @@ from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Finding
 
 # Their rows are several blocks, so that a rank's are no stretch of the whole's.
-BLOCKS = (*FUSED, "gate_up_proj", "input_linear", "in_proj_qkv")
+BLOCKS = (*FUSED, "gate_up_proj", "input_linear", "in_proj", "in_proj_qkv")
 STREAM = ("hidden_states", "residual")
 """Named arguments that carry the stream; what else a module takes is the same on both sides, or a rank's own."""
 
@@ -236,6 +236,8 @@ def _part_of_experts(whole: nn.Module, down: Cut, rank: int) -> Iterator[None]:
             assert weight is not None
             if leaf == "down_proj":
                 part = weight.narrow(down.dim, first, size)
+            elif leaf == "up_proj":
+                part = weight.narrow(3 - down.dim, first, size)
             elif leaf == "down_proj_bias":
                 part = weight / tp
             else:
