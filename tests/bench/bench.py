@@ -29,8 +29,9 @@ from bench.synthetic import (
     LLAMA_1B,
     LLAMA_8B,
     LLAMA_405B,
-    write_deepseek,
-    write_gpt2,
+    deepseek_tensors,
+    gpt2_tensors,
+    write,
     write_llama,
 )
 
@@ -185,9 +186,9 @@ def main() -> None:
         place = Path(temporary)
         size = write_llama(place / "model", LLAMA_1B, data=True, shard_bytes=1 << 60)
         shutil.copytree(place / "model", place / "twin")
-        write_gpt2(place / "gpt2", GPT2_LARGE)
+        write(place / "gpt2", GPT2_LARGE, gpt2_tensors(GPT2_LARGE), data=True, shard_bytes=1 << 60)
         write_llama(place / "model405", LLAMA_405B, data=False)
-        write_deepseek(place / "deepseek", DEEPSEEK_V3)
+        write(place / "deepseek", DEEPSEEK_V3, deepseek_tensors(DEEPSEEK_V3), data=False)
         split = f"{TPSHARD} split model --tp 4 -o shards -q > /dev/null"
         subprocess.run(split, shell=True, cwd=place, check=True)
         os.sync()

@@ -166,9 +166,8 @@ def make_sources(place: Path, small: bool) -> dict[str, int]:
         "deepseek": write(place / "deepseek", deepseek, tensors, data=True),
     }
     # As Meta publishes: no manifest, no records.
-    subprocess.run(
-        [TPSHARD, "split", "llama", "--tp", "4", "--format", "meta", "-o", "made", "-q"], cwd=place, check=True
-    )
+    made = [TPSHARD, "split", "llama", "--tp", "4", "--format", "meta", "-o", "made", "-q"]
+    subprocess.run(made, cwd=place, check=True, stdout=subprocess.DEVNULL)
     (place / "meta").mkdir()
     for path in [*(place / "made").glob("*.pth"), place / "made" / "params.json"]:
         path.rename(place / "meta" / path.name)
@@ -225,13 +224,14 @@ def markdown(result: dict[str, Any]) -> str:
         "| same files each time | tpshard |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    said = {True: "yes", False: "no"} if repeat > 1 else {True: "–"}
     for name, one in done.items():
         theirs, ours, bare = (one["medians"][side]["seconds"] for side in SIDES)
         size = one["bytes"] / 1e9
         lines.append(
             f"| {name} | {size:.2f} GB | {one['tensors']} "
             f"| {theirs:.1f} | {ours:.1f} | **{theirs / ours:.1f}** | {bare:.1f} | **{theirs / bare:.1f}** "
-            + "".join(f"| {'yes' if one['same_files'][side] else 'no'} " for side in (THEIRS, OURS))
+            + "".join(f"| {said[one['same_files'][side]]} " for side in (THEIRS, OURS))
             + "|"
         )
     lines += [
