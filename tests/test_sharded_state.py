@@ -273,6 +273,12 @@ def test_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "internlm2", "olmoe"])
+def test_kv_heads_that_the_class_does_not_repeat(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="4 kv on 8 ranks"):
+        tpshard.split(make_for_engines(name, tmp_path / "source"), 8, tmp_path / "out", format="vllm")
+
+
 def test_what_the_class_would_leave_out_is_refused(made: Get, tmp_path: Path) -> None:
     biased = made("qwen3-tied-bias")
     with pytest.raises(UnsupportedError, match="o_proj.bias"):

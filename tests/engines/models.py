@@ -61,6 +61,7 @@ _GPT_OSS = _LOCAL | {"head_dim": 32}
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 _BIAS = {"attention_bias": True}
+_FOUR = {"num_key_value_heads": 4}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GQA | _UNTIED),
@@ -110,8 +111,8 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4-tied-bias": ("glm4", _HEAD | _TIED | _BIAS),
     "smollm3": ("smollm3", _GQA | _TIED),
     "smollm3-untied-bias": ("smollm3", _GQA | _UNTIED | _BIAS | {"mlp_bias": True}),
-    "internlm2": ("internlm2", _GQA | _UNTIED | {"bias": False}),
-    "internlm2-tied": ("internlm2", _GQA | _TIED | {"bias": False}),
+    "internlm2": ("internlm2", _GQA | _UNTIED | _FOUR | {"bias": False}),
+    "internlm2-tied": ("internlm2", _GQA | _TIED | _FOUR | {"bias": False}),
     "nemotron": ("nemotron", _HEAD | _UNTIED),
     "nemotron-tied-bias": ("nemotron", _HEAD | _TIED | _BIAS | {"mlp_bias": True}),
     "exaone4": ("exaone4", _GQA | _TIED),
@@ -127,7 +128,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe-tied": ("qwen2_moe", _FINE | _TIED | {"shared_expert_intermediate_size": 128}),
     "qwen3_moe": ("qwen3_moe", _FINE | _UNTIED | {"mlp_only_layers": [0]}),
     "qwen3_moe-tied": ("qwen3_moe", _FINE | _TIED),
-    "olmoe": ("olmoe", _GQA | _UNTIED | {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}),
+    "olmoe": ("olmoe", _GQA | _UNTIED | _FOUR | {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128}),
     "granitemoe": ("granitemoe", _LOCAL | _TIED),
     "granitemoe-untied": ("granitemoe", _LOCAL | _UNTIED),
     "phimoe": ("phimoe", _LOCAL | _UNTIED | _BIAS),
@@ -136,7 +137,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2-lite": ("deepseek_v2", _LATENT | _UNTIED | {"q_lora_rank": None, "topk_method": "greedy"}),
     "deepseek_v3": ("deepseek_v3", _LATENT | _UNTIED | {"topk_method": "noaux_tc"}),
     "deepseek_v3-no-q-lora": ("deepseek_v3", _LATENT | _UNTIED | {"q_lora_rank": None, "topk_method": "noaux_tc"}),
-    "gpt_oss": ("gpt_oss", _GPT_OSS | _UNTIED | {"num_key_value_heads": 4}),
+    "gpt_oss": ("gpt_oss", _GPT_OSS | _UNTIED | _FOUR),
     "glm4_moe": ("glm4_moe", _GLM_MOE | _UNTIED),
     "glm4_moe-bias": ("glm4_moe", _GLM_MOE | _UNTIED | _BIAS),
 }
@@ -163,7 +164,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-bias": ("deepseek_v3", _LATENT | _UNTIED | _BIAS | {"topk_method": "noaux_tc"}),
     "deepseek_v3-tied": ("deepseek_v3", _LATENT | _TIED | {"topk_method": "noaux_tc"}),
     "glm4_moe-tied": ("glm4_moe", _GLM_MOE | _TIED),
-    "gpt_oss-tied": ("gpt_oss", _GPT_OSS | _TIED | {"num_key_value_heads": 4}),
+    "gpt_oss-tied": ("gpt_oss", _GPT_OSS | _TIED | _FOUR),
     "gpt_oss-repeated-kv": ("gpt_oss", _GPT_OSS | _UNTIED),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""

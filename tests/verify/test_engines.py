@@ -64,7 +64,7 @@ VLLM = [
 ]
 # One of every other family that vLLM takes and the built-in decoder does not, and what differs from the variant.
 BY_TRANSFORMERS: dict[str, dict[str, object]] = {
-    "olmoe": {},
+    "olmoe": {"num_key_value_heads": 4},
     "olmo2": {},
     "glm": {},
     "glm4_moe-bias-qk-norm": {},
