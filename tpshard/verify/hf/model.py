@@ -21,7 +21,7 @@ from tpshard.verify.weights import Weights
 MODEL_TYPES = frozenset(
     (
         "afmoe apertus arcee bamba biogpt cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 deepseek_v32"
-        " dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe"
+        " dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe"
         " glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid"
         " granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 llama llama4_text minimax_m2"
         " ministral ministral3 mistral mixtral mpt nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3"
@@ -32,7 +32,7 @@ MODEL_TYPES = frozenset(
 HINT = "pip install 'tpshard[transformers]', or --tier bytes"
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
-TUPLE_LAYERS = {"bamba", "glm_moe_dsa", "mpt"}
+TUPLE_LAYERS = {"bamba", "falcon_h1", "glm_moe_dsa", "mpt"}
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
