@@ -5,7 +5,8 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash test-engines bench bench-others power power-engine gpu-check docs dist test-signing test-action clean
+.PHONY: demo test check test-crash test-engines bench bench-others power power-engine gpu-check docs dist \
+	test-signing test-action clean
 
 demo: $(VENV)/.base
 	$(BIN)/python tests/demo.py

@@ -13,14 +13,24 @@ from bench.process_tree import measure
 from safetensors.torch import save_file
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory of processes is read from /proc")
-HOLD = "import time; held = bytearray(80_000_000); held[::4096] = bytes(len(held[::4096])); time.sleep(1)"
+HOLD = """
+import sys, time
+from pathlib import Path
+held = bytearray(80_000_000)
+held[::4096] = bytes(len(held[::4096]))
+Path(sys.argv[1]).touch()
+while len(list(Path().glob(sys.argv[2]))) < int(sys.argv[3]):  # until all are there and hold their memory
+    time.sleep(0.01)
+time.sleep(1)
+"""
 
 
 @linux
 def test_memory_is_that_of_all_processes_together(tmp_path: Path) -> None:
-    one, log = f'{sys.executable} -c "{HOLD}"', tmp_path / "log"
-    alone = measure(one, tmp_path, os.environ, log)
-    both = measure(f"{one} & {one}; wait", tmp_path, os.environ, log)
+    (tmp_path / "hold.py").write_text(HOLD)
+    hold, log = f"{sys.executable} hold.py", tmp_path / "log"
+    alone = measure(f"{hold} a1 'a*' 1", tmp_path, os.environ, log)
+    both = measure(f"{hold} b1 'b*' 2 & {hold} b2 'b*' 2; wait", tmp_path, os.environ, log)
     assert 80e6 < alone.anonymous < 150e6 < 160e6 < both.anonymous < 300e6
     assert alone.resident > alone.anonymous and alone.seconds > 1
 
@@ -52,6 +62,15 @@ def test_tensors_are_compared_by_file_name_dtype_shape_and_bits(tmp_path: Path) 
     part = found("a", tensor, "model-rank-0-part-0.safetensors")
     assert part == found("a", tensor, "model-rank-0-part-1.safetensors")
     assert part != found("a", tensor, "model-rank-1-part-0.safetensors")
+
+
+def test_files_are_the_same_when_names_and_bytes_are(tmp_path: Path) -> None:
+    seen = set()
+    for name, data in (("a", b"1"), ("b", b"1"), ("a", b"2"), ("a", b"1")):
+        (tmp_path / name).write_bytes(data)
+        seen.add(others.all_files(tmp_path))
+        (tmp_path / name).unlink()
+    assert len(seen) == 3
 
 
 def test_a_dcp_checkpoint_is_read_whole(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from command import CODES, LLAMA, Result, fails, llama, llama_tensors, succeeds,
 from conftest import Get
 from toys import BITS, Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
 
-from tpshard import __version__, cli, console
+from tpshard import __version__, api, cli, console
 from tpshard.errors import TpshardError, UsageError
 from tpshard.publish import Settings
 
@@ -630,6 +630,23 @@ def test_progress_of_every_command_that_moves_bytes(model: Path, monkeypatch: py
         assert done == sorted(done) and len({match[4] for match in found}) == 1
         assert not line.search(tpshard(*arguments, "-q", *([] if arguments[0] == "check" else ["-o", "quiet"])).err)
         shutil.rmtree("quiet", ignore_errors=True)
+
+
+@pytest.mark.parametrize("format", ["native", "vllm", "dcp", "meta"])
+def test_progress_ends_at_its_total(model: Path, format: str) -> None:
+    """Also where ranks hold the same units, a vocab is padded and tensors are fused."""
+    tp = 2 if format in ("meta", "dcp") else 4
+    for call in (
+        lambda settings: api.split(model, tp, "set", format=format, settings=settings),
+        lambda settings: api.check("set", settings=settings),
+        lambda settings: api.check("set", model, settings=settings),
+        lambda settings: api.reshard("set", 1, "one", format=format, settings=settings),
+        lambda settings: api.merge("set", "merged", settings=settings),
+    ):
+        totals: list[int] = []
+        moved: list[int] = []
+        call(Settings(start=totals.append, progress=moved.append, fsync=False))
+        assert [sum(moved)] == totals and totals[0] > 0
 
 
 def test_the_documented_exit_codes() -> None:

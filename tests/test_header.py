@@ -730,3 +730,19 @@ def test_the_import_is_light() -> None:
     heavy = ("torch", "safetensors", "numpy", "huggingface_hub", "typer")
     code = f"import sys, tpshard.header; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_header_is_the_text_that_a_json_encoder_gives() -> None:
+    """It is put together from pieces; names need escapes, and shapes may be empty."""
+    names = ['a"b', "ü\\n\n", "plain.weight", "\u2028"]
+    tensors = [
+        (name, dtype, shape)
+        for name, dtype, shape in zip(names, ("F32", "U8", "BF16", "F64"), ((), (0,), (2, 3), (1,)), strict=True)
+    ]
+    document: dict[str, object] = {"__metadata__": {"a": "é", "b": '"'}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + nbytes(dtype, shape)
+        document[name] = {"dtype": dtype, "shape": shape, "data_offsets": (begin, end)}
+    body = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    assert build_header(tensors, {"b": '"', "a": "é"})[8:].rstrip(b" ") == body

@@ -127,6 +127,14 @@ def test_torch_stays_away(script: str, needed: str, made: Callable[..., Path], t
     assert not loaded & {"torch", "numpy", "transformers", "safetensors"}
 
 
+def test_a_split_does_not_import_what_only_a_plan_shows(made: Callable[..., Path], tmp_path: Path) -> None:
+    """It takes less than a second, and imports count."""
+    model, out = str(made("llama-gqa")), str(tmp_path / "out")
+    loaded = modules_after("import tpshard, sys\ntpshard.split(sys.argv[1], 4, sys.argv[2])", model, out)
+    assert "tpshard.report" in loaded and "tpshard.numbers" not in loaded
+    assert "tpshard.numbers" in modules_after("import tpshard, sys\ntpshard.plan(sys.argv[1], 4).to_json()", model)
+
+
 def test_a_cast_is_what_needs_torch(made: Callable[..., Path], tmp_path: Path) -> None:
     script = "import tpshard, sys\ntpshard.split(sys.argv[1], 2, sys.argv[2], dtype='bfloat16')"
     assert "torch" in modules_after(script, str(made("llama-gqa")), str(tmp_path / "out"))

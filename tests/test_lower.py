@@ -154,7 +154,7 @@ def test_every_element_arrives_whatever_the_boxes(data: st.DataObject, dtype: st
         sides.append(tuple(regions))
     before = {side.region.file: get(files, side)[1] for side in sides[1]}
     step = flatten(Transfer("t", shape, tuple(s.region for s in sides[0]), (), tuple(s.region for s in sides[1])))
-    with patch.object(lower, "BLOCK", block):
+    with patch.multiple(lower, BLOCK=block, TURNED=block):
         assert tiles(full(step.shape), list(step.blocks()))
         assert all(volume(b) * step.sources[0].item <= max(block, step.sources[0].item) for b in step.blocks())
         move(step, files)
@@ -274,3 +274,34 @@ def test_an_item_is_the_fewest_elements_that_fill_bytes() -> None:
         step = transfer((8, 8), [(((0, 8), (i, i + 4)), (8, 4)) for i in (0, 4)], dtype)
         assert step.sources[0].item == item
         assert prod(step.shape) * item * 8 == 64 * BITS[dtype]
+
+
+def test_a_turned_tensor_is_moved_in_blocks_that_are_long_on_both_sides() -> None:
+    """Runs of whole rows of the target, and as few as there can be: a block ends where a rank's share does."""
+    shape = (96, 40)  # [in, out] to three ranks of [out, in / 3]
+    source = held("source", 0, "BF16", shape, [(full(shape), (0, 0))]).region
+    ranks = [
+        held(f"rank{r}", 0, "BF16", (40, 32), [(((32 * r, 32 * r + 32), (0, 40)), (0, 0))], (1, 0)).region
+        for r in range(3)
+    ]
+    step = flatten(Transfer("t", shape, (source,), (), tuple(ranks)))
+    with patch.object(lower, "TURNED", 2 * 50 * 40):  # one rank's rows and a half
+        blocks = list(step.blocks())
+    assert tiles(full(shape), blocks) and {extents(block) for block in blocks} == {(32, 40)}
+    buffer = memoryview(bytearray(2 * 32 * 40))
+    runs = [list(operations(flat, block, buffer)) for flat in step.targets for block in blocks]
+    assert [len(each) for each in runs if each] == [1, 1, 1]
+    with patch.object(lower, "TURNED", 2 * 20 * 20):
+        assert {extents(block) for block in step.blocks()} == {(20, 20), (16, 20)}
+
+
+def test_a_reordered_head_is_one_run() -> None:
+    """Meta's rotary order: the pairs of a head lie elsewhere in it, but it is written whole."""
+    view = (4, 2, 8, 6)
+    source = held("source", 0, "BF16", view, [(full(view), (0, 0, 0, 0))]).region
+    target = held("rank", 0, "BF16", (4, 8, 2, 6), [(full(view), (0, 0, 0, 0))], (0, 2, 1, 3)).region
+    step = flatten(Transfer("q", view, (source,), (), (target,)))
+    buffer = memoryview(bytearray(i % 251 for i in range(2 * prod(view))))
+    ((offset, parts),) = operations(step.targets[0], full(step.shape), buffer)
+    expected = np.frombuffer(buffer, dtype="<u2").reshape(view).transpose(0, 2, 1, 3)
+    assert (offset, b"".join(parts)) == (0, expected.tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,16 @@ def test_a_cast_reaches_the_nested_config_and_the_rest(tmp_path: Path, quick: Se
     assert {tensor.dtype for tensor in read_rank(tmp_path / "out", 0, 2).values()} == {"BF16"}
 
 
-@pytest.mark.parametrize(("name", "form"), [("llava", "today"), ("mistral3", "published")])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("llava", "today"),
+        ("mistral3", "published"),
+        ("qwen2_vl", "published"),
+        ("qwen2_5_vl", "today"),
+        ("qwen3_vl", "published"),
+    ],
+)
 def test_verify_runs_the_text_model_and_says_what_it_does_not_run(
     name: str, form: str, published: Any, tmp_path: Path, quick: Settings
 ) -> None:
@@ -303,8 +313,31 @@ def test_verify_runs_the_text_model_and_says_what_it_does_not_run(
     assert "were not run" in found["warnings"][0]
 
 
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, published: Any) -> None:
+    """Positions in three dimensions are the same in each for text."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from tpshard.verify.group import Single, Threads
+    from tpshard.verify.hf.model import frame_of, model_config
+    from tpshard.verify.hf.modes import Pinned
+    from tpshard.verify.hf.sides import Sides
+    from tpshard.verify.shards import open_source
+
+    config, source = open_source(published(name))
+    ids = torch.arange(3, 35).view(2, 16)
+    sides = Sides(frame_of(model_config(config)), source, (), Threads(1), ids, torch.device("cpu"))
+    with torch.no_grad():
+        ours = sides.reference(torch.float64).run(Single(), [ids], Pinned())
+        wanted = AutoModelForImageTextToText.from_pretrained(published(name), dtype=torch.float32)(input_ids=ids).logits
+    assert float((ours - wanted).norm() / wanted.norm()) <= 1e-5
+
+
 def test_verify_says_that_it_does_not_know_the_model(published: Any, tmp_path: Path, quick: Settings) -> None:
-    """Its text model has positions in three dimensions, and was not tried."""
-    tpshard.split(published("qwen2_vl"), 2, tmp_path / "out", settings=quick)
-    result = tpshard_command("verify", tmp_path / "out", "--source", published("qwen2_vl"), "--tier", "exact")
-    assert result.code == 4 and "verify does not know the model type 'qwen2_vl'" in result.err
+    model = Path(shutil.copytree(published("llava"), tmp_path / "model"))
+    tpshard.split(model, 2, tmp_path / "out", settings=quick)
+    config = json.loads((model / "config.json").read_text())
+    with_config(model, text_config=config["text_config"] | {"model_type": "mamba"})
+    result = tpshard_command("verify", tmp_path / "out", "--source", model, "--tier", "exact")
+    assert result.code == 4 and "verify does not know the model type 'llava'" in result.err

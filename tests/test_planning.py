@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tpshard.box import full, volume
@@ -14,6 +16,9 @@ from tpshard.planning import (
     Placed,
     Plan,
     Transfer,
+    _covers,
+    _flow,
+    _is_filled,
     alignment_order,
     assert_coverage,
     join,
@@ -157,3 +162,33 @@ def test_an_output_that_is_not_filled_is_our_bug() -> None:
     for parts in ((Part("up", ((0, 7), (0, 4)), (0, 0)),), (Part("up", ((0, 7), (0, 4)), (1, 0)), *up.parts)):
         with pytest.raises(AssertionError, match="parts and padding do not tile"):
             join(MODEL, placed(source()), [output_file("out", [up._replace(parts=parts)], {})])
+
+
+def test_layers_that_are_alike_are_planned_once() -> None:
+    """Any number of layers costs the geometry of one, and all of them share it."""
+    layers = [replace(tensor, name=f"{layer}.{tensor.name}") for layer in range(50) for tensor in MODEL]
+    layout = shard(layers, AXES, 4, deal(AXES, 4, None, None))
+    outputs = [output_file(f"rank{rank}", tensors, {}) for rank, tensors in enumerate(layout)]
+    for geometry in (_flow, _covers, _is_filled):
+        geometry.cache_clear()
+    assert_coverage(layers, layout)
+    steps = join(layers, [Placed(whole(tensor), "model", 0) for tensor in layers], outputs).steps
+    assert _flow.cache_info().misses == _covers.cache_info().misses == len(MODEL)
+    assert _is_filled.cache_info().misses <= 4 * len(MODEL)
+    first, last = (next(step for step in steps if step.name == f"{layer}.up") for layer in (0, 49))
+    assert isinstance(first, Transfer) and isinstance(last, Transfer)
+    assert all(a.pieces is b.pieces for a, b in zip(first.targets, last.targets, strict=True))
+
+
+def test_a_stored_tensor_of_many_others_gives_each_its_own_parts() -> None:
+    """A stack of experts: whose parts come in any order."""
+    experts = [LogicalTensor(f"e{i}", "BF16", (2, 3), Cut("replicate")) for i in range(6)]
+    parts = [Part(f"e{i}", ((r, r + 1), (0, 3)), (2 * i + r, 0)) for r in (1, 0) for i in (3, 0, 5, 1, 4, 2)]
+    stack = output_file("out", [StoredTensor("stack", "BF16", (12, 3), tuple(parts))], {})
+    plan = join(experts, [Placed(whole(each), each.name, 0) for each in experts], [stack])
+    for step in plan.steps:
+        assert isinstance(step, Transfer)
+        ((_, *_, pieces),) = step.targets
+        index = int(step.name[1:])
+        assert [(piece.box[0], piece.offset) for piece in pieces] == [((1, 2), 6 * index + 3), ((0, 1), 6 * index)]
+    assert sorted(step.name for step in plan.steps) == [each.name for each in experts]

@@ -112,7 +112,7 @@ def check_source(
             differences.append(Difference(f"rank {rank}", name, "the source has no such tensor"))
         outputs.append(OutputFile(f"rank {rank}", b"", 0, tuple(placed)))
     plan = join(expected.kept.tensors, sources, outputs)
-    settings.start(sum(info.nbytes for files in shards.files.values() for file in files for info in file.tensors))
+    settings.start(sum(step.nbytes for step in plan.steps))
     comparer = Comparer(settings.files, settings.progress)
     try:
         run(plan.steps, Loader(settings.files, convert), comparer, workers=settings.workers)

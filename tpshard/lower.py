@@ -8,18 +8,21 @@ stored in another order of dims goes through a second buffer in that order.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
-from math import gcd, prod
+from itertools import product, zip_longest
+from math import gcd, isqrt, prod
 from typing import Literal, NamedTuple, TypeVar
 
-from tpshard.box import Box, Shape, extents, full, intersect, merge_box, merge_shape, mergeable
+from tpshard.box import Box, Shape, extents, intersect, merge_box, merge_shape, mergeable
 from tpshard.header import DTYPE_BITS
 from tpshard.planning import Fill, Region, Step
 from tpshard.views import Piece, row_major
 
 BLOCK = 2 << 20
 """Bytes of a block: small enough to stay in the last-level cache, large enough that a block costs little Python."""
+TURNED = 4 * BLOCK
+"""The same where rows become columns: of that shape that what is read and written at once is long on both sides."""
 
 
 class Flat(NamedTuple):
@@ -35,6 +38,18 @@ class Flat(NamedTuple):
     item: int
     pieces: tuple[Piece, ...]
     order: tuple[int, ...] | None = None
+
+    @property
+    def innermost(self) -> int:
+        """The dim of the step along which the file's items follow each other."""
+        if self.order is None:
+            return len(self.pieces[0].box) - 1 if self.pieces else 0
+        return self.order[-1] if self.order[-1] < len(self.order) - 1 else self.order[-2]
+
+    def starts(self, dim: int) -> set[int]:
+        """Where the pieces begin along a dim of the step."""
+        place = dim if self.order is None else self.order.index(dim)
+        return {piece.box[place][0] for piece in self.pieces}
 
 
 class FlatStep(NamedTuple):
@@ -57,21 +72,36 @@ class FlatStep(NamedTuple):
         """
         if not all(self.shape):
             return
+        size = self._block()
+        dim = next((d for d, (a, b) in enumerate(zip(size, self.shape, strict=True)) if 1 < a < b), 0)
+        sides = [
+            [(start, min(start + a, b)) for start in range(0, b, a)] for a, b in zip(size, self.shape, strict=True)
+        ]
+        half = (len(sides[dim]) + 1) // 2
+        sides[dim] = [side for pair in zip_longest(sides[dim][:half], sides[dim][half:]) for side in pair if side]
+        yield from product(*sides)
+
+    def _block(self) -> Shape:
+        """The shape of a block: whole in as many of the last dims as fit, or long in two where a region is turned."""
         item = max(flat.item for flat in (*self.sources, *self.targets))
-        dim = next(
-            (d for d in range(len(self.shape)) if prod(self.shape[d + 1 :]) * item <= BLOCK), len(self.shape) - 1
-        )
-        step = max(1, BLOCK // (item * max(1, prod(self.shape[dim + 1 :]))))
-        starts = range(0, self.shape[dim], step)
-        half = (len(starts) + 1) // 2
-        order = [i for pair in zip(range(half), range(half, 2 * half), strict=True) for i in pair if i < len(starts)]
-        for outer in product(*(range(size) for size in self.shape[:dim])):
-            for start in (starts[i] for i in order):
-                yield (
-                    *((i, i + 1) for i in outer),
-                    (start, min(start + step, self.shape[dim])),
-                    *full(self.shape[dim + 1 :]),
-                )
+        last = len(self.shape) - 1
+        turned = {flat.innermost for flat in (*self.sources, *self.replicas, *self.targets)} - {last}
+        size = [1] * len(self.shape)
+        if turned:
+            dim, count = min(turned), max(1, TURNED // item)
+            size[dim] = min(self.shape[dim], max(isqrt(count), count // self.shape[last]))
+            share = gcd(*(start for flat in self.targets for start in flat.starts(dim)))
+            if 0 < share <= size[dim]:
+                size[dim] -= size[dim] % share  # a rank's rows are cut no more often than they must be
+            size[last] = min(self.shape[last], max(1, count // size[dim]))
+            return tuple(size)
+        count = max(1, BLOCK // item)
+        for dim in range(last, -1, -1):
+            size[dim] = min(self.shape[dim], count)
+            count //= size[dim]
+            if size[dim] < self.shape[dim]:
+                break
+        return tuple(size)
 
 
 def flatten(step: Step) -> FlatStep:
@@ -175,48 +205,77 @@ def operations(
     if flat.order is None:
         yield from _operations(flat, block, buffer)
         return
-    block = (*block, (0, 1))
-    ordered = _permuted(block, flat.order)
-    for box, _, _ in flat.pieces:
-        share = intersect(box, ordered)
+    ordered = _permuted((*block, (0, 1)), flat.order)
+    strides = _permuted(row_major(extents((*block, (0, 1)))), flat.order)
+    for piece in flat.pieces:
+        share = intersect(piece.box, ordered)
         if share is None:
             continue
-        stored = memoryview(bytearray(prod(extents(share)) * flat.item))
+        shape = extents(share)
+        stored = memoryview(bytearray(prod(shape) * flat.item))
+        here = _Lines(
+            buffer, sum((a - b) * s for (a, _), (b, _), s in zip(share, ordered, strides, strict=True)), strides
+        )
+        there = _Lines(stored, 0, row_major(shape))
         if not reading:
-            for near, far in _lines(share, block, flat.order, flat.item, buffer, stored):
-                far[:] = near
-        yield from _operations(flat, share, stored)
+            _copy(shape, here, there, flat.item)
+        yield from _stored_runs(flat, piece, share, stored)
         if reading:
-            for near, far in _lines(share, block, flat.order, flat.item, buffer, stored):
-                near[:] = far
+            _copy(shape, there, here, flat.item)
+
+
+def _stored_runs(flat: Flat, piece: Piece, share: Box, stored: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
+    """The runs of the file's bytes that hold a share of a piece; `stored` has it row-major."""
+    shape, run, dim = extents(share), 1, len(share)
+    while dim and (shape[dim - 1] == 1 or piece.strides[dim - 1] == run):
+        dim -= 1
+        run *= shape[dim]
+    first = piece.offset + sum((a - b) * s for (a, _), (b, _), s in zip(share, piece.box, piece.strides, strict=True))
+    length = run * flat.item
+    for number, at in enumerate(_offsets(first, shape[:dim], piece.strides[:dim])):
+        yield flat.begin + at * flat.item, [stored[number * length : (number + 1) * length]]
+
+
+def _offsets(first: int, shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Where the elements of a box lie, the last dim fastest."""
+    found = [first]
+    for size, stride in zip(shape, strides, strict=True):
+        found = [at + i * stride for at in found for i in range(size)]
+    return found
+
+
+class _Lines(NamedTuple):
+    """A box in memory: its first item and the strides of its dims, in items."""
+
+    memory: memoryview
+    first: int
+    strides: tuple[int, ...]
 
 
 _CELLS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
-def _lines(
-    share: Box, block: Box, order: Sequence[int], item: int, buffer: memoryview, stored: memoryview
-) -> Iterator[tuple[memoryview, memoryview]]:
-    """The lines along the block's last long dim that a share of it has: in the buffer, and in `stored`.
+def _copy(shape: Shape, source: _Lines, target: _Lines, item: int) -> None:
+    """Copy a box line by line, along the dim in which the target's items follow each other.
 
-    share: a box in stored order, which `stored` holds row-major as `buffer` holds the block.
+    Where the source's do not, an array gathers them: its slices with a step are twice as fast as a memoryview's.
     """
-    inner = order.index(len(block) - 2)  # the last one is the dim of size 1
-    steps = row_major(extents(share))
-    strides = _permuted(row_major(extents(block)), order)
-    first = sum(
-        (a - b) * stride for (a, _), (b, _), stride in zip(share, _permuted(block, order), strides, strict=True)
+    inner = max((dim for dim in range(len(shape)) if target.strides[dim] == 1), key=lambda dim: shape[dim])
+    length, step = shape[inner], source.strides[inner]
+    others = [dim for dim in range(len(shape)) if dim != inner]
+    begins = zip(
+        *(_offsets(s.first, [shape[d] for d in others], [s.strides[d] for d in others]) for s in (source, target)),
+        strict=True,
     )
-    length, step, cell = share[inner][1] - share[inner][0], steps[inner], item
-    if step == 1:
-        length, cell = length * item, 1
-    scale = item // cell
-    near, far = buffer.cast(_CELLS[cell]), stored.cast(_CELLS[cell])
-    others = [dim for dim in range(len(share)) if dim != inner]
-    for index in product(*(range(share[dim][1] - share[dim][0]) for dim in others)):
-        a = (first + sum(i * strides[dim] for i, dim in zip(index, others, strict=True))) * scale
-        b = sum(i * steps[dim] for i, dim in zip(index, others, strict=True)) * scale
-        yield near[a : a + length], far[b : b + (length - 1) * step + 1 : step]
+    if step == 1 or length == 1:
+        for a, b in begins:
+            target.memory[b * item : (b + length) * item] = source.memory[a * item : (a + length) * item]
+        return
+    gathered = array(_CELLS[item])
+    gathered.frombytes(source.memory)
+    cells, span = target.memory.cast(_CELLS[item]), (length - 1) * step + 1
+    for a, b in begins:
+        cells[b : b + length] = gathered[a : a + span : step]
 
 
 def _operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:

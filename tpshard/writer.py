@@ -57,6 +57,11 @@ class _File:
     reached: int = 0  # how many of `ends` are complete
 
     @property
+    def framing(self) -> int:
+        """Bytes that are no tensor's."""
+        return len(self.output.header) + sum(len(data) for _, data in self.output.literals)
+
+    @property
     def final(self) -> Path:
         return self.directory / self.output.name
 
@@ -153,7 +158,7 @@ class Writer:
         try:
             for file in self.outputs:
                 self._open(file)
-            self.progress(sum(file.durable for file in self.outputs))
+            self.progress(sum(file.durable or file.framing for file in self.outputs))
             run(
                 self.plan.steps,
                 loader,

@@ -23,7 +23,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bench.synthetic import LLAMA_1B, LLAMA_8B, LLAMA_405B, write_llama
+from bench.synthetic import (
+    DEEPSEEK_V3,
+    GPT2_LARGE,
+    LLAMA_1B,
+    LLAMA_8B,
+    LLAMA_405B,
+    deepseek_tensors,
+    gpt2_tensors,
+    write,
+    write_llama,
+)
 
 BIN = Path(sys.executable).parent
 TPSHARD = str(BIN / "tpshard")
@@ -39,12 +49,13 @@ class Command:
 
 @dataclass(frozen=True)
 class Ratio:
-    """One line of the result: `ours` divided by `theirs`, both medians in seconds."""
+    """One line of the result: `ours` divided by `theirs`, both medians in seconds. cpu: the same of processor time."""
 
     name: str
     ours: float
     theirs: float
     limit: float
+    cpu: float | None
 
     @property
     def ratio(self) -> float:
@@ -55,6 +66,11 @@ def commands(tp: int, workers: int) -> dict[str, Command]:
     flags = f"--workers {workers} -q > /dev/null"
     fast = f"--checksum none --no-fsync {flags}"
     other = tp // 2
+    plan = f"{TPSHARD} plan deepseek --tp 8"
+    formats = {
+        f"split, {name}, none, no fsync": Command(f"{TPSHARD} split {model} {options} -o out {fast}", ("out",))
+        for name, (model, options) in splits(tp).items()
+    }
     return {
         "cp": Command("cp -r model copy", ("copy",)),
         "cp, sync": Command("cp -r model copy && sync copy/*", ("copy",)),
@@ -70,9 +86,27 @@ def commands(tp: int, workers: int) -> dict[str, Command]:
         "cmp": Command("cmp model/model.safetensors twin/model.safetensors"),
         "tpshard --help": Command(f"{TPSHARD} --help > /dev/null"),
         "plan 405B": Command(f"{TPSHARD} plan model405 --tp 8 --json > /dev/null"),
+        **formats,
+        **{f"plan DeepSeek-V3, {name}": Command(f"{plan} --format {name} --json > /dev/null") for name in PLANNED},
     }
 
 
+def splits(tp: int) -> dict[str, tuple[str, str]]:
+    """Splits that do more than the native one of LLaMA, by name: of which model, and with which options.
+
+    vLLM's fuses q, k and v, and of GPT-2 transposes; Meta's and DCP's write archives, Meta's in another rotary order.
+    """
+    formats = {name: ("model", f"--tp {tp} --format {name}") for name in ("vllm", "sglang", "meta", "dcp", "dcp-hf")}
+    return {
+        **formats,
+        "hf": ("model", "--tp 1 --format hf"),
+        "padded": ("model", f"--tp {tp} --pad-vocab-to {LLAMA_1B['vocab_size'] + 64 * tp}"),
+        "GPT-2": ("gpt2", f"--tp {tp}"),
+        "GPT-2, vllm": ("gpt2", f"--tp {tp} --format vllm"),
+    }
+
+
+PLANNED = ("native", "vllm", "dcp", "dcp-hf")
 LOADERS, LOADS = "loaders", 5
 PAIRS = [
     ("split, none", "cp, sync", 1.0),
@@ -81,28 +115,38 @@ PAIRS = [
     ("split, none, no fsync", "usual way", 0.3),
     ("merge, no fsync", "split, none, no fsync", 1.3),
     ("reshard, none, no fsync", "split, none, no fsync", 1.3),
+    *(
+        (f"split, {name}, none, no fsync", "split, none, no fsync", 1.3)
+        for name, (model, _) in splits(4).items()
+        if model == "model"
+    ),
+    ("split, GPT-2, vllm, none, no fsync", "split, GPT-2, none, no fsync", 1.3),
+    *((f"plan DeepSeek-V3, {name}", "plan DeepSeek-V3, native", 2.0) for name in PLANNED[1:]),
     ("check --source", "cmp", 1.3),
     ("tpshard.load_rank", "safetensors load_file", 1.0),
     ("tpshard.load_rank", "fastsafetensors", 1.0),
 ]
 
 
-def run(command: Command, place: Path, memory: int) -> float:
-    """Seconds of one run; what it wrote is removed and flushed away afterwards.
-
-    Before it, `memory` bytes are touched and freed: a virtual machine's host takes free pages back, and the command
-    that gets them first would pay for their return.
+def touch(memory: int) -> None:
+    """Touch and free so many bytes: a virtual machine's host takes free pages back, and the command that gets them
+    first would pay for their return.
     """
-    touch = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = bytes(len(b[::4096]))"
-    subprocess.run([sys.executable, "-c", touch, str(memory)], check=True)
-    begin = time.perf_counter()
+    code = "import sys; b = bytearray(int(sys.argv[1])); b[::4096] = bytes(len(b[::4096]))"
+    subprocess.run([sys.executable, "-c", code, str(memory)], check=True)
+
+
+def run(command: Command, place: Path, memory: int) -> tuple[float, float]:
+    """Seconds of one run after `touch(memory)`, and of processor time; what it wrote is removed and flushed away."""
+    touch(memory)
+    begin, cpu = time.perf_counter(), os.times()
     subprocess.run(command.shell, shell=True, cwd=place, check=True)
-    seconds = time.perf_counter() - begin
+    seconds, used = time.perf_counter() - begin, os.times()
     for name in command.writes:
         shutil.rmtree(place / name)
     if command.writes:
         os.sync()
-    return seconds
+    return seconds, used.children_user + used.children_system - cpu.children_user - cpu.children_system
 
 
 def peak_memory(shell: str, place: Path) -> int:
@@ -134,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, help="where to work; 10 GB, 42 GB with --memory [default: a temporary one]")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--only", help=f"comma-separated names of commands, or {LOADERS}")
+    parser.add_argument("--only", action="append", help=f"a command by name, or {LOADERS}; may be given several times")
     parser.add_argument("--memory", action="store_true", help="also measure memory, on a model 8 times as large")
     parser.add_argument("--output", type=Path, help="write PREFIX.json and PREFIX.md")
     options = parser.parse_args()
@@ -142,17 +186,22 @@ def main() -> None:
         place = Path(temporary)
         size = write_llama(place / "model", LLAMA_1B, data=True, shard_bytes=1 << 60)
         shutil.copytree(place / "model", place / "twin")
+        write(place / "gpt2", GPT2_LARGE, gpt2_tensors(GPT2_LARGE), data=True, shard_bytes=1 << 60)
         write_llama(place / "model405", LLAMA_405B, data=False)
+        write(place / "deepseek", DEEPSEEK_V3, deepseek_tensors(DEEPSEEK_V3), data=False)
         split = f"{TPSHARD} split model --tp 4 -o shards -q > /dev/null"
         subprocess.run(split, shell=True, cwd=place, check=True)
         os.sync()
-        chosen = {n: c for n, c in commands(4, 2).items() if not options.only or n in options.only.split(",")}
+        chosen = {n: c for n, c in commands(4, 2).items() if not options.only or n in options.only}
         seconds: dict[str, list[float]] = {name: [] for name in chosen}
+        cpu: dict[str, list[float]] = {name: [] for name in chosen}
         for _ in range(options.repeat):
             for name, command in chosen.items():
-                seconds[name].append(run(command, place, 2 * size if command.writes else 0))
-        loaded = loaders(place / "shards") if not options.only or LOADERS in options.only.split(",") else None
-        result = report(seconds | (loaded["seconds"] if loaded else {}), size)
+                took, used = run(command, place, 2 * size if command.writes else 0)
+                seconds[name].append(took)
+                cpu[name].append(used)
+        loaded = loaders(place / "shards") if not options.only or LOADERS in options.only else None
+        result = report(seconds | (loaded["seconds"] if loaded else {}), cpu, size)
         result["loaders_on"] = loaded and loaded["device"]
         if options.memory:
             shutil.rmtree(place / "twin")
@@ -164,7 +213,12 @@ def main() -> None:
                     write_llama(path, config, data=False)
                 shell = f"{TPSHARD} split {path.name} --tp 4 -o out --workers 2 -q"
                 result["memory"][name] = peak_memory(shell, place)
-                shutil.rmtree(path)
+                if config is not None:
+                    shutil.rmtree(path)
+            result["memory_of_formats"] = {
+                name: peak_memory(f"{TPSHARD} split {model} {flags} -o out --workers 2 -q", place)
+                for name, (model, flags) in splits(4).items()
+            }
     text = markdown(result)
     print(text)
     if options.output:
@@ -172,15 +226,21 @@ def main() -> None:
         options.output.with_suffix(".md").write_text(text)
 
 
-def report(seconds: dict[str, list[float]], size: int) -> dict[str, object]:
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = [Ratio(f"{a} ÷ {b}", medians[a], medians[b], c) for a, b, c in PAIRS if a in medians and b in medians]
+def report(seconds: dict[str, list[float]], cpu: dict[str, list[float]], size: int) -> dict[str, object]:
+    medians, used = ({name: statistics.median(values) for name, values in each.items()} for each in (seconds, cpu))
+    ratios = [
+        Ratio(f"{a} ÷ {b}", medians[a], medians[b], limit, used[a] / used[b] if a in used and b in used else None)
+        for a, b, limit in PAIRS
+        if a in medians and b in medians
+    ]
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
         "model_bytes": size,
         "seconds": seconds,
         "medians": medians,
+        "cpu_seconds": cpu,
+        "cpu_medians": used,
         "ratios": [{**asdict(ratio), "ratio": ratio.ratio} for ratio in ratios],
     }
 
@@ -214,16 +274,22 @@ def markdown(result: dict[str, object]) -> str:
         f"A LLaMA checkpoint of {result['model_bytes']:,} bytes (bf16), tp 4, 2 workers, page cache warm,",
         f"command start-up included, medians of {runs} interleaved runs.",
         "",
-        "| command ÷ command | seconds | seconds | ratio | aim |",
-        "|---|---|---|---|---|",
+        "| command ÷ command | seconds | seconds | ratio | of processor time | aim |",
+        "|---|---|---|---|---|---|",
     ]
     for ratio in result["ratios"]:  # type: ignore[attr-defined]
         aim, value = ratio["limit"], ratio["ratio"]
-        lines.append(f"| {ratio['name']} | {ratio['ours']:.2f} | {ratio['theirs']:.2f} | **{value:.2f}** | ≤ {aim} |")
+        cpu = "" if ratio["cpu"] is None else f"{ratio['cpu']:.2f}"
+        times = f"{ratio['ours']:.2f} | {ratio['theirs']:.2f} | **{value:.2f}** | {cpu}"
+        lines.append(f"| {ratio['name']} | {times} | ≤ {aim} |")
     medians = result["medians"]
     assert isinstance(medians, dict)
-    lines += ["", "| command | median seconds |", "|---|---|"]
-    lines += [f"| {name} | {value:.3f} |" for name, value in medians.items()]
+    used = result["cpu_medians"]
+    assert isinstance(used, dict)
+    lines += ["", "| command | median seconds | of processor time |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {value:.3f} | {f'{used[name]:.3f}' if name in used else ''} |" for name, value in medians.items()
+    ]
     if result.get("loaders_on"):
         lines += [
             "",
@@ -239,6 +305,10 @@ def markdown(result: dict[str, object]) -> str:
             f"x {large / one:.2f}; for the same widths and 8 times as many layers {deep:.1f} MB, x {deep / one:.2f}:",
             "it grows with the number of tensors, not with their bytes.",
         ]
+    formats = result.get("memory_of_formats")
+    if isinstance(formats, dict):
+        lines += ["", "| split | peak resident MB |", "|---|---|"]
+        lines += [f"| {name} | {size / 1e6:.1f} |" for name, size in formats.items()]
     return "\n".join(lines) + "\n"
 
 

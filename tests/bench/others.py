@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.bench import TPSHARD, machine
+from bench.bench import TPSHARD, machine, touch
 from bench.process_tree import Run, measure
 from bench.synthetic import LLAMA_1B, deepseek_tensors, llama_tensors, write
 from safetensors import safe_open
@@ -100,6 +101,15 @@ def difference(ours: dict[str, str], theirs: dict[str, str]) -> str | None:
     return next((name for name in names if ours.get(name) != theirs.get(name)), None)
 
 
+def all_files(out: Path) -> str:
+    """One digest of every file of a directory, names and contents."""
+    found = hashlib.blake2b()
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            found.update(f"{path.relative_to(out)} {hashlib.file_digest(file, 'blake2b').hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
 def jobs(options: argparse.Namespace) -> list[Job]:
     """The jobs whose other side is here."""
     python, found = sys.executable, []
@@ -156,9 +166,8 @@ def make_sources(place: Path, small: bool) -> dict[str, int]:
         "deepseek": write(place / "deepseek", deepseek, tensors, data=True),
     }
     # As Meta publishes: no manifest, no records.
-    subprocess.run(
-        [TPSHARD, "split", "llama", "--tp", "4", "--format", "meta", "-o", "made", "-q"], cwd=place, check=True
-    )
+    made = [TPSHARD, "split", "llama", "--tp", "4", "--format", "meta", "-o", "made", "-q"]
+    subprocess.run(made, cwd=place, check=True, stdout=subprocess.DEVNULL)
     (place / "meta").mkdir()
     for path in [*(place / "made").glob("*.pth"), place / "made" / "params.json"]:
         path.rename(place / "meta" / path.name)
@@ -166,29 +175,34 @@ def make_sources(place: Path, small: bool) -> dict[str, int]:
     return sizes | {"meta": sizes["llama"]}
 
 
-def once(job: Job, place: Path) -> dict[str, Any]:
+def once(job: Job, place: Path, memory: int) -> dict[str, Any]:
     """One run of each side, and what they wrote compared; RuntimeError for a difference."""
     runs: dict[str, Run] = {}
     found: dict[str, dict[str, str]] = {}
+    files: dict[str, str] = {}
     for side, command in job.commands.items():
         os.sync()
+        touch(memory)
         runs[side] = measure(command, place, {**os.environ, **ENGINE}, place / "log")
         found[side] = digests(job.read(place / side))
+        files[side] = all_files(place / side)
         shutil.rmtree(place / side)
     for side in (OURS, BARE):
         if name := difference(found[side], found[THEIRS]):
             raise RuntimeError(f"{job.name}: {name} differs: {found[side].get(name)}, {found[THEIRS].get(name)}")
-    return {"runs": {side: asdict(run) for side, run in runs.items()}, "tensors": len(found[OURS])}
+    return {"runs": {side: asdict(run) for side, run in runs.items()}, "files": files, "tensors": len(found[OURS])}
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of each side, and how many times as much the others took."""
+    """Medians of each side, how many times as much the others took, and whether all rounds wrote the same files."""
     medians = {
         side: {key: statistics.median(one["runs"][side][key] for one in rounds) for key in rounds[0]["runs"][side]}
         for side in SIDES
     }
+    same = {side: len({one["files"][side] for one in rounds}) == 1 for side in SIDES}
     ratios = {key: medians[THEIRS][key] / medians[OURS][key] for key in medians[OURS]}
-    return {"rounds": rounds, "tensors": rounds[0]["tensors"], "medians": medians, "ratios": ratios}
+    about = {"rounds": rounds, "tensors": rounds[0]["tensors"], "same_files": same}
+    return about | {"medians": medians, "ratios": ratios}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -200,17 +214,25 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         f"{host['cpu']}, {host['cores']} cores, {host['memory_bytes'] / 2**30:.0f} GiB, {host['system']}, Python",
         f"{host['python']}; load average when it began {host['load']:.1f}. {result['note']}".rstrip(),
-        f"{', '.join(result['versions'])}. Medians of {repeat} interleaved runs, page cache warm, start-up of every",
-        "command included. In every round what both sides wrote was compared, tensor by tensor and bit by bit: equal.",
+        f"{', '.join(result['versions'])}.",
         "",
-        "| the other tool's job | source | tensors | seconds | tpshard | ratio | without checksum and fsync |",
-        "|---|---|---|---|---|---|---|",
+        f"Medians of {repeat} interleaved runs, page cache warm, start-up of every command included. A ratio above",
+        "1 means that the other tool takes more. In every round what both sides wrote was compared, tensor by tensor,",
+        "bit by bit: equal. Of the others only dcp.save waits for the disk; none writes checksums.",
+        "",
+        "| the other tool's job | source | tensors | seconds | tpshard | ratio | without checksum and fsync | ratio "
+        "| same files each time | tpshard |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
+    said = {True: "yes", False: "no"} if repeat > 1 else {True: "–"}
     for name, one in done.items():
         theirs, ours, bare = (one["medians"][side]["seconds"] for side in SIDES)
-        size, ratio = one["bytes"] / 1e9, one["ratios"]["seconds"]
+        size = one["bytes"] / 1e9
         lines.append(
-            f"| {name} | {size:.2f} GB | {one['tensors']} | {theirs:.1f} | {ours:.1f} | **{ratio:.1f}** | {bare:.1f} |"
+            f"| {name} | {size:.2f} GB | {one['tensors']} "
+            f"| {theirs:.1f} | {ours:.1f} | **{theirs / ours:.1f}** | {bare:.1f} | **{theirs / bare:.1f}** "
+            + "".join(f"| {said[one['same_files'][side]]} " for side in (THEIRS, OURS))
+            + "|"
         )
     lines += [
         "",
@@ -259,9 +281,10 @@ def main() -> None:
         for number in range(options.repeat):
             for job in todo:
                 print(f"round {number + 1}: {job.name}", file=sys.stderr)
-                rounds[job.name].append(once(job, place))
+                rounds[job.name].append(once(job, place, 2 * sizes[job.source]))
         for job in todo:
-            about = {"bytes": sizes[job.source], "commands": job.commands, "script": job.script.name}
+            commands = {side: re.sub(r"/\S*/", "", command) for side, command in job.commands.items()}  # no paths
+            about = {"bytes": sizes[job.source], "commands": commands, "script": job.script.name}
             about["script_sha256"] = hashlib.sha256(job.script.read_bytes()).hexdigest()
             result["jobs"][job.name] = about | summary(rounds[job.name])
     text = markdown(result)

@@ -41,6 +41,30 @@ def llama_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...
     return [*tensors, ("model.norm.weight", "BF16", (hidden,)), ("lm_head.weight", "BF16", (vocab, hidden))]
 
 
+# GPT-2 large, with a vocabulary that any tp divides.
+GPT2_LARGE = {"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20, "n_positions": 1024,
+              "vocab_size": 50304}  # fmt: skip
+
+
+def gpt2_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of every tensor of a tied bf16 GPT-2, in file order."""
+    width = config["n_embd"]
+    tensors: list[tuple[str, tuple[int, ...]]] = []
+    for layer in range(config["n_layer"]):
+        for module, shape in [
+            ("attn.c_attn", (width, 3 * width)),
+            ("attn.c_proj", (width, width)),
+            ("ln_1", (width,)),
+            ("ln_2", (width,)),
+            ("mlp.c_fc", (width, 4 * width)),
+            ("mlp.c_proj", (4 * width, width)),
+        ]:
+            tensors += [(f"h.{layer}.{module}.bias", shape[-1:]), (f"h.{layer}.{module}.weight", shape)]
+    tensors += [("ln_f.bias", (width,)), ("ln_f.weight", (width,))]
+    tensors += [("wpe.weight", (config["n_positions"], width)), ("wte.weight", (config["vocab_size"], width))]
+    return [(f"transformer.{name}", "BF16", shape) for name, shape in tensors]
+
+
 # The published one, with the layer that predicts a further token: 46,183 tensors.
 DEEPSEEK_V3 = {"model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
                "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "q_lora_rank": 1536,
@@ -96,8 +120,17 @@ def deepseek_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, 
 
 def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: int = 5_000_000_000) -> int:
     """Write a LLaMA checkpoint, see `write`."""
-    full = {"model_type": "llama", "torch_dtype": "bfloat16", **config}
-    return write(path, full, llama_tensors(config), data=data, shard_bytes=shard_bytes)
+    return write(path, {"model_type": "llama", **config}, llama_tensors(config), data=data, shard_bytes=shard_bytes)
+
+
+def write_deepseek(path: Path, config: dict[str, Any]) -> int:
+    """Write the headers of a DeepSeek-V3, see `write`."""
+    return write(path, config, deepseek_tensors(config), data=False)
+
+
+def write_gpt2(path: Path, config: dict[str, Any]) -> int:
+    """Write a GPT-2 in one file, see `write`."""
+    return write(path, config, gpt2_tensors(config), data=True, shard_bytes=1 << 60)
 
 
 def write(
@@ -110,7 +143,7 @@ def write(
 ) -> int:
     """Write a checkpoint; the numbers are random, or a hole when only headers matter. Returns bytes of tensors."""
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16", **config}))
     groups: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
     size = total = 0
     for tensor in tensors:

@@ -17,11 +17,12 @@ from models import tokens
 from safetensors.torch import load_file, save_file
 
 from tpshard.errors import CorruptError, LocalIOError, UsageError
-from tpshard.verify import run
+from tpshard.verify import builtin
 from tpshard.verify.families import describe
 from tpshard.verify.machine import Load, Need, Side, estimate
+from tpshard.verify.prepare import prompt_ids
 from tpshard.verify.report import check_kind, to_html, to_junit, to_markdown, write
-from tpshard.verify.run import prompt_ids, verify
+from tpshard.verify.run import verify
 from tpshard.verify.shards import FileWeights, open_shards, open_source
 from tpshard.verify.verdict import Canary, Finding, Tier, Verdict
 
@@ -170,7 +171,7 @@ def test_bad_input(pair: tuple[Path, Path], copy: tuple[Path, Path], tmp_path: P
 
 def test_too_little_memory_is_said_before_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpshard.verify.machine.available", lambda device: 1000)
-    monkeypatch.setattr(run, "resident", None)
+    monkeypatch.setattr(builtin, "resident", None)
     with pytest.raises(LocalIOError, match="not enough memory"):
         verify(pair[1], pair[0], device="cpu")
 

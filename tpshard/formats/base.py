@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from tpshard.box import corner
 from tpshard.errors import UnsupportedError, UsageError
-from tpshard.formats.manifest import FORMAT_VERSION, dump, manifest_of
+from tpshard.formats.manifest import FORMAT_VERSION, compact, dump, integers, manifest_of
 from tpshard.layout import Deal, Layout, StoredTensor, deal, equal_shares, listing, possible_tp, why_not
 from tpshard.model import Model
-from tpshard.planning import OutputFile, assert_coverage, output_file, parts_by_size
+from tpshard.planning import OutputFile, assert_coverage, output_file, parts_by_size, uncollected
 from tpshard.rules import Axis
 
 if TYPE_CHECKING:
@@ -76,6 +75,11 @@ class Laid:
     layout: Layout
     dropped: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def is_rectangles(self) -> bool:
+        """Whether each stored tensor is one box of a logical one, and nothing else."""
+        return all(len(stored.parts) == 1 and not stored.fills for rank in self.layout for stored in rank)
+
 
 @dataclass(frozen=True)
 class Split:
@@ -97,6 +101,7 @@ class Split:
         """The model without what the format drops."""
         return self.model.without(self.laid.dropped)
 
+    @uncollected
     def files(self, rank: int) -> tuple[OutputFile, ...]:
         """The files of one rank, made once."""
         if rank not in self._files:
@@ -174,6 +179,7 @@ class Format(ABC):
         return {}
 
 
+@uncollected
 def plan_split(model: Model, options: Options) -> Split:
     """Plan a tensor-parallel split of a model. UnsupportedError when a unit would be cut."""
     from tpshard.formats import format_of
@@ -213,5 +219,5 @@ def bare(axis: Axis) -> Axis:
 
 def saved_offsets(tensors: Sequence[StoredTensor]) -> dict[str, str]:
     """torch's description of the rectangles that a safetensors file holds; its reader wants it of every tensor."""
-    info = {stored.name: {"saved_offsets": list(corner(stored.parts[0].box))} for stored in tensors}
-    return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(info, separators=(",", ":"))}
+    info = (f'{compact(each.name)}:{{"saved_offsets":{integers(corner(each.parts[0].box))}}}' for each in tensors)
+    return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": f"{{{','.join(info)}}}"}

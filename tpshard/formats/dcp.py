@@ -18,7 +18,7 @@ from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
 from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
 from tpshard.layout import Layout, LogicalTensor, Part, StoredTensor, deal, shard
 from tpshard.model import Model
-from tpshard.planning import OutputFile, Placed, parts_by_size
+from tpshard.planning import OutputFile, Placed, parts_by_size, uncollected
 
 METADATA = ".metadata"
 _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
@@ -100,6 +100,7 @@ class Dcp(Format):
         names = [self.file_name(rank, split.options.tp, part, len(parts)) for part in range(len(parts))]
         return tuple(_file(split, rank, name, tensors) for name, tensors in zip(names, parts, strict=True))
 
+    @uncollected
     def derived(self, split: Split) -> dict[str, bytes]:
         """`.metadata`: of every chunk its place in the tensor and in the files."""
         found: dict[str, list[Chunk]] = {}

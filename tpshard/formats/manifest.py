@@ -51,13 +51,13 @@ def _body(model: Model, options: Options, laid: Laid) -> list[str]:
     for index, tensor in enumerate(model.tensors):
         full_name, dropped = model.full_name(tensor.name), laid.dropped.get(tensor.name)
         row = [
-            f'"name":{_text(tensor.name)},"dtype":"{tensor.dtype}","shape":{_numbers(tensor.shape)}',
-            f'"file":{_text(model.file_of[tensor.name])},"rule":"{tensor.cut.kind}"',
+            f'"name":{compact(tensor.name)},"dtype":"{tensor.dtype}","shape":{integers(tensor.shape)}',
+            f'"file":{compact(model.file_of[tensor.name])},"rule":"{tensor.cut.kind}"',
         ]
         if full_name != tensor.name:
-            row.append(f'"full":{_text(full_name)}')
+            row.append(f'"full":{compact(full_name)}')
         if dropped is not None:
-            row.append(f'"dropped":{_text(dropped)}')
+            row.append(f'"dropped":{compact(dropped)}')
         if tensor.cut.dim is not None:
             key = (tensor.shape, tensor.cut, tensor.dtype)
             if key not in known:
@@ -88,8 +88,8 @@ def _body(model: Model, options: Options, laid: Laid) -> list[str]:
 
 
 def _cut(cut: Cut) -> str:
-    interleave = f',"interleave":{_text(cut.interleave)}' if cut.interleave else ""
-    return f'"dim":{cut.dim},"segments":{_text(list(cut.segments))}{interleave}'
+    interleave = f',"interleave":{compact(cut.interleave)}' if cut.interleave else ""
+    return f'"dim":{cut.dim},"segments":{compact(list(cut.segments))}{interleave}'
 
 
 def _all_stored(layout: Layout) -> list[str]:
@@ -103,42 +103,43 @@ def _all_stored(layout: Layout) -> list[str]:
         ranks = ["null" if stored is None else _stored(stored, named=True) for stored in held]
         same = all(each == ranks[0] for each in ranks)
         found = f'"every":{ranks[0]}' if same else f'"ranks":[{",".join(ranks)}]'
-        lines.append(f'{{"name":{_text(name)},"dtype":"{dtype}",{found}}}')
+        lines.append(f'{{"name":{compact(name)},"dtype":"{dtype}",{found}}}')
     return lines
 
 
 def _stored(stored: StoredTensor, named: bool) -> str:
     """A stored tensor of one rank. named: whether parts say of which logical tensor they are."""
     if named:
-        parts = [f'{{"tensor":{_text(part.tensor)},{_place(*part[1:])}}}' for part in stored.parts]
+        parts = [f'{{"tensor":{compact(part.tensor)},{_place(*part[1:])}}}' for part in stored.parts]
     else:
         parts = [f"{{{_place(*part[1:])}}}" for part in stored.parts]
-    return f'{{"shape":{_numbers(stored.shape)},"parts":[{",".join(parts)}]{_rest(*stored[4:])}}}'
+    return f'{{"shape":{integers(stored.shape)},"parts":[{",".join(parts)}]{_rest(*stored[4:])}}}'
 
 
 @lru_cache(maxsize=1 << 16)
 def _place(box: Box, at: Shape, view: Shape | None, order: tuple[int, ...] | None) -> str:
     """A part without its tensor. Cached: layers are alike."""
-    text = f'"box":{_boxes(box)},"at":{_numbers(at)}'
+    text = f'"box":{_boxes(box)},"at":{integers(at)}'
     if view is not None:
-        text += f',"view":{_numbers(view)}'
-    return text if order is None else f'{text},"order":{_numbers(order)}'
+        text += f',"view":{integers(view)}'
+    return text if order is None else f'{text},"order":{integers(order)}'
 
 
 @lru_cache(maxsize=4096)
 def _rest(fills: tuple[Box, ...], view: Shape | None, value: bytes) -> str:
     """What a stored tensor has beside shape and parts."""
-    text = "" if view is None else f',"view":{_numbers(view)}'
+    text = "" if view is None else f',"view":{integers(view)}'
     if any(volume(box) for box in fills):
         text += f',"padding":[{",".join(map(_boxes, fills))}]'
     return f'{text},"value":"{value.hex()}"' if value else text
 
 
 def _boxes(box: Box) -> str:
-    return f"[{','.join(map(_numbers, box))}]"
+    return f"[{','.join(map(integers, box))}]"
 
 
-def _numbers(values: Sequence[int]) -> str:
+def integers(values: Sequence[int]) -> str:
+    """A list of whole numbers as compact JSON."""
     return f"[{','.join(map(str, values))}]"
 
 
@@ -179,7 +180,7 @@ def dump(data: Mapping[str, Any]) -> bytes:
 
 def _lines(data: Mapping[str, Any]) -> list[str]:
     return [
-        _table(key, list(map(_text, value)))
+        _table(key, list(map(compact, value)))
         if key in ("tensors", "stored")
         else f" {json.dumps(key)}: {json.dumps(value)}"
         for key, value in data.items()
@@ -194,5 +195,5 @@ def _object(lines: Sequence[str]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-_text = json.JSONEncoder(separators=(",", ":")).encode
+compact = json.JSONEncoder(separators=(",", ":")).encode
 """Compact JSON. Rows of tensors are put together from pieces: an encoder for each would take ten times as long."""

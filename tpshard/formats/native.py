@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tpshard.formats.base import Format, Laid, Options, Split, rank_stem, saved_offsets
-from tpshard.layout import Layout, StoredTensor, deal, shard
+from tpshard.layout import StoredTensor, deal, shard
 from tpshard.model import Model
 
 _NAME = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
@@ -35,13 +35,7 @@ class Native(Format):
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
         """torch's description of rectangles: of all tensors of a set or of none, or its reader fails."""
-        if not _is_rectangles(split.layout):
-            return {}
-        return saved_offsets(tensors)
-
-
-def _is_rectangles(layout: Layout) -> bool:
-    return all(len(stored.parts) == 1 and not stored.fills for rank in layout for stored in rank)
+        return saved_offsets(tensors) if split.laid.is_rectangles else {}
 
 
 FORMAT = Native()

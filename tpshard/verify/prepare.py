@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import CorruptError, UsageError
+from tpshard.verify.asked import Asked, LoadRank, Opened
 from tpshard.verify.canaries import applicable
 from tpshard.verify.compare import Setup
-from tpshard.verify.engines import require_replicas, translated
+from tpshard.verify.engines import translated
 from tpshard.verify.families import describe
 from tpshard.verify.family import Family
 from tpshard.verify.group import Processes, Threads
@@ -29,9 +30,6 @@ TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
 QUIET_SECONDS = 10.0
 """The least time between two lines about the progress of a tier."""
-
-LoadRank = Callable[[int, torch.device], Mapping[str, Tensor] | None]
-"""A rank's tensors on a device, as stored; None where its files are not of the form that the loader knows."""
 
 
 def prompt_ids(vocab: int, seed: int, batch: int, length: int) -> Tensor:
@@ -110,7 +108,6 @@ class Case:
     setup: Setup
     load: Load
     tokens: int
-    short: bool
     seed: int
     float32: bool
     seconds: Mapping[str, float]
@@ -124,48 +121,36 @@ def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet,
     return translated(opened, weights.names()), config, weights
 
 
-def prepare(
-    opened: ShardSet,
-    config: Mapping[str, Any],
-    weights: FileWeights,
-    team: Threads | Processes,
-    where: torch.device,
-    prompt: Tensor | None,
-    tokens: int,
-    seed: int,
-    float32: bool,
-    layers: Sequence[int] | None,
-    sequence_parallel: bool,
-) -> Case:
-    family = describe(config)
-    if describe(opened.config) != family:
-        raise another_model(opened, family.model_type)
-    require_one_each(opened, team)
-    ids = prompt_of(prompt, family.vocab, seed)
-    fitting = _room(family, weights, ids.shape[1], tokens)
+def prepare(opened: Opened, asked: Asked) -> Case:
+    """Find out whether shards and source are of one model, and decide prompt, layers and tokens."""
+    found, weights, team = opened.shards, opened.source, opened.team
+    family = describe(opened.config)
+    if describe(found.config) != family:
+        raise another_model(found, family.model_type)
+    require_one_each(found, team)
+    ids = prompt_of(asked.prompt, family.vocab, asked.seed)
     setup = Setup(
         family=family,
         source=weights,
-        ranks=opened.ranks,
+        ranks=found.ranks,
         team=team,
-        prompt=ids.to(where),
-        device=where,
-        layers=chosen_layers(layers, family.layers),
-        sequence_parallel=sequence_parallel,
+        prompt=ids.to(opened.device),
+        device=opened.device,
+        layers=chosen_layers(asked.layers, family.layers),
+        sequence_parallel=asked.sequence_parallel,
     )
     return Case(
-        opened=opened,
+        opened=found,
         setup=setup,
-        load=load(family, weights, opened.ranks, setup.which(), team.here),
-        tokens=fitting,
-        short=fitting != tokens,
-        seed=seed,
-        float32=float32,
+        load=load(family, weights, found.ranks, setup.which(), team.here),
+        tokens=_room(family, weights, ids.shape[1], asked.tokens),
+        seed=asked.seed,
+        float32=asked.float32,
         seconds={},
     )
 
 
-def choose(case: Case, tiers: Sequence[str], stream: bool | None, sharing: int, say: Callable[[str], None]) -> Case:
+def choose(case: Case, asked: Asked) -> Case:
     """Decide what is kept in memory, the same on all ranks, and say what that and the tiers will take."""
     setup = case.setup
     team, where, source = setup.team, setup.device, setup.source
@@ -176,12 +161,12 @@ def choose(case: Case, tiers: Sequence[str], stream: bool | None, sharing: int, 
         setup.family,
         case.load,
         here=len(team.here),
-        native="native" in tiers,
+        native="native" in asked.tiers,
         positions=batch * (length + case.tokens),
         widened=where.type == "cpu" and not apart,
         apart=apart,
     )
-    streamed = any(team.run(lambda group: need.choose(stream, where, sharing)))
+    streamed = any(team.run(lambda group: need.choose(asked.stream, where, asked.sharing)))
     amount = need.streamed if streamed else need.resident
     pace = measure(source, needed(source, setup.which()), setup.prompt, where)
     kept = not streamed and not apart
@@ -191,13 +176,13 @@ def choose(case: Case, tiers: Sequence[str], stream: bool | None, sharing: int, 
     work = Work(case.load, len(team.here), kept, case.tokens, case.tokens / length, taught, *counts)
     seconds = {"exact": exact_seconds(pace, work), "native": native_seconds(pace, work)}
     how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
-    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in tiers))
-    say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
+    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in asked.tiers))
+    asked.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
     setup = replace(
         setup,
         block_bytes=BLOCK_BYTES if streamed or apart else None,
         keep_ranks=apart and not streamed,
-        say=_seldom(say),
+        say=_seldom(asked.say),
     )
     return replace(case, setup=setup, seconds=seconds, taught=taught)
 
@@ -230,12 +215,6 @@ def all_finite(case: Case) -> None:
         _finite(setup.source, setup.which())
     for rank in here:
         _finite(case.opened.ranks[rank], setup.which())
-
-
-def replicas(case: Case) -> None:
-    """DifferentError where ranks contradict each other in what the decoder takes from one; looked at by rank 0."""
-    if 0 in case.setup.team.here:
-        require_replicas(case.opened)
 
 
 def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: LoadRank | None) -> Weights:

@@ -15,6 +15,8 @@ from tpshard.verify.hf.model import Cut
 
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
+WIDTHS = ("split_size", "embed_dim")
+"""What holds the width of all heads."""
 FUSED = ("qkv_proj", "c_attn", "Wqkv")
 """Projections that make q, k and v, one behind the other."""
 LINEAR_NUMBERS = ("A_log", "dt_bias")
@@ -186,8 +188,9 @@ def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:
                 setattr(module, attribute, value)
     if hasattr(module, "num_key_value_groups"):
         module.num_key_value_groups = heads.q // heads.kv  # type: ignore[assignment]
-    if hasattr(module, "split_size"):
-        module.split_size = heads.q * head  # type: ignore[assignment]
+    for attribute in WIDTHS:
+        if hasattr(module, attribute):
+            setattr(module, attribute, heads.q * head)
     if hasattr(module, "config"):
         mine: Any = copy.copy(module.config)
         mine.num_attention_heads = heads.q

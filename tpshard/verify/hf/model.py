@@ -20,28 +20,45 @@ from tpshard.verify.weights import Weights
 # Those that were tried: other classes may read sizes from places that nobody here knows of.
 MODEL_TYPES = frozenset(
     (
-        "afmoe apertus arcee bamba biogpt cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 deepseek_v32"
-        " dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe"
-        " glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid"
-        " granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 llama llama4_text minimax_m2"
-        " ministral ministral3 mistral mixtral mpt nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3"
+        "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
+        " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2"
+        " gemma3_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite"
+        " granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe"
+        " hy_v3 hyperclovax internlm3 iquestcoder jais2 llama llama4_text minimax_m2 ministral ministral3"
+        " mistral mixtral mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3"
         " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3"
-        " solar_open stablelm starcoder2"
+        " solar_open stablelm starcoder2 vaultgemma xglm"
     ).split()
 )
+SEEING = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Text models that have positions in three dimensions, which are one for text: then they compute as these do."""
+TEXT_KEYS = ("text_config", "llm_config", "language_config")
 HINT = "pip install 'tpshard[transformers]', or --tier bytes"
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
-TUPLE_LAYERS = {"bamba", "falcon_h1", "glm_moe_dsa", "mpt"}
+TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text model: the config itself, or what a multimodal one nests."""
-    nested = config.get("text_config")
-    if config.get("model_type") in MODEL_TYPES or not isinstance(nested, Mapping):
-        return config
+    nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
+    if config.get("model_type") in MODEL_TYPES or nested is None:
+        return _on_text_alone(config)
     tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
-    return {**nested, "tie_word_embeddings": tied}
+    return {**_on_text_alone(nested), "tie_word_embeddings": tied}
+
+
+def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the model that computes the same where there are no pictures."""
+    alike = SEEING.get(str(config.get("model_type")))
+    if alike is None:
+        return config
+    changed = {**config, "model_type": alike}
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := config.get(key), Mapping):
+            kept = {name: value for name, value in rope.items() if not name.startswith("mrope")}
+            changed[key] = {name: "default" if value == "mrope" else value for name, value in kept.items()}
+    return changed
 
 
 def covers(config: Mapping[str, Any]) -> bool:

@@ -30,6 +30,9 @@ class Wide(TorchFunctionMode):
     ) -> Any:
         func = Tensor.double if func is Tensor.float else func
         named = {key: _wider(value) for key, value in (kwargs or {}).items()}
+        if func is torch.full and isinstance(args[-1], float):
+            # Float64's least number, which masks are made of, is none of the default dtype.
+            named.setdefault("dtype", torch.float64)
         out = func(*(_wider(value) for value in args), **named)
         return out.double() if isinstance(out, Tensor) and out.dtype == torch.float32 else out
 

@@ -27,6 +27,8 @@ from tpshard.verify.hf.heads import (
 from tpshard.verify.hf.model import Cut
 
 EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+BY_CORE, CORES = "CodeGenAttention", 4
+"""A class that reads q, v and k by core of the machine that trained CodeGen, and needs heads for each of them."""
 QK_NORMS = ("q_norm", "k_norm")
 
 
@@ -85,7 +87,10 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -
     attending = attentions(model)
     for name, module in attending.items():
         row = cuts.get(f"{name}.{output_of(module)}.weight")
-        if row is not None:
+        if row is not None and type(module).__name__ == BY_CORE:
+            heads_of(name, module, config, cuts, rank)
+            _all_heads(module, row, rank, link)
+        elif row is not None:
             tell(module, heads_of(name, module, config, cuts, rank), row.total // heads, heads)
     for name, module in linear_attentions(model).items():
         tell_linear(name, module, cuts, rank)
@@ -227,6 +232,22 @@ def _some_experts(
         return link.reduce(name, forward(x, (chosen - first).clamp(0, size - 1), weights))
 
     return work
+
+
+def _all_heads(module: nn.Module, row: Cut, rank: int, link: Link) -> None:
+    """Attention over the heads of all ranks, made of their rows, of which a rank multiplies its own.
+
+    Where a core's heads are several ranks', each of those has its share of the core's q, v and k.
+    """
+    qkv, out = module.get_submodule("qkv_proj"), module.get_submodule("out_proj")
+    project, several = qkv.forward, max(1, len(row.sizes) // CORES)
+
+    def gathered(x: Tensor) -> Tensor:
+        whole = link.group.all_gather(project(x), -1)
+        return whole.view(*whole.shape[:-1], CORES, several, 3, -1).transpose(-3, -2).flatten(-4)
+
+    qkv.forward = gathered
+    out.register_forward_pre_hook(lambda _, args: (args[0].narrow(-1, row.first(rank), row.sizes[rank]),))
 
 
 def _over_all_ranks(module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[..., Tensor]:

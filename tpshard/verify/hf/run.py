@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import platform
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
-from tpshard.verify.engines import require_replicas
+from tpshard.verify.asked import TIERS, Asked, Canaries, Judge, Opened, Ready
 from tpshard.verify.families import describe
-from tpshard.verify.group import Processes, Threads
 from tpshard.verify.hf.canaries import exact_canaries, native_canaries
 from tpshard.verify.hf.model import covers, frame_of, library_version, model_config, quiet, same_model
 from tpshard.verify.hf.sides import Sides
 from tpshard.verify.hf.tiers import exact, native
 from tpshard.verify.machine import FILL, available
 from tpshard.verify.prepare import another_model, chosen_layers, prompt_of, require_one_each
-from tpshard.verify.run import TIERS, judged
-from tpshard.verify.shards import FileWeights, ShardSet, elements, not_finite, require_floats
-from tpshard.verify.verdict import Canary, Tier, Verdict, layer_of
+from tpshard.verify.shards import FileWeights, elements, not_finite, require_floats
+from tpshard.verify.verdict import Tier, layer_of
 
 ENGINES = ("auto", "tpshard", "transformers")
 
@@ -48,51 +40,52 @@ def engine_of(asked: str, config: Mapping[str, Any]) -> str:
     return "tpshard"
 
 
-@dataclass(frozen=True)
-class Case:
-    """What is compared, and what was decided before a number is computed."""
-
-    opened: ShardSet
-    sides: Sides
-    tokens: int
-    short: bool
-    seed: int
-    float32: bool
-
-
-def prepare(
-    opened: ShardSet,
-    config: Mapping[str, Any],
-    source: FileWeights,
-    team: Threads | Processes,
-    device: torch.device,
-    prompt: Tensor | None,
-    tokens: int,
-    seed: int,
-    float32: bool,
-    layers: Sequence[int] | None,
-    sharing: int,
-    say: Callable[[str], None],
-) -> Case:
+def ready(opened: Opened, asked: Asked) -> Ready:
     """Decide prompt, layers and number of tokens, and say what memory it will take.
 
-    UsageError where shards and source are of different models; LocalIOError where memory cannot suffice.
+    UnsupportedError for what only the built-in decoder does: streaming, and cutting the sequence. UsageError where
+    shards and source are of different models; LocalIOError where memory cannot suffice.
     """
-    read, other = model_config(config), model_config(opened.config)
+    for wanted, option in ((asked.stream, "--stream"), (asked.sequence_parallel, "--sequence-parallel")):
+        if wanted:
+            raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
+    quiet()
+    sides, tokens = opened.team.together(lambda: _prepare(opened, asked))
+    left = unused(sides)
+    return Ready(
+        engine="transformers",
+        model_type=str(opened.config.get("model_type")),
+        prompt_tokens=sides.prompt.numel(),
+        tokens=tokens,
+        layers=sides.frame.layers,
+        begin=lambda: _begin(sides, tokens, asked),
+        lines={name: f"{name} tier" for name in TIERS},
+        warnings=(f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …",)
+        if left
+        else (),
+        # The library's code may stumble over a rank's shapes, which must not pass.
+        unsure=(UnsupportedError,),
+        volatile={"transformers": library_version()},
+    )
+
+
+def _prepare(opened: Opened, asked: Asked) -> tuple[Sides, int]:
+    found, team, device = opened.shards, opened.team, opened.device
+    read, other = model_config(opened.config), model_config(found.config)
     if not same_model(read, other):
-        raise another_model(opened, config.get("model_type"))
-    require_one_each(opened, team)
-    ids = prompt_of(prompt, read.vocab_size, seed)
+        raise another_model(found, opened.config.get("model_type"))
+    require_one_each(found, team)
+    ids = prompt_of(asked.prompt, read.vocab_size, asked.seed)
     positions = int(getattr(read, "max_position_embeddings", 0) or getattr(read, "max_seq_len", 0) or ids.shape[1])
     if ids.shape[1] > positions:
         raise UsageError("the prompt is longer than the model's positions", expected=positions, found=ids.shape[1])
-    fitting = min(tokens, positions - ids.shape[1])
-    frame = frame_of(read, chosen_layers(layers, read.num_hidden_layers))
-    sides = Sides(frame, source, opened.ranks, team, ids.to(device), device)
+    frame = frame_of(read, chosen_layers(asked.layers, read.num_hidden_layers))
+    sides = Sides(frame, opened.source, found.ranks, team, ids.to(device), device)
     _floats(sides)
     need = _memory(sides)
-    free = int(available(device) * FILL) // sharing
-    say(f"transformers' own {type(read).__name__.removesuffix('Config')} model: about {need / 1e9:.1f} GB of memory")
+    free = int(available(device) * FILL) // asked.sharing
+    kind = type(read).__name__.removesuffix("Config")
+    asked.say(f"transformers' own {kind} model: about {need / 1e9:.1f} GB of memory")
     if need > free:
         raise LocalIOError(
             "there is not enough memory for this",
@@ -100,7 +93,19 @@ def prepare(
             found=f"{free:,} bytes to use on {device}",
             hint="--layers looks at fewer layers, --float32 --tier exact takes half",
         )
-    return Case(opened, sides, fitting, fitting != tokens, seed, float32)
+    return sides, min(asked.tokens, positions - ids.shape[1])
+
+
+def _begin(sides: Sides, tokens: int, asked: Asked) -> Mapping[str, Judge]:
+    sides.team.together(lambda: all_finite(sides))
+    judges: dict[str, Judge] = {
+        "exact": lambda: (
+            exact(sides, float32=asked.float32),
+            partial(exact_canaries, sides, float32=asked.float32),
+        ),
+        "native": lambda: _native(sides, tokens),
+    }
+    return {name: judge for name, judge in judges.items() if name in asked.tiers}
 
 
 def _used(sides: Sides, weights: FileWeights) -> list[str]:
@@ -126,9 +131,8 @@ def _memory(sides: Sides) -> int:
     return 8 * total + 8 * logits * (2 + len(sides.team.here))
 
 
-def all_finite(case: Case) -> None:
+def all_finite(sides: Sides) -> None:
     """CorruptError where a tensor that is used is NaN or infinite; rank 0 looks at the source."""
-    sides = case.sides
     here = sides.team.here
     for weights in (*([sides.source] if 0 in here else []), *(sides.ranks[rank] for rank in here)):
         assert isinstance(weights, FileWeights)
@@ -137,9 +141,8 @@ def all_finite(case: Case) -> None:
             raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
 
 
-def unused(case: Case) -> list[str]:
+def unused(sides: Sides) -> list[str]:
     """Stored weights of the source that transformers' model has no place for, and that nothing here looks at."""
-    sides = case.sides
     assert isinstance(sides.source, FileWeights)
     used = set(_used(sides, sides.source))
     layers = sides.frame.layers
@@ -150,124 +153,9 @@ def unused(case: Case) -> list[str]:
     ]
 
 
-def _replicas(case: Case) -> None:
-    if 0 in case.sides.team.here:
-        require_replicas(case.opened)
-
-
-def _judge_exact(case: Case) -> tuple[Tier, list[Canary]]:
-    """The exact tier and its canaries."""
-    _replicas(case)
-    return exact(case.sides, float32=case.float32), exact_canaries(case.sides, float32=case.float32)
-
-
-def _judge_native(case: Case) -> tuple[Tier, list[Canary]]:
+def _native(sides: Sides, tokens: int) -> tuple[Tier, Canaries]:
     """The native tier in the dtype of most of the shards' tensors, and its canaries."""
-    _replicas(case)
-    rank = case.sides.ranks[0]
+    rank = sides.ranks[0]
     assert isinstance(rank, FileWeights)
-    dtype = Counter(rank.dtype(name) for name in _used(case.sides, rank)).most_common(1)[0][0]
-    return native(case.sides, dtype, case.tokens), native_canaries(case.sides, dtype)
-
-
-def verify(
-    opened: ShardSet,
-    config: Mapping[str, Any],
-    source: FileWeights,
-    team: Threads | Processes,
-    device: torch.device,
-    *,
-    tiers: Sequence[str],
-    tokens: int,
-    seed: int,
-    float32: bool,
-    layers: Sequence[int] | None,
-    stream: bool | None,
-    sequence_parallel: bool,
-    prompt: Tensor | None,
-    sharing: int,
-    first: Callable[[], Tier] | None,
-    say: Callable[[str], None],
-    names: tuple[str, str],
-) -> Verdict:
-    """Judge opened shards by transformers' own class; `names` are those of source and shards in the verdict.
-
-    UnsupportedError for what only the built-in decoder does: streaming, and cutting the sequence.
-    """
-    for asked, option in ((stream, "--stream"), (sequence_parallel, "--sequence-parallel")):
-        if asked:
-            raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
-    started = time.monotonic()
-    quiet()
-    case = team.together(
-        lambda: prepare(opened, config, source, team, device, prompt, tokens, seed, float32, layers, sharing, say)
-    )
-    try:
-        done, canaries, seconds = _tiers(case, tiers, first, say)
-    except torch.OutOfMemoryError as error:
-        hint = "--layers looks at fewer layers"
-        raise LocalIOError(f"out of memory: {str(error).splitlines()[0]}", hint=hint) from None
-    left = unused(case)
-    warnings = [*opened.warnings]
-    if case.short:
-        warnings.append(f"{case.tokens} tokens, not {tokens}: the model has no more positions")
-    if left:
-        warnings.append(f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …")
-    return Verdict(
-        model_type=str(config.get("model_type")),
-        tp=team.size,
-        source=names[0],
-        shards=names[1],
-        tiers=tuple(done),
-        canaries=tuple(canaries),
-        bytes_per_rank=tuple(rank.nbytes for rank in opened.ranks),
-        warnings=tuple(warnings),
-        settings={
-            "engine": "transformers",
-            "tiers": [tier.name for tier in done],
-            "prompt_tokens": case.sides.prompt.numel(),
-            "tokens": case.tokens,
-            "seed": seed,
-            "float32": float32,
-            "layers": None if layers is None else list(case.sides.frame.layers),
-            "sequence_parallel": False,
-            "streamed": False,
-            "processes": team.size if isinstance(team, Processes) else 1,
-        },
-        volatile={
-            "seconds": round(time.monotonic() - started, 3),
-            "tier_seconds": {name: round(value, 3) for name, value in seconds.items()},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "transformers": library_version(),
-            "python": platform.python_version(),
-        },
-    )
-
-
-def _tiers(
-    case: Case, tiers: Sequence[str], first: Callable[[], Tier] | None, say: Callable[[str], None]
-) -> tuple[list[Tier], list[Canary], dict[str, float]]:
-    """All that was asked for, in order, with the seconds that each took."""
-    team = case.sides.team
-    done: list[Tier] = []
-    canaries: list[Canary] = []
-    seconds: dict[str, float] = {}
-    if first is not None:
-        begun = time.monotonic()
-        done.append(team.once(first))
-        seconds[done[0].name] = time.monotonic() - begun
-    team.together(lambda: all_finite(case))
-    for name in [tier for tier in TIERS if tier in tiers]:
-        begun = time.monotonic()
-        say(f"{name} tier")
-        judge = _judge_exact if name == "exact" else _judge_native
-        try:
-            tier, birds = judged(name, team, partial(judge, case))
-        except UnsupportedError as error:
-            # The library's code stumbled over these shapes: that says nothing of the shards, and must not pass.
-            tier, birds = Tier(name, "inconclusive", reason=str(error)), []
-        seconds[name] = time.monotonic() - begun
-        done.append(tier)
-        canaries += birds
-    return done, canaries, seconds
+    dtype = Counter(rank.dtype(name) for name in _used(sides, rank)).most_common(1)[0][0]
+    return native(sides, dtype, tokens), partial(native_canaries, sides, dtype)
