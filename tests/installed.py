@@ -1,4 +1,4 @@
-"""For `make dist`: what was installed from a wheel, in an environment without torch and numpy, does its work."""
+"""For `make dist`: what was installed from a wheel, in an environment without torch, does its work."""
 
 from __future__ import annotations
 

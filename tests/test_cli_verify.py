@@ -71,7 +71,7 @@ def test_a_failure_names_the_ranks_first_and_the_next_command_last(pair: tuple[P
     result = tpshard("verify", shards, "--source", pair[0], *CPU, "--tier", "bytes,exact")
     assert result.code == 1
     assert result.out.splitlines()[0] == ("FAIL: shards (tp 2) against model: the files of ranks 0 and 1 are exchanged")
-    assert result.out.splitlines()[-2].startswith("bytes: ")  # what the verdict's first line left out
+    assert result.out.splitlines()[-1].startswith("bytes: ")  # what the verdict's first line left out
     assert result.err.splitlines()[-1] == f"next: tpshard check {shards} --source {pair[0]}"
 
 

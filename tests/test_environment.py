@@ -38,7 +38,7 @@ def test_env_needs_no_torch(tmp_path: Path) -> None:
     """With no package but ours: torch and the rest cannot be found."""
     script = (
         "import importlib.util as u, sys, json\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name in ('torch', 'numpy', 'transformers') else find(name, *rest)\n"
+        "u.find_spec = lambda name, *rest: None if name in ('torch', 'transformers') else find(name, *rest)\n"
         "from pathlib import Path\nfrom tpshard.environment import environment, lines\n"
         "found = environment(Path())\nassert 'torch' not in sys.modules\n"
         "print(json.dumps([found['torch'], [e['installed'] for e in found['extras']], lines(found)]))"

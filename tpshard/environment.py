@@ -18,7 +18,7 @@ from tpshard import __version__
 from tpshard.report import SCHEMA_VERSION
 
 EXTRAS = {
-    "torch": (("torch", "numpy"), "casts, pickle input, load_rank, verify"),
+    "torch": (("torch",), "casts, pickle input, load_rank, verify"),
     "transformers": (("transformers",), "verify against transformers' own code"),
 }
 """What can be installed beside tpshard: the packages, and what needs them."""

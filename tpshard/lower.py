@@ -8,11 +8,10 @@ stored in another order of dims goes through a second buffer in that order.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product, zip_longest
 from math import gcd, isqrt, prod
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tpshard.box import Box, Shape, extents, intersect, merge_box, merge_shape, mergeable
 from tpshard.header import DTYPE_BITS
@@ -213,15 +212,14 @@ def operations(
             continue
         shape = extents(share)
         stored = memoryview(bytearray(prod(shape) * flat.item))
-        here = _Lines(
-            buffer, sum((a - b) * s for (a, _), (b, _), s in zip(share, ordered, strides, strict=True)), strides
-        )
-        there = _Lines(stored, 0, row_major(shape))
+        first = sum((a - b) * s for (a, _), (b, _), s in zip(share, ordered, strides, strict=True))
+        here = _view(buffer, first, shape, strides, flat.item)
+        there = _view(stored, 0, shape, row_major(shape), flat.item)
         if not reading:
-            _copy(shape, here, there, flat.item)
+            there[...] = here
         yield from _stored_runs(flat, piece, share, stored)
         if reading:
-            _copy(shape, there, here, flat.item)
+            here[...] = there
 
 
 def _stored_runs(flat: Flat, piece: Piece, share: Box, stored: memoryview) -> Iterator[tuple[int, list[memoryview]]]:
@@ -244,38 +242,11 @@ def _offsets(first: int, shape: Sequence[int], strides: Sequence[int]) -> list[i
     return found
 
 
-class _Lines(NamedTuple):
-    """A box in memory: its first item and the strides of its dims, in items."""
+def _view(memory: memoryview, first: int, shape: Shape, strides: Sequence[int], item: int) -> Any:
+    """A box in memory as an array of items of `item` bytes; its first item and strides count items."""
+    import numpy  # its import takes a tenth of a second, and most splits turn nothing
 
-    memory: memoryview
-    first: int
-    strides: tuple[int, ...]
-
-
-_CELLS: Mapping[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
-
-
-def _copy(shape: Shape, source: _Lines, target: _Lines, item: int) -> None:
-    """Copy a box line by line, along the dim in which the target's items follow each other.
-
-    Where the source's do not, an array gathers them: its slices with a step are twice as fast as a memoryview's.
-    """
-    inner = max((dim for dim in range(len(shape)) if target.strides[dim] == 1), key=lambda dim: shape[dim])
-    length, step = shape[inner], source.strides[inner]
-    others = [dim for dim in range(len(shape)) if dim != inner]
-    begins = zip(
-        *(_offsets(s.first, [shape[d] for d in others], [s.strides[d] for d in others]) for s in (source, target)),
-        strict=True,
-    )
-    if step == 1 or length == 1:
-        for a, b in begins:
-            target.memory[b * item : (b + length) * item] = source.memory[a * item : (a + length) * item]
-        return
-    gathered = array(_CELLS[item])
-    gathered.frombytes(source.memory)
-    cells, span = target.memory.cast(_CELLS[item]), (length - 1) * step + 1
-    for a, b in begins:
-        cells[b : b + length] = gathered[a : a + span : step]
+    return numpy.ndarray(shape, f"V{item}", memory, first * item, [stride * item for stride in strides])
 
 
 def _operations(flat: Flat, block: Box, buffer: memoryview) -> Iterator[tuple[int, list[memoryview]]]:

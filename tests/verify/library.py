@@ -56,3 +56,10 @@ def error(sides: Sides, wanted: Tensor, pins: Pinned) -> float:
     """The largest end-to-end error of a rank in float64."""
     logits = logits_of(sides, sides.here(torch.float64), [sides.prompt], pins.made)
     return max(relative(each, wanted) for each in logits)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Give two files each other's name."""
+    aside = one.with_name("aside")
+    for source, to in ((one, aside), (other, one), (aside, other)):
+        source.rename(to)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from library import exchange
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
@@ -183,18 +184,14 @@ def test_files_that_were_exchanged(splits: Splits, tmp_path: Path) -> None:
     """The Hugging Face flavour says in each file where its tensors belong, so torch loads the same; `check` objects."""
     model, good = splits("llama-gqa", 2, "dcp-hf")
     shards = Path(shutil.copytree(good, tmp_path / "set"))
-    one, two = (shards / f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in (1, 2))
-    for source, to in ((one, shards / "x"), (two, one), (shards / "x", two)):
-        source.rename(to)
+    exchange(*(shards / f"shard-{rank:05}-model-00001-of-00001.safetensors" for rank in (1, 2)))
     for record in shards.glob("rank-*.json"):
         record.unlink()
     verdict = verifying.verify(shards, model, tiers=("bytes", "exact"), device="cpu")
     assert [(tier.name, tier.status) for tier in verdict.tiers] == [("bytes", "fail"), ("exact", "pass")]
     model, good = splits("llama-gqa", 2, "dcp")
     shards = Path(shutil.copytree(good, tmp_path / "other"))
-    (shards / "__0_0.distcp").rename(shards / "x")
-    (shards / "__1_0.distcp").rename(shards / "__0_0.distcp")
-    (shards / "x").rename(shards / "__1_0.distcp")
+    exchange(shards / "__0_0.distcp", shards / "__1_0.distcp")
     with pytest.raises(CorruptError, match="archive"):
         judged(model, shards)
 

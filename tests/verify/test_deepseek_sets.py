@@ -132,9 +132,7 @@ def test_a_mistake_is_named(fault: str, pair: tuple[Path, Path], tmp_path: Path)
 
 def test_exchanged_files(pair: tuple[Path, Path], tmp_path: Path) -> None:
     shards = Path(shutil.copytree(pair[1], tmp_path / "set"))
-    one, two = shards / "model0-mp2.safetensors", shards / "model1-mp2.safetensors"
-    for source, to in ((one, shards / "x"), (two, one), (shards / "x", two)):
-        source.rename(to)
+    library.exchange(shards / "model0-mp2.safetensors", shards / "model1-mp2.safetensors")
     verdict = judged(pair[0], shards)
     assert verdict.exit_code == 1 and "rank 0 has other experts of model.layers.1.mlp.experts" in (verdict.reason or "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +16,17 @@ from newer_checkpoints import NEWER
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import tpshard
 from tpshard.errors import DifferentError, UnsupportedError, UsageError
 from tpshard.verify.compare import EXACT_LIMIT
 from tpshard.verify.decoder import Decoder
-from tpshard.verify.families import describe
+from tpshard.verify.families import FAMILIES, describe
 from tpshard.verify.group import Single
 from tpshard.verify.hf import run as engine
 from tpshard.verify.hf.canaries import exact_canaries
 from tpshard.verify.hf.faults import FAULTS
 from tpshard.verify.hf.heads import heads_of
-from tpshard.verify.hf.model import MODEL_TYPES, Cut, model_config
+from tpshard.verify.hf.model import MODEL_TYPES, SEEING, Cut, model_config
 from tpshard.verify.hf.modes import Pinned, Wide
 from tpshard.verify.hf.names import recipes
 from tpshard.verify.hf.sides import Sides
@@ -96,6 +98,14 @@ def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., Side
             caught += 1
             assert library.error(replace(one, ranks=damaged), wanted, pins) > 1e3 * EXACT_LIMIT, fault
     assert caught >= 5
+
+
+def test_every_model_type_with_rules_is_run() -> None:
+    """By the decoder, by its class, or, of a multimodal model, by the class that computes the same."""
+    files = Path(tpshard.__file__).parent.glob("architectures/*.toml")
+    rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
+    assert rules <= FAMILIES.keys() | MODEL_TYPES | SEEING.keys()
+    assert set(SEEING.values()) <= MODEL_TYPES
 
 
 def test_every_architecture_has_a_variant() -> None:
@@ -174,6 +184,7 @@ def test_wide_and_not_wide() -> None:
             torch.equal(x.float(), x) and torch.equal(x.to(torch.float32), x) and torch.zeros(1).dtype == torch.float64
         )
         assert torch.softmax(x, 0, dtype=torch.float32).dtype == torch.float64
+        assert float(torch.full((), torch.finfo(torch.float64).min)) == torch.finfo(torch.float64).min
     assert x.float().dtype == torch.float32
 
 
@@ -285,6 +296,13 @@ def test_the_native_tier(name: str, sides: Callable[..., Sides]) -> None:
     damaged = FAULTS["heads-swapped-between-ranks"].mutant(one.frame.config, one.source, one.ranks, 0)
     assert damaged is not None
     assert native(replace(one, ranks=damaged), torch.bfloat16, 2).status == "fail"
+
+
+def test_heads_of_a_core_on_two_ranks(made: Made, tmp_path: Path) -> None:
+    """Of CodeGen's four cores each has two heads, and so has each of eight ranks half a core's q, v and k."""
+    with torch.no_grad():
+        tier = exact(library.opened(made("codegen"), 8, tmp_path / "out"))
+    assert (tier.status, tier.reason) == ("pass", None)
 
 
 def test_some_layers(sides: Callable[..., Sides]) -> None:

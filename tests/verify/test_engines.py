@@ -319,12 +319,6 @@ def test_a_wrong_kv_replica(splits: Splits, tmp_path: Path) -> None:
     assert (verdict.reason or "").startswith("model.layers.0.self_attn.k_proj of rank 1")
 
 
-def exchange(one: Path, other: Path) -> None:
-    one.rename(one.with_name("x"))
-    other.rename(one)
-    one.with_name("x").rename(other)
-
-
 @pytest.mark.parametrize(
     ("format", "version", "files"),
     [("vllm", None, "model-rank-{}-part-0.safetensors"), ("meta", "3", "consolidated.{:02}.pth")],
@@ -332,7 +326,7 @@ def exchange(one: Path, other: Path) -> None:
 def test_exchanged_files(format: str, version: str | None, files: str, splits: Splits, tmp_path: Path) -> None:
     model, good = splits("llama-gqa", 2, format, version)
     shards = Path(shutil.copytree(good, tmp_path / "shards"))
-    exchange(shards / files.format(0), shards / files.format(1))
+    library.exchange(shards / files.format(0), shards / files.format(1))
     verdict = judged(model, shards)
     assert (verdict.exit_code, verdict.reason) == (1, "the files of ranks 0 and 1 are exchanged")
 
