@@ -92,10 +92,16 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_shared_expert_intermediate_size": 48, "moe_latent_size": 40, "hybrid_override_pattern": "M*-E"}
         | {"num_hidden_layers": 4},
     ),
+    "falcon_h1": (
+        "falcon_h1",
+        _MAMBA | {"mamba_d_ssm": 128, "mamba_rms_norm": True, "ssm_multipliers": [0.5, 0.7, 1.3, 1.7, 2.0]},
+    ),
+    "falcon_h1-no-norm": ("falcon_h1", _MAMBA | {"mamba_d_ssm": 128, "mamba_norm_before_gate": False}),
     "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
     "afmoe": ("afmoe", _WIDE | _EXPERTS | {"num_dense_layers": 1}),
 }
 AS_THEY_ARE = frozenset(
     {"llama4_text", "granitemoeshared", "granitemoehybrid", "granitemoehybrid-dense", "qwen3_5_text", "bamba"}
+    | {"falcon_h1", "falcon_h1-no-norm"}
 )
 """Those whose experts are always stacked, or that have none."""

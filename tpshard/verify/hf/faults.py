@@ -249,7 +249,8 @@ def _gate_and_up_exchanged(bench: Bench) -> None:
     for gate, up in PAIRS.items():
         for name in bench.find(re.compile(rf"\b{gate}\."), cut=True):
             other = name.replace(f".{gate}.", f".{up}.")
-            for rank in range(bench.tp):
+            # An attention's gate has no other (AFMoE).
+            for rank in range(bench.tp) if other in bench.names else ():
                 one, two = bench.read(rank, name), bench.read(rank, other)
                 bench.write(rank, name, two)
                 bench.write(rank, other, one)

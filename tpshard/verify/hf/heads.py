@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
@@ -152,7 +153,24 @@ def tell_mixer(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> No
             expected=f"heads of {module.head_dim}, {each} to a group of {module.ssm_state_size}",
             found=f"{rows} rows, {conv} features, and numbers of {numbers} heads",
         )
+    _cut_buffers(module, first, h, first // each, g)
     module.num_heads, module.n_groups, module.intermediate_size, module.conv_dim = h, g, wide, features
+
+
+def _cut_buffers(module: Any, first: int, heads: int, first_group: int, groups: int) -> None:
+    """A rank's part of what a mixer computes from the config for each row of its first projection (Falcon-H1)."""
+    head, state = module.head_dim, module.ssm_state_size
+    of_heads, of_groups = (module.num_heads, head, first, heads), (module.n_groups, state, first_group, groups)
+    blocks = (of_heads, of_heads, of_groups, of_groups, (module.num_heads, 1, first, heads))
+    sizes = [count * unit for count, unit, _, _ in blocks]
+    for leaf, buffer in module._buffers.items():
+        if buffer is not None and buffer.shape[-1] == sum(sizes):
+            parts = zip(buffer.split(sizes, -1), blocks, strict=True)
+            module._buffers[leaf] = torch.cat(
+                [part.narrow(-1, at * unit, n * unit) for part, (_, unit, at, n) in parts], -1
+            )
+    if hasattr(module, "groups_time_state_size"):
+        module.groups_time_state_size = groups * state
 
 
 def _held(cut: Cut | None, rank: int) -> int | None:

@@ -21,13 +21,13 @@ from tpshard.verify.weights import Weights
 MODEL_TYPES = frozenset(
     (
         "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
-        " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma2 gemma3_text glm glm4"
-        " glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite granite_swa granitemoe"
-        " granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3"
-        " iquestcoder jais2 llama llama4_text minimax_m2 ministral ministral3 mistral mixtral mpt nanochat"
-        " nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3"
-        " qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm starcoder2"
-        " vaultgemma xglm"
+        " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2"
+        " gemma3_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite"
+        " granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe"
+        " hy_v3 hyperclovax internlm3 iquestcoder jais2 llama llama4_text minimax_m2 ministral ministral3"
+        " mistral mixtral mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3"
+        " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3"
+        " solar_open stablelm starcoder2 vaultgemma xglm"
     ).split()
 )
 SEEING = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -36,7 +36,7 @@ TEXT_KEYS = ("text_config", "llm_config", "language_config")
 HINT = "pip install 'tpshard[transformers]', or --tier bytes"
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
-TUPLE_LAYERS = {"bamba", "codegen", "glm_moe_dsa", "mpt"}
+TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
