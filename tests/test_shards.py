@@ -102,6 +102,28 @@ def test_the_hint_for_missing_ranks_works() -> None:
     succeeds("check", "set", "--source", "model")
 
 
+@pytest.mark.parametrize("lost", ["file", "end", "record"])
+@pytest.mark.parametrize("size", [(), ("--max-file-size", "1kB")])
+def test_the_way_out_of_a_lost_file_works(lost: str, size: tuple[object, ...]) -> None:
+    """A rank's record alone does not make it complete: the command of the hint writes what was there."""
+    split(Path("model"), "whole", 4, *size)
+    shutil.rmtree("set")
+    shutil.copytree("whole", "set")
+    again = ("split", "model", "--tp", 4, "-o", "set", "--ranks", 3, "--no-fsync", *size)
+    assert "already there and complete" in fails(9, *again)["message"]
+    path = record(3) if lost == "record" else sorted(Path("set").glob("rank-00003-*.safetensors"))[-1]
+    if lost == "end":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    assert "--ranks 3" in fails(3, "check", "set")["hint"]
+    succeeds(*again)
+    assert {p.name: p.read_bytes() for p in Path("set").iterdir()} == {
+        p.name: p.read_bytes() for p in Path("whole").iterdir()
+    }
+    succeeds("check", "set", "--source", "model")
+
+
 def test_a_part_of_a_rank_is_missing() -> None:
     shutil.rmtree("set")
     split(Path("model"), "set", 4, "--max-file-size", "1kB")

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpshard.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
-from tpshard.errors import CorruptError, DifferentError, TargetError, UsageError
+from tpshard.errors import DifferentError, TargetError, UsageError
 from tpshard.execute import Convert
-from tpshard.files import local_error
 from tpshard.formats import hf
 from tpshard.formats.base import (
     DEFAULT_MAX_FILE_SIZE,
@@ -34,6 +33,7 @@ from tpshard.model import Model, check_dtype, from_checkpoint, placed_in
 from tpshard.planning import Placed, join
 from tpshard.publish import LOCK, Job, Settings, publish
 from tpshard.report import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
+from tpshard.target import is_written
 
 if TYPE_CHECKING:
     from tpshard.formats.shards import ShardSet
@@ -413,18 +413,9 @@ def _convert(sources: Iterable[StoredTensor], targets: Iterable[StoredTensor]) -
 
 def _is_written(target: Path, planned: Split, rank: int) -> bool:
     """Whether a rank of this very set is complete in a shared directory."""
-    path = target / f"{rank_stem(rank, planned.options.tp)}.json"
-    try:
-        record = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise local_error(error, "cannot read", path) from error
-    except ValueError:
-        raise CorruptError(
-            "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
-        ) from None
-    return isinstance(record, dict) and record.get("set") == planned.set_id
+    files = planned.files(rank)
+    expected = record(planned, rank, files, dict.fromkeys(file.name for file in files))
+    return is_written(target / f"{rank_stem(rank, planned.options.tp)}.json", expected)
 
 
 __all__ = ["Settings", "check", "inspect", "merge", "plan", "reshard", "split"]

@@ -19,7 +19,15 @@ from pathlib import Path
 from tpshard.checkpoint import MANIFEST
 from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError
 from tpshard.execute import Convert, Loader, Progress
-from tpshard.files import Files, local_error, make_directory, require_space, sync_directory, write_small
+from tpshard.files import (
+    Files,
+    local_error,
+    make_directory,
+    require_space,
+    sync_directory,
+    unlink_if_there,
+    write_small,
+)
 from tpshard.lock import Lock
 from tpshard.planning import OutputFile, Plan, Transfer
 from tpshard.sums import SUMS, sums
@@ -197,6 +205,9 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
     )
     needed = writer.remaining() + sum(map(len, job.small.values()))
     require_space(work, needed, hint="free some space, or give another disk with -o")
+    if job.shared:  # a rank's files were lost: it is not complete, and its record says so until it is written again
+        for name in _records(job):
+            unlink_if_there(files, work / name)
     return writer
 
 
@@ -257,8 +268,9 @@ def _has_sums(job: Job, settings: Settings) -> bool:
     return settings.checksum and not job.shared
 
 
-def _records(job: Job) -> set[str]:
-    return set(job.records({output.name: None for output in job.plan.outputs}))
+def _records(job: Job) -> Mapping[str, bytes]:
+    """The records as they are planned: without checksums."""
+    return job.records({output.name: None for output in job.plan.outputs})
 
 
 def _expected(job: Job) -> set[str]:

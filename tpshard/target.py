@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tpshard.checkpoint import MANIFEST, side_files
-from tpshard.errors import TargetError
-from tpshard.files import Files
+from tpshard.errors import CorruptError, TargetError
+from tpshard.files import Files, local_error
 from tpshard.sums import SUMS
 from tpshard.writer import PARTIAL, journal_path, read_journal
 
@@ -107,11 +109,11 @@ def check_leftovers(
 
 
 def check_shared(
-    work: Path, expected: set[str], manifest: bytes, runs: Mapping[str, str], records: Iterable[str]
+    work: Path, expected: set[str], manifest: bytes, runs: Mapping[str, str], records: Mapping[str, bytes]
 ) -> None:
     """A directory that several hosts write into is of this very set, and our ranks in it of these runs.
 
-    records: names of the files that say of a rank that it is complete.
+    records: by name, the files that say of a rank that it is complete, as `is_written` takes them.
     """
     path = work / MANIFEST
     if not path.exists() and (found := strangers(work, expected, models=False)):
@@ -127,7 +129,7 @@ def check_shared(
             path=path,
             hint="every host must give the same model, revision and options; or give another directory with -o",
         )
-    if done := [name for name in records if (work / name).exists()]:
+    if done := [name for name, expected in records.items() if is_written(work / name, expected)]:
         raise TargetError(
             "another run has just finished here",
             path=work / done[0],
@@ -139,6 +141,35 @@ def check_shared(
             path=work / others[0],
             hint=f"repeat that command to finish it, or remove {others[0]}* and .{others[0]}* to start anew",
         )
+
+
+def is_written(path: Path, expected: bytes) -> bool:
+    """Whether a rank is complete: its record at `path` is of this set, and the files beside it have their sizes.
+
+    expected: the record as it is planned; its checksums do not count. CorruptError when the record cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    except ValueError:
+        raise CorruptError(
+            "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
+        ) from None
+    planned = json.loads(expected)
+    if _without_checksums(found) != _without_checksums(planned):
+        return False
+    files = [(path.with_name(part["file"]), part["size"]) for part in planned["parts"]]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+
+
+def _without_checksums(record: Any) -> Any:
+    try:
+        return record | {"parts": [part | {"sha256": None} for part in record["parts"]]}
+    except (TypeError, KeyError):
+        return None
 
 
 def other_runs(work: Path, runs: Mapping[str, str]) -> list[str]:

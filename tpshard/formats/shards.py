@@ -5,7 +5,8 @@ Everything is read from the manifest and the files' headers. The rules that made
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,7 @@ class ShardSet:
                 path=self.directory,
                 expected=f"ranks 0 to {self.tp - 1}",
                 found=f"{self.tp - len(missing)} of {self.tp}",
-                hint=f"`tpshard split` with the same options, --ranks {','.join(map(str, missing))} and "
-                f"-o {self.directory} writes what is missing",
+                hint=f"{_again(self.directory, missing)} writes what is missing",
             )
 
     def placed(self) -> list[Placed]:
@@ -96,6 +96,10 @@ class ShardSet:
                 info = infos[stored.name]
                 found.append(Placed(stored, info.file, info.begin))
         return found
+
+
+def _again(directory: Path, ranks: Iterable[int]) -> str:
+    return f"`tpshard split` with the same options, --ranks {','.join(map(str, ranks))} and -o {directory}"
 
 
 def is_shard_set(path: Path) -> bool:
@@ -267,7 +271,8 @@ def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tup
             expected=f"the files of ranks 0 to {tp - 1}",
             hint="keep one set in one directory",
         )
-    check_literals(output, path)
+    with _can_be_written_again(path, rank):
+        check_literals(output, path)
     tensors = []
     for stored, _, begin in output.tensors:
         name, dtype, shape = stored.name, stored.dtype, stored.shape
@@ -277,7 +282,9 @@ def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tup
 
 def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> tuple[tuple[TensorInfo, ...], int]:
     """The tensors of a safetensors file, and how many files its rank has; CorruptError when it is not of the set."""
-    tp, header = split.options.tp, read_header(path)
+    tp = split.options.tp
+    with _can_be_written_again(path, numbers["rank"]):
+        header = read_header(path)
     said = header.metadata
     if said.get("tpshard.set") != split.set_id or numbers.get("tp", tp) != tp:
         raise CorruptError(
@@ -298,6 +305,15 @@ def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> t
             )
     parts = said.get("tpshard.parts", "")
     return header.tensors, int(parts) if parts.isdecimal() else 0
+
+
+@contextmanager
+def _can_be_written_again(path: Path, rank: int) -> Iterator[None]:
+    try:
+        yield
+    except CorruptError as error:
+        error.hint = f"{error.hint}; or remove it, and {_again(path.parent, [rank])} writes it again"
+        raise
 
 
 def _refuse_other(directory: Path, name: str, split: Split) -> None:
