@@ -28,6 +28,7 @@ EXAMPLES = {
     "an index that disagrees": "test_checkpoint.py::test_index_lists_a_tensor_in_another_shard",
     "a Git-LFS pointer": "test_checkpoint.py::test_damaged_weights",
     "ranks missing or mixed": "test_shards.py::test_two_sets_in_one_directory",
+    "a small file that `SHA256SUMS` contradicts": "test_sums.py::test_check_compares_the_small_files_with_it",
     "config and tensors contradict each other": "test_checkpoint.py::test_config_that_contradicts_the_tensors",
     "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
     "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",

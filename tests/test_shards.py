@@ -192,6 +192,8 @@ def test_a_rank_of_a_model_that_differs_in_its_bytes_alone() -> None:
     other = split(Path("elsewhere/model"), "other")
     shutil.copy(other / weights(2).name, "set")
     shutil.copy(other / record(2).name, "set")
+    assert "rank-00002-of-00004" in fails(3, "check", "set", "--source", "model")["message"], "not of SHA256SUMS"
+    Path("set/SHA256SUMS").unlink()
     assert tpshard("check", "set", "--source", "model").code == 1
     error = judged_by_merge()
     assert "differ" in error["message"]
@@ -434,6 +436,8 @@ def test_a_key_of_the_manifest_is_missing(key: str) -> None:
 def test_a_manifest_that_was_only_laid_out_anew_is_the_same() -> None:
     path = Path("set/tpshard.json")
     path.write_text(json.dumps(json.loads(path.read_text()), indent=4))
+    assert "tpshard.json was changed" in fails(3, "check", "set")["message"], "SHA256SUMS is of bytes"
+    Path("set/SHA256SUMS").unlink()
     succeeds("check", "set")
 
 
@@ -454,14 +458,17 @@ def test_a_manifest_of_a_later_version() -> None:
 # --- records ---
 
 
-def test_any_damage_of_a_record_is_found() -> None:
+@pytest.mark.parametrize("sums", [True, False])
+def test_any_damage_of_a_record_is_found(sums: bool) -> None:
+    if not sums:
+        Path("set/SHA256SUMS").unlink()
     path = record(1)
     document = json.loads(path.read_text())
     for place, damaged in mutants(document, list(paths(document))):
         path.write_text(json.dumps(damaged))
         result = tpshard("check", "set")
         digest = damaged["parts"][0].get("sha256", 0) if place[-1] == "sha256" else 0
-        expected = 0 if digest is None else 1 if isinstance(digest, str) else 3
+        expected = 3 if sums else 0 if digest is None else 1 if isinstance(digest, str) else 3
         assert result.code == expected and "Traceback" not in result.err, (place, damaged, result.err)
 
 
@@ -472,6 +479,7 @@ def test_a_record_that_is_none(text: str) -> None:
 
 
 def test_a_record_of_another_size_or_other_files() -> None:
+    Path("set/SHA256SUMS").unlink()
     document = json.loads(record(1).read_text())
     document["parts"][0]["size"] += 1
     record(1).write_text(json.dumps(document))

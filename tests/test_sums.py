@@ -9,11 +9,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import llama, succeeds
+from command import fails, llama, succeeds
 
 from tpshard import api
 from tpshard.publish import Settings
-from tpshard.sums import SUMS, sums
+from tpshard.sums import SUMS, read_sums, sums
 
 sha256sum = pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is a command of GNU coreutils")
 QUICK = Settings(workers=1, fsync=False)
@@ -77,7 +77,68 @@ def test_names_that_would_end_a_line_are_escaped(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(data)
     (tmp_path / "large").write_bytes(b"large")
     text = sums({"large": hashlib.sha256(b"large").hexdigest()}, small)
+    assert read_sums(text).keys() == {*small, "large"} and read_sums(text)["large"] in text.decode("latin-1")
+    assert all(read_sums(text)[name] == hashlib.sha256(data).hexdigest() for name, data in small.items())
     (tmp_path / SUMS).write_bytes(text)
     code, said = judged(tmp_path)
     assert code == 0 and said.count(": OK\n") == len(small) + 1
     assert text.count(b"\n") == len(small) + 1 == len(os.listdir(tmp_path)) - 1
+
+
+SMALL = ["config.json", "tokenizer.json", "tpshard.json", "rank-00001-of-00002.json"]
+
+
+@pytest.fixture
+def model_and_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with a tokenizer, and its split."""
+    monkeypatch.chdir(tmp_path)
+    (llama(Path("model")) / "tokenizer.json").write_text("{}\n")
+    api.split("model", 2, "set", settings=QUICK)
+
+
+@pytest.mark.usefixtures("model_and_set")
+@pytest.mark.parametrize("source", [(), ("--source", "model")])
+def test_check_compares_the_small_files_with_it(source: tuple[str, ...]) -> None:
+    for name in SMALL:
+        path = Path("set", name)
+        data = path.read_bytes()
+        path.write_bytes(data + b"\n")
+        error = fails(3, "check", "set", *source)
+        assert error["path"] == str(path) and f"{name} was changed" in error["message"] and SUMS in error["hint"]
+        path.write_bytes(data)
+    Path("set/tokenizer.json").unlink()
+    error = fails(3, "check", "set", *source)
+    assert error["path"] == "set/tokenizer.json" and "not there" in error["message"]
+    Path("set", SUMS).unlink()
+    succeeds("check", "set", *source)
+
+
+@pytest.mark.usefixtures("model_and_set")
+@pytest.mark.parametrize("source", [(), ("--source", "model")])
+def test_check_finds_what_was_changed_in_it(source: tuple[str, ...]) -> None:
+    path = Path("set", SUMS)
+    lines = path.read_text().splitlines(keepends=True)
+    weights = "rank-00001-of-00002.safetensors"
+    for line in lines:
+        name = line.split()[1]
+        other = line.replace(line[0], "1" if line[0] == "0" else "0", 1)
+        path.write_text("".join(lines).replace(line, other))
+        says = f"the record and {SUMS} disagree about {name}" if "safetensors" in name else f"{name} was changed"
+        assert says in fails(3, "check", "set", *source)["message"]
+    for name in (weights, "rank-00001-of-00002.json", "tpshard.json"):
+        path.write_text("".join(line for line in lines if name not in line))
+        assert f"does not list {name}" in fails(3, "check", "set", *source)["message"]
+    for text in ("", "no line\n", lines[0] * 2, lines[0].rstrip() + "\r\n", "0" * 64 + "  \n"):
+        path.write_text(text, newline="")
+        assert f"{SUMS} is damaged" in fails(3, "check", "set", *source)["message"]
+    path.write_text("".join(lines))
+    Path("set/vocab.json").write_text("{}")
+    found = succeeds("check", "set", *source, "--json")
+    assert found.json["unchecked"] == [f"vocab.json is not listed in {SUMS}"]
+
+
+@pytest.mark.usefixtures("model_and_set")
+def test_a_name_in_it_that_leaves_the_set() -> None:
+    with Path("set", SUMS).open("a") as file:
+        file.write("0" * 64 + "  ../model/config.json\n")
+    fails(5, "check", "set")

@@ -302,11 +302,13 @@ def check(
 ) -> CheckReport:
     """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
 
+    Small files are compared with SHA256SUMS where the set has one.
+
     tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
     the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
     """
     settings = settings or Settings()
-    from tpshard.checking import check_records, check_source
+    from tpshard.checking import check_records, check_source, check_sums
 
     found = _open_shards(Path(shards), allow_pickle)
     if tp is not None and tp != found.tp:
@@ -318,15 +320,17 @@ def check(
             hint=f"`tpshard reshard {found.directory} --tp {tp}` makes one",
         )
     found.require_complete()
+    unlisted = check_sums(found)
     if source is None:
-        return CheckReport(found, None, *check_records(found, settings))
+        differences, unchecked = check_records(found, settings)
+        return CheckReport(found, None, differences, unlisted + unchecked)
     checkpoint = open_checkpoint(source, revision, allow_pickle=allow_pickle)
     model = from_checkpoint(checkpoint, _path(rules), found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     convert = _convert((place.stored for place in placed), chain.from_iterable(planned.layout))
-    judged = check_source(found, planned, placed, convert, settings)
-    return CheckReport(found, checkpoint.name, *judged, checkpoint.warnings)
+    differences = check_source(found, planned, placed, convert, settings)
+    return CheckReport(found, checkpoint.name, differences, unlisted, checkpoint.warnings)
 
 
 def inspect(path: str | Path) -> InspectReport:

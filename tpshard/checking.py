@@ -8,14 +8,20 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tpshard.checkpoint import MANIFEST, read_bytes, safe_path
 from tpshard.errors import CorruptError
 from tpshard.execute import Comparer, Convert, Handles, Loader, run
 from tpshard.files import read_exactly
-from tpshard.formats.base import Split
+from tpshard.formats.base import Split, rank_stem
 from tpshard.formats.shards import ShardSet
 from tpshard.header import DTYPE_BITS, TensorInfo
 from tpshard.planning import OutputFile, Placed, join
 from tpshard.publish import Settings
+from tpshard.sums import SUMS, read_sums
+
+_CHANGED = (
+    f"copy the file again from where the set comes from, or split again; if it was changed on purpose, remove {SUMS}"
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +91,44 @@ def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference
     return sorted(differences, key=lambda d: d.file), notes
 
 
+def check_sums(shards: ShardSet) -> list[str]:
+    """The small files against SHA256SUMS, where the set has one; and the records' checksums, which it repeats.
+
+    Returns what it does not list, and so could not be judged. CorruptError when it and a file contradict each other.
+    """
+    directory = shards.directory
+    if not all((directory / name).is_file() for name in (SUMS, MANIFEST)):  # hosts that share a directory write none
+        return []
+    path = safe_path(directory, SUMS)
+    try:
+        listed = read_sums(read_bytes(path))
+    except ValueError as error:
+        raise CorruptError(
+            f"{SUMS} is damaged", path=path, expected="HEX  NAME", found=repr(str(error)), hint=_CHANGED
+        ) from None
+    weights = {part["file"]: part["sha256"] for record in shards.records.values() for part in record["parts"]}
+    needed = [*weights, *(f"{rank_stem(rank, shards.tp)}.json" for rank in shards.records), MANIFEST]
+    for name in needed:
+        if name not in listed:
+            raise CorruptError(f"{SUMS} does not list {name}", path=path, hint=_CHANGED)
+    for name, expected in listed.items():
+        if name not in weights and not (directory / name).is_file():
+            raise CorruptError(f"{name} is listed in {SUMS} but is not there", path=directory / name, hint=_CHANGED)
+        found = weights[name] if name in weights else hashlib.sha256(read_bytes(safe_path(directory, name))).hexdigest()
+        if found not in (expected, None):  # None: the record has no checksum, which is said elsewhere
+            what = f"the record and {SUMS} disagree about {name}" if name in weights else f"{name} was changed"
+            raise CorruptError(
+                what, path=directory / name, expected=f"sha256 {expected}", found=f"sha256 {found}", hint=_CHANGED
+            )
+    return [f"{side.name} is not listed in {SUMS}" for side in shards.side_files if side.name not in listed]
+
+
 def check_source(
     shards: ShardSet, expected: Split, sources: Sequence[Placed], convert: Convert | None, settings: Settings
-) -> tuple[list[Difference], list[str]]:
+) -> list[Difference]:
     """Every byte of every rank against the source, by rules evaluated anew; the manifest's boxes are not used.
 
-    Returns the differences, one for each tensor and file, and what could not be judged.
+    Returns the differences, one for each tensor and file.
     """
     differences = []
     outputs = []
@@ -123,7 +161,7 @@ def check_source(
         where = _element(held[name, file], offset)
         message = f"differs from the source, first at element {where} (byte {offset:,} of the file)"
         differences.append(Difference(file.rpartition("/")[2], name, message))
-    return differences, []
+    return differences
 
 
 def _element(info: TensorInfo, offset: int) -> list[int]:

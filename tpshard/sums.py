@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 
 SUMS = "SHA256SUMS"
+_LINE = re.compile(rb"\\?([0-9a-f]{64}) [ *]([^\r\n]+)")
+_ESCAPED = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 
 
 def sums(digests: Mapping[str, str | None], small: Mapping[str, bytes]) -> bytes:
     """A line for each file, in the order of their names. digests: sha256 by name. small: files by their content."""
     known = {**digests, **{name: hashlib.sha256(data).hexdigest() for name, data in small.items()}}
     return b"".join(_line(os.fsencode(name), known[name]) for name in sorted(known, key=os.fsencode))
+
+
+def read_sums(data: bytes) -> dict[str, str]:
+    """sha256 by name, of a file that `sums` or sha256sum wrote. ValueError, with the line, when it is damaged."""
+    known: dict[str, str] = {}
+    for line in data.removesuffix(b"\n").split(b"\n"):
+        found = _LINE.fullmatch(line)
+        name = found and found[2]
+        if name and line.startswith(b"\\"):
+            name = re.sub(rb"\\[\\nr]", lambda escape: _ESCAPED[escape[0]], name)
+        if not (found and name) or os.fsdecode(name) in known:
+            raise ValueError(os.fsdecode(line))
+        known[os.fsdecode(name)] = found[1].decode()
+    return known
 
 
 def _line(name: bytes, digest: str | None) -> bytes:
