@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 from command import fails, llama, succeeds, tpshard
+from crash.scene import fine_grained
+from crash.seams import Died, Faulty, one_thread
 from toys import Tensor, metadata, read, read_all
 
+from tpshard import api
 from tpshard.errors import CorruptError
 from tpshard.formats.shards import open_shards
 from tpshard.header import build_header
+from tpshard.publish import Settings
 
 Json = Any
 VERBS = (("check", "set"), ("merge", "set"), ("reshard", "set", "--tp", 2), ("inspect", "set"))
@@ -141,8 +145,16 @@ def test_not_a_shard_set() -> None:
 
 
 def test_an_unfinished_run_is_pointed_at() -> None:
-    Path("set").rename("other.partial")
-    assert fails(2, "check", "other")["found"] == "an unfinished run in other.partial"
+    with fine_grained(), one_thread(), pytest.raises(Died):
+        api.split("model", 4, "other", settings=Settings(workers=1, files=Faulty(80, None)))
+    here = fails(3, "check", "other.partial")
+    error = fails(2, "check", "other")
+    assert error["found"] == "an unfinished run in other.partial"
+    assert error["hint"] == here["hint"] and "same `tpshard split` command again, with -o other:" in here["hint"]
+    succeeds("split", "model", "--tp", 4, "-o", "other")
+    succeeds("check", "other")
+    Path("set").rename("moved.partial")
+    assert "unfinished" not in fails(2, "check", "moved")["hint"], "nobody left it so"
 
 
 def test_the_manifest_is_missing() -> None:

@@ -21,6 +21,7 @@ from tpshard.header import TensorInfo, nbytes, read_header
 from tpshard.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.model import Model
 from tpshard.planning import Placed
+from tpshard.publish import LOCK
 from tpshard.rules import Axis, Cut
 from tpshard.writer import PARTIAL
 
@@ -84,7 +85,7 @@ class ShardSet:
                 path=self.directory,
                 expected=f"ranks 0 to {self.tp - 1}",
                 found=f"{self.tp - len(missing)} of {self.tp}",
-                hint=f"{_again(self.directory, missing)} writes what is missing",
+                hint=_resume(self.directory) or f"{_again(self.directory, missing)} writes what is missing",
             )
 
     def placed(self) -> list[Placed]:
@@ -102,6 +103,14 @@ def _again(directory: Path, ranks: Iterable[int]) -> str:
     return f"`tpshard split` with the same options, --ranks {','.join(map(str, ranks))} and -o {directory}"
 
 
+def _resume(directory: Path) -> str | None:
+    """The way out of a directory that a run has begun and not finished; None for another one."""
+    if not (directory / LOCK).exists():
+        return None
+    out = str(directory).removesuffix(PARTIAL)
+    return f"give the same `tpshard split` command again, with -o {out}: it goes on where the unfinished run stopped"
+
+
 def is_shard_set(path: Path) -> bool:
     """Whether a directory says that it is a shard set."""
     return (path / MANIFEST).is_file()
@@ -110,19 +119,20 @@ def is_shard_set(path: Path) -> bool:
 def open_shards(directory: Path) -> ShardSet:
     """Open a shard set; CorruptError when files of another set or width, or a damaged one, are among its files."""
     if not directory.is_dir():
-        unfinished = directory.with_name(directory.name + PARTIAL)
+        unfinished = Path(f"{directory}{PARTIAL}")
         raise UsageError(
             "no such directory",
             path=directory,
             found=f"an unfinished run in {unfinished}" if unfinished.is_dir() else None,
-            hint="give the directory that `tpshard split` wrote",
+            hint=_resume(unfinished) or "give the directory that `tpshard split` wrote",
         )
     if not is_shard_set(directory):
         if not any(directory.glob("rank-*")):
             raise UsageError(
                 f"not a shard set: no {MANIFEST} here",
                 path=directory,
-                hint="give the directory that `tpshard split` wrote; it takes an unsharded checkpoint",
+                hint=_resume(directory)
+                or "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint",
             )
         raise CorruptError(
             f"{MANIFEST} is missing",
