@@ -177,6 +177,7 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
         repo_id, revision = _cached_repo(directory)
     names = {entry.name for entry in _entries(directory)}
     if "config.json" not in names:
+        _refuse_meta(directory)
         raise CorruptError("no config.json beside the weights", path=directory, hint="it tells the architecture")
     config = read_config(read_bytes(safe_path(directory, "config.json")), directory / "config.json")
     _refuse_quantised(names, directory)
@@ -208,6 +209,20 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
         side_files=side_paths(directory, names),
         **found,
     )
+
+
+def _refuse_meta(directory: Path) -> None:
+    from tpshard.formats.meta_input import is_meta
+
+    if is_meta(directory):
+        raise UsageError(
+            "this is a checkpoint in Meta's own form, cut for its ranks",
+            path=directory,
+            expected="an unsharded Hugging Face checkpoint",
+            found="params.json and consolidated.*.pth",
+            hint=f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
+            f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew",
+        )
 
 
 def _refuse_quantised(names: set[str], place: object) -> None:

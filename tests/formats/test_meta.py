@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -177,6 +178,25 @@ def test_what_cannot_be_read(model: Path, tmp_path: Path) -> None:
     (source / "consolidated.00.pth").unlink()
     assert "missing" in str(fails(3, "merge", source, "--allow-pickle", "-o", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_who_wants_a_hugging_face_checkpoint_says_how_to_make_one(model: Path, tmp_path: Path) -> None:
+    source, shards = tmp_path / "published", tmp_path / "set"
+    publish(model, source, 2, "2")
+    succeeds("split", model, "--tp", 2, "-o", shards)
+    verbs: list[tuple[object, ...]] = [(verb, source, "--tp", 2) for verb in ("plan", "split")]
+    verbs += [
+        ("advise", source, "--gpus", 2, "--gpu-memory", 80),
+        ("inspect", source),
+        ("check", shards, "--source", source),
+    ]
+    errors = [fails(2, *verb) for verb in verbs]
+    assert all(error == errors[0] for error in errors) and "Meta" in errors[0]["message"]
+    merge, reshard = re.findall("`tpshard (.+?)`", errors[0]["hint"])
+    succeeds(*merge.replace("OUT", str(tmp_path / "merged")).split())
+    assert equal(load_file(tmp_path / "merged/model.safetensors"), load_file(model / "model.safetensors"))
+    succeeds(*reshard.replace("--tp N", "--tp 1").split(), "-o", tmp_path / "one")
+    succeeds("plan", tmp_path / "merged", "--tp", 2)
 
 
 def test_a_damaged_archive_and_a_mixed_directory(model: Path, tmp_path: Path) -> None:
