@@ -259,8 +259,9 @@ def test_a_disk_that_is_too_small(model: Path, monkeypatch: pytest.MonkeyPatch) 
     real = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=real(path).f_frsize))
     error = fails(6, "split", model, "--tp", 2)
-    assert "not enough room" in error["message"] and "-o" in error["hint"]
-    assert int(error["expected"].split()[0]) > int(error["found"].split()[0]) == real(".").f_frsize
+    assert error["message"] == "not enough room" and "-o" in error["hint"] and "--ranks" in error["hint"]
+    assert error["expected"].endswith(" kB free") and error["found"] == console.human_bytes(real(".").f_frsize)
+    assert fails(6, "split", model, "--tp", 1, "--format", "hf")["hint"] == error["hint"].partition(", or write")[0]
 
 
 def test_stdout_that_refuses_and_that_left(model: Path) -> None:

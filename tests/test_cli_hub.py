@@ -121,7 +121,7 @@ def test_the_download_must_fit(server: HubServer, source: Path, monkeypatch: pyt
     full = SimpleNamespace(f_bavail=1, f_bfree=1, f_blocks=1, f_frsize=4096)
     monkeypatch.setattr("os.statvfs", lambda path: full)
     error = fails(6, "split", REPO, "--tp", 2)
-    assert "not enough room to download org/tiny" in error["message"] and error["found"] == "4096 bytes"
+    assert "not enough room to download org/tiny" in error["message"] and error["found"] == "4.1 kB"
     assert not [name for name in fetched(server) if name.endswith(".safetensors")]
     succeeds("plan", REPO, "--tp", 2)  # writes nothing
 

@@ -803,7 +803,7 @@ def test_download_that_does_not_fit_is_refused_before_it_begins(
     )
     with pytest.raises(LocalIOError, match="not enough room to download org/tiny") as caught:
         hub.download(REPO, None)
-    assert (caught.value.expected, caught.value.found) == (f"{needed} bytes", f"{free} bytes")
+    assert (caught.value.expected, caught.value.found) == (f"{needed} bytes free", f"{free} bytes")
     assert "HF_HOME" in str(caught.value.hint) and not server.requests("resolve")
     assert not (tmp_path / "home").exists()
     free = needed
@@ -815,7 +815,7 @@ def test_download_that_does_not_fit_is_refused_before_it_begins(
     with pytest.raises(LocalIOError) as caught:
         hub.download(REPO, None)
     changed = sum((source / name).stat().st_size for name in WANTED - {"model.safetensors"})
-    assert caught.value.expected == f"{changed} bytes"  # of the weights the cache has the blob
+    assert caught.value.expected == f"{changed} B free"  # of the weights the cache has the blob
 
 
 def test_token_goes_to_the_hub_alone(server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -564,7 +564,7 @@ def test_free_space_is_checked_before_the_first_byte(
     with pytest.raises(LocalIOError, match="not enough room") as raised:
         tpshard.split(source, 2, tmp_path / "out", ranks=ranks, settings=replace(QUICK, files=files))
     assert files.count("pwritev", "truncate") == 0
-    assert raised.value.expected == f"{needed} bytes" and raised.value.found == f"{needed - 1} bytes"
+    assert raised.value.expected == f"{needed} bytes free" and raised.value.found == f"{needed - 1} bytes"
     assert tree(tmp_path) == {}, "a refused run leaves nothing behind"
     free[0] += 1
     tpshard.split(source, 2, tmp_path / "out", ranks=ranks, settings=QUICK)

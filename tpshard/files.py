@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tpshard.console import human_bytes
 from tpshard.errors import CorruptError, LocalIOError
 
 IOV_MAX = 1024
@@ -166,12 +167,11 @@ def require_space(directory: Path, needed: int, *, doing: str = "", hint: str) -
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize
     if needed > free:
+        figures = human_bytes(needed), human_bytes(free)
+        if figures[0] == figures[1]:
+            figures = f"{needed} bytes", f"{free} bytes"
         raise LocalIOError(
-            f"not enough room{doing}: {needed:,} bytes are needed and {free:,} are free",
-            path=directory,
-            expected=f"{needed} bytes",
-            found=f"{free} bytes",
-            hint=hint,
+            f"not enough room{doing}", path=directory, expected=f"{figures[0]} free", found=figures[1], hint=hint
         )
 
 

@@ -204,7 +204,8 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
         progress=settings.progress,
     )
     needed = writer.remaining() + sum(map(len, job.small.values()))
-    require_space(work, needed, hint="free some space, or give another disk with -o")
+    fewer = "" if job.verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
+    require_space(work, needed, hint=f"free some space, or give another disk with -o{fewer}")
     if job.shared:  # a rank's files were lost: it is not complete, and its record says so until it is written again
         for name in _records(job):
             unlink_if_there(files, work / name)
