@@ -575,6 +575,29 @@ def test_check_says_what_it_judged(model: Path, options: list[str]) -> None:
     assert out == f"set: 4 ranks, equal to {'every byte of model' if options else 'its recorded checksums'}\n"
 
 
+def test_check_says_what_differs(model: Path) -> None:
+    """As text on stdout, the first ones; as JSON all of them, and one line on stderr."""
+    split(model, "set")
+    wrong = llama(Path("wrong"), seed=1)
+    for source, against in (([], "its recorded checksums"), (["--source", wrong], "wrong")):
+        if not source:
+            path = Path("set/rank-00001-of-00004.safetensors")
+            data = path.read_bytes()
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        text, found = tpshard("check", "set", *source), tpshard("check", "set", *source, "--json", "-q")
+        differences = found.json["differences"]
+        lines = [f"{each['file']}: {each['tensor'] or 'content'}: {each['message']}" for each in differences]
+        more = len(lines) - cli.DIFFERENCES
+        assert (text.code, found.code, text.err) == (1, 1, "") and (more > 0) == bool(source)
+        assert text.out.splitlines() == [
+            *lines[: cli.DIFFERENCES],
+            *([f"and {more} more (--json lists them)"] if source else []),
+            f"set: 4 ranks, DIFFERENT from {against}",
+        ]
+        rest = f", and {len(lines) - 1} more" if source else ""
+        assert found.err == f"different: {lines[0]}{rest}\n"
+
+
 HOW = {
     "--workers=3": {"workers": 3},
     "--no-fsync": {"fsync": False},

@@ -32,6 +32,9 @@ class Difference:
     tensor: str | None
     message: str
 
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor or 'content'}: {self.message}"
+
 
 def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference], list[str]]:
     """Files against their records: size and sha256. Returns the differences and what could not be judged."""

@@ -61,6 +61,9 @@ if TYPE_CHECKING:
     from tpshard.publish import Settings
     from tpshard.report import WriteReport
 
+DIFFERENCES = 20
+"""Lines of `check` about what differs: a wrong source differs in every tensor."""
+
 app = typer.Typer(
     name="tpshard",
     add_completion=True,
@@ -306,12 +309,17 @@ def check(
             console.warn(note)
         if console.as_json:
             console.data(report.to_json())
+            if not report.equal:
+                console.different(report.summary)
         else:
-            for difference in report.differences:
-                print(f"{difference.file}: {difference.tensor or 'content'}: {difference.message}")
-            against = f"every byte of {report.source}" if report.source else "its recorded checksums"
-            verdict = "equal to" if report.equal else "DIFFERENT from"
-            print(f"{shards}: {report.shards.tp} ranks, {verdict} {against}")
+            for difference in report.differences[:DIFFERENCES]:
+                print(difference)
+            if (more := len(report.differences) - DIFFERENCES) > 0:
+                print(f"and {more} more (--json lists them)")
+            against = report.source or "its recorded checksums"
+            every = "every byte of " if report.source else ""
+            verdict = f"equal to {every}{against}" if report.equal else f"DIFFERENT from {against}"
+            print(f"{shards}: {report.shards.tp} ranks, {verdict}")
         if not report.equal:
             raise typer.Exit(1)
 

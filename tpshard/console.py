@@ -67,6 +67,10 @@ class Console:
         """Something that may surprise, on stderr."""
         self.say(f"{self._paint('warning', '33')}: {text}")
 
+    def different(self, text: str) -> None:
+        """What was judged different, in one line on stderr: as an error, also with --quiet."""
+        print(f"{self._paint('different', '31;1')}: {_one_line(text)}", file=sys.stderr)
+
     def data(self, value: dict[str, Any]) -> None:
         """The result as JSON on stdout."""
         print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))

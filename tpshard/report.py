@@ -234,6 +234,12 @@ class CheckReport:
         """Whether nothing differs."""
         return not self.differences
 
+    @property
+    def summary(self) -> str:
+        """What differs first, and how many differences more there are."""
+        more = len(self.differences) - 1
+        return f"{self.differences[0]}{f', and {more} more' if more else ''}"
+
     def to_json(self) -> dict[str, Any]:
         """The `check` object of the JSON contract."""
         return {

@@ -284,11 +284,8 @@ def bytes_tier(request: Request, source: Path, *, alone: bool) -> Tier:
         return _cannot(request, error)
     if report.equal:
         return Tier("bytes", "pass", {"differences": 0}, {"differences": 0})
-    first = report.differences[0]
     count = len(report.differences)
-    more = f", and {count - 1} more" if count > 1 else ""
-    reason = f"{first.file}: {first.tensor or 'content'}: {first.message}{more}"
-    return Tier("bytes", "fail", {"differences": 0}, {"differences": count}, reason=reason)
+    return Tier("bytes", "fail", {"differences": 0}, {"differences": count}, reason=report.summary)
 
 
 def _cannot(request: Request, error: Exception) -> Tier:
