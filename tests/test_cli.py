@@ -26,6 +26,7 @@ from toys import BITS, Tensor, contents, random_tensor, read_all, read_rank, wri
 
 from tpshard import __version__, api, cli, console
 from tpshard.errors import TpshardError, UsageError
+from tpshard.header import read_header
 from tpshard.publish import Settings
 
 COMMANDS = ("plan", "split", "merge", "reshard", "check", "inspect")
@@ -513,12 +514,23 @@ def test_split_prints_the_path_and_says_what_to_do_next(model: Path) -> None:
     succeeds(*shlex.split(following.removeprefix("next: tpshard ")))
 
 
-def test_what_to_do_next_works_after_merge_and_reshard(model: Path) -> None:
-    shards = split(model, "set")
-    for arguments in (("merge", shards), ("reshard", shards, "--tp", 2)):
-        result = succeeds(*arguments, "--no-fsync")
-        following = result.err.splitlines()[-1]
-        succeeds(*shlex.split(following.removeprefix("next: tpshard ")))
+def test_what_to_do_next_works_after_reshard(model: Path) -> None:
+    result = succeeds("reshard", split(model, "set"), "--tp", 2, "--no-fsync")
+    succeeds(*shlex.split(result.err.splitlines()[-1].removeprefix("next: tpshard ")))
+
+
+def test_merge_says_what_it_did_not_compare(model: Path) -> None:
+    """A flipped bit of a part that one rank alone holds goes into the merged checkpoint: only check finds it."""
+    path = split(model, "set") / "rank-00001-of-00004.safetensors"
+    data = path.read_bytes()
+    [at] = [info.begin for info in read_header(path).tensors if info.name == "model.layers.0.mlp.up_proj.weight"]
+    path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    last = succeeds("merge", "set", "--no-fsync").err.splitlines()[-1]
+    assert "checksums were not compared" in last and "tpshard inspect" not in last
+    assert tpshard(*shlex.split(last.partition(": tpshard ")[2])).code == 1
+    path.write_bytes(data)
+    succeeds(*shlex.split(last.partition(": tpshard ")[2]))
+    assert "checksums are not compared: `tpshard check`" in " ".join(succeeds("merge", "--help").out.split())
 
 
 def test_what_to_do_next_of_some_ranks(model: Path) -> None:

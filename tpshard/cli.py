@@ -216,17 +216,23 @@ def merge(
 ) -> None:
     """Make an ordinary Hugging Face checkpoint of a shard set again.
 
-    Names, dtypes, shapes and bits are the source's; ranks that hold the same part must agree.
+    Names, dtypes, shapes and bits are the source's; ranks that hold the same part must agree. The recorded checksums
+    are not compared: `tpshard check` before it does that.
 
     \b
+      tpshard check Llama-3.1-8B-tp4
       tpshard merge Llama-3.1-8B-tp4 -o Llama-3.1-8B-again
     """
     with _console(json, quiet, resumes=True) as console:
         from tpshard import api
+        from tpshard.checkpoint import MANIFEST
 
         with _settings(console, "merge", workers, Checksum.none, overwrite, no_fsync) as settings:
             report = api.merge(shards, out, max_file_size=max_file_size, allow_pickle=allow_pickle, settings=settings)
-        _print_written(console, report, ["tpshard", "inspect", str(report.output)])
+        _print_written(console, report)
+        if not json and (shards / MANIFEST).exists():  # Meta's files have no checksums to compare
+            check = shlex.join(["tpshard", "check", str(shards)])
+            console.say(f"the recorded checksums were not compared; this does it: {check}")
 
 
 @app.command()
@@ -467,7 +473,7 @@ def _settings(
         yield replace(settings, workers=workers) if workers else settings
 
 
-def _print_written(console: Console, report: WriteReport, following: Sequence[str]) -> None:
+def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
     for warning in report.warnings:
         console.warn(warning)
     if console.as_json:
@@ -477,7 +483,8 @@ def _print_written(console: Console, report: WriteReport, following: Sequence[st
     console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
     ranks = {part.rank for part in report.parts}
     when = "next, when all ranks are there" if report.parts and len(ranks) < report.tp else "next"
-    console.say(f"{when}: {shlex.join(following)}")
+    if following:
+        console.say(f"{when}: {shlex.join(following)}")
 
 
 @contextmanager
