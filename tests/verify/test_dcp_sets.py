@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from library import exchange
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tpshard import api, verifying
 from tpshard.errors import CorruptError, UnsafeError, UnsupportedError
@@ -217,6 +218,56 @@ def test_what_torch_would_leave_unread_is_refused(splits: Splits, tmp_path: Path
         judged(model, shards)
 
 
+@pytest.mark.parametrize("size", [(65, 64), (63, 64), (64, 65), (64,)], ids=str)
+def test_a_tensor_of_another_size_than_its_rectangles_is_refused(
+    size: tuple[int, ...], splits: Splits, tmp_path: Path
+) -> None:
+    """Torch would make it of the described size, with nothing in the rows beyond."""
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+
+    def change(found: Metadata) -> None:
+        described = found.state_dict_metadata[Q]
+        assert isinstance(described, TensorStorageMetadata) and tuple(described.size) == (64, 64)
+        described.size = torch.Size(size)
+
+    metadata(shards, change)
+    with pytest.raises(CorruptError, match="not of the size that .metadata gives it") as error:
+        judged(model, shards)
+    assert (error.value.tensor, error.value.expected, error.value.found) == (Q, list(size), [64, 64])
+
+
+def test_a_tensor_without_rectangles_is_refused(splits: Splits, tmp_path: Path) -> None:
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+
+    def change(found: Metadata) -> None:
+        found.state_dict_metadata["more.weight"] = found.state_dict_metadata[Q]
+
+    metadata(shards, change)
+    with pytest.raises(CorruptError, match="found no pieces") as error:
+        judged(model, shards)
+    assert error.value.tensor == "more.weight"
+
+
+def test_a_rectangle_whose_place_has_other_dims_is_refused(splits: Splits, tmp_path: Path) -> None:
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+
+    def change(found: Metadata) -> None:
+        described = found.state_dict_metadata[Q]
+        assert isinstance(described, TensorStorageMetadata)
+        index = next(index for index in found.storage_data if index.fqn == Q)
+        chunk = next(chunk for chunk in described.chunks if chunk.offsets == index.offset)
+        chunk.offsets = torch.Size((*chunk.offsets, 0))
+        found.storage_data[replace(index, offset=chunk.offsets)] = found.storage_data.pop(index)
+
+    metadata(shards, change)
+    with pytest.raises(CorruptError, match="the archive is not what .metadata says") as error:
+        judged(model, shards)
+    assert error.value.tensor == Q
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("called",))
@@ -268,3 +319,5 @@ def test_ranks_are_made_of_rectangles() -> None:
             shares(*map(list, wrong))
     with pytest.raises(UnsupportedError, match="several dims"):
         next(dealt([{"t": [chunk((0, 0), (1, 1)), chunk((0, 1), (1, 1)), chunk((1, 0), (1, 2))]}]))
+    with pytest.raises(UnsupportedError, match="several dims"):
+        next(dealt([{"t": [chunk((0, 0), (1, 2)), chunk((1, -1), (1, 2))]}]))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ class _Metadata(pickle.Unpickler):
 def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
     """The rectangles that `.metadata` speaks of, by the name of their file; nothing of the tensors is read.
 
-    UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree.
+    UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree, or where a
+    tensor that it describes reaches further than its rectangles, or less far.
     """
     path = directory / ".metadata"
     try:
@@ -100,7 +102,8 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
         file = directory / place.relative_path
         info = _archived(index.fqn, file, place.offset, place.length)
         shapes = [tuple(chunk.sizes) for chunk in described.chunks if chunk.offsets == index.offset]
-        if shapes != [info.shape] or DTYPES[info.dtype] != described.properties.dtype:
+        alike = shapes == [info.shape] and len(index.offset) == len(info.shape)
+        if not alike or DTYPES[info.dtype] != described.properties.dtype:
             raise CorruptError(
                 "the archive is not what .metadata says",
                 path=file,
@@ -109,7 +112,30 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
                 found=f"{info.dtype} {info.shape}",
             )
         chunks.setdefault(file.name, []).append(Chunk(tuple(index.offset), info))
+    _require_sizes(path, tensors, chain.from_iterable(chunks.values()))
     return chunks
+
+
+def _require_sizes(path: Path, tensors: Mapping[str, Any], chunks: Iterable[Chunk]) -> None:
+    """CorruptError where a tensor's rectangles do not end where `.metadata` says that the tensor does.
+
+    Torch makes a tensor of the size that is described, and leaves it unwritten where no rectangle lies.
+    """
+    found: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.info.name, []).append(chunk)
+    for name, described in tensors.items():
+        if not hasattr(described, "chunks"):
+            continue  # not a tensor
+        held = _size(found[name]) if name in found else None
+        if held != tuple(described.size):
+            raise CorruptError(
+                "a tensor's pieces are not of the size that .metadata gives it",
+                path=path,
+                tensor=name,
+                expected=list(described.size),
+                found="no pieces" if held is None else list(held),
+            )
 
 
 class _Window(io.RawIOBase):
@@ -190,10 +216,15 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
         yield name, dim, [sorted(shares[rank * len(owned) // tp], key=begin) for rank in range(tp)]
 
 
+def _size(chunks: Sequence[Chunk]) -> tuple[int, ...]:
+    """The size of a tensor that rectangles make up, if they do: where the last of them end."""
+    return tuple(map(max, zip(*(chunk.end for chunk in chunks), strict=True)))
+
+
 def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
     """The dim along which rectangles that make up a tensor are its parts; 0 where there is one."""
-    size = tuple(map(max, zip(*(chunk.end for chunk in chunks), strict=True)))
-    cut = [dim for dim, n in enumerate(size) if any(chunk.info.shape[dim] != n for chunk in chunks)]
+    size = _size(chunks)
+    cut = [dim for dim, n in enumerate(size) if any((chunk.at[dim], chunk.end[dim]) != (0, n) for chunk in chunks)]
     if len(cut) > 1:
         raise UnsupportedError(f"{name} is cut along several dims, which no tensor parallelism does", tensor=name)
     dim = cut[0] if cut else 0
