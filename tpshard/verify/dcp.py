@@ -9,7 +9,7 @@ import io
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tpshard.errors import CorruptError, UnsafeError, UnsupportedError
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
 from tpshard.header import Header, TensorInfo
-from tpshard.torch_io import DTYPES
+from tpshard.torch_io import DTYPES, archive_records, info_in_archive
 
 _CLASSES = {
     "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
@@ -39,7 +39,6 @@ _CLASSES = {
     },
 }
 """What torch's writer puts into `.metadata`; nothing else is built from it, and nothing called."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -173,19 +172,22 @@ class _Window(io.RawIOBase):
 def _archived(name: str, path: Path, begin: int, length: int) -> TensorInfo:
     """Where the bytes of the one tensor lie that torch.save wrote at an offset of a file."""
     try:
-        with _Window(path, begin, length) as window, FakeTensorMode():
-            tensor = torch.load(window, weights_only=True, map_location="cpu")  # type: ignore[arg-type]
+        with io.BufferedReader(_Window(path, begin, length)) as window:
+            records = archive_records(window, path)
+            window.seek(0)
+            with FakeTensorMode():
+                tensor = torch.load(window, weights_only=True, map_location="cpu")
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedError("not a tensor", found=type(tensor).__name__)
+        info = info_in_archive(name, tensor, path, records)
+    except TpshardError as error:  # without its hint, which is of files that torch.load reads
+        raise type(error)(error.message, path=path, tensor=name, expected=error.expected, found=error.found) from None
     except Exception as error:  # damaged bytes make it fail in every way
         reason = str(error).split("\n")[0][:200]
         raise CorruptError("not an archive that torch can read", path=path, tensor=name, found=reason) from None
-    if not isinstance(tensor, Tensor) or not tensor.is_contiguous() or tensor.dtype not in _NAMES:
-        raise UnsupportedError("not a plain tensor", path=path, tensor=name, found=type(tensor).__name__)
-    offset = int(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0)
-    first = begin + offset + int(tensor.storage_offset()) * tensor.element_size()
-    last = first + tensor.numel() * tensor.element_size()
-    if last > begin + length:
+    if info.end > length:
         raise CorruptError("the archive ends within its tensor", path=path, tensor=name)
-    return TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape), str(path), first, last)
+    return replace(info, begin=begin + info.begin, end=begin + info.end)
 
 
 def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]]]:
