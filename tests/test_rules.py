@@ -325,6 +325,24 @@ def test_a_condition_on_the_layer_holds_in_some_layers() -> None:
         run(mixed(), rules=MIXED, n_experts=3, depth=3)
 
 
+@pytest.mark.parametrize(
+    ("condition", "spelled_out"),
+    [
+        ("sparse", "(layer >= 1)"),
+        ("kinds[layer] == 'sparse'", "kinds[layer] == 'sparse'"),
+        ('kinds[layer] == "sparse" and sparse', 'kinds[layer] == "sparse" and (layer >= 1)'),
+        (r"kind == 'not \' sparse' or sparse", r"kind == 'not \' sparse' or (layer >= 1)"),
+        ("""kind == "'" or sparse or kind == "'" """, """kind == "'" or (layer >= 1) or kind == "'" """),
+        ("sparse_ or not_sparse or 1", "sparse_ or not_sparse or 1"),
+    ],
+)
+def test_a_condition_is_named_by_names_alone(condition: str, spelled_out: str) -> None:
+    """Not by a string that reads the same, a longer name, or a number."""
+    named = '[conditions]\nsparse = "layer >= 1"\n1 = "depth"\nlisted = \'\'\'' + condition + "'''\n[rules]"
+    text = RULES.replace("[rules]", named).replace("column ffn if gated", "column ffn if listed")
+    assert toy(text).rules[3].condition == f"({spelled_out})"
+
+
 def test_experts_are_stored_one_by_one_or_stacked() -> None:
     assert run(mixed(stacked=True), rules=MIXED, **SPARSE).cuts["model.layers.1.experts.up"] == Cut(
         "column", 1, ("ffn",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -176,6 +177,21 @@ def test_a_tier_that_cannot_run_is_left_out_unless_it_was_asked_for(
     assert verdict.exit_code == 0
     with pytest.raises(UnsupportedError, match="needs torch"):
         verify(pair[1], pair[0], tiers=("exact",))
+
+
+def test_a_family_that_nothing_runs_is_inconclusive(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Rules of one's own may be wrong, and bytes alone follow the rules."""
+    model = shutil.copytree(pair[0], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "novel"}
+    (model / "config.json").write_text(json.dumps(config))
+    rules = (Path(api.__file__).parent / "architectures/llama.toml").read_text()
+    (tmp_path / "novel.toml").write_text(re.sub(r"^model_types = .*$", 'model_types = ["novel"]', rules, flags=re.M))
+    quick = Settings(fsync=False, workers=1)
+    api.split(model, 2, tmp_path / "out", rules=tmp_path / "novel.toml", settings=quick)
+    verdict = verify(tmp_path / "out", model, device="cpu", rules=tmp_path / "novel.toml")
+    assert [tier.status for tier in verdict.tiers] == ["pass", "inconclusive", "inconclusive"]
+    assert verdict.exit_code == 8 and "novel" in str(verdict.reason)
+    assert verify(tmp_path / "out", model, tiers=("bytes",), rules=tmp_path / "novel.toml").exit_code == 0
 
 
 @pytest.mark.parametrize(

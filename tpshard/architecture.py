@@ -190,9 +190,12 @@ def _check_patterns(data: Mapping[str, Any], rules: Sequence[Rule]) -> None:
             raise _Refused(f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one")
 
 
+_NAME_OR_STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\b(?P<name>[^\W\d]\w*)""")
+
+
 def _spelled_out(condition: str, named: Mapping[str, str]) -> str:
     """A condition with the named conditions in their places."""
-    return re.sub(r"\w+", lambda word: named.get(word[0], word[0]), condition)
+    return _NAME_OR_STRING.sub(lambda found: named.get(found["name"], found[0]), condition)
 
 
 def asks_layer(condition: str | None) -> bool:

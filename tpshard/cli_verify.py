@@ -149,8 +149,7 @@ def verify(
     """Run shards and unsharded model: are they the same function?
 
     The shards run tensor-parallel. Exit 0: they are. 1: they differ. 8: it could not be said for sure. Without torch,
-    only bytes are compared. Under torchrun or SLURM each process takes a rank. SHARDS may be in the formats native,
-    vllm, sglang and meta.
+    only bytes are compared. Under torchrun or SLURM each process takes a rank. SHARDS may be of any format.
 
     \b
       tpshard verify Llama-3.1-8B-tp4

@@ -28,6 +28,7 @@ def load_rank(directory: str | Path, rank: int, device: str | torch.device = "cp
 
     One allocation a file on the device, of which the tensors are views in the file's own layout, but for those that lie
     there unaligned. For a GPU, threads read the file into pinned buffers while others of them are copied.
+    Of dcp and dcp-hf sets it is what the rank's files hold: what several ranks have lies in the lowest one's alone.
     UsageError for a rank that the set has not, CorruptError when it is incomplete, UnsupportedError without the device.
     """
     shards = open_shards(Path(directory))

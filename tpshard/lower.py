@@ -66,8 +66,8 @@ class FlatStep(NamedTuple):
     def blocks(self) -> Iterator[Box]:
         """Boxes that tile the tensor, each of at most BLOCK bytes unless one item is larger.
 
-        The two halves alternate: neighbouring blocks mostly belong to one rank's file, and two workers on one file
-        would wait for its lock. A tensor without elements has no blocks.
+        Where a region is turned, the most is TURNED bytes. The two halves alternate: neighbouring blocks mostly belong
+        to one rank's file, and two workers on one file would wait for its lock. No elements, no blocks.
         """
         if not all(self.shape):
             return

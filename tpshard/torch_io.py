@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from tpshard.checkpoint import SourceFile
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
@@ -64,7 +65,8 @@ def read_pickle(path: Path, name: str) -> tuple[Header, SourceFile]:
     in the archive each storage lies, and the bytes are then moved like those of any other file.
     UnsafeError for a pickle that calls a function, CorruptError for a damaged file.
     """
-    records = _records(path)
+    with path.open("rb") as file:
+        records = archive_records(file, path)
     try:
         with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
             data = torch.load(path, weights_only=True, map_location="cpu")
@@ -85,30 +87,32 @@ def read_pickle(path: Path, name: str) -> tuple[Header, SourceFile]:
                 found=f"{key!r}: {type(value).__name__}",
                 hint="take the model's state dict out of it with torch.load(weights_only=True), and torch.save that",
             )
-        tensors.append(_info(key, value, path, records))
+        tensors.append(info_in_archive(key, value, path, records))
     tensors.sort(key=lambda info: (info.begin, info.name))
     described = repr([(t.name, t.dtype, t.shape, t.begin) for t in tensors]).encode()
     digest = hashlib.sha256(described).hexdigest()
     return Header(tuple(tensors), {}, 0, digest), SourceFile(name, path.stat().st_size, digest)
 
 
-def _records(path: Path) -> dict[int, int]:
-    """The records of a torch archive (a zip file that compresses nothing): offset of the bytes → how many."""
-    with path.open("rb") as file:
-        head = file.read(64)
-        if not head.startswith(b"PK\x03\x04"):
-            raise _not_an_archive(head, path)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-                orders = {archive.read(e) for e in entries if e.filename.endswith("/byteorder")}
-            records = {}
-            for entry in entries:
-                file.seek(entry.header_offset + 26)  # the local header: lengths of name and extra field, then those
-                name, extra = struct.unpack("<HH", file.read(4))
-                records[entry.header_offset + 30 + name + extra] = entry.file_size
-        except (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-            raise CorruptError("the archive is damaged or cut off", path=path, found=error) from None
+def archive_records(file: BinaryIO, path: Path) -> dict[int, int]:
+    """The records of a torch archive (a zip file that compresses nothing): offset of the bytes → how many.
+
+    CorruptError for what is no archive, or a damaged one; UnsupportedError for one that torch.save does not write.
+    """
+    head = file.read(64)
+    if not head.startswith(b"PK\x03\x04"):
+        raise _not_an_archive(head, path)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            orders = {archive.read(e) for e in entries if e.filename.endswith("/byteorder")}
+        records = {}
+        for entry in entries:
+            file.seek(entry.header_offset + 26)  # the local header: lengths of name and extra field, then those
+            name, extra = struct.unpack("<HH", file.read(4))
+            records[entry.header_offset + 30 + name + extra] = entry.file_size
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise CorruptError("the archive is damaged or cut off", path=path, found=error) from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UnsupportedError("the archive is compressed", path=path, expected="as torch.save writes it", hint=_AGAIN)
     # From this record on torch computes where storages lie, as if each followed the one before it.
@@ -146,7 +150,12 @@ def _unpickling_error(error: pickle.UnpicklingError, path: Path) -> TpshardError
     )
 
 
-def _info(name: str, tensor: torch.Tensor, path: Path, records: Mapping[int, int]) -> TensorInfo:
+def info_in_archive(name: str, tensor: torch.Tensor, path: Path, records: Mapping[int, int]) -> TensorInfo:
+    """Where the bytes of a tensor lie that was loaded under fake tensors, in an archive that holds these records.
+
+    Offsets count from the archive's first byte. UnsupportedError for a tensor that does not lie row-major,
+    CorruptError for one that does not lie within a record.
+    """
     plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     if not plain or tensor.dtype not in _NAMES:
         raise UnsupportedError(

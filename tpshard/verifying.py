@@ -142,7 +142,9 @@ def judge(request: Request, team: Processes | None, sharing: int, say: Say) -> V
         if asked:
             raise
         reason = f"{error}: {error.hint}" if error.hint else str(error)
-        skipped = [Tier(name, "skipped", reason=reason) for name in computed]
+        # What no package would mend is no matter of this machine: nothing has run these shards.
+        status = "inconclusive" if find_spec("transformers") else "skipped"
+        skipped = [Tier(name, status, reason=reason) for name in computed]
         tier = compare() if team is None else team.once(compare)
         return _by_bytes(request, source, tier, skipped)
     return replace(verdict, source=_name(source))

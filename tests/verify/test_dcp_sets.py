@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,10 @@ import torch.distributed.checkpoint as dcp
 from library import exchange
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from tpshard import api, verifying
-from tpshard.errors import CorruptError, UnsafeError, UnsupportedError
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
 from tpshard.header import TensorInfo
 from tpshard.publish import Settings
 from tpshard.verify.dcp import Chunk, dealt, of_metadata
@@ -217,6 +220,114 @@ def test_what_torch_would_leave_unread_is_refused(splits: Splits, tmp_path: Path
         judged(model, shards)
 
 
+@pytest.mark.parametrize("size", [(65, 64), (63, 64), (64, 65), (64,)], ids=str)
+def test_a_tensor_of_another_size_than_its_rectangles_is_refused(
+    size: tuple[int, ...], splits: Splits, tmp_path: Path
+) -> None:
+    """Torch would make it of the described size, with nothing in the rows beyond."""
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+
+    def change(found: Metadata) -> None:
+        described = found.state_dict_metadata[Q]
+        assert isinstance(described, TensorStorageMetadata) and tuple(described.size) == (64, 64)
+        described.size = torch.Size(size)
+
+    metadata(shards, change)
+    with pytest.raises(CorruptError, match="not of the size that .metadata gives it") as error:
+        judged(model, shards)
+    assert (error.value.tensor, error.value.expected, error.value.found) == (Q, list(size), [64, 64])
+
+
+def test_a_tensor_without_rectangles_is_refused(splits: Splits, tmp_path: Path) -> None:
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+
+    def change(found: Metadata) -> None:
+        found.state_dict_metadata["more.weight"] = found.state_dict_metadata[Q]
+
+    metadata(shards, change)
+    with pytest.raises(CorruptError, match="found no pieces") as error:
+        judged(model, shards)
+    assert error.value.tensor == "more.weight"
+
+
+def test_a_rectangle_whose_place_has_other_dims_is_refused(splits: Splits, tmp_path: Path) -> None:
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+
+    def change(found: Metadata) -> None:
+        described = found.state_dict_metadata[Q]
+        assert isinstance(described, TensorStorageMetadata)
+        index = next(index for index in found.storage_data if index.fqn == Q)
+        chunk = next(chunk for chunk in described.chunks if chunk.offsets == index.offset)
+        chunk.offsets = torch.Size((*chunk.offsets, 0))
+        found.storage_data[replace(index, offset=chunk.offsets)] = found.storage_data.pop(index)
+
+    metadata(shards, change)
+    with pytest.raises(CorruptError, match="the archive is not what .metadata says") as error:
+        judged(model, shards)
+    assert error.value.tensor == Q
+
+
+def archived(shards: Path, archive: bytes) -> None:
+    """Put another archive where Q's first rectangle is, at the end of its file."""
+
+    def change(found: Metadata) -> None:
+        index = next(index for index in found.storage_data if index.fqn == Q and index.offset == torch.Size((0, 0)))
+        place = found.storage_data[index]
+        path = shards / place.relative_path
+        found.storage_data[index] = replace(place, offset=path.stat().st_size, length=len(archive))
+        path.write_bytes(path.read_bytes() + archive)
+
+    metadata(shards, change)
+
+
+def saved(tensor: torch.Tensor) -> bytes:
+    torch.save(tensor, file := io.BytesIO())
+    return file.getvalue()
+
+
+def repacked(archive: bytes, compression: int = zipfile.ZIP_STORED, **changed: Callable[[bytes], bytes]) -> bytes:
+    """An archive written anew by Python, some of its records changed."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(file := io.BytesIO(), "w", compression) as new:
+        for entry in old.infolist():
+            leaf = entry.filename.rpartition("/")[2]
+            new.writestr(entry.filename, changed.get(leaf, lambda data: data)(old.read(entry)))
+    return file.getvalue()
+
+
+RECTANGLE = torch.arange(32.0 * 64).view(32, 64)
+NO_ARCHIVE = [
+    ("without bytes", saved(RECTANGLE.to("meta")), CorruptError, "not where torch looks"),
+    ("too short", repacked(saved(RECTANGLE), **{"0": lambda data: data[:-4]}), CorruptError, "not where torch looks"),
+    ("compressed", repacked(saved(RECTANGLE), zipfile.ZIP_DEFLATED), UnsupportedError, "compressed"),
+    ("big-endian", repacked(saved(RECTANGLE), byteorder=lambda _: b"big"), UnsupportedError, "little-endian"),
+    ("strided", saved(RECTANGLE.view(64, 32).t()), UnsupportedError, "strided view"),
+    ("no tensor", saved([RECTANGLE]), UnsupportedError, "not a tensor"),  # type: ignore[arg-type]
+    ("cut off", saved(RECTANGLE)[:-100], CorruptError, "damaged or cut off"),
+]
+
+
+@pytest.mark.parametrize(("archive", "kind", "says"), [case[1:] for case in NO_ARCHIVE], ids=[c[0] for c in NO_ARCHIVE])
+def test_an_archive_that_does_not_hold_its_tensor_is_refused(
+    archive: bytes, kind: type[TpshardError], says: str, splits: Splits, tmp_path: Path
+) -> None:
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+    archived(shards, archive)
+    with pytest.raises(kind, match=says) as error:
+        judged(model, shards)
+    assert error.value.tensor == Q and error.value.hint == kind.way_out
+
+
+def test_another_archive_is_read_where_it_lies(splits: Splits, tmp_path: Path) -> None:
+    """What the tests of wrong archives change is the archive alone."""
+    shards = Path(shutil.copytree(splits("llama-gqa", 2, "dcp")[1], tmp_path / "set"))
+    archived(shards, repacked(saved(RECTANGLE)))
+    assert torch.equal(open_shards(shards).ranks[0].get(Q), RECTANGLE)
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("called",))
@@ -268,3 +379,5 @@ def test_ranks_are_made_of_rectangles() -> None:
             shares(*map(list, wrong))
     with pytest.raises(UnsupportedError, match="several dims"):
         next(dealt([{"t": [chunk((0, 0), (1, 1)), chunk((0, 1), (1, 1)), chunk((1, 0), (1, 2))]}]))
+    with pytest.raises(UnsupportedError, match="several dims"):
+        next(dealt([{"t": [chunk((0, 0), (1, 2)), chunk((1, -1), (1, 2))]}]))

@@ -123,7 +123,7 @@ def joined(
     known: dict[object, list[tuple[Share, list[int]]]] = {}  # layers are alike
     for name, recipe in recipes.items():
         tensors = recipe.tensors
-        key = (recipe.stacked, len(recipe.groups), *(id(shares[tensor]) for tensor in tensors))
+        key = (recipe.stacked, tuple(map(len, recipe.groups)), *(id(shares[tensor]) for tensor in tensors))
         if key not in known:
             known[key] = [_join(name, recipe, rank, shares, shapes) for rank in range(tp)]
         for row, (share, owners) in zip(rows, known[key], strict=True):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tpshard.errors import CorruptError, UnsafeError, UnsupportedError
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
 from tpshard.header import Header, TensorInfo
-from tpshard.torch_io import DTYPES
+from tpshard.torch_io import DTYPES, archive_records, info_in_archive
 
 _CLASSES = {
     "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
@@ -38,7 +39,6 @@ _CLASSES = {
     },
 }
 """What torch's writer puts into `.metadata`; nothing else is built from it, and nothing called."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class _Metadata(pickle.Unpickler):
 def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
     """The rectangles that `.metadata` speaks of, by the name of their file; nothing of the tensors is read.
 
-    UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree.
+    UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree, or where a
+    tensor that it describes reaches further than its rectangles, or less far.
     """
     path = directory / ".metadata"
     try:
@@ -100,7 +101,8 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
         file = directory / place.relative_path
         info = _archived(index.fqn, file, place.offset, place.length)
         shapes = [tuple(chunk.sizes) for chunk in described.chunks if chunk.offsets == index.offset]
-        if shapes != [info.shape] or DTYPES[info.dtype] != described.properties.dtype:
+        alike = shapes == [info.shape] and len(index.offset) == len(info.shape)
+        if not alike or DTYPES[info.dtype] != described.properties.dtype:
             raise CorruptError(
                 "the archive is not what .metadata says",
                 path=file,
@@ -109,7 +111,30 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
                 found=f"{info.dtype} {info.shape}",
             )
         chunks.setdefault(file.name, []).append(Chunk(tuple(index.offset), info))
+    _require_sizes(path, tensors, chain.from_iterable(chunks.values()))
     return chunks
+
+
+def _require_sizes(path: Path, tensors: Mapping[str, Any], chunks: Iterable[Chunk]) -> None:
+    """CorruptError where a tensor's rectangles do not end where `.metadata` says that the tensor does.
+
+    Torch makes a tensor of the size that is described, and leaves it unwritten where no rectangle lies.
+    """
+    found: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.info.name, []).append(chunk)
+    for name, described in tensors.items():
+        if not hasattr(described, "chunks"):
+            continue  # not a tensor
+        held = _size(found[name]) if name in found else None
+        if held != tuple(described.size):
+            raise CorruptError(
+                "a tensor's pieces are not of the size that .metadata gives it",
+                path=path,
+                tensor=name,
+                expected=list(described.size),
+                found="no pieces" if held is None else list(held),
+            )
 
 
 class _Window(io.RawIOBase):
@@ -147,19 +172,22 @@ class _Window(io.RawIOBase):
 def _archived(name: str, path: Path, begin: int, length: int) -> TensorInfo:
     """Where the bytes of the one tensor lie that torch.save wrote at an offset of a file."""
     try:
-        with _Window(path, begin, length) as window, FakeTensorMode():
-            tensor = torch.load(window, weights_only=True, map_location="cpu")  # type: ignore[arg-type]
+        with io.BufferedReader(_Window(path, begin, length)) as window:
+            records = archive_records(window, path)
+            window.seek(0)
+            with FakeTensorMode():
+                tensor = torch.load(window, weights_only=True, map_location="cpu")
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedError("not a tensor", found=type(tensor).__name__)
+        info = info_in_archive(name, tensor, path, records)
+    except TpshardError as error:  # without its hint, which is of files that torch.load reads
+        raise type(error)(error.message, path=path, tensor=name, expected=error.expected, found=error.found) from None
     except Exception as error:  # damaged bytes make it fail in every way
         reason = str(error).split("\n")[0][:200]
         raise CorruptError("not an archive that torch can read", path=path, tensor=name, found=reason) from None
-    if not isinstance(tensor, Tensor) or not tensor.is_contiguous() or tensor.dtype not in _NAMES:
-        raise UnsupportedError("not a plain tensor", path=path, tensor=name, found=type(tensor).__name__)
-    offset = int(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0)
-    first = begin + offset + int(tensor.storage_offset()) * tensor.element_size()
-    last = first + tensor.numel() * tensor.element_size()
-    if last > begin + length:
+    if info.end > length:
         raise CorruptError("the archive ends within its tensor", path=path, tensor=name)
-    return TensorInfo(name, _NAMES[tensor.dtype], tuple(tensor.shape), str(path), first, last)
+    return replace(info, begin=begin + info.begin, end=begin + info.end)
 
 
 def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]]]:
@@ -190,10 +218,15 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
         yield name, dim, [sorted(shares[rank * len(owned) // tp], key=begin) for rank in range(tp)]
 
 
+def _size(chunks: Sequence[Chunk]) -> tuple[int, ...]:
+    """The size of a tensor that rectangles make up, if they do: where the last of them end."""
+    return tuple(map(max, zip(*(chunk.end for chunk in chunks), strict=True)))
+
+
 def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
     """The dim along which rectangles that make up a tensor are its parts; 0 where there is one."""
-    size = tuple(map(max, zip(*(chunk.end for chunk in chunks), strict=True)))
-    cut = [dim for dim, n in enumerate(size) if any(chunk.info.shape[dim] != n for chunk in chunks)]
+    size = _size(chunks)
+    cut = [dim for dim, n in enumerate(size) if any((chunk.at[dim], chunk.end[dim]) != (0, n) for chunk in chunks)]
     if len(cut) > 1:
         raise UnsupportedError(f"{name} is cut along several dims, which no tensor parallelism does", tensor=name)
     dim = cut[0] if cut else 0

@@ -25,6 +25,8 @@ _SIZES = (
 )
 _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
 
+_OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
+
 
 def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
     """The set with every rank's tensors under the names that the source has, in its order of rows and features.
@@ -42,13 +44,20 @@ def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
 
 def _renamed(opened: ShardSet) -> list[dict[str, Piece]]:
     model_type = str(opened.config.get("model_type"))
-    known = _KNOWN[opened.format]
+    known = _KNOWN.get(opened.format)
+    if known is None:
+        raise UnsupportedError(
+            f"verify does not know the names of the format {opened.format}",
+            path=opened.directory,
+            expected=", ".join(sorted(_KNOWN)),
+            hint=_OTHERWISE,
+        )
     if model_type not in known:
         raise UnsupportedError(
             f"verify does not know the names that the format {opened.format} has for model_type {model_type!r}",
             path=opened.directory,
             expected=", ".join(sorted(known)),
-            hint="`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs",
+            hint=_OTHERWISE,
         )
     family, every = _described(opened.config), range(len(opened.ranks))
     if opened.format == "vllm":

@@ -17,13 +17,14 @@ from tpshard.verify.group import Single
 from tpshard.verify.hf.faults import FAULTS
 from tpshard.verify.hf.modes import Pinned
 from tpshard.verify.hf.sides import Sides
-from tpshard.verify.hf.tiers import Choices, logits_of
+from tpshard.verify.hf.tiers import Choices, errors_of, logits_of
 from tpshard.verify.native import exceeded, native_metrics
 from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Canary, layer_of
 
 OF_STATES = ("convolution-of-another-rank", "decay-of-another-rank")
 """What layers without attention have; these need a second rank."""
+OF_ROUTERS = ("choice-bias-shifted",)
 
 
 def small(sides: Sides) -> Sides:
@@ -35,7 +36,7 @@ def small(sides: Sides) -> Sides:
 def mutants(sides: Sides, *, structural: bool) -> Iterator[tuple[str, Sides]]:
     """The canaries that apply, as damaged shards; `structural` leaves the others out."""
     names = sorted({name for recipe in sides.frame.recipes(sides.source).values() for name in recipe.stored})
-    for name in (*CANARIES, *OF_STATES):
+    for name in (*CANARIES, *OF_STATES, *OF_ROUTERS):
         fault = FAULTS[name]
         if (len(sides.ranks) > 1 or name not in (*BETWEEN_RANKS, *OF_STATES)) and (fault.structural or not structural):
             damaged = fault.mutant(sides.frame.config, sides.source, sides.ranks, sides.frame.layers[0], names)
@@ -51,6 +52,14 @@ def _logits(mutant: Sides, dtype: torch.dtype, choices: Choices) -> list[Tensor]
         return []
 
 
+def _error(mutant: Sides, dtype: torch.dtype, pins: Pinned, wanted: Tensor) -> float:
+    """The largest end-to-end error of the damaged ranks, infinite where they cannot be run at all."""
+    try:
+        return max(errors_of(mutant, mutant.here(dtype), pins, wanted))
+    except (DifferentError, UnsupportedError):
+        return math.inf
+
+
 def exact_canaries(sides: Sides, *, float32: bool = False) -> list[Canary]:
     """Every applicable canary against the exact tier's end-to-end criterion."""
     dtype = torch.float32 if float32 else torch.float64
@@ -59,7 +68,7 @@ def exact_canaries(sides: Sides, *, float32: bool = False) -> list[Canary]:
     with no_tf32():
         wanted = cut.reference(dtype).run(Single(), [sides.prompt], pins)
         for name, mutant in mutants(cut, structural=False):
-            error = max((relative(each, wanted) for each in _logits(mutant, dtype, pins.made)), default=math.inf)
+            error = _error(mutant, dtype, pins, wanted)
             canaries.append(Canary(name, "exact", "caught" if error > limit else "missed", error))
     return canaries
 

@@ -27,6 +27,7 @@ BOTH = re.compile(r"\b(gate_up_proj|input_linear)(_bias)?\b")
 FUSED = re.compile(r"\.(qkv_proj|c_attn|Wqkv)\.")
 V = re.compile(r"\.v_proj\.")
 KV = re.compile(r"\.(k_proj|v_proj|k_norm)\.")
+CHOICE_BIAS = re.compile(r"(correction_bias|expert_bias)$")
 NORM = re.compile(r"norm|\.ln_")
 EMBEDDINGS, HEAD = ("embed_tokens", "wte", "embed_in"), ("lm_head", "embed_out", "output_projection")
 INTERLEAVED = {"gpt_oss"}
@@ -34,7 +35,7 @@ INTERLEAVED = {"gpt_oss"}
 
 
 def is_bias(name: str) -> bool:
-    return name.endswith("bias") and "correction" not in name
+    return name.endswith("bias") and not CHOICE_BIAS.search(name)
 
 
 class Bench:
@@ -356,6 +357,13 @@ def _experts_exchanged(bench: Bench) -> None:
 def _router_rows_exchanged(bench: Bench) -> None:
     routers = bench.find(re.compile(r"\.(gate|router)(\.layer)?\.weight$"), cut=False)
     bench.edit(routers, lambda weight: _exchange_blocks(weight, 0, 0, 1, 1), rank=0)
+
+
+@_fault(structural=False)
+def _choice_bias_shifted(bench: Bench) -> None:
+    """What is added to the router's scores only to choose, which no logit depends on where choices are pinned."""
+    biases = bench.find(CHOICE_BIAS, cut=False)
+    bench.edit(biases, lambda bias: bias.roll(1, -1), rank=0)
 
 
 @_fault(structural=False)

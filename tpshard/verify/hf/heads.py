@@ -124,7 +124,7 @@ def tell_linear(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> N
 
 
 def mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of Mamba 2, by name."""
+    """The modules of Mamba 2, by name, told by the numbers that they read: every family names its class anew."""
     read = ("num_heads", "n_groups", "ssm_state_size", "conv_dim")
     return {name: module for name, module in model.named_modules() if all(hasattr(module, leaf) for leaf in read)}
 

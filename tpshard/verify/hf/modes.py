@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tpshard.verify.probes import relative
+
 CHOICES = {torch.topk, Tensor.topk, torch.max, Tensor.max}
 """What routers choose their experts with."""
+MASKED = 1e30
+"""What is not to be chosen scores less than minus this: the least number of a dtype, or minus infinity."""
 
 
 def _wider(value: Any) -> Any:
@@ -40,14 +45,16 @@ class Wide(TorchFunctionMode):
 class Pinned(TorchFunctionMode):
     """Makes routers choose what another run chose, so that a tie cannot fall differently on the two sides.
 
-    With `choices` None it records: `made` holds, by router, every choice in order. What is chosen from is compared
-    elsewhere, as the router's logits; a pinned choice still takes its values from the scores at hand.
+    With `choices` None it records: `made` holds, by router, every choice in order, and `offered` what each was made
+    from, which is to be compared: nothing else may read a bias that only chooses. A pinned choice still takes its
+    values from the scores at hand.
     """
 
     def __init__(self, choices: Mapping[str, Sequence[Tensor]] | None = None) -> None:
         super().__init__()
         self.choices = choices
         self.made: dict[str, list[Tensor]] = {}
+        self.offered: dict[str, list[Tensor]] = {}
         self.router: str | None = None
 
     def __torch_function__(
@@ -57,6 +64,7 @@ class Pinned(TorchFunctionMode):
         if self.router is None or func not in CHOICES or isinstance(out, Tensor):
             return out
         made = self.made.setdefault(self.router, [])
+        self.offered.setdefault(self.router, []).append(args[0])
         if self.choices is None:
             made.append(out.indices)
             return out
@@ -66,6 +74,14 @@ class Pinned(TorchFunctionMode):
         if out.indices.dim() == args[0].dim():
             return type(out)((args[0].gather(dim, indices), indices))
         return type(out)((args[0].gather(dim, indices.unsqueeze(dim)).squeeze(dim), indices))
+
+    def differences(self, reference: Pinned, routers: Container[str]) -> dict[str, float]:
+        """By router, the largest relative error of what it chose from; infinite where other values are masked."""
+        return {
+            name: max(_difference(*pair) for pair in zip(offered, reference.offered[name], strict=True))
+            for name, offered in self.offered.items()
+            if name in routers
+        }
 
     @contextmanager
     def watching(self, routers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -82,3 +98,10 @@ class Pinned(TorchFunctionMode):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _difference(x: Tensor, wanted: Tensor) -> float:
+    seen = wanted.abs() < MASKED
+    if not torch.equal(x.abs() < MASKED, seen):
+        return math.inf
+    return relative(x.where(seen, 0), wanted.where(seen, 0))

@@ -16,16 +16,28 @@ from tpshard.verify.hf.modes import Pinned
 from tpshard.verify.hf.parallel import is_experts
 from tpshard.verify.hf.probes import Feeder, Recorder, blocks, every_expert
 from tpshard.verify.hf.sides import Side, Sides
-from tpshard.verify.native import native_metrics, native_tier, worst_ratio
+from tpshard.verify.native import NATIVE_LIMITS, native_metrics, native_tier, worst_ratio
 from tpshard.verify.probes import relative
 from tpshard.verify.verdict import Finding, Place, Tier
 
 Choices = Mapping[str, Sequence[Tensor]]
+CHOICE = " (what it chooses from)"
 
 
 def logits_of(sides: Sides, models: Mapping[int, Side], steps: list[Tensor], choices: Choices) -> list[Tensor]:
     """Every rank's logits of all steps; experts are chosen as the reference chose them."""
     return sides.team.run(lambda group: models[group.rank].run(group, steps, Pinned(choices)))
+
+
+def errors_of(sides: Sides, models: Mapping[int, Side], pins: Pinned, wanted: Tensor) -> list[float]:
+    """Every rank's end-to-end error on the prompt: of its logits, or of what a router chose from."""
+
+    def work(group: Group) -> float:
+        side, mine = models[group.rank], Pinned(pins.made)
+        error = relative(side.run(group, [sides.prompt], mine), wanted)
+        return max([error, *mine.differences(pins, side.routers).values()])
+
+    return sides.team.run(work)
 
 
 def compare_modules(
@@ -45,18 +57,19 @@ def compare_modules(
     with whole.precision():
         reached = {name: every_expert(whole, recorder.records[name], name) for name in experts}
 
-    def work(group: Group) -> tuple[float, list[Finding]]:
-        side = models[group.rank]
-        error = relative(side.run(group, [sides.prompt], Pinned(pins.made)), wanted)
+    def work(group: Group) -> list[Finding]:
+        side, mine = models[group.rank], Pinned(pins.made)
         feeder = Feeder(whole, recorder.records, side, names, limit, always)
         with feeder.looking():
-            side.run(group, [sides.prompt], Pinned(pins.made))
+            side.run(group, [sides.prompt], mine)
+        differences = mine.differences(pins, side.routers)
+        chosen = [Finding(f"{name}{CHOICE}", group.rank, error) for name, error in differences.items()]
         more = [_experts(side, group, name, *reached[name]) for name in experts]
-        return error, [*feeder.findings, *more]
+        return [*feeder.findings, *chosen, *more]
 
-    ranks = sides.team.run(work)
-    findings = [finding for step in zip(*(rank[1] for rank in ranks), strict=True) for finding in step]
-    return [rank[0] for rank in ranks], findings
+    errors = errors_of(sides, models, pins, wanted)
+    findings = [finding for step in zip(*sides.team.run(work), strict=True) for finding in step]
+    return errors, findings
 
 
 def _experts(side: Side, group: Group, name: str, args: tuple[Tensor, ...], wanted: Tensor) -> Finding:
@@ -162,7 +175,14 @@ def native(sides: Sides, dtype: torch.dtype, tokens: int) -> Tier:
     n = sides.reference(dtype).run(Single(), steps, Pinned(choices))
     models = sides.here(dtype)
     ranks = [native_metrics(r, n, t, dtype) for t in logits_of(sides, models, steps, choices)]
-    return native_tier(ranks, *_worst_module(sides, dtype, models))
+    tier = native_tier(ranks, *_worst_module(sides, dtype, models))
+    # The logits say nothing of these, since choices are pinned; a router is every rank's whole, and computes alike.
+    limit = NATIVE_LIMITS["ratio"]
+    off = next((f for f in tier.findings if f.module.endswith(CHOICE) and not f.error <= limit), None)
+    if off is None or tier.status == "fail":
+        return tier
+    reason = f"{off.module} of rank {off.rank} is {off.error:.3g} times the unsharded model's error (limit {limit:g})"
+    return replace(tier, status="fail", first=place(off), reason=reason)
 
 
 def _worst_module(sides: Sides, dtype: torch.dtype, models: Mapping[int, Side]) -> tuple[Place, list[Finding]]:
