@@ -114,6 +114,15 @@ def test_refused_is_what_vllm_does_not_load_whole(name: str, engine: Engine, tmp
     assert left_out(source, theirs), "vLLM holds all of it: there is no reason to refuse it"
 
 
+@pytest.mark.parametrize("name", models.NOT_RUN)
+def test_refused_is_what_vllm_cannot_run(name: str, tmp_path: Path) -> None:
+    source = models.make(name, tmp_path / "source")
+    with pytest.raises(UnsupportedError):
+        tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    with pytest.raises(AssertionError, match="EngineCore|Engine core"):
+        generate(source, "auto")
+
+
 def left_out(source: Path, ranks: list[dict[str, torch.Tensor]]) -> list[str]:
     """Vectors of the source that are nowhere in the ranks, judged by their first four elements."""
     held = b"".join(bits(tensor).numpy().tobytes() for rank in ranks for tensor in rank.values())

@@ -156,7 +156,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-bias": ("gemma", _HEAD | _BIAS),
     "cohere-bias": ("cohere", _GQA | _TIED | _BIAS),
     "cohere-norm-repeated": ("cohere", _GQA | _TIED | {"use_qk_norm": True}),
-    "gpt_bigcode-mha": ("gpt_bigcode", _GPT2 | {"multi_query": False}),
     "cohere-untied": ("cohere", _GQA | _UNTIED),
     "granitemoe-bias": ("granitemoe", _LOCAL | _UNTIED | _BIAS),
     "internlm2-bias": ("internlm2", _GQA | _UNTIED | {"bias": True}),
@@ -169,10 +168,21 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
 
+NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_bigcode-mha": ("gpt_bigcode", _GPT2 | {"multi_query": False}),
+    "olmoe-repeated": (
+        "olmoe",
+        _GQA
+        | _UNTIED
+        | {"num_key_value_heads": 1, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128},
+    ),
+}
+"""What vLLM loads whole and cannot run; at tp 2."""
+
 
 def make(name: str, path: Path) -> Path:
     """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
-    model_type, config = {**LOADED, **REFUSED}[name]
+    model_type, config = {**LOADED, **REFUSED, **NOT_RUN}[name]
     if model_type == "internlm2":
         return _internlm2(path, config)
     import torch
