@@ -37,7 +37,7 @@ def cli_reference() -> str:
     """The help of every command, as the command line prints it."""
     import typer
 
-    from tpshard.cli import app
+    from tpshard.cli.main import app
 
     pages = ["# Command line", COMPLETION]
 

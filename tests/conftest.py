@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoints import make, published
+from tests.helpers.checkpoints import make, published
 from hypothesis import HealthCheck, settings
 
-from tpshard.publish import Settings
+from tpshard.execute.publish import Settings
 
 # Before anything imports torch: small models are not worth its threads, and sums then have one order.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -26,14 +26,14 @@ from types import ModuleType
 
 import pytest
 import typer
-from checkpoints import make
+from tests.helpers.checkpoints import make
 
 import tpshard
-import tpshard.verifying
-from tpshard import api
-from tpshard.cli import app
+import tpshard.api.verify
+from tpshard.api import convert as api
+from tpshard.cli.main import app
 from tpshard.errors import TpshardError
-from tpshard.publish import Settings
+from tpshard.execute.publish import Settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tpshard import errors
-    from tpshard.advice import advise
-    from tpshard.api import check, inspect, merge, plan, reshard, split
-    from tpshard.loader import load_rank
-    from tpshard.numbers import Workload
-    from tpshard.publish import Settings
-    from tpshard.verifying import verify
+    from tpshard.report.advice import advise
+    from tpshard.api.convert import check, inspect, merge, plan, reshard, split
+    from tpshard.api.load import load_rank
+    from tpshard.report.capacity import Workload
+    from tpshard.execute.publish import Settings
+    from tpshard.api.verify import verify
 
 __all__ = [
     "Settings",

@@ -1,5 +1,5 @@
 """`python -m tpshard`."""
 
-from tpshard.cli import run
+from tpshard.cli.main import run
 
 run()

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.bench import TPSHARD, machine, touch
-from bench.process_tree import Run, measure
-from bench.synthetic import LLAMA_1B, deepseek_tensors, llama_tensors, write
+from tests.bench.bench import TPSHARD, machine, touch
+from tests.bench.process_tree import Run, measure
+from tests.bench.synthetic import LLAMA_1B, deepseek_tensors, llama_tensors, write
 from safetensors import safe_open
 
 HERE = Path(__file__).parent

@@ -7,15 +7,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from crash.fine import SIZES, in_order  # noqa: E402
+from tests.crash.fine import SIZES, in_order  # noqa: E402
 
-from tpshard import lower, writer  # noqa: E402
-from tpshard.cli import run  # noqa: E402
+from tpshard.execute import blocks as lower, writer  # noqa: E402
+from tpshard.cli.main import run  # noqa: E402
 
 for name, size in SIZES.items():
     module, _, variable = name.rpartition(".")
     setattr(sys.modules[module], variable, size)
-assert lower.BLOCK == SIZES["tpshard.lower.BLOCK"]
+assert lower.BLOCK == SIZES["tpshard.execute.blocks.BLOCK"]
 writer.run = in_order
 
 run()

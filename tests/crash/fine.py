@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tpshard.execute import Background, Loader
-from tpshard.lower import flatten
-from tpshard.planning import Step
+from tpshard.execute.run import Background, Loader
+from tpshard.execute.blocks import flatten
+from tpshard.planning.join import Step
 
 SIZES = {
-    "tpshard.writer.FLUSH": 2500,
-    "tpshard.writer._HASH": 2000,
-    "tpshard.writer._READ": 1500,
-    "tpshard.lower.BLOCK": 1200,
+    "tpshard.execute.writer.FLUSH": 2500,
+    "tpshard.execute.writer._HASH": 2000,
+    "tpshard.execute.writer._READ": 1500,
+    "tpshard.execute.blocks.BLOCK": 1200,
 }
 """Blocks, flushes and hashes of a few bytes, so that small files have journals with something in them."""
 

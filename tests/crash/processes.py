@@ -16,7 +16,7 @@ _SCRIPT = """
     sys.path.insert(0, {tests!r})
     from crash.scene import fine_grained
     from tpshard.cli import main
-    from tpshard.files import Files
+    from tpshard.storage.files import Files
 
     write, vouched = Files.pwritev, []
 

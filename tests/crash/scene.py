@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from checkpoints import make, sharded
-from crash.fine import SIZES
+from tests.helpers.checkpoints import make, sharded
+from tests.crash.fine import SIZES
 
 import tpshard
 from tpshard.errors import TargetError, TpshardError
-from tpshard.publish import LOCK, Settings
-from tpshard.sums import SUMS
+from tpshard.execute.publish import LOCK, Settings
+from tpshard.storage.checksums import SUMS
 
 SMALL = {
     "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "vocab_size": 29,
@@ -89,7 +89,7 @@ class Scene:
 
     def run(self, root: Path, settings: Settings) -> None:
         """Run the command."""
-        with mock.patch("tpshard.publish.replaceable", return_value=False) if self.in_place else nullcontext():
+        with mock.patch("tpshard.execute.publish.replaceable", return_value=False) if self.in_place else nullcontext():
             self.command(self.out(root), settings)
 
     def state(self, root: Path) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from crash.fine import in_order
+from tests.crash.fine import in_order
 
-from tpshard.files import Files
+from tpshard.storage.files import Files
 
 CALLS = (
     "open_read", "open_write", "preadv", "pwritev", "truncate", "datasync", "fsync", "replace", "rename", "unlink",
@@ -248,7 +248,7 @@ def _without(names: _Names, gone: str) -> _Names:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run plans with `in_order`."""
-    with mock.patch("tpshard.writer.run", in_order):
+    with mock.patch("tpshard.execute.writer.run", in_order):
         yield
 
 

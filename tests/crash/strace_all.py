@@ -27,10 +27,10 @@ from queue import SimpleQueue
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from crash.scene import Scene, scenes, tree  # noqa: E402
+from tests.crash.scene import Scene, scenes, tree  # noqa: E402
 
 from tpshard.errors import TpshardError  # noqa: E402
-from tpshard.publish import Settings  # noqa: E402
+from tpshard.execute.publish import Settings  # noqa: E402
 
 CALLS = (
     "write", "writev", "pwrite64", "pwritev", "pwritev2", "copy_file_range", "sendfile", "splice", "fallocate",

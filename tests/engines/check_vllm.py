@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from engines import models
+from tests.engines import models
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import tpshard.api as tpshard
+import tpshard.api.convert as tpshard
 from tpshard.errors import CorruptError, UnsupportedError
 
 HERE = Path(__file__).parent

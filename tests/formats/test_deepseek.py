@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make
-from command import fails, succeeds
+from tests.helpers.checkpoints import make
+from tests.helpers.command import fails, succeeds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make
-from command import fails, succeeds
+from tests.helpers.checkpoints import make
+from tests.helpers.command import fails, succeeds
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tpshard.formats.meta import _ffn, ffn_size
 from tpshard.formats.torch_archive import archive_file
-from tpshard.layout import StoredTensor
+from tpshard.planning.layout import StoredTensor
 
 NAMES = {
     "self_attn.q_proj": "attention.wq",

@@ -27,13 +27,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from gpu import figures, random_models  # noqa: E402
+from tests.gpu import figures, random_models  # noqa: E402
 
 import tpshard  # noqa: E402
-from tpshard.publish import Settings  # noqa: E402
-from tpshard.verify.group import Processes  # noqa: E402
-from tpshard.verify.prepare import prompt_ids  # noqa: E402
-from tpshard.verify.run import verify  # noqa: E402
+from tpshard.execute.publish import Settings  # noqa: E402
+from tpshard.verifier.group import Processes  # noqa: E402
+from tpshard.verifier.builtin.prepare import prompt_ids  # noqa: E402
+from tpshard.verifier.run import verify  # noqa: E402
 
 MODELS = ("gpt2", "opt", "llama-1b", "llama-7b")
 SMALL_MODELS = ("gpt2", "opt", "llama")

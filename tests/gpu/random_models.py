@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.synthetic import LLAMA_1B, llama_tensors
+from tests.bench.synthetic import LLAMA_1B, llama_tensors
 
-from tpshard.header import build_header
+from tpshard.storage.safetensors import build_header
 
 Shape = tuple[str, tuple[int, ...]]
 

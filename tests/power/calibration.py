@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from power.splits import FAMILIES, chosen, split_model
+from tests.power.splits import FAMILIES, chosen, split_model
 
-from tpshard.verify.compare import Setup, through
-from tpshard.verify.families import describe
-from tpshard.verify.group import Threads
-from tpshard.verify.native import NATIVE_LIMITS, native_logits, native_metrics, teacher_tokens
-from tpshard.verify.prepare import prompt_ids
-from tpshard.verify.shards import open_shards, open_source, resident
+from tpshard.verifier.builtin.exact import Setup, through
+from tpshard.verifier.families.configs import describe
+from tpshard.verifier.group import Threads
+from tpshard.verifier.builtin.native import NATIVE_LIMITS, native_logits, native_metrics, teacher_tokens
+from tpshard.verifier.builtin.prepare import prompt_ids
+from tpshard.verifier.ranks.open import open_shards, open_source, resident
 
 TOKENS = 16
 WIDTHS = {"at most 24": (0, 24), "25 to 64": (25, 64), "at least 65": (65, 1 << 30), "all": (0, 1 << 30)}

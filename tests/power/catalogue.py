@@ -10,20 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import checkpoints
+from tests.helpers import checkpoints
 import torch
 from torch import Tensor
 
 import tpshard
-from tpshard.publish import Settings
-from tpshard.verify.compare import Setup, Tier, exact, through
-from tpshard.verify.families import describe
-from tpshard.verify.faults import FAULTS
-from tpshard.verify.group import Threads
-from tpshard.verify.native import NATIVE_LIMITS, exceeded, native_logits, native_metrics, teacher_tokens
-from tpshard.verify.prepare import prompt_ids
-from tpshard.verify.shards import open_shards, open_source, resident
-from tpshard.verify.weights import Store, Weights
+from tpshard.execute.publish import Settings
+from tpshard.verifier.builtin.exact import Setup, Tier, exact, through
+from tpshard.verifier.families.configs import describe
+from tpshard.verifier.builtin.faults import FAULTS
+from tpshard.verifier.group import Threads
+from tpshard.verifier.builtin.native import NATIVE_LIMITS, exceeded, native_logits, native_metrics, teacher_tokens
+from tpshard.verifier.builtin.prepare import prompt_ids
+from tpshard.verifier.ranks.open import open_shards, open_source, resident
+from tpshard.verifier.ranks.weights import Store, Weights
 
 WIDTHS = (2, 4)
 DTYPE = torch.bfloat16

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import library
+from tests.helpers import checkpoints
+from tests.helpers import transformers_runs as library
 import torch
-from power.table import conditions
+from tests.power.table import conditions
 
-from tpshard.verify.compare import EXACT_LIMIT
-from tpshard.verify.hf.faults import FAULTS
+from tpshard.verifier.builtin.exact import EXACT_LIMIT
+from tpshard.verifier.hf.faults import FAULTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power-engine.md"
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from checkpoints import make
+from tests.helpers.checkpoints import make
 
 import tpshard
 from tpshard.errors import UnsupportedError
-from tpshard.publish import Settings
-from tpshard.verify import machine, prepare
-from tpshard.verify.run import verify
+from tpshard.execute.publish import Settings
+from tpshard.verifier.builtin import memory as machine, prepare
+from tpshard.verifier.run import verify
 
 # Matrices of these sizes are cut into several blocks where the weights are streamed.
 BLOCK_BYTES = 1 << 12

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tpshard.box import corner
+from tpshard.planning.box import corner
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.manifest import FORMAT_VERSION, compact, dump, integers, manifest_of
-from tpshard.layout import Deal, Layout, StoredTensor, deal, equal_shares, listing, possible_tp, why_not
-from tpshard.model import Model
-from tpshard.planning import OutputFile, assert_coverage, output_file, parts_by_size, uncollected
-from tpshard.rules import Axis
+from tpshard.planning.layout import Deal, Layout, StoredTensor, deal, equal_shares, listing, possible_tp, why_not
+from tpshard.planning.model import Model
+from tpshard.planning.join import OutputFile, assert_coverage, output_file, parts_by_size, uncollected
+from tpshard.rules.classify import Axis
 
 if TYPE_CHECKING:
     from fractions import Fraction

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split, saved_offsets
 from tpshard.formats.dcp import chunk, chunks
-from tpshard.layout import StoredTensor
-from tpshard.model import Model
+from tpshard.planning.layout import StoredTensor
+from tpshard.planning.model import Model
 
 _FILE = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
 _UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"}

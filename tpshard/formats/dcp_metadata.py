@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tpshard.box import Shape
+from tpshard.planning.box import Shape
 from tpshard.formats.torch_archive import pickle_integer, pickle_integers, pickle_text
 
 _CLASSES = "torch.distributed.checkpoint.metadata"

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.base import Format, Laid, Options, bare
-from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, shard, whole
-from tpshard.model import Model
-from tpshard.rules import Axis
+from tpshard.planning.layout import Deal, LogicalTensor, Part, StoredTensor, shard, whole
+from tpshard.planning.model import Model
+from tpshard.rules.classify import Axis
 
 _FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
 _MODULES = {

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UsageError
 from tpshard.formats.base import Format, Laid, Options
-from tpshard.header import nbytes
-from tpshard.layout import LogicalTensor, whole
-from tpshard.model import Model
-from tpshard.planning import OutputFile, alignment_order, output_file, parts_by_size
+from tpshard.storage.safetensors import nbytes
+from tpshard.planning.layout import LogicalTensor, whole
+from tpshard.planning.model import Model
+from tpshard.planning.join import OutputFile, alignment_order, output_file, parts_by_size
 
 INDEX = "model.safetensors.index.json"
 

@@ -14,10 +14,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tpshard import __version__
-from tpshard.box import Box, Shape, volume
-from tpshard.layout import Layout, Mesh, Part, StoredTensor
-from tpshard.model import Model
-from tpshard.rules import Cut
+from tpshard.planning.box import Box, Shape, volume
+from tpshard.planning.layout import Layout, Mesh, Part, StoredTensor
+from tpshard.planning.model import Model
+from tpshard.rules.classify import Cut
 
 if TYPE_CHECKING:
     from tpshard.formats.base import Laid, Options

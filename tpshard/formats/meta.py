@@ -14,14 +14,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tpshard.box import Shape, full
+from tpshard.planning.box import Shape, full
 from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split, bare
 from tpshard.formats.torch_archive import archive_file
-from tpshard.layout import Deal, LogicalTensor, Part, StoredTensor, shard
-from tpshard.model import Model
-from tpshard.planning import OutputFile
-from tpshard.rules import Axis, Cut
+from tpshard.planning.layout import Deal, LogicalTensor, Part, StoredTensor, shard
+from tpshard.planning.model import Model
+from tpshard.planning.join import OutputFile
+from tpshard.rules.classify import Axis, Cut
 
 PARAMS = "params.json"
 GENERATIONS = ("1", "2", "3")

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tpshard.formats.base import Format, Laid, Options, Split, rank_stem, saved_offsets
-from tpshard.layout import StoredTensor, deal, shard
-from tpshard.model import Model
+from tpshard.planning.layout import StoredTensor, deal, shard
+from tpshard.planning.model import Model
 
 _NAME = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
 

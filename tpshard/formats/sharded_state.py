@@ -16,11 +16,11 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format, Laid, Options, Split
-from tpshard.formats.engine_shares import Recipe, joined, shares_of
-from tpshard.formats.engines import Family, fits_any, load_table, match
-from tpshard.header import DTYPE_BITS
-from tpshard.layout import Deal, LogicalTensor, StoredTensor
-from tpshard.model import Model
+from tpshard.formats.engine_layout import Recipe, joined, shares_of
+from tpshard.formats.engine_tables import Family, fits_any, load_table, match
+from tpshard.storage.safetensors import DTYPE_BITS
+from tpshard.planning.layout import Deal, LogicalTensor, StoredTensor
+from tpshard.planning.model import Model
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tpshard.box import Shape
+from tpshard.planning.box import Shape
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.header import nbytes
-from tpshard.layout import StoredTensor
-from tpshard.planning import OutputFile, Placed
+from tpshard.storage.safetensors import nbytes
+from tpshard.planning.layout import StoredTensor
+from tpshard.planning.join import OutputFile, Placed
 
 STORAGES = {
     "F64": "DoubleStorage",

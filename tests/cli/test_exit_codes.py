@@ -1,0 +1,91 @@
+"""docs/reference/exit-codes.md: each input that it names has a test that ends with that code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.helpers.command import llama, tpshard
+
+from tpshard.storage.files import Files
+
+TESTS = Path(__file__).parent
+PAGE = TESTS.parent / "docs/reference/exit-codes.md"
+EXAMPLES = {
+    "`check` found a checksum or byte that differs": "test_shards.py::test_a_flipped_bit",
+    "ranks that hold the same part differ": "test_shards.py::test_replicas_that_differ",
+    "a set of another `--tp`": "test_shards.py::test_a_set_for_another_tp",
+    "`advise` found no tp with which the model fits": "test_numbers.py::test_advise_ends_with_1_where_nothing_fits",
+    "an unknown option": "test_cli.py::test_usage",
+    "a path that is not there": "test_checkpoint.py::test_a_path_that_is_not_there",
+    "the output is the source": "test_cli.py::test_the_output_is_the_source",
+    "a damaged header": "test_checkpoint.py::test_damaged_weights",
+    "a shard missing": "test_checkpoint.py::test_listed_shards_missing",
+    "an index that disagrees": "test_checkpoint.py::test_index_lists_a_tensor_in_another_shard",
+    "a Git-LFS pointer": "test_checkpoint.py::test_damaged_weights",
+    "ranks missing or mixed": "test_shards.py::test_two_sets_in_one_directory",
+    "a small file that `SHA256SUMS` contradicts": "test_sums.py::test_check_compares_the_small_files_with_it",
+    "config and tensors contradict each other": "test_checkpoint.py::test_config_that_contradicts_the_tensors",
+    "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
+    "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
+    "a quantised checkpoint": "test_checkpoint.py::test_quantised_by_its_config",
+    "an index or symlink that leaves the model": "test_checkpoint.py::test_a_symlink_that_leaves_the_model",
+    "pickle without `--allow-pickle`": "test_pickle.py::test_without_the_flag",
+    "a pickle that calls functions": "test_pickle.py::test_a_pickle_that_calls",
+    "disk full": "test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
+    "no permission": "test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
+    "the disk reports an error": "test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
+    "the repo is not found or gated": "test_cli_hub.py::test_not_on_the_hub",
+    "the network fails": "test_cli_hub.py::test_a_hub_that_fails",
+    "offline and not in the cache": "test_cli_hub.py::test_offline_without_a_copy",
+    "a tier of `verify` could not run": "test_cli_verify.py::test_a_reference_that_was_asked_for_and_cannot_judge",
+    "a fault injected on purpose was not noticed": "verify/test_run.py::test_a_tier_that_misses_a_canary",
+    "the output exists": "test_cli.py::test_the_output_exists",
+    "another run is writing it": "test_cli.py::test_a_second_run_on_the_same_target",
+    "an unfinished run with other options left it": "test_cli.py::test_ctrl_c_leaves_a_state_that_resumes",
+    "a bug in tpshard: please report it": "test_cli.py::test_a_bug_of_ours",
+    "Ctrl-C: the same command resumes": "test_cli.py::test_interrupted",
+}
+
+
+def documented() -> dict[str, int]:
+    """Each example of the page, and its code."""
+    found = {}
+    for code, cell in re.findall(r"^\| (\d+) \|(?: `\w+`)? \| (.+?) \|$", PAGE.read_text(), re.M):
+        found |= dict.fromkeys(re.split("[,;] ", cell), int(code))
+    return found
+
+
+def text_of(test: str, source: str) -> str:
+    """A test's source (its name may go on), and that of the functions of its file that it calls."""
+    functions = re.findall(r"^def (\w+)(\(.*?)(?=^\S(?<!\))|\Z)", source, re.M | re.S)
+    found = [body for name, body in functions if name.startswith(test)]
+    return "".join(found + [body for name, body in functions if any(f" {name}(" in each for each in found)])
+
+
+def test_each_example_has_its_test() -> None:
+    found = documented()
+    assert found.pop("done") == found.pop("or judged equal") == 0
+    assert list(found) == list(EXAMPLES)
+    for example, where in EXAMPLES.items():
+        file, test = where.split("::")
+        expected = rf"\b{found[example]}\b"
+        assert re.search(expected, text_of(test, (TESTS / file).read_text())), f"{where} does not say {expected}"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("call", ["pwritev", "preadv", "open_write"])
+def test_a_disk_that_fails_in_the_middle(code: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.chdir(tmp_path)
+    llama(Path("model"))
+    monkeypatch.setattr(Files, call, refuse)
+    result = tpshard("split", "model", "--tp", 2, "--json")
+    assert result.code == 6 and result.json["error"]["code"] == "io"
+    assert os.strerror(code).lower() in result.err.lower() and not Path("model-tp2").exists()

@@ -1,0 +1,198 @@
+"""`tpshard verify` as a user meets it: output, reports, exit codes, and under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from tests.helpers.checkpoints import make
+from tests.helpers.command import Result, tpshard
+
+import tpshard as package
+from tpshard.api import convert as api
+from tpshard.execute.publish import Settings
+
+CPU = ("--device", "cpu", "--tokens", "2")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small LLaMA and its split for two ranks, beside each other."""
+    folder = tmp_path_factory.mktemp("pair")
+    model = make("llama-bf16", folder / "model")
+    api.split(model, 2, folder / "model-tp2", settings=Settings(fsync=False, workers=1))
+    return model, folder / "model-tp2"
+
+
+def exchanged(shards: Path, to: Path) -> Path:
+    copy = Path(shutil.copytree(shards, to))
+    one, two = (copy / f"rank-{rank:05}-of-00002.safetensors" for rank in (0, 1))
+    one.rename(copy / "x")
+    two.rename(one)
+    (copy / "x").rename(two)
+    return copy
+
+
+def refused(code: int, *arguments: object) -> dict[str, Any]:
+    """A command that must fail before it computes, as text and as JSON; the error object."""
+    text = tpshard("verify", *arguments)
+    assert (text.code, text.out) == (code, "")
+    lines = text.err.splitlines()
+    assert lines[-2].startswith("error: ") and lines[-1].startswith("hint: "), text.err
+    found = tpshard("verify", *arguments, "--json").json
+    assert (found["verdict"], found["command"]) == ("error", "verify")
+    error: dict[str, Any] = found["error"]
+    assert error["message"] in lines[-2]
+    return error
+
+
+def test_a_pass_on_a_terminal(pair: tuple[Path, Path]) -> None:
+    result = tpshard("verify", pair[1], *CPU)
+    assert result.code == 0, result.err
+    first, head, *rows = result.out.splitlines()
+    assert first == "PASS: model-tp2 (tp 2) against model"
+    assert head.split() == ["tier", "status", "figures", "worst"]
+    assert [row.split()[:2] for row in rows[:3]] == [["bytes", "pass"], ["exact", "pass"], ["native", "pass"]]
+    assert "model." in rows[1] and "rank " in rows[1]
+    assert rows[3].endswith("faults injected on purpose were noticed")
+    assert "GB of memory" in result.err and "estimate" in result.err
+    assert tpshard("verify", pair[1], *CPU, "--tier", "exact", "-q").err == ""
+
+
+def test_a_failure_names_the_ranks_first_and_the_next_command_last(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    shards = exchanged(pair[1], tmp_path / "shards")
+    result = tpshard("verify", shards, "--source", pair[0], *CPU, "--tier", "bytes,exact")
+    assert result.code == 1
+    assert result.out.splitlines()[0] == ("FAIL: shards (tp 2) against model: the files of ranks 0 and 1 are exchanged")
+    assert result.out.splitlines()[-1].startswith("bytes: ")  # what the verdict's first line left out
+    assert result.err.splitlines()[-1] == f"next: tpshard check {shards} --source {pair[0]}"
+
+
+def test_json_is_sorted_and_says_the_same_twice(pair: tuple[Path, Path]) -> None:
+    found = [tpshard("verify", pair[1], *CPU, "--json").json for _ in range(2)]
+    assert list(found[0]) == sorted(found[0]) and found[0]["verdict"] == "pass"
+    assert [tier["name"] for tier in found[0]["tiers"]] == ["bytes", "exact", "native"]
+    assert found[0].pop("volatile") and found[1].pop("volatile") and found[0] == found[1]
+
+
+def test_reports_of_every_kind(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    paths = [tmp_path / f"report{ending}" for ending in (".json", ".xml", ".md", ".html")]
+    options = [part for path in paths for part in ("--report", path)]
+    assert tpshard("verify", pair[1], *CPU, "--tier", "bytes,exact", *options).code == 0
+    assert json.loads(paths[0].read_text())["verdict"] == "pass"
+    assert ElementTree.parse(paths[1]).getroot().get("failures") == "0"
+    assert "verify: pass" in paths[2].read_text() and "<h1>tpshard verify" in paths[3].read_text()
+
+
+def test_reports_of_an_error(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    paths = [tmp_path / f"report{ending}" for ending in (".json", ".xml", ".md", ".html")]
+    options = [part for path in paths for part in ("--report", path)]
+    shards = Path(shutil.copytree(pair[1], tmp_path / "shards"))
+    (shards / "rank-00001-of-00002.safetensors").unlink()
+    found = tpshard("verify", shards, "--source", pair[0], *CPU, *options, "--json")
+    assert found.code == 3 and found.json["verdict"] == "error"
+    assert json.loads(paths[0].read_text()) == found.json
+    suites = ElementTree.parse(paths[1]).getroot()
+    assert suites.get("errors") == "1" and "all but 1" in (suites.findtext(".//error") or "")
+    assert paths[2].read_text().startswith("## tpshard verify: error\n\n`shards`: ranks are missing")
+    assert "hint: " in paths[2].read_text() and "all but 1" in paths[3].read_text()
+    kept = tmp_path / "kept.json"
+    assert tpshard("verify", pair[1], "--report", kept, "--report", tmp_path / "no" / "a.md").code == 2
+    assert "no such directory" in json.loads(kept.read_text())["error"]["message"]
+
+
+def test_what_is_refused_before_anything_is_run(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    model, shards = pair
+    assert "unknown kind of report" in refused(2, shards, "--report", tmp_path / "a.pdf")["message"]
+    assert "no such directory for a report" in refused(2, shards, "--report", tmp_path / "no" / "a.md")["message"]
+    assert not list(tmp_path.iterdir())
+    assert "unknown tier" in refused(2, shards, "--tier", "exact,bits")["message"]
+    assert "--layers" in refused(2, shards, "--layers", "first")["message"]
+    assert "no layer 7" in refused(2, shards, "--layers", "7", "--device", "cpu")["message"]
+    assert "no such directory" in refused(2, tmp_path / "no")["message"]
+    assert "no such file" in refused(2, shards, "--source", tmp_path / "no")["message"]
+    assert refused(2, shards, "--nproc-per-node", "3")["found"] == "3"
+    for option in ("--tokens", "--seed", "--nproc-per-node"):
+        assert tpshard("verify", shards, option, "-1").code == 2
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "no GPU" in refused(2, shards, "--device", "cuda")["message"]
+
+
+def test_another_model_and_a_missing_rank(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    other = make("gpt2", tmp_path / "other")
+    assert "another model" in refused(2, pair[1], "--source", other, "--device", "cpu")["message"]
+    shards = Path(shutil.copytree(pair[1], tmp_path / "shards"))
+    (shards / "rank-00001-of-00002.safetensors").unlink()
+    assert refused(3, shards, "--source", pair[0], "--device", "cpu")["found"] == "all but 1"
+
+
+@pytest.mark.parametrize(
+    "options", [["--stream"], ["--float32", "--sequence-parallel"], ["--layers", "0,-1", "--seed", "3", "--no-stream"]]
+)
+def test_options_reach_the_tiers(pair: tuple[Path, Path], options: list[str]) -> None:
+    found = tpshard("verify", pair[1], *CPU, "--tier", "exact", *options, "--json").json
+    settings = found["settings"]
+    assert found["verdict"] == "pass" and settings["streamed"] == ("--stream" in options)
+    assert settings["sequence_parallel"] == settings["float32"] == ("--float32" in options)
+    assert (settings["layers"], settings["seed"]) == (([0, 2], 3) if "--layers" in options else (None, 0))
+    assert found["tiers"][0]["thresholds"]["relative_error"] == (1e-5 if "--float32" in options else 1e-12)
+
+
+def test_a_reference_that_was_asked_for_and_cannot_judge_is_inconclusive(pair: tuple[Path, Path]) -> None:
+    options = ["--tier", "exact", "--reference", "transformers"]
+    assert tpshard("verify", pair[1], *CPU, *options).code == 0
+    result = tpshard("verify", pair[1], *CPU, *options, "--layers", "0")
+    assert result.code == 8 and result.out.startswith("INCONCLUSIVE: ")
+
+
+def torchrun(*arguments: object) -> Result:
+    """`torchrun --nproc-per-node 2 -m tpshard verify`; the output of both processes together."""
+    root = Path(package.__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tpshard", "verify"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_torchruns_processes_take_a_rank_each_and_one_of_them_speaks(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    good = torchrun(pair[1], *CPU, "--json")
+    assert good.code == 0, good.err
+    assert good.json["verdict"] == "pass" and good.json["settings"]["processes"] == 2
+    assert good.err.count("exact tier: about") == 1
+    shards = exchanged(pair[1], tmp_path / "shards")
+    bad = torchrun(shards, "--source", pair[0], *CPU, "--tier", "exact", "--json")
+    assert bad.code != 0 and bad.json["reason"] == "the files of ranks 0 and 1 are exchanged"
+    (shards / "config.json").write_text("{")
+    worse = torchrun(shards, "--source", pair[0], *CPU, "--json")
+    assert worse.code != 0 and worse.json["error"]["code"] == "corrupt"
+
+
+def test_slurms_tasks_find_each_other(pair: tuple[Path, Path]) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(package.__file__).parent.parent
+    tasks = []
+    for rank in range(2):
+        slurm = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2"}
+        slurm |= {"SLURM_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "tpshard", "verify", str(pair[1]), *CPU, "--tier", "exact", "--json"]
+        environment = os.environ | slurm | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+        tasks.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    said = [task.communicate() for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert json.loads(said[0][0])["settings"]["processes"] == 2
+    assert said[1][0] == ""

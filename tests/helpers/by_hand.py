@@ -1,0 +1,187 @@
+"""What each rank must hold of a checkpoint's tensors, cut by hand in torch: nothing of it is shared with the rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.helpers.checkpoints import VOCAB
+from tests.helpers.toys import contents, read_all
+
+import tpshard
+from tpshard.execute.publish import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NORM_OF_ALL_HEADS = {"olmoe", "minimax_m2", "flex_olmo"}
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return config
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: int) -> Tensor:
+    """What a rank must hold of a tensor."""
+    import torch
+
+    module, _, suffix = name.rpartition(".")
+    module = module.rpartition(".")[2]
+    whole_norm = config["model_type"] in NORM_OF_ALL_HEADS
+    kv = config["num_key_value_heads"]
+
+    def share(tensor: Tensor, dim: int) -> Tensor:
+        return tensor.chunk(tp, dim)[rank]
+
+    if module in ("embed_tokens", "lm_head", "head", "embeddings"):
+        rows = -(-VOCAB // tp) * tp
+        return share(torch.cat([whole, whole.new_zeros(rows - VOCAB, *whole.shape[1:])]), 0)
+    if suffix == "sinks" or module in ("q_proj", "q_b_proj", "kv_b_proj") or (module == "q_norm" and whole_norm):
+        return share(whole, 0)
+    if module in ("k_proj", "v_proj") or (module == "k_norm" and whole_norm):
+        return whole.chunk(kv)[rank * kv // tp] if kv < tp else share(whole, 0)
+    if module in ("gate_proj", "up_proj", "w1", "w3"):
+        return share(whole, 0)
+    if module in ("o_proj", "down_proj", "w2"):
+        return whole if suffix == "bias" else share(whole, 1)
+    if config["model_type"] == "gpt_oss" and module == "experts":  # stored [expert, in, out], gate and up by turns
+        if suffix.startswith("gate_up"):
+            pairs = whole.unflatten(-1, (-1, 2))
+            return share(pairs, pairs.dim() - 2).flatten(-2)
+        return whole if suffix.endswith("bias") else share(whole, 1)
+    if config["model_type"] == "llama4_text" and module == "experts":  # stored [expert, in, out]
+        return _fused(whole, 2, [1, 1], rank, tp) if suffix == "gate_up_proj" else share(whole, 1)
+    if suffix == "gate_up_proj" or module == "input_linear":
+        return _fused(whole, whole.dim() - 2, [1, 1], rank, tp)
+    if suffix == "down_proj" or module == "output_linear":
+        return share(whole, whole.dim() - 1)
+    if ".mamba." in name or (".mixer." in name and "latent" not in name and "mixer.gate." not in name):
+        return _of_mamba(name, whole, config, rank, tp)
+    if ".linear_attn." in name and module != "norm":
+        return _of_linear_attention(name, whole, config, rank, tp)
+    return whole
+
+
+def _fused(whole: Tensor, dim: int, sizes: Sequence[int], rank: int, tp: int) -> Tensor:
+    """A rank's share of blocks of relative sizes, one behind the other."""
+    import torch
+
+    blocks = whole.split([size * whole.shape[dim] // sum(sizes) for size in sizes], dim)
+    return torch.cat([block.chunk(tp, dim)[rank] for block in blocks], dim)
+
+
+def _of_mamba(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: int) -> Tensor:
+    """A rank's heads, and the groups that they read."""
+    import torch
+
+    if config["model_type"] == "nemotron_h":
+        keys = ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")
+    else:
+        keys = ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head")
+    heads, groups, state, head = (config[key] for key in keys)
+    wide = heads * head
+    if name.endswith("out_proj.bias"):
+        return whole
+    if not name.endswith(("in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias")):
+        return whole.chunk(tp, 1 if name.endswith("out_proj.weight") else 0)[rank]
+    sizes = [wide, wide, groups * state, groups * state, heads]
+    blocks = whole.split(sizes if "in_proj" in name else sizes[1:4])
+    first, count = (rank * groups // tp, 1) if groups < tp else (rank * groups // tp, groups // tp)
+    held = [
+        block.narrow(0, first * state, count * state) if len(block) == groups * state else block.chunk(tp)[rank]
+        for block in blocks
+    ]
+    return torch.cat(held)
+
+
+def _of_linear_attention(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: int) -> Tensor:
+    """A rank's key heads with their value heads, of whatever linear attention has for each."""
+    if name.endswith(("in_proj_qkv.weight", "conv1d.weight")):
+        keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+        values = config["linear_num_value_heads"] * config["linear_value_head_dim"]
+        return _fused(whole, 0, [keys, keys, values], rank, tp)
+    return whole.chunk(tp, 1 if name.endswith("out_proj.weight") else 0)[rank]
+
+
+def compare(model: Path, out: Path, tp: int) -> None:
+    import torch
+
+    config, source = config_of(model), tensors_of(model)
+    for rank in range(tp):
+        (file,) = out.glob(f"rank-{rank:05}-of-{tp:05}.safetensors")
+        held = tensors_of_file(file)
+        assert set(held) == set(source)
+        for name, whole in source.items():
+            expected = held_by(name, whole, config, rank, tp)
+            assert held[name].dtype == expected.dtype
+            assert torch.equal(held[name], expected), f"rank {rank}: {name}"
+
+
+def tensors_of_file(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def logits(path: Path) -> Tensor:
+    """transformers' logits, of copied weights: in the mapped file they need not be aligned, and sums differ then."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        result: Tensor = model(1 + torch.arange(24)[None] * 7 % (VOCAB - 1)).logits
+    return result
+
+
+def there_and_back(model: Path, folder: Path, settings: Settings) -> None:
+    """Split at two widths, every rank by hand; merged it is the source, resharded it is the other split."""
+    import torch
+
+    for tp in (2, 4):
+        out = folder / f"{tp}"
+        tpshard.split(model, tp, out, settings=settings)
+        compare(model, out, tp)
+        assert tpshard.check(out, model, tp=tp, settings=settings).equal
+        tpshard.merge(out, folder / f"merged-{tp}", settings=settings)
+        assert read_all(folder / f"merged-{tp}") == read_all(model)
+    for a, b in ((2, 4), (4, 2)):
+        tpshard.reshard(folder / f"{a}", b, folder / f"{a}-{b}", settings=settings)
+        assert contents(folder / f"{a}-{b}") == contents(folder / f"{b}")
+    assert torch.equal(logits(folder / "merged-4"), logits(model))
+
+
+def with_one_more(model: Path, out: Path, without: str = "", **changes: Any) -> Path:
+    """The checkpoint with the layer that predicts a further token, as DeepSeek-V3 and GLM-4.5 publish it."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors, config = tensors_of(model), config_of(model) | changes
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    extra = {name.replace(last, new): tensor + 1 for name, tensor in tensors.items() if name.startswith(last)}
+    for name, shape in {
+        "embed_tokens": (VOCAB, hidden),
+        "shared_head.head": (VOCAB, hidden),
+        "shared_head.norm": (hidden,),
+        "enorm": (hidden,),
+        "hnorm": (hidden,),
+        "eh_proj": (hidden, 2 * hidden),
+    }.items():
+        extra[f"{new}{name}.weight"] = torch.randn(shape, generator=torch.Generator().manual_seed(len(extra)))
+    assert not without or extra.pop(new + without) is not None
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps(config))
+    save_file(tensors | extra, out / "model.safetensors", metadata={"format": "pt"})
+    return out

@@ -1,0 +1,214 @@
+"""The tensor-parallel plans that transformers publishes, what differs from them here and why, and a page of both.
+
+`python tests/tp_plans.py` writes docs/reference/architectures.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from tpshard.rules.architecture import Architecture, all_builtin
+
+KINDS = {
+    "colwise": "column", "colwise_gather_output": "column", "colwise_rep": "column", "packed_colwise": "column",
+    "rowwise": "row", "rowwise_split_input": "row", "rowwise_rep": "row", "packed_rowwise": "row",
+    "embedding_rowwise": "column",  # of an embedding, transformers calls the vocab rows
+    "replicate": "replicate", "replicated_with_grad_allreduce": "replicate", "mla_kv_a_proj": "replicate",
+}  # fmt: skip
+"""What a style does to a weight."""
+NO_WEIGHT = {"moe_tp_experts", "all_reduce", "moe_identity_expert", "local_params"}
+"""Styles that say what is exchanged around a module; its weights have patterns of their own."""
+
+_QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_QK_NORM = ("self_attn.q_norm", "self_attn.k_norm")
+_W123 = tuple(f"block_sparse_moe.experts.*.w{number}" for number in (1, 2, 3))
+_LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_MAMBA = ("in_proj", "conv1d", "A_log", "D", "dt_bias", "norm", "out_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
+    "Over all heads at once. transformers gathers q and k and keeps the norm whole; cut like q and k, its mean of "
+    "squares is a sum over the ranks.": {
+        model_type: _QK_NORM for model_type in ("olmo2", "olmo3", "olmoe", "minimax_m2", "flex_olmo")
+    },
+    "One row per head, which goes with its head. The plan leaves it out.": {"cohere": _QK_NORM},
+    "Latent attention whole on every rank. What each head has of it is cut here, as in the plan of deepseek_v2.": {
+        "deepseek_v3": (*(f"self_attn.{name}_proj" for name in ("q", "q_b", "kv_b")), "self_attn.o_proj")
+    },
+    "A query without a latent, which the plan leaves out.": {"glm4_moe_lite": ("self_attn.q_proj",)},
+    "A plan of the experts alone. The attention is LLaMA's and is cut as in LLaMA, and so is a dense layer.": {
+        **{model_type: _QKVO for model_type in ("granitemoe", "granitemoeshared", "hunyuan_v1_moe", "phimoe")},
+        "afmoe": (*_QKVO, "self_attn.gate_proj", *(f"mlp.{name}" for name in _GATED)),
+        "granitemoehybrid": _QKVO,
+        "nemotron_h": tuple(f"mixer.{letter}_proj" for letter in ("q", "k", "v", "o", "up", "down")),
+    },
+    "A plan of the experts alone. Each head of Mamba 2 goes with the group that it reads.": {
+        "granitemoehybrid": tuple(f"mamba.{name}" for name in _MAMBA),
+        "nemotron_h": tuple(f"mixer.{name}" for name in _MAMBA),
+    },
+    "What linear attention has of each head beside its projections. The plan gathers what those give, and every rank "
+    "computes all heads.": dict.fromkeys(_LINEAR, ("linear_attn.conv1d", "linear_attn.A_log", "linear_attn.dt_bias")),
+    "The shared expert whole on every rank. It is a feed-forward like any other.": {
+        "hunyuan_v1_moe": tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
+        "qwen2_moe": tuple(f"mlp.shared_expert.{name}" for name in _GATED),
+        **dict.fromkeys(
+            ("afmoe", "cohere2_moe", "exaone_moe", "glm4_moe_lite", "solar_open"),
+            tuple(f"mlp.shared_experts.{name}" for name in _GATED),
+        ),
+        **dict.fromkeys(
+            ("granitemoeshared", "granitemoehybrid"), ("shared_mlp.input_linear", "shared_mlp.output_linear")
+        ),
+        "nemotron_h": ("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"),
+    },
+    "Experts one by one, as files have them; the plan speaks of the stacked tensors in memory.": {
+        **{
+            model_type: tuple(f"mlp.experts.*.{name}" for name in _GATED)
+            for model_type in (
+                "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "olmoe",
+                "qwen2_moe", "qwen3_moe", "afmoe", "cohere2_moe", "deepseek_v32", "exaone_moe", "flex_olmo",
+                "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "qwen3_5_moe_text", "qwen3_next", "solar_open",
+            )
+        },
+        **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), _W123),
+        "nemotron_h": ("mixer.experts.*.up_proj", "mixer.experts.*.down_proj"),
+    },
+    "Experts under the names of the files; the plan speaks of those in memory.": {
+        **dict.fromkeys(
+            ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+            ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
+        ),
+        "hy_v3": tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
+    },
+}  # fmt: skip
+"""What is cut here and not in transformers' plan: reason → model_type → modules of a layer.
+
+The other way round there is nothing: whatever a plan cuts is cut here.
+"""
+OTHERWISE: dict[str, dict[str, tuple[str, ...]]] = {
+    "Stored for products from the left. The plan calls a dim what it would be in other matrices; it is the same dim.": {
+        "llama4_text": ("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj")
+    },
+    "Behind the heads of linear attention. The plan gathers what the projections give; here a rank has whole heads, "
+    "and their sum is over the ranks.": dict.fromkeys(_LINEAR, ("linear_attn.out_proj",)),
+}
+"""What is cut here by its input and in transformers' plan by its output, or the other way round."""
+_OTHER = {"column": "row", "row": "column"}
+
+
+def known() -> dict[str, Architecture]:
+    return {model_type: architecture for architecture in all_builtin() for model_type in architecture.model_types}
+
+
+@cache
+def plans() -> Mapping[str, Mapping[str, str]]:
+    """Every plan that transformers publishes, by model_type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    found = {}
+    for model_type in CONFIG_MAPPING_NAMES:
+        if plan := getattr(CONFIG_MAPPING[model_type], "base_model_tp_plan", None):
+            found[model_type] = plan
+    return found
+
+
+def kinds(architecture: Architecture) -> dict[str, set[str]]:
+    """The rules' patterns without the model's prefix, and what is done with each under any condition."""
+    found: dict[str, set[str]] = {}
+    for rule in architecture.rules:
+        for pattern in rule.patterns:
+            name = pattern.removesuffix("?").removeprefix(architecture.prefix)
+            found.setdefault(name, set()).add(rule.kind)
+    return found
+
+
+def meant(model_type: str, pattern: str, style: str) -> str:
+    """The kind of rule that does what a plan's style does, or what is done instead."""
+    module = pattern.removeprefix("layers.*.")
+    other = any(module in by_type.get(model_type, ()) for by_type in OTHERWISE.values())
+    return _OTHER[KINDS[style]] if other else KINDS[style]
+
+
+def alike(pattern: str, name: str) -> bool:
+    mine, others = pattern.split("."), name.split(".")
+    return len(mine) == len(others) and all(fnmatchcase(b, a) for a, b in zip(mine, others, strict=True))
+
+
+def differences() -> set[tuple[str, str]]:
+    """(model_type, module of a layer) of what is cut here and the plan says nothing of, the vocab axis excepted.
+
+    Embeddings and heads are not in plans of base models, nor are layers that predict further tokens.
+    """
+    found = set()
+    for model_type in plans().keys() & known().keys():
+        architecture = known()[model_type]
+        for rule in architecture.rules:
+            for pattern in rule.patterns:
+                name = pattern.removesuffix("?").removeprefix(architecture.prefix)
+                if (
+                    rule.axes
+                    and rule.axes != ("vocab",)
+                    and not name.startswith("mtp.")
+                    and not any(alike(name, other) for other in plans()[model_type])
+                ):
+                    found.add((model_type, name.removeprefix("layers.*.")))
+    return found
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "architectures.md"
+_TEXT = """\
+# Architectures
+
+The model_types of config.json that have rules, by the name of the rules file: `tpshard archs show NAME` prints it. A
+multimodal model is split where its text model is one of these ([nested text models](rules.md)). For any other
+model_type `tpshard archs draft` writes [rules to start from](rules.md).
+
+A test compares the rules with the tensor-parallel plans that transformers {version} publishes (`base_model_tp_plan`):
+{compared} of the model_types below have one. Whatever a plan cuts is cut here; the differences are listed further down.
+
+| rules | model_types | transformers' plan |
+|---|---|---|
+{rows}
+
+## Cut here, and not by transformers' plan
+
+{differences}
+
+## Cut here by the input and there by the output, or the other way round
+
+{otherwise}
+"""
+
+
+def page() -> str:
+    """The page of the documentation: this file's data and the rules', test-checked."""
+    import transformers
+
+    rows, compared = [], 0
+    for architecture in all_builtin():
+        planned = [model_type for model_type in architecture.model_types if model_type in plans()]
+        compared += len(planned)
+        differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE).values())
+        verdict = ("more is cut here" if differ else "the same") if planned else "none"
+        types = ", ".join(f"`{model_type}`" for model_type in architecture.model_types)
+        rows.append(f"| {architecture.name} | {types} | {verdict} |")
+    text = {"rows": "\n".join(rows), "differences": _reasons(DIFFERENCES), "otherwise": _reasons(OTHERWISE)}
+    version = ".".join(transformers.__version__.split(".")[:2])
+    return _TEXT.format(version=version, compared=compared, **text)
+
+
+def _reasons(listed: Mapping[str, Mapping[str, tuple[str, ...]]]) -> str:
+    reasons = []
+    for reason, by_type in listed.items():
+        own = {t: ", ".join(f"`{m}`" for m in modules) for t, modules in by_type.items() if t in known()}
+        lines = [
+            f"  - {', '.join(t for t in own if own[t] == modules)}: {modules}"
+            for modules in dict.fromkeys(own.values())
+        ]
+        reasons += [f"- {reason}", *lines] if own else []
+    return "\n".join(reasons)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,32 @@
+"""The same decoder over torch.distributed: two gloo processes against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.helpers import gloo_worker
+import torch
+from tests.helpers.small_models import relative, run, shards, source, tokens
+from torch import multiprocessing
+
+
+def test_two_gloo_processes_equal_one(tmp_path: Path) -> None:
+    names = ["llama-gqa", "falcon-new"]
+    ids = tokens(11)
+    torch.save({name: (source(name)[0], shards(name, 2), ids) for name in names}, tmp_path / "cases.pt")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=gloo_worker.work, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    results = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
+    for result in results:
+        assert result["half"].dtype == torch.bfloat16 and result["half"].tolist() == [3.0] * 3
+        assert result["uneven"].tolist() == [[1.0, 1.0]]
+        for name in names:
+            config, tensors = source(name)
+            whole = run(config, [tensors], ids)[0]
+            for parallel in (False, True):
+                assert relative(result[f"{name} {parallel}"], whole) <= 1e-12

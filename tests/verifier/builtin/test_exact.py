@@ -1,0 +1,228 @@
+"""The tiers: correct splits pass, every fault is caught and named, canaries keep a blind tier from passing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.helpers.checkpoints import DECODED
+from tests.helpers.cut import cut
+from tests.helpers.small_models import CPU, Tensors, source, tokens
+
+from tpshard.verifier.builtin.canaries import exact_canaries, native_canaries
+from tpshard.verifier.builtin.exact import Setup, exact, through
+from tpshard.verifier.builtin.decoder import Probe
+from tpshard.verifier.families.configs import describe
+from tpshard.verifier.builtin.faults import FAULTS
+from tpshard.verifier.group import Group, Threads
+from tpshard.verifier.builtin.native import native, native_metrics, teacher_tokens
+from tpshard.verifier.builtin.probes import relative
+from tpshard.verifier.ranks.weights import InMemory
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> object:
+    with torch.no_grad():
+        yield
+
+
+def setup(name: str, tp: int, dtype: torch.dtype = torch.float32, ranks: Sequence[Tensors] | None = None) -> Setup:
+    config, tensors = source(name)
+    stored = {key: value.to(dtype) for key, value in tensors.items()}
+    held = [InMemory(rank) for rank in (ranks or cut(stored, config, tp))]
+    return Setup(describe(config), InMemory(stored), held, Threads(tp), tokens(16), CPU)
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_every_fault_is_caught_by_the_exact_criterion_and_no_correct_split(name: str) -> None:
+    for tp in (2, 4):
+        case = setup(name, tp)
+        wanted = through(case.reference(torch.float64), [case.prompt], case.which())
+
+        def error(case: Setup, wanted: torch.Tensor = wanted) -> float:
+            def work(group: Group) -> float:
+                logits = through(case.sharded(group, torch.float64), [case.prompt], case.which())
+                return relative(logits, wanted)
+
+            return max(case.team.run(work))
+
+        assert error(case) <= 1e-12
+        for fault in FAULTS.values():
+            mutant = fault.mutant(case.family, case.ranks, case.family.layers - 1)
+            if mutant is not None:
+                caught = error(replace(case, ranks=mutant)) > 1e-12
+                assert caught is not fault.harmless, f"{fault.name} at tp {tp}"
+
+
+def test_most_faults_apply_to_some_model() -> None:
+    applied = set()
+    for name in ("qwen3-tied-bias", "llama-gqa", "gpt2", "gptj", "falcon-mqa", "llama-mha-bias"):
+        for tp in (2, 4):
+            case = setup(name, tp)
+            applied |= {n for n, fault in FAULTS.items() if fault.mutant(case.family, case.ranks, 0) is not None}
+    assert applied == FAULTS.keys()
+    assert len(FAULTS) >= 30
+
+
+@pytest.mark.parametrize("block_bytes", [None, 3000])
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "gpt2", "falcon-new", "opt-350m-like", "bloom"])
+def test_correct_splits_pass_both_tiers(name: str, block_bytes: int | None) -> None:
+    for tp, dtype in ((2, torch.bfloat16), (4, torch.float32)):
+        case = replace(setup(name, tp, dtype), block_bytes=block_bytes)
+        result = exact(case)
+        assert result.status == "pass" and result.metrics["relative_error"] <= 1e-14
+        result = native(case, dtype, teacher_tokens(case, 4))
+        assert result.status == "pass", result.reason
+        assert exact(replace(case, sequence_parallel=True)).status == "pass"
+        assert exact(case, float32=True).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("fault", "layer", "module", "rank"),
+    [
+        ("heads-swapped-in-a-rank", 1, "model.layers.1.self_attn.q_proj", 0),
+        ("wrong-kv-replica", 2, "model.layers.2.self_attn.k_proj", 1),
+        ("up-row-shifted", 2, "model.layers.2.mlp.up_proj", 0),
+        ("sign-of-an-element-of-down", 1, "model.layers.1.mlp.down_proj", 3),
+        ("sign-of-an-element-of-out", 0, "model.layers.0.self_attn.o_proj", 3),
+        ("norm-of-one-rank-stale", 1, "model.layers.1.input_layernorm", 0),
+        ("embedding-row-shifted", 0, "model.embed_tokens (every row)", 0),
+        ("head-shifted-by-a-rank", 0, "lm_head", 0),
+    ],
+)
+def test_the_first_module_and_rank_that_differ_are_named(fault: str, layer: int, module: str, rank: int) -> None:
+    case = setup("llama-gqa", 4)
+    mutant = FAULTS[fault].mutant(case.family, case.ranks, layer)
+    assert mutant is not None
+    result = exact(replace(case, ranks=mutant))
+    assert result.status == "fail" and result.first is not None
+    assert (result.first.module, result.first.rank) == (module, rank)
+    assert result.reason is not None and f"{module} of rank {rank}" in result.reason
+    if module.startswith("model.layers"):
+        assert result.first.layer == layer
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "found"),
+    [
+        ("gpt2", "down-bias-dropped", "transformer.h.1.mlp.c_proj.bias"),
+        ("gpt2", "v-bias-dropped", "v of transformer.h.1.attn.c_attn.bias"),
+        ("opt", "out-bias-added-tp-times", "model.decoder.layers.1.self_attn.out_proj.bias"),
+        ("opt", "up-bias-dropped", "model.decoder.layers.1.fc1.bias"),
+        ("gptj-tied-inner", "head-bias-dropped", "lm_head.bias"),
+        ("qwen3", "q-and-k-norm-exchanged", "model.layers.1.self_attn.q_norm"),
+    ],
+)
+def test_biases_and_inner_norms_are_named(name: str, fault: str, found: str) -> None:
+    case = setup(name, 2)
+    mutant = FAULTS[fault].mutant(case.family, case.ranks, 1)
+    assert mutant is not None
+    result = exact(replace(case, ranks=mutant))
+    assert result.reason is not None and result.reason.startswith(f"{found} of rank 0 differs first")
+
+
+@pytest.mark.parametrize("suffix", ["mlp.c_proj.bias", "mlp.c_fc.bias", "attn.c_attn.bias"])
+def test_a_bias_that_one_rank_lacks_is_named(suffix: str) -> None:
+    case = setup("gpt2", 2)
+    tensors = {name: case.ranks[1].get(name) for name in case.ranks[1].names() if name != f"transformer.h.0.{suffix}"}
+    result = exact(replace(case, ranks=[case.ranks[0], InMemory(tensors)]))
+    assert result.first is not None and result.first.rank == 1
+    assert result.first.module.removeprefix("q of ") == f"transformer.h.0.{suffix}"
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt"])
+def test_exchanged_rank_files_are_named(name: str) -> None:
+    case = setup(name, 4)
+    ranks = [case.ranks[rank] for rank in (0, 3, 2, 1)]
+    result = exact(replace(case, ranks=ranks))
+    assert result.status == "fail"
+    assert result.reason == "the files of ranks 1 and 3 are exchanged"
+
+
+@pytest.mark.parametrize("fault", ["vocab-shifted-by-a-rank", "head-shifted-by-a-rank"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama-gqa"])
+def test_an_embedding_in_another_ranks_file_is_no_exchange_of_files(name: str, fault: str) -> None:
+    case = setup(name, 2)
+    mutant = FAULTS[fault].mutant(case.family, case.ranks, 1)
+    assert mutant is not None
+    result = exact(replace(case, ranks=mutant))
+    assert result.reason is not None and " of rank 0 differs first" in result.reason
+    assert "lm_head" in result.reason or "model.embed_tokens" in result.reason
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-scaled", "falcon-mqa"])
+def test_files_of_unlike_ranks_are_exchanged_whole(name: str) -> None:
+    """Shares of 3 to 1: no tensor of one rank has the shape of the other's."""
+    config, tensors = source(name)
+    case = setup(name, 2, ranks=cut(tensors, config, 2, [3, 1]))
+    assert exact(case).status == "pass"
+    assert {c.name: c.status for c in exact_canaries(case)}["rank-files-exchanged"] == "caught"
+    assert {c.name: c.status for c in native_canaries(case, torch.float32)}["rank-files-exchanged"] == "caught"
+    result = exact(replace(case, ranks=[case.ranks[1], case.ranks[0]]))
+    assert result.reason == "the files of ranks 0 and 1 are exchanged"
+
+
+def test_an_embedding_row_that_no_prompt_looks_up_is_judged() -> None:
+    case = setup("llama-gqa", 2)
+    unused = next(i for i in range(3, 120) if i not in case.prompt)
+    damaged = {name: case.ranks[0].get(name).clone() for name in case.ranks[0].names()}
+    damaged["model.embed_tokens.weight"][unused, 0] *= -1
+    result = exact(replace(case, ranks=[InMemory(damaged), case.ranks[1]]))
+    assert result.status == "fail" and result.first is not None and result.first.rank == 0
+
+
+def test_only_some_layers_are_compared_when_asked() -> None:
+    case = replace(setup("llama-gqa", 2), layers=(0, 2))
+    result = exact(case)
+    layers = {f.module.split(".")[2] for f in result.findings if ".layers." in f.module}
+    assert result.status == "pass" and layers == {"0", "2"}
+    mutant = FAULTS["up-row-shifted"].mutant(case.family, case.ranks, 1)
+    assert mutant is not None and exact(replace(case, ranks=mutant)).status == "pass"
+
+
+def test_native_sees_a_swap_of_heads_and_where() -> None:
+    case = setup("llama-gqa", 4, torch.bfloat16)
+    mutant = FAULTS["heads-swapped-between-ranks"].mutant(case.family, case.ranks, 1)
+    assert mutant is not None
+    result = native(replace(case, ranks=mutant), torch.bfloat16, teacher_tokens(case, 4))
+    assert result.status == "fail" and result.worst is not None
+    assert result.worst.module == "model.layers.1.self_attn" and result.worst.error > 10
+    assert result.reason is not None and "model.layers.1.self_attn" in result.reason
+
+
+def test_native_metrics_by_hand() -> None:
+    r = torch.randn(2, 8, 100, dtype=torch.float64)
+    noise = torch.randn_like(r) * 0.1
+    metrics = native_metrics(r, r + noise, r + 2 * noise, torch.bfloat16)
+    assert 1.9 < metrics["ratio"] < 2.0 and 3.5 < metrics["kl_ratio"] < 4.2
+    assert native_metrics(r, r + noise, r * float("nan"), torch.bfloat16)["ratio"] == float("inf")
+    one = r + noise
+    one[0, 5] = r[0, 5] + 9 * noise[0, 5]
+    assert native_metrics(r, r + noise, one, torch.bfloat16)["worst_token"] == 5
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox", "falcon-mqa", "opt", "gpt_bigcode-mha"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_canaries_are_caught(name: str, tp: int) -> None:
+    case = setup(name, tp, torch.bfloat16)
+    found = exact_canaries(case)
+    assert len(found) >= 4 and all(canary.status == "caught" for canary in found)
+    found = native_canaries(case, torch.bfloat16)
+    assert len(found) >= 3 and all(canary.status == "caught" for canary in found)
+    assert "sign-of-an-element-of-out" not in {canary.name for canary in found}
+
+
+def test_canaries_that_change_nothing_are_left_out() -> None:
+    names = {canary.name for canary in exact_canaries(setup("llama-gqa", 2))}
+    assert "wrong-kv-replica" not in names  # 2 KV heads on 2 ranks: no replicas
+    assert "wrong-kv-replica" in {canary.name for canary in exact_canaries(setup("llama-gqa", 4))}
+    assert not any("bias" in name for name in names)
+
+
+def test_sequence_parallelism_is_used_when_asked_for_and_not_under_a_probe() -> None:
+    case = replace(setup("llama-gqa", 2), sequence_parallel=True)
+    used = case.team.run(lambda group: case.sharded(group, torch.float64).scatter)
+    probed = case.team.run(lambda group: case.sharded(group, torch.float64, Probe()).scatter)
+    assert used == [True, True] and probed == [False, False]

@@ -1,0 +1,177 @@
+"""Judge a shard set: recorded checksums, or every byte against the source."""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tpshard.inputs.checkpoint import MANIFEST, read_bytes, safe_path
+from tpshard.errors import CorruptError
+from tpshard.execute.run import Comparer, Convert, Handles, Loader, run
+from tpshard.storage.files import read_exactly
+from tpshard.formats.base import Split, rank_stem
+from tpshard.inputs.shard_set import ShardSet
+from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
+from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.execute.publish import Settings
+from tpshard.storage.checksums import SUMS, read_sums
+
+_CHANGED = (
+    f"copy the file again from where the set comes from, or split again; if it was changed on purpose, remove {SUMS}"
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One judged difference: which file, which tensor, what was expected and found."""
+
+    file: str
+    tensor: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor or 'content'}: {self.message}"
+
+
+def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference], list[str]]:
+    """Files against their records: size and sha256. Returns the differences and what could not be judged."""
+    work: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
+    notes = []
+    total = 0
+    for rank, record in sorted(shards.records.items()):
+        listed = {part["file"]: part for part in record["parts"]}
+        for file in shards.files[rank]:
+            part = listed.pop(file.path.name, None)
+            if part is None or part["size"] != file.size:
+                raise CorruptError(
+                    f"{file.path.name} does not have its recorded size",
+                    path=file.path,
+                    expected="not recorded" if part is None else part["size"],
+                    found=file.size,
+                )
+            if part["sha256"] is None:
+                notes.append(f"{file.path.name} has no recorded checksum")
+            else:
+                work.put((str(file.path), part["sha256"], file.size))
+                total += file.size
+        if listed:
+            raise CorruptError(f"{next(iter(listed))} is recorded but not there", path=shards.directory)
+    settings.start(total)
+    differences: list[Difference] = []
+    errors: list[BaseException] = []
+    handles = Handles(settings.files)
+
+    def hash_files() -> None:
+        buffer = memoryview(bytearray(1 << 20))
+        try:
+            while not errors:
+                path, expected, size = work.get_nowait()
+                digest = hashlib.sha256()
+                for offset in range(0, size, len(buffer)):
+                    chunk = buffer[: min(len(buffer), size - offset)]
+                    read_exactly(settings.files, handles.get(path), [chunk], offset, path)
+                    digest.update(chunk)
+                    settings.progress(len(chunk))
+                if digest.hexdigest() != expected:
+                    message = f"sha256 is {digest.hexdigest()}, recorded is {expected}"
+                    differences.append(Difference(path.rpartition("/")[2], None, message))
+        except queue.Empty:
+            pass
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=hash_files, daemon=True) for _ in range(settings.workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handles.close()
+    if errors:
+        raise errors[0]
+    return sorted(differences, key=lambda d: d.file), notes
+
+
+def check_sums(shards: ShardSet) -> list[str]:
+    """The small files against SHA256SUMS, where the set has one; and the records' checksums, which it repeats.
+
+    Returns what it does not list, and so could not be judged. CorruptError when it and a file contradict each other.
+    """
+    directory = shards.directory
+    if not all((directory / name).is_file() for name in (SUMS, MANIFEST)):  # hosts that share a directory write none
+        return []
+    path = safe_path(directory, SUMS)
+    try:
+        listed = read_sums(read_bytes(path))
+    except ValueError as error:
+        raise CorruptError(
+            f"{SUMS} is damaged", path=path, expected="HEX  NAME", found=repr(str(error)), hint=_CHANGED
+        ) from None
+    weights = {part["file"]: part["sha256"] for record in shards.records.values() for part in record["parts"]}
+    needed = [*weights, *(f"{rank_stem(rank, shards.tp)}.json" for rank in shards.records), MANIFEST]
+    for name in needed:
+        if name not in listed:
+            raise CorruptError(f"{SUMS} does not list {name}", path=path, hint=_CHANGED)
+    for name, expected in listed.items():
+        if name not in weights and not (directory / name).is_file():
+            raise CorruptError(f"{name} is listed in {SUMS} but is not there", path=directory / name, hint=_CHANGED)
+        found = weights[name] if name in weights else hashlib.sha256(read_bytes(safe_path(directory, name))).hexdigest()
+        if found not in (expected, None):  # None: the record has no checksum, which is said elsewhere
+            what = f"the record and {SUMS} disagree about {name}" if name in weights else f"{name} was changed"
+            raise CorruptError(
+                what, path=directory / name, expected=f"sha256 {expected}", found=f"sha256 {found}", hint=_CHANGED
+            )
+    return [f"{side.name} is not listed in {SUMS}" for side in shards.side_files if side.name not in listed]
+
+
+def check_source(
+    shards: ShardSet, expected: Split, sources: Sequence[Placed], convert: Convert | None, settings: Settings
+) -> list[Difference]:
+    """Every byte of every rank against the source, by rules evaluated anew; the manifest's boxes are not used.
+
+    Returns the differences, one for each tensor and file.
+    """
+    differences = []
+    outputs = []
+    for rank in range(shards.tp):
+        infos = {info.name: (info, file) for file in shards.files[rank] for info in file.tensors}
+        placed = []
+        for stored in expected.layout[rank]:
+            found = infos.pop(stored.name, None)
+            if found is None:
+                differences.append(Difference(f"rank {rank}", stored.name, "the tensor is not there"))
+                continue
+            info, _ = found
+            if (info.dtype, info.shape) != (stored.dtype, stored.shape):
+                message = f"expected {stored.dtype} {list(stored.shape)}, found {info.dtype} {list(info.shape)}"
+                differences.append(Difference(info.file.rpartition("/")[2], stored.name, message))
+                continue
+            placed.append(Placed(stored, info.file, info.begin))
+        for name in infos:
+            differences.append(Difference(f"rank {rank}", name, "the source has no such tensor"))
+        outputs.append(OutputFile(f"rank {rank}", b"", 0, tuple(placed)))
+    plan = join(expected.kept.tensors, sources, outputs)
+    settings.start(sum(step.nbytes for step in plan.steps))
+    comparer = Comparer(settings.files, settings.progress)
+    try:
+        run(plan.steps, Loader(settings.files, convert), comparer, workers=settings.workers)
+    finally:
+        comparer.handles.close()
+    held = {(info.name, info.file): info for files in shards.files.values() for file in files for info in file.tensors}
+    for (name, file), offset in sorted(comparer.differences.items()):
+        where = _element(held[name, file], offset)
+        message = f"differs from the source, first at element {where} (byte {offset:,} of the file)"
+        differences.append(Difference(file.rpartition("/")[2], name, message))
+    return differences
+
+
+def _element(info: TensorInfo, offset: int) -> list[int]:
+    """The index of the element that holds a byte of the file."""
+    flat = (offset - info.begin) * 8 // DTYPE_BITS[info.dtype]
+    index = []
+    for size in reversed(info.shape):
+        index.append(flat % size)
+        flat //= size
+    return index[::-1]

@@ -1,0 +1,44 @@
+"""The command `schema`: prints the schemas of all JSON that tpshard prints and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Annotated
+
+import typer
+
+from tpshard.cli.console import Console
+from tpshard.cli.options import JSON, QUIET
+
+_NAME = Annotated[
+    str | None,
+    typer.Argument(help="A command, `error`, `manifest` or `record`; without it the names are listed.", metavar="NAME"),
+]
+
+
+def add(app: typer.Typer, opened: Callable[[bool, bool], AbstractContextManager[Console]]) -> None:
+    """Add the command. opened: makes a command's output object of --json and --quiet."""
+
+    @app.command()
+    def schema(name: _NAME = None, json: JSON = False, quiet: QUIET = False) -> None:
+        """Print the JSON Schema of a command's --json, or of a file.
+
+        The files are those that split writes: tpshard.json (manifest) and the ranks' records. A schema is JSON with and
+        without --json.
+
+        \b
+          tpshard schema
+          tpshard schema plan > plan.schema.json
+          tpshard schema manifest
+        """
+        with opened(json, quiet) as console:
+            from tpshard.report import schema as known
+            from tpshard.report.results import SCHEMA_VERSION
+
+            if name is not None:
+                console.data(known.schema(name))
+            elif json:
+                console.data({"schema_version": SCHEMA_VERSION, "command": "schema", "schemas": list(known.SCHEMAS)})
+            else:
+                print(*known.SCHEMAS, sep="\n")

@@ -1,0 +1,152 @@
+"""Plans and inspections as tables for a terminal; layers that are alike become one row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from tpshard.cli.console import Console, human_bytes
+from tpshard.report.capacity import number_lines
+from tpshard.report.results import InspectReport, PlanReport, shares_of, stored_json
+
+
+def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:
+    """Make one row of rows that differ only in numbers of the name: `model.layers.{0-31}.mlp.experts.{0-7}.w1`.
+
+    rows: the name first. Order is that of the first row of each kind. Experts are folded in each layer, then layers.
+    """
+    return list(rows) if every else _fold(_fold(rows, 1), 0)
+
+
+def _fold(rows: Sequence[tuple[str, ...]], which: int) -> list[tuple[str, ...]]:
+    """Fold the first number of the names, or the second."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for name, *cells in rows:
+        found = list(re.finditer(r"(?<![^.])\d+(?=\.)", name))
+        match = found[which] if which < len(found) else None
+        key = (name[: match.start()] + "\0" + name[match.end() :] if match else name, *cells)
+        groups.setdefault(key, []).append(int(match.group()) if match else -1)
+    folded = []
+    for (pattern, *cells), numbers in groups.items():
+        folded.append((pattern.replace("\0", _span(numbers)), *cells))
+    return folded
+
+
+def _span(numbers: list[int]) -> str:
+    """`{0-31}`, `{0-3,5}` or `7`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return text if len(numbers) == 1 else "{" + text + "}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def _same_or_each(texts: Sequence[str]) -> str:
+    """One text when all ranks have the same, else each rank's."""
+    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
+
+
+def print_plan(report: PlanReport, every: bool) -> None:
+    """A plan: a row per tensor, a row per rank, and what is padded, replicated, tied or not possible."""
+    console = Console.rich()
+    split = report.split
+    rows = []
+    for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True):
+        ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
+        rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
+        rule = rule if shares else f"drop: {split.laid.dropped[tensor.name]}"
+        rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
+    table = _table("tensor", "dtype", "shape", "rule", "each rank holds")
+    for row in fold(rows, every):
+        table.add_row(*row)
+    console.print(table)
+    if text := split.model.architecture.get("text"):
+        console.print(_text_line(text))
+    if split.options.format != "native":
+        table = _table("the files have", "made of", "each rank holds")
+        made = []
+        for entry in stored_json(split):
+            whence = entry["from"] or ["a constant"]
+            ranks = _same_or_each([_shape(rank["shape"]) for rank in entry["ranks"]])
+            made.append((entry["name"], " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks))
+        for row in fold(made, every):
+            table.add_row(*row)
+        console.print(table)
+    plan = report.to_json()
+    for line in number_lines(plan["numbers"]):
+        console.print(line)
+    for entry in plan["padded"]:
+        console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
+    tp = split.options.tp
+    for name in plan["replicated"]:
+        count = split.model.axes[name].count
+        console.print(f"replicated: {count} {name} on {tp} ranks, each on {tp // count} ranks in a row")
+    for module, to in plan["tied"].items():
+        console.print(f"tied: {module} = {to}")
+    console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
+    for reason in _reasons(plan["impossible_tp"]):
+        console.print(f"not possible: {reason}", style="dim")
+
+
+def _text_line(text: Mapping[str, Any]) -> str:
+    """What of a multimodal model is split."""
+    rest = ", ".join(text["replicated"]) or "nothing else"
+    return f"text model: {text['model_type']} under {text['prefix']}* is split; replicated: {rest}"
+
+
+def _reasons(impossible: Sequence[dict[str, Any]]) -> list[str]:
+    """The reason of each tp up to 16; of the many above, just that they are."""
+    shown = [f"tp {entry['tp']} ({entry['reason']})" for entry in impossible if entry["tp"] <= 16]
+    rest = len(impossible) - len(shown)
+    return shown + ([f"{rest} more above 16 (--json lists them)"] if rest else [])
+
+
+def print_inspect(report: InspectReport, every: bool) -> None:
+    """An inspection: the facts, then a row per tensor."""
+    console = Console.rich()
+    console.print(f"{report.path}: {report.kind}")
+    for key, value in report.facts.items():
+        if value not in (None, [], {}):
+            console.print(f"  {key.replace('_', ' ')}: {_fact(key, value)}")
+    rows = []
+    for tensor in report.tensors:
+        file = tensor.file.rpartition("/")[2]
+        rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), human_bytes(tensor.nbytes), file))
+    table = _table("tensor", "dtype", "shape", "size", "file")
+    for row in fold(rows, every):
+        table.add_row(*row)
+    console.print(table)
+
+
+def _fact(key: str, value: Any) -> str:
+    if key in ("bytes", "header_bytes"):
+        return human_bytes(value)
+    if key == "mesh":
+        return ", ".join(f"{name} {size}" for name, size in value.items())
+    if key == "source":
+        return " at ".join(text for text in (value["name"], value["revision"]) if text)
+    if key == "files":
+        return ", ".join(f"{file['name']} ({human_bytes(file['size'])})" for file in value)
+    if key == "metadata":
+        return ", ".join(f"{name}={text}" for name, text in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,254 @@
+"""Run a plan: threads that move blocks, in bounded memory, and tell how far every output is complete.
+
+Workers take blocks in plan order, so at most a few tensors are in flight; everything before them is complete in
+every output file. That prefix is what is flushed, journalled and hashed behind the copy, and what a resumed run skips.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tpshard.planning.box import Box
+from tpshard.errors import DifferentError
+from tpshard.storage.files import Files, local_error, read_exactly
+from tpshard.execute.blocks import BLOCK, Flat, FlatStep, flatten, operations
+from tpshard.planning.join import Step
+
+Convert = Callable[[memoryview, str, str], memoryview]
+"""Cast a block: source bytes, source dtype, target dtype → target bytes."""
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes that were moved since the last call, from any thread."""
+
+
+class Handles:
+    """Open files by path, each opened once. Read handles are opened on first use."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}
+
+    def get(self, path: str) -> int:
+        """The read handle of a path."""
+        with self._lock:
+            if path not in self._fds:
+                try:
+                    self._fds[path] = self.files.open_read(path)
+                except OSError as error:
+                    raise local_error(error, "cannot open", path) from error
+            return self._fds[path]
+
+    def close(self) -> None:
+        """Close all handles."""
+        for fd in self._fds.values():
+            self.files.close(fd)
+        self._fds.clear()
+
+
+class Action(Protocol):
+    """What is done with a block once its bytes are in `buffer`."""
+
+    def __call__(self, step: FlatStep, block: Box, buffer: memoryview, turn: int) -> None: ...
+
+
+class Loader:
+    """Reads blocks from the sources, checks that replicas agree, casts where the target has another dtype."""
+
+    def __init__(self, files: Files, convert: Convert | None) -> None:
+        self.files = files
+        self.handles = Handles(files)
+        self.convert = convert
+        self._local = threading.local()
+
+    def load(self, step: FlatStep, block: Box) -> memoryview:
+        """The block's bytes, row-major, in the target's dtype; valid until this thread's next call."""
+        item = step.targets[0].item if not step.sources else step.sources[0].item
+        size = item
+        for start, stop in block:
+            size *= stop - start
+        if not step.sources:
+            return memoryview(step.value * (size // item) if step.value else bytes(size))
+        buffer = self._buffer(size)
+        for flat in step.sources:
+            self._read(flat, block, buffer)
+        for flat in step.replicas:
+            self._compare(step, flat, block, buffer)
+        if step.source_dtype != step.target_dtype:
+            assert self.convert is not None and step.source_dtype is not None
+            return self.convert(buffer, step.source_dtype, step.target_dtype)
+        return buffer
+
+    def _buffer(self, size: int) -> memoryview:
+        buffer: bytearray | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            self._local.buffer = buffer = bytearray(max(size, BLOCK))
+        return memoryview(buffer)[:size]
+
+    def _read(self, flat: Flat, block: Box, buffer: memoryview) -> None:
+        fd = self.handles.get(flat.file)
+        try:
+            for offset, parts in operations(flat, block, buffer, reading=True):
+                read_exactly(self.files, fd, parts, offset, flat.file)
+        except OSError as error:
+            raise local_error(error, "cannot read", flat.file) from error
+
+    def _compare(self, step: FlatStep, flat: Flat, block: Box, buffer: memoryview) -> None:
+        if first_difference(self.files, self.handles.get(flat.file), flat, block, buffer) is not None:
+            raise DifferentError(
+                f"{step.name}: ranks that hold the same part of it differ",
+                path=flat.file,
+                tensor=step.name,
+                expected="equal replicas",
+                hint="`tpshard check` names the file whose checksum is wrong",
+            )
+
+
+def first_difference(files: Files, fd: int, flat: Flat, block: Box, buffer: memoryview) -> int | None:
+    """The file offset of the first byte of a region that is not as in the block's buffer, or None."""
+    for offset, parts in operations(flat, block, buffer):
+        expected = b"".join(parts)
+        found = bytearray(len(expected))
+        try:
+            read_exactly(files, fd, [memoryview(found)], offset, flat.file)
+        except OSError as error:
+            raise local_error(error, "cannot read", flat.file) from error
+        if expected != found:
+            return offset + next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
+    return None
+
+
+@dataclass
+class _Queue:
+    """Blocks in plan order, and how many steps are complete without a gap."""
+
+    steps: Sequence[Step]
+    skip: Callable[[int], bool]
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    low: int = 0
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        self._open: dict[int, int] = {}  # step -> blocks in flight, + 1 while more may come
+        self._blocks = self._generate()
+
+    def _generate(self) -> Iterator[tuple[int, FlatStep, Box]]:
+        for index, step in enumerate(self.steps):
+            self._open[index] = 1
+            if not self.skip(index):
+                flat = flatten(step)
+                for block in flat.blocks():
+                    self._open[index] += 1
+                    yield index, flat, block
+            self._leave(index)
+
+    def take(self) -> tuple[int, FlatStep, Box, int] | None:
+        with self.lock:
+            item = next(self._blocks, None)
+            self.turn += 1
+            return None if item is None else (*item, self.turn)
+
+    def done(self, index: int) -> None:
+        with self.lock:
+            self._leave(index)
+
+    def _leave(self, index: int) -> None:
+        self._open[index] -= 1
+        while self._open.get(self.low) == 0:
+            del self._open[self.low]
+            self.low += 1
+
+
+class Background(Protocol):
+    """Work that follows the copy (hashing). `step` does a little of it and says whether it did any."""
+
+    def step(self, complete: int) -> bool: ...
+
+    def finished(self, complete: int) -> bool: ...
+
+
+def run(
+    steps: Sequence[Step],
+    loader: Loader,
+    action: Action,
+    *,
+    workers: int,
+    skip: Callable[[int], bool] = lambda index: False,
+    background: Background | None = None,
+    on_complete: Callable[[int], None] = lambda complete: None,
+) -> None:
+    """Take every block of every step through `loader` and `action`, on `workers` threads.
+
+    on_complete is called from this thread, now and then and at the end, with the number of steps that are complete.
+    The first error of any worker stops all of them and is raised here; so is KeyboardInterrupt.
+    """
+    queue = _Queue(steps, skip)
+    stop = threading.Event()
+    wake = threading.Event()
+    errors: list[BaseException] = []
+    ended: list[str] = []
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                if background is not None and background.step(queue.low):
+                    continue
+                item = queue.take()
+                if item is not None:
+                    index, flat, block, turn = item
+                    action(flat, block, loader.load(flat, block), turn)
+                    queue.done(index)
+                elif background is None or background.finished(queue.low):
+                    return
+                else:
+                    stop.wait(0.001)  # another worker has the last blocks
+        except BaseException as error:
+            errors.append(error)
+            stop.set()
+        finally:
+            ended.append(threading.current_thread().name)
+            wake.set()
+
+    threads = [threading.Thread(target=work, name=f"tpshard-{i}", daemon=True) for i in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        while len(ended) < workers:
+            wake.wait(0.05)
+            wake.clear()
+            on_complete(queue.low)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        loader.handles.close()
+    if errors:
+        raise errors[0]
+    assert queue.low == len(steps)
+    on_complete(queue.low)
+
+
+class Comparer:
+    """The action of `check --source`: compare every target with the block, and remember where they differ.
+
+    differences: (tensor, file) → file offset of the first byte that differs, as far as was looked.
+    """
+
+    def __init__(self, files: Files, progress: Progress) -> None:
+        self.files = files
+        self.handles = Handles(files)
+        self.progress = progress
+        self.differences: dict[tuple[str, str], int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, step: FlatStep, block: Box, buffer: memoryview, turn: int) -> None:
+        for flat in step.targets:
+            offset = first_difference(self.files, self.handles.get(flat.file), flat, block, buffer)
+            if offset is not None:
+                with self._lock:
+                    key = (step.name, flat.file)
+                    self.differences[key] = min(offset, self.differences.get(key, offset))
+        self.progress(len(buffer))

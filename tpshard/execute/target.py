@@ -1,0 +1,178 @@
+"""What stands where an output shall go: is it ours to resume, ours to replace, or somebody's to leave alone?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpshard.inputs.checkpoint import MANIFEST, side_files
+from tpshard.errors import CorruptError, TargetError
+from tpshard.storage.files import Files, local_error
+from tpshard.storage.checksums import SUMS
+from tpshard.execute.writer import PARTIAL, journal_path, read_journal
+
+_MOUNTED = {"lost+found"}  # what a new ext4 file system holds
+_RANK = r"rank-\d{5}-of-\d{5}"
+_TEMPORARY = re.compile(rf"\.(.+?)(\.{_RANK}\.lock)?\.(tmp|journal|lock)")
+_SET = re.compile(rf"{_RANK}((-part-\d{{5}}-of-\d{{5}})?\.safetensors|\.json)?|tpshard(\.json)?|{SUMS}")
+_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether nothing is in a directory that anybody put there."""
+    return not names_in(directory)
+
+
+def names_in(directory: Path) -> set[str]:
+    """What is in a directory, but for what the system keeps there."""
+    return set(os.listdir(directory)) - _MOUNTED
+
+
+def replaceable(directory: Path) -> bool:
+    """Whether a directory can be renamed over: not where a disk is mounted, nor where its parent is read-only."""
+    if os.path.ismount(directory) or os.path.samefile(directory, os.curdir):
+        return False
+    return os.access(directory.parent, os.W_OK)
+
+
+def strangers(directory: Path, expected: set[str], *, models: bool) -> list[str]:
+    """Names in a directory that tpshard never gives. models: whether those of an ordinary checkpoint may be ours."""
+
+    def ours(name: str) -> bool:
+        while match := _TEMPORARY.fullmatch(name):
+            name = match[1]
+        name = name.removesuffix(PARTIAL)
+        if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}):
+            return True
+        from tpshard.formats import writes  # last of all: it looks into every format
+
+        return writes(name)
+
+    return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or ours(n)))
+
+
+def check_target(out: Path, expected: set[str], *, models: bool, overwrite: bool) -> None:
+    """TargetError when `out` exists and is not empty, unless it is ours to replace."""
+    if not out.exists() or (out.is_dir() and is_empty(out)):
+        return
+    if not out.is_dir():
+        raise TargetError("the output exists and is not a directory", path=out, hint="give another with -o")
+    if not overwrite:
+        raise TargetError(
+            "the output exists", path=out, hint="replace it with --overwrite, or give another directory with -o"
+        )
+    if not replaceable(out):
+        raise TargetError(
+            "the output cannot be replaced as a whole: a disk is mounted there, or its parent is read-only",
+            path=out,
+            hint="remove what is in it, or give another directory with -o",
+        )
+    if found := strangers(out, expected, models=models):
+        raise TargetError(
+            "the output holds files that tpshard did not write, and is not replaced",
+            path=out,
+            found=found[0],
+            hint="move them away, or give another directory with -o",
+        )
+
+
+def check_leftovers(
+    files: Files, work: Path, expected: set[str], runs: Mapping[str, str], keep: set[str], *, overwrite: bool
+) -> None:
+    """What an earlier run left in the staging directory is of these runs, or is removed with --overwrite.
+
+    runs: by output file. keep: names of the locks that are held.
+    """
+    others = sorted(names_in(work) - expected) or other_runs(work, runs)
+    if not others:
+        return
+    if found := strangers(work, expected, models=True):
+        raise TargetError(
+            "the directory for unfinished output holds files that tpshard did not write",
+            path=work,
+            found=found[0],
+            hint="move them away, or give another output with -o",
+        )
+    if not overwrite:
+        raise TargetError(
+            "an unfinished run with other options, or of another source, left its files here",
+            path=work,
+            found=others[0],
+            hint="repeat that command to finish it, or start anew with --overwrite",
+        )
+    for name in sorted(names_in(work) - keep):  # journals first, so that none vouches for what is gone
+        files.unlink(str(work / name))
+
+
+def check_shared(
+    work: Path, expected: set[str], manifest: bytes, runs: Mapping[str, str], records: Mapping[str, bytes]
+) -> None:
+    """A directory that several hosts write into is of this very set, and our ranks in it of these runs.
+
+    records: by name, the files that say of a rank that it is complete, as `is_written` takes them.
+    """
+    path = work / MANIFEST
+    if not path.exists() and (found := strangers(work, expected, models=False)):
+        raise TargetError(
+            "the directory holds other files and no shard set",
+            path=work,
+            found=found[0],
+            hint="give an empty directory, or one that does not exist, with -o",
+        )
+    if path.exists() and path.read_bytes() != manifest:
+        raise TargetError(
+            "this directory holds another set",
+            path=path,
+            hint="every host must give the same model, revision and options; or give another directory with -o",
+        )
+    if done := [name for name, expected in records.items() if is_written(work / name, expected)]:
+        raise TargetError(
+            "another run has just finished here",
+            path=work / done[0],
+            hint="give the command again if ranks are missing",
+        )
+    if others := other_runs(work, runs):
+        raise TargetError(
+            "an unfinished run with other options, or of another source, left its files here",
+            path=work / others[0],
+            hint=f"repeat that command to finish it, or remove {others[0]}* and .{others[0]}* to start anew",
+        )
+
+
+def is_written(path: Path, expected: bytes) -> bool:
+    """Whether a rank is complete: its record at `path` is of this set, and the files beside it have their sizes.
+
+    expected: the record as it is planned; its checksums do not count. CorruptError when the record cannot be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise local_error(error, "cannot read", path) from error
+    except ValueError:
+        raise CorruptError(
+            "the rank's record cannot be read", path=path, hint="remove it to write the rank again"
+        ) from None
+    planned = json.loads(expected)
+    if _without_checksums(found) != _without_checksums(planned):
+        return False
+    files = [(path.with_name(part["file"]), part["size"]) for part in planned["parts"]]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+
+
+def _without_checksums(record: Any) -> Any:
+    try:
+        return record | {"parts": [part | {"sha256": None} for part in record["parts"]]}
+    except (TypeError, KeyError):
+        return None
+
+
+def other_runs(work: Path, runs: Mapping[str, str]) -> list[str]:
+    """The output files that another run has begun."""
+    journals = {name: read_journal(journal_path(work, name)) for name in runs}
+    return [name for name, journal in journals.items() if journal and journal["run"] != runs[name]]

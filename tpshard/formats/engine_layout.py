@@ -1,0 +1,167 @@
+"""A rank's share of a tensor as an engine has it: cut its way, transposed, fused with others, stacked over experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from tpshard.planning.box import Box, Shape, full, slab
+from tpshard.errors import UnsupportedError
+from tpshard.formats.engine_tables import Family, fits_any
+from tpshard.planning.layout import Deal, Layout, LogicalTensor, Part, StoredTensor, deal, shard, why_not
+from tpshard.planning.model import CASTABLE, Model
+from tpshard.rules.classify import Axis, Cut
+
+Share = StoredTensor
+"""A rank's share of one logical tensor, before it is named, fused or stacked: the names in it count for nothing."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one of the engine's parameters is made of: lists of tensors to fuse, one list for every stacked expert."""
+
+    groups: tuple[tuple[str, ...], ...]
+    stacked: bool = False
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """All of them, in order."""
+        return tuple(chain.from_iterable(self.groups))
+
+
+def shares_of(
+    family: Family, model: Model, tensors: Sequence[LogicalTensor], ranges: Deal, tp: int
+) -> dict[str, tuple[Share, ...]]:
+    """Each tensor's share of every rank, cut and turned as the engine has it; tensors that are alike have one."""
+    shares = {}
+    known: dict[object, tuple[Share, ...]] = {}
+    for tensor in tensors:
+        name = model.full_name(tensor.name)
+        how, transposed = family.cut(name), fits_any(family.transposed, name)
+        if fits_any(family.float32, name) and tensor.dtype in CASTABLE:
+            tensor = replace(tensor, dtype="F32")
+        key = (tensor.shape, tensor.cut, tensor.dtype, how, transposed)
+        if key not in known:
+            held = _cut(tensor, how, model.axes, ranges, tp)
+            known[key] = tuple(map(_transposed, held)) if transposed else held
+        shares[tensor.name] = known[key]
+    return shares
+
+
+def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], ranges: Deal, tp: int) -> tuple[Share, ...]:
+    """The shares of a tensor as an engine cuts it. how: None for the architecture's own cut."""
+    cut = tensor.cut
+    if how == "grouped":
+        return tuple(_grouped(tensor, axes, ranges, rank) for rank in range(tp))
+    if how == "even":
+        axis = _even(tensor, tp)
+        axes, ranges = {axis.name: axis}, deal({axis.name: axis}, tp, None, None)
+        cut = Cut(cut.kind, cut.dim, (axis.name,))
+    elif how in ("replicate", "first"):
+        cut = Cut("replicate")
+    elif how is not None:
+        cut = Cut(cut.kind, cut.dim, tuple(how.split()[1:]))
+    held = tuple(stored for (stored,) in shard([replace(tensor, cut=cut)], axes, tp, ranges))
+    if how == "first":
+        zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
+        return (held[0], *(zeros for _ in held[1:]))
+    return held
+
+
+def _even(tensor: LogicalTensor, tp: int) -> Axis:
+    """An axis of everything that is stored along the cut dim, whatever it is."""
+    assert tensor.cut.dim is not None
+    axis = Axis(f"{tensor.shape[tensor.cut.dim]} rows", tensor.shape[tensor.cut.dim], unit=1)
+    if reason := why_not(axis, tp):
+        raise UnsupportedError(reason, tensor=tensor.name, found=f"tp {tp}")
+    return axis
+
+
+def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: int) -> Share:
+    """The share of a tensor that is stored interleaved, as its segments one after another."""
+    cut = tensor.cut
+    assert cut.dim is not None and cut.interleave is not None
+    repeats = axes[cut.interleave].count
+    sizes = [axes[name].count // repeats * axes[name].unit for name in cut.segments]
+    parts: list[Part] = []
+    stored = 0
+    for index, name in enumerate(cut.segments):
+        first, last = ranges[name][rank]
+        per_group = axes[name].count // repeats
+        for group in range(repeats):
+            low, high = max(first, group * per_group), min(last, (group + 1) * per_group)
+            if low >= high:
+                continue
+            start = group * sum(sizes) + sum(sizes[:index]) + (low - group * per_group) * axes[name].unit
+            length = (high - low) * axes[name].unit
+            box = slab(tensor.shape, cut.dim, start, start + length)
+            parts.append(Part(tensor.name, box, tuple(stored if dim == cut.dim else 0 for dim in range(len(box)))))
+            stored += length
+    shape = (*tensor.shape[: cut.dim], stored, *tensor.shape[cut.dim + 1 :])
+    return StoredTensor(tensor.name, tensor.dtype, shape, tuple(parts))
+
+
+def _transposed(share: Share) -> Share:
+    """The share with its last two dims exchanged."""
+    last = len(share.shape) - 1
+    order = (*range(last - 1), last, last - 1)
+
+    def turned(values: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(values[dim] for dim in order)
+
+    parts = tuple(part._replace(at=turned(part.at), order=order) for part in share.parts)
+    fills = tuple(tuple(box[dim] for dim in order) for box in share.fills)
+    return share._replace(shape=turned(share.shape), parts=parts, fills=fills)
+
+
+def joined(
+    recipes: Mapping[str, Recipe], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
+) -> Layout:
+    """Every rank's parameters by their recipes: shares fused along their first dim, experts stacked before it."""
+    rows: list[list[StoredTensor]] = [[] for _ in range(tp)]
+    known: dict[object, list[tuple[Share, list[int]]]] = {}  # layers are alike
+    for name, recipe in recipes.items():
+        tensors = recipe.tensors
+        key = (recipe.stacked, tuple(map(len, recipe.groups)), *(id(shares[tensor]) for tensor in tensors))
+        if key not in known:
+            known[key] = [_join(name, recipe, rank, shares, shapes) for rank in range(tp)]
+        for row, (share, owners) in zip(rows, known[key], strict=True):
+            parts = [Part(tensors[owner], *part[1:]) for owner, part in zip(owners, share.parts, strict=True)]
+            row.append(share._replace(name=name, parts=tuple(parts)))
+    return tuple(map(tuple, rows))
+
+
+def _join(
+    name: str, recipe: Recipe, rank: int, shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape]
+) -> tuple[Share, list[int]]:
+    """A recipe's parameter of one rank, and which of the recipe's tensors each part is of."""
+    held = [shares[tensor][rank] for tensor in recipe.tensors]
+    first = held[0]
+    if len(held) == 1 and not recipe.stacked:
+        return first, [0] * len(first.parts)
+    if len({share.dtype for share in held}) > 1:
+        raise UnsupportedError(f"the tensors that make {name} have different dtypes", tensor=name, hint="cast: --dtype")
+    parts: list[Part] = []
+    fills: list[Box] = []
+    owners: list[int] = []
+    members = iter(enumerate(held))
+    for expert, group in enumerate(recipe.groups):
+        begin = 0
+        for tensor in group:
+            index, share = next(members)
+            owners += [index] * len(share.parts)
+            for part in share.parts:
+                if recipe.stacked:
+                    assert part.view is None and part.order is None
+                    at = (expert, part.at[0] + begin, *part.at[1:])
+                    parts.append(Part("", ((0, 1), *part.box), at, (1, *shapes[tensor])))
+                else:
+                    parts.append(part._replace(at=(part.at[0] + begin, *part.at[1:])))
+            for (start, stop), *rest in share.fills:
+                filled = ((start + begin, stop + begin), *rest)
+                fills.append(((expert, expert + 1), *filled) if recipe.stacked else filled)
+            begin += share.shape[0]
+    shape = (begin, *first.shape[1:])
+    stacked = (len(recipe.groups), *shape) if recipe.stacked else shape
+    return StoredTensor(name, first.dtype, stacked, tuple(parts), tuple(fills)), owners

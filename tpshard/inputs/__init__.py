@@ -1,0 +1,1 @@
+"""What is at a path or repo: checkpoints and shard sets."""

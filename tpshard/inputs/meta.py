@@ -1,0 +1,171 @@
+"""Meta's files as input: a published directory of `consolidated.NN.pth` and `params.json`, seen as a shard set.
+
+Nothing is inverted: the model that params.json describes is laid out as if it were to be written, and the files must be
+just that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tpshard.rules.architecture import builtin
+from tpshard.inputs.checkpoint import load_json, read_bytes, safe_path, side_paths
+from tpshard.errors import CorruptError, UnsafeError
+from tpshard.formats.base import Options, plan_split
+from tpshard.formats.meta import FORMAT, PARAMS, ffn_size
+from tpshard.inputs.shard_set import RankFile, ShardSet
+from tpshard.storage.safetensors import TensorInfo
+from tpshard.planning.layout import LogicalTensor
+from tpshard.planning.model import Model
+from tpshard.rules.classify import classify
+
+_NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
+
+
+def is_meta(path: Path) -> bool:
+    """Whether a directory looks like one that Meta published."""
+    return (path / PARAMS).is_file() and any(path.glob("consolidated.*.pth"))
+
+
+def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
+    """Open a published directory. UnsafeError without `allow_pickle`, CorruptError when files and params disagree."""
+    if not allow_pickle:
+        raise UnsafeError(
+            "the weights are pickles, which can run code when they are read",
+            path=directory,
+            hint="--allow-pickle reads them with torch's weights_only loader, which runs none",
+        )
+    from tpshard.storage.torch_pickle import read_pickle
+
+    names = sorted(entry.name for entry in directory.iterdir())
+    path = safe_path(directory, PARAMS)
+    params = load_json(read_bytes(path), path)
+    if not isinstance(params, dict) or (missing := [key for key in _NEEDED if key not in params]):
+        lacking = ", ".join(missing) if isinstance(params, dict) else "everything"
+        raise CorruptError("params.json lacks fields", path=path, expected=", ".join(_NEEDED), found=f"no {lacking}")
+    files = {}
+    for name in names:
+        if numbers := FORMAT.parse_name(name):
+            header, _ = read_pickle(safe_path(directory, name), name)
+            tensors = tuple(info for info in header.tensors if info.name != "rope.freqs")
+            files[numbers["rank"]] = (RankFile(directory / name, (directory / name).stat().st_size, tensors),)
+    tp = len(files)
+    if sorted(files) != list(range(tp)):
+        raise CorruptError(
+            "files are missing: the number of them is the model-parallel size",
+            path=directory,
+            expected=f"consolidated.00.pth to consolidated.{max(files):02}.pth",
+            found=f"{tp} files",
+        )
+    held = {info.name: info for info in files[0][0].tensors}
+    config, generation = _config(params, held, tp, path)
+    model = _model(directory, config, held)
+    split = plan_split(model, Options(tp=tp, format="meta", engine_version=generation))
+    for rank, (file,) in files.items():
+        _check(rank, file, {stored.name: stored for stored in split.layout[rank]})
+    records = {
+        rank: {"parts": [{"file": file.path.name, "size": file.size, "sha256": None}]}
+        for rank, (file,) in files.items()
+    }
+    small = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    manifest = json.loads(split.manifest)
+    return ShardSet(directory, manifest, split, files, records, side_paths(directory, names), small)
+
+
+def _config(
+    params: Mapping[str, Any], held: Mapping[str, TensorInfo], tp: int, path: Path
+) -> tuple[dict[str, Any], str]:
+    """config.json as Hugging Face has it, and the generation of Llama that the embedding's cut shows."""
+    embedding, head = held.get("tok_embeddings.weight"), held.get("output.weight")
+    if embedding is None or head is None:
+        raise CorruptError("no embedding or no head", path=path, expected="tok_embeddings.weight and output.weight")
+    vocab, dim = head.shape[0] * tp, params["dim"]
+    generation = "3" if embedding.shape == (vocab // tp, dim) and (tp > 1 or vocab >= 100_000) else "2"
+    ffn = ffn_size(dim, params["multiple_of"], params.get("ffn_dim_multiplier"))
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": dim,
+        "intermediate_size": ffn,
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads") or params["n_heads"],
+        "hidden_act": "silu",
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": params.get("rope_theta", 10000.0),
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "torch_dtype": {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(head.dtype),
+        "max_position_embeddings": 4096 if generation == "2" else 8192,
+    }
+    config |= (
+        {"bos_token_id": 1, "eos_token_id": 2}
+        if generation == "2"
+        else {"bos_token_id": 128000, "eos_token_id": 128001}
+    )
+    if params.get("use_scaled_rope"):
+        config["max_position_embeddings"] = 131072
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": float(params.get("rope_scaling_factor", 8)),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return config, generation
+
+
+def _model(directory: Path, config: Mapping[str, Any], held: Mapping[str, TensorInfo]) -> Model:
+    """The LLaMA that a config describes, classified by the same rules as a checkpoint."""
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    dtype = held["output.weight"].dtype
+    infos = [TensorInfo("model.embed_tokens.weight", dtype, (vocab, hidden), "", 0, 0)]
+    for layer in range(config["num_hidden_layers"]):
+        for module, shape in (
+            ("input_layernorm", (hidden,)),
+            ("mlp.down_proj", (hidden, ffn)),
+            ("mlp.gate_proj", (ffn, hidden)),
+            ("mlp.up_proj", (ffn, hidden)),
+            ("post_attention_layernorm", (hidden,)),
+            ("self_attn.k_proj", (kv, hidden)),
+            ("self_attn.o_proj", (hidden, hidden)),
+            ("self_attn.q_proj", (hidden, hidden)),
+            ("self_attn.v_proj", (kv, hidden)),
+        ):
+            infos.append(TensorInfo(f"model.layers.{layer}.{module}.weight", dtype, shape, "", 0, 0))
+    infos += [
+        TensorInfo("model.norm.weight", dtype, (hidden,), "", 0, 0),
+        TensorInfo("lm_head.weight", dtype, (vocab, hidden), "", 0, 0),
+    ]
+    architecture = builtin("llama")
+    classified = classify(architecture, config, infos)
+    return Model(
+        tensors=tuple(LogicalTensor(info.name, dtype, info.shape, classified.cuts[info.name]) for info in infos),
+        axes=classified.axes,
+        tied=classified.tied,
+        file_of={info.name: "model.safetensors" for info in infos},
+        source={"name": directory.resolve().name, "repo_id": None, "revision": None, "files": []},
+        architecture={"model_type": "llama", "rules": architecture.name, "rules_sha256": architecture.digest},
+        config=config,
+    )
+
+
+def _check(rank: int, file: RankFile, expected: Mapping[str, Any]) -> None:
+    found = {info.name: info for info in file.tensors}
+    for name in sorted(expected.keys() | found.keys()):
+        stored, info = expected.get(name), found.get(name)
+        if stored is None or info is None:
+            what = "is not there" if info is None else "is not one of a LLaMA that params.json describes"
+            raise CorruptError(f"rank {rank}: {name} {what}", path=file.path, tensor=name)
+        if (info.dtype, info.shape) != (stored.dtype, stored.shape):
+            raise CorruptError(
+                f"rank {rank}: {name} contradicts params.json",
+                path=file.path,
+                tensor=name,
+                expected=f"{stored.dtype} {list(stored.shape)}",
+                found=f"{info.dtype} {list(info.shape)}",
+            )

@@ -1,0 +1,395 @@
+"""Open a shard set: manifest, rank files, and what each stored tensor is; every contradiction is refused.
+
+Everything is read from the manifest and the files' headers. The rules that made the set are not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpshard.inputs.checkpoint import MANIFEST, load_json, read_bytes, safe_path, side_paths
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
+from tpshard.formats import FORMATS, format_of
+from tpshard.formats.base import Laid, Options, Split, rank_stem
+from tpshard.formats.manifest import FORMAT_VERSION, digest_of, stored_from_json
+from tpshard.formats.torch_archive import check_literals
+from tpshard.storage.safetensors import TensorInfo, nbytes, read_header
+from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
+from tpshard.planning.model import Model
+from tpshard.planning.join import Placed
+from tpshard.execute.publish import LOCK
+from tpshard.rules.classify import Axis, Cut
+from tpshard.execute.writer import PARTIAL
+
+_SAME = "copy it from where the rank files come from: it is the same on every host"
+_REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """One file of a rank, as its header describes it."""
+
+    path: Path
+    size: int
+    tensors: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A shard set on disk. files, records: by rank; a rank without a record is not complete.
+
+    made: small files that the directory does not have, but an ordinary checkpoint needs.
+    """
+
+    directory: Path
+    manifest: Mapping[str, Any]
+    split: Split
+    files: Mapping[int, tuple[RankFile, ...]]
+    records: Mapping[int, Mapping[str, Any]]
+    side_files: tuple[Path, ...]
+    made: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Model:
+        """The unsharded model, as far as the set holds it."""
+        return self.split.kept
+
+    @property
+    def options(self) -> Options:
+        """What the set was made with."""
+        return self.split.options
+
+    @property
+    def layout(self) -> Layout:
+        """Every rank's stored tensors."""
+        return self.split.layout
+
+    @property
+    def tp(self) -> int:
+        """The number of ranks."""
+        return self.options.tp
+
+    def missing(self) -> list[int]:
+        """Ranks that are not there, or not complete."""
+        return [rank for rank in range(self.tp) if rank not in self.records]
+
+    def require_complete(self) -> None:
+        """CorruptError when a rank is missing."""
+        if missing := self.missing():
+            raise CorruptError(
+                f"the shard set is not complete: rank {', '.join(map(str, missing))} missing, its files or its record",
+                path=self.directory,
+                expected=f"ranks 0 to {self.tp - 1}",
+                found=f"{self.tp - len(missing)} of {self.tp}",
+                hint=_resume(self.directory) or f"{_again(self.directory, missing)} writes what is missing",
+            )
+
+    def placed(self) -> list[Placed]:
+        """Every stored tensor of every rank, where it lies."""
+        found = []
+        for rank in range(self.tp):
+            infos = {info.name: info for file in self.files[rank] for info in file.tensors}
+            for stored in self.layout[rank]:
+                info = infos[stored.name]
+                found.append(Placed(stored, info.file, info.begin))
+        return found
+
+
+def _again(directory: Path, ranks: Iterable[int]) -> str:
+    return f"`tpshard split` with the same options, --ranks {','.join(map(str, ranks))} and -o {directory}"
+
+
+def _resume(directory: Path) -> str | None:
+    """The way out of a directory that a run has begun and not finished; None for another one."""
+    if not (directory / LOCK).exists():
+        return None
+    out = str(directory).removesuffix(PARTIAL)
+    return f"give the same `tpshard split` command again, with -o {out}: it goes on where the unfinished run stopped"
+
+
+def is_shard_set(path: Path) -> bool:
+    """Whether a directory says that it is a shard set."""
+    return (path / MANIFEST).is_file()
+
+
+def open_shards(directory: Path) -> ShardSet:
+    """Open a shard set; CorruptError when files of another set or width, or a damaged one, are among its files."""
+    if not directory.is_dir():
+        unfinished = Path(f"{directory}{PARTIAL}")
+        raise UsageError(
+            "no such directory",
+            path=directory,
+            found=f"an unfinished run in {unfinished}" if unfinished.is_dir() else None,
+            hint=_resume(unfinished) or "give the directory that `tpshard split` wrote",
+        )
+    if not is_shard_set(directory):
+        if not any(directory.glob("rank-*")):
+            raise UsageError(
+                f"not a shard set: no {MANIFEST} here",
+                path=directory,
+                hint=_resume(directory)
+                or "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint",
+            )
+        raise CorruptError(
+            f"{MANIFEST} is missing",
+            path=directory,
+            hint=_SAME,
+        )
+    path = safe_path(directory, MANIFEST)
+    raw = read_bytes(path)
+    manifest = load_json(raw, path)
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if type(version) is not int or version < 1 or manifest.get("format") != "tpshard":
+        raise CorruptError("not a manifest of tpshard", path=path, expected='"format": "tpshard" and a format_version')
+    if version > FORMAT_VERSION:
+        raise UnsupportedError(
+            f"the set was written by a newer tpshard ({manifest.get('tool')})",
+            path=path,
+            expected=f"format_version {FORMAT_VERSION} or below",
+            found=version,
+            hint="upgrade tpshard",
+        )
+    try:
+        digest = digest_of(manifest)
+        if manifest.get("set") != digest:
+            raise CorruptError(
+                "the manifest was changed or is damaged: its set is not the digest of its content",
+                path=path,
+                expected=f"set {digest}",
+                found=f"set {manifest.get('set')}",
+                hint=_SAME,
+            )
+        split = _parse(manifest, raw, directory)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CorruptError("the manifest is damaged", path=path, found=reason, hint=_SAME) from None
+    if split.options.format not in FORMATS:
+        raise CorruptError(
+            "the set is of a format that is not known",
+            path=path,
+            expected=", ".join(FORMATS),
+            found=split.options.format,
+            hint=f"upgrade tpshard, or {_SAME}",
+        )
+    names = sorted(entry.name for entry in directory.iterdir())
+    _check_derived(directory, split)
+    files = _rank_files(directory, names, split)
+    for rank, found in files.items():
+        _check_tensors(rank, found, split.layout[rank])
+    tp = split.options.tp
+    records = {rank: record for rank in files if (record := _record(directory, rank, tp, split.set_id))}
+    return ShardSet(directory, manifest, split, files, records, side_paths(directory, names))
+
+
+def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
+    tp = manifest["mesh"]["tp"]
+    if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or not isinstance(tp, int) or tp < 1:
+        raise ValueError(f"mesh {manifest['mesh']}")
+    chosen = manifest["options"]
+    shares = chosen["shares"]
+    options = Options(
+        tp=tp,
+        uneven=chosen["uneven"],
+        shares=None if shares is None else tuple(shares),
+        pad_vocab_to=chosen["pad_vocab_to"],
+        max_file_size=chosen["max_file_size"],
+        format=chosen["format"],
+        engine_version=chosen["engine_version"],
+    )
+    tensors = []
+    ranks: list[list[StoredTensor]] = [[] for _ in range(tp)]
+    file_of, full_names, dropped = {}, {}, {}
+    for entry in manifest["tensors"]:
+        cut = Cut(entry["rule"], entry.get("dim"), tuple(entry.get("segments", ())), entry.get("interleave"))
+        tensor = LogicalTensor(entry["name"], entry["dtype"], tuple(entry["shape"]), cut)
+        tensors.append(tensor)
+        file_of[tensor.name] = entry["file"]
+        if "full" in entry:
+            full_names[tensor.name] = entry["full"]
+        if "dropped" in entry:
+            dropped[tensor.name] = entry["dropped"]
+        if "stored" not in manifest:
+            for rank in range(tp):
+                held = entry.get("ranks")
+                ranks[rank].append(
+                    stored_from_json(tensor.name, tensor.dtype, held[rank], tensor.name) if held else whole(tensor)
+                )
+    for entry in manifest.get("stored", ()):
+        for rank in range(tp):
+            found = entry["every"] if "every" in entry else entry["ranks"][rank]
+            if found is not None:
+                ranks[rank].append(stored_from_json(entry["name"], entry["dtype"], found))
+    model = Model(
+        tensors=tuple(tensors),
+        axes={name: Axis(**axis) for name, axis in manifest["axes"].items()},
+        tied=manifest["tied"],
+        file_of=file_of,
+        source=manifest["source"],
+        architecture=manifest["architecture"],
+        dtype=chosen["dtype"],
+        full_names=full_names,
+        config=_config(directory),
+    )
+    return Split(model, options, Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], raw)
+
+
+def _check_derived(directory: Path, split: Split) -> None:
+    for name, data in split.format.derived(split).items():
+        if read_bytes(safe_path(directory, name)) != data:
+            raise CorruptError(f"{name} is not the one of this set", path=directory / name, hint=_SAME)
+
+
+def _config(directory: Path) -> Mapping[str, Any]:
+    """The config beside the ranks' files; only formats that need more than the manifest look at it."""
+    path = directory / "config.json"
+    config = load_json(read_bytes(path), path) if path.is_file() else {}
+    return config if isinstance(config, dict) else {}
+
+
+def _rank_files(directory: Path, names: list[str], split: Split) -> dict[int, tuple[RankFile, ...]]:
+    """The files of each rank that has all of its own."""
+    files: dict[int, list[RankFile]] = {}
+    parts_of: dict[int, int] = {}
+    open_file = _open_container if split.format.container else _open_safetensors
+    for name in names:
+        numbers = split.format.parse_name(name)
+        if numbers is None:
+            _refuse_other(directory, name, split)
+            continue
+        rank, path = numbers["rank"], safe_path(directory, name)
+        tensors, parts_of[rank] = open_file(path, numbers, split)
+        files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, tensors))
+    return {rank: tuple(found) for rank, found in files.items() if len(found) == parts_of[rank]}
+
+
+def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tuple[tuple[TensorInfo, ...], int]:
+    """The tensors of a file that is no safetensors file, and how many files its rank has.
+
+    CorruptError when it is not of the set, or anything in it that is no tensor is not as written.
+    """
+    rank, tp = numbers["rank"], split.options.tp
+    outputs = split.files(rank) if rank < tp else ()
+    output = next((output for output in outputs if output.name == path.name), None)
+    if output is None:
+        raise CorruptError(
+            f"{path.name} is no file of this set",
+            path=path,
+            expected=f"the files of ranks 0 to {tp - 1}",
+            hint="keep one set in one directory",
+        )
+    with _can_be_written_again(path, rank):
+        check_literals(output, path)
+    tensors = []
+    for stored, _, begin in output.tensors:
+        name, dtype, shape = stored.name, stored.dtype, stored.shape
+        tensors.append(TensorInfo(name, dtype, shape, str(path), begin, begin + nbytes(dtype, shape)))
+    return tuple(tensors), len(outputs)
+
+
+def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> tuple[tuple[TensorInfo, ...], int]:
+    """The tensors of a safetensors file, and how many files its rank has; CorruptError when it is not of the set."""
+    tp = split.options.tp
+    with _can_be_written_again(path, numbers["rank"]):
+        header = read_header(path)
+    said = header.metadata
+    if said.get("tpshard.set") != split.set_id or numbers.get("tp", tp) != tp:
+        raise CorruptError(
+            f"{path.name} is not of this set",
+            path=path,
+            expected=f"set {split.set_id}, tp {tp}",
+            found=f"set {said.get('tpshard.set')}, tp {said.get('tpshard.tp')}",
+            hint="keep one set in one directory",
+        )
+    for key, value in {"tp": tp, **numbers}.items():
+        if said.get(f"tpshard.{key}") != str(value):
+            raise CorruptError(
+                f"{path.name} does not hold what its name says",
+                path=path,
+                expected=f"{key} {value}",
+                found=f"{key} {said.get(f'tpshard.{key}')}",
+                hint="files may have been exchanged: give each the name that its content says",
+            )
+    parts = said.get("tpshard.parts", "")
+    return header.tensors, int(parts) if parts.isdecimal() else 0
+
+
+@contextmanager
+def _can_be_written_again(path: Path, rank: int) -> Iterator[None]:
+    try:
+        yield
+    except CorruptError as error:
+        error.hint = f"{error.hint}; or remove it, and {_again(path.parent, [rank])} writes it again"
+        raise
+
+
+def _refuse_other(directory: Path, name: str, split: Split) -> None:
+    """CorruptError for a rank file of another format: an engine would take it for one of this set."""
+    for other in FORMATS:
+        if other != split.options.format and format_of(other).parse_name(name) is not None:
+            raise CorruptError(
+                f"{name} is a rank's file of another format",
+                path=directory / name,
+                expected=f"files of the format {split.options.format}",
+                found=f"a name of the format {other}",
+                hint="keep one set in one directory",
+            )
+
+
+def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[StoredTensor, ...]) -> None:
+    found: dict[str, TensorInfo] = {}
+    for info in (info for file in files for info in file.tensors):
+        if info.name in found:
+            raise CorruptError(f"{info.name} is in two files of rank {rank}", path=info.file, tensor=info.name)
+        found[info.name] = info
+    for stored in expected:
+        if stored.name not in found:
+            raise CorruptError(
+                f"rank {rank} lacks {stored.name}",
+                path=files[0].path,
+                tensor=stored.name,
+                expected=f"{stored.dtype} {list(stored.shape)}",
+            )
+        info = found.pop(stored.name)
+        if (info.dtype, info.shape) != (stored.dtype, stored.shape):
+            raise CorruptError(
+                f"rank {rank}: {stored.name} is not what the manifest says",
+                path=info.file,
+                tensor=stored.name,
+                expected=f"{stored.dtype} {list(stored.shape)}",
+                found=f"{info.dtype} {list(info.shape)}",
+            )
+    for name, info in found.items():
+        raise CorruptError(f"rank {rank} holds {name}, which the manifest does not list", path=info.file, tensor=name)
+
+
+def _record(directory: Path, rank: int, tp: int, set_id: str) -> Mapping[str, Any] | None:
+    """A rank's record: None when there is none, CorruptError when it is not one of this set and rank."""
+    name = f"{rank_stem(rank, tp)}.json"
+    if not (directory / name).exists():
+        return None
+    path = safe_path(directory, name)
+    record = load_json(read_bytes(path), path)
+    if not isinstance(record, dict) or not isinstance(record.get("parts"), list):
+        raise CorruptError("not a rank's record", path=path, expected="set, rank, tp and parts", hint=_REMAKE)
+    for key, value in {"set": set_id, "rank": rank, "tp": tp}.items():
+        if record.get(key) != value:
+            raise CorruptError(
+                "the record is of another set or rank",
+                path=path,
+                expected=f"{key} {value}",
+                found=f"{key} {record.get(key)}",
+                hint="keep one set in one directory; records may have been exchanged",
+            )
+    for part in record["parts"]:
+        fields = part if isinstance(part, dict) else {}
+        sha256 = fields.get("sha256", 0)
+        whole_size = type(fields.get("size")) is int
+        if not (isinstance(fields.get("file"), str) and whole_size and (sha256 is None or isinstance(sha256, str))):
+            raise CorruptError(
+                "the rank's record is damaged", path=path, expected="file, size and sha256", found=part, hint=_REMAKE
+            )
+    return record

@@ -1,0 +1,1 @@
+"""From layouts to steps: numbers only, no model's name and no torch."""

@@ -1,0 +1,1 @@
+"""What the verbs return, as values, JSON and pages."""

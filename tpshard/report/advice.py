@@ -1,0 +1,193 @@
+"""Which tp to take: those that cut no unit, what each needs on a device, and the reason in a line.
+
+Made of headers and config alone. Only groups of tensors that are cut alike are laid out, so every tp of a model of
+46,000 tensors takes no longer than one of 300.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpshard.cli.console import human_bytes
+from tpshard.errors import UsageError
+from tpshard.storage.safetensors import nbytes
+from tpshard.planning.layout import deal, possible_tp, shard, why_not
+from tpshard.planning.model import Model
+from tpshard.report.capacity import USABLE, Workload, cache_bytes, fits, ring_bytes, traits
+from tpshard.report.results import SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One tp. weights, cache: bytes of the fullest rank; None, like `fits`, where the tp is not possible.
+
+    short: bytes that the fullest rank has too many, 0 where it fits. sent: bytes that each rank sends for a token.
+    """
+
+    tp: int
+    reason: str
+    possible: bool
+    weights: int | None = None
+    cache: int | None = None
+    fits: bool | None = None
+    short: int | None = None
+    sent: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Bytes of weights and cache."""
+        return (self.weights or 0) + (self.cache or 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of `choices` in the JSON contract."""
+        return {
+            "tp": self.tp,
+            "possible": self.possible,
+            "weights": self.weights,
+            "kv_cache": self.cache,
+            "total": self.total if self.possible else None,
+            "fits": self.fits,
+            "short": self.short,
+            "bytes_per_token": self.sent,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The choices for one model on `gpus` devices, and the tp to take: None where none fits."""
+
+    model_type: str
+    name: str
+    gpus: int
+    workload: Workload
+    choices: tuple[Choice, ...]
+    take: int | None
+    reason: str
+    possible_above: tuple[int, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The `advise` object of the JSON contract."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "advise",
+            "model_type": self.model_type,
+            "source": self.name,
+            "gpus": self.gpus,
+            "gpu_memory": self.workload.gpu_memory,
+            "usable": USABLE,
+            "batch": self.workload.batch,
+            "seq": self.workload.seq,
+            "choices": [choice.to_json() for choice in self.choices],
+            "take": self.take,
+            "reason": self.reason,
+            "possible_above": list(self.possible_above),
+            "warnings": list(self.warnings),
+        }
+
+
+def advise(
+    model: str | Path,
+    gpus: int,
+    workload: Workload,
+    *,
+    revision: str | None = None,
+    rules: str | Path | None = None,
+    dtype: str | None = None,
+) -> Advice:
+    """Judge every tp from 1 to `gpus`. Of a Hub repo only config and headers are read.
+
+    workload: what the devices are to do, with the memory of one; UsageError without it. revision, rules, dtype: as in
+    `plan`. That the model fits on none is in the result, not raised.
+    """
+    from tpshard.inputs.checkpoint import open_headers
+    from tpshard.planning.model import check_dtype, from_checkpoint
+
+    if gpus < 1 or workload.gpu_memory is None:
+        expected = "at least one device, and its memory"
+        raise UsageError("advice needs devices", expected=expected, hint="Workload(gpu_memory=80 * 10**9)")
+    check_dtype(dtype)
+    checkpoint = open_headers(model, revision)
+    built = from_checkpoint(checkpoint, None if rules is None else Path(rules), dtype)
+    return advice(built, gpus, workload, checkpoint.warnings)
+
+
+def advice(model: Model, gpus: int, workload: Workload, warnings: tuple[str, ...] = ()) -> Advice:
+    """Judge every tp from 1 to `gpus` for a classified model."""
+    choices = tuple(_choice(model, tp, workload) for tp in range(1, gpus + 1))
+    take, reason = _verdict(choices, gpus)
+    return Advice(
+        model_type=str(model.architecture["model_type"]),
+        name=str(model.source["repo_id"] or model.source["name"]),
+        gpus=gpus,
+        workload=workload,
+        choices=choices,
+        take=take,
+        reason=reason,
+        possible_above=tuple(tp for tp in possible_tp(model.axes) if tp > gpus),
+        warnings=warnings,
+    )
+
+
+def rank_weights(model: Model, tp: int) -> list[int]:
+    """Bytes of tensors that each rank of an even split holds."""
+    groups = Counter((tensor.shape, tensor.cut, tensor.dtype) for tensor in model.tensors)
+    first = {(tensor.shape, tensor.cut, tensor.dtype): tensor for tensor in reversed(model.tensors)}
+    layout = shard([first[key] for key in groups], model.axes, tp, deal(model.axes, tp, None, None))
+    return [
+        sum(nbytes(stored.dtype, stored.shape) * count for stored, count in zip(rank, groups.values(), strict=True))
+        for rank in layout
+    ]
+
+
+def _choice(model: Model, tp: int, workload: Workload) -> Choice:
+    assert workload.gpu_memory is not None
+    if cut := [f"{axis.count} {axis.name}" for axis in model.axes.values() if why_not(axis, tp)]:
+        return Choice(tp, f"{', '.join(cut)} on {tp} ranks would be cut", possible=False)
+    facts = traits(model)
+    weights = max(rank_weights(model, tp))
+    cache = max(cache_bytes(model, facts, deal(model.axes, tp, None, None), workload))
+    short = max(0, weights + cache - int(USABLE * workload.gpu_memory))
+    notes = [] if short == 0 else [f"{human_bytes(short)} too much for a device"]
+    for axis in model.axes.values():
+        if axis.replicate and axis.count < tp:
+            notes.append(f"each of {axis.count} {axis.name} on {tp // axis.count} ranks")
+        elif axis.pad and axis.count % tp:
+            notes.append(f"{axis.name} padded to {-(-axis.count // tp) * tp}")
+    if facts.cache_axis is None and tp > 1:
+        notes.append("the latent cache whole on each rank")
+    return Choice(
+        tp=tp,
+        reason="; ".join(notes) or "fits",
+        possible=True,
+        weights=weights,
+        cache=cache,
+        fits=fits(weights + cache, workload.gpu_memory),
+        short=short,
+        sent=ring_bytes(facts, tp, 1),
+    )
+
+
+def _verdict(choices: tuple[Choice, ...], gpus: int) -> tuple[int | None, str]:
+    """The smallest tp that fits and leaves no device idle, else the smallest that fits; and why."""
+    fitting = [choice.tp for choice in choices if choice.fits]
+    if not fitting:
+        nearest = min((choice for choice in choices if choice.short), key=lambda choice: (choice.total, choice.tp))
+        assert nearest.short is not None
+        return None, (
+            f"does not fit on {gpus} devices: at tp {nearest.tp} each needs {human_bytes(nearest.total)}, "
+            f"{human_bytes(nearest.short)} more than it has room for"
+        )
+    whole = [tp for tp in fitting if gpus % tp == 0]
+    take = min(whole or fitting)
+    copies = gpus // take
+    rest = f"; {gpus - copies * take} devices stay idle" if gpus % take else ""
+    why = "the smallest that fits" if take == fitting[0] else f"the smallest that fits and divides {gpus}"
+    if copies == 1:
+        return take, f"{why}: one copy of the model{rest}"
+    talk = "no communication" if take == 1 else "the least communication"
+    return take, f"{why}: {copies} copies of the model, and {talk}{rest}"

@@ -1,0 +1,216 @@
+"""What a split means on devices: memory per rank, and what the ranks tell each other.
+
+Everything follows from headers, rules and config. Formulas and their sources: docs/explanation/numbers.md. Sizes are
+in bytes, bandwidth in bytes per second, times in seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from tpshard.cli.console import human_bytes
+from tpshard.errors import UsageError
+from tpshard.storage.safetensors import DTYPE_BITS, nbytes
+from tpshard.planning.layout import Deal, LogicalTensor
+from tpshard.planning.model import CASTABLE, Model
+from tpshard.rules.multimodal import text_config
+
+USABLE = 0.9
+"""The share of a device's memory that weights and cache may fill; the rest is for activations and the runtime."""
+KV_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8": "F8_E4M3"}
+"""The names that `--kv-dtype` knows."""
+_LAYER = re.compile(r"(?<![^.])(\d+)\.([^.]+)")
+_LATENT = "kv_a_proj_with_mqa.weight"
+"""Makes what DeepSeek's latent attention caches: the compressed key and value of all heads, and one rotary key."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the ranks are to do: `batch` sequences of `seq` tokens each, on devices of this memory and bandwidth.
+
+    kv_dtype: a key of `KV_DTYPES`; None is the weights' dtype. gpu_memory: in bytes. bandwidth: in bytes per second.
+    UsageError for a number or dtype that cannot be.
+    """
+
+    batch: int = 1
+    seq: int = 4096
+    kv_dtype: str | None = None
+    gpu_memory: int | None = None
+    bandwidth: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_dtype not in (None, *KV_DTYPES):
+            raise UsageError(f"unknown kv_dtype {self.kv_dtype!r}", expected=", ".join(KV_DTYPES))
+        given = {"batch": self.batch, "seq": self.seq, "gpu_memory": self.gpu_memory, "bandwidth": self.bandwidth}
+        for name, value in given.items():
+            if value is not None and value <= 0:
+                raise UsageError(f"{name} must be positive", found=value)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What memory and communication depend on.
+
+    layers: those that cache keys and values. sums: row-parallel sums of the whole model, each one all-reduce of
+    batch x seq x hidden elements. dtype: of activations. cache_axis: the axis whose units have a key and a value each;
+    None with latent attention, of which `latent` elements are cached by every rank. window: of sliding attention.
+    """
+
+    layers: int
+    sums: int
+    hidden: int
+    dtype: str
+    cache_axis: str | None
+    latent: int
+    window: int | None
+
+
+def traits(model: Model) -> Traits:
+    """Read a model's traits off its cuts and shapes.
+
+    Layers beyond the config's count predict further tokens (DeepSeek V3); decoding does not need them.
+    """
+    nested = text_config(model.config)
+    config: Mapping[str, Any] = model.config if nested is None else nested.config
+    count = config.get("num_hidden_layers")
+    blocks: set[tuple[int, str]] = set()
+    hidden = latent = 0
+    sizes: Counter[str] = Counter()
+    for tensor in model.tensors:
+        if tensor.dtype in CASTABLE:
+            sizes[tensor.dtype] += nbytes(tensor.dtype, tensor.shape)
+        if tensor.cut.kind == "row" and (found := _LAYER.search(tensor.name)):
+            if not isinstance(count, int) or int(found[1]) < count:
+                blocks.add((int(found[1]), found[2]))
+            hidden = max(hidden, _out(tensor))
+        elif tensor.name.endswith(_LATENT):
+            latent = tensor.shape[0]
+    window = config.get("sliding_window")
+    return Traits(
+        layers=len({layer for layer, _ in blocks}),
+        sums=len(blocks),
+        hidden=hidden,
+        dtype=max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "BF16",
+        cache_axis=None if latent else "kv" if "kv" in model.axes else "heads",
+        latent=latent,
+        window=window if isinstance(window, int) and config.get("use_sliding_window") is not False else None,
+    )
+
+
+def _out(tensor: LogicalTensor) -> int:
+    """The size of a row-parallel tensor's `out`. Of a tensor of more than two dims the first counts experts."""
+    shape = tensor.shape
+    return max((shape[dim] for dim in range(len(shape) > 2, len(shape)) if dim != tensor.cut.dim), default=0)
+
+
+def cache_bytes(model: Model, facts: Traits, ranges: Deal, workload: Workload) -> list[int]:
+    """What each rank caches of `batch` sequences of `seq` tokens: a key and a value per KV head and layer."""
+    dtype = KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype
+    tp = len(next(iter(ranges.values())))
+    if facts.cache_axis is None:
+        elements = [facts.latent] * tp
+    else:
+        unit = model.axes[facts.cache_axis].unit
+        elements = [2 * unit * (last - first) for first, last in ranges[facts.cache_axis]]
+    tokens = workload.batch * workload.seq
+    return [tokens * facts.layers * count * DTYPE_BITS[dtype] // 8 for count in elements]
+
+
+def ring_bytes(facts: Traits, tp: int, tokens: int) -> int:
+    """What each rank sends for `tokens` tokens: 2 (n - 1) / n of the activations, for every row-parallel sum."""
+    return facts.sums * tokens * facts.hidden * DTYPE_BITS[facts.dtype] // 8 * 2 * (tp - 1) // tp
+
+
+def fits(total: int, gpu_memory: int) -> bool:
+    """Whether weights and cache leave a device room to work in."""
+    return total <= USABLE * gpu_memory
+
+
+def numbers(model: Model, ranges: Deal, weights: Sequence[int], workload: Workload) -> dict[str, Any]:
+    """The `numbers` object of the plan's JSON. weights: bytes of tensors of each rank."""
+    facts = traits(model)
+    tp = len(weights)
+    ranks = []
+    for rank, (held, cached) in enumerate(zip(weights, cache_bytes(model, facts, ranges, workload), strict=True)):
+        entry: dict[str, Any] = {"rank": rank, "weights": held, "kv_cache": cached, "total": held + cached}
+        if workload.gpu_memory is not None:
+            entry["free"] = workload.gpu_memory - held - cached
+            entry["fits"] = fits(held + cached, workload.gpu_memory)
+        ranks.append(entry)
+    per_token, per_prompt = ring_bytes(facts, tp, 1), ring_bytes(facts, tp, workload.batch * workload.seq)
+    communication: dict[str, Any] = {
+        "all_reduces": facts.sums if tp > 1 else 0,
+        "hidden": facts.hidden,
+        "dtype": facts.dtype,
+        "bytes_per_token": per_token,
+        "bytes_per_prompt": per_prompt,
+    }
+    if workload.bandwidth is not None:
+        communication["bandwidth"] = workload.bandwidth
+        communication["seconds_per_token"] = workload.batch * per_token / workload.bandwidth
+        communication["seconds_per_prompt"] = per_prompt / workload.bandwidth
+    return {
+        "batch": workload.batch,
+        "seq": workload.seq,
+        "gpu_memory": workload.gpu_memory,
+        "usable": USABLE,
+        "kv_cache": {
+            "layers": facts.layers,
+            "axis": facts.cache_axis,
+            "latent": facts.latent or None,
+            "dtype": KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype,
+            "window": facts.window,
+        },
+        "ranks": ranks,
+        "communication": communication,
+    }
+
+
+def _but_number(rank: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in rank.items() if key != "rank"}
+
+
+def _room(rank: Mapping[str, Any], memory: int) -> str:
+    """Whether a rank fits, and by how much."""
+    if rank["free"] < 0:
+        return f"does not fit in {human_bytes(memory)}, {human_bytes(-rank['free'])} too much"
+    left = f"{human_bytes(rank['free'])} of {human_bytes(memory)} left"
+    return f"fits, {left}" if rank["fits"] else f"too tight, {left}: leave {1 - USABLE:.0%} for activations"
+
+
+def number_lines(found: Mapping[str, Any]) -> list[str]:
+    """The `numbers` object for people: a line for ranks that are alike, then what the ranks tell each other."""
+    texts = []
+    for equal, ranks in groupby(found["ranks"], key=_but_number):
+        which_ranks = [rank["rank"] for rank in ranks]
+        first, last = which_ranks[0], which_ranks[-1]
+        which = f"rank {first}" if first == last else f"ranks {first}-{last}, each"
+        text = f"{which}: {human_bytes(equal['weights'])} weights"
+        text += f" + {human_bytes(equal['kv_cache'])} KV cache = {human_bytes(equal['total'])}"
+        if "free" in equal:
+            text += ": " + _room(equal, found["gpu_memory"])
+        texts.append(text)
+    cache, sent = found["kv_cache"], found["communication"]
+    texts.append(
+        f"KV cache: batch {found['batch']} x {found['seq']} tokens, {cache['layers']} layers, {cache['dtype']}"
+    )
+    if cache["latent"]:
+        texts.append(f"latent attention: {cache['latent']} numbers a token and layer, whole on each rank")
+    if cache["window"] and cache["window"] < found["seq"]:
+        texts.append(f"sliding window of {cache['window']}: counted in full; an engine that keeps no more needs less")
+    if sent["all_reduces"]:
+        each = f"{sent['all_reduces']} all-reduces of {sent['hidden']} numbers a token"
+        sizes = f"{human_bytes(sent['bytes_per_token'])} a token, {human_bytes(sent['bytes_per_prompt'])} a prompt"
+        texts.append(f"each rank sends: {sizes} ({each}, {sent['dtype']}, in a ring)")
+    if sent["all_reduces"] and "bandwidth" in sent:
+        token, prompt = sent["seconds_per_token"] * 1e6, sent["seconds_per_prompt"] * 1e3
+        texts.append(
+            f"at {human_bytes(sent['bandwidth'])}/s: {prompt:.3g} ms for the prompts, {token:.3g} us a decoding step, "
+            "latency not counted"
+        )
+    return texts

@@ -1,0 +1,320 @@
+"""What the verbs return: frozen results that print as the documented JSON (docs/reference/json.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tpshard.planning.box import extents, volume
+from tpshard.errors import UsageError
+from tpshard.formats.base import Split
+from tpshard.storage.safetensors import TensorInfo, element_count, nbytes, read_header
+from tpshard.planning.layout import LogicalTensor, deal, largest_tp, possible_tp, why_not
+from tpshard.rules.classify import Axis
+
+if TYPE_CHECKING:
+    from tpshard.api.check import Difference
+    from tpshard.inputs.shard_set import ShardSet
+    from tpshard.report.capacity import Workload
+
+SCHEMA_VERSION = 1
+"""Fields are only added within a version."""
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """A planned split. `split` holds everything; `to_json` is the contract.
+
+    workload: what the numbers are for, None for the usual one.
+    """
+
+    split: Split
+    warnings: tuple[str, ...]
+    workload: Workload | None = None
+
+    @property
+    def rank_bytes(self) -> list[int]:
+        """Bytes of tensors that each rank holds."""
+        return [sum(nbytes(t.dtype, t.shape) for t in rank) for rank in self.split.layout]
+
+    def numbers(self) -> dict[str, Any]:
+        """Memory and communication of the ranks: the `numbers` object of the JSON contract."""
+        from tpshard.report.capacity import Workload, numbers  # not when something is written: imports count
+
+        model, options = self.split.model, self.split.options
+        ranges = deal(model.axes, options.tp, options.weights(), None)
+        return numbers(model, ranges, self.rank_bytes, self.workload or Workload())
+
+    @property
+    def impossible_tp(self) -> list[tuple[int, str]]:
+        """The tp up to the largest possible one that would cut a unit, with the first reason each."""
+        axes = self.split.model.axes
+        reasons = []
+        for tp in range(2, largest_tp(axes) + 1):
+            reason = next((why for axis in axes.values() if (why := why_not(axis, tp))), None)
+            if reason:
+                reasons.append((tp, reason))
+        return reasons
+
+    def padding(self) -> list[dict[str, Any]]:
+        """Axes that are padded with zeros, as the files have it: formats pad differently, or not at all."""
+        stored = list(chain.from_iterable(self.split.layout))
+        found = []
+        for axis in self.split.model.axes.values():
+            along = (tensor for tensor in self.split.kept.tensors if tensor.cut.segments == (axis.name,))
+            cut = next((tensor for tensor in along if 0 not in tensor.shape), None)
+            if axis.pad and cut is not None:
+                name = next(each.name for each in stored if any(part.tensor == cut.name for part in each.parts))
+                filled = sum(volume(box) for each in stored if each.name == name for box in each.fills)
+                if extra := filled * axis.count // prod(cut.shape):
+                    found.append({"axis": axis.name, "count": axis.count, "padded": axis.count + extra})
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """The `plan` object of the JSON contract."""
+        split = self.split
+        axes = split.model.axes
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "plan",
+            "model_type": split.model.architecture["model_type"],
+            "source": dict(split.model.source),
+            "architecture": dict(split.model.architecture),
+            "mesh": {"tp": split.options.tp, "pp": 1, "ep": 1},
+            "set": split.set_id,
+            "format": split.options.format,
+            "tensors": [
+                tensor_json(tensor, axes, shares, split.laid.dropped.get(tensor.name))
+                for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True)
+            ],
+            **({} if split.options.format == "native" else {"stored": stored_json(split)}),
+            "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
+            "numbers": self.numbers(),
+            "padded": self.padding(),
+            "replicated": replicated_axes(axes, split.options.tp),
+            "tied": dict(split.model.tied),
+            "possible_tp": possible_tp(axes),
+            "impossible_tp": [{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
+            "warnings": list(self.warnings),
+        }
+
+
+def replicated_axes(axes: Any, tp: int) -> list[str]:
+    """Axes of which several ranks hold the same unit."""
+    return [axis.name for axis in axes.values() if axis.replicate and axis.count < tp]
+
+
+Share = tuple[tuple[int, ...], int]
+"""What a rank holds of a logical tensor: shape, and bytes with padding."""
+
+
+def shares_of(split: Split) -> list[list[Share]]:
+    """What each rank holds of each tensor of the model, in the model's order; nothing of what is dropped."""
+    if split.options.format == "native":
+        return [
+            [(rank[index].shape, nbytes(rank[index].dtype, rank[index].shape)) for rank in split.layout]
+            for index in range(len(split.model.tensors))
+        ]
+    boxes: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for number, rank in enumerate(split.layout):
+        for stored in rank:
+            for part in stored.parts:
+                boxes.setdefault((part.tensor, number), []).append(extents(part.box))
+    found = []
+    for tensor in split.model.tensors:
+        shares = []
+        for number in range(len(split.layout) if tensor.name not in split.laid.dropped else 0):
+            count = sum(map(prod, boxes.get((tensor.name, number), [])))
+            shape, dim = tensor.shape, tensor.cut.dim
+            if dim is not None and count != prod(shape):
+                shape = (*shape[:dim], count * shape[dim] // max(1, prod(shape)), *shape[dim + 1 :])
+            shares.append((shape, nbytes(tensor.dtype, (count,))))
+        found.append(shares)
+    return found
+
+
+def stored_json(split: Split) -> list[dict[str, Any]]:
+    """The tensors that the files have, where they are not the model's own: from which of those each is made."""
+    by_rank = [{stored.name: stored for stored in rank} for rank in split.layout]
+    entries = []
+    for name in dict.fromkeys(name for rank in by_rank for name in rank):
+        held = [(number, rank[name]) for number, rank in enumerate(by_rank) if name in rank]
+        entries.append(
+            {
+                "name": name,
+                "dtype": held[0][1].dtype,
+                "from": list(dict.fromkeys(part.tensor for _, stored in held for part in stored.parts)),
+                "ranks": [
+                    {"rank": number, "shape": list(stored.shape), "bytes": nbytes(stored.dtype, stored.shape)}
+                    for number, stored in held
+                ],
+            }
+        )
+    return entries
+
+
+def tensor_json(
+    tensor: LogicalTensor, axes: Any, shares: Sequence[Share], dropped: str | None = None
+) -> dict[str, Any]:
+    """One tensor of a plan. dropped: why the format has no room for it."""
+    cut = tensor.cut
+
+    def segment(axis: Axis) -> dict[str, Any]:
+        return {"axis": axis.name, "count": axis.count, "unit": axis.unit}
+
+    rule = "drop" if dropped is not None else "replicate" if cut.kind == "buffer" else cut.kind
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "rule": rule,
+        "dim": cut.dim,
+        "segments": [segment(axes[name]) for name in cut.segments],
+        "interleave": cut.interleave,
+        "ranks": [{"rank": rank, "shape": list(shape), "bytes": size} for rank, (shape, size) in enumerate(shares)],
+        **({} if dropped is None else {"reason": dropped}),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RankPart:
+    """One written file of a rank."""
+
+    rank: int
+    file: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What split, merge or reshard wrote: `nbytes` of tensors into `output`. parts: of ranks; none of a merge."""
+
+    command: str
+    output: Path
+    tp: int
+    set_id: str
+    nbytes: int
+    parts: tuple[RankPart, ...]
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result object of the JSON contract."""
+        ranks: dict[int, list[dict[str, Any]]] = {}
+        for part in self.parts:
+            ranks.setdefault(part.rank, []).append({"file": part.file, "size": part.size, "sha256": part.sha256})
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "output": str(self.output),
+            "mesh": {"tp": self.tp, "pp": 1, "ep": 1},
+            "set": self.set_id,
+            "bytes": self.nbytes,
+            "ranks": [{"rank": rank, "parts": parts} for rank, parts in sorted(ranks.items())],
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What check found. `differences` is empty when all that could be judged is equal."""
+
+    shards: ShardSet
+    source: str | None
+    differences: list[Difference]
+    unchecked: list[str]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    @property
+    def summary(self) -> str:
+        """What differs first, and how many differences more there are."""
+        more = len(self.differences) - 1
+        return f"{self.differences[0]}{f', and {more} more' if more else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The `check` object of the JSON contract."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "check",
+            "path": str(self.shards.directory),
+            "source": self.source,
+            "mesh": {"tp": self.shards.tp, "pp": 1, "ep": 1},
+            "set": self.shards.manifest["set"],
+            "equal": self.equal,
+            "differences": [{"file": d.file, "tensor": d.tensor, "message": d.message} for d in self.differences],
+            "unchecked": list(self.unchecked),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What a path holds: `kind` is checkpoint, shards or file."""
+
+    kind: str
+    path: Path
+    facts: dict[str, Any]
+    tensors: tuple[TensorInfo, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The `inspect` object of the JSON contract."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": "inspect",
+            "kind": self.kind,
+            "path": str(self.path),
+            **self.facts,
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": Path(t.file).name}
+                for t in self.tensors
+            ],
+        }
+
+
+def inspect_path(path: Path) -> InspectReport:
+    """Look at a path without loading it."""
+    from tpshard.inputs.checkpoint import open_checkpoint
+    from tpshard.inputs.shard_set import is_shard_set, open_shards
+
+    if not path.exists():
+        raise UsageError("no such file or directory", path=path)
+    if path.is_file():
+        header = read_header(path)
+        facts: dict[str, Any] = {
+            "bytes": path.stat().st_size,
+            "metadata": header.metadata,
+            "header_bytes": header.data_begin,
+        }
+        return InspectReport("file", path, facts, header.tensors)
+    if is_shard_set(path):
+        shards = open_shards(path)
+        tensors = tuple(info for rank in sorted(shards.files) for file in shards.files[rank] for info in file.tensors)
+        facts = {
+            "model_type": shards.model.architecture["model_type"],
+            "mesh": {"tp": shards.tp, "pp": 1, "ep": 1},
+            "set": shards.manifest["set"],
+            "source": dict(shards.model.source),
+            "bytes": sum(file.size for files in shards.files.values() for file in files),
+            "missing_ranks": shards.missing(),
+        }
+        return InspectReport("shards", path, facts, tensors)
+    checkpoint = open_checkpoint(path)
+    facts = {
+        "model_type": checkpoint.config.get("model_type"),
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
+        "bytes": sum(file.size for file in checkpoint.files),
+        "parameters": sum(element_count(info.shape) for info in checkpoint.tensors),
+        "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
+        "warnings": list(checkpoint.warnings),
+    }
+    return InspectReport("checkpoint", path, facts, checkpoint.tensors)

@@ -1,0 +1,1 @@
+"""From tensor names to cuts: architectures as data."""

@@ -1,0 +1,299 @@
+"""Architecture files: rules of a family of models as data, read and checked, not yet evaluated for a config.
+
+They are `architectures/*.toml`, or a file of the user's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from tpshard.rules import expression
+from tpshard.errors import UnsupportedError, UsageError
+from tpshard.rules.schemes import AXES, SUFFIXES
+
+Kind = Literal["column", "row", "replicate", "buffer"]
+SPLIT_AXIS = {"column": "out", "row": "in"}
+_DIRECTORY = Path(__file__).parent / "architectures"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    kind: Kind
+    axes: tuple[str, ...]
+    interleave: str | None
+    condition: str | None
+    patterns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One TOML file of rules, checked but not yet evaluated for a config."""
+
+    name: str
+    text: str
+    model_types: tuple[str, ...]
+    prefix: str
+    layers: str
+    tied: Mapping[str, str]
+    defaults: Mapping[str, Any]
+    axes: Mapping[str, Mapping[str, Any]]
+    rules: tuple[Rule, ...]
+    dims: Mapping[str, tuple[str, ...]]
+    extra_layers: str | None
+    experts: str | None
+    found: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file's text: names the exact rules that a shard set was made with."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_expression(value: object) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def _table_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(valid, value.values()))
+
+
+# What a key may hold, and how to say so.
+_TOP_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model_types": (_is_list, "a list of strings"),
+    "prefix": (lambda value: isinstance(value, str), "a string"),
+    "layers": (_is_expression, "an expression"),
+    "extra_layers": (_is_expression, "an expression"),
+    "experts": (_is_expression, "an expression"),
+    "found": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
+    "conditions": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
+    "tied": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
+    "defaults": (lambda value: isinstance(value, dict), "a table"),
+    "axes": (_table_of(lambda value: isinstance(value, dict)), "a table of tables"),
+    "rules": (_table_of(_is_list), "a table of lists of strings"),
+    "dims": (_table_of(lambda value: _is_list(value) and set(value) <= set(AXES)), f"lists of {', '.join(AXES)}"),
+}
+_AXIS_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "count": (_is_expression, "an expression"),
+    "unit": (_is_expression, "an expression"),
+    "replicate": (lambda value: isinstance(value, bool), "true or false"),
+    "pad": (lambda value: isinstance(value, bool), "true or false"),
+    "group": (lambda value: isinstance(value, str), "the name of an axis"),
+}
+
+
+def _check_keys(
+    data: Mapping[str, Any],
+    known: Mapping[str, tuple[Callable[[Any], bool], str]],
+    needed: set[str],
+    where: str = "",
+) -> None:
+    if unknown := set(data) - set(known):
+        raise _Refused(f"{where}unknown keys: {', '.join(sorted(unknown))}")
+    if missing := needed - set(data):
+        raise _Refused(f"{where}missing keys: {', '.join(sorted(missing))}")
+    for key, value in data.items():
+        if not known[key][0](value):
+            raise _Refused(f"{where}{key} must be {known[key][1]}")
+
+
+def parse_architecture(text: str, path: str) -> Architecture:
+    """Read an architecture file. UsageError when it is not one: an unknown key is refused, never ignored."""
+    try:
+        data = tomllib.loads(text)
+        _check_tables(data)
+        named: dict[str, str] = {}
+        for name, condition in data.get("conditions", {}).items():
+            named[name] = f"({_spelled_out(condition, named)})"
+        rules = tuple(_rule(key, patterns, data["axes"], named) for key, patterns in data["rules"].items())
+        _check_expressions(data, rules, named)
+        _check_patterns(data, rules)
+    except (tomllib.TOMLDecodeError, RecursionError, expression.ExpressionError, _Refused) as error:
+        hint = "see `tpshard archs show llama` for the form"
+        raise UsageError(f"bad rules file: {error}", path=path, hint=hint) from None
+    return Architecture(
+        name=Path(path).stem,
+        text=text,
+        model_types=tuple(data["model_types"]),
+        prefix=data.get("prefix", ""),
+        layers=str(data["layers"]),
+        tied=data.get("tied", {}),
+        defaults=data.get("defaults", {}),
+        axes=data["axes"],
+        rules=rules,
+        dims={pattern: tuple(axes) for pattern, axes in data.get("dims", {}).items()},
+        extra_layers=str(data["extra_layers"]) if "extra_layers" in data else None,
+        experts=str(data["experts"]) if "experts" in data else None,
+        found=data.get("found", {}),
+    )
+
+
+class _Refused(Exception):
+    """What is wrong with a rules file."""
+
+
+def _check_tables(data: Mapping[str, Any]) -> None:
+    _check_keys(data, _TOP_KEYS, {"model_types", "layers", "axes", "rules"})
+    for name, axis in data["axes"].items():
+        _check_keys(axis, _AXIS_KEYS, {"count"}, f"axis {name}: ")
+        if (group := axis.get("group", name)) not in data["axes"] or "group" in data["axes"][group]:
+            raise _Refused(f"axis {name}: group {group!r} is not an axis, or has a group itself")
+
+
+def _rule(key: str, patterns: Sequence[str], axes: Collection[str], named: Mapping[str, str]) -> Rule:
+    """A rule from its key, such as `column heads kv kv / kv if not old`."""
+    head, _, condition = key.partition(" if ")
+    words, _, interleave = head.partition("/")
+    kind, *segments = words.split()
+    interleave = interleave.strip()
+    if kind not in ("column", "row", "replicate", "buffer") or (kind in SPLIT_AXIS) != bool(segments):
+        raise _Refused(f"rule {key!r}: expected `column AXIS…`, `row AXIS…`, `replicate` or `buffer`")
+    for axis in [*segments, *([interleave] if interleave else [])]:
+        if axis not in axes:
+            raise _Refused(f"rule {key!r}: {axis!r} is not an axis")
+    condition = _spelled_out(condition.strip(), named)
+    return Rule(cast(Kind, kind), tuple(segments), interleave or None, condition or None, tuple(patterns))
+
+
+def _check_expressions(data: Mapping[str, Any], rules: Sequence[Rule], named: Mapping[str, str]) -> None:
+    """ExpressionError when one is not of the language, used or not."""
+    for text in [
+        *named.values(),
+        *(str(data[key]) for key in ("layers", "extra_layers", "experts") if key in data),
+        *(rule.condition for rule in rules if rule.condition),
+        *(str(axis[key]) for axis in data["axes"].values() for key in ("count", "unit") if key in axis),
+    ]:
+        expression.parse(text)
+
+
+def _check_patterns(data: Mapping[str, Any], rules: Sequence[Rule]) -> None:
+    patterns = [pattern for rule in rules for pattern in rule.patterns]
+    for pattern in [*patterns, *data.get("dims", {}), *data.get("found", {}).values()]:
+        try:
+            compile_pattern(pattern.removesuffix("?"))
+        except re.error as error:
+            raise _Refused(f"pattern {pattern!r}: {error}") from None
+        if "experts" not in data and pattern.removesuffix("?").split(".").count("*") > 1:
+            raise _Refused(f"pattern {pattern!r} is of experts, and no key `experts` says how many there are")
+    for rule in rules:
+        unlayered = [pattern for pattern in rule.patterns if "*" not in pattern.removesuffix("?").split(".")]
+        if unlayered and asks_layer(rule.condition):
+            raise _Refused(f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one")
+
+
+_NAME_OR_STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\b(?P<name>[^\W\d]\w*)""")
+
+
+def _spelled_out(condition: str, named: Mapping[str, str]) -> str:
+    """A condition with the named conditions in their places."""
+    return _NAME_OR_STRING.sub(lambda found: named.get(found["name"], found[0]), condition)
+
+
+def asks_layer(condition: str | None) -> bool:
+    """Whether a condition asks for the layer's number: its rule may hold in some layers and not in others."""
+    return condition is not None and "layer" in expression.names(condition)
+
+
+def load_architecture(path: Path) -> Architecture:
+    """Read one architecture file from disk."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the rules file: {error}", path=path) from None
+    return parse_architecture(text, str(path))
+
+
+def builtin_names() -> list[str]:
+    """Names of the built-in architecture files."""
+    return [path.stem for path in _builtin_files()]
+
+
+def all_builtin() -> list[Architecture]:
+    """Every built-in architecture."""
+    return [load_architecture(path) for path in _builtin_files()]
+
+
+def _builtin_files() -> list[Path]:
+    return sorted(_DIRECTORY.glob("*.toml"), key=lambda path: path.stem)
+
+
+def builtin_or_none(name: str) -> Architecture | None:
+    """A built-in architecture by file name or model_type."""
+    path = _DIRECTORY / f"{name}.toml"
+    if re.fullmatch(r"[\w.-]+", name) and path.is_file():
+        return load_architecture(path)
+    # Reading TOML is slow, so only a file that has the name in it is read as TOML.
+    for text, file in ((path.read_text(encoding="utf-8"), str(path)) for path in _builtin_files()):
+        if f'"{name}"' in text and name in (found := parse_architecture(text, file)).model_types:
+            return found
+    return None
+
+
+def builtin(name: str) -> Architecture:
+    """A built-in architecture by file name or model_type; UnsupportedError when there is none."""
+    if architecture := builtin_or_none(name):
+        return architecture
+    raise UnsupportedError(
+        f"no rules for model_type {name!r}{_closest(name)}",
+        hint="`tpshard archs draft MODEL` writes rules to start from, --rules FILE takes them; `tpshard archs` lists "
+        "the built-in ones",
+    )
+
+
+def _closest(name: str) -> str:
+    import difflib
+
+    known = {name for architecture in all_builtin() for name in (architecture.name, *architecture.model_types)}
+    near = difflib.get_close_matches(name, sorted(known))
+    return f" (closest: {', '.join(near)})" if near else ""
+
+
+def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path: object) -> Architecture:
+    """The architecture for a config: the user's file if given, else the built-in one of its model_type."""
+    model_type = config.get("model_type")
+    if rules is not None:
+        architecture = load_architecture(rules)
+        if model_type not in architecture.model_types:
+            raise UsageError(
+                "the rules file is for another architecture",
+                path=rules,
+                expected=f"model_types with {model_type!r}",
+                found=", ".join(architecture.model_types),
+            )
+        return architecture
+    if not isinstance(model_type, str):
+        raise UnsupportedError(
+            "config.json names no model_type", path=config_path, hint="give rules of your own with --rules FILE"
+        )
+    return builtin(model_type)
+
+
+NUMBER = r"(?:0|[1-9][0-9]*)"  # a layer's number, as nobody writes it otherwise
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern as a regular expression over whole tensor names.
+
+    `*` and `[..]` match inside one dotted component; a component that is `*` alone is a number and a captured group,
+    the layer first, then the expert.
+    """
+    parts = []
+    captured = 0
+    for component in pattern.split("."):
+        if component == "*" and captured < 2:
+            parts.append(rf"({NUMBER})")
+            captured += 1
+        else:
+            pieces = re.split(r"(\*|\[[^]]*\])", component)
+            parts.append("".join(r"[^.]*" if p == "*" else p if p.startswith("[") else re.escape(p) for p in pieces))
+    suffixes = "|".join(SUFFIXES)
+    return re.compile(r"\.".join(parts) + rf"(?:\.(?:{suffixes}))?")

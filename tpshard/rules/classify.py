@@ -1,0 +1,187 @@
+"""Architecture rules: which tensor is cut along which dim, in which units.
+
+Evaluates an architecture's rules for one config and gives every tensor of a checkpoint its `Cut`. It knows no tp: how
+many ranks there are comes later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tpshard.rules import expression
+from tpshard.rules.architecture import SPLIT_AXIS, Architecture, Kind, Rule, compile_pattern
+from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.storage.safetensors import TensorInfo
+from tpshard.rules.patterns import Matcher
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A feature axis of a model: `count` units of `unit` elements each; only `count` may be divided.
+
+    replicate: units are repeated when there are more ranks than units (KV heads).
+    pad: zero units may be added at the end (vocab).
+    group: the axis by whose units this one is dealt (heads by KV group), so that no rank holds q without its k and v.
+    """
+
+    name: str
+    count: int
+    unit: int
+    replicate: bool = False
+    pad: bool = False
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one tensor is split: along `dim`, whose elements are the segments' units in a row.
+
+    `segments` are axis names (a fused q, k, v is three). With `interleave`, the segments are stored interleaved per
+    unit of that axis. Replicated tensors have `dim` None and no segments.
+    """
+
+    kind: Kind
+    dim: int | None = None
+    segments: tuple[str, ...] = ()
+    interleave: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """The rule as the user reads it: `column heads kv kv / kv`."""
+        return " ".join([self.kind, *self.segments, *(["/", self.interleave] if self.interleave else [])])
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
+
+    full_names: of tensors whose name lacks the prefix, their name with it.
+    """
+
+    axes: Mapping[str, Axis]
+    cuts: Mapping[str, Cut]
+    tied: Mapping[str, str]
+    full_names: Mapping[str, str]
+
+
+def classify(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    tensors: Iterable[TensorInfo],
+    names: Mapping[str, str] | None = None,
+) -> Classified:
+    """Give every tensor its cut. names: what the rules call a tensor that has another name in the checkpoint.
+
+    UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
+    has in every layer, or when the config's counts contradict a shape.
+    """
+    tensors = tuple(tensors)
+    names = names or {}
+    try:
+        config = _with_found(architecture, config, [names.get(tensor.name, tensor.name) for tensor in tensors])
+        return _classify(architecture, config, tensors, names)
+    except expression.ExpressionError as error:
+        raise _misfit(architecture, error) from None
+
+
+def _classify(
+    architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo], names: Mapping[str, str]
+) -> Classified:
+    matcher = Matcher(architecture, config)
+    matches = [matcher.match(tensor, names.get(tensor.name, tensor.name)) for tensor in tensors]
+    used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
+    used |= {group for name in used if (group := architecture.axes[name].get("group"))}
+    axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
+    cuts: dict[str, Cut] = {}
+    for tensor, (rule, dims) in zip(tensors, matches, strict=True):
+        cut = _cut(tensor, rule, dims)
+        _check_sum(tensor, cut, axes, architecture.name)
+        cuts[tensor.name] = cut
+    matcher.check_complete()
+    tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
+    full_names = {name: full for full, name in matcher.names.items() if full != name}
+    return Classified(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+
+
+def recognise(
+    architecture: Architecture, config: Mapping[str, Any], names: Iterable[str], exact: bool = False
+) -> tuple[list[str], list[str]]:
+    """By names alone: the required patterns that match none of `names`, and those of `names` without a rule.
+
+    exact: a name must have the prefix that a checkpoint may leave out.
+    """
+    names = tuple(names)
+    try:
+        matcher = Matcher(architecture, _with_found(architecture, config, names))
+        found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
+    except expression.ExpressionError as error:
+        raise _misfit(architecture, error) from None
+    seen = {pattern.text for candidates in found.values() for pattern, _, _ in candidates}
+    missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
+    return missing, [name for name, candidates in found.items() if not candidates]
+
+
+def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The config with what it means when it is silent, and with what the checkpoint is found to hold."""
+    config = {**architecture.defaults, **config}
+    for key, pattern in architecture.found.items():
+        compiled = compile_pattern(pattern)
+        config[key] = any(compiled.fullmatch(full) for name in names for full in (name, architecture.prefix + name))
+    return config
+
+
+def _misfit(architecture: Architecture, error: Exception) -> CorruptError:
+    return CorruptError(f"the config does not fit the {architecture.name} rules: {error}")
+
+
+def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
+    return Axis(
+        name=name,
+        count=expression.evaluate_count(str(data["count"]), config),
+        unit=expression.evaluate_count(str(data.get("unit", 1)), config),
+        replicate=data.get("replicate", False),
+        pad=data.get("pad", False),
+        group=data.get("group"),
+    )
+
+
+def _cut(tensor: TensorInfo, rule: Rule, dims: tuple[str, ...]) -> Cut:
+    axis = SPLIT_AXIS.get(rule.kind)
+    if axis is None:
+        return Cut(rule.kind)
+    if axis not in dims:
+        # A row-parallel bias has no `in`: every rank has it whole, and it is added once, after the sum.
+        if rule.kind == "row" and dims and tensor.name.endswith("bias"):
+            return Cut("replicate")
+        raise UnsupportedError(
+            f"{tensor.name} cannot be split by {rule.kind}: no dim of it is known to be `{axis}`",
+            path=tensor.file,
+            tensor=tensor.name,
+            found=f"shape {list(tensor.shape)}, dims {', '.join(dims) or 'unknown'}",
+            hint="name the axis of each of its dims under [dims] in a rules file of your own",
+        )
+    return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave)
+
+
+def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str) -> None:
+    if cut.dim is None:
+        return
+    terms = [f"{name} {axes[name].count} x {axes[name].unit}" for name in cut.segments]
+    expected = sum(axes[name].count * axes[name].unit for name in cut.segments)
+    if tensor.shape[cut.dim] != expected:
+        raise CorruptError(
+            f"config.json contradicts the tensor {tensor.name}",
+            path=tensor.file,
+            tensor=tensor.name,
+            expected=f"dim {cut.dim} of size {expected} ({' + '.join(terms)}, {architecture} rules)",
+            found=f"shape {list(tensor.shape)}",
+            hint="config.json and the weights are of different models, or these rules do not fit this one",
+        )
+    if cut.interleave and any(axes[name].count % axes[cut.interleave].count for name in cut.segments):
+        raise CorruptError(
+            f"{tensor.name}: {' + '.join(terms)} cannot be interleaved per {cut.interleave}",
+            tensor=tensor.name,
+            expected=f"counts that are multiples of {axes[cut.interleave].count}",
+        )

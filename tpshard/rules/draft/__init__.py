@@ -1,0 +1,1 @@
+"""Rules to start from for an unknown architecture."""

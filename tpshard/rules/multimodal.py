@@ -1,0 +1,169 @@
+"""Checkpoints that nest a text model, such as vision-language models: its decoder is split, all the rest is replicated.
+
+The text model's own rules are used, under the prefix that its tensors have in the checkpoint. The prefix is found from
+the names alone and must be the only one under which the decoder is complete; below it every tensor needs a rule, so
+that no part of the decoder is ever taken for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
+from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.storage.safetensors import TensorInfo
+from tpshard.rules.classify import Classified, Cut, classify, recognise
+
+TEXT_KEYS = ("text_config", "llm_config", "language_config")
+"""Where configs nest that of the text model: transformers' key, InternVL's, DeepSeek-VL2's."""
+_INHERITED = ("tie_word_embeddings",)
+"""What a text config that is silent takes from the outer one; other keys of the outer one may mean something else."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text model that a config nests. key: where; None where the outer config itself holds its values."""
+
+    model_type: str
+    key: str | None
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Which rules are for a checkpoint: of the whole model, or of the text model in it."""
+
+    architecture: Architecture
+    config: Mapping[str, Any]
+    text: TextConfig | None = None
+
+    def classify(self, tensors: Sequence[TensorInfo]) -> tuple[Classified, Mapping[str, Any] | None]:
+        """Every tensor's cut, and of a nested model what the manifest says of it (plain JSON)."""
+        if self.text is None:
+            return classify(self.architecture, self.config, tensors), None
+        prefix = _find_prefix(self.architecture, self.text, tensors)
+        names = _text_names(self.architecture, self.text, prefix, tensors)
+        found = classify(self.architecture, self.text.config, [t for t in tensors if t.name in names], names)
+        cuts = {tensor.name: found.cuts.get(tensor.name, Cut("replicate")) for tensor in tensors}
+        depth = prefix.count(".") or 1
+        others = {".".join(t.name.split(".")[:depth]) for t in tensors if t.name not in names}
+        entry = {
+            "model_type": self.text.model_type,
+            "config": self.text.key,
+            "prefix": prefix,
+            "replicated": sorted(others),
+        }
+        return replace(found, cuts=cuts, tied=_tied(found.tied, names, prefix, self.architecture)), entry
+
+
+def text_config(config: Mapping[str, Any]) -> TextConfig | None:
+    """The text model that a config nests, or None; transformers calls the text part of `x` `x_text`."""
+    outer = config.get("model_type")
+    for key in TEXT_KEYS:
+        if isinstance(inner := config.get(key), dict):
+            inherited = {name: config[name] for name in _INHERITED if name in config}
+            return TextConfig(str(inner.get("model_type") or f"{outer}_text"), key, inherited | inner)
+    # The first files of some (Qwen2-VL) have the text model's values beside the vision model's.
+    return TextConfig(f"{outer}_text", None, config) if isinstance(config.get("vision_config"), dict) else None
+
+
+def find_subject(config: Mapping[str, Any], rules: Path | None, config_path: object) -> Subject:
+    """The rules for a config: those of its own model_type, else those of the text model that it nests."""
+    text = text_config(config)
+    if text is None:
+        return Subject(find_architecture(config, rules, config_path), config)
+    if rules is not None:
+        architecture = load_architecture(rules)
+        if config.get("model_type") in architecture.model_types or text.model_type not in architecture.model_types:
+            return Subject(find_architecture(config, rules, config_path), config)
+        return Subject(architecture, config, text)
+    if own := builtin_or_none(str(config.get("model_type"))):
+        return Subject(own, config)
+    if of_text := builtin_or_none(text.model_type):
+        return Subject(of_text, config, text)
+    if text.key is None:
+        return Subject(find_architecture(config, None, config_path), config)
+    raise UnsupportedError(
+        f"no rules for model_type {config.get('model_type')!r}, nor for its text model {text.model_type!r}",
+        path=config_path,
+        hint="`tpshard archs draft MODEL` writes rules for the text model to start from; --rules FILE takes them",
+    )
+
+
+def _find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence[TensorInfo]) -> str:
+    """The outermost prefix that has the whole decoder below it and nothing else."""
+    below: dict[str, list[str]] = {}
+    for tensor in tensors:
+        for prefix in _prefixes(tensor.name):
+            below.setdefault(prefix, []).append(tensor.name[len(prefix) :])
+    complete: dict[str, list[str]] = {}  # prefix -> names below it without a rule
+    nearest: tuple[int, str, list[str]] | None = None
+    for prefix, names in below.items():
+        missing, unknown = recognise(architecture, text.config, names)
+        if not missing:
+            complete[prefix] = unknown
+        elif nearest is None or len(missing) < nearest[0]:
+            nearest = (len(missing), prefix, missing)
+    # Deepest first: one that lies inside another is the same decoder, named with more of its path.
+    inner = [prefix for prefix in complete if not any(p != prefix and p.startswith(prefix) for p in complete)]
+    what = f"the text model ({text.model_type}, {architecture.name} rules)"
+    if not inner:
+        assert nearest is not None
+        raise CorruptError(
+            f"{what} is not complete under any prefix of the tensors' names",
+            expected=", ".join(nearest[2][:3]),
+            found=f"the most under {nearest[1]!r}",
+            hint="is the checkpoint complete, and does its config name the right text model?",
+        )
+    if len(inner) > 1:
+        raise UnsupportedError(
+            f"{what} is there {len(inner)} times, under {', '.join(map(repr, sorted(inner)))}",
+            expected="one decoder",
+            hint="write rules for the model as a whole and give them with --rules FILE",
+        )
+    whole = [prefix for prefix in sorted(complete, key=len) if inner[0].startswith(prefix) and not complete[prefix]]
+    if not whole:
+        name = inner[0] + complete[inner[0]][0]
+        raise UnsupportedError(
+            f"{name} is a part of the text model, and no {architecture.name} rule matches it",
+            tensor=name,
+            hint="a decoder's tensor is never replicated for want of a rule: write one, --rules FILE takes it",
+        )
+    return whole[0]
+
+
+def _prefixes(name: str) -> Iterable[str]:
+    """`""`, `a.`, `a.b.` of `a.b.0.c.weight`: what may stand before a decoder, up to the first number."""
+    end = 0
+    yield ""
+    for component in name.split(".")[:-1]:
+        if component.isdecimal():
+            return
+        end += len(component) + 1
+        yield name[:end]
+
+
+def _text_names(
+    architecture: Architecture, text: TextConfig, prefix: str, tensors: Sequence[TensorInfo]
+) -> dict[str, str]:
+    """The decoder's tensors: name → name in the rules. The head may lie further out than the layers."""
+    names = {t.name: t.name[len(prefix) :] for t in tensors if t.name.startswith(prefix)}
+    for start in _prefixes(prefix + "weight"):
+        rest = [t.name[len(start) :] for t in tensors if t.name not in names and t.name.startswith(start)]
+        _, unknown = recognise(architecture, text.config, rest, exact=True)
+        names |= {start + name: name for name in set(rest).difference(unknown)}
+    return names
+
+
+def _tied(tied: Mapping[str, str], names: Mapping[str, str], prefix: str, architecture: Architecture) -> dict[str, str]:
+    """Tied modules by their names in the checkpoint."""
+    base = architecture.prefix
+    stored = {rule.removeprefix(base).rpartition(".")[0]: name.rpartition(".")[0] for name, rule in names.items()}
+    # A head that is not stored belongs beside the base model: inside the prefix where that says `model.` too.
+    beside = prefix if any(rule.startswith(base) for rule in names.values()) else ""
+    return {
+        stored.get(head, beside + head): stored.get(to.removeprefix(base), prefix + to) for head, to in tied.items()
+    }

@@ -1,0 +1,204 @@
+"""Tensor names against an architecture's patterns: the one rule of each tensor, and whether all tensors are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+from tpshard.rules import expression
+from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, compile_pattern
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
+from tpshard.storage.safetensors import TensorInfo
+from tpshard.rules.schemes import stored_axes
+
+
+@dataclass(slots=True, eq=False)
+class Pattern:
+    """A pattern of a rule, and what it has matched so far."""
+
+    text: str
+    rule: Rule
+    compiled: re.Pattern[str]
+    required: bool
+    condition: str | None  # on the layer
+    seen: bool = False
+    # Where it is required: of every name without its numbers, the layers, and the experts in each.
+    indices: dict[str, dict[int, set[int]]] = field(default_factory=dict)
+
+
+class Matcher:
+    """Matches tensor names against the rules that hold for a config, and remembers what was matched."""
+
+    def __init__(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
+        self.architecture = architecture
+        self.config = config
+        self.layers = expression.evaluate_count(architecture.layers, config)
+        extra = architecture.extra_layers
+        self.extra_layers = expression.evaluate_count(extra, config, least=0) if extra else 0
+        self.patterns: list[Pattern] = []
+        for rule in architecture.rules:
+            condition = rule.condition if asks_layer(rule.condition) else None
+            if rule.condition is None or condition or expression.evaluate(rule.condition, config):
+                for text in rule.patterns:
+                    required = not text.endswith("?") and rule.kind != "buffer"
+                    compiled = compile_pattern(text.removesuffix("?"))
+                    self.patterns.append(Pattern(text, rule, compiled, required, condition))
+        self.dims = [(pattern, compile_pattern(pattern.removesuffix("?"))) for pattern in architecture.dims]
+        self.seen_dims: set[str] = set()
+        self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
+        # Layers are alike, and experts, so the patterns that fit a name are looked up once per name with its numbers
+        # blanked out, unless a component of a pattern other than `*` can tell one number from another.
+        components = {part for pattern in self.patterns for part in pattern.text.removesuffix("?").split(".")}
+        numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
+        self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){NUMBER}(?![^.])")
+        self._memo: dict[str, list[Pattern]] = {}
+        self._holding: dict[tuple[str, int], bool] = {}
+
+    def find(self, name: str, prefix: str) -> tuple[str, list[Match]]:
+        """The patterns that match a name, as it is or after `prefix`, and the name that they match."""
+        for full in dict.fromkeys((name, prefix + name)):
+            key = self._index.sub("0", full)
+            if key not in self._memo:
+                self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(full)]
+            matches = [(pattern, *_numbers(pattern, full)) for pattern in self._memo[key]]
+            candidates = [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]
+            if candidates:
+                return full, candidates
+        return name, []
+
+    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, tuple[str, ...]]:
+        """The one rule of a tensor, which the rules know by another name perhaps, and the axis of each of its dims."""
+        name = tensor.name
+        full, candidates = self.find(known_as, self.architecture.prefix)
+        if not candidates:
+            raise UnsupportedError(
+                f"no {self.architecture.name} rule matches the tensor {name}",
+                path=tensor.file,
+                tensor=name,
+                found=f"shape {list(tensor.shape)}",
+                hint="a tensor is never guessed: write a rule for it and give the file with --rules FILE",
+            )
+        if len(candidates) > 1:
+            raise UsageError(
+                f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, _, _ in candidates)}",
+                tensor=name,
+                hint="make the patterns of the rules file disjoint",
+            )
+        if full in self.names:
+            raise CorruptError(
+                f"{name} and {self.names[full]} are one tensor, with the prefix and without",
+                path=tensor.file,
+                tensor=name,
+                expected=f"one of them, with or without {self.architecture.prefix!r}",
+            )
+        self.names[full] = name
+        pattern, numbers, rest = candidates[0]
+        pattern.seen = True
+        if pattern.required and numbers:
+            pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
+        return pattern.rule, self._dims(full, tensor)
+
+    def _holds(self, pattern: Pattern, layer: int) -> bool:
+        """Whether a pattern's rule holds in a layer."""
+        if not pattern.condition:
+            return True
+        key = (pattern.condition, layer)
+        if key not in self._holding:
+            self._holding[key] = bool(expression.evaluate(pattern.condition, {**self.config, "layer": layer}))
+        return self._holding[key]
+
+    def _dims(self, full: str, tensor: TensorInfo) -> tuple[str, ...]:
+        suffix = full.rpartition(".")[2]
+        if suffix != "bias":
+            for pattern, compiled in self.dims:
+                if compiled.fullmatch(full):
+                    self.seen_dims.add(pattern)
+                    dims = self.architecture.dims[pattern]
+                    if len(dims) != len(tensor.shape):
+                        raise CorruptError(
+                            f"{tensor.name} has {len(tensor.shape)} dims",
+                            tensor=tensor.name,
+                            expected=f"{len(dims)} dims: {', '.join(dims)}",
+                            found=f"shape {list(tensor.shape)}",
+                        )
+                    dim = dims.index("expert") if "expert" in dims and self.architecture.experts else None
+                    if dim is not None and tensor.shape[dim] != self._experts:
+                        raise CorruptError(
+                            f"config.json contradicts the tensor {tensor.name}",
+                            path=tensor.file,
+                            tensor=tensor.name,
+                            expected=f"dim {dim} of size {self._experts} (experts, {self.architecture.name} rules)",
+                            found=f"shape {list(tensor.shape)}",
+                        )
+                    return dims
+        return stored_axes(suffix, len(tensor.shape))
+
+    @cached_property
+    def _experts(self) -> int:
+        """The experts of a layer, asked for only where a tensor is of one: a config of a dense model may have none."""
+        assert self.architecture.experts is not None
+        return expression.evaluate_count(self.architecture.experts, self.config)
+
+    def check_complete(self) -> None:
+        """CorruptError when a required pattern matched nothing, or not in every layer, or not for every expert."""
+        last = max((layer for p in self.patterns for layers in p.indices.values() for layer in layers), default=0)
+        count = self.layers + (self.extra_layers if last >= self.layers else 0)
+        # Rules of some layers alone come last: `layers`, which may be any number, is then known to be the tensors'.
+        for pattern in sorted(self.patterns, key=lambda pattern: pattern.condition is not None):
+            anywhere = not pattern.condition or any(self._holds(pattern, layer) for layer in range(count))
+            if pattern.required and not pattern.seen and anywhere:
+                raise CorruptError(
+                    f"no tensor matches {pattern.text}, which every {self.architecture.name} model has",
+                    expected=pattern.text,
+                    hint="is the checkpoint complete, and is model_type in config.json right?",
+                )
+            for rest, layers in pattern.indices.items():
+                _check_run(rest, "layers", layers, count, partial(self._holds, pattern))
+                for layer, experts in layers.items() if rest.count("*") > 1 else ():
+                    _check_run(rest.replace("*", str(layer), 1), "experts", experts, self._experts)
+        for text in self.architecture.dims:
+            if not text.endswith("?") and text not in self.seen_dims:
+                raise UsageError(
+                    f"[dims] of the {self.architecture.name} rules: no tensor matches {text}",
+                    expected="a tensor that a rule matches and that is no bias",
+                    hint="a pattern that may match nothing ends with `?`",
+                )
+
+
+def _check_run(
+    rest: str, what: str, found: Collection[int], count: int, holds: Callable[[int], bool] = lambda index: True
+) -> None:
+    """CorruptError unless the numbers found are those below `count` that hold."""
+    missing = list(islice((index for index in range(count) if index not in found and holds(index)), 6))
+    extra = sorted(index for index in found if index >= count)
+    if missing or extra:
+        raise CorruptError(
+            f"{rest}: {what} " + (f"{_short(missing)} missing" if missing else f"{_short(extra)} beyond the config"),
+            tensor=rest.replace("*", str((missing or extra)[0]), 1),
+            expected=f"{what} 0 to {count - 1}",
+            found=f"{len(found)} {what}",
+        )
+
+
+Match = tuple[Pattern, list[int], str]
+"""A pattern that matches a name, the layer and expert in it, and the name with `*` for them."""
+
+
+def _numbers(pattern: Pattern, full: str) -> tuple[list[int], str]:
+    """The layer and expert in a name that the pattern matches, and the name with `*` for them."""
+    found = pattern.compiled.fullmatch(full)
+    assert found is not None
+    rest = full
+    numbers = found.groups()
+    for group in range(len(numbers), 0, -1):
+        start, end = found.span(group)
+        rest = f"{rest[:start]}*{rest[end:]}"
+    return [int(number) for number in numbers], rest
+
+
+def _short(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", …" if len(numbers) > 5 else "")

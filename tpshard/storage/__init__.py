@@ -1,0 +1,1 @@
+"""Bytes at a place: files, locks, checksums, names, headers, pickles, the Hub."""

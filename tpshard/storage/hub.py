@@ -1,0 +1,437 @@
+"""Repositories on the Hugging Face Hub: what is in one, byte ranges of it, snapshots in the shared cache.
+
+Here and in `hub_errors` alone huggingface_hub is imported, and only when a repository is asked for.
+Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpshard.errors import CorruptError, HubError, UnsafeError, UnsupportedError, UsageError
+from tpshard.storage.files import require_space
+from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
+
+SIDE_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    # A quantised checkpoint that says so only here must still be recognised, to be refused.
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),
+)
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SIDE_PATTERNS)
+PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+SMALL_LIMIT = 20_000_000
+"""Bytes of a file that is read whole over the network."""
+INDEX_LIMIT = 200_000_000
+"""Bytes of an index of weight files: about 100 for each tensor, and each expert of each layer has several."""
+
+_PART = re.compile(r"\b[\w.-]{1,96}\b", re.ASCII)
+_FILE_ENDINGS = (".safetensors", ".json", ".bin", ".git")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository's files at one commit, in the shared cache; `note` says why the cache answered for the Hub."""
+
+    path: Path
+    repo_id: str
+    revision: str
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: bytes, and its digest where the Hub stores it as a large file."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class RemoteRepo:
+    """The files in a repository's root at one commit; `revision` is the commit's hash."""
+
+    repo_id: str
+    revision: str
+    files: tuple[RemoteFile, ...]
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form of a repository's name, `name` or `owner/name`; says nothing of its existence."""
+    if "--" in text or ".." in text or text.endswith(_FILE_ENDINGS):
+        return False
+    parts = text.split("/")
+    return len(parts) <= 2 and all(_PART.fullmatch(part) for part in parts)
+
+
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits any of the patterns, of which each has one `*` at most.
+
+    Without regular expressions, of which thirty would be compiled whenever a command starts.
+    """
+    for pattern in patterns:
+        begin, star, end = pattern.partition("*")
+        if star and name.startswith(begin) and name.endswith(end) and len(name) >= len(begin + end):
+            return True
+        if name == pattern:
+            return True
+    return False
+
+
+def describe(repo_id: str, revision: str | None) -> RemoteRepo:
+    """The files of a repository at the commit that `revision` (branch, tag, hash; None: `main`) is now: one request.
+
+    Raises HubError, also in offline mode: headers cannot be read from a cache that may not have them.
+    """
+    from huggingface_hub import HfApi, constants
+
+    _check_repo_id(repo_id)
+
+    def ask() -> RemoteRepo:
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        try:
+            info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=timeout)
+        except (KeyError, TypeError) as error:  # JSON, but not a model's description
+            raise not_a_hub() from error
+        files = []
+        for entry in info.siblings or ():
+            if "/" in entry.rfilename:
+                continue
+            if entry.size is None:
+                raise not_a_hub()
+            files.append(RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None))
+        if info.sha is None:
+            raise not_a_hub()
+        return RemoteRepo(repo_id, info.sha, tuple(files))
+
+    return attempt(ask, repo_id, revision)
+
+
+def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, progress: bool = False) -> Snapshot:
+    """Fetch weights, config, tokenizer and licence of a repository into the shared cache, and nothing else.
+
+    Pickle weights are fetched only with `allow_pickle`, and only where there are no safetensors. Files that the cache
+    has already are not fetched again. When the Hub cannot be reached, a complete snapshot in the cache is taken.
+    Raises HubError, UnsafeError (only pickle weights), UnsupportedError (no weights), LocalIOError: also, before the
+    weights are asked for, when the cache's disk has no room for them.
+    """
+    from glob import escape
+
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        repo = describe(repo_id, revision)
+    except UnreachableError as error:
+        return _from_cache(repo_id, revision, allow_pickle, error)
+
+    def index(name: str) -> bytes:
+        return Path(hf_hub_download(repo_id, name, revision=repo.revision)).read_bytes()
+
+    def fetch(part: tuple[str, ...]) -> Path:
+        # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
+
+    with _progress_bars(progress):
+        names = [file.name for file in repo.files]
+        side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
+        _require_space(repo, {*side, *weights})
+        # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
+        attempt(lambda: fetch(side), repo_id, revision)
+        path = attempt(lambda: fetch(weights), repo_id, revision)
+    if path.name != repo.revision:
+        raise HubError(
+            f"{repo_id} changed while it was downloaded",
+            expected=repo.revision,
+            found=path.name,
+            hint="run the command again",
+        )
+    for file in repo.files:
+        if file.name in side or file.name in weights:
+            _check_cached(path / file.name, file, repo_id)
+    return Snapshot(path, repo_id, repo.revision)
+
+
+def read_range(repo: RemoteRepo, name: str, begin: int, end: int) -> bytes:
+    """The bytes `begin` to `end` (exclusive, within the file) of a repository's file; several threads may call it.
+
+    A server that sends the whole file instead is refused before its body is read. Raises HubError.
+    """
+    size = _entry(repo, name).size
+    assert 0 <= begin < end <= size, f"{name}: {begin} to {end} of {size} bytes"
+
+    def read() -> bytes:
+        with _get(repo, name, {"Range": f"bytes={begin}-{end - 1}"}) as (status, headers, chunks):
+            if status != 206:
+                raise HubError(
+                    f"the Hub does not serve byte ranges of {name}",
+                    expected="HTTP 206",
+                    found=f"HTTP {status}",
+                    hint=f"download the repository first: hf download {repo.repo_id} --revision {repo.revision}",
+                )
+            expected = f"bytes {begin}-{end - 1}/{size}"
+            found = headers.get("Content-Range")
+            if found not in (expected, f"bytes {begin}-{end - 1}/*"):
+                raise HubError(f"the Hub sent another range of {name}", expected=expected, found=found)
+            return _exactly(chunks, end - begin, name)
+
+    return attempt(read, repo.repo_id, repo.revision)
+
+
+def read_small(repo: RemoteRepo, name: str, limit: int | None = None) -> bytes:
+    """A whole file of a repository, at most `limit` bytes, checked against the Hub's digest where there is one.
+
+    The limit is INDEX_LIMIT for an index of weight files, else SMALL_LIMIT.
+
+    Raises HubError.
+    """
+    file = _entry(repo, name)
+    if limit is None:
+        limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
+    if file.size > limit:
+        raise HubError(
+            f"{name} in {repo.repo_id} is too large to be what its name says",
+            expected=f"at most {limit} bytes",
+            found=f"{file.size} bytes",
+            hint="look at the repository: this may be another file under that name",
+        )
+
+    def read() -> bytes:
+        with _get(repo, name, {}) as (_, _, chunks):
+            return _exactly(chunks, file.size, name)
+
+    content = attempt(read, repo.repo_id, repo.revision)
+    digest = hashlib.sha256(content).hexdigest()
+    if file.sha256 not in (None, digest):
+        raise HubError(f"{name} in {repo.repo_id} arrived damaged", expected=f"sha256 {file.sha256}", found=digest)
+    return content
+
+
+def _check_repo_id(repo_id: str) -> None:
+    if not is_repo_id(repo_id):
+        raise UsageError(
+            f"{repo_id!r} is not the name of a Hub repository",
+            hint="name a directory or a file that exists, or a repository as owner/name",
+        )
+
+
+def _entry(repo: RemoteRepo, name: str) -> RemoteFile:
+    for file in repo.files:
+        if file.name == name:
+            return file
+    raise HubError(f"{repo.repo_id} has no file {name} at {repo.revision}")
+
+
+@contextmanager
+def _get(repo: RemoteRepo, name: str, headers: dict[str, str]) -> Iterator[tuple[int, Any, Iterator[bytes]]]:
+    """Status, headers and body of a file, the body unread, over huggingface_hub's shared connections."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(repo.repo_id, name, revision=repo.revision)
+    # Compressed on the way, a body's length would no longer be the file's.
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    session: Any = get_session()
+    # huggingface_hub speaks requests below 1.0, httpx from 1.0 on, httpx2 from 2.0 on; the latter two look the same.
+    if callable(getattr(session, "stream", None)):
+        opened = session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True)
+    else:
+        opened = session.get(url, headers=headers, timeout=timeout, stream=True)
+    with opened as response:
+        hf_raise_for_status(response)
+        body = response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(1 << 16)
+        yield response.status_code, response.headers, body
+
+
+def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
+    """The body, which must have `length` bytes; nothing is read past the first chunk that exceeds it."""
+    content = bytearray()
+    for chunk in chunks:
+        content += chunk
+        if len(content) > length:
+            raise HubError(f"the Hub sent more of {name} than was asked for", expected=f"{length} bytes")
+    if len(content) < length:
+        raise TransientError(
+            f"the Hub broke off while sending {name}",
+            expected=f"{length} bytes",
+            found=f"{len(content)} bytes",
+            hint="run the command again",
+        )
+    return bytes(content)
+
+
+def _select(
+    repo_id: str, names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files to have: the side files, and the weights in one form. `index` reads an index file."""
+    weights = _weights(names, allow_pickle, index)
+    if not weights:
+        found = sorted(name for name in names if not name.startswith("."))
+        if any(fits(name, PICKLE_PATTERNS[:1]) for name in names):
+            raise UnsafeError(
+                f"{repo_id} has only pickle weights, and unpickling can run code",
+                expected="*.safetensors",
+                found="pytorch_model*.bin",
+                hint="--allow-pickle reads them with weights_only=True, which refuses code",
+            )
+        raise UnsupportedError(
+            f"{repo_id} has no weights in a format that is read here",
+            expected="*.safetensors",
+            found=", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "no files",
+        )
+    return tuple(name for name in sorted(names) if fits(name, SIDE_PATTERNS)), weights
+
+
+def _weights(names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]) -> tuple[str, ...]:
+    """One complete set of weight files, or none: a repository may hold the same weights in several forms.
+
+    The order of preference is transformers': the single file, then the index, and safetensors before pickle.
+    """
+    forms = [("model.safetensors", "*.safetensors")]
+    if allow_pickle:
+        forms.append(("pytorch_model.bin", PICKLE_PATTERNS[0]))
+    for single, pattern in forms:
+        if single in names:
+            return (single,)
+        if f"{single}.index.json" in names:
+            return (f"{single}.index.json", *_shards(index(f"{single}.index.json"), f"{single}.index.json"))
+        loose = sorted(name for name in names if fits(name, [pattern]))
+        if loose:
+            return (*loose, *sorted(name for name in names if fits(name, [f"{pattern}.index.json"])))
+    return ()
+
+
+def _shards(text: bytes, name: str) -> tuple[str, ...]:
+    """The files that an index lists, without those outside the root: reading the checkpoint refuses such an index."""
+    try:
+        files = set(json.loads(text)["weight_map"].values())
+        return tuple(sorted(file for file in files if "/" not in file and "\\" not in file))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{name} is not an index of weight files", expected='an object "weight_map"') from error
+
+
+def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: UnreachableError) -> Snapshot:
+    """The snapshot that the cache has for `revision`, if nothing of it is missing; `reason` is raised otherwise."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:  # No pattern matches, so that older versions and newer alike return the folder, however full it is.
+        path = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=[]))
+    except LocalEntryNotFoundError:
+        raise type(reason)(
+            f"{reason.message}, and the cache has no snapshot of {repo_id} at {revision or 'main'}", hint=reason.hint
+        ) from reason
+    tree = _recorded_names(repo_id, path.name)
+    names = tree if tree is not None else [entry.name for entry in path.iterdir()]
+
+    def index(name: str) -> bytes:
+        return (path / name).read_bytes()
+
+    wanted = {"config.json"}
+    try:
+        if tree is None and not _weights(names, allow_pickle, index):
+            wanted.add("*.safetensors")
+        else:
+            wanted.update(*_select(repo_id, names, allow_pickle, index))
+    except FileNotFoundError as error:  # the index itself
+        wanted.add(Path(error.filename).name)
+    missing = sorted(name for name in wanted if not (path / name).is_file())
+    if missing:
+        raise type(reason)(
+            f"{reason.message}, and the cached snapshot of {repo_id} is incomplete",
+            path=path,
+            found="no " + ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
+            hint=reason.hint,
+        ) from reason
+    return Snapshot(path, repo_id, path.name, note=f"{reason.message}; using the cached snapshot {path.name}")
+
+
+def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
+    """LocalIOError when the disk of the cache has no room for what of these files it does not have yet."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    stored = cache / f"models--{repo.repo_id.replace('/', '--')}"
+
+    def held(file: RemoteFile) -> int:
+        places = [stored / "snapshots" / repo.revision / file.name]
+        if file.sha256:  # of another commit, or begun by a version of huggingface_hub that goes on with it
+            places += [stored / "blobs" / f"{file.sha256}{ending}" for ending in ("", ".incomplete")]
+        return max(place.stat().st_size if place.exists() else 0 for place in places)
+
+    needed = sum(max(0, file.size - held(file)) for file in repo.files if file.name in names)
+    hint = "free some space, or set HF_HOME to a directory on another disk"
+    require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
+
+
+def _recorded_names(repo_id: str, commit: str) -> list[str] | None:
+    """The names in the repository's root at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
+    import huggingface_hub
+
+    listing = getattr(huggingface_hub, "get_cached_repo_tree", None)
+    if listing is None:
+        return None
+    try:
+        return [entry.path for entry in listing(repo_id, revision=commit) if "/" not in entry.path]
+    except huggingface_hub.errors.CachedRepoTreeNotFoundError:
+        return None
+
+
+def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found == file.size:
+        return
+    if found is None:
+        raise HubError(f"{file.name} of {repo_id} was not downloaded", path=path, hint="run the command again")
+    raise HubError(
+        f"{file.name} of {repo_id} is damaged in the cache",
+        path=path,
+        expected=f"{file.size} bytes",
+        found=f"{found} bytes",
+        hint=f"delete {path.resolve()} and run the command again",
+    )
+
+
+@contextmanager
+def _progress_bars(show: bool) -> Iterator[None]:
+    """huggingface_hub's own bars on stderr, or none; HF_HUB_DISABLE_PROGRESS_BARS has the last word either way."""
+    from huggingface_hub import constants, utils
+
+    bars: Any = utils  # these names are public, but not declared so
+    if show or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or bars.are_progress_bars_disabled():
+        yield
+        return
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        bars.enable_progress_bars()

@@ -1,0 +1,1 @@
+"""The built-in decoder as what a verification runs."""

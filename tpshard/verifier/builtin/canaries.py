@@ -1,0 +1,116 @@
+"""Faults put into the loaded shards on purpose: a tier that would not notice them may not say pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.builtin.exact import EXACT_LIMIT, FLOAT32_LIMIT, Setup, no_tf32, through
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.builtin.faults import FAULTS
+from tpshard.verifier.builtin.native import exceeded, native_metrics
+from tpshard.verifier.builtin.probes import relative
+from tpshard.verifier.report.verdict import Canary
+from tpshard.verifier.ranks.weights import Weights
+
+T = TypeVar("T")
+CANARIES = (
+    "rank-files-exchanged",
+    "heads-swapped-in-a-rank",
+    "heads-swapped-between-ranks",
+    "k-and-v-exchanged",
+    "gate-and-up-exchanged",
+    "wrong-kv-replica",
+    "out-bias-dropped",
+    "down-bias-dropped",
+    "v-bias-dropped",
+    "out-bias-added-tp-times",
+    "down-bias-added-tp-times",
+    "up-row-shifted",
+    "sign-of-an-element-of-out",
+)
+# These need a second rank.
+BETWEEN_RANKS = ("rank-files-exchanged", "heads-swapped-between-ranks", "wrong-kv-replica")
+# A fault whose true effect is below this many times the dtype's own error cannot be asked of the native tier.
+VISIBLE = 3.0
+
+
+def applicable(family: Family, tp: int, *, biases: bool, structural: bool) -> int:
+    """About how many canaries a model will get, for the estimate of the time."""
+    unfit = {
+        *(() if biases else (name for name in CANARIES if "bias" in name)),
+        *(BETWEEN_RANKS if tp == 1 else ()),
+        *(("gate-and-up-exchanged",) if family.gate is None else ()),
+        *(("wrong-kv-replica",) if family.kv_heads >= tp else ()),
+        *(name for name in CANARIES if structural and not FAULTS[name].structural),
+    }
+    return len(CANARIES) - len(unfit)
+
+
+def _small(setup: Setup) -> Setup:
+    """The model cut down to embedding, its first layer that is compared, and head: enough to see a fault there."""
+    return replace(setup, layers=setup.which()[:1], sequence_parallel=False)
+
+
+def _mutants(setup: Setup, *, structural: bool) -> Iterator[tuple[str, list[Weights]]]:
+    for name in CANARIES:
+        fault = FAULTS[name]
+        if (len(setup.ranks) > 1 or name not in BETWEEN_RANKS) and (fault.structural or not structural):
+            mutant = fault.mutant(setup.family, setup.ranks, setup.which()[0])
+            if mutant is not None:
+                yield name, mutant
+
+
+def _judged(setup: Setup, ranks: Sequence[Weights], judge: Callable[[Tensor], T], dtype: torch.dtype) -> list[T] | None:
+    """`judge` of each rank's logits; None when these shards cannot be run at all, which is to be caught as well."""
+    mutated = replace(setup, ranks=ranks)
+    try:
+        return mutated.team.run(
+            lambda group: judge(through(mutated.sharded(group, dtype), [setup.prompt], setup.which()))
+        )
+    except DifferentError:
+        return None
+
+
+def _error(setup: Setup, ranks: Sequence[Weights], dtype: torch.dtype, wanted: Tensor) -> float:
+    errors = _judged(setup, ranks, lambda logits: relative(logits, wanted), dtype)
+    return math.inf if errors is None else max(errors)
+
+
+def exact_canaries(setup: Setup, *, float32: bool = False) -> list[Canary]:
+    """Every applicable canary against the exact tier's end-to-end criterion."""
+    dtype = torch.float32 if float32 else torch.float64
+    limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
+    small = _small(setup)
+    with no_tf32(), torch.no_grad():
+        wanted = through(small.reference(dtype), [setup.prompt], small.which())
+        canaries = []
+        for name, ranks in _mutants(small, structural=False):
+            error = _error(small, ranks, dtype, wanted)
+            canaries.append(Canary(name, "exact", "caught" if error > limit else "missed", error))
+    return canaries
+
+
+def native_canaries(setup: Setup, dtype: torch.dtype) -> list[Canary]:
+    """Every applicable structural canary against the native tier's criteria on the prompt."""
+    small = _small(setup)
+    canaries = []
+    with torch.no_grad():
+        r = through(small.reference(torch.float64), [setup.prompt], small.which())
+        n = through(small.reference(dtype), [setup.prompt], small.which())
+        noise = relative(n, r)
+        for name, ranks in _mutants(small, structural=True):
+            metrics = _judged(small, ranks, lambda logits: native_metrics(r, n, logits, dtype), dtype)
+            status = "caught"
+            if metrics is not None and not any(exceeded(rank) for rank in metrics):
+                effect = _error(small, ranks, torch.float64, r)
+                status = "missed" if effect > VISIBLE * noise else "too small"
+            worst = math.inf if metrics is None else max(rank["ratio"] for rank in metrics)
+            canaries.append(Canary(name, "native", status, worst))
+    return canaries

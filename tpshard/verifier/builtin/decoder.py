@@ -1,0 +1,313 @@
+"""One decoder for all families, computing one rank's share of the model and meeting the other ranks in a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.group import Group, slice_of
+from tpshard.verifier.builtin.layers import ACTIVATIONS, Cache, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, alibi_bias, alibi_slopes, attend, normalise, rope_tables, rotate, visible
+from tpshard.verifier.ranks.weights import Store, Weights
+
+# Computes the summand of input features i to i + n of a decoder's own row layer or embedding.
+Summand = Callable[[int, int], Tensor]
+
+
+class Probe:
+    """What the decoder passes by: modules with their input, shares of wide activations, summands of row layers.
+
+    This one only looks on; others record a reference run, or replay it module by module.
+    """
+
+    def module(self, name: str, work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run one module on its input."""
+        return work(x)
+
+    def share(self, name: str, x: Tensor, first: int) -> None:
+        """A rank's features (last dim) of an activation or bias, from feature `first` of the whole on."""
+
+    def summand(self, name: str, partial: Tensor, compute: Summand, first: int, count: int) -> None:
+        """A rank's summand of a sum over ranks: that of `count` input features from `first` on."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which heads, KV heads and MLP features of a layer a rank holds, as counts and global offsets."""
+
+    q: int
+    kv: int
+    ffn: int
+    first_q: int
+    first_kv: int
+    first_ffn: int
+
+
+class Decoder:
+    """A rank's decoder. Its share follows from stored shapes, other ranks' counts and the config, from nothing else.
+
+    With `sequence_parallel` the stream between modules is cut along the sequence, and gathered before each.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        weights: Weights,
+        group: Group,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        sequence_parallel: bool = False,
+        probe: Probe | None = None,
+        block_bytes: int | None = None,
+        hold: bool = False,
+    ) -> None:
+        self.family = family
+        self.group = group
+        self.store = Store(weights, family, dtype, device, group.rank, block_bytes, {} if hold else None)
+        self.scatter = sequence_parallel
+        self.probe = probe or Probe()
+        self.vocab_rows = self.store.matrix_shape(family.embed)[0]
+        self.head_rows = self.store.matrix_shape(self.store.head())[0]
+        counts = [self.store.held(i) for i in range(family.layers)]
+        ranks = group.exchange_object((self.vocab_rows, self.head_rows, counts))
+        self.first_vocab = sum(rank[0] for rank in ranks[: group.rank])
+        self.first_head = sum(rank[1] for rank in ranks[: group.rank])
+        for what, total in (("embedding", sum(r[0] for r in ranks)), ("head", sum(r[1] for r in ranks))):
+            if total < family.vocab:
+                raise DifferentError(f"the ranks' {what} rows are too few", expected=family.vocab, found=total)
+        self.shares = [self._share(i, [rank[2][i] for rank in ranks]) for i in range(family.layers)]
+
+    def _share(self, layer: int, ranks: list[tuple[int, int, int]]) -> Share:
+        family, rank, size = self.family, self.group.rank, self.group.size
+        firsts = [[0, *accumulate(column)] for column in zip(*ranks, strict=True)]
+        if firsts[0][-1] != family.heads:
+            raise DifferentError(
+                f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=firsts[0][-1]
+            )
+        first_kv = firsts[1][rank]
+        if firsts[1][-1] != family.kv_heads:
+            # Fewer KV heads than ranks: neighbouring ranks hold copies, by the config and not by what is stored.
+            if size % family.kv_heads or any(count != 1 for _, count, _ in ranks):
+                raise DifferentError(
+                    f"layer {layer}: the ranks' KV heads do not add up", expected=family.kv_heads, found=firsts[1][-1]
+                )
+            first_kv = rank * family.kv_heads // size
+        q, kv, ffn = ranks[rank]
+        return Share(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, layers: Sequence[int] | None = None) -> Tensor:
+        """Logits [B, S, vocab] of token ids [B, S], which follow those in the cache; through all layers, or these."""
+        cache = cache if cache is not None else Cache()
+        positions = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)
+        x = self.embed(ids, positions)
+        for i in range(self.family.layers) if layers is None else layers:
+            x = self.layer(i, x, positions, cache)
+        cache.length += ids.shape[1]
+        return self.head(x)
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The stream that enters the first layer [B, S, hidden] (this rank's slice of S under sequence parallelism)."""
+        family, store = self.family, self.store
+        name = store.full(family.embed)
+        lookup = VocabParallelEmbedding(store, family.embed, self.group, self.first_vocab, self.scatter)
+
+        def look_up(_: Tensor) -> Tensor:
+            partial = lookup.partial(ids)
+            self.probe.summand(name, partial, lambda i, n: lookup.partial(ids, i, n), self.first_vocab, self.vocab_rows)
+            return lookup.join(partial)
+
+        x = self.probe.module(name, look_up, ids)
+        if family.embed_scale is not None:
+            x = x * torch.tensor(family.embed_scale, dtype=x.dtype, device=x.device)
+        if family.project_in is not None:
+            x = self._whole_linear(family.project_in, x)
+        if family.positions is not None:
+            table = store.matrix(family.positions)
+            at = self._my_slice(positions, 0) + family.position_offset
+            x = self.probe.module(store.full(family.positions), lambda y: y + table[at], x)
+        if family.embed_norm is not None:
+            x = self._norm(family.embed_norm, x)
+        return x
+
+    def _my_slice(self, x: Tensor, dim: int) -> Tensor:
+        if not self.scatter:
+            return x
+        start, stop = slice_of(x.shape[dim], self.group.size, self.group.rank)
+        return x.narrow(dim, start, stop - start)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        return self.group.all_gather(x, 1) if self.scatter else x
+
+    def _whole_linear(self, module: str, x: Tensor) -> Tensor:
+        return self.probe.module(self.store.full(module), ColumnParallelLinear(self.store, module), x)
+
+    def _norm(self, module: str | None, x: Tensor) -> Tensor:
+        if module is None:
+            return x
+        return self.probe.module(self.store.full(module), lambda y: normalise(self.store, module, y), x)
+
+    def layer(self, i: int, x: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """One transformer block on the stream."""
+        family = self.family
+        at = family.layer.format(i)
+
+        def named(norm: str | None) -> str | None:
+            return None if norm is None else at + norm
+
+        def attention(y: Tensor) -> Tensor:
+            name = self.store.full(at + family.attention)
+            return self.probe.module(name, lambda z: self.attention(i, z, positions, cache), self._gather(y))
+
+        def mlp(y: Tensor) -> Tensor:
+            return self.probe.module(self.store.full(at + family.mlp), lambda z: self.mlp(i, z), self._gather(y))
+
+        if family.block == "post":
+            x = self._norm(named(family.attn_norm), x + attention(x))
+            return self._norm(named(family.mlp_norm), x + mlp(x))
+        normed = self._norm(named(family.attn_norm), x)
+        if family.block == "parallel":
+            attended = attention(normed)
+            return x + attended + mlp(normed if family.mlp_norm is None else self._norm(named(family.mlp_norm), x))
+        x = (normed if family.residual_after_norm else x) + self._norm(named(family.attn_out_norm), attention(normed))
+        normed = self._norm(named(family.mlp_norm), x)
+        return (normed if family.residual_after_norm else x) + self._norm(named(family.mlp_out_norm), mlp(normed))
+
+    def attention(self, i: int, x: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Self-attention of layer i on the whole input; its sum over ranks."""
+        family, share = self.family, self.shares[i]
+        q, k, v = self.project(i, x)
+        if family.q_norm is not None and family.k_norm is not None:
+            at = family.layer.format(i)
+            q = self._norm_of_heads(at + family.q_norm, q, share.first_q)
+            k = self._norm_of_heads(at + family.k_norm, k, share.first_kv)
+        if family.rope is not None:
+            cos, sin = rope_tables(family.rope, positions, x.dtype)
+            q, k = rotate(family.rope, q, cos, sin), rotate(family.rope, k, cos, sin)
+        k, v = cache.extend(i, k, v)
+        k, v = self._for_each_q(share, k), self._for_each_q(share, v)
+        keys = torch.arange(k.shape[2], device=x.device)
+        window = family.windows[i]
+        bias = None
+        if family.alibi is not None:
+            slopes = alibi_slopes(family.heads)[share.first_q : share.first_q + share.q].to(x.device)
+            bias = alibi_bias(family.alibi, slopes, len(keys), family.head_dim, x.dtype)
+        plain = len(keys) == len(positions) and (window is None or window >= len(keys))
+        mask = None if plain and bias is None and family.softcap is None else visible(positions, keys, window)
+        heads = attend(q, k, v, scale=family.scales[i], mask=mask, bias=bias, softcap=family.softcap)
+        wide = heads.transpose(1, 2).flatten(2)
+        return self._row(family.layer.format(i) + family.out, wide, share.first_q * family.head_dim)
+
+    def _norm_of_heads(self, module: str, x: Tensor, first: int) -> Tensor:
+        """A norm within each head of [B, n, S, D], the first of them head `first` of the whole."""
+        y = normalise(self.store, module, x)
+        self.probe.share(self.store.full(module), y.transpose(1, 2).flatten(2), first * self.family.head_dim)
+        return y
+
+    def _row(self, module: str, wide: Tensor, first: int) -> Tensor:
+        row = RowParallelLinear(self.store, module, self.group, self.scatter)
+        name = self.store.full(module)
+        self.probe.share(f"input of {name}", wide, first)
+        partial = row.partial(wide)
+
+        def summand(i: int, n: int) -> Tensor:
+            only = torch.zeros_like(wide)
+            only[..., i : i + n] = wide[..., i : i + n]
+            return row.partial(only)
+
+        self.probe.summand(name, partial, summand, first, wide.shape[-1])
+        # Every rank adds its own copy of the bias to the sum: look at the copy, since the sum is of all ranks.
+        bias = self.store.vector(module, "bias")
+        self.probe.share(f"{name}.bias", partial.new_zeros(partial.shape[-1]) if bias is None else bias, 0)
+        return row.join(partial)
+
+    def project(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's q [B, n_q, S, D], k and v [B, n_kv, S, D] of layer i."""
+        family, share, d = self.family, self.shares[i], self.family.head_dim
+        names = [family.layer.format(i) + name for name in family.qkv]
+        linears = [ColumnParallelLinear(self.store, name) for name in names]
+        products = [linear.product(x) for linear in linears]
+        told = (
+            [self.store.full(name) for name in names]
+            if family.fused is None
+            else [f"{letter} of {self.store.full(names[0])}" for letter in "qkv"]
+        )
+        firsts = [share.first_q * d, share.first_kv * d, share.first_kv * d]
+        for name, part, first in zip(told, self._parted(share, products), firsts, strict=True):
+            self.probe.share(name, part.flatten(-2), first)
+        biased = [linear.add_bias(product) for linear, product in zip(linears, products, strict=True)]
+        q, k, v = self._parted(share, biased)
+        for name, part, first in zip(told, (q, k, v), firsts, strict=True):
+            self.probe.share(f"{name}.bias", part.flatten(-2), first)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _parted(self, share: Share, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, n_q, D], k and v [B, S, n_kv, D] from what the projections give, one of them or three."""
+        family, d = self.family, self.family.head_dim
+        if family.fused is None:
+            q, k, v = (part.view(*part.shape[:-1], -1, d) for part in parts)
+        elif family.fused == "segments":
+            fused = parts[0].view(*parts[0].shape[:-1], -1, d)
+            q, k, v = torch.split(fused, [share.q, share.kv, share.kv], -2)
+        else:
+            # "heads" is the case of "groups" where a group has one q head.
+            grouped = parts[0].view(*parts[0].shape[:-1], share.kv, share.q // share.kv + 2, d)
+            q, k, v = grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :]
+        return q, k, v
+
+    def _for_each_q(self, share: Share, x: Tensor) -> Tensor:
+        """The KV head of every local q head: global q head h attends to KV head h // (heads / kv_heads)."""
+        group = self.family.heads // self.family.kv_heads
+        wanted = [(share.first_q + q) // group - share.first_kv for q in range(share.q)]
+        if any(not 0 <= head < share.kv for head in wanted):
+            raise DifferentError(
+                f"rank {self.group.rank} holds q heads without their k and v",
+                expected=f"KV heads of q heads {share.first_q} to {share.first_q + share.q - 1}",
+                found=f"{share.kv} KV heads from {share.first_kv} on",
+            )
+        return x if wanted == list(range(share.kv)) else x[:, wanted]
+
+    def mlp(self, i: int, x: Tensor) -> Tensor:
+        """The MLP of layer i on the whole input; its sum over ranks."""
+        family = self.family
+        at = family.layer.format(i)
+        first = self.shares[i].first_ffn
+        activate = ACTIVATIONS[family.activation]
+        wide = self._column(at + family.up, x, first)
+        wide = activate(wide) if family.gate is None else activate(self._column(at + family.gate, x, first)) * wide
+        return self._row(at + family.down, wide, first)
+
+    def _column(self, module: str, x: Tensor, first: int) -> Tensor:
+        linear, name = ColumnParallelLinear(self.store, module), self.store.full(module)
+        product = linear.product(x)
+        self.probe.share(name, product, first)
+        y = linear.add_bias(product)
+        self.probe.share(f"{name}.bias", y, first)
+        return y
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits [B, S, vocab] from the stream that leaves the last layer, gathered on every rank."""
+        family = self.family
+        x = self._gather(self._norm(family.final_norm, x))
+        if family.project_out is not None:
+            x = self._whole_linear(family.project_out, x)
+        name = self.store.head()
+        # One name for both: a tied head may be stored in the source and not in the shards, or the other way.
+        label = family.heads_names[0]
+
+        def logits(y: Tensor) -> Tensor:
+            share = self.store.linear(name, y)
+            self.probe.share(label, share, self.first_head)
+            bias = self.store.head_bias()
+            share = share if bias is None else share + bias
+            self.probe.share(f"{label}.bias", share, self.first_head)
+            whole = self.group.all_gather(share, -1)[..., : family.vocab]
+            cap = family.final_softcap
+            return whole if cap is None else torch.tanh(whole / cap) * cap
+
+        return self.probe.module(label, logits, x)

@@ -1,0 +1,80 @@
+"""The built-in decoder as an engine: what it decides before a number is computed, and its tiers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from tpshard.verifier.engine import TIERS, Asked, Canaries, Judge, LoadRank, Opened, Ready
+from tpshard.verifier.builtin.canaries import exact_canaries, native_canaries
+from tpshard.verifier.builtin.exact import exact
+from tpshard.verifier.builtin.native import native, teacher_tokens
+from tpshard.verifier.builtin.prepare import Case, all_finite, all_kept, choose, duration, keep, prepare, prompt_ids
+from tpshard.verifier.ranks.open import FileWeights, needed, parameters, resident
+from tpshard.verifier.report.verdict import Tier
+
+
+def ready(opened: Opened, asked: Asked) -> Ready:
+    """Decide prompt, layers, tokens and what is kept in memory, the same on all ranks."""
+    team = opened.team
+    case = team.together(lambda: prepare(opened, asked))
+    case = team.together(lambda: choose(case, asked))
+    setup = case.setup
+    lines = {name: f"{name} tier: about {duration(case.seconds[name])} (an estimate)" for name in TIERS}
+    return Ready(
+        engine="tpshard",
+        model_type=setup.family.model_type,
+        prompt_tokens=setup.prompt.numel(),
+        tokens=case.tokens,
+        layers=setup.layers,
+        begin=lambda: _begin(case, opened, asked),
+        lines={**lines, "transformers": "transformers as the reference"},
+        streamed=setup.block_bytes is not None and not setup.keep_ranks,
+        settings={"tokens_from": "the reference" if case.taught else "the seed"},
+    )
+
+
+def _begin(case: Case, opened: Opened, asked: Asked) -> Mapping[str, Judge]:
+    team = opened.team
+    team.together(lambda: all_finite(case))
+    kept = team.together(lambda: keep(case, asked.load_rank)) if case.setup.keep_ranks else case
+    judges: dict[str, Judge] = {
+        name: partial(judge, kept, asked.load_rank)
+        for name, judge in zip(TIERS, (_exact, _native), strict=True)
+        if name in asked.tiers
+    }
+    if asked.reference == "transformers":
+        from tpshard.verifier.builtin.against_transformers import against_transformers
+
+        judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
+    return judges
+
+
+def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
+    dtype = torch.float32 if case.float32 else torch.float64
+    setup = case.setup if case.setup.block_bytes is not None else all_kept(case, dtype, load_rank)
+    return exact(setup, float32=case.float32), partial(exact_canaries, setup, float32=case.float32)
+
+
+def _native(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
+    setup, weights = case.setup, case.opened.ranks[0]
+    dtype = Counter(weights.dtype(name) for name in parameters(weights)).most_common(1)[0][0]
+    if setup.block_bytes is None:
+        source = setup.source
+        assert isinstance(source, FileWeights)
+        setup = all_kept(case, dtype, load_rank)
+        if setup.device.type == "cpu":
+            wide = resident(source, torch.float64, setup.device, needed(source, setup.which()))
+            setup = replace(setup, wide=wide)
+    if case.taught:
+        # One process chooses: on another kind of GPU, logits that are nearly equal may change places.
+        chosen = setup.team.once(lambda: [step.tolist() for step in teacher_tokens(setup, case.tokens)])
+        steps = [torch.tensor(step, device=setup.device) for step in chosen]
+    else:
+        more = prompt_ids(setup.family.vocab, case.seed + 1, len(setup.prompt), max(case.tokens, 1))
+        steps = [setup.prompt, *(more[:, i : i + 1].to(setup.device) for i in range(case.tokens))]
+    return native(setup, dtype, steps), partial(native_canaries, setup, dtype)

@@ -1,0 +1,148 @@
+"""What this machine has, and what a verification needs of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tpshard.errors import LocalIOError, UsageError
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.ranks.open import FileWeights, elements, needed
+from tpshard.verifier.report.verdict import layer_of
+
+BLOCK_BYTES = 1 << 26
+# Of the memory that is free, how much verify plans to fill; the rest is for everyone else.
+FILL = 0.7
+
+
+@dataclass(frozen=True)
+class Need:
+    """Estimated peak bytes when all weights are kept, and when they are streamed through in blocks."""
+
+    resident: int
+    streamed: int
+
+    def choose(self, stream: bool | None, device: torch.device, sharing: int = 1) -> bool:
+        """Whether to stream: as asked, or because memory asks for it. LocalIOError when even that is too much.
+
+        `sharing` processes use this device's memory at once.
+        """
+        free = int(available(device) * FILL) // sharing
+        stream = self.resident > free if stream is None else stream
+        if (self.streamed if stream else self.resident) > free:
+            raise LocalIOError(
+                "there is not enough memory for this",
+                expected=f"{self.streamed if stream else self.resident:,} bytes",
+                found=f"{free:,} bytes to use on {device}",
+                hint="free memory, or use another machine" if stream else "--stream needs less",
+            )
+        return stream
+
+
+@dataclass(frozen=True)
+class Side:
+    """The source, or the ranks that a process runs: stored bytes, and elements of what is gone through.
+
+    `tables` are looked up and compared, `body` and `head` multiplied; a tied head is the embedding's table.
+    """
+
+    nbytes: int
+    elements: int
+    tables: int
+    body: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a process has to go through, of so many layers. `largest`: elements of the largest matrix."""
+
+    source: Side
+    shards: Side
+    layers: int
+    largest: int
+
+
+def load(
+    family: Family, source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int], here: range
+) -> Load:
+    """The load of the ranks `here`, of these layers."""
+    return Load(
+        source=_side(family, [source], layers),
+        shards=_side(family, [ranks[i] for i in here], layers),
+        layers=max(1, len(layers)),
+        largest=max(elements(source, [name]) for name in needed(source, layers)),
+    )
+
+
+def _side(family: Family, files: Sequence[FileWeights], layers: Collection[int]) -> Side:
+    nbytes = total = tables = body = head = 0
+    for weights in files:
+        names = needed(weights, layers)
+        looked_up = [n for n in names if n.endswith((f"{family.embed}.weight", f"{family.positions}.weight"))]
+        heads = [n for n in names if n in {f"{name}.weight" for name in family.heads_names}]
+        nbytes += sum(weights.infos[name].nbytes for name in names)
+        total += elements(weights, names)
+        tables += elements(weights, looked_up)
+        body += elements(weights, [name for name in names if layer_of(name) is not None])
+        head += elements(weights, heads or looked_up)
+    return Side(nbytes, total, tables, body, head)
+
+
+def estimate(
+    family: Family, load: Load, *, here: int, native: bool, positions: int, widened: bool, apart: bool
+) -> Need:
+    """What a run needs beyond the interpreter: `here` ranks in this process, `positions` of all prompts together.
+
+    `widened`: weights that are kept are kept in float64, else as stored and widened at each use. `apart`: the ranks are
+    processes of their own, which keep their shards at most, never the source.
+    """
+    # The native criteria take eight temporaries of the size of all logits, whatever the number of ranks.
+    logits = 8 * positions * family.vocab * (here + 8)
+    # Streaming keeps a layer of one side in the checkpoint's dtype for decoding, and records its activations.
+    source = load.source
+    layer = source.nbytes * source.body // max(1, source.elements) // load.layers if native else 0
+    streamed = 8 * BLOCK_BYTES + layer + logits
+    if apart:
+        return Need(load.shards.nbytes + 16 * load.largest + streamed, streamed)
+    if not widened:
+        return Need(load.source.nbytes + load.shards.nbytes + 16 * load.largest + logits, streamed)
+    kept = 8 * (load.source.elements + load.shards.elements)
+    if native:
+        kept = max(kept, 8 * load.source.elements + load.source.nbytes + load.shards.nbytes)
+    return Need(kept + logits, streamed)
+
+
+def available(device: torch.device) -> int:
+    """Free bytes on a GPU, or what the kernel can give without swapping, within a container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass  # not Linux: all of the machine's memory
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        cached = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+        free = min(free, limit - used + int(cached[cached.index("file") + 1]))
+    except (OSError, ValueError):
+        pass  # no container, or one without a limit
+    return free
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}", expected="auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("there is no GPU that torch can use here", found=name, hint="--device cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)

@@ -1,0 +1,251 @@
+"""What is decided and loaded before a number is computed: prompt, layers, memory, an estimate of the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import CorruptError, UsageError
+from tpshard.verifier.engine import Asked, LoadRank, Opened
+from tpshard.verifier.builtin.canaries import applicable
+from tpshard.verifier.builtin.exact import Setup
+from tpshard.verifier.ranks.translate import translated
+from tpshard.verifier.families.configs import describe
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.group import Processes, Threads
+from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
+from tpshard.verifier.builtin.estimate import Work, exact_seconds, look_seconds, measure, native_seconds
+from tpshard.verifier.ranks.open import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
+from tpshard.verifier.report.verdict import layer_of
+from tpshard.verifier.ranks.weights import Replaced, Store, Weights, move
+
+PROMPT, BATCH = 16, 2
+TAUGHT_BYTES = 1 << 30
+"""A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
+QUIET_SECONDS = 10.0
+"""The least time between two lines about the progress of a tier."""
+
+
+def prompt_ids(vocab: int, seed: int, batch: int, length: int) -> Tensor:
+    """Token ids [batch, length] from a seed, one from each of as many equal stretches of the vocabulary."""
+    count = batch * length
+    generator = torch.Generator().manual_seed(seed)
+    within = torch.rand(count, generator=generator, dtype=torch.float64)
+    order = torch.randperm(count, generator=generator)
+    ids = ((order + within) * vocab / count).long().clamp(max=vocab - 1)
+    return ids.view(batch, length)
+
+
+def chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
+    """The layers asked for, of `count`, in order and without the negative numbers; UsageError when there is none."""
+    if layers is None:
+        return None
+    for i in layers:
+        if not -count <= i < count:
+            raise UsageError(f"there is no layer {i}", expected=f"{-count} to {count - 1}")
+    return tuple(sorted({i % count for i in layers}))
+
+
+def require_one_each(opened: ShardSet, team: Threads | Processes) -> None:
+    """UsageError unless as many processes run as there are ranks, or one for all of them."""
+    if team.size != len(opened.ranks):
+        raise UsageError(
+            "one process per rank is needed",
+            path=opened.directory,
+            expected=len(opened.ranks),
+            found=team.size,
+            hint="start as many processes as there are ranks, or one for all of them",
+        )
+
+
+def another_model(opened: ShardSet, model_type: object) -> UsageError:
+    """The error for shards that are not of the source, which is of this type."""
+    return UsageError(
+        "the shards are of another model than the source",
+        path=opened.directory,
+        expected=f"the {model_type} that the source holds",
+        found=f"a {opened.config.get('model_type')} of other sizes or settings",
+        hint="give the model that was split with --source",
+    )
+
+
+def prompt_of(prompt: Tensor | None, vocab: int, seed: int) -> Tensor:
+    """The prompt that was given, or ids from the seed; UsageError when its ids are not of the vocabulary."""
+    ids = prompt_ids(vocab, seed, BATCH, PROMPT) if prompt is None else prompt
+    if not ids.numel() or int(ids.max()) >= vocab or int(ids.min()) < 0:
+        raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {vocab}")
+    return ids
+
+
+def _finite(weights: FileWeights, layers: Sequence[int]) -> None:
+    bad = not_finite(weights, needed(weights, layers))
+    if bad is not None:
+        raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
+
+
+def _room(family: Family, source: Weights, length: int, tokens: int) -> int:
+    """How many of `tokens` fit after a prompt of `length`, in a model with learned positions."""
+    if family.positions is None:
+        return tokens
+    store = Store(source, family, torch.float64, torch.device("cpu"))
+    positions = store.matrix_shape(family.positions)[0] - family.position_offset
+    if length > positions:
+        raise UsageError("the prompt is longer than the model's positions", expected=positions, found=length)
+    return min(tokens, positions - length)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shards and source, opened and found to be of one model, and all that was decided before a number is computed."""
+
+    opened: ShardSet
+    setup: Setup
+    load: Load
+    tokens: int
+    seed: int
+    float32: bool
+    seconds: Mapping[str, float]
+    taught: bool = True
+    """Whether the tokens to decode are the reference's own choices, else they come from the seed."""
+
+
+def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet, Mapping[str, Any], FileWeights]:
+    opened = open_shards(Path(shards))
+    config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
+    return translated(opened, weights.names()), config, weights
+
+
+def prepare(opened: Opened, asked: Asked) -> Case:
+    """Find out whether shards and source are of one model, and decide prompt, layers and tokens."""
+    found, weights, team = opened.shards, opened.source, opened.team
+    family = describe(opened.config)
+    if describe(found.config) != family:
+        raise another_model(found, family.model_type)
+    require_one_each(found, team)
+    ids = prompt_of(asked.prompt, family.vocab, asked.seed)
+    setup = Setup(
+        family=family,
+        source=weights,
+        ranks=found.ranks,
+        team=team,
+        prompt=ids.to(opened.device),
+        device=opened.device,
+        layers=chosen_layers(asked.layers, family.layers),
+        sequence_parallel=asked.sequence_parallel,
+    )
+    return Case(
+        opened=found,
+        setup=setup,
+        load=load(family, weights, found.ranks, setup.which(), team.here),
+        tokens=_room(family, weights, ids.shape[1], asked.tokens),
+        seed=asked.seed,
+        float32=asked.float32,
+        seconds={},
+    )
+
+
+def choose(case: Case, asked: Asked) -> Case:
+    """Decide what is kept in memory, the same on all ranks, and say what that and the tiers will take."""
+    setup = case.setup
+    team, where, source = setup.team, setup.device, setup.source
+    assert isinstance(source, FileWeights)
+    apart = isinstance(team, Processes)
+    batch, length = setup.prompt.shape
+    need = estimate(
+        setup.family,
+        case.load,
+        here=len(team.here),
+        native="native" in asked.tiers,
+        positions=batch * (length + case.tokens),
+        widened=where.type == "cpu" and not apart,
+        apart=apart,
+    )
+    streamed = any(team.run(lambda group: need.choose(asked.stream, where, asked.sharing)))
+    amount = need.streamed if streamed else need.resident
+    pace = measure(source, needed(source, setup.which()), setup.prompt, where)
+    kept = not streamed and not apart
+    taught = kept or case.load.source.nbytes <= TAUGHT_BYTES
+    biases = any(name.endswith(".bias") and layer_of(name) is not None for name in source.names())
+    counts = [applicable(setup.family, team.size, biases=biases, structural=only) for only in (False, True)]
+    work = Work(case.load, len(team.here), kept, case.tokens, case.tokens / length, taught, *counts)
+    seconds = {"exact": exact_seconds(pace, work), "native": native_seconds(pace, work)}
+    how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
+    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in asked.tiers))
+    asked.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
+    setup = replace(
+        setup,
+        block_bytes=BLOCK_BYTES if streamed or apart else None,
+        keep_ranks=apart and not streamed,
+        say=_seldom(asked.say),
+    )
+    return replace(case, setup=setup, seconds=seconds, taught=taught)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
+    """`say`, but silent for a while after each line."""
+    last = time.monotonic()
+
+    def maybe(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= QUIET_SECONDS:
+            last = time.monotonic()
+            say(line)
+
+    return maybe
+
+
+def all_finite(case: Case) -> None:
+    """The source is looked at by rank 0 alone, shards by the process that runs them."""
+    setup = case.setup
+    here = setup.team.here
+    if 0 in here:
+        assert isinstance(setup.source, FileWeights)
+        _finite(setup.source, setup.which())
+    for rank in here:
+        _finite(case.opened.ranks[rank], setup.which())
+
+
+def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: LoadRank | None) -> Weights:
+    """A rank's weights in memory on the device; by the caller's loader on a GPU, where that saves a copy."""
+    weights, setup = case.opened.ranks[rank], case.setup
+    names = needed(weights, setup.which())
+    loaded = None
+    # The loader takes whole files as they are, so not when some layers are enough, nor under an engine's names.
+    native = case.opened.format == "native"
+    if load_rank is not None and native and setup.device.type == "cuda" and setup.layers is None:
+        loaded = load_rank(rank, setup.device)
+    if loaded is None:
+        return resident(weights, dtype, setup.device, names)
+    return Replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
+
+
+def keep(case: Case, load_rank: LoadRank | None) -> Case:
+    """The rank of this process loaded as it is stored, the others left in their files."""
+    here = case.setup.team.here
+    ranks = [_kept_rank(case, r, None, load_rank) if r in here else w for r, w in enumerate(case.setup.ranks)]
+    return replace(case, setup=replace(case.setup, ranks=ranks))
+
+
+def all_kept(case: Case, dtype: torch.dtype, load_rank: LoadRank | None) -> Setup:
+    """Source and all ranks in memory: in `dtype` on a CPU, as stored on a GPU, where widening them costs nothing."""
+    setup = case.setup
+    source = setup.source
+    assert isinstance(source, FileWeights)
+    held = None if setup.device.type == "cuda" else dtype
+    return replace(
+        setup,
+        source=resident(source, held, setup.device, needed(source, setup.which())),
+        ranks=[_kept_rank(case, rank, held, load_rank) for rank in setup.team.here],
+    )

@@ -1,0 +1,1 @@
+"""Families of decoders, from config.json alone."""

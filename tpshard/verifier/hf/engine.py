@@ -1,0 +1,161 @@
+"""From opened files to a verdict by the model's own class in transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
+from tpshard.verifier.engine import TIERS, Asked, Canaries, Judge, Opened, Ready
+from tpshard.verifier.families.configs import describe
+from tpshard.verifier.hf.canaries import exact_canaries, native_canaries
+from tpshard.verifier.hf.skeleton import covers, frame_of, library_version, model_config, quiet, same_model
+from tpshard.verifier.hf.sides import Sides
+from tpshard.verifier.hf.tiers import exact, native
+from tpshard.verifier.builtin.memory import FILL, available
+from tpshard.verifier.builtin.prepare import another_model, chosen_layers, prompt_of, require_one_each
+from tpshard.verifier.ranks.open import FileWeights, elements, not_finite, require_floats
+from tpshard.verifier.report.verdict import Tier, layer_of
+
+ENGINES = ("auto", "tpshard", "transformers")
+
+
+def engine_of(asked: str, config: Mapping[str, Any]) -> str:
+    """Whose code runs this model: our decoder's where it covers it, unless another was asked for.
+
+    UnsupportedError where auto finds neither.
+    """
+    if asked not in ENGINES:
+        raise UsageError(f"unknown engine {asked!r}", expected=", ".join(ENGINES))
+    if asked != "auto":
+        return asked
+    try:
+        describe(config)
+    except UnsupportedError:
+        if not covers(config):
+            raise
+        return "transformers"
+    return "tpshard"
+
+
+def ready(opened: Opened, asked: Asked) -> Ready:
+    """Decide prompt, layers and number of tokens, and say what memory it will take.
+
+    UnsupportedError for what only the built-in decoder does: streaming, and cutting the sequence. UsageError where
+    shards and source are of different models; LocalIOError where memory cannot suffice.
+    """
+    for wanted, option in ((asked.stream, "--stream"), (asked.sequence_parallel, "--sequence-parallel")):
+        if wanted:
+            raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
+    quiet()
+    sides, tokens = opened.team.together(lambda: _prepare(opened, asked))
+    left = unused(sides)
+    return Ready(
+        engine="transformers",
+        model_type=str(opened.config.get("model_type")),
+        prompt_tokens=sides.prompt.numel(),
+        tokens=tokens,
+        layers=sides.frame.layers,
+        begin=lambda: _begin(sides, tokens, asked),
+        lines={name: f"{name} tier" for name in TIERS},
+        warnings=(f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …",)
+        if left
+        else (),
+        # The library's code may stumble over a rank's shapes, which must not pass.
+        unsure=(UnsupportedError,),
+        volatile={"transformers": library_version()},
+    )
+
+
+def _prepare(opened: Opened, asked: Asked) -> tuple[Sides, int]:
+    found, team, device = opened.shards, opened.team, opened.device
+    read, other = model_config(opened.config), model_config(found.config)
+    if not same_model(read, other):
+        raise another_model(found, opened.config.get("model_type"))
+    require_one_each(found, team)
+    ids = prompt_of(asked.prompt, read.vocab_size, asked.seed)
+    positions = int(getattr(read, "max_position_embeddings", 0) or getattr(read, "max_seq_len", 0) or ids.shape[1])
+    if ids.shape[1] > positions:
+        raise UsageError("the prompt is longer than the model's positions", expected=positions, found=ids.shape[1])
+    frame = frame_of(read, chosen_layers(asked.layers, read.num_hidden_layers))
+    sides = Sides(frame, opened.source, found.ranks, team, ids.to(device), device)
+    _floats(sides)
+    need = _memory(sides)
+    free = int(available(device) * FILL) // asked.sharing
+    kind = type(read).__name__.removesuffix("Config")
+    asked.say(f"transformers' own {kind} model: about {need / 1e9:.1f} GB of memory")
+    if need > free:
+        raise LocalIOError(
+            "there is not enough memory for this",
+            expected=f"{need:,} bytes",
+            found=f"{free:,} bytes to use on {device}",
+            hint="--layers looks at fewer layers, --float32 --tier exact takes half",
+        )
+    return sides, min(asked.tokens, positions - ids.shape[1])
+
+
+def _begin(sides: Sides, tokens: int, asked: Asked) -> Mapping[str, Judge]:
+    sides.team.together(lambda: all_finite(sides))
+    judges: dict[str, Judge] = {
+        "exact": lambda: (
+            exact(sides, float32=asked.float32),
+            partial(exact_canaries, sides, float32=asked.float32),
+        ),
+        "native": lambda: _native(sides, tokens),
+    }
+    return {name: judge for name, judge in judges.items() if name in asked.tiers}
+
+
+def _used(sides: Sides, weights: FileWeights) -> list[str]:
+    """The stored tensors that make the model's parameters."""
+    return sorted({name for recipe in sides.frame.recipes(weights).values() for name in recipe.stored})
+
+
+def _floats(sides: Sides) -> None:
+    for weights in (sides.source, *sides.ranks):
+        assert isinstance(weights, FileWeights)
+        require_floats(weights, _used(sides, weights))
+
+
+def _memory(sides: Sides) -> int:
+    """Peak bytes: the source and the ranks that run here in float64, and the larger of them once more as it is read."""
+    assert isinstance(sides.source, FileWeights)
+    total = elements(sides.source, _used(sides, sides.source))
+    for rank in sides.team.here:
+        weights = sides.ranks[rank]
+        assert isinstance(weights, FileWeights)
+        total += elements(weights, _used(sides, weights))
+    logits = sides.prompt.numel() * int(sides.frame.config.vocab_size)
+    return 8 * total + 8 * logits * (2 + len(sides.team.here))
+
+
+def all_finite(sides: Sides) -> None:
+    """CorruptError where a tensor that is used is NaN or infinite; rank 0 looks at the source."""
+    here = sides.team.here
+    for weights in (*([sides.source] if 0 in here else []), *(sides.ranks[rank] for rank in here)):
+        assert isinstance(weights, FileWeights)
+        bad = not_finite(weights, _used(sides, weights))
+        if bad is not None:
+            raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
+
+
+def unused(sides: Sides) -> list[str]:
+    """Stored weights of the source that transformers' model has no place for, and that nothing here looks at."""
+    assert isinstance(sides.source, FileWeights)
+    used = set(_used(sides, sides.source))
+    layers = sides.frame.layers
+    return [
+        name
+        for name in sides.source.names()
+        if name not in used and name.endswith((".weight", ".bias")) and layer_of(name) in (None, *layers)
+    ]
+
+
+def _native(sides: Sides, tokens: int) -> tuple[Tier, Canaries]:
+    """The native tier in the dtype of most of the shards' tensors, and its canaries."""
+    rank = sides.ranks[0]
+    assert isinstance(rank, FileWeights)
+    dtype = Counter(rank.dtype(name) for name in _used(sides, rank)).most_common(1)[0][0]
+    return native(sides, dtype, tokens), partial(native_canaries, sides, dtype)

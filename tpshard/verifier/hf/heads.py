@@ -1,0 +1,215 @@
+"""Which heads a rank has, from the shapes of its attention's parameters, and the module told so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.hf.skeleton import Cut
+
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
+WIDTHS = ("split_size", "embed_dim")
+"""What holds the width of all heads."""
+FUSED = ("qkv_proj", "c_attn", "Wqkv")
+"""Projections that make q, k and v, one behind the other."""
+LINEAR_NUMBERS = ("A_log", "dt_bias")
+MIXER_NUMBERS = (*LINEAR_NUMBERS, "D")
+"""What linear attention has of each value head beside its features, and a Mamba 2 mixer of each head."""
+OUT = ("o_proj", "out_proj", "c_proj", "dense")
+BIASES = ("position_bias", "alibi")
+"""Arguments that hold a value for each head of the whole model."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A rank's q heads and KV heads in an attention module, and the first of each among all."""
+
+    q: int
+    kv: int
+    first_q: int
+    first_kv: int
+
+
+def attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that attend, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Attention")}
+
+
+def output_of(module: nn.Module) -> str:
+    """The projection behind the heads."""
+    return next(leaf for leaf in OUT if hasattr(module, leaf))
+
+
+def total_heads(config: Any) -> tuple[int, int]:
+    """Q heads and KV heads of the unsharded model."""
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -> Heads:
+    """A rank's heads. DifferentError where a rank does not hold whole heads, or q heads without their k and v."""
+    heads, _ = total_heads(config)
+    row = f"{name}.{output_of(module)}.weight"
+    out = cuts[row]
+    if sum(out.sizes) != out.total or any(size * heads % out.total for size in out.sizes):
+        raise DifferentError(
+            f"the ranks' {row} are not {heads} whole heads",
+            tensor=row,
+            expected=f"heads of {out.total // heads}",
+            found=", ".join(map(str, out.sizes)),
+        )
+    counts = [size * heads // out.total for size in out.sizes]
+    q, first_q = counts[rank], sum(counts[:rank])
+    kv = _kv(name, module, config, cuts, counts, out.total // heads)
+    held, first, group = kv.sizes[rank], kv.first(rank), heads // kv.total
+    # Global q head h attends to KV head h // group; the model's own code deals a rank's KV heads to its q heads evenly.
+    if held < 1 or q % held or any((first_q + i) // group - first != i // (q // held) for i in range(q)):
+        raise DifferentError(
+            f"rank {rank}: {name} has q heads without their k and v",
+            tensor=row,
+            expected=f"KV heads of q heads {first_q} to {first_q + q - 1}",
+            found=f"{held} KV heads from {first} on",
+        )
+    return Heads(q, held, first_q, first)
+
+
+def _kv(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut], q: list[int], head: int) -> Cut:
+    """The ranks' KV heads: by k_proj, by what a fused projection has beside q, or as many as q heads (MLA)."""
+    heads, kv_heads = total_heads(config)
+    if hasattr(module, "k_proj"):
+        k = cuts.get(f"{name}.k_proj.weight")
+        if k is None:
+            return Cut(0, (kv_heads,) * len(q), kv_heads, alike=True)
+        size = k.total // kv_heads
+        return Cut(0, tuple(rows // size if rows % size == 0 else 0 for rows in k.sizes), kv_heads)
+    fused = next((leaf for leaf in FUSED if hasattr(module, leaf)), None)
+    if fused is None:
+        return Cut(0, tuple(q), heads)
+    rows = [size - n * head for size, n in zip(cuts[f"{name}.{fused}.weight"].sizes, q, strict=True)]
+    return Cut(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
+
+
+def linear_attentions(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of linear attention by a gated delta rule, by name."""
+    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("GatedDeltaNet")}
+
+
+def tell_linear(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> None:
+    """Set the numbers of heads and features that a module of linear attention reads.
+
+    DifferentError where a rank does not hold whole key heads with all of their value heads.
+    """
+    if f"{name}.out_proj.weight" not in cuts:
+        return
+    conv, *numbers = (_held(cuts.get(f"{name}.{leaf}"), rank) for leaf in ("conv1d.weight", *LINEAR_NUMBERS))
+    each, v = module.num_v_heads // module.num_k_heads, numbers[0] or 0
+    k = v // each
+    wide = 2 * k * module.head_k_dim + v * module.head_v_dim
+    if not v or v % each or conv != wide or set(numbers) != {v}:
+        raise DifferentError(
+            f"rank {rank}: {name} does not hold whole key heads with their value heads",
+            tensor=f"{name}.conv1d.weight",
+            expected=f"heads of {module.head_k_dim}, {each} of {module.head_v_dim} for each",
+            found=f"{conv} features, and numbers of {numbers} heads",
+        )
+    module.num_k_heads, module.num_v_heads, module.conv_dim = k, v, wide
+    module.key_dim, module.value_dim = k * module.head_k_dim, v * module.head_v_dim
+
+
+def mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of Mamba 2, by name, told by the numbers that they read: every family names its class anew."""
+    read = ("num_heads", "n_groups", "ssm_state_size", "conv_dim")
+    return {name: module for name, module in model.named_modules() if all(hasattr(module, leaf) for leaf in read)}
+
+
+def tell_mixer(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> None:
+    """Set the numbers of heads, groups and features that a mixer reads.
+
+    DifferentError where a rank does not hold whole heads, or heads without the groups that they read.
+    """
+    if f"{name}.out_proj.weight" not in cuts:
+        return
+    conv, rows, *numbers = (
+        _held(cuts.get(f"{name}.{leaf}"), rank) for leaf in ("conv1d.weight", "in_proj.weight", *MIXER_NUMBERS)
+    )
+    each, h = module.num_heads // module.n_groups, numbers[0] or 0
+    first = sum(cuts[f"{name}.A_log"].sizes[:rank]) if h else 0
+    g = (first + h - 1) // each - first // each + 1 if h else 0
+    wide = h * module.head_dim
+    features = wide + 2 * g * module.ssm_state_size
+    # The module's own code deals a rank's groups to its heads evenly.
+    even = h > 0 and h % g == 0 and all((first + i) // each - first // each == i // (h // g) for i in range(h))
+    if not even or conv != features or rows != wide + features + h or set(numbers) != {h}:
+        raise DifferentError(
+            f"rank {rank}: {name} does not hold whole heads with their groups",
+            tensor=f"{name}.in_proj.weight",
+            expected=f"heads of {module.head_dim}, {each} to a group of {module.ssm_state_size}",
+            found=f"{rows} rows, {conv} features, and numbers of {numbers} heads",
+        )
+    _cut_buffers(module, first, h, first // each, g)
+    module.num_heads, module.n_groups, module.intermediate_size, module.conv_dim = h, g, wide, features
+
+
+def _cut_buffers(module: Any, first: int, heads: int, first_group: int, groups: int) -> None:
+    """A rank's part of what a mixer computes from the config for each row of its first projection (Falcon-H1)."""
+    head, state = module.head_dim, module.ssm_state_size
+    of_heads, of_groups = (module.num_heads, head, first, heads), (module.n_groups, state, first_group, groups)
+    blocks = (of_heads, of_heads, of_groups, of_groups, (module.num_heads, 1, first, heads))
+    sizes = [count * unit for count, unit, _, _ in blocks]
+    for leaf, buffer in module._buffers.items():
+        if buffer is not None and buffer.shape[-1] == sum(sizes):
+            parts = zip(buffer.split(sizes, -1), blocks, strict=True)
+            module._buffers[leaf] = torch.cat(
+                [part.narrow(-1, at * unit, n * unit) for part, (_, unit, at, n) in parts], -1
+            )
+    if hasattr(module, "groups_time_state_size"):
+        module.groups_time_state_size = groups * state
+
+
+def _held(cut: Cut | None, rank: int) -> int | None:
+    return None if cut is None else cut.sizes[rank]
+
+
+def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:
+    """Set the numbers that the module's own code reads, and cut what comes by head.
+
+    `head` is the width of a head's output, `total` the number of q heads in the unsharded model.
+    """
+    for names, value in ((COUNTS, heads.q), (KV_COUNTS, heads.kv)):
+        for attribute in names:
+            if isinstance(getattr(module, attribute, None), int):
+                setattr(module, attribute, value)
+    if hasattr(module, "num_key_value_groups"):
+        module.num_key_value_groups = heads.q // heads.kv  # type: ignore[assignment]
+    for attribute in WIDTHS:
+        if hasattr(module, attribute):
+            setattr(module, attribute, heads.q * head)
+    if hasattr(module, "config"):
+        mine: Any = copy.copy(module.config)
+        mine.num_attention_heads = heads.q
+        if hasattr(mine, "num_key_value_heads"):
+            mine.num_key_value_heads = heads.kv
+        module.config = mine
+    # StableLM has a norm for each head; every rank stores them all.
+    for leaf, first, count in (("q_layernorm", heads.first_q, heads.q), ("k_layernorm", heads.first_kv, heads.kv)):
+        norms = getattr(getattr(module, leaf, None), "norms", None)
+        if isinstance(norms, nn.ModuleList):
+            getattr(module, leaf).norms = norms[first : first + count]
+
+    def cut_biases(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for key in BIASES:
+            bias = kwargs.get(key)
+            if isinstance(bias, Tensor) and bias.shape[0] == total:
+                kwargs = kwargs | {key: bias.narrow(0, heads.first_q, heads.q)}
+        return args, kwargs
+
+    module.register_forward_pre_hook(cut_biases, with_kwargs=True)

@@ -1,0 +1,256 @@
+"""Collectives put into a model of transformers from outside, where the shapes of a rank's parameters ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.group import Group, Single
+from tpshard.verifier.hf.heads import LINEAR_NUMBERS, MIXER_NUMBERS, attentions, heads_of, linear_attentions, mixers, output_of, tell, tell_linear, tell_mixer, total_heads
+from tpshard.verifier.hf.skeleton import Cut
+
+EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+BY_CORE, CORES = "CodeGenAttention", 4
+"""A class that reads q, v and k by core of the machine that trained CodeGen, and needs heads for each of them."""
+QK_NORMS = ("q_norm", "k_norm")
+
+
+@dataclass
+class Link:
+    """The group that the model's collectives go through, and who is shown a rank's summands, for the time of a run."""
+
+    group: Group = field(default_factory=Single)
+    show: Callable[[str, Tensor], None] = lambda name, partial: None
+
+    def reduce(self, name: str, partial: Tensor) -> Tensor:
+        self.show(name, partial)
+        return self.group.all_reduce(partial)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def in_dim(module: nn.Module) -> int:
+    """The dim of a linear module's weight that holds its input features."""
+    return 1 if isinstance(module, nn.Linear) else 0
+
+
+def is_row(name: str, module: nn.Module, cuts: Mapping[str, Cut]) -> bool:
+    """Whether a linear module holds some of its input features."""
+    cut = cuts.get(f"{name}.weight")
+    return cut is not None and is_linear(module) and cut.dim == in_dim(module)
+
+
+def is_column(name: str, module: nn.Module, cuts: Mapping[str, Cut]) -> bool:
+    """Whether a linear module holds some of its output features."""
+    cut = cuts.get(f"{name}.weight")
+    return cut is not None and is_linear(module) and cut.dim != in_dim(module)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module stacks the matrices of all experts, which may have no gate."""
+    return "down_proj" in module._parameters and not module._parameters.keys().isdisjoint(("gate_up_proj", "up_proj"))
+
+
+def product(module: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x times a linear module's weight, or times another in its place; no bias."""
+    weight = module._parameters["weight"] if weight is None else weight
+    assert weight is not None
+    return F.linear(x, weight if isinstance(module, nn.Linear) else weight.T)
+
+
+def connect(model: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -> Link:
+    """Make a model that holds a rank's parameters compute with other ranks; what its collectives go through.
+
+    DifferentError where parameters are cut in a way that no tensor parallelism has.
+    """
+    link = Link()
+    heads, _ = total_heads(config)
+    attending = attentions(model)
+    for name, module in attending.items():
+        row = cuts.get(f"{name}.{output_of(module)}.weight")
+        if row is not None and type(module).__name__ == BY_CORE:
+            heads_of(name, module, config, cuts, rank)
+            _all_heads(module, row, rank, link)
+        elif row is not None:
+            tell(module, heads_of(name, module, config, cuts, rank), row.total // heads, heads)
+    for name, module in linear_attentions(model).items():
+        tell_linear(name, module, cuts, rank)
+    for name, module in mixers(model).items():
+        tell_mixer(name, module, cuts, rank)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    for name, module in model.named_modules():
+        mine = {leaf: cuts[f"{name}.{leaf}"] for leaf in module._parameters if f"{name}.{leaf}" in cuts}
+        if mine and not _connect(name, module, mine, rank, link, ends, config.vocab_size, name in attending):
+            leaf, cut = next(iter(mine.items()))
+            raise DifferentError(
+                f"{name}.{leaf} is cut, which no tensor parallelism does",
+                tensor=f"{name}.{leaf}",
+                expected=cut.total,
+                found=", ".join(map(str, cut.sizes)),
+            )
+    return link
+
+
+def _connect(
+    name: str,
+    module: nn.Module,
+    cuts: Mapping[str, Cut],
+    rank: int,
+    link: Link,
+    ends: tuple[nn.Module, nn.Module],
+    vocab: int,
+    attends: bool,
+) -> bool:
+    """Whether a module, some of whose parameters are cut, could be made to compute its share."""
+    whole = {f"{name}.{leaf}": cut for leaf, cut in cuts.items()}
+    weight = cuts.get("weight")
+    if module is ends[0] and weight is not None and weight.dim == 0:
+        _adds_up(name, weight, vocab)
+        module.forward = _vocab_parallel(name, module, weight, rank, link)
+    elif module is ends[1] and all(cut.dim == 0 for cut in cuts.values()):
+        _adds_up(name, cuts["weight"], vocab)
+        module.forward = _gathered(module, vocab, link)
+    elif is_row(name, module, whole) and cuts.keys() == {"weight"}:
+        _adds_up(name, cuts["weight"], cuts["weight"].total, cuts["weight"].total)
+        module.forward = _row_parallel(name, module, link)
+    elif is_column(name, module, whole):
+        # Its rows are the rank's own; a bias goes with them.
+        if hasattr(module, "nf"):
+            setattr(module, "nf", cuts["weight"].sizes[rank])  # noqa: B010
+        return cuts.keys() == _leaves(module)
+    elif is_experts(module) and all(cut.dim != 0 for cut in cuts.values()) and "down_proj" in cuts:
+        down = cuts["down_proj"]
+        _adds_up(f"{name}.down_proj", down, down.total, down.total)
+        module.forward = _experts(name, module, len(down.sizes), link)
+    elif isinstance(module, nn.Conv1d) and module.groups == module.out_channels and weight is not None:
+        # Every feature by itself.
+        module.in_channels = module.out_channels = module.groups = weight.sizes[rank]
+        return weight.dim == 0 and cuts.keys() == _leaves(module)
+    elif is_experts(module) and cuts.keys() == module._parameters.keys():
+        module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
+    elif weight is not None and _norms_all_heads(name, module):
+        module.forward = _over_all_ranks(module, weight, rank, link)
+    else:
+        # A value for each head, or in a norm a row for each head.
+        numbers: tuple[set[str], ...] = ({"sinks"},) if attends else (set(LINEAR_NUMBERS), set(MIXER_NUMBERS))
+        return cuts.keys() in numbers or (name.endswith(QK_NORMS) and len(_weight(module).shape) == 2)
+    return True
+
+
+def _leaves(module: nn.Module) -> set[str]:
+    return {leaf for leaf, parameter in module._parameters.items() if parameter is not None}
+
+
+def _norms_all_heads(name: str, module: nn.Module) -> bool:
+    """Whether a norm that is cut is over the heads of all ranks: of q or k, or gated ones behind a mixer."""
+    kind = type(module).__name__
+    return kind.endswith("RMSNormGated") or (name.endswith(QK_NORMS) and kind.endswith("RMSNorm"))
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+def _adds_up(name: str, cut: Cut, least: int, most: int | None = None) -> None:
+    """DifferentError unless the ranks' shares together are the whole; beyond a vocabulary there may be padding."""
+    held = sum(cut.sizes)
+    if held < least or (most is not None and held > most):
+        raise DifferentError(f"the ranks' shares of {name} do not add up", expected=least, found=held)
+
+
+def _vocab_parallel(name: str, module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[[Tensor], Tensor]:
+    first, size = cut.first(rank), cut.sizes[rank]
+    forward = module.forward
+
+    def look_up(ids: Tensor) -> Tensor:
+        mine = (ids >= first) & (ids < first + size)
+        rows: Tensor = forward((ids - first) * mine)
+        return link.reduce(name, rows * mine.unsqueeze(-1))
+
+    return look_up
+
+
+def _gathered(module: nn.Module, vocab: int, link: Link) -> Callable[[Tensor], Tensor]:
+    forward = module.forward
+    return lambda x: link.group.all_gather(forward(x), -1)[..., :vocab]
+
+
+def _row_parallel(name: str, module: nn.Module, link: Link) -> Callable[[Tensor], Tensor]:
+    def sum_over_ranks(x: Tensor) -> Tensor:
+        total = link.reduce(name, product(module, x))
+        bias = module._parameters.get("bias")
+        return total if bias is None else total + bias
+
+    return sum_over_ranks
+
+
+def _experts(name: str, module: nn.Module, tp: int, link: Link) -> Callable[..., Tensor]:
+    """A sum over ranks behind the experts. The last bias is inside, so that each rank adds its part of it."""
+    forward = module.forward
+    bias = module._parameters.get("down_proj_bias")
+    if bias is not None:
+        module._parameters["down_proj_bias"] = nn.Parameter(bias / tp, requires_grad=False)
+    return lambda *args, **kwargs: link.reduce(name, forward(*args, **kwargs))
+
+
+def own_weights(cut: Cut, rank: int, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The weights of chosen experts, 0 for those that are not of the rank's range."""
+    first = cut.first(rank)
+    return weights * ((chosen >= first) & (chosen < first + cut.sizes[rank]))
+
+
+def _some_experts(
+    name: str, module: nn.Module, cut: Cut, rank: int, link: Link
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Whole experts, some on each rank: another rank's add nothing here. Then a sum over ranks."""
+    _adds_up(f"{name}.down_proj", cut, cut.total, cut.total)
+    forward, first, size = module.forward, cut.first(rank), cut.sizes[rank]
+
+    def work(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        weights = own_weights(cut, rank, chosen, weights)
+        return link.reduce(name, forward(x, (chosen - first).clamp(0, size - 1), weights))
+
+    return work
+
+
+def _all_heads(module: nn.Module, row: Cut, rank: int, link: Link) -> None:
+    """Attention over the heads of all ranks, made of their rows, of which a rank multiplies its own.
+
+    Where a core's heads are several ranks', each of those has its share of the core's q, v and k.
+    """
+    qkv, out = module.get_submodule("qkv_proj"), module.get_submodule("out_proj")
+    project, several = qkv.forward, max(1, len(row.sizes) // CORES)
+
+    def gathered(x: Tensor) -> Tensor:
+        whole = link.group.all_gather(project(x), -1)
+        return whole.view(*whole.shape[:-1], CORES, several, 3, -1).transpose(-3, -2).flatten(-4)
+
+    qkv.forward = gathered
+    out.register_forward_pre_hook(lambda _, args: (args[0].narrow(-1, row.first(rank), row.sizes[rank]),))
+
+
+def _over_all_ranks(module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[..., Tensor]:
+    """A norm over all heads at once: the ranks' heads (and gates) are put together, and the module's own code norms.
+
+    Heads that several ranks hold come as often as each other, which changes no mean.
+    """
+    own, size, first = module.forward, cut.sizes[rank], sum(cut.sizes[:rank])
+    mine = _weight(module)
+
+    def norm(*args: Tensor) -> Tensor:
+        group = link.group
+        module._parameters["weight"] = nn.Parameter(group.all_gather(mine, 0), requires_grad=False)
+        whole: Tensor = own(*(group.all_gather(x, -1) for x in args))
+        module._parameters["weight"] = nn.Parameter(mine, requires_grad=False)
+        return whole.narrow(-1, first, size)
+
+    return norm

@@ -1,0 +1,101 @@
+"""Stored names as parameters of transformers' classes, which stack the experts that most files hold one by one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpshard.verifier.ranks.weights import Weights
+
+RENAMED = (
+    (".block_sparse_moe.", ".mlp."),
+    (".block_sparse_moe.gate.", ".mlp.router."),
+    (".input_linear.weight", ".experts.gate_up_proj"),
+    (".output_linear.weight", ".experts.down_proj"),
+    (".router.layer.", ".router."),
+    (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
+    (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+    (".mlp.router.gate.", ".mlp.gate."),
+    (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+    (".mlp.shared_mlp.", ".mlp.shared_experts."),
+    ("backbone.", "model."),
+    ("embed_out.", "lm_head."),
+    ("language_model.", ""),
+    ("text_model.", ""),
+)
+"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
+Nemotron-H, GPT-NeoX; and the
+text model inside of a larger one, which is run as if it were alone."""
+EXPERT = re.compile(
+    r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
+)
+MATRICES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows.
+
+    `first` is the number of the first expert: a rank may hold some, whole, and no others.
+    """
+
+    experts: tuple[tuple[str, ...], ...]
+    stacked: bool
+    first: int = 0
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return tuple(name for expert in self.experts for name in expert)
+
+    def shape(self, weights: Weights) -> tuple[int, ...]:
+        """The parameter's shape, known without reading anything."""
+        if not self.stacked:
+            return weights.shape(self.experts[0][0])
+        shapes = [weights.shape(name) for name in self.experts[0]]
+        return (len(self.experts), sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def tensor(self, weights: Weights) -> Tensor:
+        """The parameter, in its stored dtype."""
+        if not self.stacked:
+            return weights.get(self.experts[0][0])
+        return torch.stack([torch.cat([weights.get(name) for name in expert]) for expert in self.experts])
+
+
+def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[str, Recipe]:
+    """Which stored tensors make which of the parameters `keys`; stored tensors of no parameter are left out.
+
+    `prefix` is the base model's, which stored names may lack. An expert of which a matrix is missing is left out too.
+    """
+    found: dict[str, Recipe] = {}
+    experts: dict[str, dict[int, dict[int, str]]] = {}
+    for name in names:
+        key = _key(name, keys, prefix)
+        if key is not None:
+            found[key] = Recipe(((name,),), stacked=False)
+        elif match := EXPERT.fullmatch(name):
+            owner = _key(f"{match['experts']}.down_proj", keys, prefix)
+            if owner is not None:
+                number = experts.setdefault(owner.removesuffix(".down_proj"), {}).setdefault(int(match["number"]), {})
+                number[MATRICES[match["matrix"]]] = name
+    for owner, numbers in experts.items():
+        for matrix, wanted in (("gate_up_proj", (0, 1)), ("up_proj", (1,)), ("down_proj", (2,))):
+            whole = [numbers.get(i, {}) for i in range(min(numbers), max(numbers) + 1)]
+            if f"{owner}.{matrix}" in keys and all(i in held for held in whole for i in wanted):
+                found[f"{owner}.{matrix}"] = Recipe(
+                    tuple(tuple(held[i] for i in wanted) for held in whole), True, min(numbers)
+                )
+    return found
+
+
+def _key(name: str, keys: Collection[str], prefix: str) -> str | None:
+    for old, new in (("", ""), *RENAMED):
+        if old in name:
+            key = name.replace(old, new) if old else name
+            for candidate in (key, f"{prefix}.{key}"):
+                if candidate in keys:
+                    return candidate
+    return None

@@ -1,0 +1,128 @@
+"""The unsharded model and the ranks' models, built from stored tensors and run on a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpshard.errors import UnsupportedError
+from tpshard.verifier.group import Group, Processes, Threads
+from tpshard.verifier.hf.skeleton import Cut, Frame, fill, skeleton, skip_layers
+from tpshard.verifier.hf.overrides import Pinned, Wide
+from tpshard.verifier.hf.parallel import Link, connect
+from tpshard.verifier.ranks.weights import Weights
+
+
+@dataclass
+class Side:
+    """A model that can be run: the unsharded one (rank None), or a rank's."""
+
+    model: nn.Module
+    dtype: torch.dtype
+    cuts: Mapping[str, Cut]
+    rank: int | None = None
+    link: Link = field(default_factory=Link)
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules())
+
+    @cached_property
+    def routers(self) -> dict[str, nn.Module]:
+        return self._named("Router")
+
+    @cached_property
+    def indexers(self) -> dict[str, nn.Module]:
+        """What chooses the tokens to attend to."""
+        return self._named("Indexer")
+
+    def _named(self, ending: str) -> dict[str, nn.Module]:
+        return {name: module for name, module in self.modules.items() if type(module).__name__.endswith(ending)}
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """What makes the model's dtype hold in all its parts: only float64 is not already what its code computes in."""
+        return Wide() if self.dtype == torch.float64 else nullcontext()
+
+    def is_head(self, name: str) -> bool:
+        """Whether a module makes the logits, which are gathered."""
+        return self.modules[name] is self.model.get_output_embeddings()  # type: ignore[operator]
+
+    def run(self, group: Group, steps: list[Tensor], pins: Pinned, more: int = 0) -> Tensor:
+        """Logits [B, S, vocab] of all steps, in order; after the first they go through the model's own KV cache.
+
+        `more` greedy choices are added to the steps. UnsupportedError where the library's code cannot run with these
+        shapes, which says nothing of the shards.
+        """
+        self.link.group = group
+        cached = len(steps) + more > 1
+        logits: list[Tensor] = []
+        cache: Any = None
+        with self.precision(), pins.watching(self.routers | self.indexers):
+            for i in range(len(steps) + more):
+                if i == len(steps):
+                    steps.append(logits[-1][:, -1:].argmax(-1))
+                out = self._step(steps[i], cache, cached)
+                cache = out.past_key_values if cached else None
+                logits.append(out.logits)
+        return torch.cat(logits, 1)
+
+    def _step(self, ids: Tensor, cache: Any, cached: bool) -> Any:
+        try:
+            return self.model(input_ids=ids, past_key_values=cache, use_cache=cached)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            where = "the model" if self.rank is None else f"rank {self.rank}"
+            raise UnsupportedError(
+                f"transformers could not run {where}: {str(error).splitlines()[0]}",
+                hint="--tier bytes compares the files",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Both sides of a comparison, from which models are built. `layers` are those that are looked at."""
+
+    frame: Frame
+    source: Weights
+    ranks: Sequence[Weights]
+    team: Threads | Processes
+    prompt: Tensor
+    device: torch.device
+    say: Callable[[str], None] = lambda line: None
+
+    def reference(self, dtype: torch.dtype) -> Side:
+        """The unsharded model."""
+        model = skeleton(self.frame.config, dtype, self.device)
+        fill(model, self.frame, self.source, dtype, self.device)
+        skip_layers(model, self.frame.layers)
+        return Side(model, dtype, {})
+
+    def cuts(self) -> dict[str, Cut]:
+        return self.frame.cuts(self.source, self.ranks)
+
+    def sharded(self, rank: int, dtype: torch.dtype, cuts: Mapping[str, Cut]) -> Side:
+        """One rank's model, with its collectives."""
+        model = skeleton(self.frame.config, dtype, self.device)
+        fill(model, self.frame, self.ranks[rank], dtype, self.device, rank)
+        link = connect(model, self.frame.config, cuts, rank)
+        skip_layers(model, self.frame.layers)
+        return Side(model, dtype, cuts, rank, link)
+
+    def here(self, dtype: torch.dtype) -> dict[int, Side]:
+        """The models of the ranks that this process runs."""
+        cuts = self.cuts()
+        return {rank: self.sharded(rank, dtype, cuts) for rank in self.team.here}
+
+    def alone(self) -> Sides:
+        """The source in the ranks' place."""
+        return replace(self, ranks=[self.source], team=Threads(1))
+
+    def with_layers(self, layers: tuple[int, ...]) -> Sides:
+        return replace(self, frame=replace(self.frame, layers=layers))

@@ -1,0 +1,319 @@
+"""A model of transformers, given the parameters of one rank, or of the whole model; no collectives yet."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpshard.errors import DifferentError, UnsupportedError
+from tpshard.verifier.hf.overrides import Wide
+from tpshard.verifier.hf.parameters import Recipe, recipes
+from tpshard.verifier.report.verdict import layer_of
+from tpshard.verifier.ranks.weights import Weights
+
+# Those that were tried: other classes may read sizes from places that nobody here knows of.
+MODEL_TYPES = frozenset(
+    (
+        "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
+        " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2"
+        " gemma3_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite"
+        " granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe"
+        " hy_v3 hyperclovax internlm3 iquestcoder jais2 llama llama4_text minimax_m2 ministral ministral3"
+        " mistral mixtral mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3"
+        " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3"
+        " solar_open stablelm starcoder2 vaultgemma xglm"
+    ).split()
+)
+SEEING = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Text models that have positions in three dimensions, which are one for text: then they compute as these do."""
+TEXT_KEYS = ("text_config", "llm_config", "language_config")
+HINT = "pip install 'tpshard[transformers]', or --tier bytes"
+# Facts of a file, not of a model.
+NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
+TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: the config itself, or what a multimodal one nests."""
+    nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
+    if config.get("model_type") in MODEL_TYPES or nested is None:
+        return _on_text_alone(config)
+    tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    return {**_on_text_alone(nested), "tie_word_embeddings": tied}
+
+
+def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the model that computes the same where there are no pictures."""
+    alike = SEEING.get(str(config.get("model_type")))
+    if alike is None:
+        return config
+    changed = {**config, "model_type": alike}
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := config.get(key), Mapping):
+            kept = {name: value for name, value in rope.items() if not name.startswith("mrope")}
+            changed[key] = {name: "default" if value == "mrope" else value for name, value in kept.items()}
+    return changed
+
+
+def covers(config: Mapping[str, Any]) -> bool:
+    """Whether models of this config were tried."""
+    return text_of(config).get("model_type") in MODEL_TYPES
+
+
+def model_config(config: Mapping[str, Any]) -> Any:
+    """The text model's config as transformers reads it.
+
+    UnsupportedError where the library is not installed, or where it or this engine does not know the model.
+    """
+    config = text_of(config)
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=HINT) from None
+    if not covers(config):
+        raise UnsupportedError(
+            f"--engine transformers was not tried with {config.get('model_type')}",
+            expected=", ".join(sorted(MODEL_TYPES)),
+            hint="--tier bytes compares the files",
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedError("verify computes with floating-point weights only", found="a quantization_config")
+    from huggingface_hub.errors import StrictDataclassError
+
+    settings = {key: _plain(value) for key, value in config.items() if key not in ("model_type", "architectures")}
+    try:
+        return AutoConfig.for_model(config["model_type"], **settings)
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason, hint = " ".join(str(error).split()), "a newer transformers may"
+        raise UnsupportedError(f"this transformers does not read the config: {reason}", hint=hint) from None
+
+
+def _plain(value: Any) -> Any:
+    """A value of config.json, in which transformers writes an infinite number as `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def quiet() -> None:
+    """Keep the library's remarks on configs off the terminal: every rank's model would repeat them."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def library_version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def same_model(one: Any, other: Any) -> bool:
+    """Whether two configs are of models of the same sizes and settings."""
+    left, right = one.to_dict(), other.to_dict()
+    return all(left.get(key) == right.get(key) for key in (left.keys() | right.keys()) - NO_MATTER)
+
+
+@contextmanager
+def _empty_parameters() -> Iterator[None]:
+    """Parameters have shapes and no memory; buffers are computed as usual."""
+    register = nn.Module.register_parameter
+
+    def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(self, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The unsharded model, with eager attention and experts, without its parameters' memory."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"
+    with _empty_parameters(), Wide() if dtype == torch.float64 else nullcontext():
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, attn_implementation="eager"
+        )
+    built: nn.Module = model.train(False)
+    for module in built.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return built
+
+
+def layers_of(model: Any) -> list[tuple[str, nn.Module]]:
+    """The decoder's layers in order, with their names."""
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
+    raise AssertionError("no list of layers")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter is spread over the ranks: along which dim, how much each rank has, how much there is.
+
+    `alike` says that every rank has all of it.
+    """
+
+    dim: int
+    sizes: tuple[int, ...]
+    total: int
+    alike: bool = False
+
+    @property
+    def replicated(self) -> bool:
+        """Whether equal shares, fewer than ranks, are held by several neighbouring ranks each (KV heads)."""
+        size, tp = self.sizes[0], len(self.sizes)
+        if set(self.sizes) != {size} or not size or size * tp <= self.total or self.total % size:
+            return False
+        return tp % (self.total // size) == 0
+
+    def first(self, rank: int) -> int:
+        """Where a rank's share begins in the unsharded parameter."""
+        if self.alike:
+            return 0
+        if self.replicated:
+            return rank * (self.total // self.sizes[0]) // len(self.sizes) * self.sizes[0]
+        return sum(self.sizes[:rank])
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What parameters the model has, and which of its layers are looked at.
+
+    `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
+    """
+
+    config: Any
+    shapes: Mapping[str, tuple[int, ...]]
+    prefix: str
+    head: str
+    embedding: str
+    layers: tuple[int, ...]
+
+    def needed(self, key: str) -> bool:
+        """Whether the parameter is outside of layers, or of a layer that is looked at."""
+        layer = layer_of(key)
+        return layer is None or layer in self.layers
+
+    def recipes(self, weights: Weights) -> dict[str, Recipe]:
+        """What the parameters are made of. A tied head is made of the embedding."""
+        found = recipes(weights.names(), self.shapes.keys(), self.prefix)
+        if self.head not in found and self.embedding in found and self.config.tie_word_embeddings:
+            found[self.head] = found[self.embedding]
+        return {key: recipe for key, recipe in found.items() if self.needed(key)}
+
+    def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, Cut]:
+        """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
+        whole = self.recipes(source)
+        held = [self.recipes(rank) for rank in ranks]
+        cuts = {}
+        for key, recipe in whole.items():
+            full, name = recipe.shape(source), recipe.stored[0]
+            for rank, found in enumerate(held):
+                if key not in found:
+                    raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
+            shapes = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
+            if recipe.stacked:
+                _experts_in_order(key, [found[key] for found in held], shapes, full[0])
+            dims = {dim for shape in shapes for dim in _unlike(shape, full)}
+            if len(dims) > 1 or any(len(shape) != len(full) for shape in shapes):
+                raise DifferentError(
+                    f"{name} does not have the model's shape",
+                    tensor=name,
+                    expected=full,
+                    found=", ".join(map(str, shapes)),
+                )
+            for dim in dims:
+                cuts[key] = Cut(dim, tuple(shape[dim] for shape in shapes), full[dim])
+        return cuts
+
+
+def _experts_in_order(key: str, recipes: Sequence[Recipe], shapes: Sequence[tuple[int, ...]], total: int) -> None:
+    """DifferentError unless each rank has all experts, or those that follow the rank's before it."""
+    some = any(shape[0] != total for shape in shapes)
+    expected = 0
+    for rank, (recipe, shape) in enumerate(zip(recipes, shapes, strict=True)):
+        if recipe.first != expected:
+            raise DifferentError(
+                f"rank {rank} has other experts of {key} than are its own",
+                tensor=recipe.stored[0],
+                expected=f"those from {expected} on",
+                found=f"{recipe.first} to {recipe.first + shape[0] - 1}",
+            )
+        expected += shape[0] if some else 0
+
+
+def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
+    """The frame of a model, with these of its layers; all by default."""
+    model = skeleton(config, torch.float32, torch.device("cpu"))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())  # type: ignore[operator]
+    head, embedding = (f"{names[id(end)]}.weight" for end in ends)
+    every = tuple(range(len(layers_of(model))))
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers)
+
+
+def _unlike(shape: Sequence[int], full: Sequence[int]) -> list[int]:
+    return [dim for dim, (mine, whole) in enumerate(zip(shape, full, strict=False)) if mine != whole]
+
+
+def fill(
+    model: nn.Module, frame: Frame, weights: Weights, dtype: torch.dtype, device: torch.device, rank: int | None = None
+) -> None:
+    """Give the model its parameters; those of layers that are not looked at stay empty.
+
+    A parameter that nothing stored makes is a DifferentError of a rank, an UnsupportedError of the source.
+    """
+    found = frame.recipes(weights)
+    for key, recipe in found.items():
+        if rank is None and recipe.stacked and recipe.shape(weights) != frame.shapes[key]:
+            raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
+        owner, _, leaf = key.rpartition(".")
+        module = model.get_submodule(owner)
+        tensor = recipe.tensor(weights).to(device=device)
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor
+    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    for key in frame.shapes:
+        if key in parameters and key not in found and frame.needed(key):
+            if rank is None:
+                raise UnsupportedError("the source has not all that transformers' model needs", tensor=key)
+            raise DifferentError(f"rank {rank} has no tensor {key}", tensor=key)
+
+
+def skip_layers(model: Any, layers: Collection[int]) -> None:
+    """Make every other layer give what it gets."""
+    tuples = model.config.model_type in TUPLE_LAYERS
+
+    def passing(hidden_states: Tensor, *_: Any, prev_topk_indices: Any = None, **__: Any) -> Any:
+        return (hidden_states, prev_topk_indices) if tuples else hidden_states
+
+    for i, (_, layer) in enumerate(layers_of(model)):
+        if i not in layers:
+            layer.forward = passing

@@ -1,0 +1,1 @@
+"""What each rank of a set holds, under the source's names."""

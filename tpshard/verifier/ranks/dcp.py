@@ -1,0 +1,243 @@
+"""Sets of torch.distributed.checkpoint, read by themselves: which rectangle of which tensor lies where in which file.
+
+A set holds every rectangle once, and says nothing of ranks but by its files. `dealt` makes ranks of it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
+from tpshard.storage.safetensors import Header, TensorInfo
+from tpshard.storage.torch_pickle import DTYPES, archive_records, info_in_archive
+
+_CLASSES = {
+    "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
+    "pathlib": {"PosixPath"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+"""What torch's writer puts into `.metadata`; nothing else is built from it, and nothing called."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a tensor: where it begins in it, and where it is stored (`info` has its own shape)."""
+
+    at: tuple[int, ...]
+    info: TensorInfo
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        return tuple(at + size for at, size in zip(self.at, self.info.shape, strict=True))
+
+
+Chunks = Mapping[str, Sequence[Chunk]]
+"""The rectangles in one rank's files, by the name of their tensor."""
+
+
+def of_header(header: Header, path: Path) -> Iterator[Chunk]:
+    """The rectangles of a safetensors file of the Hugging Face flavour."""
+    try:
+        said = json.loads(header.metadata["DCP_SHARDING_INFO"])
+        places = {info.name: tuple(map(int, said[info.name]["saved_offsets"])) for info in header.tensors}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptError(f"the file does not say where its tensors begin: {error!r}", path=path) from None
+    for info in header.tensors:
+        if len(places[info.name]) != len(info.shape):
+            raise CorruptError("an offset does not have the tensor's dims", path=path, tensor=info.name)
+        yield Chunk(places[info.name], info)
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _CLASSES.get(module, ()):
+            raise UnsafeError("the pickle asks for what no checkpoint needs", found=f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
+    """The rectangles that `.metadata` speaks of, by the name of their file; nothing of the tensors is read.
+
+    UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree, or where a
+    tensor that it describes reaches further than its rectangles, or less far.
+    """
+    path = directory / ".metadata"
+    try:
+        found = _Metadata(io.BytesIO(path.read_bytes())).load()
+        tensors, stored = dict(found.state_dict_metadata), dict(found.storage_data)
+    except FileNotFoundError:
+        raise CorruptError(".metadata is missing", path=path) from None
+    except (UnsafeError, OSError):
+        raise
+    except Exception as error:  # damaged bytes make pickle fail in every way
+        raise CorruptError(f"not torch's metadata: {error}", path=path) from None
+    chunks: dict[str, list[Chunk]] = {}
+    for index, place in stored.items():
+        described = tensors[index.fqn]
+        if not hasattr(described, "chunks"):
+            continue  # not a tensor
+        file = directory / place.relative_path
+        info = _archived(index.fqn, file, place.offset, place.length)
+        shapes = [tuple(chunk.sizes) for chunk in described.chunks if chunk.offsets == index.offset]
+        alike = shapes == [info.shape] and len(index.offset) == len(info.shape)
+        if not alike or DTYPES[info.dtype] != described.properties.dtype:
+            raise CorruptError(
+                "the archive is not what .metadata says",
+                path=file,
+                tensor=index.fqn,
+                expected=f"{described.properties.dtype} {shapes}",
+                found=f"{info.dtype} {info.shape}",
+            )
+        chunks.setdefault(file.name, []).append(Chunk(tuple(index.offset), info))
+    _require_sizes(path, tensors, chain.from_iterable(chunks.values()))
+    return chunks
+
+
+def _require_sizes(path: Path, tensors: Mapping[str, Any], chunks: Iterable[Chunk]) -> None:
+    """CorruptError where a tensor's rectangles do not end where `.metadata` says that the tensor does.
+
+    Torch makes a tensor of the size that is described, and leaves it unwritten where no rectangle lies.
+    """
+    found: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.info.name, []).append(chunk)
+    for name, described in tensors.items():
+        if not hasattr(described, "chunks"):
+            continue  # not a tensor
+        held = _size(found[name]) if name in found else None
+        if held != tuple(described.size):
+            raise CorruptError(
+                "a tensor's pieces are not of the size that .metadata gives it",
+                path=path,
+                tensor=name,
+                expected=list(described.size),
+                found="no pieces" if held is None else list(held),
+            )
+
+
+class _Window(io.RawIOBase):
+    """A stretch of a file, as a file."""
+
+    def __init__(self, path: Path, begin: int, length: int) -> None:
+        self.file = path.open("rb", buffering=0)
+        self.begin, self.length, self.at = begin, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + (0, self.at, self.length)[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.begin + self.at)
+        view = memoryview(buffer)[: max(0, self.length - self.at)]
+        count = self.file.readinto(view)
+        self.at += count or 0
+        return count or 0
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _archived(name: str, path: Path, begin: int, length: int) -> TensorInfo:
+    """Where the bytes of the one tensor lie that torch.save wrote at an offset of a file."""
+    try:
+        with io.BufferedReader(_Window(path, begin, length)) as window:
+            records = archive_records(window, path)
+            window.seek(0)
+            with FakeTensorMode():
+                tensor = torch.load(window, weights_only=True, map_location="cpu")
+        if not isinstance(tensor, Tensor):
+            raise UnsupportedError("not a tensor", found=type(tensor).__name__)
+        info = info_in_archive(name, tensor, path, records)
+    except TpshardError as error:  # without its hint, which is of files that torch.load reads
+        raise type(error)(error.message, path=path, tensor=name, expected=error.expected, found=error.found) from None
+    except Exception as error:  # damaged bytes make it fail in every way
+        reason = str(error).split("\n")[0][:200]
+        raise CorruptError("not an archive that torch can read", path=path, tensor=name, found=reason) from None
+    if info.end > length:
+        raise CorruptError("the archive ends within its tensor", path=path, tensor=name)
+    return replace(info, begin=begin + info.begin, end=begin + info.end)
+
+
+def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]]]:
+    """Every tensor's rectangles for each rank, in order along the dim of which they are parts, and that dim.
+
+    Torch goes by offsets and not by files, so ranks are told apart by the order of their first rectangles. What is
+    there for fewer ranks than there are, neighbours share; so do they where the first of them has more rectangles than
+    the others, the last ones: a fused k and v. CorruptError where rectangles do not make the tensor.
+    """
+    tp = len(files)
+    for name in dict.fromkeys(name for held in files for name in held):
+        dim = _tiled(name, [chunk for held in files for chunk in held.get(name, ())])
+
+        def begin(chunk: Chunk, dim: int = dim) -> tuple[int, ...]:
+            return chunk.at[dim : dim + 1]
+
+        owned = sorted((sorted(held[name], key=begin) for held in files if name in held), key=lambda c: begin(c[0]))
+        most = max(map(len, owned))
+        full = [i for i, chunks in enumerate(owned) if len(chunks) == most]
+        every = len(owned) // len(full)
+        if tp % len(owned) or full != list(range(0, len(owned), every)):
+            raise UnsupportedError(
+                f"verify cannot deal {name} to {tp} ranks",
+                tensor=name,
+                found="pieces in each file: " + ", ".join(str(len(held.get(name, ()))) for held in files),
+            )
+        shares = [chunks + owned[i - i % every][len(chunks) :] for i, chunks in enumerate(owned)]
+        yield name, dim, [sorted(shares[rank * len(owned) // tp], key=begin) for rank in range(tp)]
+
+
+def _size(chunks: Sequence[Chunk]) -> tuple[int, ...]:
+    """The size of a tensor that rectangles make up, if they do: where the last of them end."""
+    return tuple(map(max, zip(*(chunk.end for chunk in chunks), strict=True)))
+
+
+def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
+    """The dim along which rectangles that make up a tensor are its parts; 0 where there is one."""
+    size = _size(chunks)
+    cut = [dim for dim, n in enumerate(size) if any((chunk.at[dim], chunk.end[dim]) != (0, n) for chunk in chunks)]
+    if len(cut) > 1:
+        raise UnsupportedError(f"{name} is cut along several dims, which no tensor parallelism does", tensor=name)
+    dim = cut[0] if cut else 0
+    ends = sorted((chunk.at[dim : dim + 1], chunk.end[dim : dim + 1]) for chunk in chunks)
+    starts = [(0,) if size else (), *(end for _, end in ends[:-1])]
+    if [at for at, _ in ends] != starts:
+        raise CorruptError(
+            "a tensor's pieces leave a gap, or overlap",
+            path=chunks[0].info.file,
+            tensor=name,
+            expected=f"pieces of {list(size)} one behind another along dim {dim}",
+            found=", ".join(f"{list(at)} to {list(end)}" for at, end in ends),
+        )
+    return dim

@@ -1,0 +1,246 @@
+"""Shard sets and unsharded checkpoints on disk as weights that are read when they are needed, and no earlier."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
+from tpshard.storage.safetensors import TensorInfo, read_header
+from tpshard.storage.torch_pickle import DTYPES, read_pickle
+from tpshard.verifier.ranks.dcp import Chunk, Chunks, of_header, of_metadata
+from tpshard.verifier.ranks.names import RankFiles, rank_files
+from tpshard.verifier.report.verdict import layer_of
+from tpshard.verifier.ranks.weights import Replaced, Weights, move
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class FileWeights:
+    """Tensors in files, read with positioned reads: nothing is mapped, and nothing kept.
+
+    `cast` rounds every floating tensor to another dtype first, for a source whose shards were cast when split.
+    """
+
+    def __init__(self, infos: Iterable[TensorInfo], cast: torch.dtype | None = None) -> None:
+        self.infos: dict[str, TensorInfo] = {}
+        self.cast = cast
+        for info in infos:
+            if info.name in self.infos:
+                raise CorruptError(
+                    "a tensor is in two files", path=info.file, tensor=info.name, found=self.infos[info.name].file
+                )
+            self.infos[info.name] = info
+
+    def names(self) -> Collection[str]:
+        return self.infos.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.infos[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's stored dtype."""
+        return DTYPES[self.infos[name].dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(info.nbytes for info in self.infos.values())
+
+    def get(self, name: str) -> Tensor:
+        info = self.infos[name]
+        return self._read(info, info.begin, info.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        info = self.infos[name]
+        width = info.nbytes // info.shape[0]
+        return self._read(info, info.begin + start * width, (stop - start, *info.shape[1:]))
+
+    def _read(self, info: TensorInfo, begin: int, shape: tuple[int, ...]) -> Tensor:
+        dtype = DTYPES[info.dtype]
+        length = torch.Size(shape).numel() * dtype.itemsize
+        if not length:
+            return torch.empty(shape, dtype=dtype)
+        buffer = bytearray(length)
+        view, done = memoryview(buffer), 0
+        try:
+            with open(info.file, "rb", buffering=0) as file:
+                while done < length:
+                    count = os.preadv(file.fileno(), [view[done:]], begin + done)
+                    if not count:
+                        raise CorruptError("the file ends within a tensor", path=info.file, tensor=info.name)
+                    done += count
+        except OSError as error:
+            raise LocalIOError(f"cannot read the file: {error.strerror}", path=info.file) from error
+        tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
+        return tensor.to(self.cast) if self.cast is not None and dtype in FLOATS else tensor
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin.
+
+    The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
+    them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    ranks: tuple[FileWeights, ...]
+    source: Mapping[str, Any] = field(default_factory=dict)
+    cast: torch.dtype | None = None
+    warnings: tuple[str, ...] = ()
+    format: str = "native"
+    stored: tuple[FileWeights, ...] = ()
+    chunks: tuple[Chunks, ...] = ()
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CorruptError(f"{path.name} is missing", path=path) from None
+    except OSError as error:
+        raise LocalIOError(f"cannot read the file: {error.strerror}", path=path) from error
+    except ValueError as error:
+        raise CorruptError(f"{path.name} is not valid JSON: {error}", path=path) from None
+
+
+def open_shards(directory: Path) -> ShardSet:
+    """Open a shard set by reading headers alone.
+
+    Ranks missing, of several widths, or files that cannot be parsed are CorruptErrors. What merely differs from the
+    record (a size, a file that says it is another rank) is a warning: tensors are judged here, not files.
+    """
+    if not directory.is_dir():
+        raise UsageError("no such directory of shards", path=directory, hint="make one with `tpshard split`")
+    files = rank_files(directory)
+    tp = files.tp
+    manifest = _json(directory / "tpshard.json") if (directory / "tpshard.json").exists() else {}
+    recorded = manifest.get("mesh", {}).get("tp", tp)
+    if recorded != tp:
+        raise CorruptError(
+            "tpshard.json and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
+        )
+    warnings: list[str] = []
+    listed = of_metadata(directory) if files.format == "dcp" else {}
+    opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
+    cast = manifest.get("options", {}).get("dtype")
+    return ShardSet(
+        directory=directory,
+        config=_json(directory / "config.json"),
+        ranks=tuple(weights for weights, _ in opened),
+        source=manifest.get("source", {}),
+        cast=None if cast is None else DTYPES[cast],
+        warnings=tuple(warnings),
+        format=files.format,
+        chunks=tuple(chunks for _, chunks in opened) if files.format.startswith("dcp") else (),
+    )
+
+
+def _open_rank(
+    directory: Path, files: RankFiles, rank: int, listed: Mapping[str, list[Chunk]], warnings: list[str]
+) -> tuple[FileWeights, Chunks]:
+    infos: list[TensorInfo] = []
+    chunks: list[Chunk] = []
+    for name in files.ranks[rank]:
+        path = directory / name
+        if files.format == "dcp":
+            chunks += listed.get(name, [])
+            continue
+        header = read_pickle(path, name)[0] if files.format == "meta" else read_header(path)
+        if files.format == "dcp-hf":
+            chunks += of_header(header, path)
+        else:
+            infos += header.tensors
+        stated = header.metadata.get("tpshard.rank", str(rank))
+        if stated != str(rank):
+            warnings.append(f"{name} says that it is of rank {stated}")
+    record = directory / f"rank-{rank:05}-of-{files.tp:05}.json"
+    if record.exists():
+        for part in _json(record).get("parts", []):
+            path = directory / part["file"]
+            if path.exists() and path.stat().st_size != part["size"]:
+                warnings.append(f"{path.name} has {path.stat().st_size} bytes, its record says {part['size']}")
+    named = _numbered(chunks)
+    weights = FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)])
+    require_floats(weights, parameters(weights))
+    return weights, named
+
+
+def _numbered(chunks: Iterable[Chunk]) -> Chunks:
+    """Rectangles by their tensor; where a rank has several of one, each has a name of its own."""
+    found: dict[str, list[Chunk]] = {}
+    for chunk in chunks:
+        found.setdefault(chunk.info.name, []).append(chunk)
+    return {
+        name: [
+            replace(chunk, info=replace(chunk.info, name=f"{name}#{i}")) if len(each) > 1 else chunk
+            for i, chunk in enumerate(each)
+        ]
+        for name, each in found.items()
+    }
+
+
+def parameters(weights: Weights) -> list[str]:
+    """The names of weights and biases; masks and frequencies, which some files carry as well, are left out."""
+    return [n for n in weights.names() if n.endswith((".weight", ".bias")) and len(weights.shape(n)) in (1, 2)]
+
+
+def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
+    """UnsupportedError for the first of the named tensors that is not of a floating-point dtype."""
+    for name in names:
+        if weights.dtype(name) not in FLOATS:
+            raise UnsupportedError(
+                "verify computes with floating-point weights only",
+                path=weights.infos[name].file,
+                tensor=name,
+                expected="F64, F32, F16 or BF16",
+                found=weights.infos[name].dtype,
+            )
+
+
+def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False) -> tuple[Any, FileWeights]:
+    """Config and weights of an unsharded checkpoint, rounded to `cast` where the shards were."""
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    weights = FileWeights(checkpoint.tensors, cast)
+    require_floats(weights, parameters(weights))
+    return checkpoint.config, weights
+
+
+def needed(weights: FileWeights, layers: Collection[int]) -> list[str]:
+    """The parameters of these layers, and all that are outside of layers."""
+    return [name for name in parameters(weights) if layer_of(name) is None or layer_of(name) in layers]
+
+
+def elements(weights: FileWeights, names: Iterable[str]) -> int:
+    """Elements of the named tensors together."""
+    return sum(torch.Size(weights.shape(name)).numel() for name in names)
+
+
+def not_finite(weights: FileWeights, names: Iterable[str], block_bytes: int = 1 << 24) -> tuple[str, str] | None:
+    """The first of the named tensors, and its file, that holds NaN or Inf; read in blocks."""
+    for name in names:
+        info = weights.infos[name]
+        rows = info.shape[0]
+        step = max(1, block_bytes * rows // max(1, info.nbytes))
+        for start in range(0, rows, step):
+            if not bool(weights.rows(name, start, min(start + step, rows)).isfinite().all()):
+                return name, info.file
+    return None
+
+
+def resident(
+    weights: FileWeights, dtype: torch.dtype | None, device: torch.device, names: Iterable[str] | None = None
+) -> Replaced:
+    """The named tensors (all weights and biases) on a device, in one dtype (None: as stored); others stay in files."""
+    chosen = parameters(weights) if names is None else names
+    return Replaced(weights, {name: move(weights.get(name), device, dtype) for name in chosen})

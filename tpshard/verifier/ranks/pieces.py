@@ -1,0 +1,171 @@
+"""Tensors that are read out of others as they are needed: chosen rows, transposed ones, chosen columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tpshard.storage.safetensors import TensorInfo
+from tpshard.storage.torch_pickle import DTYPES
+from tpshard.verifier.ranks.open import FileWeights
+
+
+class Piece(Protocol):
+    """A tensor that is made of stored ones."""
+
+    @property
+    def stored(self) -> TensorInfo:
+        """A stored tensor that it is made of."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its own shape."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Its rows from `start` to `stop`."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor as it is."""
+
+    weights: FileWeights
+    name: str
+
+    @property
+    def stored(self) -> TensorInfo:
+        return self.weights.infos[self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weights.shape(self.name)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.weights.rows(self.name, start, stop)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of another piece, each of `index` [n] once and in that order."""
+
+    piece: Piece
+    index: Tensor
+
+    @property
+    def stored(self) -> TensorInfo:
+        return self.piece.stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.index), *self.piece.shape[1:])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        wanted, order = self.index[start:stop].sort()
+        # Rows that are neighbours in the file are read at once.
+        ends = ((wanted.diff() != 1).nonzero().flatten() + 1).tolist()
+        runs = [(int(wanted[i]), j - i) for i, j in pairwise([0, *ends, len(wanted)]) if j > i]
+        read = [self.piece.rows(first, first + count) for first, count in runs]
+        if not read:
+            return self.piece.rows(0, 0)
+        joined = torch.cat(read)
+        return joined[order.argsort()]
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A stored tensor with its last two dims exchanged; of a matrix, all is read for any of its rows."""
+
+    piece: Piece
+
+    @property
+    def stored(self) -> TensorInfo:
+        return self.piece.stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *outer, rows, columns = self.piece.shape
+        return (*outer, columns, rows)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if len(self.shape) > 2:
+            return self.piece.rows(start, stop).mT.contiguous()
+        return self.piece.rows(0, self.piece.shape[0])[:, start:stop].T.contiguous()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns `first` to `last` of another piece (its last dim)."""
+
+    piece: Piece
+    first: int
+    last: int
+
+    @property
+    def stored(self) -> TensorInfo:
+        return self.piece.stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.piece.shape[:-1], self.last - self.first)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.piece.rows(start, stop)[..., self.first : self.last]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Pieces one behind another along a dim."""
+
+    pieces: Sequence[Piece]
+    dim: int = 0
+
+    @property
+    def stored(self) -> TensorInfo:
+        return self.pieces[0].stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.pieces[0].shape)
+        shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
+        return tuple(shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.dim:
+            return torch.cat([piece.rows(start, stop) for piece in self.pieces], self.dim)
+        read, begin = [], 0
+        for piece in self.pieces:
+            end = begin + piece.shape[0]
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                read.append(piece.rows(first - begin, last - begin))
+            begin = end
+        return torch.cat(read) if read else self.pieces[0].rows(0, 0)
+
+
+class PieceWeights(FileWeights):
+    """One rank's tensors, each a piece of what its files store.
+
+    `infos` have the pieces' own names, shapes and sizes, and the file and dtype of what they are made of; a place in
+    that file they do not have.
+    """
+
+    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+        super().__init__(_info(name, piece) for name, piece in pieces.items())
+        self.pieces = pieces
+
+    def get(self, name: str) -> Tensor:
+        return self.rows(name, 0, self.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.pieces[name].rows(start, stop)
+
+
+def _info(name: str, piece: Piece) -> TensorInfo:
+    stored = piece.stored
+    nbytes = torch.Size(piece.shape).numel() * DTYPES[stored.dtype].itemsize
+    return TensorInfo(name, stored.dtype, piece.shape, stored.file, 0, nbytes)

@@ -1,0 +1,125 @@
+"""Shards in engines' formats, read as the source names and orders them. Fused modules are mathematics, not layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tpshard.errors import UnsupportedError
+from tpshard.verifier.ranks import meta_deepseek as published, vllm as sharded_state
+from tpshard.verifier.ranks.dcp import dealt
+from tpshard.verifier.families.configs import FAMILIES, describe
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.ranks.pieces import Joined, Piece, PieceWeights, Stored
+from tpshard.verifier.ranks.vllm import VLLM, Rank
+from tpshard.verifier.ranks.open import ShardSet, parameters, require_floats
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+_KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
+
+_OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
+
+
+def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
+    """The set with every rank's tensors under the names that the source has, in its order of rows and features.
+
+    UnsupportedError for a family whose names in this format are not known.
+    """
+    if opened.format == "native":
+        return opened
+    made = _dealt(opened) if opened.chunks else _renamed(opened)
+    ranks = [PieceWeights({_as_source(name, source): piece for name, piece in pieces.items()}) for pieces in made]
+    for rank in ranks:
+        require_floats(rank, parameters(rank))
+    return replace(opened, ranks=tuple(ranks), stored=opened.ranks)
+
+
+def _renamed(opened: ShardSet) -> list[dict[str, Piece]]:
+    model_type = str(opened.config.get("model_type"))
+    known = _KNOWN.get(opened.format)
+    if known is None:
+        raise UnsupportedError(
+            f"verify does not know the names of the format {opened.format}",
+            path=opened.directory,
+            expected=", ".join(sorted(_KNOWN)),
+            hint=_OTHERWISE,
+        )
+    if model_type not in known:
+        raise UnsupportedError(
+            f"verify does not know the names that the format {opened.format} has for model_type {model_type!r}",
+            path=opened.directory,
+            expected=", ".join(sorted(known)),
+            hint=_OTHERWISE,
+        )
+    family, every = _described(opened.config), range(len(opened.ranks))
+    if opened.format == "vllm":
+        made = [dict(Rank(opened.ranks, VLLM[model_type], family, rank).pieces()) for rank in every]
+    elif opened.format == "meta":
+        return [dict(published.meta(opened.ranks, family, rank)) for rank in every]
+    else:
+        made = [dict(published.deepseek(weights)) for weights in opened.ranks]
+    return [_tied(pieces, opened.config, family) for pieces in made]
+
+
+def _dealt(opened: ShardSet) -> list[dict[str, Piece]]:
+    """What each rank holds of a set that stores every rectangle once."""
+    made: list[dict[str, Piece]] = [{} for _ in opened.ranks]
+    owner = {chunk.info: weights for weights, held in zip(opened.ranks, opened.chunks, strict=True)
+             for chunks in held.values() for chunk in chunks}  # fmt: skip
+    for name, dim, shares in dealt(opened.chunks):
+        for pieces, chunks in zip(made, shares, strict=True):
+            parts = [Stored(owner[chunk.info], chunk.info.name) for chunk in chunks]
+            pieces[name] = parts[0] if len(parts) == 1 else Joined(parts, dim)
+    return made
+
+
+def _described(config: Mapping[str, Any]) -> Family:
+    """The family, or a LLaMA of its sizes: what `VLLM` has and the decoder does not is named as LLaMA is."""
+    model_type = str(config.get("model_type"))
+    sizes = {key: config[key] for key in _SIZES if key in config}
+    return describe(config if model_type in FAMILIES else {**sizes, "model_type": "llama"})
+
+
+def _as_source(name: str, source: Collection[str]) -> str:
+    """The name as the source has it: published files may lack the base prefix, or a part of it."""
+    rest, dot = name, "."
+    while dot:
+        if rest in source:
+            return rest
+        _, dot, rest = rest.partition(".")
+    return name
+
+
+def _tied(pieces: dict[str, Piece], config: Mapping[str, Any], family: Family) -> dict[str, Piece]:
+    """A tied pair is one parameter in the file, and may be under the head's name."""
+    embedding = f"{family.prefixes[0]}{family.embed}.weight"
+    head = next((f"{name}.weight" for name in family.heads_names if f"{name}.weight" in pieces), None)
+    if config.get("tie_word_embeddings") is not True or embedding in pieces or head is None:
+        return pieces
+    return {embedding if name == head else name: piece for name, piece in pieces.items()}
+
+
+def stored_in(opened: ShardSet, what: str, rank: int) -> str | None:
+    """The parameter that holds what a report names (a module, its bias, q of it), where that has another name."""
+    weights, name = opened.ranks[rank], what.rpartition(" of ")[2]
+    if not isinstance(weights, PieceWeights):
+        return None
+    found = next(
+        (weights.pieces[each].stored.name for each in (f"{name}.weight", name) if each in weights.pieces), None
+    )
+    return None if found in (f"{name}.weight", name) else found
+
+
+def require_replicas(opened: ShardSet) -> None:
+    """DifferentError where what an engine takes from each rank, and the decoder from one, is not the same on all."""
+    names = VLLM.get(str(opened.config.get("model_type"))) if opened.format == "vllm" else None
+    if names is not None:
+        sharded_state.require_replicas(opened.stored, names)

@@ -1,0 +1,292 @@
+"""vLLM's `sharded_state`, and SGLang's: what each parameter of a rank is, in the source's names and order.
+
+What a fused parameter holds follows from stored shapes: the inputs of the output projection say how many rows are q's,
+and k and v are equal halves of the rest. Only names are a table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.ranks.pieces import Columns, Joined, Piece, Rows, Stored, Turned
+from tpshard.verifier.ranks.open import FileWeights
+
+Pieces = Iterator[tuple[str, Piece]]
+SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
+_LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
+
+
+@dataclass(frozen=True)
+class Names:
+    """How vLLM names one family's parameters. `roots` and `renamed` give them the source's names, as far as it has one
+    for them; all else is said in those, and below their layer.
+
+    roots: how whole names begin. renamed: how names below a layer begin; stacked experts get the names that
+    transformers' classes have. qkv: the fused module. halves: a module that is two, one behind the other. latents: one
+    that is two, and whose inputs are the first's rows. turned: tensors with their last two dims exchanged. grouped: a
+    module with its q, k and v apart that the source interleaves. gathered: modules that every rank computes for all, in
+    even slices, or as if q, k and v lay apart. whole: modules that all ranks hold whole, and share out here.
+    once: tensors that rank 0 alone adds, and the others hold zeros of.
+    """
+
+    roots: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    qkv: str | None = None
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    latents: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    turned: tuple[str, ...] = ()
+    grouped: str | None = None
+    gathered: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
+
+    def of(self, stored: str) -> str:
+        """A stored parameter's name in the source's terms."""
+        name = _begun(stored, self.roots)
+        found = _LAYER.fullmatch(name)
+        return name if found is None else found[1] + _begun(found[2], self.renamed)
+
+
+def _begun(name: str, table: Mapping[str, str]) -> str:
+    """The name with the longest beginning that the table has exchanged."""
+    fits = [old for old in table if name == old or name.startswith(f"{old}.")]
+    old = max(fits, key=len, default=None)
+    return name if old is None else table[old] + name.removeprefix(old)
+
+
+def _experts(module: str) -> dict[str, str]:
+    """Stacked experts of a module: what vLLM has as w13 and w2."""
+    stacked = {
+        "w13_weight": "gate_up_proj",
+        "w2_weight": "down_proj",
+        "w13_bias": "gate_up_proj_bias",
+        "w2_bias": "down_proj_bias",
+    }
+    return {f"{module}.experts.routed_experts.{name}": f"mlp.experts.{into}" for name, into in stacked.items()}
+
+
+def _swiglu(module: str) -> dict[str, tuple[str, str]]:
+    return {f"{module}.gate_up_proj": (f"{module}.gate_proj", f"{module}.up_proj")}
+
+
+_SHARED = "mlp.experts._shared_experts._layer"
+_LLAMA = Names(qkv="self_attn.qkv_proj", halves=_swiglu("mlp"))
+_FUSED_MLP = replace(_LLAMA, halves={})
+_BLOOM = Names(grouped="self_attention.query_key_value")
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_MOE = replace(_LLAMA, renamed=_experts("mlp"))
+_SHARED_MOE = replace(_MOE, halves=_swiglu("mlp") | _swiglu("mlp.shared_experts"))
+_DEEPSEEK = Names(
+    renamed=_experts("mlp")
+    | {_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate", "self_attn.mla_attn": "self_attn"},
+    halves=_SHARED_MOE.halves,
+    latents={
+        "self_attn.fused_qkv_a_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj")
+    },
+)
+VLLM: Mapping[str, Names] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2"), _LLAMA),
+    **dict.fromkeys(("cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "granite", "olmo", "seed_oss"), _LLAMA),
+    **dict.fromkeys(("smollm3", "stablelm"), _LLAMA),
+    **dict.fromkeys(("glm4", "nemotron", "starcoder2"), _FUSED_MLP),
+    "glm": replace(_FUSED_MLP, gathered=("mlp.gate_up_proj",)),
+    "olmo2": replace(_LLAMA, whole=_QK_NORMS),
+    "phi3": Names(),
+    "internlm2": Names(
+        halves={"feed_forward.gate_up_proj": ("feed_forward.w1", "feed_forward.w3")}, gathered=("attention.wqkv",)
+    ),
+    "mixtral": replace(_LLAMA, renamed=_experts("block_sparse_moe")),
+    "phimoe": _MOE,
+    "granitemoe": replace(
+        _LLAMA,
+        renamed={
+            "block_sparse_moe.experts.routed_experts.w13_weight": "block_sparse_moe.input_linear.weight",
+            "block_sparse_moe.experts.routed_experts.w2_weight": "block_sparse_moe.output_linear.weight",
+            "block_sparse_moe.gate": "block_sparse_moe.router.layer",
+        },
+    ),
+    "olmoe": replace(_MOE, whole=_QK_NORMS),
+    "qwen2_moe": replace(
+        _MOE,
+        renamed=_experts("mlp") | {_SHARED: "mlp.shared_expert", f"{_SHARED}.expert_gate": "mlp.shared_expert_gate"},
+        halves=_swiglu("mlp") | _swiglu("mlp.shared_expert"),
+    ),
+    "qwen3_moe": replace(_MOE, renamed=_experts("mlp") | {"mlp.experts.gate": "mlp.gate"}),
+    "glm4_moe": replace(
+        _SHARED_MOE,
+        renamed=_experts("mlp")
+        | {
+            _SHARED: "mlp.shared_experts",
+            "mlp.experts.routed_experts.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
+        },
+    ),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
+    "gpt_oss": Names(
+        roots={"model.embedding": "model.embed_tokens"},
+        renamed=_experts("mlp") | {"attn": "self_attn"},
+        qkv="self_attn.qkv_proj",
+        turned=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+        once=("mlp.experts.down_proj_bias",),
+    ),
+    "gpt2": Names(turned=("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")),
+    "gptj": Names(qkv="attn.qkv_proj"),
+    "gpt_neox": Names(roots={"model": "gpt_neox", "lm_head": "embed_out"}),
+    "gpt_bigcode": Names(whole=("mlp.c_fc", "mlp.c_proj"), roots={"model": "transformer"}),
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "opt": Names(qkv="self_attn.qkv_proj"),
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank of a set."""
+
+    ranks: Sequence[FileWeights]
+    names: Names
+    family: Family
+    rank: int
+
+    @cached_property
+    def held(self) -> dict[str, Stored]:
+        """The rank's parameters in the source's terms; no scales."""
+        weights = self.ranks[self.rank]
+        return {
+            self.names.of(name): Stored(weights, name)
+            for name in weights.names()
+            if name.rpartition(".")[2] not in SCALES
+        }
+
+    def pieces(self) -> Pieces:
+        """The rank's tensors under the source's names, base prefix included."""
+        for name, stored in self.held.items():
+            found = _LAYER.fullmatch(name)
+            if found is None:
+                yield name, stored
+            else:
+                yield from ((found[1] + part, piece) for part, piece in self._parts(found[1], found[2], stored))
+
+    def _parts(self, layer: str, tensor: str, stored: Stored) -> Pieces:
+        names, family = self.names, self.family
+        module, _, suffix = tensor.rpartition(".")
+        if module == names.qkv:
+            parts = zip(family.qkv, self._q_k_v(layer, stored), strict=True)
+            yield from ((f"{part}.{suffix}", Rows(stored, at)) for part, at in parts)
+        elif module in names.halves or module in names.latents:
+            one, other, *inner = names.latents.get(module, ()) or names.halves[module]
+            rows = stored.shape[0]
+            first = self._inputs(layer, inner[0], rows) if inner else rows // 2
+            yield f"{one}.{suffix}", Rows(stored, torch.arange(first))
+            yield f"{other}.{suffix}", Rows(stored, torch.arange(first, rows))
+        elif tensor in names.turned:
+            yield tensor, Turned(stored)
+        elif tensor in names.once:
+            yield tensor, Stored(self.ranks[0], stored.name)
+        elif module == names.grouped and family.fused in ("heads", "groups"):
+            yield tensor, Rows(stored, self._interleaved(layer, stored))
+        elif module in names.gathered:
+            yield tensor, self._of_all(layer, module, stored)
+        elif module in names.whole:
+            yield tensor, self._part(layer, module, suffix, stored)
+        else:
+            yield tensor, stored
+
+    def _inputs(self, layer: str, module: str, other: int) -> int:
+        """How many inputs a module of the layer has; `other` where there is none."""
+        weight = self.held.get(f"{layer}{module}.weight")
+        return other if weight is None else weight.shape[-1]
+
+    def _q_k_v(self, layer: str, stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows of q, k and v in a fused one. Where no whole heads fit, all are q's, which the decoder refuses."""
+        rows, d = stored.shape[0], self.family.head_dim
+        q = self._inputs(layer, self.family.out, rows)
+        if q % d or rows <= q or (rows - q) % (2 * d):
+            return torch.arange(rows), torch.arange(0), torch.arange(0)
+        kv = (rows - q) // 2
+        return torch.arange(q), torch.arange(q, q + kv), torch.arange(q + kv, rows)
+
+    def _interleaved(self, layer: str, stored: Stored) -> Tensor:
+        """The rows of [q; k; v] in the order of the source: for each KV group its q heads, its k, its v."""
+        q, k, v = self._q_k_v(layer, stored)
+        d = self.family.head_dim
+        groups = len(k) // d
+        if not groups or len(q) // d % groups:
+            return torch.cat((q, k, v))
+        return torch.cat((q.view(groups, -1), k.view(groups, d), v.view(groups, d)), 1).flatten()
+
+    def _of_all(self, layer: str, module: str, stored: Stored) -> Piece:
+        """This rank's rows of a module whose outputs all ranks gather and then sort."""
+        tp, rank = len(self.ranks), self.rank
+        every = [Stored(_held(self.ranks, other, stored), stored.name) for other in range(tp)]
+        rows = sum(each.shape[0] for each in every)
+        if self.family.fused is None:
+            half = rows // 2
+            first, last = (half * (rank + i) // tp for i in (0, 1))
+            return Rows(Joined(every), torch.cat((torch.arange(first, last), torch.arange(half + first, half + last))))
+        fitting = (self.family.heads + 2 * self.family.kv_heads) * self.family.head_dim
+        if rows != fitting:
+            raise DifferentError(
+                f"the ranks' rows of {stored.name} together are not the model's q, k and v",
+                tensor=stored.name,
+                expected=fitting,
+                found=rows,
+            )
+        apart = [self._q_k_v(layer, stored) for stored in every]
+        sorted_rows = [Rows(every[other], apart[other][i]) for i in range(3) for other in range(tp)]
+        return Rows(Joined(sorted_rows), torch.arange(rows * rank // tp, rows * (rank + 1) // tp))
+
+    def _part(self, layer: str, module: str, suffix: str, stored: Stored) -> Piece:
+        """This rank's share of what it computes whole: the ranks' sum is then what each of them has."""
+        shape, tp = stored.shape, len(self.ranks)
+        if module == self.family.down:
+            first, last = (shape[-1] * (self.rank + i) // tp for i in (0, 1))
+            return stored if suffix == "bias" else Columns(stored, first, last)
+        if module == _QK_NORMS[1]:
+            # KV heads fewer than ranks are repeated.
+            rows = self._kv_rows(layer)
+            first = self.rank * (shape[0] // rows) // tp * rows if shape[0] < rows * tp else self.rank * rows
+            return Rows(stored, torch.arange(first, min(first + rows, shape[0])))
+        first, last = (shape[0] * (self.rank + i) // tp for i in (0, 1))
+        return Rows(stored, torch.arange(first, last))
+
+    def _kv_rows(self, layer: str) -> int:
+        fused = self.held.get(f"{layer}{self.names.qkv}.weight")
+        return 1 if fused is None else max(1, len(self._q_k_v(layer, fused)[1]))
+
+
+def _held(ranks: Sequence[FileWeights], rank: int, stored: Stored) -> FileWeights:
+    """The rank, which must have a tensor of the same shape."""
+    weights = ranks[rank]
+    if stored.name not in weights.names() or weights.shape(stored.name) != stored.shape:
+        raise DifferentError(f"rank {rank} has no {stored.name} of the others' shape", tensor=stored.name)
+    return weights
+
+
+def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
+    """DifferentError where what an engine takes from each rank, and we take from one, is not the same on all."""
+    for rank, weights in enumerate(ranks):
+        for name in weights.names():
+            module, _, suffix = name.rpartition(".")
+            if suffix in SCALES and bool((weights.get(name) != 1.0).any()):
+                raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
+            if module.endswith(names.whole or ("\n",)) and not _same(weights, ranks[0], name):
+                raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
+            if rank and names.of(name).endswith(names.once or ("\n",)) and bool(weights.get(name).any()):
+                raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")
+
+
+def _same(one: FileWeights, other: FileWeights, name: str, step: int = 1024) -> bool:
+    if name not in other.names() or one.shape(name) != other.shape(name):
+        return False
+    rows = one.shape(name)[0]
+    blocks = ((at, min(at + step, rows)) for at in range(0, rows, step))
+    return all(torch.equal(one.rows(name, *at), other.rows(name, *at)) for at in blocks)

@@ -1,0 +1,1 @@
+"""The verdict, and the files that say it."""
