@@ -9,7 +9,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constr
 	test-signing test-action clean
 
 demo: $(VENV)/.base
-	$(BIN)/python tests/demo.py
+	$(BIN)/python -m tests.demo
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
@@ -21,17 +21,17 @@ check: $(VENV)/.dev
 
 # Kills and fails every system call of the real command, with strace (Linux). About 10 minutes.
 test-crash: $(VENV)/.dev
-	$(BIN)/python tests/crash/strace_all.py
+	$(BIN)/python -m tests.crash.strace_all
 
 # Ratios against cp, cmp and the usual way, on a checkpoint of 2.2 GB in DIR. About 5 minutes.
 bench: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m bench.bench $(if $(DIR),--dir $(DIR)) $(ARGS)
+	$(BIN)/python -m tests.bench.bench $(if $(DIR),--dir $(DIR)) $(ARGS)
 
 # Time, memory and bytes beside other tools at their own jobs. Their code is not here: DEEPSEEK=checkout of DeepSeek-V3,
 # VLLM_PYTHON=interpreter with vLLM for CPUs, VLLM_SCRIPT=its save_sharded_state_offline.py, TRANSFORMERS_SCRIPT=its
 # convert_llama_weights_to_hf.py. 15 GB in DIR. About 15 minutes; ARGS=--small: 2.
 bench-others: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m bench.others $(if $(DIR),--dir $(DIR)) \
+	$(BIN)/python -m tests.bench.others $(if $(DIR),--dir $(DIR)) \
 		$(if $(DEEPSEEK),--deepseek $(DEEPSEEK)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
 		$(if $(VLLM_SCRIPT),--vllm-script $(VLLM_SCRIPT)) \
 		$(if $(TRANSFORMERS_SCRIPT),--transformers-script $(TRANSFORMERS_SCRIPT)) $(ARGS)
@@ -42,11 +42,11 @@ test-engines: $(VENV)/.dev $(ENGINES)/.ready
 
 # What verify catches, and what common tests of equality let through. About 10 minutes.
 power: $(VENV)/.dev
-	PYTHONPATH=tests $(BIN)/python -m power.table $(ARGS)
+	$(BIN)/python -m tests.power.table $(ARGS)
 
 # The same where transformers' own classes run the ranks. About 10 minutes.
 power-engine: $(VENV)/.dev
-	PYTHONPATH=tests:tests/verify $(BIN)/python -m power.engine $(ARGS)
+	$(BIN)/python -m tests.power.engine $(ARGS)
 
 # On a machine with a GPU, torch and this directory, without network; see the script's --help.
 gpu-check:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from test_docs import ROOT, blocks, run, script
+from tests.test_docs import ROOT, blocks, run, script
 
 
 def test_the_how_to_signs_verifies_and_refuses(made: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.helpers.checkpoints import make, published
 from hypothesis import HealthCheck, settings
 
+from tests.helpers.checkpoints import make, published
 from tpshard.execute.publish import Settings
 
 # Before anything imports torch: small models are not worth its threads, and sums then have one order.

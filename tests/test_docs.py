@@ -26,10 +26,10 @@ from types import ModuleType
 
 import pytest
 import typer
-from tests.helpers.checkpoints import make
 
 import tpshard
 import tpshard.api.verify
+from tests.helpers.checkpoints import make
 from tpshard.api import convert as api
 from tpshard.cli.main import app
 from tpshard.errors import TpshardError

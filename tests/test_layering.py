@@ -15,7 +15,9 @@ import tpshard
 
 PACKAGE = Path(tpshard.__file__).parent
 MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
-WITH_TORCH = {"tpshard.storage.torch_pickle", "tpshard.api.load", "tpshard.verifier.launch", "tpshard.verifying"} | {"tpshard.cli.torch_facts"}
+WITH_TORCH = {"tpshard.storage.torch_pickle", "tpshard.api.load", "tpshard.verifier.launch", "tpshard.verifying"} | {
+    "tpshard.cli.torch_facts"
+}
 """The modules outside `verify` that may import torch, and be imported only where something needs it."""
 BEHIND_THE_WALL = {"architecture", "matching", "rules", "schemes", "layout", "planning", "lower", "execute", "box"} | {
     "formats",
@@ -89,7 +91,9 @@ def test_the_scan_sees_every_kind_of_import(tmp_path: Path) -> None:
     path.write_text(source)
     assert set(imported(path, "module")) == {"a.b", "c", "c.d", "e", "g", "g.h", "i", "j"}
     assert set(imported(path, "module", whole_file=False)) == {"a.b", "c", "c.d", "j"}
-    assert {"tpshard.planning.layout", "tpshard.formats.native"} <= set(CORE) and "tpshard.verifier.builtin.layers" in VERIFY
+    assert {"tpshard.planning.layout", "tpshard.formats.native"} <= set(
+        CORE
+    ) and "tpshard.verifier.builtin.layers" in VERIFY
 
 
 def modules_after(script: str, *arguments: str) -> set[str]:
@@ -133,7 +137,9 @@ def test_a_split_does_not_import_what_only_a_plan_shows(made: Callable[..., Path
     model, out = str(made("llama-gqa")), str(tmp_path / "out")
     loaded = modules_after("import tpshard, sys\ntpshard.split(sys.argv[1], 4, sys.argv[2])", model, out)
     assert "tpshard.report" in loaded and "tpshard.report.capacity" not in loaded
-    assert "tpshard.report.capacity" in modules_after("import tpshard, sys\ntpshard.plan(sys.argv[1], 4).to_json()", model)
+    assert "tpshard.report.capacity" in modules_after(
+        "import tpshard, sys\ntpshard.plan(sys.argv[1], 4).to_json()", model
+    )
 
 
 def test_a_cast_is_what_needs_torch(made: Callable[..., Path], tmp_path: Path) -> None:

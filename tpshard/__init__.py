@@ -8,13 +8,28 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tpshard import errors
-    from tpshard.report.advice import advise
-    from tpshard.api.convert import check, inspect, merge, plan, reshard, split
+    from tpshard.api.advise import advise
+    from tpshard.api.check import check
+    from tpshard.api.convert import merge, plan, reshard, split
+    from tpshard.api.inspect import inspect
     from tpshard.api.load import load_rank
-    from tpshard.report.capacity import Workload
-    from tpshard.execute.publish import Settings
     from tpshard.api.verify import verify
+    from tpshard.execute.publish import Settings
+    from tpshard.report.capacity import Workload
 
+_MODULES = {
+    "Settings": "execute.publish",
+    "Workload": "report.capacity",
+    "advise": "api.advise",
+    "check": "api.check",
+    "inspect": "api.inspect",
+    "load_rank": "api.load",
+    "merge": "api.convert",
+    "plan": "api.convert",
+    "reshard": "api.convert",
+    "split": "api.convert",
+    "verify": "api.verify",
+}
 __all__ = [
     "Settings",
     "Workload",
@@ -30,17 +45,16 @@ __all__ = [
     "split",
     "verify",
 ]
-_ELSEWHERE = {"Settings": "publish", "Workload": "numbers", "advise": "advice", "load_rank": "loader"}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is public on first use: `import tpshard` itself costs nothing, and only load_rank imports torch."""
     import importlib
 
-    if name in ("errors", "verify"):  # modules; the latter can be called (see there), and importing it puts it here
-        return importlib.import_module(f"tpshard.{name}")
-    if name in __all__:
-        return getattr(importlib.import_module(f"tpshard.{_ELSEWHERE.get(name, 'api')}"), name)
+    if name == "errors":
+        return importlib.import_module("tpshard.errors")
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"tpshard.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'tpshard' has no attribute {name!r}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
 
 
@@ -129,3 +130,19 @@ class Interrupted(TpshardError):
 
     code = "interrupted"
     exit_code = 130
+
+
+def local_error(error: OSError, doing: str, path: object = None) -> LocalIOError:
+    """An OSError as the user should read it."""
+    where = path if path is not None else error.filename
+    hints = {
+        errno.ENOSPC: "free some space, or give another disk with -o; the same command then resumes",
+        errno.EDQUOT: "your quota on this disk is used up; the same command resumes when there is room",
+        errno.EACCES: "check the permissions of the directory",
+        errno.EPERM: "check the permissions of the directory",
+        errno.EROFS: "the disk is mounted read-only: give another directory with -o",
+        errno.EIO: "the disk reports an error; see the system's log",
+        errno.EMFILE: "too many open files: raise the limit with `ulimit -n`",
+    }
+    reason = error.strerror or str(error)
+    return LocalIOError(f"{doing}: {reason}", path=where, hint=hints.get(error.errno or 0))

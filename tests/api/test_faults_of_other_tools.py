@@ -15,15 +15,15 @@ from typing import IO, Any
 
 import numpy as np
 import pytest
-from tests.helpers.toys import Tensor, bits_of, of_bits, random_tensor, read_all, read_rank, write_checkpoint
 
 import tpshard
-from tpshard.storage import safetensors as headers
+from tests.helpers.toys import Tensor, bits_of, of_bits, random_tensor, read_all, read_rank, write_checkpoint
 from tpshard.errors import CorruptError, DifferentError, TpshardError, UnsupportedError
-from tpshard.storage.files import Files
-from tpshard.storage.safetensors import build_header
 from tpshard.execute.publish import Settings
 from tpshard.report.results import PlanReport
+from tpshard.storage import safetensors as headers
+from tpshard.storage.files import Files
+from tpshard.storage.safetensors import build_header
 
 Made = Callable[..., Path]
 HEAD = 8  # of the made LLaMA: head_dim 64 / 8

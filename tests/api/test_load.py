@@ -7,16 +7,15 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers import checkpoints
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tpshard
+from tests.helpers import checkpoints
 from tpshard.api import load as loader
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
-from tpshard.inputs.shard_set import RankFile
-from tpshard.storage.safetensors import build_header, read_header
+from tpshard.storage.safetensors import RankFile, build_header, read_header
 
 
 @pytest.mark.parametrize("limit", [None, 30_000])

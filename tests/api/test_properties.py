@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tests.helpers.toys import BITS, Bits, Tensor, bits_of, contents, of_bits, random_tensor, read, read_all, read_rank
-from tests.helpers.toys import write_checkpoint as write_toy
 
 import tpshard
-from tpshard.execute import blocks as lower
+from tests.helpers.toys import BITS, Bits, Tensor, bits_of, contents, of_bits, random_tensor, read, read_all, read_rank
+from tests.helpers.toys import write_checkpoint as write_toy
 from tpshard.errors import UnsupportedError
-from tpshard.storage.safetensors import build_header
+from tpshard.execute import blocks as lower
 from tpshard.execute.publish import Settings
+from tpshard.storage.safetensors import build_header
 
 Indices = list[int | None]
 """Positions along the cut dim that a rank holds, in stored order; None is a zero."""

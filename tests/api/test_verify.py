@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.helpers.toys import write_checkpoint
 
-from tpshard.api import convert as api, verify as verifying
-from tpshard.storage import hub
-from tpshard.verifier import launch as processes
+import tpshard as package
+from tests.helpers.toys import write_checkpoint
+from tpshard.api import convert as api
+from tpshard.api import verify as verifying
+from tpshard.api.verify import Request, find_source, verify
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
-from tpshard.storage.hub_errors import UnreachableError
-from tpshard.verifier.launch import first_host, surroundings
 from tpshard.execute.publish import Settings
-from tpshard.api.verify import Request, find_source, verify, width
+from tpshard.storage import hub
+from tpshard.storage.hub_errors import UnreachableError
+from tpshard.verifier import launch as processes
+from tpshard.verifier.launch import first_host, surroundings
+from tpshard.verifier.ranks.names import width
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +189,7 @@ def test_a_family_that_nothing_runs_is_inconclusive(pair: tuple[Path, Path], tmp
     model = shutil.copytree(pair[0], tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"model_type": "novel"}
     (model / "config.json").write_text(json.dumps(config))
-    rules = (Path(api.__file__).parent / "architectures/llama.toml").read_text()
+    rules = (Path(package.__file__).parent / "rules/architectures/llama.toml").read_text()
     (tmp_path / "novel.toml").write_text(re.sub(r"^model_types = .*$", 'model_types = ["novel"]', rules, flags=re.M))
     quick = Settings(fsync=False, workers=1)
     api.split(model, 2, tmp_path / "out", rules=tmp_path / "novel.toml", settings=quick)

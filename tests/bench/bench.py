@@ -23,7 +23,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tests.bench.synthetic import DEEPSEEK_V3, GPT2_LARGE, LLAMA_1B, LLAMA_8B, LLAMA_405B, deepseek_tensors, gpt2_tensors, write, write_llama
+from tests.bench.synthetic import (
+    DEEPSEEK_V3,
+    GPT2_LARGE,
+    LLAMA_1B,
+    LLAMA_8B,
+    LLAMA_405B,
+    deepseek_tensors,
+    gpt2_tensors,
+    write,
+    write_llama,
+)
 
 BIN = Path(sys.executable).parent
 TPSHARD = str(BIN / "tpshard")

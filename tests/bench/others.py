@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
 from tests.bench.bench import TPSHARD, machine, touch
 from tests.bench.process_tree import Run, measure
 from tests.bench.synthetic import LLAMA_1B, deepseek_tensors, llama_tensors, write
-from safetensors import safe_open
 
 HERE = Path(__file__).parent
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "hidden_act": "silu",

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from tests.bench import others
 from tests.bench.process_tree import measure
-from safetensors.torch import save_file
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory of processes is read from /proc")
 HOLD = """

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.helpers.command import llama
 from rich.console import Console as RichConsole
 
+from tests.helpers.command import llama
 from tpshard.cli import console as module
-from tpshard.cli.console import Console, human_bytes
-from tpshard.errors import CorruptError, Interrupted
+from tpshard.cli.console import Console
 from tpshard.cli.tables import fold
+from tpshard.errors import CorruptError, Interrupted
+from tpshard.units import human_bytes
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 SGR = re.compile(r"\x1b\[[0-9;]*m")

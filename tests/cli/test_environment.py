@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.command import succeeds
 
+from tests.helpers.command import succeeds
 from tpshard import __version__
 from tpshard.cli import environment
 

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from tests.helpers.checkpoints import pickled
 from tests.helpers.command import fails, llama, succeeds, tpshard
 from tests.helpers.hub_server import HubServer
 from tests.helpers.toys import read_all
-
 from tpshard.storage import hub
 
 REPO = "org/tiny"

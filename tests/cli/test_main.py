@@ -20,16 +20,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.helpers.command import CODES, LLAMA, Result, fails, llama, llama_tensors, succeeds, tpshard, tree
-from tests.conftest import Get
-from tests.helpers.toys import BITS, Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
 
+from tests.conftest import Get
+from tests.helpers.command import CODES, LLAMA, Result, fails, llama, llama_tensors, succeeds, tpshard, tree
+from tests.helpers.paths import DOCS
+from tests.helpers.toys import BITS, Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
 from tpshard import __version__
 from tpshard.api import convert as api
-from tpshard.cli import main as cli, console
+from tpshard.cli import console
+from tpshard.cli import main as cli
 from tpshard.errors import TpshardError, UsageError
-from tpshard.storage.safetensors import read_header
 from tpshard.execute.publish import Settings
+from tpshard.storage.safetensors import read_header
+from tpshard.units import human_bytes
 
 COMMANDS = ("plan", "split", "merge", "reshard", "check", "inspect")
 
@@ -263,7 +266,7 @@ def test_a_disk_that_is_too_small(model: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=real(path).f_frsize))
     error = fails(6, "split", model, "--tp", 2)
     assert error["message"] == "not enough room" and "-o" in error["hint"] and "--ranks" in error["hint"]
-    assert error["expected"].endswith(" kB free") and error["found"] == console.human_bytes(real(".").f_frsize)
+    assert error["expected"].endswith(" kB free") and error["found"] == human_bytes(real(".").f_frsize)
     assert fails(6, "split", model, "--tp", 1, "--format", "hf")["hint"] == error["hint"].partition(", or write")[0]
 
 
@@ -689,7 +692,7 @@ def test_progress_ends_at_its_total(model: Path, format: str) -> None:
 
 def test_the_documented_exit_codes() -> None:
     """The table of the documentation, the classes of errors.py, and what the tests expect are one."""
-    page = Path(__file__).parent.parent / "docs" / "reference" / "exit-codes.md"
+    page = DOCS / "reference" / "exit-codes.md"
     documented = {int(code): name for code, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", page.read_text(), re.M)}
     classes = {kind.exit_code: kind.code for kind in (TpshardError, *TpshardError.__subclasses__())}
     assert classes.items() <= documented.items() and CODES.items() <= documented.items()

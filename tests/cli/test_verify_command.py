@@ -12,10 +12,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from tests.helpers.checkpoints import make
-from tests.helpers.command import Result, tpshard
 
 import tpshard as package
+from tests.helpers.checkpoints import make
+from tests.helpers.command import Result, tpshard
 from tpshard.api import convert as api
 from tpshard.execute.publish import Settings
 

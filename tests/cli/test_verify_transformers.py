@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.helpers.checkpoints import make
 from tests.helpers.command import tpshard
-
 from tpshard.api import convert as api
 from tpshard.execute.publish import Settings
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.crash.fine import SIZES, in_order  # noqa: E402
-
-from tpshard.execute import blocks as lower, writer  # noqa: E402
 from tpshard.cli.main import run  # noqa: E402
+from tpshard.execute import blocks as lower  # noqa: E402
+from tpshard.execute import writer
 
 for name, size in SIZES.items():
     module, _, variable = name.rpartition(".")

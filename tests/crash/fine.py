@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tpshard.execute.run import Background, Loader
 from tpshard.execute.blocks import flatten
+from tpshard.execute.run import Background, Loader
 from tpshard.planning.join import Step
 
 SIZES = {

@@ -14,8 +14,8 @@ PATIENCE = 300
 _SCRIPT = """
     import json, os, sys, time
     sys.path.insert(0, {tests!r})
-    from crash.scene import fine_grained
-    from tpshard.cli import main
+    from tests.crash.scene import fine_grained
+    from tpshard.cli.main import main
     from tpshard.storage.files import Files
 
     write, vouched = Files.pwritev, []
@@ -37,7 +37,7 @@ _SCRIPT = """
 
 def halting(gate: Path, files: int, vouched: int, *arguments: str) -> subprocess.Popen[str]:
     """Start the command; it waits for `gate` when it has begun so many files and journalled so many bytes of one."""
-    tests = str(Path(__file__).parent.parent)
+    tests = str(Path(__file__).parents[2])
     script = textwrap.dedent(_SCRIPT).format(tests=tests, files=files, vouched=vouched, gate=str(gate))
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-from tests.helpers.checkpoints import make, sharded
-from tests.crash.fine import SIZES
-
 import tpshard
+from tests.crash.fine import SIZES
+from tests.helpers.checkpoints import make, sharded
 from tpshard.errors import TargetError, TpshardError
-from tpshard.execute.publish import LOCK, Settings
-from tpshard.storage.checksums import SUMS
+from tpshard.execute.publish import Settings
+from tpshard.storage.names import LOCK, SUMS
 
 SMALL = {
     "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "vocab_size": 29,

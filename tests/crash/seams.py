@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 from tests.crash.fine import in_order
-
 from tpshard.storage.files import Files
 
 CALLS = (

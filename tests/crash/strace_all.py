@@ -25,10 +25,9 @@ from pathlib import Path
 from queue import SimpleQueue
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+sys.path.insert(0, str(TESTS.parent))
 
 from tests.crash.scene import Scene, scenes, tree  # noqa: E402
-
 from tpshard.errors import TpshardError  # noqa: E402
 from tpshard.execute.publish import Settings  # noqa: E402
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engines import models
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tpshard.api.convert as tpshard
+from tests.engines import engine_models as models
 from tpshard.errors import CorruptError, UnsupportedError
 
 HERE = Path(__file__).parent

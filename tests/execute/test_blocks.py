@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.helpers.toys import BITS, Bits, bits_of, of_bits, random_tensor
 
+from tests.helpers.toys import BITS, Bits, bits_of, of_bits, random_tensor
 from tpshard.execute import blocks as lower
-from tpshard.planning.box import Box, Shape, extents, full, tiles, volume
 from tpshard.execute.blocks import FlatStep, flatten, operations
+from tpshard.planning.box import Box, Shape, extents, full, tiles, volume
 from tpshard.planning.join import Fill, Region, Transfer
 from tpshard.planning.strides import Piece
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from tests.crash.scene import Scene, fine_grained, scenes, tree
-from tests.crash.seams import Died, Faulty, Meanwhile, PowerLoss, one_thread, survived
 
 import tpshard.execute.run
 import tpshard.storage.files
+from tests.crash.scene import Scene, fine_grained, scenes, tree
+from tests.crash.seams import Died, Faulty, Meanwhile, PowerLoss, one_thread, survived
 from tpshard.errors import LocalIOError, TargetError
 from tpshard.execute.publish import Settings
 

@@ -14,16 +14,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+
+import tpshard
 from tests.crash.processes import PATIENCE, halting, wait_for
 from tests.crash.scene import Scene, Tree, by_hosts, fine_grained, looks_complete, scenes, tree
 from tests.crash.seams import Died, Faulty, Meanwhile, Recorder, one_thread, survived
-
-import tpshard
 from tpshard.cli.main import main
 from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError
+from tpshard.execute.publish import Settings
 from tpshard.storage.files import Files
 from tpshard.storage.lock import Lock
-from tpshard.execute.publish import LOCK, Settings
+from tpshard.storage.names import LOCK
 
 QUICK = Settings(workers=2, fsync=False)
 OVER = replace(QUICK, overwrite=True)

@@ -12,18 +12,19 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from tests.helpers.toys import Tensor, bits_of, of_bits, random_tensor, write
 
-from tpshard.execute import blocks as lower
-from tpshard.planning.box import Box
+from tests.helpers.toys import Tensor, bits_of, of_bits, random_tensor, write
 from tpshard.errors import CorruptError, DifferentError, LocalIOError
+from tpshard.execute import blocks as lower
+from tpshard.execute.blocks import FlatStep, flatten, operations
 from tpshard.execute.run import Comparer, Handles, Loader, first_difference, run
+from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.box import Box
+from tpshard.planning.deal import deal
+from tpshard.planning.join import OutputFile, Placed, Plan, join, output_file
+from tpshard.planning.layout import LogicalTensor, StoredTensor, shard, whole
 from tpshard.storage.files import Files, write_exactly
 from tpshard.storage.safetensors import read_header
-from tpshard.planning.layout import LogicalTensor, StoredTensor, deal, shard, whole
-from tpshard.execute.blocks import FlatStep, flatten, operations
-from tpshard.planning.join import OutputFile, Placed, Plan, join, output_file
-from tpshard.rules.classify import Axis, Cut
 
 TP = 4
 AXES = {

@@ -16,16 +16,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+
+import tpshard
 from tests.crash.processes import PATIENCE, halting, wait_for
 from tests.crash.scene import Tree, fine_grained, tiny, tree, undisturbed
 from tests.crash.seams import Died, Recorder, Watched, one_thread
-
-import tpshard
 from tpshard.cli.main import main
 from tpshard.errors import CorruptError, LocalIOError
-from tpshard.storage.files import Files
 from tpshard.execute.publish import Settings
-from tpshard.execute.writer import Writer, journal_path, read_journal
+from tpshard.execute.writer import Writer, read_journal
+from tpshard.storage.files import Files
+from tpshard.storage.names import journal_path
 
 NAMES = [f"rank-{rank:05}-of-00002.safetensors" for rank in range(2)]
 QUICK = Settings(workers=2, fsync=False)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
@@ -23,6 +22,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, zeros
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import tpshard
+from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds
 from tpshard.execute.publish import Settings
 
 READERS = {"dcp": dcp.FileSystemReader, "dcp-hf": dcp.HuggingFaceStorageReader}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.checkpoints import make
-from tests.helpers.command import fails, succeeds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tests.helpers.checkpoints import make
+from tests.helpers.command import fails, succeeds
 
 DIMS = {"q_proj": 0, "q_b_proj": 0, "kv_b_proj": 0, "gate_proj": 0, "up_proj": 0, "embed_tokens": 0, "lm_head": 0,
         "o_proj": 1, "down_proj": 1}  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tpshard.planning.box import full
 from tpshard.formats.engine_layout import Recipe, joined
+from tpshard.planning.box import full
 from tpshard.planning.layout import Part, StoredTensor
 
 SHAPE = (1, 4)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.checkpoints import make
-from tests.helpers.command import fails, succeeds
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tpshard.formats import FORMATS
+from tests.helpers.checkpoints import make
+from tests.helpers.command import fails, succeeds
 from tpshard.cli.options import FORMAT
+from tpshard.formats import FORMATS
 
 
 @pytest.fixture(autouse=True)

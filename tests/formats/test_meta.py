@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.checkpoints import make
-from tests.helpers.command import fails, succeeds
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.checkpoints import make
+from tests.helpers.command import fails, succeeds
 from tpshard.formats.meta import _ffn, ffn_size
 from tpshard.formats.torch_archive import archive_file
 from tpshard.planning.layout import StoredTensor

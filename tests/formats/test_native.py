@@ -7,15 +7,15 @@ import json
 import shutil
 from pathlib import Path
 
-from tests.helpers import checkpoints
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tpshard
-from tpshard.formats.base import FORMAT_VERSION
+from tests.helpers import checkpoints
 from tpshard.execute.publish import Settings
+from tpshard.formats.split import FORMAT_VERSION
 
 
 def tensors_of(directory: Path, rank: int, tp: int) -> dict[str, torch.Tensor]:

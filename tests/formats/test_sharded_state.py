@@ -11,23 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import multimodal_checkpoints as multimodal
 import pytest
 import torch
-from tests.helpers.checkpoints import make
-from tests.conftest import Get
-from tests.engines.engine_models import make as make_for_engines
 from safetensors.torch import load_file, save_file
 
 import tpshard
+from tests.conftest import Get
+from tests.engines.engine_models import make as make_for_engines
+from tests.helpers import multimodal_checkpoints as multimodal
+from tests.helpers.checkpoints import make
+from tests.helpers.paths import DOCS
 from tpshard.errors import CorruptError, TpshardError, UnsupportedError, UsageError
-from tpshard.formats.engine_tables import load_table, match
 from tpshard.execute.publish import Settings
+from tpshard.formats.engine_tables import load_table, match
 
 Tensors = dict[str, torch.Tensor]
 FORMATS = Path(tpshard.__file__).parent / "formats"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
-DOCS = Path(__file__).parent.parent / "docs" / "reference" / "formats.md"
+PAGE = DOCS / "reference" / "formats.md"
 SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 
 
@@ -339,7 +340,7 @@ def test_tables_name_only_modules_that_some_architecture_has(table: str) -> None
 
     families = load_table(FORMATS / table).families
     assert families
-    section = DOCS.read_text().split(f"## {table.removesuffix('.toml')}\n")[1].split("\n## ")[0]
+    section = PAGE.read_text().split(f"## {table.removesuffix('.toml')}\n")[1].split("\n## ")[0]
     assert [each for each in families if f"`{each}`" not in section] == []
     for model_type, family in families.items():
         assert model_type in builtin(model_type).model_types

@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from tests.gpu import figures, random_models  # noqa: E402
 
 import tpshard  # noqa: E402
+from tests.gpu import figures, random_models  # noqa: E402
 from tpshard.execute.publish import Settings  # noqa: E402
 from tpshard.verifier.group import Processes  # noqa: E402
-from tpshard.verifier.builtin.prepare import prompt_ids  # noqa: E402
+from tpshard.verifier.prompt import prompt_ids  # noqa: E402
 from tpshard.verifier.run import verify  # noqa: E402
 
 MODELS = ("gpt2", "opt", "llama-1b", "llama-7b")

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.bench.loaders import measure
 
 import tpshard
-from tpshard.verifier.builtin.native import NATIVE_LIMITS
+from tests.bench.loaders import measure
+from tpshard.verifier.criteria import NATIVE_LIMITS
 
 REPEAT = 5
 CHUNK = 1 << 28

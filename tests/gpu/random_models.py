@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.bench.synthetic import LLAMA_1B, llama_tensors
 
+from tests.bench.synthetic import LLAMA_1B, llama_tensors
 from tpshard.storage.safetensors import build_header
 
 Shape = tuple[str, tuple[int, ...]]

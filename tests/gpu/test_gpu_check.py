@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from tests.gpu.check import Check
 from tests.gpu.figures import environment
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tpshard
 from tests.helpers.checkpoints import VOCAB
 from tests.helpers.toys import contents, read_all
-
-import tpshard
 from tpshard.execute.publish import Settings
 
 if TYPE_CHECKING:

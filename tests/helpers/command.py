@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tests.helpers.schemas import conforms, name_of
 from tests.helpers.toys import Tensor, random_tensor, write_checkpoint
-
 from tpshard.cli.main import main
 
 CODES = {

@@ -8,14 +8,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from tests.helpers.checkpoints import VOCAB, build
-from tests.helpers.cut import cut, facts
 from torch import Tensor
 
+from tests.helpers.checkpoints import VOCAB, build
+from tests.helpers.cut import cut, facts
 from tpshard.verifier.builtin.decoder import Decoder
+from tpshard.verifier.builtin.layers import Cache
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Group, Threads
-from tpshard.verifier.builtin.layers import Cache
 from tpshard.verifier.ranks.weights import InMemory
 
 torch.set_num_threads(1)

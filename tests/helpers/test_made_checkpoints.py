@@ -9,7 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers.checkpoints import BUFFERS, DECODED, FAMILIES, VARIANTS, VOCAB, build, make, norm_center_of, old_config, pickled, published, sharded
+
+from tests.helpers.checkpoints import (
+    BUFFERS,
+    DECODED,
+    FAMILIES,
+    VARIANTS,
+    VOCAB,
+    build,
+    make,
+    norm_center_of,
+    old_config,
+    pickled,
+    published,
+    sharded,
+)
 
 # What a variant is there for, set back to the plain model: the logits must change.
 FEATURES: list[tuple[str, dict[str, Any]]] = [

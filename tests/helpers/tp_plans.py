@@ -1,6 +1,6 @@
 """The tensor-parallel plans that transformers publishes, what differs from them here and why, and a page of both.
 
-`python tests/tp_plans.py` writes docs/reference/architectures.md.
+`python -m tests.helpers.tp_plans` writes docs/reference/architectures.md.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
-from pathlib import Path
 
+from tests.helpers.paths import DOCS
 from tpshard.rules.architecture import Architecture, all_builtin
 
 KINDS = {
@@ -156,7 +156,7 @@ def differences() -> set[tuple[str, str]]:
     return found
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "reference" / "architectures.md"
+PAGE = DOCS / "reference" / "architectures.md"
 _TEXT = """\
 # Architectures
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import checkpoints
 import torch
-from tests.helpers.newer_checkpoints import NEWER
 from torch import Tensor
 
 import tpshard
+from tests.helpers import checkpoints
+from tests.helpers.newer_checkpoints import NEWER
 from tpshard.execute.publish import Settings
-from tpshard.verifier.ranks.translate import translated
+from tpshard.verifier.criteria import relative
 from tpshard.verifier.group import Single, Threads
-from tpshard.verifier.hf.skeleton import MODEL_TYPES, frame_of, model_config
 from tpshard.verifier.hf.overrides import Pinned
 from tpshard.verifier.hf.sides import Sides
+from tpshard.verifier.hf.skeleton import MODEL_TYPES, frame_of, model_config
 from tpshard.verifier.hf.tiers import logits_of
-from tpshard.verifier.builtin.prepare import prompt_ids
-from tpshard.verifier.builtin.probes import relative
+from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
+from tpshard.verifier.ranks.translate import translated
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds, tpshard
-from tests.helpers.toys import read_all, write, write_checkpoint
 
 import tpshard as api
-from tpshard.inputs.checkpoint import load_json, open_checkpoint, side_files
+from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds, tpshard
+from tests.helpers.toys import read_all, write, write_checkpoint
 from tpshard.errors import CorruptError
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.storage.local import load_json
+from tpshard.storage.names import side_files
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4880\n"
 HTML = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"

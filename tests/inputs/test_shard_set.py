@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.helpers.command import fails, llama, succeeds, tpshard
+
 from tests.crash.scene import fine_grained
 from tests.crash.seams import Died, Faulty, one_thread
+from tests.helpers.command import fails, llama, succeeds, tpshard
 from tests.helpers.toys import Tensor, metadata, read, read_all
-
 from tpshard.api import convert as api
 from tpshard.errors import CorruptError
+from tpshard.execute.publish import Settings
 from tpshard.inputs.shard_set import open_shards
 from tpshard.storage.safetensors import build_header
-from tpshard.execute.publish import Settings
 
 Json = Any
 VERBS = (("check", "set"), ("merge", "set"), ("reshard", "set", "--tp", 2), ("inspect", "set"))

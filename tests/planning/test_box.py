@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tpshard.planning.box import Box, Shape, corner, extents, full, intersect, merge_box, merge_shape, mergeable, tiles, volume
+from tpshard.planning.box import (
+    Box,
+    Shape,
+    corner,
+    extents,
+    full,
+    intersect,
+    merge_box,
+    merge_shape,
+    mergeable,
+    tiles,
+    volume,
+)
 from tpshard.planning.strides import row_major
 
 Mask = NDArray[np.bool_]

@@ -6,12 +6,27 @@ from dataclasses import replace
 
 import pytest
 
-from tpshard.planning.box import full, volume
 from tpshard.errors import CorruptError
+from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.box import full, volume
+from tpshard.planning.deal import deal
+from tpshard.planning.join import (
+    Fill,
+    OutputFile,
+    Placed,
+    Plan,
+    Transfer,
+    _covers,
+    _flow,
+    _is_filled,
+    alignment_order,
+    assert_coverage,
+    join,
+    output_file,
+    parts_by_size,
+)
+from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard, whole
 from tpshard.storage.safetensors import parse_header
-from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, deal, shard, whole
-from tpshard.planning.join import Fill, OutputFile, Placed, Plan, Transfer, _covers, _flow, _is_filled, alignment_order, assert_coverage, join, output_file, parts_by_size
-from tpshard.rules.classify import Axis, Cut
 
 AXES = {"kv": Axis("kv", 2, 3, replicate=True), "ffn": Axis("ffn", 8, 1), "vocab": Axis("vocab", 10, 1, pad=True)}
 MODEL = (

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpshard.errors import UnsupportedError, UsageError
-from tpshard.planning.layout import Deal, LogicalTensor, Part, StoredTensor, deal, equal_shares, intervals, largest_tp, listing, padded, possible_tp, shard, whole, why_not
+from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.deal import Deal, deal, equal_shares, largest_tp, listing, padded, possible_tp, why_not
 from tpshard.planning.join import assert_coverage
-from tpshard.rules.classify import Axis, Cut
+from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, intervals, shard, whole
 
 HEADS = Axis("heads", 32, 128, group="kv")
 KV = Axis("kv", 8, 128, replicate=True)

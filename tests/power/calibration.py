@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.power.splits import FAMILIES, chosen, split_model
 
+from tests.power.splits import FAMILIES, chosen, split_model
 from tpshard.verifier.builtin.exact import Setup, through
+from tpshard.verifier.builtin.native import native_logits, teacher_tokens
+from tpshard.verifier.criteria import NATIVE_LIMITS, native_metrics
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Threads
-from tpshard.verifier.builtin.native import NATIVE_LIMITS, native_logits, native_metrics, teacher_tokens
-from tpshard.verifier.builtin.prepare import prompt_ids
+from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
 
 TOKENS = 16

@@ -10,20 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.helpers import checkpoints
 import torch
 from torch import Tensor
 
 import tpshard
+from tests.helpers import checkpoints
 from tpshard.execute.publish import Settings
-from tpshard.verifier.builtin.exact import Setup, Tier, exact, through
-from tpshard.verifier.families.configs import describe
+from tpshard.verifier.builtin.exact import Setup, exact, through
 from tpshard.verifier.builtin.faults import FAULTS
+from tpshard.verifier.builtin.native import native_logits, teacher_tokens
+from tpshard.verifier.builtin.store import Store
+from tpshard.verifier.criteria import NATIVE_LIMITS, exceeded, native_metrics
+from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Threads
-from tpshard.verifier.builtin.native import NATIVE_LIMITS, exceeded, native_logits, native_metrics, teacher_tokens
-from tpshard.verifier.builtin.prepare import prompt_ids
+from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
-from tpshard.verifier.ranks.weights import Store, Weights
+from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import Tier
 
 WIDTHS = (2, 4)
 DTYPE = torch.bfloat16

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.helpers import checkpoints
 from tests.helpers import transformers_runs as library
-import torch
 from tests.power.table import conditions
-
-from tpshard.verifier.builtin.exact import EXACT_LIMIT
+from tpshard.verifier.criteria import EXACT_LIMIT
 from tpshard.verifier.hf.faults import FAULTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power-engine.md"

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from tests.helpers.checkpoints import make
-
 import tpshard
+from tests.helpers.checkpoints import make
 from tpshard.errors import UnsupportedError
 from tpshard.execute.publish import Settings
-from tpshard.verifier.builtin import memory as machine, prepare
+from tpshard.verifier.builtin import memory as machine
+from tpshard.verifier.builtin import prepare
 from tpshard.verifier.run import verify
 
 # Matrices of these sizes are cut into several blocks where the weights are streamed.

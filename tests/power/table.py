@@ -20,19 +20,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import checkpoints
 import torch
 import transformers
+
+import tpshard
+from tests.helpers import checkpoints
 from tests.power.calibration import TOKENS as NOISE_TOKENS
 from tests.power.calibration import WIDTHS as HIDDEN
 from tests.power.calibration import measure as measure_noise
 from tests.power.calibration import summary as noise_summary
 from tests.power.catalogue import COSINE, TOKENS, TOP, VARIANTS, WIDTHS, Case, measure
 from tests.power.splits import measure as measure_splits
-
-import tpshard
 from tpshard.verifier.builtin.faults import FAULTS
-from tpshard.verifier.builtin.native import NATIVE_LIMITS
+from tpshard.verifier.criteria import NATIVE_LIMITS
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power"
 

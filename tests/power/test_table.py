@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.power import calibration, engine, splits
 from tests.power.catalogue import Case, cosine, measure, top_contained
 from tests.power.table import conditions, counted, markdown, noise_lines
-
 from tpshard.verifier.builtin.faults import FAULTS
 
 

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.bench.synthetic import DEEPSEEK_V3, LLAMA_8B, LLAMA_405B, deepseek_tensors, llama_tensors
 from tests.helpers.command import fails, llama, succeeds, tpshard
-
-from tpshard.report.advice import advice, advise, rank_weights
+from tpshard.api.advise import advise
 from tpshard.api.convert import plan
-from tpshard.rules.architecture import builtin
 from tpshard.errors import UsageError
-from tpshard.storage.safetensors import TensorInfo
-from tpshard.planning.layout import LogicalTensor, deal, shard
+from tpshard.planning.deal import deal
+from tpshard.planning.layout import LogicalTensor, shard
 from tpshard.planning.model import Model
+from tpshard.report.advice import advice, rank_weights
 from tpshard.report.capacity import Workload, cache_bytes, numbers, ring_bytes, traits
+from tpshard.rules.architecture import builtin
 from tpshard.rules.classify import classify
+from tpshard.storage.safetensors import TensorInfo
 
 Shapes = list[tuple[str, str, tuple[int, ...]]]
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
@@ -132,6 +134,7 @@ def test_kv_heads_are_cached_where_they_are() -> None:
 def test_the_cache_is_as_large_as_that_of_transformers(name: str, made: Callable[..., Path]) -> None:
     """A model of transformers is run on 8 tokens, and its cache measured; so are its layers and hidden size."""
     import torch
+
     from tests.helpers.checkpoints import build
 
     with torch.no_grad():

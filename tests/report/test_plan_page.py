@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.bench.synthetic import DEEPSEEK_V3, LLAMA_405B, deepseek_tensors, llama_tensors
 from tests.helpers.command import fails, llama, succeeds
 from tests.report.test_capacity import model
-
-from tpshard.report.plan_page import _few, draw, page_data
-from tpshard.formats.base import Options, plan_split
+from tpshard.formats.plan import plan_split
+from tpshard.formats.split import Options
 from tpshard.planning.model import Model
+from tpshard.report.plan_page import _few, draw, page_data
 from tpshard.report.results import PlanReport
 
 CHROMIUM = next(

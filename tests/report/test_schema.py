@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import multimodal_checkpoints as multimodal
 import pytest
-from tests.helpers.command import llama, succeeds, tpshard
-from tests.conftest import Get
-from tests.helpers.schemas import conforms, name_of, validator
 
+from tests.conftest import Get
+from tests.helpers import multimodal_checkpoints as multimodal
+from tests.helpers.command import llama, succeeds, tpshard
+from tests.helpers.paths import ROOT
+from tests.helpers.schemas import conforms, name_of, validator
 from tpshard.api import convert as api
 from tpshard.report.schema import SCHEMAS, schema
 from tpshard.report.schema_terms import METRICS
 
-ROOT = Path(__file__).parent.parent
 FORMATS = ("native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "hf")
 
 

@@ -15,19 +15,31 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import tpshard
 from tests.helpers.checkpoints import BUFFERS, DECODED, FAMILIES, VOCAB, sharded
 from tests.helpers.checkpoints import VARIANTS as ALL
 from tests.helpers.moe_checkpoints import MOE
 from tests.helpers.newer_checkpoints import NEWER
-from tests.helpers.toys import Bits, Tensor, bits_of, contents, metadata, of_bits, random_tensor, read, read_all, read_rank, write_checkpoint
-
-import tpshard
-from tpshard.rules.architecture import builtin, builtin_names
-from tpshard.inputs.checkpoint import open_checkpoint
+from tests.helpers.toys import (
+    Bits,
+    Tensor,
+    bits_of,
+    contents,
+    metadata,
+    of_bits,
+    random_tensor,
+    read,
+    read_all,
+    read_rank,
+    write_checkpoint,
+)
 from tpshard.errors import UnsupportedError
-from tpshard.planning.model import from_checkpoint
 from tpshard.execute.publish import Settings
-from tpshard.rules.classify import Cut
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.inputs.model import from_checkpoint
+from tpshard.planning.axes import Cut
+from tpshard.rules.architecture import builtin, builtin_names
 
 VARIANTS = {name: variant for name, variant in ALL.items() if name not in MOE | NEWER}  # those have tests of their own
 Made = Callable[..., Path]

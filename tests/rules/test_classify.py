@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 import tpshard.rules.architecture
-from tpshard.rules.architecture import Architecture, builtin, builtin_names, find_architecture, parse_architecture
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
-from tpshard.storage.safetensors import TensorInfo
-from tpshard.rules.classify import Axis, Classified, Cut, classify
+from tpshard.planning.axes import Axis, Cut
+from tpshard.rules.architecture import Architecture, builtin, builtin_names, find_architecture, parse_architecture
+from tpshard.rules.classify import Classified, classify
 from tpshard.rules.schemes import stored_axes
+from tpshard.storage.safetensors import TensorInfo
 
 RULES = """
 model_types = ["toy"]

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.helpers.checkpoints import VARIANTS, VOCAB
-from tests.helpers.dense_checkpoints import DENSE
 from safetensors.torch import load_file
-from tests.helpers.toys import Tensor, contents, random_tensor, read_all, write_checkpoint
 
 import tpshard
+from tests.helpers.checkpoints import VARIANTS, VOCAB
+from tests.helpers.dense_checkpoints import DENSE
+from tests.helpers.toys import Tensor, contents, random_tensor, read_all, write_checkpoint
+from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.execute.publish import Settings
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.planning.axes import Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, builtin
-from tpshard.inputs.checkpoint import open_checkpoint
-from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.rules.classify import classify
 from tpshard.storage.safetensors import TensorInfo
-from tpshard.execute.publish import Settings
-from tpshard.rules.classify import Cut, classify
 
 Made = Callable[..., Path]
 FIRST = {model_type: name for name, (model_type, _) in reversed(DENSE.items())}  # one variant of each family

@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+import tpshard
 from tests.helpers.checkpoints import VARIANTS
 from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds
 from tests.helpers.toys import Tensor, random_tensor, write_checkpoint
-
-import tpshard
-from tpshard.rules.architecture import all_builtin, builtin, find_architecture, parse_architecture
-from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint
-from tpshard.rules.draft.render import Draft, make
 from tpshard.errors import TpshardError, UsageError
-from tpshard.rules.draft.known import modules
+from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint
+from tpshard.rules.architecture import all_builtin, builtin, find_architecture, parse_architecture
 from tpshard.rules.classify import Classified, classify
+from tpshard.rules.draft.known import modules
+from tpshard.rules.draft.render import Draft, make
 
 Made = Callable[..., Path]
 # Families of separate q, k, v, gate and up under LLaMA's names: a draft needs no hand.

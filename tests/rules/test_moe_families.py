@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+import tpshard
 from tests.bench.synthetic import DEEPSEEK_V3, deepseek_tensors
 from tests.helpers.by_hand import compare, config_of, tensors_of, tensors_of_file, there_and_back, with_one_more
 from tests.helpers.moe_checkpoints import MOE, STACKED
 from tests.helpers.toys import read_all, write_checkpoint
-
-import tpshard
-from tpshard.rules.architecture import builtin
-from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.storage.safetensors import TensorInfo
-from tpshard.planning.model import from_checkpoint
 from tpshard.execute.publish import Settings
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.inputs.model import from_checkpoint
+from tpshard.rules.architecture import builtin
 from tpshard.rules.classify import classify
+from tpshard.storage.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     pass

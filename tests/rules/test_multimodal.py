@@ -7,18 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import multimodal_checkpoints as multimodal
 import numpy as np
 import pytest
+
+import tpshard
+from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.command import llama_tensors, succeeds
 from tests.helpers.command import tpshard as tpshard_command
 from tests.helpers.multimodal_checkpoints import CONFIGS, with_config
 from tests.helpers.toys import Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
-
-import tpshard
 from tpshard.errors import CorruptError, TpshardError, UnsupportedError
-from tpshard.rules.multimodal import find_subject, text_config
 from tpshard.execute.publish import Settings
+from tpshard.rules.multimodal import find_subject, text_config
 
 TODAY = {
     **dict.fromkeys(
@@ -320,9 +320,9 @@ def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, p
     from transformers import AutoModelForImageTextToText
 
     from tpshard.verifier.group import Single, Threads
-    from tpshard.verifier.hf.skeleton import frame_of, model_config
     from tpshard.verifier.hf.overrides import Pinned
     from tpshard.verifier.hf.sides import Sides
+    from tpshard.verifier.hf.skeleton import frame_of, model_config
     from tpshard.verifier.ranks.open import open_source
 
     config, source = open_source(published(name))

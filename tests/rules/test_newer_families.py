@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import tpshard
 from tests.helpers.by_hand import compare, config_of, there_and_back, with_one_more
 from tests.helpers.newer_checkpoints import AS_THEY_ARE, NEWER
 from tests.helpers.toys import read_all
-
-import tpshard
-from tpshard.rules.architecture import builtin
-from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.storage.safetensors import TensorInfo
-from tpshard.rules.multimodal import find_subject
 from tpshard.execute.publish import Settings
-from tpshard.rules.classify import Classified, Cut, classify
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.planning.axes import Cut
+from tpshard.rules.architecture import builtin
+from tpshard.rules.classify import Classified, classify
+from tpshard.rules.multimodal import find_subject
+from tpshard.storage.safetensors import TensorInfo
 
 Made = Callable[..., Path]
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")

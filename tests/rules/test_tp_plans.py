@@ -6,11 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.helpers.checkpoints import FAMILIES, VARIANTS
-from tests.helpers.tp_plans import DIFFERENCES, KINDS, NO_WEIGHT, OTHERWISE, PAGE, alike, differences, kinds, known, meant, page, plans
 
+from tests.helpers.checkpoints import FAMILIES, VARIANTS
+from tests.helpers.tp_plans import (
+    DIFFERENCES,
+    KINDS,
+    NO_WEIGHT,
+    OTHERWISE,
+    PAGE,
+    alike,
+    differences,
+    kinds,
+    known,
+    meant,
+    page,
+    plans,
+)
 from tpshard.inputs.checkpoint import open_checkpoint
-from tpshard.planning.model import from_checkpoint
+from tpshard.inputs.model import from_checkpoint
 
 OPTIONAL = {f"layers.*.self_attn.{name}" for name in ("q_proj", "q_b_proj")} | {
     f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")
@@ -74,4 +87,4 @@ def test_every_tensor_is_cut_in_the_dim_that_the_plan_means(variant: str, made: 
 
 
 def test_the_page_is_of_these_rules() -> None:
-    assert PAGE.read_text() == page(), "PYTHONPATH=. python tests/tp_plans.py writes it anew"
+    assert PAGE.read_text() == page(), "python -m tests.helpers.tp_plans writes it anew"

@@ -9,11 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.helpers.command import fails, llama, succeeds
 
+from tests.helpers.command import fails, llama, succeeds
+from tests.helpers.paths import DOCS
 from tpshard.api import convert as api
 from tpshard.execute.publish import Settings
-from tpshard.storage.checksums import SUMS, read_sums, sums
+from tpshard.storage.checksums import read_sums, sums
+from tpshard.storage.names import SUMS
 
 sha256sum = pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is a command of GNU coreutils")
 QUICK = Settings(workers=1, fsync=False)
@@ -51,7 +53,7 @@ def test_hosts_that_share_a_directory_leave_it_to_one_command_with_the_same_resu
         shared = api.split(model, 2, tmp_path / "shared", ranks=[rank], settings=QUICK).output
         assert not (shared / SUMS).exists()
     command = "LC_ALL=C; sha256sum -- * > SHA256SUMS"
-    assert command in (Path(__file__).parent.parent / "docs/reference/manifest.md").read_text()
+    assert command in (DOCS / "reference/manifest.md").read_text()
     subprocess.run(["bash", "-c", command], cwd=shared, check=True)
     assert (shared / SUMS).read_bytes() == (whole / SUMS).read_bytes()
 

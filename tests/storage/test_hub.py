@@ -16,11 +16,12 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from tests.helpers.hub_server import HubServer
 from huggingface_hub.utils import enable_progress_bars
 
-from tpshard.storage import hub, hub_errors
+from tests.helpers.hub_server import HubServer
 from tpshard.errors import CorruptError, HubError, LocalIOError, TpshardError, UnsafeError, UnsupportedError, UsageError
+from tpshard.storage import hub, hub_errors
+from tpshard.storage.names import SIDE_PATTERNS, fits
 
 REPO = "org/tiny"
 WEIGHTS = bytes(range(256)) * 2000
@@ -90,6 +91,9 @@ def set_offline(monkeypatch: pytest.MonkeyPatch, offline: bool = True) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
 
 
+WANTED = ("*.safetensors", "*.safetensors.index.json", *SIDE_PATTERNS)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -132,7 +136,7 @@ def test_is_repo_id(text: str, expected: bool) -> None:
     "quantize_config.json LICENCE.md license.txt License NOTICE NOTICE.txt COPYING USE_POLICY.md".split(),
 )
 def test_patterns_match(name: str) -> None:
-    assert hub.fits(name, hub.PATTERNS)
+    assert fits(name, WANTED)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_patterns_match(name: str) -> None:
     "pytorch_model.bin.index.json adapter_config.json config.json.bak xconfig.json sentencepiece.mode".split(),
 )
 def test_patterns_do_not_match(name: str) -> None:
-    assert not hub.fits(name, hub.PATTERNS)
+    assert not fits(name, WANTED)
 
 
 # --- download ---

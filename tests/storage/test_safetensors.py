@@ -25,7 +25,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tpshard.errors import CorruptError, LocalIOError
-from tpshard.storage.safetensors import DTYPE_BITS, MAX_DIMS, MAX_HEADER, Header, TensorInfo, build_header, element_count, header_length, nbytes, parse_header, read_header
+from tpshard.storage.safetensors import (
+    DTYPE_BITS,
+    MAX_DIMS,
+    MAX_HEADER,
+    Header,
+    TensorInfo,
+    build_header,
+    element_count,
+    header_length,
+    nbytes,
+    parse_header,
+    read_header,
+)
 
 safetensors: Any = importlib.import_module("safetensors")  # its stubs leave most functions untyped
 safetensors_numpy: Any = importlib.import_module("safetensors.numpy")

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from tests.conftest import Get
 from tests.helpers.checkpoints import pickled
 from tests.helpers.command import LLAMA, fails, llama, succeeds
-from tests.conftest import Get
-from safetensors.torch import load_file
 from tests.helpers.toys import Tensor, random_tensor, read_all, read_rank
-
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 

@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from tests.helpers.checkpoints import make, published
 from tests.helpers.cut import cut
 from tests.helpers.small_models import tokens
-from safetensors.torch import load_file, save_file
-
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verifier.builtin import engine as builtin
-from tpshard.verifier.families.configs import describe
 from tpshard.verifier.builtin.memory import Load, Need, Side, estimate
-from tpshard.verifier.builtin.prepare import prompt_ids
-from tpshard.verifier.report.write import check_kind, to_html, to_junit, to_markdown, write
-from tpshard.verifier.run import verify
+from tpshard.verifier.families.configs import describe
+from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import FileWeights, open_shards, open_source
+from tpshard.verifier.report.page import to_html
 from tpshard.verifier.report.verdict import Canary, Finding, Tier, Verdict
+from tpshard.verifier.report.write import check_kind, to_junit, to_markdown, write
+from tpshard.verifier.run import verify
 
 
 def write_shards(model: Path, out: Path, tp: int) -> Path:
@@ -135,7 +136,7 @@ def test_a_tier_that_misses_a_canary_is_inconclusive(pair: tuple[Path, Path], mo
 
 
 def test_no_fault_to_inject_is_inconclusive(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.builtin.canaries.CANARIES", ())
+    monkeypatch.setattr("tpshard.verifier.fault_catalogue.CANARIES", ())
     assert verify(pair[1], pair[0], tiers=["exact"], device="cpu").exit_code == 8
 
 
@@ -170,7 +171,7 @@ def test_bad_input(pair: tuple[Path, Path], copy: tuple[Path, Path], tmp_path: P
 
 
 def test_too_little_memory_is_said_before_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.builtin.memory.available", lambda device: 1000)
+    monkeypatch.setattr("tpshard.verifier.memory.available", lambda device: 1000)
     monkeypatch.setattr(builtin, "resident", None)
     with pytest.raises(LocalIOError, match="not enough memory"):
         verify(pair[1], pair[0], device="cpu")
@@ -191,7 +192,7 @@ def test_a_70b_shape_is_streamed_in_4_gb() -> None:
 
 
 def test_memory_decides_whether_to_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.builtin.memory.available", lambda device: 1000)
+    monkeypatch.setattr("tpshard.verifier.memory.available", lambda device: 1000)
     cpu = torch.device("cpu")
     assert Need(resident=600, streamed=100).choose(None, cpu) is False
     assert Need(resident=800, streamed=100).choose(None, cpu) is True

@@ -6,34 +6,29 @@ import hashlib
 import queue
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 
-from tpshard.inputs.checkpoint import MANIFEST, read_bytes, safe_path
-from tpshard.errors import CorruptError
-from tpshard.execute.run import Comparer, Convert, Handles, Loader, run
-from tpshard.storage.files import read_exactly
-from tpshard.formats.base import Split, rank_stem
-from tpshard.inputs.shard_set import ShardSet
-from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
-from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.errors import CorruptError, DifferentError
 from tpshard.execute.publish import Settings
-from tpshard.storage.checksums import SUMS, read_sums
+from tpshard.execute.run import Comparer, Convert, Handles, Loader, conversion, run
+from tpshard.formats.plan import plan_split
+from tpshard.formats.split import Split
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.inputs.model import from_checkpoint, placed_in
+from tpshard.inputs.open import open_set, rules_path
+from tpshard.inputs.shard_set import ShardSet
+from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.report.results import CheckReport, Difference
+from tpshard.storage.checksums import read_sums
+from tpshard.storage.files import read_exactly
+from tpshard.storage.local import read_bytes, safe_path
+from tpshard.storage.names import MANIFEST, SUMS, rank_stem
+from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
 
 _CHANGED = (
     f"copy the file again from where the set comes from, or split again; if it was changed on purpose, remove {SUMS}"
 )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One judged difference: which file, which tensor, what was expected and found."""
-
-    file: str
-    tensor: str | None
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.tensor or 'content'}: {self.message}"
 
 
 def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference], list[str]]:
@@ -175,3 +170,46 @@ def _element(info: TensorInfo, offset: int) -> list[int]:
         index.append(flat % size)
         flat //= size
     return index[::-1]
+
+
+def check(
+    shards: str | Path,
+    source: str | Path | None = None,
+    *,
+    tp: int | None = None,
+    revision: str | None = None,
+    rules: str | Path | None = None,
+    allow_pickle: bool = False,
+    settings: Settings | None = None,
+) -> CheckReport:
+    """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
+
+    Small files are compared with SHA256SUMS where the set has one.
+
+    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
+    the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
+    """
+    settings = settings or Settings()
+    from tpshard.api.check import check_records, check_source, check_sums
+
+    found = open_set(Path(shards), allow_pickle)
+    if tp is not None and tp != found.tp:
+        raise DifferentError(
+            f"the shard set is for tp {found.tp}, not tp {tp}",
+            path=found.directory,
+            expected=f"tp {tp}",
+            found=f"tp {found.tp}",
+            hint=f"`tpshard reshard {found.directory} --tp {tp}` makes one",
+        )
+    found.require_complete()
+    unlisted = check_sums(found)
+    if source is None:
+        differences, unchecked = check_records(found, settings)
+        return CheckReport(found, None, differences, unlisted + unchecked)
+    checkpoint = open_checkpoint(source, revision, allow_pickle=allow_pickle)
+    model = from_checkpoint(checkpoint, rules_path(rules), found.model.dtype)
+    planned = plan_split(model, found.options)
+    placed = placed_in(checkpoint, model)
+    convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))
+    differences = check_source(found, planned, placed, convert, settings)
+    return CheckReport(found, checkpoint.name, differences, unlisted, checkpoint.warnings)

@@ -14,17 +14,22 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tpshard.inputs.checkpoint import MANIFEST, Checkpoint, open_checkpoint, open_headers, read_bytes
-from tpshard.errors import DifferentError, TargetError, UsageError
-from tpshard.execute.run import Convert
-from tpshard.formats import hf
-from tpshard.formats.base import DEFAULT_MAX_FILE_SIZE, Options, Split, plan_split, rank_stem, record, share_texts, weight
-from tpshard.planning.layout import StoredTensor
-from tpshard.planning.model import Model, check_dtype, from_checkpoint, placed_in
-from tpshard.planning.join import Placed, join
-from tpshard.execute.publish import LOCK, Job, Settings, publish
-from tpshard.report.results import CheckReport, InspectReport, PlanReport, RankPart, WriteReport, inspect_path
+from tpshard.errors import TargetError, UsageError
+from tpshard.execute.publish import Job, Settings, publish
+from tpshard.execute.run import conversion
 from tpshard.execute.target import is_written
+from tpshard.formats import hf, writes
+from tpshard.formats.plan import plan_split, record
+from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, Split, share_texts, weight
+from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
+from tpshard.inputs.model import from_checkpoint, placed_in
+from tpshard.inputs.open import open_set, rules_path
+from tpshard.inputs.shard_set import is_shard_set
+from tpshard.planning.join import Placed, join
+from tpshard.planning.model import Model, check_dtype
+from tpshard.report.results import PlanReport, RankPart, WriteReport
+from tpshard.storage.local import read_bytes
+from tpshard.storage.names import LOCK, MANIFEST, rank_stem
 
 if TYPE_CHECKING:
     from tpshard.inputs.shard_set import ShardSet
@@ -96,7 +101,7 @@ def plan(
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     check_dtype(dtype)
     checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
-    built = from_checkpoint(checkpoint, _path(rules), dtype)
+    built = from_checkpoint(checkpoint, rules_path(rules), dtype)
     return PlanReport(plan_split(built, options), checkpoint.warnings, workload)
 
 
@@ -129,7 +134,7 @@ def split(
     check_dtype(dtype)
     chosen = _ranks(ranks, tp, format)
     checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
-    built = from_checkpoint(checkpoint, _path(rules), dtype)
+    built = from_checkpoint(checkpoint, rules_path(rules), dtype)
     target = Path(out) if out is not None else Path(f"{_base_name(built)}-{_suffix(options)}")
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, options)
@@ -170,7 +175,7 @@ def reshard(
     settings = settings or Settings()
     options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     chosen = _ranks(ranks, tp, format)
-    source = _open_shards(Path(shards), allow_pickle)
+    source = open_set(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-{_suffix(options)}")
     _check_distinct(source.directory, target)
@@ -210,10 +215,11 @@ def _write_split(
         small={**planned.format.side_files(planned, small), MANIFEST: planned.manifest},
         identity={"set": planned.set_id},
         records=records,
-        convert=_convert((place.stored for place in placed), chain.from_iterable(planned.layout)),
+        convert=conversion((place.stored for place in placed), chain.from_iterable(planned.layout)),
         shared=ranks is not None,
         claims=[f".{rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
         verb=verb,
+        ours=writes,
     )
     digests = publish(job, target, settings)
     parts = tuple(
@@ -235,11 +241,11 @@ def merge(
     out: default MODEL-merged in the current directory. max_file_size: bytes (default: files as in the source).
     DifferentError when ranks that hold the same part disagree, CorruptError when ranks are missing.
     """
-    source = _open_shards(Path(shards), allow_pickle)
+    source = open_set(Path(shards), allow_pickle)
     source.require_complete()
     target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-merged")
     _check_distinct(source.directory, target)
-    return _write_hf(
+    report = _write_hf(
         source.model,
         source.placed(),
         _small(source),
@@ -250,6 +256,7 @@ def merge(
         "merge",
         source.tp,
     )
+    return replace(report, unread_checksums=is_shard_set(source.directory))
 
 
 def _write_hf(
@@ -272,64 +279,14 @@ def _write_hf(
         small={**small, **index},
         identity={"set": set_id},
         records=lambda digests: {},
-        convert=_convert(
+        convert=conversion(
             (place.stored for place in placed), (each.stored for output in outputs for each in output.tensors)
         ),
         verb="merge",
+        ours=writes,
     )
     publish(job, target, settings)
     return WriteReport(verb, target, tp, set_id, joined.nbytes, (), tuple(warnings))
-
-
-def check(
-    shards: str | Path,
-    source: str | Path | None = None,
-    *,
-    tp: int | None = None,
-    revision: str | None = None,
-    rules: str | Path | None = None,
-    allow_pickle: bool = False,
-    settings: Settings | None = None,
-) -> CheckReport:
-    """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
-
-    Small files are compared with SHA256SUMS where the set has one.
-
-    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
-    the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
-    """
-    settings = settings or Settings()
-    from tpshard.api.check import check_records, check_source, check_sums
-
-    found = _open_shards(Path(shards), allow_pickle)
-    if tp is not None and tp != found.tp:
-        raise DifferentError(
-            f"the shard set is for tp {found.tp}, not tp {tp}",
-            path=found.directory,
-            expected=f"tp {tp}",
-            found=f"tp {found.tp}",
-            hint=f"`tpshard reshard {found.directory} --tp {tp}` makes one",
-        )
-    found.require_complete()
-    unlisted = check_sums(found)
-    if source is None:
-        differences, unchecked = check_records(found, settings)
-        return CheckReport(found, None, differences, unlisted + unchecked)
-    checkpoint = open_checkpoint(source, revision, allow_pickle=allow_pickle)
-    model = from_checkpoint(checkpoint, _path(rules), found.model.dtype)
-    planned = plan_split(model, found.options)
-    placed = placed_in(checkpoint, model)
-    convert = _convert((place.stored for place in placed), chain.from_iterable(planned.layout))
-    differences = check_source(found, planned, placed, convert, settings)
-    return CheckReport(found, checkpoint.name, differences, unlisted, checkpoint.warnings)
-
-
-def inspect(path: str | Path) -> InspectReport:
-    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
-
-    UsageError for a path that is not there, CorruptError for a damaged file.
-    """
-    return inspect_path(Path(path))
 
 
 def _base_name(model: Model) -> str:
@@ -338,10 +295,6 @@ def _base_name(model: Model) -> str:
 
 def _suffix(options: Options) -> str:
     return "hf" if options.format == "hf" else f"tp{options.tp}"
-
-
-def _path(rules: str | Path | None) -> Path | None:
-    return None if rules is None else Path(rules)
 
 
 def _ranks(ranks: Iterable[int] | None, tp: int, format: str) -> list[int] | None:
@@ -365,18 +318,6 @@ def _check_distinct(source: Path | None, target: Path) -> None:
         raise UsageError("the source lies inside the output", path=target, hint="give another directory with -o")
 
 
-def _open_shards(directory: Path, allow_pickle: bool) -> ShardSet:
-    """A set that tpshard wrote, or files that Meta published."""
-    from tpshard.inputs.shard_set import is_shard_set, open_shards
-
-    if not is_shard_set(directory):
-        from tpshard.inputs.meta import is_meta, open_meta
-
-        if is_meta(directory):
-            return open_meta(directory, allow_pickle)
-    return open_shards(directory)
-
-
 def _small(source: ShardSet) -> dict[str, bytes]:
     return {**source.made, **_side_files(source.side_files)}
 
@@ -396,21 +337,8 @@ def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def _convert(sources: Iterable[StoredTensor], targets: Iterable[StoredTensor]) -> Convert | None:
-    """torch's cast, if any tensor's dtype changes: only then is torch imported."""
-    dtypes = {part.tensor: stored.dtype for stored in sources for part in stored.parts}
-    if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in targets for part in stored.parts):
-        return None
-    from tpshard.storage.torch_pickle import convert
-
-    return convert
-
-
 def _is_written(target: Path, planned: Split, rank: int) -> bool:
     """Whether a rank of this very set is complete in a shared directory."""
     files = planned.files(rank)
     expected = record(planned, rank, files, dict.fromkeys(file.name for file in files))
     return is_written(target / f"{rank_stem(rank, planned.options.tp)}.json", expected)
-
-
-__all__ = ["Settings", "check", "inspect", "merge", "plan", "reshard", "split"]

@@ -10,9 +10,10 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from tpshard.errors import CorruptError, UnsupportedError, UsageError
-from tpshard.storage.files import Files, local_error, read_exactly
-from tpshard.inputs.shard_set import RankFile, open_shards
+from tpshard.errors import CorruptError, UnsupportedError, UsageError, local_error
+from tpshard.inputs.shard_set import open_shards
+from tpshard.storage.files import Files, read_exactly
+from tpshard.storage.safetensors import RankFile
 from tpshard.storage.torch_pickle import DTYPES  # first: it says what to do when torch is missing
 
 import torch  # isort: skip  # noqa: E402

@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpshard.verifier import launch as processes
-from tpshard.inputs.checkpoint import MANIFEST
 from tpshard.errors import CorruptError, DifferentError, HubError, UnsupportedError, UsageError
+from tpshard.storage.names import MANIFEST
+from tpshard.verifier import launch
 from tpshard.verifier.ranks.names import width
 from tpshard.verifier.report.verdict import Tier, Verdict
 
@@ -76,6 +76,12 @@ class Request:
         return tuple(tier for tier in TIERS[1:] if self.tiers is None or tier in self.tiers)
 
 
+def is_first() -> bool:
+    """Whether this process speaks for its group: the only one, or rank 0 of those that torchrun or SLURM started."""
+    group = launch.surroundings()
+    return group is None or group.rank == 0
+
+
 def verify(
     shards: str | Path, source: str | Path | None = None, *, say: Say = lambda line: None, **options: Any
 ) -> Verdict:
@@ -85,17 +91,17 @@ def verify(
     a group of processes that torchrun or SLURM started, every rank gets the verdict.
     """
     request = Request(Path(shards), None if source is None else str(source), **options)
-    group = processes.surroundings()
+    group = launch.surroundings()
     if group is not None:
         if request.nproc is not None:
             raise UsageError("a group of processes is here already", found=f"{group.size} processes of {group.starter}")
         talk = say if group.rank == 0 else lambda line: None
-        return processes.join(group, request.device, lambda team, sharing: judge(request, team, sharing, talk))
+        return launch.join(group, request.device, lambda team, sharing: judge(request, team, sharing, talk))
     tp = width(request.shards)
     count = _processes(request, tp)
     if count == 1:
         return judge(request, None, 1, say)
-    verdict: Verdict = processes.start(request, count, say)
+    verdict: Verdict = launch.start("tpshard.api.verify_worker", request, count, say)
     return verdict
 
 
@@ -274,10 +280,10 @@ def _recorded(shards: Path) -> Mapping[str, Any]:
 
 def bytes_tier(request: Request, source: Path, *, alone: bool) -> Tier:
     """What `tpshard check --source` finds. Where other tiers judge as well, files that contradict each other differ."""
-    from tpshard.api import convert as api
+    from tpshard.api.check import check
 
     try:
-        report = api.check(request.shards, source, rules=request.rules, allow_pickle=request.allow_pickle)
+        report = check(request.shards, source, rules=request.rules, allow_pickle=request.allow_pickle)
     except (CorruptError, DifferentError) as error:
         if alone or not (request.shards / MANIFEST).exists():
             return _cannot(request, error)

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from tpshard.cli.console import Console, human_bytes
+from tpshard.cli.console import opened
+from tpshard.cli.options import (
+    BATCH,
+    DTYPE,
+    GPUS,
+    JSON,
+    KV_DTYPE,
+    MEMORY_NEEDED,
+    MODEL,
+    QUIET,
+    REVISION,
+    RULES,
+    SEQ,
+    KvDtype,
+)
 from tpshard.errors import UsageError
-from tpshard.cli.options import BATCH, DTYPE, GPUS, JSON, KV_DTYPE, MEMORY_NEEDED, MODEL, QUIET, REVISION, RULES, SEQ, KvDtype
+from tpshard.units import human_bytes
 
 if TYPE_CHECKING:
     from tpshard.report.advice import Advice
@@ -45,8 +57,8 @@ def check_drawing(path: Path) -> None:
 
 def write_drawing(path: Path, report: PlanReport) -> None:
     """Draw a plan into a file."""
+    from tpshard.errors import local_error
     from tpshard.report.plan_page import draw
-    from tpshard.storage.files import local_error
 
     try:
         path.write_text(draw(report), encoding="utf-8")
@@ -54,8 +66,8 @@ def write_drawing(path: Path, report: PlanReport) -> None:
         raise local_error(error, "cannot write the report", path) from None
 
 
-def add(app: typer.Typer, opened: Callable[[bool, bool], AbstractContextManager[Console]]) -> None:
-    """Add the commands. opened: makes a command's output object of --json and --quiet."""
+def add(app: typer.Typer) -> None:
+    """Add the commands."""
 
     @app.command()
     def advise(
@@ -83,11 +95,11 @@ def add(app: typer.Typer, opened: Callable[[bool, bool], AbstractContextManager[
           tpshard advise org/name --gpus 8 --gpu-memory 80 --batch 32 --seq 8192 --kv-dtype float8
         """
         with opened(json, quiet) as console:
-            from tpshard.report import advice
+            from tpshard.api.advise import advise as advise_tp
 
             work = workload(batch, seq, kv_dtype, gpu_memory, None)
             cast = None if dtype is None else dtype.value
-            found = advice.advise(model, gpus, work, revision=revision, rules=rules, dtype=cast)
+            found = advise_tp(model, gpus, work, revision=revision, rules=rules, dtype=cast)
             for warning in found.warnings:
                 console.warn(warning)
             if console.as_json:

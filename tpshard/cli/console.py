@@ -11,21 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tpshard.errors import TpshardError
+import typer
+
+from tpshard.errors import Interrupted, TpshardError
+from tpshard.units import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 _PLAIN_EVERY = 10.0  # seconds between progress lines when no terminal watches
-
-
-def human_bytes(count: float) -> str:
-    """`16.1 GB`: decimal units, as disks and networks are sold."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _one_line(text: str) -> str:
@@ -171,3 +165,17 @@ class _Bar(ProgressMeter):
 
     def stop(self) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def opened(as_json: bool, quiet: bool, resumes: bool = False) -> Iterator[Console]:
+    """A command's output object. `resumes`: the command can be repeated after Ctrl-C."""
+    try:
+        yield Console(as_json=as_json, quiet=quiet)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_stdout()
+        raise typer.Exit(141) from None  # as when SIGPIPE ends a program: `head` has seen enough
+    except KeyboardInterrupt:
+        hint = "the same command resumes where it stopped" if resumes else None
+        raise Interrupted("interrupted", hint=hint) from None

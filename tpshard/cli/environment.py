@@ -108,7 +108,7 @@ def _torch() -> dict[str, Any] | None:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people: a line per fact."""
-    from tpshard.cli.console import human_bytes
+    from tpshard.units import human_bytes
 
     memory, torch = found["memory"], found["torch"]
     available = "" if memory["available"] is None else f", {human_bytes(memory['available'])} available"

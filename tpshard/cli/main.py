@@ -14,13 +14,55 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpshard import __version__
-from tpshard.cli import advise as cli_numbers, schema as cli_schema, verify as cli_verify
-from tpshard.cli.console import Console, drop_stdout, human_bytes
+from tpshard.cli import advise as cli_numbers
+from tpshard.cli import schema as cli_schema
+from tpshard.cli import verify as cli_verify
+from tpshard.cli.console import Console, opened
+from tpshard.cli.options import (
+    BANDWIDTH,
+    BATCH,
+    CHECKSUM,
+    DRAFT_OUT,
+    DRAWING,
+    DRY_RUN,
+    DTYPE,
+    ENGINE_VERSION,
+    FORMAT,
+    GPU_MEMORY,
+    JSON,
+    KV_DTYPE,
+    MERGE_OUT,
+    MERGE_SIZE,
+    META_PICKLE,
+    MODEL,
+    NO_FSYNC,
+    OUT,
+    OVERWRITE,
+    PAD,
+    PATH,
+    PICKLE,
+    QUIET,
+    RANKS,
+    REVISION,
+    RULES,
+    SEQ,
+    SET_TP,
+    SHARDS,
+    SHARES,
+    SIZE,
+    SOURCE,
+    TP,
+    UNEVEN,
+    WORKERS,
+    Checksum,
+    rank_list,
+    share_list,
+)
 from tpshard.errors import Interrupted, TpshardError, UsageError
-from tpshard.cli.options import BANDWIDTH, BATCH, CHECKSUM, DRAFT_OUT, DRAWING, DRY_RUN, DTYPE, ENGINE_VERSION, FORMAT, GPU_MEMORY, JSON, KV_DTYPE, MERGE_OUT, MERGE_SIZE, META_PICKLE, MODEL, NO_FSYNC, OUT, OVERWRITE, PAD, PATH, PICKLE, QUIET, RANKS, REVISION, RULES, SEQ, SET_TP, SHARDS, SHARES, SIZE, SOURCE, TP, UNEVEN, WORKERS, Checksum, rank_list, share_list
+from tpshard.units import human_bytes
 
 if TYPE_CHECKING:
-    from tpshard.execute.publish import Settings
+    from tpshard import Settings
     from tpshard.report.results import WriteReport
 
 DIFFERENCES = 20
@@ -91,13 +133,13 @@ def plan(
       tpshard plan org/name --tp 8 --batch 16 --seq 8192 --gpu-memory 80 --bandwidth 450
       tpshard plan org/name --tp 8 --report plan.html
     """
-    with _console(json, quiet) as console:
+    with opened(json, quiet) as console:
         work = cli_numbers.workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
         _plan(console, every, report, workload=work, **_model_options(locals()))
 
 
 def _plan(console: Console, every: bool, drawing: Path | None, **options: Any) -> None:
-    from tpshard.api import convert as api
+    import tpshard as api
 
     if drawing is not None:
         cli_numbers.check_drawing(drawing)
@@ -148,12 +190,12 @@ def split(
       tpshard split ./Llama-3.1-8B --tp 4
       tpshard split org/name --tp 8 -o /data/name-tp8 --ranks 0-3
     """
-    with _console(json, quiet, resumes=True) as console:
+    with opened(json, quiet, resumes=True) as console:
         options = _model_options(locals())
         if dry_run:
             _plan(console, False, None, **options)
             return
-        from tpshard.api import convert as api
+        import tpshard as api
 
         with _settings(console, "split", workers, checksum, overwrite, no_fsync) as settings:
             report = api.split(**options, out=out, ranks=rank_list(ranks, tp), settings=settings)
@@ -185,14 +227,13 @@ def merge(
       tpshard check Llama-3.1-8B-tp4
       tpshard merge Llama-3.1-8B-tp4 -o Llama-3.1-8B-again
     """
-    with _console(json, quiet, resumes=True) as console:
-        from tpshard.api import convert as api
-        from tpshard.inputs.checkpoint import MANIFEST
+    with opened(json, quiet, resumes=True) as console:
+        import tpshard as api
 
         with _settings(console, "merge", workers, Checksum.none, overwrite, no_fsync) as settings:
             report = api.merge(shards, out, max_file_size=max_file_size, allow_pickle=allow_pickle, settings=settings)
         _print_written(console, report)
-        if not json and (shards / MANIFEST).exists():  # Meta's files have no checksums to compare
+        if not json and report.unread_checksums:
             check = shlex.join(["tpshard", "check", str(shards)])
             console.say(f"the recorded checksums were not compared; this does it: {check}")
 
@@ -224,8 +265,8 @@ def reshard(
     \b
       tpshard reshard Llama-3.1-8B-tp4 --tp 8 -o Llama-3.1-8B-tp8
     """
-    with _console(json, quiet, resumes=True) as console:
-        from tpshard.api import convert as api
+    with opened(json, quiet, resumes=True) as console:
+        import tpshard as api
 
         with _settings(console, "reshard", workers, checksum, overwrite, no_fsync) as settings:
             report = api.reshard(
@@ -266,8 +307,8 @@ def check(
     \b
       tpshard check Llama-3.1-8B-tp4 --source ./Llama-3.1-8B
     """
-    with _console(json, quiet) as console:
-        from tpshard.api import convert as api
+    with opened(json, quiet) as console:
+        import tpshard as api
 
         with _settings(console, "check", workers, Checksum.none, False, True) as settings:
             report = api.check(
@@ -304,8 +345,8 @@ def inspect(
     \b
       tpshard inspect Llama-3.1-8B-tp4
     """
-    with _console(json, quiet) as console:
-        from tpshard.api import convert as api
+    with opened(json, quiet) as console:
+        import tpshard as api
 
         report = api.inspect(path)
         if console.as_json:
@@ -332,10 +373,10 @@ def _archs(context: typer.Context, json: JSON = False, quiet: QUIET = False) -> 
 @archs_app.command("list")
 def archs_list(json: JSON = False, quiet: QUIET = False) -> None:
     """List the built-in architectures and their model_types."""
-    with _console(json, quiet) as console:
-        from tpshard.rules import architecture as loaded
+    with opened(json, quiet) as console:
+        from tpshard.api.archs import model_types
 
-        found = {name: loaded.builtin(name).model_types for name in loaded.builtin_names()}
+        found = model_types()
         if console.as_json:
             entries = [{"name": name, "model_types": list(types)} for name, types in found.items()]
             console.data({"schema_version": 1, "command": "archs", "architectures": entries})
@@ -351,10 +392,10 @@ def archs_show(
     quiet: QUIET = False,
 ) -> None:
     """Print the rules of one architecture: the form that --rules takes."""
-    with _console(json, quiet) as console:
-        from tpshard.rules import architecture as loaded
+    with opened(json, quiet) as console:
+        from tpshard.api.archs import rules_of
 
-        architecture = loaded.builtin(name)
+        architecture = rules_of(name)
         if console.as_json:
             text = {"name": architecture.name, "sha256": architecture.digest, "text": architecture.text}
             console.data({"schema_version": 1, "command": "archs", **text})
@@ -383,8 +424,8 @@ def archs_draft(
       tpshard split org/name --tp 4 --rules mine.toml
       tpshard verify name-tp4
     """
-    with _console(json, quiet) as console:
-        from tpshard.rules.draft.render import draft, save
+    with opened(json, quiet) as console:
+        from tpshard.api.archs import draft, save
 
         made = draft(model, revision, allow_pickle=allow_pickle)
         if out is not None:
@@ -422,7 +463,7 @@ def _settings(
 ) -> Iterator[Settings]:
     from dataclasses import replace
 
-    from tpshard.execute.publish import Settings
+    from tpshard import Settings
 
     with console.progress(verb) as meter:
         settings = Settings(
@@ -449,22 +490,8 @@ def _print_written(console: Console, report: WriteReport, following: Sequence[st
         console.say(f"{when}: {shlex.join(following)}")
 
 
-@contextmanager
-def _console(as_json: bool, quiet: bool, resumes: bool = False) -> Iterator[Console]:
-    """A command's output object. `resumes`: the command can be repeated after Ctrl-C."""
-    try:
-        yield Console(as_json=as_json, quiet=quiet)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        drop_stdout()
-        raise typer.Exit(141) from None  # as when SIGPIPE ends a program: `head` has seen enough
-    except KeyboardInterrupt:
-        hint = "the same command resumes where it stopped" if resumes else None
-        raise Interrupted("interrupted", hint=hint) from None
-
-
-cli_numbers.add(app, _console)
-cli_schema.add(app, _console)
+cli_numbers.add(app)
+cli_schema.add(app)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -480,7 +507,7 @@ def main(arguments: list[str] | None = None) -> None:
     except TpshardError as error:
         meant = error
     except OSError as error:
-        from tpshard.storage.files import local_error
+        from tpshard.errors import local_error
 
         meant = local_error(error, "the system refused")
     except Exception as error:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Annotated
 
 import typer
 
-from tpshard.cli.console import Console
+from tpshard.cli.console import opened
 from tpshard.cli.options import JSON, QUIET
 
 _NAME = Annotated[
@@ -17,8 +15,8 @@ _NAME = Annotated[
 ]
 
 
-def add(app: typer.Typer, opened: Callable[[bool, bool], AbstractContextManager[Console]]) -> None:
-    """Add the command. opened: makes a command's output object of --json and --quiet."""
+def add(app: typer.Typer) -> None:
+    """Add the command."""
 
     @app.command()
     def schema(name: _NAME = None, json: JSON = False, quiet: QUIET = False) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from tpshard.cli.console import Console, human_bytes
+from tpshard.cli.console import Console
 from tpshard.report.capacity import number_lines
 from tpshard.report.results import InspectReport, PlanReport, shares_of, stored_json
+from tpshard.units import human_bytes
 
 
 def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:

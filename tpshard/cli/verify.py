@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tpshard.cli.console import Console
-from tpshard.errors import TpshardError, UsageError
+from tpshard.cli.console import Console, opened
 from tpshard.cli.options import JSON, PICKLE, QUIET, REVISION, RULES, SHARDS
+from tpshard.errors import TpshardError, UsageError
 
 if TYPE_CHECKING:
     from tpshard.verifier.report.verdict import Verdict
@@ -156,16 +156,14 @@ def verify(
       tpshard verify Llama-3.1-8B-tp4 --source ./Llama-3.1-8B --tier exact --layers 0,-1
       torchrun --nproc-per-node 4 -m tpshard verify Llama-3.1-8B-tp4
     """
-    from tpshard.cli.main import _console
-    from tpshard.verifier.launch import surroundings
 
-    with _console(json, quiet) as console:
+    with opened(json, quiet) as console:
         speaks = True
         reports: list[Path] = []
         try:
-            group = surroundings()
-            speaks = group is None or group.rank == 0
             from tpshard.api import verify as verifying
+
+            speaks = verifying.is_first()
 
             for path in report or ():
                 reports.append(_writable(path))
@@ -232,8 +230,8 @@ def _report_error(console: Console, error: TpshardError, shards: Path, reports: 
 
 
 def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:
-    from tpshard.verifier.report.write import to_json, write
     from tpshard.verifier.report.wording import caught, reasons, rows
+    from tpshard.verifier.report.write import to_json, write
 
     for path in reports:
         write(verdict, path)

@@ -14,9 +14,9 @@ from math import gcd, isqrt, prod
 from typing import Any, NamedTuple, TypeVar
 
 from tpshard.planning.box import Box, Shape, extents, intersect, merge_box, merge_shape, mergeable
-from tpshard.storage.safetensors import DTYPE_BITS
 from tpshard.planning.join import Fill, Region, Step
 from tpshard.planning.strides import Piece, row_major
+from tpshard.storage.safetensors import DTYPE_BITS
 
 BLOCK = 2 << 20
 """Bytes of a block: small enough to stay in the last-level cache, large enough that a block costs little Python."""

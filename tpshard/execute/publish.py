@@ -16,20 +16,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tpshard.inputs.checkpoint import MANIFEST
-from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError
+from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError, local_error
 from tpshard.execute.run import Convert, Loader, Progress
-from tpshard.storage.files import Files, local_error, make_directory, require_space, sync_directory, unlink_if_there, write_small
-from tpshard.storage.lock import Lock
+from tpshard.execute.target import (
+    Ours,
+    check_leftovers,
+    check_shared,
+    check_target,
+    is_empty,
+    names_in,
+    replaceable,
+    strangers,
+)
+from tpshard.execute.writer import Writer
 from tpshard.planning.join import OutputFile, Plan, Transfer
-from tpshard.storage.checksums import SUMS, sums
-from tpshard.execute.target import check_leftovers, check_shared, check_target, is_empty, names_in, replaceable, strangers
-from tpshard.execute.writer import PARTIAL, Writer, journal_path
-
-LOCK = ".tpshard.storage.lock"
-"""The lock of a whole directory, and the sign that a run of ours has not finished there."""
-REPLACED = ".replaced"
-"""Suffix of the name that an old output bears between the last two renames of the run that replaces it."""
+from tpshard.storage.checksums import sums
+from tpshard.storage.files import Files, make_directory, require_space, sync_directory, unlink_if_there, write_small
+from tpshard.storage.lock import Lock
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, REPLACED, SUMS, journal_path
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Job:
     """What to write: the plan's files, small files beside them, and what says that a run is the same.
 
     records: small files that follow from the checksums, written last. claims: names of the locks.
+    ours: whether some format gives its files such a name: only those are replaced with --overwrite.
     shared: the directory may be written by several runs at once, one per claim; each claim becomes a record, in order.
     """
 
@@ -66,6 +71,7 @@ class Job:
     shared: bool = False
     claims: Sequence[str] = (LOCK,)
     verb: str = "split"
+    ours: Ours = lambda name: False
 
 
 def run_ids(job: Job, settings: Settings) -> dict[str, str]:
@@ -183,9 +189,9 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
     """Refuse what must not be written, before the first byte."""
     files = settings.files
     if job.shared:
-        check_shared(work, _expected(job), job.small[MANIFEST], runs, _records(job))
+        check_shared(work, _expected(job), job.ours, job.small[MANIFEST], runs, _records(job))
     else:
-        check_leftovers(files, work, _expected(job), runs, set(job.claims), overwrite=settings.overwrite)
+        check_leftovers(files, work, _expected(job), job.ours, runs, set(job.claims), overwrite=settings.overwrite)
     writer = Writer(
         job.plan,
         work,
@@ -280,7 +286,7 @@ def _check_target(job: Job, out: Path, settings: Settings) -> None:
         # A run was killed between its last rename and its end; or is just ending, and holds the lock: then we refuse.
         with contextlib.suppress(LocalIOError), Lock(settings.files, out / LOCK) as lock:
             lock.remove()
-    check_target(out, _expected(job), models=job.verb == "merge", overwrite=settings.overwrite)
+    check_target(out, _expected(job), job.ours, models=job.verb == "merge", overwrite=settings.overwrite)
     old = _replaced(out)
     if settings.overwrite and out.exists() and old.exists() and not _is_replaced(job, old):
         raise TargetError(
@@ -318,7 +324,7 @@ def _replaced(out: Path) -> Path:
 
 def _is_replaced(job: Job, old: Path) -> bool:
     """Whether a run that replaced an output left this directory, and nobody has put anything into it."""
-    if not old.is_dir() or strangers(old, _expected(job), models=job.verb == "merge"):
+    if not old.is_dir() or strangers(old, _expected(job), job.ours, models=job.verb == "merge"):
         return False
     return (old / LOCK).exists() or is_empty(old)
 

@@ -7,15 +7,16 @@ every output file. That prefix is what is flushed, journalled and hashed behind 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tpshard.planning.box import Box
-from tpshard.errors import DifferentError
-from tpshard.storage.files import Files, local_error, read_exactly
+from tpshard.errors import DifferentError, local_error
 from tpshard.execute.blocks import BLOCK, Flat, FlatStep, flatten, operations
+from tpshard.planning.box import Box
 from tpshard.planning.join import Step
+from tpshard.planning.layout import StoredTensor
+from tpshard.storage.files import Files, read_exactly
 
 Convert = Callable[[memoryview, str, str], memoryview]
 """Cast a block: source bytes, source dtype, target dtype → target bytes."""
@@ -252,3 +253,13 @@ class Comparer:
                     key = (step.name, flat.file)
                     self.differences[key] = min(offset, self.differences.get(key, offset))
         self.progress(len(buffer))
+
+
+def conversion(sources: Iterable[StoredTensor], targets: Iterable[StoredTensor]) -> Convert | None:
+    """torch's cast, if any tensor's dtype changes: only then is torch imported."""
+    dtypes = {part.tensor: stored.dtype for stored in sources for part in stored.parts}
+    if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in targets for part in stored.parts):
+        return None
+    from tpshard.execute.cast import convert
+
+    return convert

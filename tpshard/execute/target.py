@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpshard.inputs.checkpoint import MANIFEST, side_files
-from tpshard.errors import CorruptError, TargetError
-from tpshard.storage.files import Files, local_error
-from tpshard.storage.checksums import SUMS
-from tpshard.execute.writer import PARTIAL, journal_path, read_journal
+from tpshard.errors import CorruptError, TargetError, local_error
+from tpshard.execute.writer import read_journal
+from tpshard.storage.files import Files
+from tpshard.storage.names import MANIFEST, PARTIAL, SUMS, journal_path, side_files
 
+Ours = Callable[[str], bool]
+"""Whether some format gives its files such a name."""
 _MOUNTED = {"lost+found"}  # what a new ext4 file system holds
 _RANK = r"rank-\d{5}-of-\d{5}"
 _TEMPORARY = re.compile(rf"\.(.+?)(\.{_RANK}\.lock)?\.(tmp|journal|lock)")
@@ -39,23 +40,24 @@ def replaceable(directory: Path) -> bool:
     return os.access(directory.parent, os.W_OK)
 
 
-def strangers(directory: Path, expected: set[str], *, models: bool) -> list[str]:
-    """Names in a directory that tpshard never gives. models: whether those of an ordinary checkpoint may be ours."""
+def strangers(directory: Path, expected: set[str], ours: Ours, *, models: bool) -> list[str]:
+    """Names in a directory that tpshard never gives. ours: whether some format gives such a name.
 
-    def ours(name: str) -> bool:
+    models: whether names of an ordinary checkpoint may be ours.
+    """
+
+    def is_ours(name: str) -> bool:
         while match := _TEMPORARY.fullmatch(name):
             name = match[1]
         name = name.removesuffix(PARTIAL)
         if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}):
             return True
-        from tpshard.formats import writes  # last of all: it looks into every format
+        return ours(name)  # last of all: it looks into every format
 
-        return writes(name)
-
-    return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or ours(n)))
+    return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or is_ours(n)))
 
 
-def check_target(out: Path, expected: set[str], *, models: bool, overwrite: bool) -> None:
+def check_target(out: Path, expected: set[str], ours: Ours, *, models: bool, overwrite: bool) -> None:
     """TargetError when `out` exists and is not empty, unless it is ours to replace."""
     if not out.exists() or (out.is_dir() and is_empty(out)):
         return
@@ -71,7 +73,7 @@ def check_target(out: Path, expected: set[str], *, models: bool, overwrite: bool
             path=out,
             hint="remove what is in it, or give another directory with -o",
         )
-    if found := strangers(out, expected, models=models):
+    if found := strangers(out, expected, ours, models=models):
         raise TargetError(
             "the output holds files that tpshard did not write, and is not replaced",
             path=out,
@@ -81,7 +83,14 @@ def check_target(out: Path, expected: set[str], *, models: bool, overwrite: bool
 
 
 def check_leftovers(
-    files: Files, work: Path, expected: set[str], runs: Mapping[str, str], keep: set[str], *, overwrite: bool
+    files: Files,
+    work: Path,
+    expected: set[str],
+    ours: Ours,
+    runs: Mapping[str, str],
+    keep: set[str],
+    *,
+    overwrite: bool,
 ) -> None:
     """What an earlier run left in the staging directory is of these runs, or is removed with --overwrite.
 
@@ -90,7 +99,7 @@ def check_leftovers(
     others = sorted(names_in(work) - expected) or other_runs(work, runs)
     if not others:
         return
-    if found := strangers(work, expected, models=True):
+    if found := strangers(work, expected, ours, models=True):
         raise TargetError(
             "the directory for unfinished output holds files that tpshard did not write",
             path=work,
@@ -109,14 +118,19 @@ def check_leftovers(
 
 
 def check_shared(
-    work: Path, expected: set[str], manifest: bytes, runs: Mapping[str, str], records: Mapping[str, bytes]
+    work: Path,
+    expected: set[str],
+    ours: Ours,
+    manifest: bytes,
+    runs: Mapping[str, str],
+    records: Mapping[str, bytes],
 ) -> None:
     """A directory that several hosts write into is of this very set, and our ranks in it of these runs.
 
     records: by name, the files that say of a rank that it is complete, as `is_written` takes them.
     """
     path = work / MANIFEST
-    if not path.exists() and (found := strangers(work, expected, models=False)):
+    if not path.exists() and (found := strangers(work, expected, ours, models=False)):
         raise TargetError(
             "the directory holds other files and no shard set",
             path=work,

@@ -14,14 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpshard.planning.box import Box
-from tpshard.execute.run import Loader, Progress, run
-from tpshard.storage.files import Files, about, boot_id, local_error, overwrite_small, read_exactly, sync_directory, unlink_if_there, write_exactly
-from tpshard.storage.safetensors import nbytes
+from tpshard.errors import local_error
 from tpshard.execute.blocks import FlatStep, operations
+from tpshard.execute.run import Loader, Progress, run
+from tpshard.planning.box import Box
 from tpshard.planning.join import OutputFile, Plan, Transfer
+from tpshard.storage.files import (
+    Files,
+    about,
+    boot_id,
+    overwrite_small,
+    read_exactly,
+    sync_directory,
+    unlink_if_there,
+    write_exactly,
+)
+from tpshard.storage.names import PARTIAL, journal_path
+from tpshard.storage.safetensors import nbytes
 
-PARTIAL = ".partial"
 FLUSH = 64 << 20
 """Bytes of one file that may be written before they are flushed and journalled."""
 _JOURNAL = 512  # bytes of a journal: one sector, so that it is never half of another one
@@ -62,11 +72,6 @@ class _File:
     @property
     def journal(self) -> Path:
         return journal_path(self.directory, self.output.name)
-
-
-def journal_path(directory: Path, name: str) -> Path:
-    """Where the journal of an output file lies."""
-    return directory / f".{name}.journal"
 
 
 def read_journal(path: Path) -> dict[str, Any]:

@@ -11,14 +11,16 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from tpshard.planning.box import Box, Shape, corner, extents
 from tpshard.errors import UnsupportedError
-from tpshard.formats.base import Format, Laid, Options, Split
+from tpshard.formats.base import Format
 from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
+from tpshard.formats.split import Laid, Options, Split
 from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
-from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, deal, shard
-from tpshard.planning.model import Model
+from tpshard.planning.box import Box, Shape, corner, extents
+from tpshard.planning.deal import deal
 from tpshard.planning.join import OutputFile, Placed, parts_by_size, uncollected
+from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, shard
+from tpshard.planning.model import Model
 
 METADATA = ".metadata"
 _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")

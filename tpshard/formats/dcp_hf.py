@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.base import Format, Laid, Options, Split, saved_offsets
+from tpshard.formats.base import Format, saved_offsets
 from tpshard.formats.dcp import chunk, chunks
+from tpshard.formats.split import Laid, Options, Split
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.model import Model
 

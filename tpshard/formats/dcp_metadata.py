@@ -10,8 +10,8 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tpshard.planning.box import Shape
 from tpshard.formats.torch_archive import pickle_integer, pickle_integers, pickle_text
+from tpshard.planning.box import Shape
 
 _CLASSES = "torch.distributed.checkpoint.metadata"
 _DTYPES = {

@@ -10,10 +10,12 @@ import re
 from collections.abc import Mapping
 
 from tpshard.errors import UnsupportedError, UsageError
-from tpshard.formats.base import Format, Laid, Options, bare
-from tpshard.planning.layout import Deal, LogicalTensor, Part, StoredTensor, shard, whole
+from tpshard.formats.base import Format, bare
+from tpshard.formats.split import Laid, Options
+from tpshard.planning.axes import Axis
+from tpshard.planning.deal import Deal
+from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard, whole
 from tpshard.planning.model import Model
-from tpshard.rules.classify import Axis
 
 _FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
 _MODULES = {

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_tables import Family, fits_any
-from tpshard.planning.layout import Deal, Layout, LogicalTensor, Part, StoredTensor, deal, shard, why_not
+from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.box import Box, Shape, full, slab
+from tpshard.planning.deal import Deal, deal, why_not
+from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, shard
 from tpshard.planning.model import CASTABLE, Model
-from tpshard.rules.classify import Axis, Cut
 
 Share = StoredTensor
 """A rank's share of one logical tensor, before it is named, fused or stacked: the names in it count for nothing."""

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UsageError
-from tpshard.formats.base import Format, Laid, Options
-from tpshard.storage.safetensors import nbytes
+from tpshard.formats.base import Format
+from tpshard.formats.split import Laid, Options
+from tpshard.planning.join import OutputFile, alignment_order, output_file, parts_by_size
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import Model
-from tpshard.planning.join import OutputFile, alignment_order, output_file, parts_by_size
+from tpshard.storage.safetensors import nbytes
 
 INDEX = "model.safetensors.index.json"
 

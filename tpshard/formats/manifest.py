@@ -14,15 +14,15 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from tpshard import __version__
+from tpshard.formats.split import FORMAT_VERSION
+from tpshard.planning.axes import Cut
 from tpshard.planning.box import Box, Shape, volume
-from tpshard.planning.layout import Layout, Mesh, Part, StoredTensor
+from tpshard.planning.layout import Layout, Part, StoredTensor
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
-from tpshard.rules.classify import Cut
 
 if TYPE_CHECKING:
-    from tpshard.formats.base import Laid, Options
-
-FORMAT_VERSION = 1
+    from tpshard.formats.split import Laid, Options
 
 
 def manifest_of(model: Model, options: Options, laid: Laid) -> tuple[str, bytes]:

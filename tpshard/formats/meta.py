@@ -14,16 +14,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tpshard.planning.box import Shape, full
 from tpshard.errors import UnsupportedError
-from tpshard.formats.base import Format, Laid, Options, Split, bare
+from tpshard.formats.base import Format, bare
+from tpshard.formats.split import Laid, Options, Split
 from tpshard.formats.torch_archive import archive_file
-from tpshard.planning.layout import Deal, LogicalTensor, Part, StoredTensor, shard
-from tpshard.planning.model import Model
+from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.box import Shape, full
+from tpshard.planning.deal import Deal
 from tpshard.planning.join import OutputFile
-from tpshard.rules.classify import Axis, Cut
+from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard
+from tpshard.planning.model import Model
+from tpshard.storage.names import META_PARAMS
 
-PARAMS = "params.json"
 GENERATIONS = ("1", "2", "3")
 """What `--engine-version` takes: the generation of Llama, which decides how the embedding is cut."""
 _FILE = re.compile(r"consolidated\.(\d\d)\.pth")
@@ -48,7 +50,7 @@ _LLAMA3_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.
 class Meta(Format):
     """`consolidated.00.pth`, one file a rank."""
 
-    side_names = frozenset({PARAMS})
+    side_names = frozenset({META_PARAMS})
     container = True
 
     def lay(self, model: Model, options: Options) -> Laid:
@@ -95,7 +97,7 @@ class Meta(Format):
     def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
         """The source's, and params.json."""
         said = params(split.model.config, split.model)
-        return {**small, PARAMS: (json.dumps(said, indent=2) + "\n").encode()}
+        return {**small, META_PARAMS: (json.dumps(said, indent=2) + "\n").encode()}
 
 
 def _name(full_name: str, tensor: LogicalTensor) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from tpshard.formats.base import Format, Laid, Options, Split, rank_stem, saved_offsets
-from tpshard.planning.layout import StoredTensor, deal, shard
+from tpshard.formats.base import Format, saved_offsets
+from tpshard.formats.split import Laid, Options, Split
+from tpshard.planning.deal import deal
+from tpshard.planning.layout import StoredTensor, shard
 from tpshard.planning.model import Model
+from tpshard.storage.names import rank_stem
 
 _NAME = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
 

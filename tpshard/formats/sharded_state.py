@@ -15,12 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.formats.base import Format, Laid, Options, Split
+from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import Recipe, joined, shares_of
 from tpshard.formats.engine_tables import Family, fits_any, load_table, match
-from tpshard.storage.safetensors import DTYPE_BITS
-from tpshard.planning.layout import Deal, LogicalTensor, StoredTensor
+from tpshard.formats.split import Laid, Options, Split
+from tpshard.planning.deal import Deal
+from tpshard.planning.layout import LogicalTensor, StoredTensor
 from tpshard.planning.model import Model
+from tpshard.storage.safetensors import DTYPE_BITS
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
@@ -34,7 +36,7 @@ class ShardedState(Format):
 
     def __init__(self, engine: str, table: str) -> None:
         self.engine = engine
-        self.path = Path(__file__).with_name(table)
+        self.path = Path(__file__).parent / "tables" / table
 
     def lay(self, model: Model, options: Options) -> Laid:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tpshard.planning.box import Shape
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.storage.safetensors import nbytes
-from tpshard.planning.layout import StoredTensor
+from tpshard.planning.box import Shape
 from tpshard.planning.join import OutputFile, Placed
+from tpshard.planning.layout import StoredTensor
+from tpshard.storage.safetensors import nbytes
 
 STORAGES = {
     "F64": "DoubleStorage",

@@ -15,27 +15,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tpshard.errors import CorruptError, LocalIOError, TpshardError, UnsafeError, UnsupportedError, UsageError
-from tpshard.storage.safetensors import Header, TensorInfo, header_length, parse_header, read_header
-from tpshard.storage.hub import SIDE_PATTERNS, fits
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError, UsageError
+from tpshard.storage.local import blob_digest, cached_repo, entries, load_json, read_bytes, safe_path, side_paths
+from tpshard.storage.names import MANIFEST, PICKLE_INDEX, SAFETENSORS_INDEX, is_meta
+from tpshard.storage.safetensors import Header, SourceFile, TensorInfo, header_length, parse_header, read_header
 
-MANIFEST = "tpshard.json"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 REQUESTS = 8
 """Headers of a Hub repo that are asked for at the same time."""
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files in which quantisation tools say what they did, some of them nowhere else."""
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One weight file: its name in the checkpoint, size in bytes, digest of its header, its own digest if known."""
-
-    name: str
-    size: int
-    header_sha256: str
-    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,27 +44,6 @@ class Checkpoint:
     file_of: Mapping[str, str]
     side_files: tuple[Path, ...]
     warnings: tuple[str, ...] = ()
-
-
-def load_json(raw: bytes, path: object) -> Any:
-    """Strict JSON: a key written twice, or anything that is not JSON, is a CorruptError."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        data = dict(items)
-        if len(data) != len(items):
-            seen: set[str] = set()
-            twice = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CorruptError(f"the key {twice!r} is written twice", path=path)
-        return data
-
-    if raw.startswith(b"version https://git-lfs"):
-        raise CorruptError("a Git-LFS pointer instead of the file", path=path, hint="run `git lfs pull` there")
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
-    except RecursionError:
-        raise CorruptError("not valid JSON: nested too deeply", path=path) from None
-    except ValueError as error:
-        raise CorruptError(f"not valid JSON: {error}", path=path, found=repr(raw[:40])) from None
 
 
 def read_config(raw: bytes, path: object) -> dict[str, Any]:
@@ -174,8 +141,8 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
             hint="`tpshard merge` makes one of it; `tpshard reshard` splits it for another tp",
         )
     if repo_id is None:
-        repo_id, revision = _cached_repo(directory)
-    names = {entry.name for entry in _entries(directory)}
+        repo_id, revision = cached_repo(directory)
+    names = {entry.name for entry in entries(directory)}
     if "config.json" not in names:
         _refuse_meta(directory)
         raise CorruptError("no config.json beside the weights", path=directory, hint="it tells the architecture")
@@ -185,7 +152,7 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
     def header(name: str) -> tuple[Header, SourceFile]:
         file = safe_path(directory, name)
         parsed = read_header(file)
-        return parsed, SourceFile(name, file.stat().st_size, parsed.digest, _blob_digest(file))
+        return parsed, SourceFile(name, file.stat().st_size, parsed.digest, blob_digest(file))
 
     only = None if path.is_dir() else path.name
     if only is not None and not only.endswith((".safetensors", ".bin")):
@@ -212,8 +179,6 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
 
 
 def _refuse_meta(directory: Path) -> None:
-    from tpshard.inputs.meta import is_meta
-
     if is_meta(directory):
         raise UsageError(
             "this is a checkpoint in Meta's own form, cut for its ranks",
@@ -228,16 +193,6 @@ def _refuse_meta(directory: Path) -> None:
 def _refuse_quantised(names: set[str], place: object) -> None:
     if found := sorted(names.intersection(QUANTISED)):
         raise _quantised(f"{place}/{found[0]}", found[0])
-
-
-def side_files(names: Iterable[str]) -> list[str]:
-    """Those of `names` that travel with the weights (configuration, tokenizer, chat template, licence), sorted."""
-    return sorted(name for name in names if fits(name, SIDE_PATTERNS))
-
-
-def side_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """The side files among `names`, as paths that may be read: see `safe_path`."""
-    return tuple(safe_path(directory, name) for name in side_files(names))
 
 
 ReadHeader = Callable[[str], tuple[Header, SourceFile]]
@@ -378,68 +333,6 @@ def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], plac
                 expected=f"{name} in the weight_map",
                 found="no such name",
             )
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return list(directory.iterdir())
-    except OSError as error:
-        raise LocalIOError(f"cannot list: {error.strerror}", path=directory) from None
-
-
-def read_bytes(path: Path) -> bytes:
-    """A small file's content; CorruptError when it is missing, LocalIOError when it cannot be read."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise CorruptError("the file is missing", path=path, hint="download the checkpoint again") from None
-    except OSError as error:
-        raise LocalIOError(f"cannot read: {error.strerror}", path=path) from None
-
-
-def safe_path(directory: Path, name: str) -> Path:
-    """A file of the model; UnsafeError when a symlink leads out of the model's directory and the Hub's cache."""
-    path = directory / name
-    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
-    allowed = [root, hub_cache()]
-    if root.parent.name == "snapshots":  # of a cache elsewhere: its files are symlinks into the blobs beside it
-        allowed.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise UnsafeError(
-            f"{name} is a symlink that leaves the model's directory",
-            path=path,
-            expected="a file of the model or of the Hub's cache",
-            found=real,
-            hint="copy the file into the model's directory if you trust it",
-        )
-    if not real.is_file():
-        found = "something else" if real.exists() else f"a symlink to nothing: {real}" if path.is_symlink() else None
-        raise CorruptError(f"{name} is not there", path=path, expected="a file", found=found)
-    return path
-
-
-def hub_cache() -> Path:
-    """The Hub's cache directory, as huggingface_hub finds it, without importing it."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.realpath(os.path.expanduser(cache)))
-
-
-def _cached_repo(directory: Path) -> tuple[str | None, str | None]:
-    """Repo id and revision when the directory is a snapshot in a Hub cache."""
-    real = Path(os.path.realpath(directory))
-    repo = real.parent.parent.name
-    if real.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/"), real.name
-    return None, None
-
-
-def _blob_digest(path: Path) -> str | None:
-    """The sha256 under which the Hub's cache keeps a large file."""
-    real = Path(os.path.realpath(path))
-    return real.name if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name) else None
 
 
 def source_digest(files: tuple[SourceFile, ...]) -> str:

@@ -11,23 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpshard.rules.architecture import builtin
-from tpshard.inputs.checkpoint import load_json, read_bytes, safe_path, side_paths
 from tpshard.errors import CorruptError, UnsafeError
-from tpshard.formats.base import Options, plan_split
-from tpshard.formats.meta import FORMAT, PARAMS, ffn_size
-from tpshard.inputs.shard_set import RankFile, ShardSet
-from tpshard.storage.safetensors import TensorInfo
+from tpshard.formats.meta import FORMAT, ffn_size
+from tpshard.formats.plan import plan_split
+from tpshard.formats.split import Options
+from tpshard.inputs.shard_set import ShardSet
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
+from tpshard.rules.architecture import builtin
 from tpshard.rules.classify import classify
+from tpshard.storage.local import load_json, read_bytes, safe_path, side_paths
+from tpshard.storage.names import META_PARAMS
+from tpshard.storage.safetensors import RankFile, TensorInfo
 
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
-
-
-def is_meta(path: Path) -> bool:
-    """Whether a directory looks like one that Meta published."""
-    return (path / PARAMS).is_file() and any(path.glob("consolidated.*.pth"))
 
 
 def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
@@ -41,7 +38,7 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     from tpshard.storage.torch_pickle import read_pickle
 
     names = sorted(entry.name for entry in directory.iterdir())
-    path = safe_path(directory, PARAMS)
+    path = safe_path(directory, META_PARAMS)
     params = load_json(read_bytes(path), path)
     if not isinstance(params, dict) or (missing := [key for key in _NEEDED if key not in params]):
         lacking = ", ".join(missing) if isinstance(params, dict) else "everything"

@@ -11,31 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpshard.inputs.checkpoint import MANIFEST, load_json, read_bytes, safe_path, side_paths
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.base import Laid, Options, Split, rank_stem
-from tpshard.formats.manifest import FORMAT_VERSION, digest_of, stored_from_json
+from tpshard.formats.manifest import digest_of, stored_from_json
+from tpshard.formats.split import FORMAT_VERSION, Laid, Options, Split
 from tpshard.formats.torch_archive import check_literals
-from tpshard.storage.safetensors import TensorInfo, nbytes, read_header
+from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
-from tpshard.planning.join import Placed
-from tpshard.execute.publish import LOCK
-from tpshard.rules.classify import Axis, Cut
-from tpshard.execute.writer import PARTIAL
+from tpshard.storage.local import load_json, read_bytes, safe_path, side_paths
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, rank_stem
+from tpshard.storage.safetensors import RankFile, TensorInfo, nbytes, read_header
 
 _SAME = "copy it from where the rank files come from: it is the same on every host"
 _REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
-
-
-@dataclass(frozen=True)
-class RankFile:
-    """One file of a rank, as its header describes it."""
-
-    path: Path
-    size: int
-    tensors: tuple[TensorInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -234,7 +224,9 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         full_names=full_names,
         config=_config(directory),
     )
-    return Split(model, options, Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], raw)
+    return Split(
+        model, options, format_of(options.format), Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], raw
+    )
 
 
 def _check_derived(directory: Path, split: Split) -> None:

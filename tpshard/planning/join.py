@@ -13,11 +13,11 @@ from functools import lru_cache, wraps
 from itertools import accumulate
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from tpshard.planning.box import Box, Shape, corner, extents, full, tiles, volume
 from tpshard.errors import CorruptError
-from tpshard.storage.safetensors import DTYPE_BITS, build_header, nbytes
+from tpshard.planning.box import Box, Shape, corner, extents, full, tiles, volume
 from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor
 from tpshard.planning.strides import Piece, common_view, fine_box, pieces_of, placed_box, row_major
+from tpshard.storage.safetensors import DTYPE_BITS, build_header, nbytes
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

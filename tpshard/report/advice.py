@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from tpshard.cli.console import human_bytes
-from tpshard.errors import UsageError
-from tpshard.storage.safetensors import nbytes
-from tpshard.planning.layout import deal, possible_tp, shard, why_not
+from tpshard.planning.deal import deal, possible_tp, why_not
+from tpshard.planning.layout import shard
 from tpshard.planning.model import Model
 from tpshard.report.capacity import USABLE, Workload, cache_bytes, fits, ring_bytes, traits
 from tpshard.report.results import SCHEMA_VERSION
+from tpshard.storage.safetensors import nbytes
+from tpshard.units import human_bytes
 
 
 @dataclass(frozen=True)
@@ -88,32 +87,6 @@ class Advice:
             "possible_above": list(self.possible_above),
             "warnings": list(self.warnings),
         }
-
-
-def advise(
-    model: str | Path,
-    gpus: int,
-    workload: Workload,
-    *,
-    revision: str | None = None,
-    rules: str | Path | None = None,
-    dtype: str | None = None,
-) -> Advice:
-    """Judge every tp from 1 to `gpus`. Of a Hub repo only config and headers are read.
-
-    workload: what the devices are to do, with the memory of one; UsageError without it. revision, rules, dtype: as in
-    `plan`. That the model fits on none is in the result, not raised.
-    """
-    from tpshard.inputs.checkpoint import open_headers
-    from tpshard.planning.model import check_dtype, from_checkpoint
-
-    if gpus < 1 or workload.gpu_memory is None:
-        expected = "at least one device, and its memory"
-        raise UsageError("advice needs devices", expected=expected, hint="Workload(gpu_memory=80 * 10**9)")
-    check_dtype(dtype)
-    checkpoint = open_headers(model, revision)
-    built = from_checkpoint(checkpoint, None if rules is None else Path(rules), dtype)
-    return advice(built, gpus, workload, checkpoint.warnings)
 
 
 def advice(model: Model, gpus: int, workload: Workload, warnings: tuple[str, ...] = ()) -> Advice:

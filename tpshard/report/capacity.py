@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from tpshard.cli.console import human_bytes
 from tpshard.errors import UsageError
-from tpshard.storage.safetensors import DTYPE_BITS, nbytes
-from tpshard.planning.layout import Deal, LogicalTensor
+from tpshard.planning.deal import Deal
+from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import CASTABLE, Model
-from tpshard.rules.multimodal import text_config
+from tpshard.storage.safetensors import DTYPE_BITS, nbytes
+from tpshard.units import human_bytes
 
 USABLE = 0.9
 """The share of a device's memory that weights and cache may fill; the rest is for activations and the runtime."""
@@ -75,8 +75,7 @@ def traits(model: Model) -> Traits:
 
     Layers beyond the config's count predict further tokens (DeepSeek V3); decoding does not need them.
     """
-    nested = text_config(model.config)
-    config: Mapping[str, Any] = model.config if nested is None else nested.config
+    config = model.text_config
     count = config.get("num_hidden_layers")
     blocks: set[tuple[int, str]] = set()
     hidden = latent = 0

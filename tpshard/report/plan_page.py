@@ -1,6 +1,6 @@
 """A plan as one HTML page that needs no network: a column per rank, tensors as blocks to scale.
 
-The page (`drawing.html`) draws from data that hold a row for each *kind* of tensor: layers that are alike, and the
+The page (`plan_page.html`) draws from data that hold a row for each *kind* of tensor: layers that are alike, and the
 experts in them, share theirs, so that the page of a model of 46,000 tensors stays small. Opening a layer is the page's.
 """
 
@@ -13,15 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tpshard.formats.split import Split
+from tpshard.planning.axes import Axis
 from tpshard.planning.box import Box, volume
-from tpshard.formats.base import Split
-from tpshard.storage.safetensors import nbytes
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor
 from tpshard.report.capacity import number_lines
 from tpshard.report.results import PlanReport
-from tpshard.rules.classify import Axis
+from tpshard.storage.safetensors import nbytes
 
-_PAGE = Path(__file__).parent / "drawing.html"
+_PAGE = Path(__file__).parent / "plan_page.html"
 _MOST_SLICES = 48
 """Interleaved segments are drawn one by one up to this many, beyond it as their sums."""
 Slice = tuple[str, int, int, int]

@@ -9,15 +9,15 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tpshard.formats.split import Split
+from tpshard.planning.axes import Axis
 from tpshard.planning.box import extents, volume
-from tpshard.errors import UsageError
-from tpshard.formats.base import Split
-from tpshard.storage.safetensors import TensorInfo, element_count, nbytes, read_header
-from tpshard.planning.layout import LogicalTensor, deal, largest_tp, possible_tp, why_not
-from tpshard.rules.classify import Axis
+from tpshard.planning.deal import deal, largest_tp, possible_tp, why_not
+from tpshard.planning.layout import LogicalTensor
+from tpshard.storage.safetensors import TensorInfo, nbytes
 
 if TYPE_CHECKING:
-    from tpshard.api.check import Difference
+    pass
     from tpshard.inputs.shard_set import ShardSet
     from tpshard.report.capacity import Workload
 
@@ -192,7 +192,10 @@ class RankPart:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What split, merge or reshard wrote: `nbytes` of tensors into `output`. parts: of ranks; none of a merge."""
+    """What split, merge or reshard wrote: `nbytes` of tensors into `output`. parts: of ranks; none of a merge.
+
+    unread_checksums: whether checksums are recorded beside what was read, which nobody compared.
+    """
 
     command: str
     output: Path
@@ -201,6 +204,7 @@ class WriteReport:
     nbytes: int
     parts: tuple[RankPart, ...]
     warnings: tuple[str, ...]
+    unread_checksums: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The result object of the JSON contract."""
@@ -280,41 +284,13 @@ class InspectReport:
         }
 
 
-def inspect_path(path: Path) -> InspectReport:
-    """Look at a path without loading it."""
-    from tpshard.inputs.checkpoint import open_checkpoint
-    from tpshard.inputs.shard_set import is_shard_set, open_shards
+@dataclass(frozen=True)
+class Difference:
+    """One judged difference: which file, which tensor, what was expected and found."""
 
-    if not path.exists():
-        raise UsageError("no such file or directory", path=path)
-    if path.is_file():
-        header = read_header(path)
-        facts: dict[str, Any] = {
-            "bytes": path.stat().st_size,
-            "metadata": header.metadata,
-            "header_bytes": header.data_begin,
-        }
-        return InspectReport("file", path, facts, header.tensors)
-    if is_shard_set(path):
-        shards = open_shards(path)
-        tensors = tuple(info for rank in sorted(shards.files) for file in shards.files[rank] for info in file.tensors)
-        facts = {
-            "model_type": shards.model.architecture["model_type"],
-            "mesh": {"tp": shards.tp, "pp": 1, "ep": 1},
-            "set": shards.manifest["set"],
-            "source": dict(shards.model.source),
-            "bytes": sum(file.size for files in shards.files.values() for file in files),
-            "missing_ranks": shards.missing(),
-        }
-        return InspectReport("shards", path, facts, tensors)
-    checkpoint = open_checkpoint(path)
-    facts = {
-        "model_type": checkpoint.config.get("model_type"),
-        "repo_id": checkpoint.repo_id,
-        "revision": checkpoint.revision,
-        "bytes": sum(file.size for file in checkpoint.files),
-        "parameters": sum(element_count(info.shape) for info in checkpoint.tensors),
-        "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
-        "warnings": list(checkpoint.warnings),
-    }
-    return InspectReport("checkpoint", path, facts, checkpoint.tensors)
+    file: str
+    tensor: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.tensor or 'content'}: {self.message}"

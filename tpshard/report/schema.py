@@ -11,9 +11,29 @@ import re
 from collections.abc import Mapping
 
 from tpshard.errors import UsageError
-from tpshard.formats.manifest import FORMAT_VERSION
+from tpshard.formats.split import FORMAT_VERSION
 from tpshard.report.results import SCHEMA_VERSION
-from tpshard.report.schema_terms import COUNT, DEFINITIONS, DTYPE, FLAG, NAMED, NUMBER, POSITIVE, SET, SHA256, SHAPE, TEXT, TEXTS, Schema, array, by_name, fields, one_of, or_null, ref
+from tpshard.report.schema_terms import (
+    COUNT,
+    DEFINITIONS,
+    DTYPE,
+    FLAG,
+    NAMED,
+    NUMBER,
+    POSITIVE,
+    SET,
+    SHA256,
+    SHAPE,
+    TEXT,
+    TEXTS,
+    Schema,
+    array,
+    by_name,
+    fields,
+    one_of,
+    or_null,
+    ref,
+)
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

@@ -1,4 +1,4 @@
-"""The terms in which `tpshard.report.schema` speaks: what JSON Schema calls them, and objects that several results hold."""
+"""The terms in which `schema` speaks: what JSON Schema calls them, and objects that several results hold."""
 
 from __future__ import annotations
 

@@ -11,14 +11,13 @@ import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from tpshard.rules import expression
 from tpshard.errors import UnsupportedError, UsageError
+from tpshard.planning.axes import SPLIT_AXIS, Kind
+from tpshard.rules import expression
 from tpshard.rules.schemes import AXES, SUFFIXES
 
-Kind = Literal["column", "row", "replicate", "buffer"]
-SPLIT_AXIS = {"column": "out", "row": "in"}
 _DIRECTORY = Path(__file__).parent / "architectures"
 
 

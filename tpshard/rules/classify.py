@@ -10,47 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpshard.rules import expression
-from tpshard.rules.architecture import SPLIT_AXIS, Architecture, Kind, Rule, compile_pattern
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.storage.safetensors import TensorInfo
+from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
+from tpshard.rules import expression
+from tpshard.rules.architecture import Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """A feature axis of a model: `count` units of `unit` elements each; only `count` may be divided.
-
-    replicate: units are repeated when there are more ranks than units (KV heads).
-    pad: zero units may be added at the end (vocab).
-    group: the axis by whose units this one is dealt (heads by KV group), so that no rank holds q without its k and v.
-    """
-
-    name: str
-    count: int
-    unit: int
-    replicate: bool = False
-    pad: bool = False
-    group: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How one tensor is split: along `dim`, whose elements are the segments' units in a row.
-
-    `segments` are axis names (a fused q, k, v is three). With `interleave`, the segments are stored interleaved per
-    unit of that axis. Replicated tensors have `dim` None and no segments.
-    """
-
-    kind: Kind
-    dim: int | None = None
-    segments: tuple[str, ...] = ()
-    interleave: str | None = None
-
-    @property
-    def rule(self) -> str:
-        """The rule as the user reads it: `column heads kv kv / kv`."""
-        return " ".join([self.kind, *self.segments, *(["/", self.interleave] if self.interleave else [])])
+from tpshard.storage.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)

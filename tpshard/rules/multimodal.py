@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
 from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.planning.axes import Cut
+from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
+from tpshard.rules.classify import Classified, classify, recognise
 from tpshard.storage.safetensors import TensorInfo
-from tpshard.rules.classify import Classified, Cut, classify, recognise
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 """Where configs nest that of the text model: transformers' key, InternVL's, DeepSeek-VL2's."""

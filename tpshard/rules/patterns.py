@@ -9,11 +9,11 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
 from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, compile_pattern
-from tpshard.errors import CorruptError, UnsupportedError, UsageError
-from tpshard.storage.safetensors import TensorInfo
 from tpshard.rules.schemes import stored_axes
+from tpshard.storage.safetensors import TensorInfo
 
 
 @dataclass(slots=True, eq=False)

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Mapping
 
-SUMS = "SHA256SUMS"
 _LINE = re.compile(rb"\\?([0-9a-f]{64}) [ *]([^\r\n]+)")
 _ESCAPED = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tpshard.cli.console import human_bytes
 from tpshard.errors import CorruptError, LocalIOError
+from tpshard.units import human_bytes
 
 IOV_MAX = 1024
 """Most buffers that one `preadv` or `pwritev` takes (Linux and macOS)."""
@@ -197,19 +197,3 @@ def unlink_if_there(files: Files, path: Path) -> None:
     """Remove a file; that it is not there is fine."""
     with contextlib.suppress(FileNotFoundError):
         files.unlink(str(path))
-
-
-def local_error(error: OSError, doing: str, path: object = None) -> LocalIOError:
-    """An OSError as the user should read it."""
-    where = path if path is not None else error.filename
-    hints = {
-        errno.ENOSPC: "free some space, or give another disk with -o; the same command then resumes",
-        errno.EDQUOT: "your quota on this disk is used up; the same command resumes when there is room",
-        errno.EACCES: "check the permissions of the directory",
-        errno.EPERM: "check the permissions of the directory",
-        errno.EROFS: "the disk is mounted read-only: give another directory with -o",
-        errno.EIO: "the disk reports an error; see the system's log",
-        errno.EMFILE: "too many open files: raise the limit with `ulimit -n`",
-    }
-    reason = error.strerror or str(error)
-    return LocalIOError(f"{doing}: {reason}", path=where, hint=hints.get(error.errno or 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,35 +18,7 @@ from typing import Any
 from tpshard.errors import CorruptError, HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.files import require_space
 from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
-
-SIDE_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    # A quantised checkpoint that says so only here must still be recognised, to be refused.
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
-    *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),
-)
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SIDE_PATTERNS)
-PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+from tpshard.storage.names import PICKLE_PATTERNS, SIDE_PATTERNS, fits
 
 SMALL_LIMIT = 20_000_000
 """Bytes of a file that is read whole over the network."""
@@ -91,20 +63,6 @@ def is_repo_id(text: str) -> bool:
         return False
     parts = text.split("/")
     return len(parts) <= 2 and all(_PART.fullmatch(part) for part in parts)
-
-
-def fits(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name fits any of the patterns, of which each has one `*` at most.
-
-    Without regular expressions, of which thirty would be compiled whenever a command starts.
-    """
-    for pattern in patterns:
-        begin, star, end = pattern.partition("*")
-        if star and name.startswith(begin) and name.endswith(end) and len(name) >= len(begin + end):
-            return True
-        if name == pattern:
-            return True
-    return False
 
 
 def describe(repo_id: str, revision: str | None) -> RemoteRepo:

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from tpshard.errors import TargetError
-from tpshard.storage.files import Files, about, local_error, unlink_if_there, write_exactly
+from tpshard.errors import TargetError, local_error
+from tpshard.storage.files import Files, about, unlink_if_there, write_exactly
 
 
 class Lock:

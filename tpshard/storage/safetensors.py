@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
+from pathlib import Path
 
 from tpshard.errors import CorruptError, LocalIOError
 
@@ -404,3 +405,22 @@ def _require_exact_cover(tensors: list[TensorInfo], file: str, data_begin: int, 
         raise _bad(file, cut, "the data is truncated", expected, found, _AGAIN)
     if covered < file_size:
         raise _bad(file, None, "bytes after the last tensor", expected, found, _AGAIN)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One weight file: its name in the checkpoint, size in bytes, digest of its header, its own digest if known."""
+
+    name: str
+    size: int
+    header_sha256: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """One file of a rank, as its header describes it."""
+
+    path: Path
+    size: int
+    tensors: tuple[TensorInfo, ...]

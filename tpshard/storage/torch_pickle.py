@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from tpshard.inputs.checkpoint import SourceFile
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
-from tpshard.storage.safetensors import Header, TensorInfo
+from tpshard.storage.safetensors import Header, SourceFile, TensorInfo
 
 try:
     import torch
@@ -43,19 +42,6 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _AGAIN = "load it with torch.load(weights_only=True) and torch.save it again"
-
-
-def convert(block: memoryview, source: str, target: str) -> memoryview:
-    """Cast a block of bytes from one dtype to another, rounding as torch does; NaN becomes the target's default NaN.
-
-    Shape [n] → [n].
-    """
-    tensor = torch.frombuffer(block, dtype=DTYPES[source]).to(DTYPES[target])
-    # What torch makes of a NaN's payload depends on the processor, and on where in the block it lies. A sum is NaN
-    # where any element is, and takes a tenth of the time that looking at each does.
-    if tensor.sum().isnan():
-        tensor[tensor.isnan()] = torch.nan
-    return tensor.view(torch.uint8).numpy().data
 
 
 def read_pickle(path: Path, name: str) -> tuple[Header, SourceFile]:

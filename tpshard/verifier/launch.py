@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tpshard.errors import LocalIOError, TpshardError, UsageError
+from tpshard.errors import LocalIOError, UsageError
 
 if TYPE_CHECKING:
     from tpshard.verifier.group import Processes
@@ -130,8 +130,11 @@ def nccl_or_gloo(devices: Sequence[str]) -> str:
     return "nccl" if apart else "gloo"
 
 
-def start(request: Any, count: int, say: Callable[[str], None]) -> Any:
-    """Start `count` processes on this host that judge the request together; rank 0's verdict, or its error, raised."""
+def start(worker: str, request: Any, count: int, say: Callable[[str], None]) -> Any:
+    """Start `count` processes on this host that judge the request together; rank 0's verdict, or its error, raised.
+
+    worker: the module that each of them runs, with a folder, its rank and their number as arguments.
+    """
     with tempfile.TemporaryDirectory(prefix="tpshard-") as folder:
         (Path(folder) / "request").write_bytes(pickle.dumps(request))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -140,7 +143,7 @@ def start(request: Any, count: int, say: Callable[[str], None]) -> Any:
         try:
             for rank in range(count):
                 with open(Path(folder) / f"stderr-{rank}", "wb") as errors:
-                    workers.append(_worker(folder, rank, count, environment, errors))
+                    workers.append(_process(worker, folder, rank, count, environment, errors))
             lines = threading.Thread(target=_relay, args=(workers[0], say), daemon=True)
             lines.start()
             bad = _wait(workers)
@@ -152,17 +155,19 @@ def start(request: Any, count: int, say: Callable[[str], None]) -> Any:
                 raise outcome
             return outcome
         finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-                for pipe in (worker.stdin, worker.stdout):
+            for process in workers:
+                process.kill()
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
                     if pipe is not None:
                         pipe.close()
 
 
-def _worker(folder: str, rank: int, count: int, environment: Mapping[str, str], errors: Any) -> subprocess.Popen[bytes]:
+def _process(
+    worker: str, folder: str, rank: int, count: int, environment: Mapping[str, str], errors: Any
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tpshard.verifier.launch", folder, str(rank), str(count)],
+        [sys.executable, "-m", worker, folder, str(rank), str(count)],
         stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
         stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
         stderr=errors,
@@ -197,34 +202,3 @@ def _ended(rank: int, code: int, folder: Path) -> Exception:
         )
     said = (folder / f"stderr-{rank}").read_text(errors="replace")
     return RuntimeError(f"the process of rank {rank} ended with {code}\n{said}")
-
-
-def work(folder: Path, rank: int, size: int) -> None:
-    """One of the processes that `start` starts."""
-    from tpshard.api.verify import judge
-
-    def end_with_parent() -> None:
-        while os.read(0, 1):  # not sys.stdin: its lock must be free when the interpreter ends
-            pass
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    request = pickle.loads((folder / "request").read_bytes())
-
-    def say(line: str) -> None:
-        if rank == 0:
-            print(line, flush=True)
-
-    group = Surroundings("tpshard", rank, size, rank, f"file://{folder}/meeting")
-    outcome: Any
-    try:
-        outcome = join(group, request.device, lambda team, sharing: judge(request, team, sharing, say))
-    except (TpshardError, OSError) as error:
-        outcome = error
-    if rank == 0:
-        (folder / "result.new").write_bytes(pickle.dumps(outcome))
-        (folder / "result.new").rename(folder / "result")
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from tpshard.errors import DifferentError, LocalIOError
-from tpshard.verifier.engine import Asked, Judge, Opened, Ready
 from tpshard.verifier.builtin.engine import ready
-from tpshard.verifier.ranks.translate import require_replicas, stored_in
-from tpshard.verifier.group import Processes, Threads
-from tpshard.verifier.builtin.memory import pick_device
 from tpshard.verifier.builtin.prepare import open_both
+from tpshard.verifier.engine import Asked, Judge, Opened, Ready
+from tpshard.verifier.group import Processes, Threads
+from tpshard.verifier.memory import pick_device
+from tpshard.verifier.ranks.translate import require_replicas, stored_in
 from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
 _LESS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.helpers.checkpoints import DECODED, make, published
-from tests.helpers.small_models import can_be_uneven, reference, relative, run, shards, source, tokens
 from safetensors.torch import load_file
 
+from tests.helpers.checkpoints import DECODED, make, published
+from tests.helpers.small_models import can_be_uneven, reference, relative, run, shards, source, tokens
 from tpshard.errors import DifferentError
 
 SHARDINGS = [(2, None), (4, None), (2, (3, 1))]

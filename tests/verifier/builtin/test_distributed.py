@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.helpers import gloo_worker
 import torch
-from tests.helpers.small_models import relative, run, shards, source, tokens
 from torch import multiprocessing
+
+from tests.helpers import gloo_worker
+from tests.helpers.small_models import relative, run, shards, source, tokens
 
 
 def test_two_gloo_processes_equal_one(tmp_path: Path) -> None:

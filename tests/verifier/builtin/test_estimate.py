@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tpshard.verifier.builtin.memory import Load, Side
 from tpshard.verifier.builtin.estimate import Pace, Work, exact_seconds, look_seconds, native_seconds
+from tpshard.verifier.builtin.memory import Load, Side
 
 NOTHING = Pace(look=0, fetch_wide=0, fetch_native=0, widen=0, wide=0, native=0, wide_step=0, native_step=0)
 SIDE = Side(nbytes=2_000_000, elements=1_000_000, tables=100_000, body=800_000, head=100_000)

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from tests.helpers.checkpoints import DECODED
 from tests.helpers.cut import cut
 from tests.helpers.small_models import CPU, Tensors, source, tokens
-
 from tpshard.verifier.builtin.canaries import exact_canaries, native_canaries
-from tpshard.verifier.builtin.exact import Setup, exact, through
 from tpshard.verifier.builtin.decoder import Probe
-from tpshard.verifier.families.configs import describe
+from tpshard.verifier.builtin.exact import Setup, exact, through
 from tpshard.verifier.builtin.faults import FAULTS
+from tpshard.verifier.builtin.native import native, teacher_tokens
+from tpshard.verifier.criteria import native_metrics, relative
+from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Group, Threads
-from tpshard.verifier.builtin.native import native, native_metrics, teacher_tokens
-from tpshard.verifier.builtin.probes import relative
 from tpshard.verifier.ranks.weights import InMemory
 
 

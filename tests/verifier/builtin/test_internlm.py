@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.small_models import relative, run, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tpshard.api import convert as api, verify as verifying
+from tests.helpers.small_models import relative, run, tokens
+from tpshard.api import convert as api
+from tpshard.api import verify as verifying
 from tpshard.errors import DifferentError
 from tpshard.execute.publish import Settings
 from tpshard.verifier.run import verify

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from tests.helpers.checkpoints import DECODED, old_config
 from tests.helpers.small_models import source
-
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.verifier.families.configs import FAMILIES, describe
 

@@ -7,20 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.helpers import transformers_runs as library
 import pytest
 import torch
+
+from tests.helpers import transformers_runs as library
 from tests.helpers.checkpoints import build
 from tests.helpers.newer_checkpoints import NEWER
-
 from tpshard.errors import DifferentError
-from tpshard.verifier.builtin.exact import EXACT_LIMIT
+from tpshard.verifier.criteria import EXACT_LIMIT, relative
 from tpshard.verifier.hf.canaries import exact_canaries
 from tpshard.verifier.hf.canaries import mutants as canaries
 from tpshard.verifier.hf.faults import FAULTS
 from tpshard.verifier.hf.sides import Sides
 from tpshard.verifier.hf.tiers import exact, native
-from tpshard.verifier.builtin.probes import relative
 from tpshard.verifier.ranks.weights import Replaced, Weights
 
 Made = Callable[..., Path]

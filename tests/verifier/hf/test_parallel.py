@@ -8,30 +8,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import transformers_runs as library
 import pytest
 import torch
-from tests.helpers.checkpoints import VARIANTS, build, make
-from tests.helpers.newer_checkpoints import NEWER
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import tpshard
+from tests.helpers import transformers_runs as library
+from tests.helpers.checkpoints import VARIANTS, build, make
+from tests.helpers.newer_checkpoints import NEWER
 from tpshard.errors import DifferentError, UnsupportedError, UsageError
-from tpshard.verifier.builtin.exact import EXACT_LIMIT
 from tpshard.verifier.builtin.decoder import Decoder
+from tpshard.verifier.criteria import EXACT_LIMIT, relative
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.group import Single
 from tpshard.verifier.hf import engine
 from tpshard.verifier.hf.canaries import exact_canaries
 from tpshard.verifier.hf.faults import FAULTS
 from tpshard.verifier.hf.heads import heads_of
-from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, Cut, model_config
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
 from tpshard.verifier.hf.sides import Sides
+from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, Cut, model_config
 from tpshard.verifier.hf.tiers import exact, native
-from tpshard.verifier.builtin.probes import relative
 from tpshard.verifier.ranks.weights import InMemory, Replaced
 
 Made = Callable[..., Path]

@@ -15,19 +15,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tests.helpers.transformers_runs import exchange
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from tpshard.api import convert as api, verify as verifying
+from tests.helpers.transformers_runs import exchange
+from tpshard.api import convert as api
+from tpshard.api import verify as verifying
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
-from tpshard.storage.safetensors import TensorInfo
 from tpshard.execute.publish import Settings
+from tpshard.storage.safetensors import TensorInfo
 from tpshard.verifier.ranks.dcp import Chunk, dealt, of_metadata
-from tpshard.verifier.run import verify
 from tpshard.verifier.ranks.open import FileWeights, open_shards
 from tpshard.verifier.report.verdict import Verdict
+from tpshard.verifier.run import verify
 
 Get = Callable[..., Path]
 Splits = Callable[..., tuple[Path, Path]]

@@ -6,20 +6,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.helpers import transformers_runs as library
 import pytest
 import torch
-from tests.helpers.checkpoints import make
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tpshard.api import convert as api, verify as verifying
+from tests.helpers import transformers_runs as library
+from tests.helpers.checkpoints import make
+from tpshard.api import convert as api
+from tpshard.api import verify as verifying
 from tpshard.execute.publish import Settings
-from tpshard.verifier.hf.skeleton import Cut
 from tpshard.verifier.hf.parallel import own_weights
+from tpshard.verifier.hf.skeleton import Cut
 from tpshard.verifier.hf.tiers import exact
-from tpshard.verifier.run import verify
 from tpshard.verifier.report.verdict import Verdict
+from tpshard.verifier.run import verify
 
 Get = Callable[[str], Path]
 Change = Callable[[dict[str, Tensor]], None]

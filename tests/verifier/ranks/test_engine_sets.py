@@ -9,24 +9,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tests.helpers import transformers_runs as library
 import pytest
 import torch
-from tests.helpers.checkpoints import VARIANTS, make
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tpshard.formats
-from tpshard.api import convert as api, verify as verifying
+from tests.helpers import transformers_runs as library
+from tests.helpers.checkpoints import VARIANTS, make
+from tpshard.api import convert as api
+from tpshard.api import verify as verifying
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.execute.publish import Settings
-from tpshard.verifier.ranks import vllm as sharded_state
-from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.hf.tiers import exact
-from tpshard.verifier.run import verify
+from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.open import FileWeights, open_shards, open_source
+from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.report.verdict import Verdict
+from tpshard.verifier.run import verify
 
 Get = Callable[..., Path]
 Splits = Callable[..., tuple[Path, Path]]
@@ -134,7 +135,7 @@ def test_a_correct_split_for_vllm_is_equal(name: str, tp: int, tmp_path: Path) -
 
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
-    written = tomllib.loads((Path(tpshard.formats.__file__).parent / "vllm.toml").read_text())["families"]
+    written = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())["families"]
     assert known.keys() == {name for family in written.values() for name in family.get("model_types", ())}
     tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {"internlm2"}
     assert tried <= known.keys()

@@ -14,8 +14,20 @@ from typing import Any
 
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture
+from tpshard.rules.draft.known import (
+    WIDTH,
+    Definition,
+    Known,
+    Module,
+    closeness,
+    definitions,
+    known,
+    layer_stem,
+    modules,
+    of_module,
+    tail,
+)
 from tpshard.storage.safetensors import TensorInfo
-from tpshard.rules.draft.known import WIDTH, Definition, Known, Module, closeness, definitions, known, layer_stem, modules, of_module, tail
 
 Effect = tuple[str, int | None, int, int]
 """What a rule does to a tensor: kind, dim, and the axis' count and unit."""

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from tpshard.planning.axes import Kind
 from tpshard.rules import expression
-from tpshard.rules.architecture import Architecture, Kind
-from tpshard.storage.safetensors import TensorInfo
+from tpshard.rules.architecture import Architecture
 from tpshard.rules.schemes import SUFFIXES
+from tpshard.storage.safetensors import TensorInfo
 
 WIDTH = "hidden_size or n_embd or n_embed or d_model"
 """The width of the model, in the keys of all configs that are known."""

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from tpshard.rules.architecture import Architecture, all_builtin, parse_architecture
-from tpshard.inputs.checkpoint import open_headers
-from tpshard.rules.draft.infer import Choice, Sketch, draft_modules, sketch
-from tpshard.errors import TargetError, TpshardError, UnsupportedError, UsageError
-from tpshard.storage.safetensors import TensorInfo
-from tpshard.rules.draft.known import Definition, Module, base, counts
-from tpshard.rules.multimodal import text_config
+from tpshard.errors import TpshardError, UnsupportedError
+from tpshard.rules.architecture import Architecture, parse_architecture
 from tpshard.rules.classify import classify
+from tpshard.rules.draft.infer import Choice, Sketch, draft_modules, sketch
+from tpshard.rules.draft.known import Definition, Module, base, counts
+from tpshard.storage.safetensors import TensorInfo
 
 _MOST = 6
 """Candidates that are named for a module."""
@@ -49,38 +46,6 @@ class Draft:
         }
 
 
-def draft(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Draft:
-    """Draft rules for a model whose model_type has none. Of a Hub repo only config and headers are read."""
-    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
-    architectures = all_builtin()
-    outer = checkpoint.config.get("model_type")
-    text = text_config(checkpoint.config)
-    nested = text is not None and text.key is not None
-    for model_type in (outer, text.model_type if text and nested else None):
-        if name := next((a.name for a in architectures if model_type in a.model_types), None):
-            raise UsageError(
-                f"there are rules for model_type {model_type!r} already",
-                path=checkpoint.config_path,
-                hint=f"`tpshard archs show {name}` prints them",
-            )
-    if not isinstance(outer, str) and not nested:
-        raise UnsupportedError("config.json names no model_type", path=checkpoint.config_path, hint="give it one")
-    if text is None or not nested:
-        return make(checkpoint.config, checkpoint.tensors, architectures)
-    return make(
-        {**text.config, "model_type": text.model_type}, _decoder(text.config, checkpoint.tensors), architectures
-    )
-
-
-def save(made: Draft, path: Path) -> None:
-    """Write a draft to a new file; what is there already, edited perhaps, is never replaced."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(made.text)
-    except FileExistsError:
-        raise TargetError("the file exists", path=path, hint="give another one with -o, or remove it first") from None
-
-
 def make(config: Mapping[str, Any], tensors: Sequence[TensorInfo], architectures: Sequence[Architecture]) -> Draft:
     """Draft rules for one config and its tensors, by comparison with these architectures."""
     found = draft_modules(tensors)
@@ -94,7 +59,7 @@ def make(config: Mapping[str, Any], tensors: Sequence[TensorInfo], architectures
     return Draft(str(config["model_type"]), made.families[0], made.closest, text, tuple(made.undecided), refusal)
 
 
-def _decoder(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+def decoder_tensors(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     """The tensors of a nested text model, named as those of an ordinary one; it is where the embedding is."""
     shape = (config.get("vocab_size"), config.get("hidden_size"))
     tables = [tensor.name for tensor in tensors if tensor.shape == shape and "." in tensor.name]

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from tpshard.errors import UnsupportedError
-from tpshard.verifier.builtin.exact import Setup, no_tf32, through
-from tpshard.verifier.builtin.probes import relative
+from tpshard.verifier.builtin.exact import Setup, through
+from tpshard.verifier.criteria import no_tf32, relative
 from tpshard.verifier.report.verdict import Tier
 
 # Its norms and rotary tables are float32 inside a float64 model, which is 2e-7 off.

@@ -11,34 +11,15 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.builtin.exact import EXACT_LIMIT, FLOAT32_LIMIT, Setup, no_tf32, through
-from tpshard.verifier.families.family import Family
+from tpshard.verifier.builtin.exact import Setup, through
 from tpshard.verifier.builtin.faults import FAULTS
-from tpshard.verifier.builtin.native import exceeded, native_metrics
-from tpshard.verifier.builtin.probes import relative
-from tpshard.verifier.report.verdict import Canary
+from tpshard.verifier.criteria import EXACT_LIMIT, FLOAT32_LIMIT, exceeded, native_metrics, no_tf32, relative
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.fault_catalogue import BETWEEN_RANKS, CANARIES, VISIBLE
 from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import Canary
 
 T = TypeVar("T")
-CANARIES = (
-    "rank-files-exchanged",
-    "heads-swapped-in-a-rank",
-    "heads-swapped-between-ranks",
-    "k-and-v-exchanged",
-    "gate-and-up-exchanged",
-    "wrong-kv-replica",
-    "out-bias-dropped",
-    "down-bias-dropped",
-    "v-bias-dropped",
-    "out-bias-added-tp-times",
-    "down-bias-added-tp-times",
-    "up-row-shifted",
-    "sign-of-an-element-of-out",
-)
-# These need a second rank.
-BETWEEN_RANKS = ("rank-files-exchanged", "heads-swapped-between-ranks", "wrong-kv-replica")
-# A fault whose true effect is below this many times the dtype's own error cannot be asked of the native tier.
-VISIBLE = 3.0
 
 
 def applicable(family: Family, tp: int, *, biases: bool, structural: bool) -> int:

@@ -10,10 +10,24 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
+from tpshard.verifier.builtin.layers import (
+    Cache,
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    alibi_bias,
+    alibi_slopes,
+    attend,
+    normalise,
+    rope_tables,
+    rotate,
+    visible,
+)
+from tpshard.verifier.builtin.store import Store
+from tpshard.verifier.families.activations import ACTIVATIONS
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, slice_of
-from tpshard.verifier.builtin.layers import ACTIVATIONS, Cache, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, alibi_bias, alibi_slopes, attend, normalise, rope_tables, rotate, visible
-from tpshard.verifier.ranks.weights import Store, Weights
+from tpshard.verifier.ranks.weights import Weights
 
 # Computes the summand of input features i to i + n of a decoder's own row layer or embedding.
 Summand = Callable[[int, int], Tensor]

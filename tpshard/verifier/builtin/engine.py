@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 
-from tpshard.verifier.engine import TIERS, Asked, Canaries, Judge, LoadRank, Opened, Ready
 from tpshard.verifier.builtin.canaries import exact_canaries, native_canaries
 from tpshard.verifier.builtin.exact import exact
 from tpshard.verifier.builtin.native import native, teacher_tokens
-from tpshard.verifier.builtin.prepare import Case, all_finite, all_kept, choose, duration, keep, prepare, prompt_ids
+from tpshard.verifier.builtin.prepare import Case, all_finite, all_kept, choose, duration, keep, prepare
+from tpshard.verifier.engine import TIERS, Asked, Canaries, Judge, LoadRank, Opened, Ready
+from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import FileWeights, needed, parameters, resident
 from tpshard.verifier.report.verdict import Tier
 

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from tpshard.verifier.builtin.decoder import Decoder, Probe
+from tpshard.verifier.builtin.layers import Cache
+from tpshard.verifier.builtin.probes import Recorder, Replayer
+from tpshard.verifier.criteria import EXACT_LIMIT, FLOAT32_LIMIT, first_difference, no_tf32, place, relative
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, Processes, Single, Threads
-from tpshard.verifier.builtin.layers import Cache
-from tpshard.verifier.builtin.probes import Recorder, Replayer, relative
-from tpshard.verifier.report.verdict import Finding, Place, Tier, layer_of
 from tpshard.verifier.ranks.weights import Weights
-
-EXACT_LIMIT = 1e-12
-FLOAT32_LIMIT = 1e-5
+from tpshard.verifier.report.verdict import Finding, Place, Tier
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,6 @@ def through(decoder: Decoder, steps: Sequence[Tensor], layers: Sequence[int]) ->
     return moving.logits()
 
 
-def place(finding: Finding) -> Place:
-    return Place(finding.inside or finding.module, layer_of(finding.module), finding.rank, finding.error)
-
-
 def lockstep(
     setup: Setup, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
 ) -> tuple[list[float], list[Finding]]:
@@ -187,15 +181,6 @@ def table_findings(setup: Setup) -> list[Finding]:
     return [finding for step in zip(*setup.team.run(work), strict=True) for finding in step]
 
 
-def first_difference(findings: Sequence[Finding], limit: float) -> Place | None:
-    """The first module above the limit; of its ranks, one that differs inside itself before one that merely sums."""
-    for i, finding in enumerate(findings):
-        if finding.error > limit:
-            same = [f for f in findings[i:] if f.module == finding.module and f.error > limit]
-            return place(next((f for f in same if f.inside is not None), finding))
-    return None
-
-
 def exact(setup: Setup, *, float32: bool = False) -> Tier:
     """Both sides in float64 (or float32): end to end, and every module fed the reference's input."""
     dtype = torch.float32 if float32 else torch.float64
@@ -217,17 +202,6 @@ def exact(setup: Setup, *, float32: bool = False) -> Tier:
         findings=tuple(findings),
         reason=_exact_reason(setup, first, max(errors), limit) if failed else None,
     )
-
-
-class no_tf32:
-    """Keep float32 products at full precision on GPUs, for the time of a `with`."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
 
 
 def _exact_reason(setup: Setup, first: Place | None, error: float, limit: float) -> str:

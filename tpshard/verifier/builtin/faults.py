@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.ranks.weights import Borrowed, Replaced, Store, Weights
+from tpshard.verifier.ranks.weights import Borrowed, Replaced, Weights
 
 
 class Bench:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.families.family import Rope
 from tpshard.verifier.group import Group
-from tpshard.verifier.ranks.weights import Store
 
 
 @dataclass(frozen=True)
@@ -102,27 +101,6 @@ def normalise(store: Store, module: str, x: Tensor) -> Tensor:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for the steps that are sensitive: float32, or float64 where all is float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_python": F.gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-}
 
 
 def rope_frequencies(rope: Rope, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from tpshard.verifier.builtin.exact import Setup, lockstep, place, through
-from tpshard.verifier.group import Threads
+from tpshard.verifier.builtin.exact import Setup, lockstep, through
 from tpshard.verifier.builtin.layers import Cache
+from tpshard.verifier.criteria import native_metrics, native_tier, worst_ratio
+from tpshard.verifier.group import Threads
 from tpshard.verifier.report.verdict import Finding, Place, Tier
-
-NATIVE_LIMITS = {"ratio": 1.5, "token_ratio": 3.0, "kl_ratio": 2.0}
 
 
 def teacher_tokens(setup: Setup, tokens: int) -> list[Tensor]:
@@ -24,37 +23,6 @@ def teacher_tokens(setup: Setup, tokens: int) -> list[Tensor]:
     for _ in range(tokens):
         steps.append(decoder.forward(steps[-1], cache, setup.which())[:, -1:].argmax(-1))
     return steps
-
-
-def native_metrics(reference: Tensor, unsharded: Tensor, sharded: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """How far T is from R, measured by how far N is; logits [B, S, vocab] of all positions.
-
-    A floor of one rounding of the dtype, relative to R, keeps noise that happens to be small from being a yardstick.
-    Per token, N's error counts as no less than its mean over tokens.
-    """
-    r, n, t = (x.double() for x in (reference, unsharded, sharded))
-    if not bool(t.isfinite().all()):
-        return {"ratio": math.inf, "token_ratio": math.inf, "kl_ratio": math.inf}
-    floor = float(torch.finfo(dtype).eps) / 4
-    n_error, t_error = (n - r).norm(), (t - r).norm()
-    token_n, token_t, token_r = ((x).norm(dim=-1) for x in (n - r, t - r, r))
-    typical = token_n.pow(2).mean().sqrt()
-    token_ratio = token_t / (torch.maximum(token_n, typical) + floor * token_r)
-    log_r, log_n, log_t = (x.log_softmax(-1) for x in (r, n, t))
-    kl_n, kl_t = ((log_r.exp() * (log_r - x)).sum(-1).mean() for x in (log_n, log_t))
-    kl_floor = floor**2 * float(r.pow(2).mean())
-    return {
-        "ratio": float(t_error / (n_error + floor * r.norm())),
-        "token_ratio": float(token_ratio.max()),
-        "worst_token": float(token_ratio.flatten().argmax() % token_ratio.shape[1]),
-        "kl_ratio": float(kl_t / (kl_n.clamp(min=0) + kl_floor)),
-        "sharded_error": float(t_error / r.norm()),
-        "unsharded_error": float(n_error / r.norm()),
-        "kl_sharded": float(kl_t),
-        "kl_unsharded": float(kl_n),
-        "top1_sharded": float((r.argmax(-1) == t.argmax(-1)).double().mean()),
-        "top1_unsharded": float((r.argmax(-1) == n.argmax(-1)).double().mean()),
-    }
 
 
 def native_logits(setup: Setup, dtype: torch.dtype, steps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -75,26 +43,6 @@ def native(setup: Setup, dtype: torch.dtype, steps: Sequence[Tensor]) -> Tier:
     return native_tier(ranks, *worst_module(setup, dtype))
 
 
-def native_tier(ranks: Sequence[Mapping[str, float]], worst: Place, findings: Sequence[Finding]) -> Tier:
-    """The tier that every rank's metrics, and the worst module of all, come to."""
-    failed = [rank for rank, metrics in enumerate(ranks) if exceeded(metrics)]
-    shown = failed[0] if failed else max(range(len(ranks)), key=lambda rank: ranks[rank]["ratio"])
-    reason = None
-    if failed:
-        name = exceeded(ranks[shown])[0]
-        reason = f"{name} is {ranks[shown][name]:.3g} (limit {NATIVE_LIMITS[name]:g}); worst: {worst.module}"
-        reason += f" of rank {worst.rank}, {worst.error:.3g} times the unsharded model's error"
-    return Tier(
-        name="native",
-        status="fail" if failed else "pass",
-        thresholds=NATIVE_LIMITS,
-        metrics=ranks[shown],
-        worst=worst,
-        findings=tuple(findings),
-        reason=reason,
-    )
-
-
 def worst_module(setup: Setup, dtype: torch.dtype) -> tuple[Place, list[Finding]]:
     """The module whose error, fed float64's input, is largest against that of the unsharded model in the same dtype.
 
@@ -104,18 +52,3 @@ def worst_module(setup: Setup, dtype: torch.dtype) -> tuple[Place, list[Finding]
     _, unsharded = lockstep(alone, dtype, math.inf, wide=torch.float64)
     _, sharded = lockstep(setup, dtype, math.inf, wide=torch.float64)
     return worst_ratio(unsharded, sharded, dtype)
-
-
-def worst_ratio(
-    unsharded: Sequence[Finding], sharded: Sequence[Finding], dtype: torch.dtype
-) -> tuple[Place, list[Finding]]:
-    """The sharded modules' errors as multiples of the unsharded ones', and the place of the largest."""
-    floor = float(torch.finfo(dtype).eps) / 4
-    yardstick = {finding.module: finding.error + floor for finding in unsharded}
-    ratios = [replace(finding, error=finding.error / yardstick[finding.module]) for finding in sharded]
-    return place(max(ratios, key=lambda finding: finding.error)), ratios
-
-
-def exceeded(metrics: Mapping[str, float]) -> list[str]:
-    """The native criteria that do not hold; one that is not a number does not hold."""
-    return [name for name, limit in NATIVE_LIMITS.items() if not metrics[name] <= limit]

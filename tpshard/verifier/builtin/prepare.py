@@ -9,78 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tpshard.errors import CorruptError, UsageError
-from tpshard.verifier.engine import Asked, LoadRank, Opened
 from tpshard.verifier.builtin.canaries import applicable
+from tpshard.verifier.builtin.estimate import Work, exact_seconds, look_seconds, measure, native_seconds
 from tpshard.verifier.builtin.exact import Setup
-from tpshard.verifier.ranks.translate import translated
+from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
+from tpshard.verifier.builtin.store import Store
+from tpshard.verifier.engine import Asked, LoadRank, Opened
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.group import Processes, Threads
-from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
-from tpshard.verifier.builtin.estimate import Work, exact_seconds, look_seconds, measure, native_seconds
+from tpshard.verifier.group import Processes
+from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
+from tpshard.verifier.ranks.translate import translated
+from tpshard.verifier.ranks.weights import Replaced, Weights, move
 from tpshard.verifier.report.verdict import layer_of
-from tpshard.verifier.ranks.weights import Replaced, Store, Weights, move
 
-PROMPT, BATCH = 16, 2
 TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
 QUIET_SECONDS = 10.0
 """The least time between two lines about the progress of a tier."""
-
-
-def prompt_ids(vocab: int, seed: int, batch: int, length: int) -> Tensor:
-    """Token ids [batch, length] from a seed, one from each of as many equal stretches of the vocabulary."""
-    count = batch * length
-    generator = torch.Generator().manual_seed(seed)
-    within = torch.rand(count, generator=generator, dtype=torch.float64)
-    order = torch.randperm(count, generator=generator)
-    ids = ((order + within) * vocab / count).long().clamp(max=vocab - 1)
-    return ids.view(batch, length)
-
-
-def chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] | None:
-    """The layers asked for, of `count`, in order and without the negative numbers; UsageError when there is none."""
-    if layers is None:
-        return None
-    for i in layers:
-        if not -count <= i < count:
-            raise UsageError(f"there is no layer {i}", expected=f"{-count} to {count - 1}")
-    return tuple(sorted({i % count for i in layers}))
-
-
-def require_one_each(opened: ShardSet, team: Threads | Processes) -> None:
-    """UsageError unless as many processes run as there are ranks, or one for all of them."""
-    if team.size != len(opened.ranks):
-        raise UsageError(
-            "one process per rank is needed",
-            path=opened.directory,
-            expected=len(opened.ranks),
-            found=team.size,
-            hint="start as many processes as there are ranks, or one for all of them",
-        )
-
-
-def another_model(opened: ShardSet, model_type: object) -> UsageError:
-    """The error for shards that are not of the source, which is of this type."""
-    return UsageError(
-        "the shards are of another model than the source",
-        path=opened.directory,
-        expected=f"the {model_type} that the source holds",
-        found=f"a {opened.config.get('model_type')} of other sizes or settings",
-        hint="give the model that was split with --source",
-    )
-
-
-def prompt_of(prompt: Tensor | None, vocab: int, seed: int) -> Tensor:
-    """The prompt that was given, or ids from the seed; UsageError when its ids are not of the vocabulary."""
-    ids = prompt_ids(vocab, seed, BATCH, PROMPT) if prompt is None else prompt
-    if not ids.numel() or int(ids.max()) >= vocab or int(ids.min()) < 0:
-        raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {vocab}")
-    return ids
 
 
 def _finite(weights: FileWeights, layers: Sequence[int]) -> None:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from tpshard.verifier.builtin.decoder import Probe, Summand
+from tpshard.verifier.criteria import relative
 from tpshard.verifier.report.verdict import Finding
-
-
-def relative(x: Tensor, reference: Tensor) -> float:
-    """Relative Frobenius error in float64; infinite where x is not finite or the shapes differ."""
-    if x.shape != reference.shape:
-        return math.inf
-    reference = reference.double()
-    error = float((x.double() - reference).norm())
-    if not math.isfinite(error):
-        return math.inf
-    norm = float(reference.norm())
-    return error / norm if norm else (math.inf if error else 0.0)
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.verifier.families.activations import ACTIVATIONS
 from tpshard.verifier.families.family import Family, Rope
-from tpshard.verifier.builtin.layers import ACTIVATIONS
 
 
 class _Config:

@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError, UnsupportedError
-from tpshard.verifier.builtin.canaries import BETWEEN_RANKS, CANARIES, VISIBLE
-from tpshard.verifier.builtin.exact import EXACT_LIMIT, FLOAT32_LIMIT, no_tf32
+from tpshard.verifier.criteria import EXACT_LIMIT, FLOAT32_LIMIT, exceeded, native_metrics, no_tf32, relative
+from tpshard.verifier.fault_catalogue import BETWEEN_RANKS, CANARIES, VISIBLE
 from tpshard.verifier.group import Single
 from tpshard.verifier.hf.faults import FAULTS
 from tpshard.verifier.hf.overrides import Pinned
 from tpshard.verifier.hf.sides import Sides
 from tpshard.verifier.hf.tiers import Choices, errors_of, logits_of
-from tpshard.verifier.builtin.native import exceeded, native_metrics
-from tpshard.verifier.builtin.probes import relative
 from tpshard.verifier.report.verdict import Canary, layer_of
 
 OF_STATES = ("convolution-of-another-rank", "decay-of-another-rank")

@@ -11,11 +11,11 @@ from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageEr
 from tpshard.verifier.engine import TIERS, Asked, Canaries, Judge, Opened, Ready
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.canaries import exact_canaries, native_canaries
-from tpshard.verifier.hf.skeleton import covers, frame_of, library_version, model_config, quiet, same_model
 from tpshard.verifier.hf.sides import Sides
+from tpshard.verifier.hf.skeleton import covers, frame_of, library_version, model_config, quiet, same_model
 from tpshard.verifier.hf.tiers import exact, native
-from tpshard.verifier.builtin.memory import FILL, available
-from tpshard.verifier.builtin.prepare import another_model, chosen_layers, prompt_of, require_one_each
+from tpshard.verifier.memory import FILL, available
+from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, elements, not_finite, require_floats
 from tpshard.verifier.report.verdict import Tier, layer_of
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from tpshard.verifier.builtin.faults import flip_largest
 from tpshard.verifier.hf.heads import total_heads
 from tpshard.verifier.hf.skeleton import Cut
-from tpshard.verifier.report.verdict import layer_of
 from tpshard.verifier.ranks.weights import Borrowed, Replaced, Weights
+from tpshard.verifier.report.verdict import layer_of
 
 OUT = re.compile(r"(att(ention|n)\w*|mamba|mixer)\.(o_proj|out_proj|c_proj|dense)\.")
 DOWN = re.compile(r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tpshard.verifier.builtin.probes import relative
+from tpshard.verifier.criteria import relative
 
 CHOICES = {torch.topk, Tensor.topk, torch.max, Tensor.max}
 """What routers choose their experts with."""

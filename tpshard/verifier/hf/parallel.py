@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.group import Group, Single
-from tpshard.verifier.hf.heads import LINEAR_NUMBERS, MIXER_NUMBERS, attentions, heads_of, linear_attentions, mixers, output_of, tell, tell_linear, tell_mixer, total_heads
+from tpshard.verifier.hf.heads import (
+    LINEAR_NUMBERS,
+    MIXER_NUMBERS,
+    attentions,
+    heads_of,
+    linear_attentions,
+    mixers,
+    output_of,
+    tell,
+    tell_linear,
+    tell_mixer,
+    total_heads,
+)
 from tpshard.verifier.hf.skeleton import Cut
 
 EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")

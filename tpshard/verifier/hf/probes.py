@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpshard.verifier.criteria import relative
 from tpshard.verifier.hf.heads import FUSED
-from tpshard.verifier.hf.skeleton import Cut, layers_of
 from tpshard.verifier.hf.parallel import in_dim, is_column, is_experts, is_linear, is_row, own_weights, product
 from tpshard.verifier.hf.sides import Side
-from tpshard.verifier.builtin.probes import relative
+from tpshard.verifier.hf.skeleton import Cut, layers_of
 from tpshard.verifier.report.verdict import Finding
 
 # Their rows are several blocks, so that a rank's are no stretch of the whole's.

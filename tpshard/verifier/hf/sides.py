@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tpshard.errors import UnsupportedError
 from tpshard.verifier.group import Group, Processes, Threads
-from tpshard.verifier.hf.skeleton import Cut, Frame, fill, skeleton, skip_layers
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parallel import Link, connect
+from tpshard.verifier.hf.skeleton import Cut, Frame, fill, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
 
 

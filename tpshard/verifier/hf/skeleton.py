@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tpshard.errors import DifferentError, UnsupportedError
 from tpshard.verifier.hf.overrides import Wide
 from tpshard.verifier.hf.parameters import Recipe, recipes
-from tpshard.verifier.report.verdict import layer_of
 from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import layer_of
 
 # Those that were tried: other classes may read sizes from places that nobody here knows of.
 MODEL_TYPES = frozenset(

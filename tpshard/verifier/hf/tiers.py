@@ -10,14 +10,23 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from tpshard.verifier.builtin.exact import EXACT_LIMIT, FLOAT32_LIMIT, first_difference, no_tf32, place
+from tpshard.verifier.criteria import (
+    EXACT_LIMIT,
+    FLOAT32_LIMIT,
+    NATIVE_LIMITS,
+    first_difference,
+    native_metrics,
+    native_tier,
+    no_tf32,
+    place,
+    relative,
+    worst_ratio,
+)
 from tpshard.verifier.group import Group, Single
 from tpshard.verifier.hf.overrides import Pinned
 from tpshard.verifier.hf.parallel import is_experts
 from tpshard.verifier.hf.probes import Feeder, Recorder, blocks, every_expert
 from tpshard.verifier.hf.sides import Side, Sides
-from tpshard.verifier.builtin.native import NATIVE_LIMITS, native_metrics, native_tier, worst_ratio
-from tpshard.verifier.builtin.probes import relative
 from tpshard.verifier.report.verdict import Finding, Place, Tier
 
 Choices = Mapping[str, Sequence[Tensor]]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
+from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Joined, Piece, Rows, Stored
 from tpshard.verifier.ranks.vllm import Pieces
-from tpshard.verifier.ranks.open import FileWeights
 
 _META_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _META_LAYER = {

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
+from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.storage.safetensors import TensorInfo, read_header
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 from tpshard.verifier.ranks.dcp import Chunk, Chunks, of_header, of_metadata
 from tpshard.verifier.ranks.names import RankFiles, rank_files
-from tpshard.verifier.report.verdict import layer_of
 from tpshard.verifier.ranks.weights import Replaced, Weights, move
+from tpshard.verifier.report.verdict import layer_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from tpshard.errors import UnsupportedError
-from tpshard.verifier.ranks import meta_deepseek as published, vllm as sharded_state
-from tpshard.verifier.ranks.dcp import dealt
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.families.family import Family
+from tpshard.verifier.ranks import meta_deepseek as published
+from tpshard.verifier.ranks import vllm as sharded_state
+from tpshard.verifier.ranks.dcp import dealt
+from tpshard.verifier.ranks.open import ShardSet, parameters, require_floats
 from tpshard.verifier.ranks.pieces import Joined, Piece, PieceWeights, Stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
-from tpshard.verifier.ranks.open import ShardSet, parameters, require_floats
 
 _SIZES = (
     "hidden_size",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.ranks.pieces import Columns, Joined, Piece, Rows, Stored, Turned
 from tpshard.verifier.ranks.open import FileWeights
+from tpshard.verifier.ranks.pieces import Columns, Joined, Piece, Rows, Stored, Turned
 
 Pieces = Iterator[tuple[str, Piece]]
 SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")

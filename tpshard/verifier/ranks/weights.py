@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from tpshard.errors import DifferentError
-from tpshard.verifier.families.family import Family
 
 
 def move(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -96,143 +92,3 @@ class Borrowed:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.lenders.get(name, self.weights).rows(name, start, stop)
-
-
-@dataclass(frozen=True)
-class Store:
-    """One rank's weights under the family's module names, on a device and in the dtype to compute in.
-
-    With `block_bytes` a matrix is never whole in memory: products go through row blocks of that size at most, unless
-    `hold` is a dict, which then keeps what was read until its owner clears it.
-    A missing tensor that the mathematics cannot do without is a DifferentError: that rank cannot be the model.
-    """
-
-    weights: Weights
-    family: Family
-    dtype: torch.dtype
-    device: torch.device
-    rank: int = 0
-    block_bytes: int | None = None
-    hold: dict[str, Tensor] | None = None
-    prefix: str = field(init=False)
-    transposed: frozenset[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        family = self.family
-        # Conv1D stores [in, out]; embeddings and the head of the same models do not.
-        ends = (*family.qkv, family.out, family.up, family.down) if family.conv1d else ()
-        matrices = frozenset(family.layer.format(i) + end for i in range(family.layers) for end in ends)
-        object.__setattr__(self, "transposed", matrices)
-        names = self.weights.names()
-        for prefix in self.family.prefixes:
-            if f"{prefix}{self.family.embed}.weight" in names:
-                object.__setattr__(self, "prefix", prefix)
-                return
-        raise self._missing(f"{self.family.prefixes[0]}{self.family.embed}.weight")
-
-    def _missing(self, name: str) -> DifferentError:
-        return DifferentError(f"rank {self.rank} has no tensor {name}", tensor=name)
-
-    def full(self, module: str) -> str:
-        """A module's stored name, base prefix included."""
-        return module if module in self.family.heads_names else self.prefix + module
-
-    def head(self) -> str:
-        """The module that makes the logits: its own if one is stored, else the embedding (tied)."""
-        for name in self.family.heads_names:
-            if f"{name}.weight" in self.weights.names():
-                return name
-        return self.family.embed
-
-    def has(self, module: str, suffix: str = "weight") -> bool:
-        return f"{self.full(module)}.{suffix}" in self.weights.names()
-
-    def matrix_shape(self, module: str) -> tuple[int, int]:
-        """A weight's stored sizes as (out, in)."""
-        name = f"{self.full(module)}.weight"
-        if name not in self.weights.names():
-            raise self._missing(name)
-        shape = self.weights.shape(name)
-        if len(shape) != 2:
-            raise DifferentError(f"rank {self.rank}: {name} is no matrix", tensor=name, expected="2 dims", found=shape)
-        return (shape[1], shape[0]) if module in self.transposed else (shape[0], shape[1])
-
-    def held(self, layer: int) -> tuple[int, int, int]:
-        """The rank's q heads, KV heads and MLP features in a layer, from nothing but stored shapes and head_dim."""
-        family = self.family
-        at = family.layer.format(layer)
-        q_in = self.matrix_shape(at + family.out)[1]
-        ffn = self.matrix_shape(at + family.down)[1]
-        rows = sum(self.matrix_shape(at + name)[0] for name in family.qkv)
-        kv_rows = rows - q_in
-        if q_in % family.head_dim or kv_rows < 0 or kv_rows % (2 * family.head_dim):
-            name = self.full(at + family.qkv[0]) + ".weight"
-            raise DifferentError(
-                f"rank {self.rank}: {name} does not hold whole heads that fit {family.out}",
-                tensor=name,
-                expected=f"heads of {family.head_dim}",
-                found=f"{rows} rows for {q_in} inputs of {family.out}",
-            )
-        return q_in // family.head_dim, kv_rows // (2 * family.head_dim), ffn
-
-    def vector(self, module: str, suffix: str = "weight") -> Tensor | None:
-        """A parameter as it is stored, or None when there is none of that name."""
-        name = f"{self.full(module)}.{suffix}"
-        if name not in self.weights.names():
-            return None
-        if self.hold is None:
-            return move(self.weights.get(name), self.device, self.dtype)
-        if name not in self.hold:
-            self.hold[name] = move(self.weights.get(name), self.device, self.dtype)
-        return self.hold[name]
-
-    def head_bias(self) -> Tensor | None:
-        """The head's bias (GPT-J), which is stored under the head's own name even when its weight is tied."""
-        for name in self.family.heads_names:
-            if (bias := self.vector(name, "bias")) is not None:
-                return bias
-        return None
-
-    def matrix(self, module: str) -> Tensor:
-        """A weight as [out, in]."""
-        self.matrix_shape(module)
-        weight = self.vector(module)
-        assert weight is not None
-        return weight.T if module in self.transposed else weight
-
-    def linear(self, module: str, x: Tensor) -> Tensor:
-        """x W^T, without a bias."""
-        if self.block_bytes is None or (self.hold is not None and module != self.head()):
-            return F.linear(x, self.matrix(module))
-        blocks = self._blocks(module)
-        if module in self.transposed:
-            total = x.new_zeros((*x.shape[:-1], self.matrix_shape(module)[0]))
-            for start, block in blocks:
-                total += x[..., start : start + len(block)] @ block
-            return total
-        return torch.cat([F.linear(x, block) for _, block in blocks], -1)
-
-    def _blocks(self, module: str) -> Iterator[tuple[int, Tensor]]:
-        assert self.block_bytes is not None
-        name = f"{self.full(module)}.weight"
-        rows, width = self.weights.shape(name)
-        step = max(1, self.block_bytes // (max(1, width) * self.dtype.itemsize))
-        for start in range(0, rows, step):
-            block = self.weights.rows(name, start, min(start + step, rows))
-            yield start, move(block, self.device, self.dtype)
-
-    def table(self, module: str, start: int, stop: int, step: int = 1024) -> Iterator[Tensor]:
-        """Rows of an embedding from `start` to `stop`, `step` at a time."""
-        name = f"{self.full(module)}.weight"
-        for at in range(start, stop, step):
-            yield move(self.weights.rows(name, at, min(at + step, stop)), self.device, self.dtype)
-
-    def look_up(self, module: str, ids: Tensor) -> Tensor:
-        """Rows of an embedding [*ids.shape, width]; every id must be one of this rank's rows."""
-        if self.block_bytes is None:
-            return F.embedding(ids, self.matrix(module))
-        name = f"{self.full(module)}.weight"
-        wanted = sorted(set(ids.flatten().tolist()))
-        rows = torch.cat([self.weights.rows(name, i, i + 1) for i in wanted])
-        where = torch.searchsorted(torch.tensor(wanted, device=ids.device), ids)
-        return move(rows, self.device, self.dtype)[where]

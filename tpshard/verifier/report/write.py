@@ -42,7 +42,7 @@ def to_junit(verdict: Verdict) -> str:
             skipped += 1
             body = f"<skipped message={quoteattr(canary.status)}/>"
         name = quoteattr(f"canary {canary.tier} {canary.name}")
-        cases.append(f'    <testcase classname="tpshard.verifier.builtin.canaries" name={name}>{body}</testcase>')
+        cases.append(f'    <testcase classname="tpshard.verify.canaries" name={name}>{body}</testcase>')
     counts = f'tests="{len(cases)}" failures="{failures}" errors="0" skipped="{skipped}"'
     head = f'<testsuites {counts}>\n  <testsuite name="tpshard verify" {counts}>'
     return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', head, *cases, "  </testsuite>", "</testsuites>", ""])

@@ -1,0 +1,53 @@
+"""`archs`: the built-in architectures, and rules to start from for others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tpshard.errors import TargetError, UnsupportedError, UsageError
+from tpshard.inputs.checkpoint import open_headers
+from tpshard.rules.architecture import Architecture, all_builtin, builtin, builtin_names
+from tpshard.rules.draft.render import Draft, decoder_tensors, make
+from tpshard.rules.multimodal import text_config
+
+
+def model_types() -> dict[str, tuple[str, ...]]:
+    """The built-in architectures by name, with the model_types that each is for."""
+    return {name: builtin(name).model_types for name in builtin_names()}
+
+
+def rules_of(name: str) -> Architecture:
+    """A built-in architecture by its name or a model_type; UnsupportedError when there is none."""
+    return builtin(name)
+
+
+def draft(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Draft:
+    """Draft rules for a model whose model_type has none. Of a Hub repo only config and headers are read."""
+    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
+    architectures = all_builtin()
+    outer = checkpoint.config.get("model_type")
+    text = text_config(checkpoint.config)
+    nested = text is not None and text.key is not None
+    for model_type in (outer, text.model_type if text and nested else None):
+        if name := next((a.name for a in architectures if model_type in a.model_types), None):
+            raise UsageError(
+                f"there are rules for model_type {model_type!r} already",
+                path=checkpoint.config_path,
+                hint=f"`tpshard archs show {name}` prints them",
+            )
+    if not isinstance(outer, str) and not nested:
+        raise UnsupportedError("config.json names no model_type", path=checkpoint.config_path, hint="give it one")
+    if text is None or not nested:
+        return make(checkpoint.config, checkpoint.tensors, architectures)
+    return make(
+        {**text.config, "model_type": text.model_type}, decoder_tensors(text.config, checkpoint.tensors), architectures
+    )
+
+
+def save(made: Draft, path: Path) -> None:
+    """Write a draft to a new file; what is there already, edited perhaps, is never replaced."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(made.text)
+    except FileExistsError:
+        raise TargetError("the file exists", path=path, hint="give another one with -o, or remove it first") from None

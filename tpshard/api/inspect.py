@@ -1,0 +1,58 @@
+"""`inspect`: what a path is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tpshard.errors import UsageError
+from tpshard.report.results import InspectReport
+from tpshard.storage.safetensors import element_count, read_header
+
+
+def inspect_path(path: Path) -> InspectReport:
+    """Look at a path without loading it."""
+    from tpshard.inputs.checkpoint import open_checkpoint
+    from tpshard.inputs.shard_set import is_shard_set, open_shards
+
+    if not path.exists():
+        raise UsageError("no such file or directory", path=path)
+    if path.is_file():
+        header = read_header(path)
+        facts: dict[str, Any] = {
+            "bytes": path.stat().st_size,
+            "metadata": header.metadata,
+            "header_bytes": header.data_begin,
+        }
+        return InspectReport("file", path, facts, header.tensors)
+    if is_shard_set(path):
+        shards = open_shards(path)
+        tensors = tuple(info for rank in sorted(shards.files) for file in shards.files[rank] for info in file.tensors)
+        facts = {
+            "model_type": shards.model.architecture["model_type"],
+            "mesh": {"tp": shards.tp, "pp": 1, "ep": 1},
+            "set": shards.manifest["set"],
+            "source": dict(shards.model.source),
+            "bytes": sum(file.size for files in shards.files.values() for file in files),
+            "missing_ranks": shards.missing(),
+        }
+        return InspectReport("shards", path, facts, tensors)
+    checkpoint = open_checkpoint(path)
+    facts = {
+        "model_type": checkpoint.config.get("model_type"),
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
+        "bytes": sum(file.size for file in checkpoint.files),
+        "parameters": sum(element_count(info.shape) for info in checkpoint.tensors),
+        "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
+        "warnings": list(checkpoint.warnings),
+    }
+    return InspectReport("checkpoint", path, facts, checkpoint.tensors)
+
+
+def inspect(path: str | Path) -> InspectReport:
+    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
+
+    UsageError for a path that is not there, CorruptError for a damaged file.
+    """
+    return inspect_path(Path(path))

@@ -1,0 +1,26 @@
+"""From a model and options to a planned split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tpshard.formats import format_of
+from tpshard.formats.manifest import dump, manifest_of
+from tpshard.formats.split import Options, Split
+from tpshard.planning.join import OutputFile, assert_coverage, uncollected
+from tpshard.planning.model import Model
+
+
+@uncollected
+def plan_split(model: Model, options: Options) -> Split:
+    """Plan a tensor-parallel split of a model. UnsupportedError when a unit would be cut."""
+    format = format_of(options.format)
+    laid = format.lay(model, options)
+    assert_coverage([tensor for tensor in model.tensors if tensor.name not in laid.dropped], laid.layout)
+    return Split(model, options, format, laid, *manifest_of(model, options, laid))
+
+
+def record(split: Split, rank: int, files: Sequence[OutputFile], sha256: Mapping[str, str | None]) -> bytes:
+    """`rank-….json`: the size and sha256 of each file of a rank; written when they are complete."""
+    parts = [{"file": f.name, "size": f.size, "sha256": sha256[f.name]} for f in files]
+    return dump({"set": split.set_id, "rank": rank, "tp": split.options.tp, "parts": parts})

@@ -1,0 +1,142 @@
+"""What is asked for beside the model, what a format makes of it, and the planned split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from tpshard.errors import UnsupportedError, UsageError
+from tpshard.planning.axes import Axis
+from tpshard.planning.deal import Deal, deal, equal_shares, listing, possible_tp, why_not
+from tpshard.planning.join import OutputFile, uncollected
+from tpshard.planning.layout import Layout
+from tpshard.planning.model import Model
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from tpshard.formats.base import Format
+
+
+DEFAULT_MAX_FILE_SIZE = 50_000_000_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a split is asked for beside the model. shares: weights as the user wrote them, or None.
+
+    engine_version: whose names the files have, where a format's names changed between versions of its engine.
+    """
+
+    tp: int
+    uneven: bool = False
+    shares: tuple[str, ...] | None = None
+    pad_vocab_to: int | None = None
+    max_file_size: int = DEFAULT_MAX_FILE_SIZE
+    format: str = "native"
+    engine_version: str | None = None
+
+    def weights(self) -> tuple[Fraction | int, ...] | None:
+        """The ranks' relative shares, None for even ones."""
+        if self.shares is not None:
+            return tuple(weight(share) for share in self.shares)
+        return equal_shares(self.tp) if self.uneven else None
+
+    def even_deal(self, who: str, axes: Mapping[str, Axis]) -> Deal:
+        """Equal ranges of all axes, for an engine (`who`) that takes nothing else.
+
+        UsageError when something else is asked for, UnsupportedError when an axis does not divide.
+        """
+        if self.uneven or self.shares is not None or self.pad_vocab_to is not None:
+            raise UsageError(
+                f"{who} takes even shares only, and no padding but its own",
+                found="--uneven, --shares or --pad-vocab-to",
+                hint="leave them out, or use --format native",
+            )
+        for axis in axes.values():
+            if reason := why_not(axis, self.tp):
+                raise UnsupportedError(
+                    reason,
+                    expected="tp " + listing(possible_tp(axes)),
+                    found=f"tp {self.tp}",
+                    hint=f"{who} takes even shares only: use one of those",
+                )
+        return deal(axes, self.tp, None, None)
+
+
+@dataclass(frozen=True)
+class Laid:
+    """What a format makes of a model: each rank's stored tensors, and the logical ones that it has no room for.
+
+    dropped: name → reason, as the plan says it.
+    """
+
+    layout: Layout
+    dropped: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def is_rectangles(self) -> bool:
+        """Whether each stored tensor is one box of a logical one, and nothing else."""
+        return all(len(stored.parts) == 1 and not stored.fills for rank in self.layout for stored in rank)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A planned split: layout and manifest; the rank files follow from them."""
+
+    model: Model
+    options: Options
+    format: Format
+    laid: Laid
+    set_id: str
+    manifest: bytes
+
+    @property
+    def layout(self) -> Layout:
+        """Every rank's stored tensors."""
+        return self.laid.layout
+
+    @property
+    def kept(self) -> Model:
+        """The model without what the format drops."""
+        return self.model.without(self.laid.dropped)
+
+    @uncollected
+    def files(self, rank: int) -> tuple[OutputFile, ...]:
+        """The files of one rank, made once."""
+        if rank not in self._files:
+            self._files[rank] = self.format.files(self, rank)
+        return self._files[rank]
+
+    @cached_property
+    def _files(self) -> dict[int, tuple[OutputFile, ...]]:
+        return {}
+
+    def metadata(self, rank: int, part: int, parts: int) -> dict[str, str]:
+        """What a safetensors file of the set says of itself."""
+        return {
+            "format": "pt",
+            "tpshard.format_version": str(FORMAT_VERSION),
+            "tpshard.set": self.set_id,
+            "tpshard.rank": str(rank),
+            "tpshard.tp": str(self.options.tp),
+            "tpshard.part": str(part),
+            "tpshard.parts": str(parts),
+        }
+
+
+def weight(share: str) -> Fraction:
+    """A rank's share as the user writes it, exactly; ValueError or ZeroDivisionError when it is no number."""
+    from fractions import Fraction  # and decimal with it: only for those who give shares
+
+    return Fraction(share)
+
+
+def share_texts(shares: Sequence[str]) -> tuple[str, ...]:
+    """Shares in their shortest exact form, so that `0.50` and `0.5` are one option."""
+    return tuple(str(weight(share)) for share in shares)
+
+
+FORMAT_VERSION = 1

@@ -1,0 +1,59 @@
+"""From a checkpoint to a model: its tensors classified, and where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tpshard.inputs.checkpoint import Checkpoint, source_digest
+from tpshard.planning.join import Placed, alignment_order
+from tpshard.planning.layout import LogicalTensor, whole
+from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
+from tpshard.rules.multimodal import find_subject
+
+
+def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: str | None = None) -> Model:
+    """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
+    subject = find_subject(checkpoint.config, rules, checkpoint.config_path)
+    classified, text = subject.classify(checkpoint.tensors)
+    logical = []
+    for info in checkpoint.tensors:
+        cut = classified.cuts[info.name]
+        cast = DTYPE_NAMES[dtype] if dtype and info.dtype in CASTABLE and cut.kind != "buffer" else info.dtype
+        logical.append(LogicalTensor(info.name, cast, info.shape, cut))
+    files = []
+    for file in checkpoint.files:
+        files.append({"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})})
+    return Model(
+        tensors=tuple(alignment_order(logical)),
+        axes=classified.axes,
+        tied=classified.tied,
+        file_of=checkpoint.file_of,
+        source={
+            "name": checkpoint.name,
+            "repo_id": checkpoint.repo_id,
+            "revision": checkpoint.revision,
+            "headers_sha256": source_digest(checkpoint.files),
+            "files": files,
+        },
+        architecture={
+            "model_type": checkpoint.config.get("model_type"),
+            "rules": subject.architecture.name,
+            "rules_sha256": subject.architecture.digest,
+            **({"text": text} if text else {}),
+        },
+        dtype=dtype,
+        full_names=classified.full_names,
+        config=checkpoint.config,
+        text_config=subject.config if subject.text is None else subject.text.config,
+    )
+
+
+def placed_in(checkpoint: Checkpoint, model: Model) -> list[Placed]:
+    """Where each logical tensor lies in the checkpoint's files, whole and in its own dtype."""
+    infos = {info.name: info for info in checkpoint.tensors}
+    placed = []
+    for tensor in model.tensors:
+        info = infos[tensor.name]
+        placed.append(Placed(whole(replace(tensor, dtype=info.dtype)), info.file, info.begin))
+    return placed

@@ -1,0 +1,48 @@
+"""Axes of features, and how a tensor is cut along them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A feature axis of a model: `count` units of `unit` elements each; only `count` may be divided.
+
+    replicate: units are repeated when there are more ranks than units (KV heads).
+    pad: zero units may be added at the end (vocab).
+    group: the axis by whose units this one is dealt (heads by KV group), so that no rank holds q without its k and v.
+    """
+
+    name: str
+    count: int
+    unit: int
+    replicate: bool = False
+    pad: bool = False
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How one tensor is split: along `dim`, whose elements are the segments' units in a row.
+
+    `segments` are axis names (a fused q, k, v is three). With `interleave`, the segments are stored interleaved per
+    unit of that axis. Replicated tensors have `dim` None and no segments.
+    """
+
+    kind: Kind
+    dim: int | None = None
+    segments: tuple[str, ...] = ()
+    interleave: str | None = None
+
+    @property
+    def rule(self) -> str:
+        """The rule as the user reads it: `column heads kv kv / kv`."""
+        return " ".join([self.kind, *self.segments, *(["/", self.interleave] if self.interleave else [])])
+
+
+Kind = Literal["column", "row", "replicate", "buffer"]
+
+
+SPLIT_AXIS = {"column": "out", "row": "in"}

@@ -1,0 +1,138 @@
+"""Deals: which units of each axis a rank has. A unit is never cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tpshard.errors import UnsupportedError, UsageError
+from tpshard.planning.axes import Axis
+
+if TYPE_CHECKING:
+    from fractions import Fraction
+
+
+Deal = Mapping[str, tuple[tuple[int, int], ...]]
+"""For each axis, each rank's half-open range of units."""
+
+
+def deal(axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None) -> Deal:
+    """Give each rank its range of units of each axis.
+
+    shares: relative weights of the ranks, or None for even shares, where a count that does not divide is refused.
+    pad_to: size that padded axes grow to (default: the next multiple of tp).
+    UnsupportedError names the axis and the values of tp that work.
+    """
+    return {name: _deal_axis(axis, axes, tp, shares, pad_to) for name, axis in axes.items()}
+
+
+def _deal_axis(
+    axis: Axis, axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None
+) -> tuple[tuple[int, int], ...]:
+    count = padded(axis, tp, pad_to)
+    group = axes[axis.group] if axis.group else None
+    if shares is None:
+        if reason := why_not(axis, tp):
+            raise UnsupportedError(
+                reason,
+                expected="tp " + listing(possible_tp(axes)),
+                found=f"tp {tp}",
+                hint="use one of those, or deal unequal shares with --uneven",
+            )
+        if count < tp:  # replicated, contiguously: ranks 0 and 1 hold unit 0
+            return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))
+        return tuple((r * count // tp, (r + 1) * count // tp) for r in range(tp))
+    if axis.replicate and count < tp:
+        if tp % count:
+            raise UnsupportedError(
+                f"{count} {axis.name} units cannot be repeated evenly on {tp} ranks",
+                expected=f"a tp of at most {count}, or a multiple of it",
+                found=f"tp {tp}",
+            )
+        return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))
+    if group is None or group.count == count or count % group.count:
+        return _ranges(_apportion(axis, count, shares))
+    per_group = count // group.count
+    if group.count >= tp:
+        return tuple((a * per_group, b * per_group) for a, b in _deal_axis(group, axes, tp, shares, pad_to))
+    together = tp // group.count  # ranks that share one group divide its units among themselves
+    sizes = [
+        size
+        for g in range(group.count)
+        for size in _apportion(axis, per_group, shares[g * together : (g + 1) * together])
+    ]
+    return _ranges(sizes)
+
+
+def _apportion(axis: Axis, count: int, shares: Sequence[Fraction | int]) -> list[int]:
+    """Divide `count` units by weight: each rank at least one, largest remainder first, then the lower rank."""
+    if count < len(shares):
+        raise UnsupportedError(
+            f"{count} {axis.name} on {len(shares)} ranks: a unit is never cut",
+            expected=f"tp of at most {count}",
+            found=f"tp {len(shares)}",
+        )
+    total = sum(shares)
+    ideal = [count * share for share in shares]  # in units of 1 / total, so that it is exact
+    sizes = [max(1, int(value // total)) for value in ideal]
+    while sum(sizes) < count:
+        rank = max(range(len(sizes)), key=lambda r: (ideal[r] - sizes[r] * total, -r))
+        sizes[rank] += 1
+    while sum(sizes) > count:
+        rank = min((r for r in range(len(sizes)) if sizes[r] > 1), key=lambda r: (ideal[r] - sizes[r] * total, r))
+        sizes[rank] -= 1
+    return sizes
+
+
+def _ranges(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    ranges = []
+    start = 0
+    for size in sizes:
+        ranges.append((start, start + size))
+        start += size
+    return tuple(ranges)
+
+
+def padded(axis: Axis, tp: int, pad_to: int | None) -> int:
+    """The axis' count with padding; UsageError when pad_to is too small or does not divide."""
+    if not axis.pad:
+        return axis.count
+    if pad_to is None:
+        return -(-axis.count // tp) * tp
+    if pad_to < axis.count or pad_to % tp:
+        raise UsageError(
+            f"cannot pad {axis.name} of {axis.count} to {pad_to}",
+            expected=f"a multiple of tp {tp} that is at least {axis.count}",
+            found=pad_to,
+            hint=f"for example --pad-vocab-to {-(-max(axis.count, pad_to) // tp) * tp}",
+        )
+    return pad_to
+
+
+def why_not(axis: Axis, tp: int) -> str | None:
+    """Why an axis cannot be dealt evenly to tp ranks, or None when it can."""
+    if axis.pad or axis.count % tp == 0 or (axis.replicate and tp % axis.count == 0):
+        return None
+    also = f", and {tp} is not a multiple of {axis.count}" if axis.replicate and tp > axis.count else ""
+    return f"{axis.count} {axis.name} on {tp} ranks: {axis.count} is not a multiple of {tp}{also}"
+
+
+def possible_tp(axes: Mapping[str, Axis]) -> list[int]:
+    """Every tp that divides all axes evenly, 1 included."""
+    return [tp for tp in range(1, largest_tp(axes) + 1) if all(why_not(axis, tp) is None for axis in axes.values())]
+
+
+def largest_tp(axes: Mapping[str, Axis]) -> int:
+    """No tp above this can work: the smallest count that is neither padded nor repeated."""
+    return min((axis.count for axis in axes.values() if not axis.pad and not axis.replicate), default=1)
+
+
+def listing(values: Sequence[int]) -> str:
+    """`1, 2, 3 or 4`."""
+    texts = [str(value) for value in values]
+    return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def equal_shares(tp: int) -> tuple[int, ...]:
+    """The shares of `--uneven` without weights."""
+    return (1,) * tp

@@ -1,0 +1,92 @@
+"""Names of files, every one of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+MANIFEST = "tpshard.json"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+
+def side_files(names: Iterable[str]) -> list[str]:
+    """Those of `names` that travel with the weights (configuration, tokenizer, chat template, licence), sorted."""
+    return sorted(name for name in names if fits(name, SIDE_PATTERNS))
+
+
+SIDE_PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    # A quantised checkpoint that says so only here must still be recognised, to be refused.
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),
+)
+
+
+PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+def fits(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits any of the patterns, of which each has one `*` at most.
+
+    Without regular expressions, of which thirty would be compiled whenever a command starts.
+    """
+    for pattern in patterns:
+        begin, star, end = pattern.partition("*")
+        if star and name.startswith(begin) and name.endswith(end) and len(name) >= len(begin + end):
+            return True
+        if name == pattern:
+            return True
+    return False
+
+
+LOCK = ".tpshard.lock"
+"""The lock of a whole directory, and the sign that a run of ours has not finished there."""
+
+
+REPLACED = ".replaced"
+"""Suffix of the name that an old output bears between the last two renames of the run that replaces it."""
+
+
+PARTIAL = ".partial"
+
+
+def journal_path(directory: Path, name: str) -> Path:
+    """Where the journal of an output file lies."""
+    return directory / f".{name}.journal"
+
+
+SUMS = "SHA256SUMS"
+
+
+def rank_stem(rank: int, tp: int) -> str:
+    """`rank-00000-of-00004`, the beginning of the names of a rank's record and lock in every format."""
+    return f"rank-{rank:05}-of-{tp:05}"
+
+
+META_PARAMS = "params.json"
+
+
+def is_meta(directory: Path) -> bool:
+    """Whether a directory looks like one that Meta published: params.json beside consolidated.*.pth."""
+    return (directory / META_PARAMS).is_file() and any(directory.glob("consolidated.*.pth"))

@@ -1,0 +1,12 @@
+"""Sizes as people read them."""
+
+from __future__ import annotations
+
+
+def human_bytes(count: float) -> str:
+    """`16.1 GB`: decimal units, as disks and networks are sold."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

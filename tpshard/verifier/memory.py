@@ -1,0 +1,44 @@
+"""Devices and their memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from tpshard.errors import UsageError
+
+# Of the memory that is free, how much verify plans to fill; the rest is for everyone else.
+FILL = 0.7
+
+
+def available(device: torch.device) -> int:
+    """Free bytes on a GPU, or what the kernel can give without swapping, within a container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        pass  # not Linux: all of the machine's memory
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        cached = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+        free = min(free, limit - used + int(cached[cached.index("file") + 1]))
+    except (OSError, ValueError):
+        pass  # no container, or one without a limit
+    return free
+
+
+def pick_device(name: str) -> torch.device:
+    """auto is the first GPU, or the CPU where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}", expected="auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("there is no GPU that torch can use here", found=name, hint="--device cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
