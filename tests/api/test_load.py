@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 import tpshard
 from tests.helpers import checkpoints
-from tpshard.api import load as loader
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
+from tpshard.execute import device as loader
 from tpshard.storage.safetensors import RankFile, build_header, read_header
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -76,11 +77,10 @@ def test_all_tiers_with_the_source_beside_the_shards(pair: tuple[Path, Path]) ->
     assert estimate < lines.index("bytes tier")
 
 
-def test_the_verb_of_the_library_is_the_package(pair: tuple[Path, Path]) -> None:
-    import tpshard
-
-    assert tpshard.verify(pair[1], tiers=("bytes",)).verdict == "pass"
-    assert tpshard.verify.__name__ == "tpshard.verify" and "verify" in tpshard.__all__
+def test_the_verb_of_the_library_is_a_function(pair: tuple[Path, Path]) -> None:
+    assert package.verify(pair[1], tiers=("bytes",)).verdict == "pass"
+    assert inspect.isfunction(package.verify) and "verify" in package.__all__
+    assert {"shards", "source", "tiers", "device", "say"} <= set(inspect.signature(package.verify).parameters)
 
 
 def test_the_source_in_the_current_directory(
@@ -272,15 +272,15 @@ def test_a_rank_that_lacks_a_tensor_fails_in_every_process(pair: tuple[Path, Pat
 
 
 def test_a_killed_process_is_told_of(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = processes._worker
+    original = processes._process
 
-    def dying(folder: str, rank: int, count: int, environment: object, errors: object) -> object:
-        worker = original(folder, rank, count, environment, errors)  # type: ignore[arg-type]
+    def dying(module: str, folder: str, rank: int, count: int, environment: object, errors: object) -> object:
+        worker = original(module, folder, rank, count, environment, errors)  # type: ignore[arg-type]
         if rank == 1:
             worker.kill()
         return worker
 
-    monkeypatch.setattr(processes, "_worker", dying)
+    monkeypatch.setattr(processes, "_process", dying)
     with pytest.raises(LocalIOError, match="rank 1 was killed by signal 9"):
         verify(pair[1], pair[0], nproc=2, device="cpu")
 

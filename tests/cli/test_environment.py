@@ -51,9 +51,12 @@ def test_env_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_a_broken_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tpshard.cli.torch_facts", None)
+    def broken() -> None:
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(environment, "_torch_facts", broken)
     found = environment.environment(Path())
-    assert "ModuleNotFoundError" in found["torch"]["error"] or "ImportError" in found["torch"]["error"]
+    assert found["torch"]["error"].startswith("ImportError: libcudart")
     assert any("does not load" in line for line in environment.lines(found))
 
 

@@ -16,39 +16,39 @@ from tpshard.storage.files import Files
 
 PAGE = TESTS.parent / "docs/reference/exit-codes.md"
 EXAMPLES = {
-    "`check` found a checksum or byte that differs": "inputs/test_shard_set.py::test_a_flipped_bit",
-    "ranks that hold the same part differ": "inputs/test_shard_set.py::test_replicas_that_differ",
-    "a set of another `--tp`": "inputs/test_shard_set.py::test_a_set_for_another_tp",
-    "`advise` found no tp with which the model fits": "report/test_capacity.py::test_advise_ends_with_1_where_nothing_fits",
-    "an unknown option": "cli/test_main.py::test_usage",
-    "a path that is not there": "inputs/test_checkpoint.py::test_a_path_that_is_not_there",
-    "the output is the source": "cli/test_main.py::test_the_output_is_the_source",
-    "a damaged header": "inputs/test_checkpoint.py::test_damaged_weights",
-    "a shard missing": "inputs/test_checkpoint.py::test_listed_shards_missing",
-    "an index that disagrees": "inputs/test_checkpoint.py::test_index_lists_a_tensor_in_another_shard",
-    "a Git-LFS pointer": "inputs/test_checkpoint.py::test_damaged_weights",
-    "ranks missing or mixed": "inputs/test_shard_set.py::test_two_sets_in_one_directory",
-    "a small file that `SHA256SUMS` contradicts": "storage/test_checksums.py::test_check_compares_the_small_files_with_it",
-    "config and tensors contradict each other": "inputs/test_checkpoint.py::test_config_that_contradicts_the_tensors",
-    "no rules for the model_type": "inputs/test_checkpoint.py::test_unknown_model_type_names_the_closest",
-    "a tp that cuts a unit": "inputs/test_checkpoint.py::test_a_tp_that_cuts_a_unit",
-    "a quantised checkpoint": "inputs/test_checkpoint.py::test_quantised_by_its_config",
-    "an index or symlink that leaves the model": "inputs/test_checkpoint.py::test_a_symlink_that_leaves_the_model",
-    "pickle without `--allow-pickle`": "storage/test_torch_pickle.py::test_without_the_flag",
-    "a pickle that calls functions": "storage/test_torch_pickle.py::test_a_pickle_that_calls",
-    "disk full": "cli/test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
-    "no permission": "cli/test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
-    "the disk reports an error": "cli/test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
-    "the repo is not found or gated": "cli/test_hub_repositories.py::test_not_on_the_hub",
-    "the network fails": "cli/test_hub_repositories.py::test_a_hub_that_fails",
-    "offline and not in the cache": "cli/test_hub_repositories.py::test_offline_without_a_copy",
-    "a tier of `verify` could not run": "cli/test_verify_command.py::test_a_reference_that_was_asked_for_and_cannot_judge",
-    "a fault injected on purpose was not noticed": "verifier/test_verdict.py::test_a_tier_that_misses_a_canary",
-    "the output exists": "cli/test_main.py::test_the_output_exists",
-    "another run is writing it": "cli/test_main.py::test_a_second_run_on_the_same_target",
-    "an unfinished run with other options left it": "cli/test_main.py::test_ctrl_c_leaves_a_state_that_resumes",
-    "a bug in tpshard: please report it": "cli/test_main.py::test_a_bug_of_ours",
-    "Ctrl-C: the same command resumes": "cli/test_main.py::test_interrupted",
+    "`check` found a checksum or byte that differs": "test_shard_set.py::test_a_flipped_bit",
+    "ranks that hold the same part differ": "test_shard_set.py::test_replicas_that_differ",
+    "a set of another `--tp`": "test_shard_set.py::test_a_set_for_another_tp",
+    "`advise` found no tp with which the model fits": "test_capacity.py::test_advise_ends_with_1_where_nothing_fits",
+    "an unknown option": "test_main.py::test_usage",
+    "a path that is not there": "test_checkpoint.py::test_a_path_that_is_not_there",
+    "the output is the source": "test_main.py::test_the_output_is_the_source",
+    "a damaged header": "test_checkpoint.py::test_damaged_weights",
+    "a shard missing": "test_checkpoint.py::test_listed_shards_missing",
+    "an index that disagrees": "test_checkpoint.py::test_index_lists_a_tensor_in_another_shard",
+    "a Git-LFS pointer": "test_checkpoint.py::test_damaged_weights",
+    "ranks missing or mixed": "test_shard_set.py::test_two_sets_in_one_directory",
+    "a small file that `SHA256SUMS` contradicts": "test_checksums.py::test_check_compares_the_small_files_with_it",
+    "config and tensors contradict each other": "test_checkpoint.py::test_config_that_contradicts_the_tensors",
+    "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
+    "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
+    "a quantised checkpoint": "test_checkpoint.py::test_quantised_by_its_config",
+    "an index or symlink that leaves the model": "test_checkpoint.py::test_a_symlink_that_leaves_the_model",
+    "pickle without `--allow-pickle`": "test_torch_pickle.py::test_without_the_flag",
+    "a pickle that calls functions": "test_torch_pickle.py::test_a_pickle_that_calls",
+    "disk full": "test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
+    "no permission": "test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
+    "the disk reports an error": "test_exit_codes.py::test_a_disk_that_fails_in_the_middle",
+    "the repo is not found or gated": "test_hub_repositories.py::test_not_on_the_hub",
+    "the network fails": "test_hub_repositories.py::test_a_hub_that_fails",
+    "offline and not in the cache": "test_hub_repositories.py::test_offline_without_a_copy",
+    "a tier of `verify` could not run": "test_verify_command.py::test_a_reference_that_was_asked_for_and_cannot_judge",
+    "a fault injected on purpose was not noticed": "test_verdict.py::test_a_tier_that_misses_a_canary",
+    "the output exists": "test_main.py::test_the_output_exists",
+    "another run is writing it": "test_main.py::test_a_second_run_on_the_same_target",
+    "an unfinished run with other options left it": "test_main.py::test_ctrl_c_leaves_a_state_that_resumes",
+    "a bug in tpshard: please report it": "test_main.py::test_a_bug_of_ours",
+    "Ctrl-C: the same command resumes": "test_main.py::test_interrupted",
 }
 
 
@@ -74,7 +74,9 @@ def test_each_example_has_its_test() -> None:
     for example, where in EXAMPLES.items():
         file, test = where.split("::")
         expected = rf"\b{found[example]}\b"
-        assert re.search(expected, text_of(test, (TESTS / file).read_text())), f"{where} does not say {expected}"
+        assert re.search(expected, text_of(test, next(TESTS.rglob(file)).read_text())), (
+            f"{where} does not say {expected}"
+        )
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tpshard as package
 from tests.conftest import Get
 from tests.helpers.command import CODES, LLAMA, Result, fails, llama, llama_tensors, succeeds, tpshard, tree
 from tests.helpers.paths import DOCS
@@ -308,7 +309,7 @@ def test_interrupted(model: Path, verb: str, monkeypatch: pytest.MonkeyPatch) ->
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"tpshard.api.{verb}", interrupted)
+    monkeypatch.setattr(f"tpshard.{package._MODULES[verb]}.{verb}", interrupted)
     tp = ["--tp", "2"] if verb in ("plan", "split", "reshard") else []
     result = tpshard(verb, "x", *tp, "--json")
     assert result.code == 130 and result.json["error"]["code"] == "interrupted"
@@ -325,7 +326,7 @@ def slow(self, fd, buffers, offset):
     time.sleep(0.03)
     return write(self, fd, buffers, offset)
 Files.pwritev = slow
-from tpshard.cli import main
+from tpshard.cli.main import main
 main(sys.argv[1:])
 """
 
@@ -634,7 +635,7 @@ def test_how_to_write_is_passed_on(verb: str, options: list[str], monkeypatch: p
             seen.append(settings)
             raise UsageError("called")
 
-        monkeypatch.setattr(f"tpshard.api.{verb}", called)
+        monkeypatch.setattr(f"tpshard.{package._MODULES[verb]}.{verb}", called)
         assert tpshard(verb, "x", *(["--tp", 2] if verb in ("split", "reshard") else []), *option).code == 2
         (settings,) = seen
         return {name: getattr(settings, name) for change in HOW.values() for name in change}
@@ -679,8 +680,8 @@ def test_progress_ends_at_its_total(model: Path, format: str) -> None:
     tp = 2 if format in ("meta", "dcp") else 4
     for call in (
         lambda settings: api.split(model, tp, "set", format=format, settings=settings),
-        lambda settings: api.check("set", settings=settings),
-        lambda settings: api.check("set", model, settings=settings),
+        lambda settings: package.check("set", settings=settings),
+        lambda settings: package.check("set", model, settings=settings),
         lambda settings: api.reshard("set", 1, "one", format=format, settings=settings),
         lambda settings: api.merge("set", "merged", settings=settings),
     ):

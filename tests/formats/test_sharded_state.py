@@ -26,7 +26,7 @@ from tpshard.execute.publish import Settings
 from tpshard.formats.engine_tables import load_table, match
 
 Tensors = dict[str, torch.Tensor]
-FORMATS = Path(tpshard.__file__).parent / "formats"
+TABLES = Path(tpshard.__file__).parent / "formats" / "tables"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "wte.weight")
 PAGE = DOCS / "reference" / "formats.md"
 SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
@@ -338,7 +338,7 @@ def test_tables_name_only_modules_that_some_architecture_has(table: str) -> None
     """Every model_type has rules, and every family says where its layers and its head are."""
     from tpshard.rules.architecture import builtin
 
-    families = load_table(FORMATS / table).families
+    families = load_table(TABLES / table).families
     assert families
     section = PAGE.read_text().split(f"## {table.removesuffix('.toml')}\n")[1].split("\n## ")[0]
     assert [each for each in families if f"`{each}`" not in section] == []

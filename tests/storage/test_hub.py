@@ -91,7 +91,7 @@ def set_offline(monkeypatch: pytest.MonkeyPatch, offline: bool = True) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
 
 
-WANTED = ("*.safetensors", "*.safetensors.index.json", *SIDE_PATTERNS)
+PATTERNS = ("*.safetensors", "*.safetensors.index.json", *SIDE_PATTERNS)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_is_repo_id(text: str, expected: bool) -> None:
     "quantize_config.json LICENCE.md license.txt License NOTICE NOTICE.txt COPYING USE_POLICY.md".split(),
 )
 def test_patterns_match(name: str) -> None:
-    assert fits(name, WANTED)
+    assert fits(name, PATTERNS)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_patterns_match(name: str) -> None:
     "pytorch_model.bin.index.json adapter_config.json config.json.bak xconfig.json sentencepiece.mode".split(),
 )
 def test_patterns_do_not_match(name: str) -> None:
-    assert not fits(name, WANTED)
+    assert not fits(name, PATTERNS)
 
 
 # --- download ---
@@ -838,7 +838,7 @@ def test_from_a_process_with_its_environment_alone(server: HubServer, source: Pa
     server.repos[REPO].token = "hf_secret"
     script = """if True:
         import sys
-        from tpshard import hub
+        from tpshard.storage import hub
         assert hub.is_repo_id("org/tiny") and "huggingface_hub" not in sys.modules
         repo = hub.describe("org/tiny", None)
         print(repo.revision, hub.read_range(repo, "model.safetensors", 254, 258).hex())
@@ -851,7 +851,7 @@ def test_from_a_process_with_its_environment_alone(server: HubServer, source: Pa
     assert (done.stderr, done.stdout.splitlines()) == ("", [f"{commit} feff0001", str(path)])
     assert names(path) == WANTED
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
-    script = "from tpshard import hub; print(hub.download('org/tiny', None).path)"
+    script = "from tpshard.storage import hub; print(hub.download('org/tiny', None).path)"
     server.log.clear()
     done = subprocess.run([sys.executable, "-c", script], env=offline, capture_output=True, text=True)
     assert (done.stderr, done.stdout.strip(), server.log) == ("", str(path), [])

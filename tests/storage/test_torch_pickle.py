@@ -328,7 +328,7 @@ def test_any_flipped_byte_of_the_pickle_is_judged(model: Path) -> None:
 
 def test_torch_is_asked_for_where_it_is_missing(model: Path) -> None:
     """In a process that cannot import torch: a pickle is refused with the way to get it, safetensors are read."""
-    code = "import sys; sys.modules['torch'] = None\nfrom tpshard.cli import main\nmain(sys.argv[1:])"
+    code = "import sys; sys.modules['torch'] = None\nfrom tpshard.cli.main import main\nmain(sys.argv[1:])"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)

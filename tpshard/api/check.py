@@ -190,7 +190,6 @@ def check(
     the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
     """
     settings = settings or Settings()
-    from tpshard.api.check import check_records, check_source, check_sums
 
     found = open_set(Path(shards), allow_pickle)
     if tp is not None and tp != found.tp:

@@ -83,14 +83,55 @@ def is_first() -> bool:
 
 
 def verify(
-    shards: str | Path, source: str | Path | None = None, *, say: Say = lambda line: None, **options: Any
+    shards: str | Path,
+    source: str | Path | None = None,
+    *,
+    tiers: Sequence[str] | None = None,
+    device: str = "auto",
+    tokens: int = 32,
+    seed: int = 0,
+    float32: bool = False,
+    layers: Sequence[int] | None = None,
+    stream: bool | None = None,
+    sequence_parallel: bool = False,
+    reference: str = "tpshard",
+    engine: str = "auto",
+    prompt: str | None = None,
+    revision: str | None = None,
+    rules: str | Path | None = None,
+    allow_pickle: bool = False,
+    nproc: int | None = None,
+    say: Say = lambda line: None,
 ) -> Verdict:
     """Judge whether shards, run tensor-parallel, compute the function of the unsharded model.
 
-    `options` are the other fields of `Request`. A difference is in the verdict; what cannot be judged at all raises. In
-    a group of processes that torchrun or SLURM started, every rank gets the verdict.
+    The options are those of `tpshard verify`; `Request` describes them. A difference is in the verdict; what cannot be
+    judged at all raises. In a group of processes that torchrun or SLURM started, every rank gets the verdict.
     """
-    request = Request(Path(shards), None if source is None else str(source), **options)
+    request = Request(
+        shards=Path(shards),
+        source=None if source is None else str(source),
+        tiers=None if tiers is None else tuple(tiers),
+        device=device,
+        tokens=tokens,
+        seed=seed,
+        float32=float32,
+        layers=None if layers is None else tuple(layers),
+        stream=stream,
+        sequence_parallel=sequence_parallel,
+        reference=reference,
+        engine=engine,
+        prompt=prompt,
+        revision=revision,
+        rules=None if rules is None else Path(rules),
+        allow_pickle=allow_pickle,
+        nproc=nproc,
+    )
+    return verify_with(request, say)
+
+
+def verify_with(request: Request, say: Say) -> Verdict:
+    """The verdict that a request asks for."""
     group = launch.surroundings()
     if group is not None:
         if request.nproc is not None:

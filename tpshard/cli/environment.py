@@ -99,11 +99,27 @@ def _torch() -> dict[str, Any] | None:
     if importlib.util.find_spec("torch") is None:
         return None
     try:
-        from tpshard.cli.torch_facts import facts
-
-        return facts()
+        return _torch_facts()
     except Exception as error:  # an installation that is broken is what this command is there to tell
         return {"version": _version("torch"), "error": f"{type(error).__name__}: {error}".split("\n")[0]}
+
+
+def _torch_facts() -> dict[str, Any]:
+    """Versions, devices and the backends of process groups with their versions, where they have one."""
+    import torch
+
+    group = torch.distributed
+    backends: dict[str, str | None] = {}
+    if group.is_available():
+        backends |= {"gloo": None} if group.is_gloo_available() else {}
+        if group.is_nccl_available():
+            backends["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "devices": torch.cuda.device_count(),
+        "backends": backends,
+    }
 
 
 def lines(found: dict[str, Any]) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from tpshard.storage.torch_pickle import DTYPES  # first: it says what to do when torch is missing
 
-from tpshard.storage.torch_pickle import DTYPES
+import torch  # isort: skip  # noqa: E402
 
 
 def convert(block: memoryview, source: str, target: str) -> memoryview:

@@ -45,7 +45,7 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: st
         dtype=dtype,
         full_names=classified.full_names,
         config=checkpoint.config,
-        text_config=subject.config if subject.text is None else subject.text.config,
+        text_config=None if subject.text is None else subject.text.config,
     )
 
 

@@ -157,14 +157,6 @@ def open_shards(directory: Path) -> ShardSet:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=_SAME) from None
-    if split.options.format not in FORMATS:
-        raise CorruptError(
-            "the set is of a format that is not known",
-            path=path,
-            expected=", ".join(FORMATS),
-            found=split.options.format,
-            hint=f"upgrade tpshard, or {_SAME}",
-        )
     names = sorted(entry.name for entry in directory.iterdir())
     _check_derived(directory, split)
     files = _rank_files(directory, names, split)
@@ -180,6 +172,14 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or not isinstance(tp, int) or tp < 1:
         raise ValueError(f"mesh {manifest['mesh']}")
     chosen = manifest["options"]
+    if chosen["format"] not in FORMATS:
+        raise CorruptError(
+            "the set is of a format that is not known",
+            path=directory / MANIFEST,
+            expected=", ".join(FORMATS),
+            found=chosen["format"],
+            hint=f"upgrade tpshard, or {_SAME}",
+        )
     shares = chosen["shares"]
     options = Options(
         tp=tp,

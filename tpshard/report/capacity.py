@@ -75,7 +75,7 @@ def traits(model: Model) -> Traits:
 
     Layers beyond the config's count predict further tokens (DeepSeek V3); decoding does not need them.
     """
-    config = model.text_config
+    config = model.config if model.text_config is None else model.text_config
     count = config.get("num_hidden_layers")
     blocks: set[tuple[int, str]] = set()
     hidden = latent = 0

@@ -1,0 +1,159 @@
+"""Files onto a device: each byte read once, reads overlapped with copies to the device."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+from typing import Any
+
+from tpshard.errors import UnsupportedError, local_error
+from tpshard.storage.files import Files, read_exactly
+from tpshard.storage.safetensors import RankFile
+from tpshard.storage.torch_pickle import DTYPES  # first: it says what to do when torch is missing
+
+import torch  # isort: skip  # noqa: E402
+
+STAGE = 16 << 20
+"""Bytes of one staging buffer, pinned where it is copied to a GPU."""
+READERS = 4
+"""Threads that read: one alone copies from the page cache more slowly than memory, or the bus, would take it."""
+
+
+def load_files(files: Sequence[RankFile], device: str | torch.device) -> dict[str, torch.Tensor]:
+    """The tensors of a rank's files by name, on a device, as stored.
+
+    One allocation a file on the device, of which the tensors are views in the file's own layout, but for those that lie
+    there unaligned. For a GPU, threads read the file into pinned buffers while others of them are copied.
+    UnsupportedError without the device.
+    """
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("no GPU is there", expected=str(target), found="cpu", hint="use device='cpu'")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        tensors.update(_load_file(file, target))
+    return tensors
+
+
+def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    infos = file.tensors
+    if not infos:
+        return
+    begin = infos[0].begin
+    data = torch.empty(file.size - begin, dtype=torch.uint8, device=device)
+    files = Files()
+    try:
+        fd = files.open_read(str(file.path))
+        try:
+            if device.type == "cpu":
+                _to_memory(files, fd, begin, data, str(file.path))
+            else:
+                _to_gpu(files, fd, begin, data, str(file.path))
+        finally:
+            files.close(fd)
+    except OSError as error:
+        raise local_error(error, "cannot read", file.path) from error
+    for info in infos:
+        if info.dtype not in DTYPES:
+            raise UnsupportedError(f"torch has no dtype for {info.dtype}", tensor=info.name, path=file.path)
+        dtype = DTYPES[info.dtype]
+        flat = data[info.begin - begin : info.end - begin]
+        if (info.begin - begin) % dtype.itemsize:  # the format packs tensors; torch has no view of such
+            flat = flat.clone()
+        yield info.name, flat.view(dtype).view(info.shape)
+
+
+def _to_memory(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
+    """Fill `data` with a file's bytes from `begin` on, several stretches at once."""
+    array = data.numpy().data
+
+    def read(offset: int) -> None:
+        read_exactly(files, fd, [array[offset : offset + STAGE]], begin + offset, path)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(read, range(0, len(array), STAGE)):
+            pass
+
+
+def _to_gpu(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
+    """Fill `data` on a GPU with a file's bytes from `begin` on, through pinned buffers and a stream of our own."""
+    size = data.numel()
+    buffers = [torch.empty(min(STAGE, size), dtype=torch.uint8, pin_memory=True) for _ in range(READERS + 1)]
+    stream: Any = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
+    # The memory of `data` may have belonged to a tensor that kernels in flight still read.
+    stream.wait_stream(torch.cuda.current_stream(data.device))
+
+    def read(index: int, offset: int, count: int) -> None:
+        read_exactly(files, fd, [buffers[index].numpy().data[:count]], begin + offset, path)
+
+    def send(index: int, offset: int, count: int) -> Callable[[], object]:
+        with torch.cuda.stream(stream):
+            data[offset : offset + count].copy_(buffers[index][:count], non_blocking=True)
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(stream)
+        wait: Callable[[], object] = event.synchronize
+        return wait
+
+    try:
+        staged(size, min(STAGE, size), len(buffers), read, send)
+    finally:
+        stream.synchronize()
+
+
+def staged(
+    size: int,
+    stage: int,
+    buffers: int,
+    read: Callable[[int, int, int], None],
+    send: Callable[[int, int, int], Callable[[], object]],
+) -> None:
+    """Move `size` bytes through numbered buffers: `read(buffer, offset, count)` on threads, `send(…)` on this one.
+
+    `send` begins a copy and returns what waits for its end; a buffer is read into again only after that. The first
+    error ends it; on return no thread is reading.
+    """
+    assert buffers > 1, "one is copied while another one is read"
+    offsets = iter(range(0, size, stage))
+    free: Queue[int | None] = Queue()
+    filled: Queue[tuple[int, int, int] | BaseException] = Queue()
+    turn = threading.Lock()
+
+    def work() -> None:
+        try:
+            while (index := free.get()) is not None:
+                with turn:
+                    offset = next(offsets, None)
+                if offset is None:
+                    return
+                count = min(stage, size - offset)
+                read(index, offset, count)
+                filled.put((index, offset, count))
+        except BaseException as error:
+            filled.put(error)
+
+    readers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, buffers - 1))]
+    for index in range(buffers):
+        free.put(index)
+    for reader in readers:
+        reader.start()
+    copying: deque[tuple[int, Callable[[], object]]] = deque()
+    try:
+        for _ in range(0, size, stage):
+            item = filled.get()
+            if isinstance(item, BaseException):
+                raise item
+            copying.append((item[0], send(*item)))
+            if len(copying) > 1:  # one copy goes on while the readers get the others' buffers back
+                index, wait = copying.popleft()
+                wait()
+                free.put(index)
+    finally:
+        for _, wait in copying:
+            wait()
+        for _ in readers:
+            free.put(None)
+        for reader in readers:
+            reader.join()
