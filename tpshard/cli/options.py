@@ -13,7 +13,7 @@ from tpshard.errors import UsageError
 
 if TYPE_CHECKING:
     from tpshard.cli.console import Console
-    from tpshard.execute.publish import Settings
+    from tpshard import Settings
     from tpshard.report.capacity import Workload
 
 MAX_TP = 99_999
@@ -114,7 +114,7 @@ def settings(
     no_fsync: bool = False,
 ) -> Iterator[Settings]:
     """How a verb runs, while its progress is shown."""
-    from tpshard.execute.publish import Settings
+    from tpshard import Settings
 
     with console.progress(verb) as meter:
         yield Settings(
