@@ -14,16 +14,18 @@ PACKAGE = DOCS.parent / "tpshard"
 CLI = "reference/cli.md"
 PYTHON = "reference/python-api.md"
 PUBLIC = {
-    "api": ("plan", "split", "merge", "reshard", "check", "inspect"),
-    "loader": ("load_rank",),
-    "verifying": ("verify", "Request"),
-    "advice": ("advise", "Advice", "Choice"),
-    "publish": ("Settings",),
-    "numbers": ("Workload",),
-    "report": ("PlanReport", "WriteReport", "RankPart", "CheckReport", "InspectReport"),
-    "checking": ("Difference",),
-    "header": ("TensorInfo",),
-    "verify/verdict": ("Verdict", "Tier", "Place", "Finding", "Canary"),
+    "api/convert": ("plan", "split", "merge", "reshard"),
+    "api/check": ("check",),
+    "api/inspect": ("inspect",),
+    "api/load": ("load_rank",),
+    "api/verify": ("verify", "Request"),
+    "api/advise": ("advise",),
+    "report/advice": ("Advice", "Choice"),
+    "execute/publish": ("Settings",),
+    "report/capacity": ("Workload",),
+    "report/results": ("PlanReport", "WriteReport", "RankPart", "CheckReport", "Difference", "InspectReport"),
+    "storage/safetensors": ("TensorInfo",),
+    "verifier/report/verdict": ("Verdict", "Tier", "Place", "Finding", "Canary"),
 }
 """By module, what a program calls, and what it gets."""
 COMPLETION = """What `--help` prints.
