@@ -97,6 +97,8 @@ def python_reference() -> str:
         pages += [_entry(found[name]) for name in names]
     rows = ["| class | `code` | exit code | |", "|---|---|---|---|"]
     for node in _defined("errors"):
+        if not isinstance(node, ast.ClassDef):
+            continue
         kind = getattr(errors, node.name)
         about = (ast.get_docstring(node) or "").split("\n")[0]
         rows.append(f"| `{node.name}` | `{kind.code}` | {kind.exit_code} | {about} |")
