@@ -3,6 +3,7 @@
 A file is an 8-byte little-endian length, a JSON object of that many bytes, and the tensors' bytes without a gap.
 Parsing is validating: a `Header` that exists describes its file exactly. Stricter than safetensors where that
 guesses: a name written twice, unknown keys, `__metadata__: null` and a header that starts with a space are refused.
+The package safetensors tells no tensor's place in its file, and parses no header without the file's whole content.
 """
 
 from __future__ import annotations
