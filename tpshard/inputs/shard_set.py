@@ -20,6 +20,7 @@ from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
+from tpshard.planning.sound import why_unsound
 from tpshard.storage.local import load_json, read_bytes, safe_path, side_paths
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, rank_stem
 from tpshard.storage.safetensors import RankFile, TensorInfo, nbytes, read_header
@@ -224,6 +225,8 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         full_names=full_names,
         config=_config(directory),
     )
+    if reason := why_unsound(tensors, tuple(map(tuple, ranks))):
+        raise ValueError(reason)
     return Split(
         model, options, format_of(options.format), Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], raw
     )
