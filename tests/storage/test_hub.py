@@ -291,7 +291,7 @@ def test_damaged_file_in_the_cache_is_found(server: HubServer, source: Path) -> 
     assert (hub.download(REPO, None).path / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_progress_bars_only_when_asked_for(
+def test_no_progress_bars_but_those_that_are_asked_for(
     server: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     enable_progress_bars()  # another test of this process may have told transformers to disable them
@@ -299,7 +299,8 @@ def test_progress_bars_only_when_asked_for(
     hub.download(REPO, None)
     quiet = capfd.readouterr()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
-    hub.download(REPO, None, progress=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", False)
+    hub.download(REPO, None)
     shown = capfd.readouterr()
     assert (quiet.out, quiet.err, shown.out) == ("", "", "") and "Fetching 7 files" in shown.err
 

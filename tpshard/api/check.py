@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+from tpshard.api.options import CheckOptions
+from tpshard.api.progress import followed
 from tpshard.errors import CorruptError, DifferentError
 from tpshard.execute.publish import Settings
 from tpshard.execute.run import Comparer, Convert, Handles, Loader, conversion, run
@@ -181,6 +183,7 @@ def check(
     rules: str | Path | None = None,
     allow_pickle: bool = False,
     settings: Settings | None = None,
+    progress: bool = False,
 ) -> CheckReport:
     """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
 
@@ -189,26 +192,30 @@ def check(
     tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
     the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
     """
-    settings = settings or Settings()
+    with followed("check", settings, progress) as how:
+        return check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how))
 
-    found = open_set(Path(shards), allow_pickle)
-    if tp is not None and tp != found.tp:
+
+def check_with(options: CheckOptions) -> CheckReport:
+    """Check as the options ask for it."""
+    found = open_set(Path(options.shards), options.allow_pickle)
+    if options.tp not in (None, found.tp):
         raise DifferentError(
-            f"the shard set is for tp {found.tp}, not tp {tp}",
+            f"the shard set is for tp {found.tp}, not tp {options.tp}",
             path=found.directory,
-            expected=f"tp {tp}",
+            expected=f"tp {options.tp}",
             found=f"tp {found.tp}",
-            hint=f"`tpshard reshard {found.directory} --tp {tp}` makes one",
+            hint=f"`tpshard reshard {found.directory} --tp {options.tp}` makes one",
         )
     found.require_complete()
     unlisted = check_sums(found)
-    if source is None:
-        differences, unchecked = check_records(found, settings)
+    if options.source is None:
+        differences, unchecked = check_records(found, options.settings)
         return CheckReport(found, None, differences, unlisted + unchecked)
-    checkpoint = open_checkpoint(source, revision, allow_pickle=allow_pickle)
-    model = from_checkpoint(checkpoint, rules_path(rules), found.model.dtype)
+    checkpoint = open_checkpoint(options.source, options.revision, allow_pickle=options.allow_pickle)
+    model = from_checkpoint(checkpoint, rules_path(options.rules), found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))
-    differences = check_source(found, planned, placed, convert, settings)
+    differences = check_source(found, planned, placed, convert, options.settings)
     return CheckReport(found, checkpoint.name, differences, unlisted, checkpoint.warnings)

@@ -94,7 +94,7 @@ def describe(repo_id: str, revision: str | None) -> RemoteRepo:
     return attempt(ask, repo_id, revision)
 
 
-def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, progress: bool = False) -> Snapshot:
+def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) -> Snapshot:
     """Fetch weights, config, tokenizer and licence of a repository into the shared cache, and nothing else.
 
     Pickle weights are fetched only with `allow_pickle`, and only where there are no safetensors. Files that the cache
@@ -118,7 +118,7 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
         # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
 
-    with _progress_bars(progress):
+    with _no_progress_bars():
         names = [file.name for file in repo.files]
         side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
         _require_space(repo, {*side, *weights})
@@ -380,12 +380,12 @@ def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
 
 
 @contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
-    """huggingface_hub's own bars on stderr, or none; HF_HUB_DISABLE_PROGRESS_BARS has the last word either way."""
+def _no_progress_bars() -> Iterator[None]:
+    """Without huggingface_hub's own bars on stderr, unless HF_HUB_DISABLE_PROGRESS_BARS says otherwise."""
     from huggingface_hub import constants, utils
 
     bars: Any = utils  # these names are public, but not declared so
-    if show or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or bars.are_progress_bars_disabled():
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or bars.are_progress_bars_disabled():
         yield
         return
     bars.disable_progress_bars()
