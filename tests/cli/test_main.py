@@ -32,7 +32,7 @@ from tpshard.cli import console
 from tpshard.cli import main as cli
 from tpshard.errors import TpshardError, UsageError
 from tpshard.execute.publish import Settings
-from tpshard.storage.safetensors import read_header
+from tpshard.storage.local import read_header
 from tpshard.units import human_bytes
 
 COMMANDS = ("plan", "split", "merge", "reshard", "check", "inspect")

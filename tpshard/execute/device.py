@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Any
 
 from tpshard.errors import UnsupportedError, local_error
 from tpshard.storage.files import Files, read_exactly
-from tpshard.storage.safetensors import RankFile
+from tpshard.storage.pool import Pool
+from tpshard.storage.source import RankFile
 from tpshard.storage.torch_pickle import DTYPES  # first: it says what to do when torch is missing
 
 import torch  # isort: skip  # noqa: E402
@@ -73,9 +73,7 @@ def _to_memory(files: Files, fd: int, begin: int, data: torch.Tensor, path: str)
     def read(offset: int) -> None:
         read_exactly(files, fd, [array[offset : offset + STAGE]], begin + offset, path)
 
-    with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(read, range(0, len(array), STAGE)):
-            pass
+    Pool(READERS).map(read, range(0, len(array), STAGE))
 
 
 def _to_gpu(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
@@ -113,7 +111,8 @@ def staged(
     """Move `size` bytes through numbered buffers: `read(buffer, offset, count)` on threads, `send(…)` on this one.
 
     `send` begins a copy and returns what waits for its end; a buffer is read into again only after that. The first
-    error ends it; on return no thread is reading.
+    error ends it; on return no thread is reading. Not a `Pool`: copies to the device are begun and waited for in the
+    order in which buffers fill, by this thread alone.
     """
     assert buffers > 1, "one is copied while another one is read"
     offsets = iter(range(0, size, stage))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
-from tpshard.storage.safetensors import Header, SourceFile, TensorInfo
+from tpshard.storage.safetensors import Header, TensorInfo
+from tpshard.storage.source import SourceFile
 
 try:
     import torch
