@@ -272,16 +272,16 @@ def test_a_plan_reads_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (model / "model.safetensors").stat().st_size > 130e9
     asked: list[int] = []
 
-    read = local.read_into
+    read = local.read_range
 
-    def watched(path: str, begin: int, buffer: memoryview) -> int:
-        asked.append(len(buffer))
-        return read(path, begin, buffer)
+    def watched(path: str, begin: int, end: int) -> bytearray:
+        asked.append(end - begin)
+        return read(path, begin, end)
 
     def fail(*args: object) -> int:
         raise AssertionError("a plan reads no data")
 
-    monkeypatch.setattr(local, "read_into", watched)
+    monkeypatch.setattr(local, "read_range", watched)
     monkeypatch.setattr(Files, "preadv", fail)
     found: list[PlanReport] = []
     assert peak_of(lambda: found.append(tpshard.plan(model, 8))) < 32_000_000

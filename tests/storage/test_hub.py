@@ -760,14 +760,19 @@ def test_content_is_not_compressed_on_the_way(server: HubServer, source: Path) -
     assert (hub.download(REPO, None).path / "config.json").read_bytes() == config
 
 
-def test_read_small_is_whole_bounded_and_checked(server: HubServer, source: Path) -> None:
+def test_read_small_is_whole_bounded_and_checked(
+    server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.add(REPO, write(source, {"tokenizer.model": b"sentence pieces"}))
     repo = hub.describe(REPO, None)
     assert repo.read_small("config.json") == b"{}"
-    assert repo.read_small("tokenizer.model", limit=15) == b"sentence pieces"
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
+    assert repo.read_small("tokenizer.model") == b"sentence pieces"
     server.log.clear()
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 14)
     with pytest.raises(HubError, match="tokenizer.model in org/tiny is too large") as caught:
-        repo.read_small("tokenizer.model", limit=14)
+        repo.read_small("tokenizer.model")
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
     assert (caught.value.found, server.log) == ("15 bytes", [])
     (source / "tokenizer.model").write_bytes(b"sentence  pieces"[:15])
     with pytest.raises(HubError, match="arrived damaged"):

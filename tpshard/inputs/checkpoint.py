@@ -142,7 +142,10 @@ def _open(
     _refuse_quantised(names, place)
     if only is not None and not only.name.endswith((".safetensors", ".bin")):
         raise UsageError("not a weight file", path=only, hint="give a directory or a .safetensors file")
-    listed, index = ([only.name], None) if only is not None else weight_files(names, source.read_small, place)
+    if only is None:
+        listed, weight_map, total = weight_files(names, source.read_small, place)
+    else:
+        listed, weight_map, total = [only.name], None, None
     header = partial(source_header, source)
     if listed[0].endswith(".bin"):
         if not allow_pickle:
@@ -155,11 +158,11 @@ def _open(
     headers = Pool(source.requests).map(header, listed)
     tensors, file_of = _tensors(zip(listed, (parsed for parsed, _ in headers), strict=True), place)
     warnings: tuple[str, ...] = ()
-    if index is not None:
-        _check_index(index.weight_map, file_of, place)
+    if weight_map is not None:
+        _check_index(weight_map, file_of, place)
         size = sum(tensor.nbytes for tensor in tensors)
-        if index.total_size not in (None, size):
-            warnings = (f"the index says total_size {index.total_size}, the tensors have {size} bytes",)
+        if total not in (None, size):
+            warnings = (f"the index says total_size {total}, the tensors have {size} bytes",)
     return Checkpoint(
         name=name,
         repo_id=repo_id,

@@ -107,14 +107,10 @@ class RemoteRepo:
 
         return attempt(read, self.repo_id, self.revision)
 
-    def read_small(self, name: str, limit: int | None = None) -> bytes:
-        """A whole file, checked against the Hub's digest where there is one.
-
-        limit: the most bytes (default: INDEX_LIMIT for an index of weight files, else SMALL_LIMIT).
-        """
+    def read_small(self, name: str) -> bytes:
+        """A whole file, checked against the Hub's digest where there is one."""
         file = self._file(name)
-        if limit is None:
-            limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
+        limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
         if file.size > limit:
             raise HubError(
                 f"{name} in {self.repo_id} is too large to be what its name says",

@@ -47,7 +47,7 @@ class Directory:
         return blob_digest(self.path(name))
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        return read_range(self.path(name), begin, end)
+        return bytes(read_range(self.path(name), begin, end))
 
     def read_small(self, name: str) -> bytes:
         return read_bytes(self.path(name))
@@ -91,28 +91,20 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise CorruptError("the file is missing", path=path, hint="download the checkpoint again") from None
+        raise CorruptError(f"{path.name} is missing", path=path) from None
     except OSError as error:
         raise LocalIOError(f"cannot read: {error.strerror}", path=path) from None
 
 
-def read_range(path: str | os.PathLike[str], begin: int, end: int) -> bytes:
+def read_range(path: str | os.PathLike[str], begin: int, end: int) -> bytearray:
     """The bytes `begin` to `end` of a local file, fewer where it ends before. LocalIOError when it cannot be read."""
-    buffer = bytearray(end - begin)
-    return bytes(memoryview(buffer)[: read_into(path, begin, memoryview(buffer))])
-
-
-def read_into(path: str | os.PathLike[str], begin: int, buffer: memoryview) -> int:
-    """Fill a buffer from a byte of a local file on; how many bytes there were, fewer where the file ends before.
-
-    LocalIOError when it cannot be read.
-    """
-    done = 0
-    with _readable(path), open(path, "rb", buffering=0) as file:
+    data, done = bytearray(end - begin), 0
+    with _readable(path), open(path, "rb", buffering=0) as file, memoryview(data) as view:
         file.seek(begin)
-        while count := file.readinto(buffer[done:]):
+        while count := file.readinto(view[done:]):
             done += count
-    return done
+    del data[done:]
+    return data
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

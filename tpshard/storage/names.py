@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-# Of an unsharded checkpoint.
+# Of checkpoints that others write.
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = f"{SAFETENSORS}.index.json"
@@ -15,6 +15,7 @@ PICKLE_PATTERN = "pytorch_model*.bin"
 QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files in which quantisation tools say what they did, some of them nowhere else."""
 META_PARAMS = "params.json"
+DCP_METADATA = ".metadata"
 
 # Of a set that tpshard writes.
 MANIFEST = "tpshard.json"

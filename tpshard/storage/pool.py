@@ -24,8 +24,7 @@ class Pool:
     def run(self, work: Callable[[], None], meanwhile: Callable[[], None] = lambda: None) -> None:
         """Call `work` on every thread. meanwhile: called from this thread some twenty times a second until they end."""
         errors: list[BaseException] = []
-        ended: list[str] = []
-        wake = threading.Event()
+        self.stopped.clear()
 
         def body() -> None:
             try:
@@ -33,18 +32,15 @@ class Pool:
             except BaseException as error:
                 errors.append(error)
                 self.stopped.set()
-            finally:
-                ended.append(threading.current_thread().name)
-                wake.set()
 
         threads = [threading.Thread(target=body, name=f"tpshard-{i}", daemon=True) for i in range(self.workers)]
         for thread in threads:
             thread.start()
         try:
-            while len(ended) < len(threads):
-                wake.wait(0.05)
-                wake.clear()
-                meanwhile()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.05)
+                    meanwhile()
         finally:
             self.stopped.set()
             for thread in threads:

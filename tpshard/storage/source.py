@@ -76,13 +76,13 @@ class RankFile:
     tensors: tuple[TensorInfo, ...]
 
 
-def fetch_header(read: Callable[[int, int], bytes], file: str, file_size: int) -> Header:
+def fetch_header(read: Callable[[int, int], bytes | bytearray], file: str, file_size: int) -> Header:
     """The validated header of a file whose bytes `read(begin, end)` returns: in one read, or two where it is long.
 
     `file` becomes `TensorInfo.file`. CorruptError says what is wrong with it.
     """
     first = min(file_size, _FIRST)
-    raw = read(0, first) if first else b""
+    raw = bytes(read(0, first)) if first else b""
     data_begin = header_length(raw, file, file_size)
     if data_begin > first:
         raw += read(first, data_begin)

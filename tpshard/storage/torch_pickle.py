@@ -1,4 +1,4 @@
-"""The one core module that imports torch: pickle input and casts."""
+"""Weights that torch pickled: where the bytes of each tensor lie in the file, without loading them."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
@@ -20,26 +19,16 @@ _PICKLE = (PICKLE, PICKLE_INDEX)
 _OTHERS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-@dataclass(frozen=True)
-class WeightIndex:
-    """What an index says: the file of each tensor, and the bytes of all of them, unchecked."""
-
-    weight_map: Mapping[str, str]
-    total_size: object
-
-    @property
-    def files(self) -> list[str]:
-        return sorted(set(self.weight_map.values()))
-
-
 def preferred(names: Collection[str], *, pickle: bool = True) -> str | None:
     """The single weight file, or else the index of several; safetensors before pickles, as transformers prefers."""
     ordered = (*_SAFETENSORS, *(_PICKLE if pickle else ()))
     return next((name for name in ordered if name in names), None)
 
 
-def weight_files(names: Collection[str], read: ReadFile, place: object) -> tuple[list[str], WeightIndex | None]:
-    """The weight files among `names`, and the index that lists them, if one does.
+def weight_files(
+    names: Collection[str], read: ReadFile, place: object
+) -> tuple[list[str], Mapping[str, str] | None, object]:
+    """The weight files among `names`, and of the index that lists them, if one does, weight_map and total_size.
 
     CorruptError where there are none, or not all that the index lists, or where it is damaged; UnsupportedError where
     there are others alone; UnsafeError for an index that points outside.
@@ -48,17 +37,18 @@ def weight_files(names: Collection[str], read: ReadFile, place: object) -> tuple
     if name is None:
         raise _no_weights(names, place)
     if name in (SAFETENSORS, PICKLE):
-        return [name], None
-    index = parse_index(read(name), f"{place}/{name}")
-    if missing := [file for file in index.files if file not in names]:
+        return [name], None, None
+    weight_map, total = _parse_index(read(name), f"{place}/{name}")
+    files = sorted(set(weight_map.values()))
+    if missing := [file for file in files if file not in names]:
         raise CorruptError(
             f"{missing[0]} is listed in the index but is not there",
             path=place,
-            expected=f"{len(index.files)} files",
-            found=f"{len(index.files) - len(missing)} of them",
+            expected=f"{len(files)} files",
+            found=f"{len(files) - len(missing)} of them",
             hint="download the checkpoint again",
         )
-    return index.files, index
+    return files, weight_map, total
 
 
 def files_to_download(names: Collection[str], allow_pickle: bool, read: ReadFile) -> tuple[str, ...]:
@@ -79,15 +69,13 @@ def files_to_download(names: Collection[str], allow_pickle: bool, read: ReadFile
     return ()
 
 
-def parse_index(raw: bytes, path: str) -> WeightIndex:
-    """An index of weight files that all lie beside it; CorruptError, UnsafeError for one that points outside."""
+def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
+    """weight_map and total_size of an index whose files all lie beside it; the size is not checked."""
     data = load_json(raw, path)
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CorruptError("the index has no weight_map of names to files", path=path, expected="an object of strings")
-    metadata = data.get("metadata")
-    index = WeightIndex(weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None)
-    for name in index.files:
+    for name in sorted(set(weight_map.values())):
         pure = PurePosixPath(name.replace("\\", "/"))
         if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", name):
             raise UnsafeError(
@@ -103,7 +91,8 @@ def parse_index(raw: bytes, path: str) -> WeightIndex:
                 expected="names of files beside it",
                 found=repr(name),
             )
-    return index
+    metadata = data.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _listed_in_root(raw: bytes, name: str) -> list[str]:

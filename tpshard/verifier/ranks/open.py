@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.inputs.checkpoint import open_checkpoint
-from tpshard.storage.local import read_header, read_into
+from tpshard.storage.local import load_json, read_bytes, read_header, read_range
 from tpshard.storage.names import CONFIG, MANIFEST, rank_stem
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
@@ -72,8 +71,8 @@ class FileWeights:
         length = torch.Size(shape).numel() * dtype.itemsize
         if not length:
             return torch.empty(shape, dtype=dtype)
-        buffer = bytearray(length)
-        if read_into(info.file, begin, memoryview(buffer)) < length:
+        buffer = read_range(info.file, begin, begin + length)
+        if len(buffer) < length:
             raise CorruptError("the file ends within a tensor", path=info.file, tensor=info.name)
         tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
         return tensor.to(self.cast) if self.cast is not None and dtype in FLOATS else tensor
@@ -99,14 +98,7 @@ class ShardSet:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CorruptError(f"{path.name} is missing", path=path) from None
-    except OSError as error:
-        raise LocalIOError(f"cannot read the file: {error.strerror}", path=path) from error
-    except ValueError as error:
-        raise CorruptError(f"{path.name} is not valid JSON: {error}", path=path) from None
+    return load_json(read_bytes(path), path)
 
 
 def open_shards(directory: Path) -> ShardSet:
