@@ -136,7 +136,7 @@ def test_a_tier_that_misses_a_canary_is_inconclusive(pair: tuple[Path, Path], mo
 
 
 def test_no_fault_to_inject_is_inconclusive(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.fault_catalogue.CANARIES", ())
+    monkeypatch.setattr("tpshard.verifier.builtin.canaries.CANARIES", ())
     assert verify(pair[1], pair[0], tiers=["exact"], device="cpu").exit_code == 8
 
 
@@ -171,7 +171,7 @@ def test_bad_input(pair: tuple[Path, Path], copy: tuple[Path, Path], tmp_path: P
 
 
 def test_too_little_memory_is_said_before_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.memory.available", lambda device: 1000)
+    monkeypatch.setattr("tpshard.verifier.builtin.memory.available", lambda device: 1000)
     monkeypatch.setattr(builtin, "resident", None)
     with pytest.raises(LocalIOError, match="not enough memory"):
         verify(pair[1], pair[0], device="cpu")
@@ -192,7 +192,7 @@ def test_a_70b_shape_is_streamed_in_4_gb() -> None:
 
 
 def test_memory_decides_whether_to_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.memory.available", lambda device: 1000)
+    monkeypatch.setattr("tpshard.verifier.builtin.memory.available", lambda device: 1000)
     cpu = torch.device("cpu")
     assert Need(resident=600, streamed=100).choose(None, cpu) is False
     assert Need(resident=800, streamed=100).choose(None, cpu) is True
