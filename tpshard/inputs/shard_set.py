@@ -21,9 +21,10 @@ from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.planning.sound import why_unsound
-from tpshard.storage.local import load_json, read_bytes, safe_path, side_paths
+from tpshard.storage.local import load_json, read_bytes, read_header, safe_path, side_paths
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, rank_stem
-from tpshard.storage.safetensors import RankFile, TensorInfo, nbytes, read_header
+from tpshard.storage.safetensors import TensorInfo, nbytes
+from tpshard.storage.source import RankFile
 
 _SAME = "copy it from where the rank files come from: it is the same on every host"
 _REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
