@@ -29,12 +29,14 @@ class Cut:
 
     `segments` are axis names (a fused q, k, v is three). With `interleave`, the segments are stored interleaved per
     unit of that axis. Replicated tensors have `dim` None and no segments.
+    ratio: elements of the axes for one stored element along `dim` (a weight packed by eights, a scale of a block).
     """
 
     kind: Kind
     dim: int | None = None
     segments: tuple[str, ...] = ()
     interleave: str | None = None
+    ratio: int = 1
 
     @property
     def rule(self) -> str:

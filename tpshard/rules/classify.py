@@ -15,6 +15,7 @@ from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher
+from tpshard.rules.schemes import Companion
 from tpshard.storage.safetensors import TensorInfo
 
 
@@ -60,8 +61,8 @@ def _classify(
     used |= {group for name in used if (group := architecture.axes[name].get("group"))}
     axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
     cuts: dict[str, Cut] = {}
-    for tensor, (rule, dims) in zip(tensors, matches, strict=True):
-        cut = _cut(tensor, rule, dims)
+    for tensor, (rule, companion, dims) in zip(tensors, matches, strict=True):
+        cut = _cut(tensor, rule, companion, dims)
         _check_sum(tensor, cut, axes, architecture.name)
         cuts[tensor.name] = cut
     matcher.check_complete()
@@ -112,22 +113,25 @@ def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis
     )
 
 
-def _cut(tensor: TensorInfo, rule: Rule, dims: tuple[str, ...]) -> Cut:
+def _cut(tensor: TensorInfo, rule: Rule, companion: Companion, dims: tuple[str, ...]) -> Cut:
+    """The cut of one tensor, from its module's rule: along the dim of the rule's axis, at that axis' ratio.
+
+    A companion that never has the axis is whole on every rank (a row-parallel bias, added once after the sum).
+    """
     axis = SPLIT_AXIS.get(rule.kind)
     if axis is None:
         return Cut(rule.kind)
-    if axis not in dims:
-        # A row-parallel bias has no `in`: every rank has it whole, and it is added once, after the sum.
-        if rule.kind == "row" and dims and tensor.name.endswith("bias"):
-            return Cut("replicate")
-        raise UnsupportedError(
-            f"{tensor.name} cannot be split by {rule.kind}: no dim of it is known to be `{axis}`",
-            path=tensor.file,
-            tensor=tensor.name,
-            found=f"shape {list(tensor.shape)}, dims {', '.join(dims) or 'unknown'}",
-            hint="name the axis of each of its dims under [dims] in a rules file of your own",
-        )
-    return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave)
+    if axis in dims:
+        return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave, companion.ratio.get(axis, 1))
+    if dims and not companion.has(axis):
+        return Cut("replicate")
+    raise UnsupportedError(
+        f"{tensor.name} cannot be split by {rule.kind}: no dim of it is known to be `{axis}`",
+        path=tensor.file,
+        tensor=tensor.name,
+        found=f"shape {list(tensor.shape)}, dims {', '.join(dims) or 'unknown'}",
+        hint="name the axis of each of its dims under [dims] in a rules file of your own",
+    )
 
 
 def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str) -> None:
@@ -135,6 +139,9 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
         return
     terms = [f"{name} {axes[name].count} x {axes[name].unit}" for name in cut.segments]
     expected = sum(axes[name].count * axes[name].unit for name in cut.segments)
+    if cut.ratio != 1:
+        expected = -(-expected // cut.ratio)
+        terms[-1] += f", {cut.ratio} of them an element"
     if tensor.shape[cut.dim] != expected:
         raise CorruptError(
             f"config.json contradicts the tensor {tensor.name}",

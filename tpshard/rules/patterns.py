@@ -12,7 +12,7 @@ from typing import Any
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
 from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, compile_pattern
-from tpshard.rules.schemes import stored_axes
+from tpshard.rules.schemes import Companion, companion_of, split_name
 from tpshard.storage.safetensors import TensorInfo
 
 
@@ -70,8 +70,11 @@ class Matcher:
                 return full, candidates
         return name, []
 
-    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, tuple[str, ...]]:
-        """The one rule of a tensor, which the rules know by another name perhaps, and the axis of each of its dims."""
+    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, Companion, tuple[str, ...]]:
+        """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
+
+        known_as: the tensor's name as the rules have it, the prefix perhaps excepted.
+        """
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
         if not candidates:
@@ -100,7 +103,8 @@ class Matcher:
         pattern.seen = True
         if pattern.required and numbers:
             pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
-        return pattern.rule, self._dims(full, tensor)
+        companion = companion_of(full)
+        return pattern.rule, companion, self._dims(full, companion, tensor)
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
         """Whether a pattern's rule holds in a layer."""
@@ -111,9 +115,9 @@ class Matcher:
             self._holding[key] = bool(expression.evaluate(pattern.condition, {**self.config, "layer": layer}))
         return self._holding[key]
 
-    def _dims(self, full: str, tensor: TensorInfo) -> tuple[str, ...]:
-        suffix = full.rpartition(".")[2]
-        if suffix != "bias":
+    def _dims(self, full: str, companion: Companion, tensor: TensorInfo) -> tuple[str, ...]:
+        """The axes of a tensor's dims. [dims] is of the companions that have both features, and of bare parameters."""
+        if companion.has("out", "in") or not split_name(full)[1]:
             for pattern, compiled in self.dims:
                 if compiled.fullmatch(full):
                     self.seen_dims.add(pattern)
@@ -135,7 +139,7 @@ class Matcher:
                             found=f"shape {list(tensor.shape)}",
                         )
                     return dims
-        return stored_axes(suffix, len(tensor.shape))
+        return companion.axes(len(tensor.shape))
 
     @cached_property
     def _experts(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from tpshard.planning.axes import Kind
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture
-from tpshard.rules.schemes import SUFFIXES
+from tpshard.rules.schemes import split_name
 from tpshard.storage.safetensors import TensorInfo
 
 WIDTH = "hidden_size or n_embd or n_embed or d_model"
@@ -78,8 +78,7 @@ def modules(tensors: Iterable[TensorInfo]) -> list[Module]:
     for tensor in tensors:
         parts = tensor.name.split(".")
         found = [int(part) for part in parts if part.isdecimal()]
-        stem, _, last = ".".join("*" if part.isdecimal() else part for part in parts).rpartition(".")
-        name, suffix = (stem, last) if stem and last in SUFFIXES else (f"{stem}.{last}" if stem else last, "")
+        name, suffix = split_name(".".join("*" if part.isdecimal() else part for part in parts))
         shapes.setdefault(name, {}).setdefault(suffix, set()).add(tensor.shape)
         for number, seen in zip(found, numbers.setdefault(name, [set(), set()]), strict=False):
             seen.add(number)
