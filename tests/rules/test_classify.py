@@ -12,7 +12,7 @@ import tpshard.rules.architecture
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.rules.architecture import Architecture, builtin, builtin_names, find_architecture, parse_architecture
-from tpshard.rules.classify import Classified, classify
+from tpshard.rules.classify import Classification, classify
 from tpshard.rules.schemes import PLAIN
 from tpshard.storage.safetensors import TensorInfo
 
@@ -72,7 +72,7 @@ def toy(text: str = RULES, **replaced: str) -> Architecture:
     return parse_architecture(text, "toy.toml")
 
 
-def run(shapes: Mapping[str, tuple[int, ...]] | None = None, rules: str = RULES, **config: Any) -> Classified:
+def run(shapes: Mapping[str, tuple[int, ...]] | None = None, rules: str = RULES, **config: Any) -> Classification:
     return classify(toy(rules), CONFIG | config, infos(names() if shapes is None else shapes))
 
 

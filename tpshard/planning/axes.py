@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,11 +41,15 @@ class Cut:
 
     @property
     def rule(self) -> str:
-        """The rule as the user reads it: `column heads kv kv / kv`."""
-        return " ".join([self.kind, *self.segments, *(["/", self.interleave] if self.interleave else [])])
+        """The rule as the user reads it."""
+        return rule_key(self.kind, self.segments, self.interleave)
+
+
+def rule_key(kind: str, axes: Iterable[str], interleave: str | None) -> str:
+    """A rule as rules files and reports have it: `column heads kv kv / kv`."""
+    return " ".join([kind, *axes, *(["/", interleave] if interleave else [])])
 
 
 Kind = Literal["column", "row", "replicate", "buffer"]
-
-
 SPLIT_AXIS = {"column": "out", "row": "in"}
+"""The feature axis along which a module is cut."""

@@ -1,7 +1,7 @@
-"""Architecture rules: which tensor is cut along which dim, in which units.
+"""Classification: which tensor is cut along which dim, in which units.
 
-Evaluates an architecture's rules for one config and gives every tensor of a checkpoint its `Cut`. It knows no tp: how
-many ranks there are comes later.
+It evaluates an architecture's rules for one config and gives every tensor of a checkpoint its `Cut`. The number of
+ranks plays no part in it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from tpshard.storage.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)
-class Classified:
-    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
+class Classification:
+    """An architecture's rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
 
-    full_names: of tensors whose name lacks the prefix, their name with it.
+    tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it.
     """
 
     axes: Mapping[str, Axis]
@@ -37,8 +37,8 @@ def classify(
     config: Mapping[str, Any],
     tensors: Iterable[TensorInfo],
     names: Mapping[str, str] | None = None,
-) -> Classified:
-    """Give every tensor its cut. names: what the rules call a tensor that has another name in the checkpoint.
+) -> Classification:
+    """Give every tensor its cut. names: for tensors that the rules know by another name, that name.
 
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
@@ -54,7 +54,7 @@ def classify(
 
 def _classify(
     architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo], names: Mapping[str, str]
-) -> Classified:
+) -> Classification:
     matcher = Matcher(architecture, config)
     matches = [matcher.match(tensor, names.get(tensor.name, tensor.name)) for tensor in tensors]
     used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
@@ -68,15 +68,15 @@ def _classify(
     matcher.check_complete()
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    return Classified(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
 
 
 def recognise(
     architecture: Architecture, config: Mapping[str, Any], names: Iterable[str], exact: bool = False
 ) -> tuple[list[str], list[str]]:
-    """By names alone: the required patterns that match none of `names`, and those of `names` without a rule.
+    """From names alone, the required patterns that match none of `names`, and the names that have no rule.
 
-    exact: a name must have the prefix that a checkpoint may leave out.
+    exact: names must have the prefix that a checkpoint may omit.
     """
     names = tuple(names)
     try:
@@ -90,7 +90,7 @@ def recognise(
 
 
 def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The config with what it means when it is silent, and with what the checkpoint is found to hold."""
+    """The config, with defaults for keys that it lacks and the keys of [found], which depend on the tensors."""
     config = {**architecture.defaults, **config}
     for key, pattern in architecture.found.items():
         compiled = compile_pattern(pattern)
