@@ -13,10 +13,10 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.manifest import digest_of, stored_from_json
+from tpshard.formats.manifest import cut_from_json, digest_of, stored_from_json
 from tpshard.formats.split import FORMAT_VERSION, Laid, Options, Split
 from tpshard.formats.torch_archive import check_literals
-from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.axes import Axis
 from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
@@ -196,8 +196,7 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     ranks: list[list[StoredTensor]] = [[] for _ in range(tp)]
     file_of, full_names, dropped = {}, {}, {}
     for entry in manifest["tensors"]:
-        cut = Cut(entry["rule"], entry.get("dim"), tuple(entry.get("segments", ())), entry.get("interleave"))
-        tensor = LogicalTensor(entry["name"], entry["dtype"], tuple(entry["shape"]), cut)
+        tensor = LogicalTensor(entry["name"], entry["dtype"], tuple(entry["shape"]), cut_from_json(entry))
         tensors.append(tensor)
         file_of[tensor.name] = entry["file"]
         if "full" in entry:
