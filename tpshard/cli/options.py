@@ -12,8 +12,8 @@ import typer
 from tpshard.errors import UsageError
 
 if TYPE_CHECKING:
-    from tpshard.cli.console import Console
     from tpshard import Settings
+    from tpshard.cli.console import Console
     from tpshard.report.capacity import Workload
 
 MAX_TP = 99_999
