@@ -33,7 +33,7 @@ from tpshard.cli import main as cli
 from tpshard.cli.check import DIFFERENCES
 from tpshard.errors import TpshardError
 from tpshard.execute.publish import Settings
-from tpshard.storage.safetensors import read_header
+from tpshard.storage.local import read_header
 from tpshard.units import human_bytes
 
 COMMANDS = ("plan", "split", "merge", "reshard", "check", "inspect")
