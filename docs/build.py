@@ -20,7 +20,7 @@ PUBLIC = {
     "api/load": ("load_rank",),
     "api/verify": ("verify", "Request"),
     "api/advise": ("advise",),
-    "report/advice": ("Advice", "Choice"),
+    "report/advice": ("Advice", "TpChoice"),
     "execute/publish": ("Settings",),
     "report/capacity": ("Workload",),
     "report/results": ("PlanReport", "WriteReport", "RankPart", "CheckReport", "Difference", "InspectReport"),
