@@ -15,7 +15,7 @@ from tpshard.verifier.builtin.faults import FAULTS
 
 
 def test_faults_are_noticed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("power.catalogue.WIDTHS", (4,))
+    monkeypatch.setattr("tests.power.catalogue.WIDTHS", (4,))
     cases = measure(tmp_path, ["opt"])
     assert len({case.fault for case in cases}) >= 30
     assert all(case.exact is not FAULTS[case.fault].harmless for case in cases)
@@ -32,9 +32,9 @@ def test_faults_are_noticed_and_named(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_module_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("power.catalogue.changed", lambda clean, mutant: {"model.elsewhere": {0}})
-    monkeypatch.setattr("power.catalogue.WIDTHS", (2,))
-    monkeypatch.setattr("power.catalogue.FAULTS", {"up-row-shifted": FAULTS["up-row-shifted"]})
+    monkeypatch.setattr("tests.power.catalogue.changed", lambda clean, mutant: {"model.elsewhere": {0}})
+    monkeypatch.setattr("tests.power.catalogue.WIDTHS", (2,))
+    monkeypatch.setattr("tests.power.catalogue.FAULTS", {"up-row-shifted": FAULTS["up-row-shifted"]})
     assert [case.named for case in measure(tmp_path, ["opt"])] == ["no"]
 
 

@@ -16,10 +16,11 @@ from tpshard.verifier.builtin.estimate import Work, exact_seconds, look_seconds,
 from tpshard.verifier.builtin.exact import Setup
 from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
-from tpshard.verifier.engine import Asked, LoadRank, Opened
+from tpshard.verifier.engine import LoadRank, OpenedSet
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Processes
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
 from tpshard.verifier.ranks.translate import translated
@@ -70,14 +71,14 @@ def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet,
     return translated(opened, weights.names()), config, weights
 
 
-def prepare(opened: Opened, asked: Asked) -> Case:
+def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     """Find out whether shards and source are of one model, and decide prompt, layers and tokens."""
     found, weights, team = opened.shards, opened.source, opened.team
     family = describe(opened.config)
     if describe(found.config) != family:
         raise another_model(found, family.model_type)
     require_one_each(found, team)
-    ids = prompt_of(asked.prompt, family.vocab, asked.seed)
+    ids = prompt_of(opened.prompt, family.vocab, options.seed)
     setup = Setup(
         family=family,
         source=weights,
@@ -85,21 +86,21 @@ def prepare(opened: Opened, asked: Asked) -> Case:
         team=team,
         prompt=ids.to(opened.device),
         device=opened.device,
-        layers=chosen_layers(asked.layers, family.layers),
-        sequence_parallel=asked.sequence_parallel,
+        layers=chosen_layers(options.layers, family.layers),
+        sequence_parallel=options.sequence_parallel,
     )
     return Case(
         opened=found,
         setup=setup,
         load=load(family, weights, found.ranks, setup.which(), team.here),
-        tokens=_room(family, weights, ids.shape[1], asked.tokens),
-        seed=asked.seed,
-        float32=asked.float32,
+        tokens=_room(family, weights, ids.shape[1], options.tokens),
+        seed=options.seed,
+        float32=options.float32,
         seconds={},
     )
 
 
-def choose(case: Case, asked: Asked) -> Case:
+def choose(case: Case, opened: OpenedSet, options: VerifyOptions) -> Case:
     """Decide what is kept in memory, the same on all ranks, and say what that and the tiers will take."""
     setup = case.setup
     team, where, source = setup.team, setup.device, setup.source
@@ -110,12 +111,12 @@ def choose(case: Case, asked: Asked) -> Case:
         setup.family,
         case.load,
         here=len(team.here),
-        native="native" in asked.tiers,
+        native="native" in options.computed,
         positions=batch * (length + case.tokens),
         widened=where.type == "cpu" and not apart,
         apart=apart,
     )
-    streamed = any(team.run(lambda group: need.choose(asked.stream, where, asked.sharing)))
+    streamed = any(team.run(lambda group: need.choose(options.stream, where, opened.sharing)))
     amount = need.streamed if streamed else need.resident
     pace = measure(source, needed(source, setup.which()), setup.prompt, where)
     kept = not streamed and not apart
@@ -125,13 +126,13 @@ def choose(case: Case, asked: Asked) -> Case:
     work = Work(case.load, len(team.here), kept, case.tokens, case.tokens / length, taught, *counts)
     seconds = {"exact": exact_seconds(pace, work), "native": native_seconds(pace, work)}
     how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
-    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in asked.tiers))
-    asked.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
+    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in options.computed))
+    opened.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
     setup = replace(
         setup,
         block_bytes=BLOCK_BYTES if streamed or apart else None,
         keep_ranks=apart and not streamed,
-        say=_seldom(asked.say),
+        say=_seldom(opened.say),
     )
     return replace(case, setup=setup, seconds=seconds, taught=taught)
 
