@@ -74,7 +74,7 @@ def test_all_tiers_with_the_source_beside_the_shards(pair: tuple[Path, Path]) ->
     assert [(tier.name, tier.status) for tier in verdict.tiers] == [(n, "pass") for n in ("bytes", "exact", "native")]
     assert (verdict.exit_code, verdict.source, verdict.shards, verdict.tp) == (0, "model", "model-tp2", 2)
     assert lines[0] == f"source: {pair[0]}"
-    estimate = next(i for i, line in enumerate(lines) if "GB of memory" in line and "estimates" in line)
+    estimate = next(i for i, line in enumerate(lines) if "GB of memory" in line and "estimate" in line)
     assert estimate < lines.index("bytes tier")
 
 

@@ -19,7 +19,7 @@ from tests.helpers.cut import cut
 from tests.helpers.small_models import tokens
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verifier.builtin import engine as builtin
-from tpshard.verifier.builtin.memory import Load, Need, Side, estimate
+from tpshard.verifier.builtin.memory import Load, Need, StoredSize, estimate
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import prompt_ids
@@ -188,7 +188,7 @@ def test_a_70b_shape_is_streamed_in_4_gb() -> None:
     config = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "hidden_act": "silu"}
     table, body = 128256 * 8192, 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
-    side = Side(2 * (body + 2 * table), body + 2 * table, table, body, table)
+    side = StoredSize(2 * (body + 2 * table), body + 2 * table, body)
     need = estimate(
         describe(config | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192}),
         Load(side, side, 80, table),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 import shlex
 from collections.abc import Callable
 from enum import StrEnum
@@ -231,14 +230,14 @@ def _report_error(console: Console, error: TpshardError, shards: Path, reports: 
 
 def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:
     from tpshard.verifier.report.wording import caught, reasons, rows
-    from tpshard.verifier.report.write import to_json, write
+    from tpshard.verifier.report.write import write
 
     for path in reports:
         write(verdict, path)
     for warning in verdict.warnings:
         console.warn(warning)
     if console.as_json:
-        console.data(json_text.loads(to_json(verdict)))
+        console.data(verdict.to_json())
         return
     what = f"{verdict.shards} (tp {verdict.tp}) against {verdict.source}"
     print(f"{verdict.verdict.upper()}: {what}" + (f": {verdict.reason}" if verdict.reason else ""))

@@ -12,9 +12,10 @@ import torch
 from tpshard.verifier.builtin.canaries import exact_canaries, native_canaries
 from tpshard.verifier.builtin.exact import exact
 from tpshard.verifier.builtin.native import native, teacher_tokens
-from tpshard.verifier.builtin.prepare import Case, all_finite, all_kept, choose, duration, keep, prepare
+from tpshard.verifier.builtin.prepare import Case, all_finite, all_kept, choose, keep, prepare
 from tpshard.verifier.engine import Canaries, EngineRun, Judge, LoadRank, OpenedSet
-from tpshard.verifier.options import COMPUTED_TIERS, VerifyOptions
+from tpshard.verifier.options import COMPUTED_TIERS, Say, VerifyOptions
+from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import FileWeights, needed, parameters, resident
 from tpshard.verifier.report.verdict import Tier
@@ -26,7 +27,7 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     case = team.together(lambda: prepare(opened, options))
     case = team.together(lambda: choose(case, opened, options))
     setup = case.setup
-    lines = {name: f"{name} tier: about {duration(case.seconds[name])} (an estimate)" for name in COMPUTED_TIERS}
+    lines = {name: f"{name} tier" for name in COMPUTED_TIERS}
     return EngineRun(
         engine="tpshard",
         model_type=setup.family.model_type,
@@ -45,7 +46,7 @@ def _begin(case: Case, opened: OpenedSet, options: VerifyOptions) -> Mapping[str
     team.together(lambda: all_finite(case))
     kept = team.together(lambda: keep(case, opened.load_rank)) if case.setup.keep_ranks else case
     judges: dict[str, Judge] = {
-        name: partial(judge, kept, opened.load_rank)
+        name: partial(judge, _counting(kept, name, opened.say), opened.load_rank)
         for name, judge in zip(COMPUTED_TIERS, (_exact, _native), strict=True)
         if name in options.computed
     }
@@ -54,6 +55,13 @@ def _begin(case: Case, opened: OpenedSet, options: VerifyOptions) -> Mapping[str
 
         judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
     return judges
+
+
+def _counting(case: Case, tier: str, say: Say) -> Case:
+    """The case, whose progress in a tier is told."""
+    setup = case.setup
+    progress = Progress(f"{tier} tier", steps_of(tier, len(setup.which()), len(setup.team.here)), say)
+    return replace(case, setup=replace(setup, progress=progress))
 
 
 def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:

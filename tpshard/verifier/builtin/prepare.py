@@ -1,9 +1,8 @@
-"""What is decided and loaded before a number is computed: prompt, layers, memory, an estimate of the time."""
+"""What is decided and loaded before a number is computed: prompt, layers, memory, memory."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from typing import Any
 import torch
 
 from tpshard.errors import CorruptError, UsageError
-from tpshard.verifier.builtin.canaries import applicable
-from tpshard.verifier.builtin.estimate import Work, exact_seconds, look_seconds, measure, native_seconds
 from tpshard.verifier.builtin.exact import Setup
 from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
@@ -25,12 +22,9 @@ from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, req
 from tpshard.verifier.ranks.open import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Replaced, Weights, move
-from tpshard.verifier.report.verdict import layer_of
 
 TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
-QUIET_SECONDS = 10.0
-"""The least time between two lines about the progress of a tier."""
 
 
 def _finite(weights: FileWeights, layers: Sequence[int]) -> None:
@@ -60,7 +54,6 @@ class Case:
     tokens: int
     seed: int
     float32: bool
-    seconds: Mapping[str, float]
     taught: bool = True
     """Whether the tokens to decode are the reference's own choices, else they come from the seed."""
 
@@ -92,16 +85,15 @@ def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     return Case(
         opened=found,
         setup=setup,
-        load=load(family, weights, found.ranks, setup.which(), team.here),
+        load=load(weights, found.ranks, setup.which(), team.here),
         tokens=_room(family, weights, ids.shape[1], options.tokens),
         seed=options.seed,
         float32=options.float32,
-        seconds={},
     )
 
 
 def choose(case: Case, opened: OpenedSet, options: VerifyOptions) -> Case:
-    """Decide what is kept in memory, the same on all ranks, and say what that and the tiers will take."""
+    """Decide what is kept in memory, the same on all ranks, and say how much that is."""
     setup = case.setup
     team, where, source = setup.team, setup.device, setup.source
     assert isinstance(source, FileWeights)
@@ -118,42 +110,15 @@ def choose(case: Case, opened: OpenedSet, options: VerifyOptions) -> Case:
     )
     streamed = any(team.run(lambda group: need.choose(options.stream, where, opened.sharing)))
     amount = need.streamed if streamed else need.resident
-    pace = measure(source, needed(source, setup.which()), setup.prompt, where)
-    kept = not streamed and not apart
-    taught = kept or case.load.source.nbytes <= TAUGHT_BYTES
-    biases = any(name.endswith(".bias") and layer_of(name) is not None for name in source.names())
-    counts = [applicable(setup.family, team.size, biases=biases, structural=only) for only in (False, True)]
-    work = Work(case.load, len(team.here), kept, case.tokens, case.tokens / length, taught, *counts)
-    seconds = {"exact": exact_seconds(pace, work), "native": native_seconds(pace, work)}
     how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
-    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in options.computed))
-    opened.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
+    opened.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process (an estimate)")
     setup = replace(
         setup,
         block_bytes=BLOCK_BYTES if streamed or apart else None,
         keep_ranks=apart and not streamed,
-        say=_seldom(opened.say),
     )
-    return replace(case, setup=setup, seconds=seconds, taught=taught)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
-    """`say`, but silent for a while after each line."""
-    last = time.monotonic()
-
-    def maybe(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= QUIET_SECONDS:
-            last = time.monotonic()
-            say(line)
-
-    return maybe
+    taught = (not streamed and not apart) or case.load.source.nbytes <= TAUGHT_BYTES
+    return replace(case, setup=setup, taught=taught)
 
 
 def all_finite(case: Case) -> None:

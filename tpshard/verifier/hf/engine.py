@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from tpshard.verifier.hf.skeleton import covers, frame_of, library_version, mode
 from tpshard.verifier.hf.tiers import exact, native
 from tpshard.verifier.memory import FILL, available
 from tpshard.verifier.options import COMPUTED_TIERS, VerifyOptions
+from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, elements, not_finite, require_floats
 from tpshard.verifier.report.verdict import Tier, layer_of
@@ -55,7 +57,7 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         prompt_tokens=sides.prompt.numel(),
         tokens=tokens,
         layers=sides.frame.layers,
-        begin=lambda: _begin(sides, tokens, options),
+        begin=lambda: _begin(sides, tokens, opened, options),
         lines={name: f"{name} tier" for name in COMPUTED_TIERS},
         warnings=(f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …",)
         if left
@@ -93,14 +95,19 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[Sides, int]:
     return sides, min(options.tokens, positions - ids.shape[1])
 
 
-def _begin(sides: Sides, tokens: int, options: VerifyOptions) -> Mapping[str, Judge]:
+def _begin(sides: Sides, tokens: int, opened: OpenedSet, options: VerifyOptions) -> Mapping[str, Judge]:
     sides.team.together(lambda: all_finite(sides))
+
+    def counting(tier: str) -> Sides:
+        steps = steps_of(tier, len(sides.frame.layers), len(sides.team.here))
+        return replace(sides, progress=Progress(f"{tier} tier", steps, opened.say))
+
     judges: dict[str, Judge] = {
         "exact": lambda: (
-            exact(sides, float32=options.float32),
+            exact(counting("exact"), float32=options.float32),
             partial(exact_canaries, sides, float32=options.float32),
         ),
-        "native": lambda: _native(sides, tokens),
+        "native": lambda: _native(counting("native"), tokens),
     }
     return {name: judge for name, judge in judges.items() if name in options.computed}
 
