@@ -5,7 +5,7 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check test-crash test-engines bench bench-others power power-engine gpu-check docs dist \
+.PHONY: demo test check fuzz test-crash test-engines bench bench-others power power-engine gpu-check docs dist \
 	test-signing test-action clean
 
 demo: $(VENV)/.base
@@ -22,6 +22,11 @@ check: $(VENV)/.dev
 # Kills and fails every system call of the real command, with strace (Linux). About 10 minutes.
 test-crash: $(VENV)/.dev
 	$(BIN)/python -m tests.crash.strace_all
+
+# Damaged documents through the commands, and damaged headers beside safetensors' verdict. About 25 minutes.
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz.documents $(or $(CASES),10000)
+	$(BIN)/python -m tests.fuzz.headers $(or $(HEADERS),10000000)
 
 # Ratios against cp, cmp and the usual way, on a checkpoint of 2.2 GB in DIR. About 5 minutes.
 bench: $(VENV)/.dev

@@ -14,16 +14,19 @@ PACKAGE = DOCS.parent / "tpshard"
 CLI = "reference/cli.md"
 PYTHON = "reference/python-api.md"
 PUBLIC = {
-    "api": ("plan", "split", "merge", "reshard", "check", "inspect"),
-    "loader": ("load_rank",),
-    "verifying": ("verify", "Request"),
-    "advice": ("advise", "Advice", "Choice"),
-    "publish": ("Settings",),
-    "numbers": ("Workload",),
-    "report": ("PlanReport", "WriteReport", "RankPart", "CheckReport", "InspectReport"),
-    "checking": ("Difference",),
-    "header": ("TensorInfo",),
-    "verify/verdict": ("Verdict", "Tier", "Place", "Finding", "Canary"),
+    "api/convert": ("plan", "split", "merge", "reshard"),
+    "api/check": ("check",),
+    "api/inspect": ("inspect",),
+    "api/load": ("load_rank",),
+    "api/verify": ("verify",),
+    "verifier/options": ("VerifyOptions",),
+    "api/advise": ("advise",),
+    "report/advice": ("Advice", "Choice"),
+    "execute/publish": ("Settings",),
+    "report/capacity": ("Workload",),
+    "report/results": ("PlanReport", "WriteReport", "RankPart", "CheckReport", "Difference", "InspectReport"),
+    "storage/safetensors": ("TensorInfo",),
+    "verifier/report/verdict": ("Verdict", "Tier", "Place", "Finding", "Canary"),
 }
 """By module, what a program calls, and what it gets."""
 COMPLETION = """What `--help` prints.
@@ -95,6 +98,8 @@ def python_reference() -> str:
         pages += [_entry(found[name]) for name in names]
     rows = ["| class | `code` | exit code | |", "|---|---|---|---|"]
     for node in _defined("errors"):
+        if not isinstance(node, ast.ClassDef):
+            continue
         kind = getattr(errors, node.name)
         about = (ast.get_docstring(node) or "").split("\n")[0]
         rows.append(f"| `{node.name}` | `{kind.code}` | {kind.exit_code} | {about} |")

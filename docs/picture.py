@@ -18,9 +18,9 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from bench.synthetic import write_llama  # noqa: E402
+from tests.bench.synthetic import write_llama  # noqa: E402
 
 LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
          "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 2048,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import multiprocessing
 import os
@@ -11,7 +10,7 @@ import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from tests.helpers.toys import Tensor, bits_of, of_bits, random_tensor, read_all
 from tpshard.errors import CorruptError, DifferentError, TpshardError, UnsupportedError
 from tpshard.execute.publish import Settings
 from tpshard.report.results import PlanReport
-from tpshard.storage import safetensors as headers
+from tpshard.storage import local
 from tpshard.storage.files import Files
 from tpshard.storage.safetensors import build_header
 
@@ -273,27 +272,16 @@ def test_a_plan_reads_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (model / "model.safetensors").stat().st_size > 130e9
     asked: list[int] = []
 
-    class Watched:
-        def __init__(self, *args: Any) -> None:
-            self.stream: IO[bytes] = builtins.open(*args)
+    read = local.read_range
 
-        def __enter__(self) -> Watched:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.stream.close()
-
-        def fileno(self) -> int:
-            return self.stream.fileno()
-
-        def read(self, size: int) -> bytes:
-            asked.append(size)
-            return self.stream.read(size)
+    def watched(path: str, begin: int, end: int) -> bytearray:
+        asked.append(end - begin)
+        return read(path, begin, end)
 
     def fail(*args: object) -> int:
         raise AssertionError("a plan reads no data")
 
-    monkeypatch.setattr(headers, "open", Watched, raising=False)
+    monkeypatch.setattr(local, "read_range", watched)
     monkeypatch.setattr(Files, "preadv", fail)
     found: list[PlanReport] = []
     assert peak_of(lambda: found.append(tpshard.plan(model, 8))) < 32_000_000

@@ -15,7 +15,9 @@ import tpshard
 from tests.helpers import checkpoints
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.execute import device as loader
-from tpshard.storage.safetensors import RankFile, build_header, read_header
+from tpshard.storage.local import read_header
+from tpshard.storage.safetensors import build_header
+from tpshard.storage.source import RankFile
 
 
 @pytest.mark.parametrize("limit", [None, 30_000])

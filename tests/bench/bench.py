@@ -165,7 +165,9 @@ def loaders(shards: Path) -> dict[str, Any] | None:
     """One rank's load by us and by others, on a GPU if there is one, without start-up; None without torch."""
     if not find_spec("torch"):
         return None
-    done = subprocess.run([sys.executable, "-m", "bench.loaders", shards], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.bench.loaders", shards.resolve()]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     for name, seconds in [*found["seconds"].items()]:
         if isinstance(seconds, str):

@@ -1,6 +1,6 @@
 """One rank loaded by `load_rank` and by other loaders of the same file, in one process, taking turns.
 
-    python -m bench.loaders SHARDS [cpu|cuda]
+    python -m tests.bench.loaders SHARDS [cpu|cuda]
 
 prints the seconds of each load as JSON. Needs torch; a loader that is not installed is left out.
 """

@@ -86,13 +86,13 @@ def test_headers_are_asked_for_side_by_side(server: HubServer, source: Path, mon
     """A large model has a hundred files: one request after the other would take a minute."""
     server.add(REPO, source)
     both = threading.Barrier(2, timeout=60)
-    read = hub.read_range
+    read = hub.RemoteRepo.read
 
     def wait(*arguments: Any) -> bytes:
         both.wait()
         return read(*arguments)
 
-    monkeypatch.setattr(hub, "read_range", wait)
+    monkeypatch.setattr(hub.RemoteRepo, "read", wait)
     succeeds("plan", REPO, "--tp", 2)
 
 
@@ -100,7 +100,7 @@ def test_of_several_damaged_headers_the_first_is_named(
     server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever answer comes first."""
-    read, second = hub.read_range, threading.Event()
+    read, second = hub.RemoteRepo.read, threading.Event()
 
     def in_turn(repo: hub.RemoteRepo, name: str, begin: int, end: int) -> bytes:
         if "00001" in name:
@@ -112,7 +112,7 @@ def test_of_several_damaged_headers_the_first_is_named(
     for path in source.glob("*.safetensors"):
         path.write_bytes(b"\0" * 8 + path.read_bytes()[8:])
     server.add(REPO, source)
-    monkeypatch.setattr(hub, "read_range", in_turn)
+    monkeypatch.setattr(hub.RemoteRepo, "read", in_turn)
     assert "model-00001-of-00002.safetensors" in fails(3, "plan", REPO, "--tp", 2)["path"]
 
 

@@ -30,9 +30,10 @@ from tpshard import __version__
 from tpshard.api import convert as api
 from tpshard.cli import console
 from tpshard.cli import main as cli
-from tpshard.errors import TpshardError, UsageError
+from tpshard.cli.check import DIFFERENCES
+from tpshard.errors import TpshardError
 from tpshard.execute.publish import Settings
-from tpshard.storage.safetensors import read_header
+from tpshard.storage.local import read_header
 from tpshard.units import human_bytes
 
 COMMANDS = ("plan", "split", "merge", "reshard", "check", "inspect")
@@ -295,7 +296,7 @@ def test_a_bug_of_ours_shows_a_traceback_and_asks_for_a_report(model: Path, monk
     def broken(*arguments: object, **options: object) -> None:
         assert arguments == "never", "parts do not tile"
 
-    monkeypatch.setattr("tpshard.api.convert.plan", broken)
+    monkeypatch.setattr("tpshard.api.convert.plan_with", broken)
     result = tpshard("plan", model, "--tp", 2, "--json")
     assert result.code == 70 and "Traceback" in result.err and "in broken" in result.err
     assert "please report it" in result.err and __version__ in result.err
@@ -309,7 +310,8 @@ def test_interrupted(model: Path, verb: str, monkeypatch: pytest.MonkeyPatch) ->
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"tpshard.{package._MODULES[verb]}.{verb}", interrupted)
+    function = verb if verb == "inspect" else f"{verb}_with"
+    monkeypatch.setattr(f"tpshard.{package._MODULES[verb]}.{function}", interrupted)
     tp = ["--tp", "2"] if verb in ("plan", "split", "reshard") else []
     result = tpshard(verb, "x", *tp, "--json")
     assert result.code == 130 and result.json["error"]["code"] == "interrupted"
@@ -605,46 +607,15 @@ def test_check_says_what_differs(model: Path) -> None:
         text, found = tpshard("check", "set", *source), tpshard("check", "set", *source, "--json", "-q")
         differences = found.json["differences"]
         lines = [f"{each['file']}: {each['tensor'] or 'content'}: {each['message']}" for each in differences]
-        more = len(lines) - cli.DIFFERENCES
+        more = len(lines) - DIFFERENCES
         assert (text.code, found.code, text.err) == (1, 1, "") and (more > 0) == bool(source)
         assert text.out.splitlines() == [
-            *lines[: cli.DIFFERENCES],
+            *lines[:DIFFERENCES],
             *([f"and {more} more (--json lists them)"] if source else []),
             f"set: 4 ranks, DIFFERENT from {against}",
         ]
         rest = f", and {len(lines) - 1} more" if source else ""
         assert found.err == f"different: {lines[0]}{rest}\n"
-
-
-HOW = {
-    "--workers=3": {"workers": 3},
-    "--no-fsync": {"fsync": False},
-    "--overwrite": {"overwrite": True},
-    "--checksum=none": {"checksum": False},
-}
-
-
-@pytest.mark.parametrize(
-    ("verb", "options"), [("split", [*HOW]), ("reshard", [*HOW]), ("merge", [*HOW][:3]), ("check", [*HOW][:1])]
-)
-def test_how_to_write_is_passed_on(verb: str, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def given(*option: str) -> dict[str, object]:
-        seen: list[Settings] = []
-
-        def called(*arguments: object, settings: Settings, **others: object) -> None:
-            seen.append(settings)
-            raise UsageError("called")
-
-        monkeypatch.setattr(f"tpshard.{package._MODULES[verb]}.{verb}", called)
-        assert tpshard(verb, "x", *(["--tp", 2] if verb in ("split", "reshard") else []), *option).code == 2
-        (settings,) = seen
-        return {name: getattr(settings, name) for change in HOW.values() for name in change}
-
-    usual = given()
-    if verb != "check":
-        assert usual == {"workers": Settings().workers, "fsync": True, "overwrite": False, "checksum": verb != "merge"}
-    for option in options:
-        assert given(option) == usual | HOW[option]
 
 
 def test_the_source_is_never_modified(model: Path) -> None:

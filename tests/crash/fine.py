@@ -39,4 +39,4 @@ def in_order(
                 pass
         assert background is None or background.finished(len(steps))
     finally:
-        loader.handles.close()
+        loader.reader.close()

@@ -4,7 +4,7 @@ strace first lists the calls of an undisturbed run, then repeats the run once fo
 them the output must be absent, the old one, complete or resumable, and the same command must end with the same bytes.
 A call that fails by itself, such as opening what is not there yet, is one of them.
 
-    python tests/crash/strace_all.py [--jobs 2] [SCENE ...]
+    python -m tests.crash.strace_all [--jobs 2] [SCENE ...]
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def test_another_host_during_a_run(stage: dict[str, Scene], tmp_path: Path, kill
 def test_workers_die_at_any_call(stage: dict[str, Scene], tmp_path: Path) -> None:
     """With threads the n-th call is another one each time; every number of calls is visited all the same."""
     scene, root = stage["split"], tmp_path / "root"
-    with mock.patch("tpshard.execute.writer.run", tpshard.execute.run):
+    with mock.patch("tpshard.execute.writer.run", tpshard.execute.run.run):
         for n in until_undisturbed():
             scene.prepare(root)
             files = Faulty(n, None if n % 2 else errno.EIO)

@@ -17,14 +17,14 @@ from tests.helpers.toys import Tensor, bits_of, of_bits, random_tensor, write
 from tpshard.errors import CorruptError, DifferentError, LocalIOError
 from tpshard.execute import blocks as lower
 from tpshard.execute.blocks import FlatStep, flatten, operations
-from tpshard.execute.run import Comparer, Handles, Loader, first_difference, run
+from tpshard.execute.run import Comparer, Loader, first_difference, run
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box
 from tpshard.planning.deal import deal
 from tpshard.planning.join import OutputFile, Placed, Plan, join, output_file
 from tpshard.planning.layout import LogicalTensor, StoredTensor, shard, whole
-from tpshard.storage.files import Files, write_exactly
-from tpshard.storage.safetensors import read_header
+from tpshard.storage.files import Files, Handles, write_exactly
+from tpshard.storage.local import read_header
 
 TP = 4
 AXES = {
@@ -113,7 +113,7 @@ def test_the_bytes_are_the_same_for_any_workers_and_blocks(
 ) -> None:
     plan = split_plan(source, tmp_path)
     with patch.object(lower, "BLOCK", block):
-        run(plan.steps, Loader(Files(), None), Write(), workers=workers)
+        run(plan.steps, Loader(Handles(Files()), None), Write(), workers=workers)
     tensors = {
         tensor.name: bits_of(Tensor(tensor.dtype, tensor.shape, data_of(source, tensor.name))) for tensor in MODEL
     }
@@ -141,7 +141,7 @@ def data_of(path: Path, name: str) -> bytes:
 def merge_plan(source: Path, directory: Path) -> tuple[Plan, Plan]:
     """A split that is run, and the plan that merges it again into one file."""
     split = split_plan(source, directory)
-    run(split.steps, Loader(Files(), None), Write(), workers=2)
+    run(split.steps, Loader(Handles(Files()), None), Write(), workers=2)
     ranks = [placed for output in split.outputs for placed in output.tensors]
     merged = output_file(str(directory / "merged"), [whole(tensor) for tensor in MODEL], {})
     Path(merged.name).write_bytes(merged.header + b"\xff" * (merged.size - len(merged.header)))
@@ -152,7 +152,7 @@ def test_each_file_is_opened_once_and_closed(source: Path, tmp_path: Path) -> No
     _, merge = merge_plan(source, tmp_path)
     files = Counted()
     with patch.object(lower, "BLOCK", 16):
-        run(merge.steps, Loader(files, None), Write(), workers=3)
+        run(merge.steps, Loader(Handles(files), None), Write(), workers=3)
     assert sorted(Path(path).name for path in files.opened) == ["rank0", "rank1", "rank2", "rank3"]
     assert files.open_now == 0
     assert (tmp_path / "merged").read_bytes() == source.read_bytes().replace(
@@ -169,7 +169,7 @@ def test_replicas_that_differ_are_named(source: Path, tmp_path: Path, rank: int,
     raw[placed.begin + 3] ^= 1
     path.write_bytes(raw)
     with pytest.raises(DifferentError, match=f"^{tensor}: ranks that hold the same part of it differ") as error:
-        run(merge.steps, Loader(Files(), None), Write(), workers=2)
+        run(merge.steps, Loader(Handles(Files()), None), Write(), workers=2)
     assert (error.value.tensor, error.value.path) == (tensor, str(path))
 
 
@@ -177,7 +177,7 @@ def test_a_source_that_ends_early_is_named(source: Path, tmp_path: Path) -> None
     plan = split_plan(source, tmp_path)
     os.truncate(source, source.stat().st_size - 20)
     with pytest.raises(CorruptError, match="the file ends before its data does") as error:
-        run(plan.steps, Loader(Files(), None), Write(), workers=2)
+        run(plan.steps, Loader(Handles(Files()), None), Write(), workers=2)
     assert error.value.path == str(source)
 
 
@@ -185,7 +185,7 @@ def test_a_source_that_is_gone_is_named(source: Path, tmp_path: Path) -> None:
     plan = split_plan(source, tmp_path)
     source.unlink()
     with pytest.raises(LocalIOError, match="cannot open: No such file") as error:
-        run(plan.steps, Loader(Files(), None), Write(), workers=2)
+        run(plan.steps, Loader(Handles(Files()), None), Write(), workers=2)
     assert error.value.path == str(source)
 
 
@@ -195,7 +195,7 @@ def test_a_source_that_cannot_be_read_is_named(source: Path, tmp_path: Path) -> 
             raise OSError(5, "Input/output error")
 
     with pytest.raises(LocalIOError, match="cannot read: Input/output error") as error:
-        run(split_plan(source, tmp_path).steps, Loader(Broken(), None), Write(), workers=2)
+        run(split_plan(source, tmp_path).steps, Loader(Handles(Broken()), None), Write(), workers=2)
     assert error.value.path == str(source)
     assert "the system's log" in str(error.value.hint)
 
@@ -206,9 +206,9 @@ def test_the_system_may_read_less_than_it_was_asked_for(source: Path, tmp_path: 
             return super().preadv(fd, [buffers[0][:3]], offset)
 
     plan = split_plan(source, tmp_path)
-    run(plan.steps, Loader(Slow(), None), Write(), workers=2)
+    run(plan.steps, Loader(Handles(Slow()), None), Write(), workers=2)
     slow = written(plan)
-    run(plan.steps, Loader(Files(), None), Write(), workers=2)
+    run(plan.steps, Loader(Handles(Files()), None), Write(), workers=2)
     assert slow == written(plan)
 
 
@@ -228,7 +228,7 @@ def test_an_error_of_one_worker_stops_all(source: Path, tmp_path: Path, workers:
             raise Stop("block 5")
 
     with patch.object(lower, "BLOCK", 4), pytest.raises(Stop, match="block 5"):
-        run(plan.steps, Loader(Files(), None), action, workers=workers)
+        run(plan.steps, Loader(Handles(Files()), None), action, workers=workers)
     assert len(done) < 100  # of more than 200 blocks
     assert threading.active_count() == before
 
@@ -247,7 +247,7 @@ def test_an_interrupt_stops_the_workers(source: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with patch.object(lower, "BLOCK", 4), pytest.raises(KeyboardInterrupt):
-        run(plan.steps, Loader(Files(), None), action, workers=2, on_complete=interrupt)
+        run(plan.steps, Loader(Handles(Files()), None), action, workers=2, on_complete=interrupt)
     assert threading.active_count() == before
 
 
@@ -282,7 +282,7 @@ def test_what_is_complete_has_no_gaps(source: Path, tmp_path: Path) -> None:
     plan = split_plan(source, tmp_path)
     with patch.object(lower, "BLOCK", 16):
         log = Log(plan, pause=lambda turn: 0.004 if turn % 7 == 0 else 0.0)
-        run(plan.steps, Loader(Files(), None), log, workers=3, on_complete=log.report)
+        run(plan.steps, Loader(Handles(Files()), None), log, workers=3, on_complete=log.report)
     assert log.reports[-1] == len(plan.steps) and log.reports == sorted(log.reports)
 
 
@@ -291,7 +291,7 @@ def test_a_skipped_step_is_complete_and_not_read(source: Path, tmp_path: Path) -
     log = Log(plan)
     reports: list[int] = []
     run(
-        plan.steps, Loader(Files(), None), log, workers=2, skip=lambda index: plan.steps[index].name != "up",
+        plan.steps, Loader(Handles(Files()), None), log, workers=2, skip=lambda index: plan.steps[index].name != "up",
         on_complete=reports.append,
     )  # fmt: skip
     assert list(log.done) == ["up 1"]
@@ -323,7 +323,7 @@ def test_work_in_the_background_goes_on_until_it_is_finished(source: Path, tmp_p
             return complete == len(plan.steps) and not self.more
 
     follow = Follow()
-    run(plan.steps, Loader(Files(), None), Write(), workers=3, background=follow)
+    run(plan.steps, Loader(Handles(Files()), None), Write(), workers=3, background=follow)
     assert (follow.seen, follow.more) == (len(plan.steps), 0)
 
 
@@ -338,7 +338,7 @@ def test_a_cast_is_made_block_by_block(source: Path, tmp_path: Path) -> None:
         return memoryview(bytes(block[::4]))
 
     with patch.object(lower, "BLOCK", 32):
-        run(plan.steps, Loader(Files(), first_byte), Write(), workers=2)
+        run(plan.steps, Loader(Handles(Files()), first_byte), Write(), workers=2)
     assert all(0 < size <= 32 and names == ("F32", "U8") for size, *names_ in calls if (names := tuple(names_)))
     up = np.frombuffer(data_of(source, "up"), dtype=np.uint8)[::4].reshape(16, 8)
     for rank in range(TP):
@@ -348,14 +348,14 @@ def test_a_cast_is_made_block_by_block(source: Path, tmp_path: Path) -> None:
 
 def test_a_comparer_finds_the_first_byte_that_differs(source: Path, tmp_path: Path) -> None:
     plan = split_plan(source, tmp_path)
-    run(plan.steps, Loader(Files(), None), Write(), workers=2)
+    run(plan.steps, Loader(Handles(Files()), None), Write(), workers=2)
     seen: list[int] = []
 
     def judge() -> dict[tuple[str, str], int]:
-        comparer = Comparer(Files(), seen.append)
+        comparer = Comparer(Handles(Files()), seen.append)
         with patch.object(lower, "BLOCK", 24):
-            run(plan.steps, Loader(Files(), None), comparer, workers=2)
-        comparer.handles.close()
+            run(plan.steps, Loader(Handles(Files()), None), comparer, workers=2)
+        comparer.reader.close()
         return {(tensor, Path(file).name): offset for (tensor, file), offset in comparer.differences.items()}
 
     assert judge() == {}
@@ -379,12 +379,12 @@ def test_the_first_difference_is_an_offset_in_the_file(source: Path) -> None:
     (flat,) = step.sources
     buffer = bytearray(data_of(source, "up"))
     buffer[77] ^= 4
-    fd = os.open(source, os.O_RDONLY)
+    reader = Handles(Files())
     block = ((0, 1), (0, 128))
-    assert first_difference(Files(), fd, flat, block, memoryview(buffer)) == placed.begin + 77
+    assert first_difference(reader, flat, block, memoryview(buffer)) == placed.begin + 77
     buffer[77] ^= 4
-    assert first_difference(Files(), fd, flat, block, memoryview(buffer)) is None
-    os.close(fd)
+    assert first_difference(reader, flat, block, memoryview(buffer)) is None
+    reader.close()
 
 
 def test_handles_open_a_path_once_for_all_threads(source: Path) -> None:
@@ -419,11 +419,11 @@ def test_memory_does_not_grow_with_the_tensor(rule: Any, shape: tuple[int, int],
         Path(output.name).touch()
         os.truncate(output.name, output.size)
     plan = join([tensor], [Placed(whole(tensor), str(path), len(header))], outputs)
-    comparer = Comparer(Files(), lambda count: None)
+    comparer = Comparer(Handles(Files()), lambda count: None)
     tracemalloc.start()
-    run(plan.steps, Loader(Files(), None), comparer, workers=2)
+    run(plan.steps, Loader(Handles(Files()), None), comparer, workers=2)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    comparer.handles.close()
+    comparer.reader.close()
     assert comparer.differences == {}
     assert peak < 16 << 20

@@ -97,7 +97,9 @@ OTHERWISE: dict[str, dict[str, tuple[str, ...]]] = {
 _OTHER = {"column": "row", "row": "column"}
 
 
-def known() -> dict[str, Architecture]:
+@cache
+def known() -> Mapping[str, Architecture]:
+    """The architecture of each model_type that has rules; parsed once, or every parameter of a test parses all."""
     return {model_type: architecture for architecture in all_builtin() for model_type in architecture.model_types}
 
 

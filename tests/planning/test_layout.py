@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from math import prod
 from typing import Any
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.box import full, tiles
 from tpshard.planning.deal import Deal, deal, equal_shares, largest_tp, listing, padded, possible_tp, why_not
 from tpshard.planning.join import assert_coverage
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, intervals, shard, whole
+from tpshard.planning.strides import placed_box
 
 HEADS = Axis("heads", 32, 128, group="kv")
 KV = Axis("kv", 8, 128, replicate=True)
@@ -322,3 +326,115 @@ def test_padding_ends_on_a_byte_too() -> None:
     assert shard([tensor], axes, 1, deal(axes, 1, None, 6))[0][0].shape == (6, 1)
     with pytest.raises(UnsupportedError, match="a cut at 0:5 of dim 0 falls inside a byte of F4"):
         shard([tensor], axes, 1, deal(axes, 1, None, 5))
+
+
+# Companions: tensors of which one element stands for several of the axis.
+
+
+def companion(axes: dict[str, Axis], cut: Cut) -> LogicalTensor:
+    """A tensor of three columns that is cut by rows, or whose columns are the module's."""
+    size = sum(axes[name].count * axes[name].unit for name in cut.segments)
+    size = -(-size // cut.ratio)
+    return LogicalTensor("m.scale", "F32", (size, 3) if cut.dim == 0 else (3, size), cut)
+
+
+@st.composite
+def companions(draw: st.DrawFn) -> tuple[dict[str, Axis], Cut, int]:
+    """Axes, the cut of a module's companion, and a tp; often such that they fit together."""
+    tp, ratio = draw(st.integers(1, 4)), draw(st.integers(2, 6))
+
+    def units(most: int) -> int:
+        return draw(st.integers(1, most)) * draw(st.sampled_from([1, tp]))
+
+    def elements() -> int:
+        return draw(st.integers(1, 3)) * draw(st.sampled_from([1, ratio]))
+
+    kv = Axis("kv", units(3), elements(), replicate=draw(st.booleans()))
+    heads = Axis("heads", kv.count * draw(st.integers(1, 3)), kv.unit, group="kv")
+    vocab = Axis("vocab", draw(st.integers(1, 20)), elements(), pad=True)
+    segments = draw(st.sampled_from([("ffn",), ("ffn", "ffn"), ("vocab",), ("heads", "kv", "kv"), ("kv", "ffn")]))
+    interleave = "kv" if "heads" in segments and draw(st.booleans()) else None
+    cut = Cut("column", draw(st.sampled_from([0, 1])), segments, interleave, ratio)
+    return axes_of(heads, kv, Axis("ffn", units(6), elements()), vocab), cut, tp
+
+
+def holds_a_part_of_an_element(layout: Sequence[Sequence[StoredTensor]], cut: Cut, size: int) -> bool:
+    """Whether a rank of a module's layout holds some of the rows that make an element, and not all; or of padding."""
+    dim, ratio = cut.dim or 0, cut.ratio
+    for (stored,) in layout:
+        rows = {row for part in stored.parts for row in range(*part.box[dim])}
+        if any(
+            0 < len(rows & set(range(e, min(e + ratio, size)))) < min(ratio, size - e) for e in range(0, size, ratio)
+        ):
+            return True
+        if any(fill[dim][1] % ratio for fill in stored.fills):
+            return True
+    return False
+
+
+@given(companions(), st.booleans())
+def test_companions_are_cut_where_the_module_is_or_not_at_all(
+    drawn: tuple[dict[str, Axis], Cut, int], uneven: bool
+) -> None:
+    axes, cut, tp = drawn
+    try:
+        ranges = deal(axes, tp, equal_shares(tp) if uneven else None, None)
+    except UnsupportedError:
+        return
+    dim, ratio = cut.dim or 0, cut.ratio
+    module, scale = companion(axes, replace(cut, ratio=1)), companion(axes, cut)
+    whole_layout = shard([module], axes, tp, ranges)
+    size = module.shape[dim]
+    try:
+        layout = shard([scale], axes, tp, ranges)
+    except UnsupportedError as error:
+        assert error.tensor == "m.scale" and f"which stands for {ratio}" in error.message
+        assert error.exit_code == 4 and error.found == f"tp {tp}"
+        possible = [int(number) for number in re.findall(r"\d+", str(error.expected).partition("tp")[2])]
+        assert 1 in possible and (uneven or tp not in possible)
+        for other in possible_tp(axes):
+            if other in possible:
+                shard([scale], axes, other, deal(axes, other, None, None))
+            else:
+                with pytest.raises(UnsupportedError):
+                    shard([scale], axes, other, deal(axes, other, None, None))
+        repeated = any(axes[name].replicate for name in cut.segments)
+        assert repeated or holds_a_part_of_an_element(whole_layout, cut, size)
+        return
+    assert not holds_a_part_of_an_element(whole_layout, cut, size)
+    assert_coverage([scale], layout)
+    for (share,), (of_module,) in zip(layout, whole_layout, strict=True):
+        assert tiles(full(share.shape), [placed_box(part.box, part.at, None) for part in share.parts] + [*share.fills])
+        stretched = [(start * ratio, min(stop * ratio, size), at * ratio) for start, stop, at in boxes(share, dim)]
+        assert stretched == boxes(of_module, dim)
+        assert share.shape[dim] == -(-of_module.shape[dim] // ratio)
+
+
+def test_a_scale_of_blocks_says_which_tp_works() -> None:
+    """11008 = 86 x 128: with 2 ranks each has 43 blocks, with 4 a block would be cut."""
+    axes = axes_of(Axis("ffn", 11008, 1), Axis("heads", 32, 128))
+    scale = companion(axes, Cut("row", 1, ("ffn",), ratio=128))
+    assert [rank[0].shape for rank in shard([scale], axes, 2, deal(axes, 2, None, None))] == [(3, 43)] * 2
+    with pytest.raises(UnsupportedError) as error:
+        shard([scale], axes, 4, deal(axes, 4, None, None))
+    assert error.value.message == (
+        "m.scale: a cut at 2752 of 11008 ffn of 1 falls inside an element, which stands for 128"
+    )
+    assert (error.value.expected, error.value.found) == ("cuts at multiples of 128, as with tp 1 or 2", "tp 4")
+
+
+def test_the_last_block_may_be_a_part_of_one() -> None:
+    """300 heads of 2 in blocks of 128: two ranks have 2 blocks, and 2 and a part, which are stored as 3."""
+    axes = axes_of(Axis("heads", 300, 2))
+    scale = companion(axes, Cut("column", 0, ("heads",), ratio=128))
+    assert scale.shape == (5, 3)
+    shares = shard([scale], axes, 2, {"heads": ((0, 128), (128, 300))})
+    assert [boxes(stored, 0) for (stored,) in shares] == [[(0, 2, 0)], [(2, 5, 0)]]
+    assert_coverage([scale], shares)
+    axes = axes_of(Axis("vocab", 250, 1, pad=True))
+    scale = companion(axes, Cut("column", 0, ("vocab",), ratio=4))
+    shares = shard([scale], axes, 2, deal(axes, 2, None, 264))
+    assert [boxes(stored, 0) for (stored,) in shares] == [[(0, 33, 0)], [(33, 63, 0)]]
+    assert shares[1][0].fills == (((30, 33), (0, 3)),)
+    with pytest.raises(UnsupportedError, match="a cut at 254 of 250 vocab of 1 falls inside an element"):
+        shard([scale], axes, 1, deal(axes, 1, None, 254))

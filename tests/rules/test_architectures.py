@@ -392,7 +392,7 @@ def test_rules_of_ones_own_need_no_python(made: Made, quick: Settings, tmp_path:
     model = made("llama-gqa")
     config = config_of(model) | {"model_type": "mine"}
     mine = write_checkpoint(tmp_path / "mine", config, {renamed(n): t for n, t in read_all(model).items()})
-    builtin = Path(tpshard.__file__).parent / "architectures" / "llama.toml"
+    builtin = Path(tpshard.__file__).parent / "rules" / "architectures" / "llama.toml"
     rules = tmp_path / "mine.toml"
     rules.write_text(renamed(builtin.read_text()).replace('["llama"]', '["mine"]'))
     with pytest.raises(UnsupportedError, match="no rules for model_type 'mine'"):

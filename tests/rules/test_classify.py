@@ -12,8 +12,8 @@ import tpshard.rules.architecture
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.rules.architecture import Architecture, builtin, builtin_names, find_architecture, parse_architecture
-from tpshard.rules.classify import Classified, classify
-from tpshard.rules.schemes import stored_axes
+from tpshard.rules.classify import Classification, classify
+from tpshard.rules.schemes import PLAIN
 from tpshard.storage.safetensors import TensorInfo
 
 RULES = """
@@ -72,7 +72,7 @@ def toy(text: str = RULES, **replaced: str) -> Architecture:
     return parse_architecture(text, "toy.toml")
 
 
-def run(shapes: Mapping[str, tuple[int, ...]] | None = None, rules: str = RULES, **config: Any) -> Classified:
+def run(shapes: Mapping[str, tuple[int, ...]] | None = None, rules: str = RULES, **config: Any) -> Classification:
     return classify(toy(rules), CONFIG | config, infos(names() if shapes is None else shapes))
 
 
@@ -265,7 +265,7 @@ def test_the_number_of_dims_must_be_that_of_the_rules() -> None:
 def test_a_tensor_whose_axis_is_not_known_is_never_silently_replicated(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedError, match=f"{name} cannot be split by (column|row)") as error:
         run(names() | {name: shape})
-    assert error.value.found == f"shape {list(shape)}, dims {', '.join(stored_axes('bias', len(shape))) or 'unknown'}"
+    assert error.value.found == f"shape {list(shape)}, dims {', '.join(PLAIN['bias'].axes(len(shape))) or 'unknown'}"
 
 
 def test_experts_are_told_by_dims() -> None:
@@ -536,7 +536,10 @@ def test_no_other_file_is_read_as_toml_for_a_name(monkeypatch: pytest.MonkeyPatc
     assert parsed == ["llama", "falcon", "qwen2"]
 
 
-def test_dims_of_plain_modules() -> None:
-    assert stored_axes("weight", 2) == ("out", "in")
-    assert stored_axes("bias", 1) == stored_axes("weight", 1) == ("out",)
-    assert stored_axes("weight", 0) == stored_axes("weight", 3) == stored_axes("bias", 2) == ()
+def test_a_bare_parameter_has_the_dims_that_the_rules_file_gives_it() -> None:
+    rules = 'experts = "n_experts"' + RULES.replace('"row ffn" = [', '"row ffn" = ["model.layers.*.down_bias", ')
+    rules += '"model.layers.*.down_bias" = ["expert", "out"]\n'
+    shapes: dict[str, tuple[int, ...]] = {f"model.layers.{layer}.down_bias": (3, 8) for layer in range(2)}
+    assert run(names() | shapes, rules, n_experts=3).cuts["model.layers.0.down_bias"] == Cut("replicate")
+    with pytest.raises(CorruptError, match="has 2 dims"):
+        run(names() | shapes, rules.replace('_bias" = ["expert", "out"]', '_bias" = ["out"]'), n_experts=3)

@@ -19,7 +19,7 @@ from tests.helpers.toys import Tensor, random_tensor, write_checkpoint
 from tpshard.errors import TpshardError, UsageError
 from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint
 from tpshard.rules.architecture import all_builtin, builtin, find_architecture, parse_architecture
-from tpshard.rules.classify import Classified, classify
+from tpshard.rules.classify import Classification, classify
 from tpshard.rules.draft.known import modules
 from tpshard.rules.draft.render import Draft, make
 
@@ -38,7 +38,7 @@ def hidden(checkpoint: Checkpoint) -> tuple[dict[str, Any], Draft]:
     return config, make(config, checkpoint.tensors, [a for a in all_builtin() if a.name != own])
 
 
-def effect(found: Classified, name: str) -> tuple[Any, ...]:
+def effect(found: Classification, name: str) -> tuple[Any, ...]:
     """What a rule does to a tensor, whatever the axes are called."""
     cut = found.cuts[name]
     sizes = tuple((found.axes[axis].count, found.axes[axis].unit) for axis in cut.segments)

@@ -18,7 +18,7 @@ from tests.helpers.multimodal_checkpoints import CONFIGS, with_config
 from tests.helpers.toys import Tensor, contents, random_tensor, read_all, read_rank, write_checkpoint
 from tpshard.errors import CorruptError, TpshardError, UnsupportedError
 from tpshard.execute.publish import Settings
-from tpshard.rules.multimodal import find_subject, text_config
+from tpshard.rules.multimodal import find_rules, text_config
 
 TODAY = {
     **dict.fromkeys(
@@ -256,12 +256,12 @@ def test_other_keys_of_the_nested_config(key: str, tmp_path: Path) -> None:
 
 
 def test_the_outer_model_types_own_rules_win(tmp_path: Path) -> None:
-    assert find_subject({"model_type": "opt", "text_config": {"model_type": "llama"}}, None, "").text is None
+    assert find_rules({"model_type": "opt", "text_config": {"model_type": "llama"}}, None, "").text is None
     own = tmp_path / "own.toml"
     own.write_text(succeeds("archs", "show", "llama").out.replace('["llama"]', '["some_vl", "llama"]'))
-    assert find_subject(CONFIG, own, "").text is None
+    assert find_rules(CONFIG, own, "").text is None
     own.write_text(succeeds("archs", "show", "llama").out)
-    subject = find_subject(CONFIG, own, "")
+    subject = find_rules(CONFIG, own, "")
     assert subject.text is not None and subject.architecture.name == "own"
 
 
@@ -281,7 +281,7 @@ def test_a_text_model_without_rules_is_named(tmp_path: Path) -> None:
     assert text_config({"model_type": "llama"}) is None
     for config in ({"model_type": "x", "vision_config": {}}, {"model_type": "x", "text_config": 3}):
         with pytest.raises(TpshardError, match="no rules for model_type 'x'"):
-            find_subject(config, None, "config.json")
+            find_rules(config, None, "config.json")
 
 
 def test_a_cast_reaches_the_nested_config_and_the_rest(tmp_path: Path, quick: Settings) -> None:

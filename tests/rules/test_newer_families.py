@@ -19,8 +19,8 @@ from tpshard.execute.publish import Settings
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.planning.axes import Cut
 from tpshard.rules.architecture import builtin
-from tpshard.rules.classify import Classified, classify
-from tpshard.rules.multimodal import find_subject
+from tpshard.rules.classify import Classification, classify
+from tpshard.rules.multimodal import find_rules
 from tpshard.storage.safetensors import TensorInfo
 
 Made = Callable[..., Path]
@@ -29,7 +29,7 @@ PREDICTS_MORE = ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa"]
 LINEAR = ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
 
 
-def classified(model: Path, tensors: Iterable[TensorInfo] | None = None, **changes: Any) -> Classified:
+def classified(model: Path, tensors: Iterable[TensorInfo] | None = None, **changes: Any) -> Classification:
     """The cuts of a checkpoint, of other tensors perhaps, and under a config that differs."""
     checkpoint = open_checkpoint(model)
     config = {key: value for key, value in (config_of(model) | changes).items() if value != "gone"}
@@ -232,7 +232,7 @@ def test_a_vision_model_that_nests_one(outer: str, text: str, prefix: str, made:
     vision = replace(plain[0], name="vision_model.patch_embedding.linear.weight", shape=(8, 8))
     more = mtp(plain, 1, 64) if outer != "llama4" else []
     tensors = [*(replace(t, name=inner[t.name]) for t in plain), vision, *more]
-    subject = find_subject({"model_type": outer, "text_config": config_of(made(text))}, None, "config.json")
+    subject = find_rules({"model_type": outer, "text_config": config_of(made(text))}, None, "config.json")
     found, entry = subject.classify(tensors)
     expected = classified(made(text), [*plain, *more]).cuts
     assert {name: found.cuts[inner.get(name, name)] for name in expected} == expected

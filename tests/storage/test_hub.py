@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from tests.helpers.hub_server import HubServer
 from tpshard.errors import CorruptError, HubError, LocalIOError, TpshardError, UnsafeError, UnsupportedError, UsageError
@@ -291,17 +291,12 @@ def test_damaged_file_in_the_cache_is_found(server: HubServer, source: Path) -> 
     assert (hub.download(REPO, None).path / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_progress_bars_only_when_asked_for(
-    server: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_no_progress_bars(server: HubServer, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
     enable_progress_bars()  # another test of this process may have told transformers to disable them
     server.add(REPO, source)
     hub.download(REPO, None)
     quiet = capfd.readouterr()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
-    hub.download(REPO, None, progress=True)
-    shown = capfd.readouterr()
-    assert (quiet.out, quiet.err, shown.out) == ("", "", "") and "Fetching 7 files" in shown.err
+    assert (quiet.out, quiet.err) == ("", "") and not are_progress_bars_disabled()
 
 
 def test_cache_that_cannot_be_written(
@@ -524,8 +519,8 @@ def test_gated_repository(
     repo = hub.describe(REPO, None)  # a gated repository tells everyone what it holds
     for action in (
         lambda: hub.download(REPO, None),
-        lambda: hub.read_range(repo, "model.safetensors", 0, 8),
-        lambda: hub.read_small(repo, "config.json"),
+        lambda: repo.read("model.safetensors", 0, 8),
+        lambda: repo.read_small("config.json"),
     ):
         with pytest.raises(HubError, match="org/tiny is gated") as caught:
             action()
@@ -575,7 +570,7 @@ def test_passing_failures_are_retried(server: HubServer, source: Path) -> None:
     assert snapshot.revision == commit and (snapshot.path / "model.safetensors").read_bytes() == WEIGHTS
     server.fault("status", "GET /org/tiny/resolve", times=2, status=500)
     server.fault("truncate", "GET /blob/", times=1)
-    assert hub.read_range(hub.describe(REPO, None), "model.safetensors", 5, 99) == WEIGHTS[5:99]
+    assert hub.describe(REPO, None).read("model.safetensors", 5, 99) == WEIGHTS[5:99]
 
 
 @pytest.mark.parametrize("kind", ["status", "truncate"])
@@ -667,7 +662,7 @@ def test_read_range_is_exact_and_sends_no_more(server: HubServer, source: Path, 
     size = len(content)
     for begin, end in ((0, 1), (0, 8), (8, size), (size - 1, size), (3, 4), (0, size), (5, 13)):
         server.log.clear()
-        assert hub.read_range(repo, name, begin, end) == content[begin:end]
+        assert repo.read(name, begin, end) == content[begin:end]
         assert server.sent() == end - begin
         assert server.requests()[-1].range == f"bytes={begin}-{end - 1}"
 
@@ -679,17 +674,17 @@ def test_read_range_outside_the_file_is_a_bug_of_the_caller(
     server.add(REPO, source)
     repo = hub.describe(REPO, None)
     with pytest.raises(AssertionError):
-        hub.read_range(repo, "model.safetensors", begin, end)
+        repo.read("model.safetensors", begin, end)
 
 
 def test_ranges_reuse_connections_and_may_be_read_by_threads(server: HubServer, source: Path) -> None:
     server.add(REPO, source)
     repo = hub.describe(REPO, None)
     for begin in range(20):
-        hub.read_range(repo, "model.safetensors", begin, begin + 1)
+        repo.read("model.safetensors", begin, begin + 1)
     assert len({entry.peer for entry in server.log}) == 2  # one to the Hub, one to where it keeps large files
     with ThreadPoolExecutor(8) as pool:
-        read = list(pool.map(lambda begin: hub.read_range(repo, "model.safetensors", begin, begin + 3), range(64)))
+        read = list(pool.map(lambda begin: repo.read("model.safetensors", begin, begin + 3), range(64)))
     assert read == [WEIGHTS[begin : begin + 3] for begin in range(64)]
 
 
@@ -697,7 +692,7 @@ def test_the_commit_is_pinned_once_described(server: HubServer, source: Path, tm
     server.add(REPO, source)
     repo = hub.describe(REPO, None)
     server.add(REPO, write(tmp_path / "next", {"config.json": b"[]"}))
-    assert hub.read_small(repo, "config.json") == b"{}"
+    assert repo.read_small("config.json") == b"{}"
 
 
 def test_server_that_ignores_ranges_is_left_at_once(server: HubServer, tmp_path: Path) -> None:
@@ -710,7 +705,7 @@ def test_server_that_ignores_ranges_is_left_at_once(server: HubServer, tmp_path:
     repo = hub.describe(REPO, None)
     server.log.clear()
     with pytest.raises(HubError, match="does not serve byte ranges of model.safetensors") as caught:
-        hub.read_range(repo, "model.safetensors", 0, 65536)
+        repo.read("model.safetensors", 0, 65536)
     assert_clear(caught.value, f"hf download org/tiny --revision {repo.revision}")
     assert server.sent() < size // 4  # what the sockets' buffers hold
 
@@ -720,7 +715,7 @@ def test_another_range_than_asked_for(server: HubServer, source: Path) -> None:
     server.fault("other_range")
     repo = hub.describe(REPO, None)
     with pytest.raises(HubError, match="another range") as caught:
-        hub.read_range(repo, "model.safetensors", 8, 16)
+        repo.read("model.safetensors", 8, 16)
     assert caught.value.expected == f"bytes 8-15/{len(WEIGHTS)}"
 
 
@@ -730,9 +725,9 @@ def test_file_that_is_shorter_than_described(server: HubServer, source: Path) ->
     server.add(REPO, write(source, {"model.safetensors": WEIGHTS[:10]}))
     longer = hub.RemoteRepo(REPO, server.repos[REPO].refs["main"], repo.files)
     with pytest.raises(HubError):
-        hub.read_range(longer, "model.safetensors", 0, 20)
+        longer.read("model.safetensors", 0, 20)
     with pytest.raises(HubError):
-        hub.read_range(longer, "model.safetensors", 20, 30)
+        longer.read("model.safetensors", 20, 30)
 
 
 def test_body_that_is_longer_than_announced_is_not_read_on() -> None:
@@ -760,25 +755,30 @@ def test_content_is_not_compressed_on_the_way(server: HubServer, source: Path) -
     server.add(REPO, write(source, {"config.json": config}))
     server.fault("gzip")
     repo = hub.describe(REPO, None)
-    assert hub.read_range(repo, "config.json", 2, 8) == config[2:8]
-    assert hub.read_small(repo, "config.json") == config
+    assert repo.read("config.json", 2, 8) == config[2:8]
+    assert repo.read_small("config.json") == config
     assert (hub.download(REPO, None).path / "config.json").read_bytes() == config
 
 
-def test_read_small_is_whole_bounded_and_checked(server: HubServer, source: Path) -> None:
+def test_read_small_is_whole_bounded_and_checked(
+    server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.add(REPO, write(source, {"tokenizer.model": b"sentence pieces"}))
     repo = hub.describe(REPO, None)
-    assert hub.read_small(repo, "config.json") == b"{}"
-    assert hub.read_small(repo, "tokenizer.model", limit=15) == b"sentence pieces"
+    assert repo.read_small("config.json") == b"{}"
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
+    assert repo.read_small("tokenizer.model") == b"sentence pieces"
     server.log.clear()
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 14)
     with pytest.raises(HubError, match="tokenizer.model in org/tiny is too large") as caught:
-        hub.read_small(repo, "tokenizer.model", limit=14)
+        repo.read_small("tokenizer.model")
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
     assert (caught.value.found, server.log) == ("15 bytes", [])
     (source / "tokenizer.model").write_bytes(b"sentence  pieces"[:15])
     with pytest.raises(HubError, match="arrived damaged"):
-        hub.read_small(repo, "tokenizer.model")
+        repo.read_small("tokenizer.model")
     with pytest.raises(HubError, match="org/tiny has no file model.safetensors.index.json"):
-        hub.read_small(repo, "model.safetensors.index.json")
+        repo.read_small("model.safetensors.index.json")
 
 
 def test_an_index_may_be_larger_than_other_small_files(server: HubServer, source: Path) -> None:
@@ -786,13 +786,13 @@ def test_an_index_may_be_larger_than_other_small_files(server: HubServer, source
     index = "model.safetensors.index.json"
     server.add(REPO, write(source, {index: b" " * 30_000_000, "tokenizer.json": b" " * 30_000_000}))
     repo = hub.describe(REPO, None)
-    assert len(hub.read_small(repo, index)) == 30_000_000
+    assert len(repo.read_small(index)) == 30_000_000
     with pytest.raises(HubError, match="tokenizer.json in org/tiny is too large") as caught:
-        hub.read_small(repo, "tokenizer.json")
+        repo.read_small("tokenizer.json")
     assert (caught.value.expected, caught.value.found) == ("at most 20000000 bytes", "30000000 bytes")
     large = replace(repo, files=(hub.RemoteFile(index, 200_000_001, None),))
     with pytest.raises(HubError, match="too large") as caught:
-        hub.read_small(large, index)
+        large.read_small(index)
     assert caught.value.expected == "at most 200000000 bytes" and "look at" in str(caught.value.hint)
 
 
@@ -827,7 +827,7 @@ def test_token_goes_to_the_hub_alone(server: HubServer, source: Path, monkeypatc
     server.repos[REPO].token = "hf_secret"
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     repo = hub.describe(REPO, None)
-    assert hub.read_range(repo, "model.safetensors", 0, 4) == WEIGHTS[:4]
+    assert repo.read("model.safetensors", 0, 4) == WEIGHTS[:4]
     hub.download(REPO, None)
     assert {(entry.host, entry.authorized) for entry in server.log} == {("hub", True), ("cdn", False)}
 
@@ -841,7 +841,7 @@ def test_from_a_process_with_its_environment_alone(server: HubServer, source: Pa
         from tpshard.storage import hub
         assert hub.is_repo_id("org/tiny") and "huggingface_hub" not in sys.modules
         repo = hub.describe("org/tiny", None)
-        print(repo.revision, hub.read_range(repo, "model.safetensors", 254, 258).hex())
+        print(repo.revision, repo.read("model.safetensors", 254, 258).hex())
         print(hub.download("org/tiny", None).path)
         assert "torch" not in sys.modules
         """

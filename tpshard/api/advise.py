@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tpshard.errors import UsageError
+from tpshard.api.options import AdviseOptions, ModelOptions
+from tpshard.inputs.checkpoint import open_headers
+from tpshard.inputs.model import from_checkpoint
+from tpshard.inputs.open import rules_path
 from tpshard.report.advice import Advice, advice
 from tpshard.report.capacity import Workload
 
@@ -23,14 +26,12 @@ def advise(
     workload: what the devices are to do, with the memory of one; UsageError without it. revision, rules, dtype: as in
     `plan`. That the model fits on none is in the result, not raised.
     """
-    from tpshard.inputs.checkpoint import open_headers
-    from tpshard.inputs.model import from_checkpoint
-    from tpshard.planning.model import check_dtype
+    return advise_with(AdviseOptions(ModelOptions(model, revision, rules, dtype), gpus, workload))
 
-    if gpus < 1 or workload.gpu_memory is None:
-        expected = "at least one device, and its memory"
-        raise UsageError("advice needs devices", expected=expected, hint="Workload(gpu_memory=80 * 10**9)")
-    check_dtype(dtype)
-    checkpoint = open_headers(model, revision)
-    built = from_checkpoint(checkpoint, None if rules is None else Path(rules), dtype)
-    return advice(built, gpus, workload, checkpoint.warnings)
+
+def advise_with(options: AdviseOptions) -> Advice:
+    """The advice that the options ask for."""
+    model = options.model
+    checkpoint = open_headers(model.path, model.revision)
+    built = from_checkpoint(checkpoint, rules_path(model.rules), model.dtype)
+    return advice(built, options.gpus, options.workload, checkpoint.warnings)

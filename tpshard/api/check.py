@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
+from tpshard.api.options import CheckOptions
+from tpshard.api.progress import followed
 from tpshard.errors import CorruptError, DifferentError
 from tpshard.execute.publish import Settings
-from tpshard.execute.run import Comparer, Convert, Handles, Loader, conversion, run
+from tpshard.execute.run import Comparer, Convert, Loader, conversion, run
 from tpshard.formats.plan import plan_split
 from tpshard.formats.split import Split
 from tpshard.inputs.checkpoint import open_checkpoint
@@ -21,9 +21,10 @@ from tpshard.inputs.shard_set import ShardSet
 from tpshard.planning.join import OutputFile, Placed, join
 from tpshard.report.results import CheckReport, Difference
 from tpshard.storage.checksums import read_sums
-from tpshard.storage.files import read_exactly
+from tpshard.storage.files import Handles
 from tpshard.storage.local import read_bytes, safe_path
 from tpshard.storage.names import MANIFEST, SUMS, rank_stem
+from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
 
 _CHANGED = (
@@ -33,7 +34,7 @@ _CHANGED = (
 
 def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference], list[str]]:
     """Files against their records: size and sha256. Returns the differences and what could not be judged."""
-    work: queue.SimpleQueue[tuple[str, str, int]] = queue.SimpleQueue()
+    work: list[tuple[str, str, int]] = []
     notes = []
     total = 0
     for rank, record in sorted(shards.records.items()):
@@ -50,42 +51,33 @@ def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference
             if part["sha256"] is None:
                 notes.append(f"{file.path.name} has no recorded checksum")
             else:
-                work.put((str(file.path), part["sha256"], file.size))
+                work.append((str(file.path), part["sha256"], file.size))
                 total += file.size
         if listed:
             raise CorruptError(f"{next(iter(listed))} is recorded but not there", path=shards.directory)
     settings.start(total)
-    differences: list[Difference] = []
-    errors: list[BaseException] = []
-    handles = Handles(settings.files)
+    pool, reader = Pool(settings.workers), Handles(settings.files)
 
-    def hash_files() -> None:
+    def judge(item: tuple[str, str, int]) -> Difference | None:
+        path, expected, size = item
         buffer = memoryview(bytearray(1 << 20))
-        try:
-            while not errors:
-                path, expected, size = work.get_nowait()
-                digest = hashlib.sha256()
-                for offset in range(0, size, len(buffer)):
-                    chunk = buffer[: min(len(buffer), size - offset)]
-                    read_exactly(settings.files, handles.get(path), [chunk], offset, path)
-                    digest.update(chunk)
-                    settings.progress(len(chunk))
-                if digest.hexdigest() != expected:
-                    message = f"sha256 is {digest.hexdigest()}, recorded is {expected}"
-                    differences.append(Difference(path.rpartition("/")[2], None, message))
-        except queue.Empty:
-            pass
-        except BaseException as error:
-            errors.append(error)
+        digest = hashlib.sha256()
+        for offset in range(0, size, len(buffer)):
+            if pool.stopped.is_set():
+                return None
+            chunk = buffer[: min(len(buffer), size - offset)]
+            reader.read_into(path, [chunk], offset)
+            digest.update(chunk)
+            settings.progress(len(chunk))
+        if digest.hexdigest() == expected:
+            return None
+        message = f"sha256 is {digest.hexdigest()}, recorded is {expected}"
+        return Difference(path.rpartition("/")[2], None, message)
 
-    threads = [threading.Thread(target=hash_files, daemon=True) for _ in range(settings.workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    handles.close()
-    if errors:
-        raise errors[0]
+    try:
+        differences = [difference for difference in pool.map(judge, work) if difference is not None]
+    finally:
+        reader.close()
     return sorted(differences, key=lambda d: d.file), notes
 
 
@@ -149,11 +141,9 @@ def check_source(
         outputs.append(OutputFile(f"rank {rank}", b"", 0, tuple(placed)))
     plan = join(expected.kept.tensors, sources, outputs)
     settings.start(sum(step.nbytes for step in plan.steps))
-    comparer = Comparer(settings.files, settings.progress)
-    try:
-        run(plan.steps, Loader(settings.files, convert), comparer, workers=settings.workers)
-    finally:
-        comparer.handles.close()
+    reader = Handles(settings.files)
+    comparer = Comparer(reader, settings.progress)
+    run(plan.steps, Loader(reader, convert), comparer, workers=settings.workers)
     held = {(info.name, info.file): info for files in shards.files.values() for file in files for info in file.tensors}
     for (name, file), offset in sorted(comparer.differences.items()):
         where = _element(held[name, file], offset)
@@ -181,6 +171,7 @@ def check(
     rules: str | Path | None = None,
     allow_pickle: bool = False,
     settings: Settings | None = None,
+    progress: bool = False,
 ) -> CheckReport:
     """Check a shard set: all ranks there and of one set, checksums; with a source, every byte against it.
 
@@ -189,26 +180,30 @@ def check(
     tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
     the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
     """
-    settings = settings or Settings()
+    with followed("check", settings, progress) as how:
+        return check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how))
 
-    found = open_set(Path(shards), allow_pickle)
-    if tp is not None and tp != found.tp:
+
+def check_with(options: CheckOptions) -> CheckReport:
+    """Check as the options ask for it."""
+    found = open_set(Path(options.shards), options.allow_pickle)
+    if options.tp not in (None, found.tp):
         raise DifferentError(
-            f"the shard set is for tp {found.tp}, not tp {tp}",
+            f"the shard set is for tp {found.tp}, not tp {options.tp}",
             path=found.directory,
-            expected=f"tp {tp}",
+            expected=f"tp {options.tp}",
             found=f"tp {found.tp}",
-            hint=f"`tpshard reshard {found.directory} --tp {tp}` makes one",
+            hint=f"`tpshard reshard {found.directory} --tp {options.tp}` makes one",
         )
     found.require_complete()
     unlisted = check_sums(found)
-    if source is None:
-        differences, unchecked = check_records(found, settings)
+    if options.source is None:
+        differences, unchecked = check_records(found, options.settings)
         return CheckReport(found, None, differences, unlisted + unchecked)
-    checkpoint = open_checkpoint(source, revision, allow_pickle=allow_pickle)
-    model = from_checkpoint(checkpoint, rules_path(rules), found.model.dtype)
+    checkpoint = open_checkpoint(options.source, options.revision, allow_pickle=options.allow_pickle)
+    model = from_checkpoint(checkpoint, rules_path(options.rules), found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))
-    differences = check_source(found, planned, placed, convert, settings)
+    differences = check_source(found, planned, placed, convert, options.settings)
     return CheckReport(found, checkpoint.name, differences, unlisted, checkpoint.warnings)

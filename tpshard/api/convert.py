@@ -14,19 +14,21 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, ReshardOptions, SplitOptions, TargetOptions
+from tpshard.api.progress import followed
 from tpshard.errors import TargetError, UsageError
 from tpshard.execute.publish import Job, Settings, publish
 from tpshard.execute.run import conversion
 from tpshard.execute.target import is_written
 from tpshard.formats import hf, writes
 from tpshard.formats.plan import plan_split, record
-from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, Split, share_texts, weight
+from tpshard.formats.split import Options, Split
 from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set, rules_path
 from tpshard.inputs.shard_set import is_shard_set
 from tpshard.planning.join import Placed, join
-from tpshard.planning.model import Model, check_dtype
+from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import read_bytes
 from tpshard.storage.names import LOCK, MANIFEST, rank_stem
@@ -34,43 +36,6 @@ from tpshard.storage.names import LOCK, MANIFEST, rank_stem
 if TYPE_CHECKING:
     from tpshard.inputs.shard_set import ShardSet
     from tpshard.report.capacity import Workload
-
-Shares = Sequence[str | float]
-
-
-def _options(
-    tp: int,
-    uneven: bool,
-    shares: Shares | None,
-    pad_vocab_to: int | None,
-    max_file_size: int | None,
-    format: str,
-    engine_version: str | None,
-) -> Options:
-    if tp < 1:
-        raise UsageError("tp must be at least 1", found=tp)
-    texts: tuple[str, ...] | None = None
-    if shares is not None:
-        try:
-            texts = share_texts([str(share) for share in shares])
-        except (ValueError, ZeroDivisionError):
-            raise UsageError("--shares takes numbers, as in 0.5,0.3,0.2", found=",".join(map(str, shares))) from None
-        if len(texts) != tp or any(weight(text) <= 0 for text in texts):
-            raise UsageError(
-                "--shares takes one positive number for each rank", expected=f"{tp} numbers", found=", ".join(texts)
-            )
-    size = DEFAULT_MAX_FILE_SIZE if max_file_size is None else max_file_size
-    if size < 1:
-        raise UsageError("--max-file-size must be positive", found=size)
-    return Options(
-        tp=tp,
-        uneven=uneven,
-        shares=texts,
-        pad_vocab_to=pad_vocab_to,
-        max_file_size=size,
-        format=format,
-        engine_version=engine_version,
-    )
 
 
 def plan(
@@ -81,7 +46,7 @@ def plan(
     rules: str | Path | None = None,
     dtype: str | None = None,
     uneven: bool = False,
-    shares: Shares | None = None,
+    shares: Sequence[str | float] | None = None,
     pad_vocab_to: int | None = None,
     max_file_size: int | None = None,
     format: str = "native",
@@ -98,11 +63,17 @@ def plan(
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
-    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
-    check_dtype(dtype)
-    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
-    built = from_checkpoint(checkpoint, rules_path(rules), dtype)
-    return PlanReport(plan_split(built, options), checkpoint.warnings, workload)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
+    return plan_with(PlanOptions(source, target, workload))
+
+
+def plan_with(options: PlanOptions) -> PlanReport:
+    """The plan that the options ask for."""
+    model = options.model
+    checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
+    built = from_checkpoint(checkpoint, rules_path(model.rules), model.dtype)
+    return PlanReport(plan_split(built, options.target.layout), checkpoint.warnings, options.workload)
 
 
 def split(
@@ -114,7 +85,7 @@ def split(
     rules: str | Path | None = None,
     dtype: str | None = None,
     uneven: bool = False,
-    shares: Shares | None = None,
+    shares: Sequence[str | float] | None = None,
     pad_vocab_to: int | None = None,
     max_file_size: int | None = None,
     format: str = "native",
@@ -122,34 +93,36 @@ def split(
     allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
+    progress: bool = False,
 ) -> WriteReport:
     """Split a checkpoint for `tp` ranks into `out` (default: MODEL-tpN in the current directory).
 
     The model's options are those of `plan`. ranks: write only these, into a directory that other hosts write the other
-    ranks into. TargetError when `out` exists and `settings` do not say `overwrite`; after an error or a kill the same
-    call resumes.
+    ranks into. progress: show a bar. TargetError when `out` exists and `settings` do not say `overwrite`; after an
+    error or a kill the same call resumes.
     """
-    settings = settings or Settings()
-    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
-    check_dtype(dtype)
-    chosen = _ranks(ranks, tp, format)
-    checkpoint = open_checkpoint(model, revision, allow_pickle=allow_pickle)
-    built = from_checkpoint(checkpoint, rules_path(rules), dtype)
-    target = Path(out) if out is not None else Path(f"{_base_name(built)}-{_suffix(options)}")
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
+    with followed("split", settings, progress) as how:
+        return split_with(SplitOptions(model=source, target=target, out=out, ranks=ranks, settings=how))
+
+
+def split_with(options: SplitOptions) -> WriteReport:
+    """Split as the options ask for it."""
+    model, layout, settings = options.model, options.target.layout, options.settings
+    checkpoint = open_checkpoint(model.path, model.revision, allow_pickle=model.allow_pickle)
+    built = from_checkpoint(checkpoint, rules_path(model.rules), model.dtype)
+    target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
-    planned = plan_split(built, options)
+    planned = plan_split(built, layout)
     small = _side_files(checkpoint.side_files)
-    if dtype is not None:
-        small["config.json"] = _config_with_dtype(checkpoint, dtype)
-    if format == "hf":
-        placed = placed_in(checkpoint, built)
-        size = options.max_file_size if max_file_size is None else max_file_size
-        return _write_hf(
-            built, placed, small, target, size, settings, planned.set_id, "split", warnings=checkpoint.warnings
-        )
-    return _write_split(
-        planned, placed_in(checkpoint, built), small, target, chosen, settings, "split", checkpoint.warnings
-    )
+    if model.dtype is not None:
+        small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
+    placed, warnings = placed_in(checkpoint, built), checkpoint.warnings
+    if layout.format == "hf":
+        size = layout.max_file_size
+        return _write_hf(built, placed, small, target, size, settings, planned.set_id, "split", warnings=warnings)
+    return _write_split(planned, placed, small, target, options.chosen, settings, "split", warnings)
 
 
 def reshard(
@@ -158,7 +131,7 @@ def reshard(
     out: str | Path | None = None,
     *,
     uneven: bool = False,
-    shares: Shares | None = None,
+    shares: Sequence[str | float] | None = None,
     pad_vocab_to: int | None = None,
     max_file_size: int | None = None,
     format: str = "native",
@@ -166,24 +139,33 @@ def reshard(
     allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
+    progress: bool = False,
 ) -> WriteReport:
     """Split a shard set anew for another tp or format, in one pass; the files equal those of a direct split.
 
     The options are those of `split`; allow_pickle: of Meta's own files. DifferentError when ranks that hold the same
     part disagree, CorruptError when ranks are missing.
     """
-    settings = settings or Settings()
-    options = _options(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
-    chosen = _ranks(ranks, tp, format)
-    source = open_set(Path(shards), allow_pickle)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
+    with followed("reshard", settings, progress) as how:
+        return reshard_with(
+            ReshardOptions(shards=shards, target=target, out=out, ranks=ranks, allow_pickle=allow_pickle, settings=how)
+        )
+
+
+def reshard_with(options: ReshardOptions) -> WriteReport:
+    """Reshard as the options ask for it."""
+    layout, settings = options.target.layout, options.settings
+    source = open_set(Path(options.shards), options.allow_pickle)
     source.require_complete()
-    target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-{_suffix(options)}")
+    target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
-    planned = plan_split(source.model, options)
-    if format == "hf":
-        small, placed = _small(source), source.placed()
-        return _write_hf(source.model, placed, small, target, max_file_size, settings, planned.set_id, "reshard")
-    return _write_split(planned, source.placed(), _small(source), target, chosen, settings, "reshard", ())
+    planned = plan_split(source.model, layout)
+    small, placed = _small(source), source.placed()
+    if layout.format == "hf":
+        size = options.target.max_file_size
+        return _write_hf(source.model, placed, small, target, size, settings, planned.set_id, "reshard")
+    return _write_split(planned, placed, small, target, options.chosen, settings, "reshard", ())
 
 
 def _write_split(
@@ -235,23 +217,30 @@ def merge(
     max_file_size: int | None = None,
     allow_pickle: bool = False,
     settings: Settings | None = None,
+    progress: bool = False,
 ) -> WriteReport:
     """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits.
 
     out: default MODEL-merged in the current directory. max_file_size: bytes (default: files as in the source).
     DifferentError when ranks that hold the same part disagree, CorruptError when ranks are missing.
     """
-    source = open_set(Path(shards), allow_pickle)
+    with followed("merge", settings, progress) as how:
+        return merge_with(MergeOptions(shards, out, max_file_size, allow_pickle, how))
+
+
+def merge_with(options: MergeOptions) -> WriteReport:
+    """Merge as the options ask for it."""
+    source = open_set(Path(options.shards), options.allow_pickle)
     source.require_complete()
-    target = Path(out) if out is not None else Path(f"{_base_name(source.model)}-merged")
+    target = _target(options.out, source.model, "merged")
     _check_distinct(source.directory, target)
     report = _write_hf(
         source.model,
         source.placed(),
         _small(source),
         target,
-        max_file_size,
-        replace(settings or Settings(), checksum=False),
+        options.max_file_size,
+        replace(options.settings, checksum=False),
         source.manifest["set"],
         "merge",
         source.tp,
@@ -289,23 +278,13 @@ def _write_hf(
     return WriteReport(verb, target, tp, set_id, joined.nbytes, (), tuple(warnings))
 
 
-def _base_name(model: Model) -> str:
-    return str(model.source["name"]).rpartition("/")[2]
+def _target(out: str | Path | None, model: Model, suffix: str) -> Path:
+    """The directory to write: by the model's name in the current one, where none is given."""
+    return Path(f"{str(model.source['name']).rpartition('/')[2]}-{suffix}" if out is None else out)
 
 
 def _suffix(options: Options) -> str:
     return "hf" if options.format == "hf" else f"tp{options.tp}"
-
-
-def _ranks(ranks: Iterable[int] | None, tp: int, format: str) -> list[int] | None:
-    if ranks is None:
-        return None
-    if format == "hf":
-        raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
-    chosen = sorted(set(ranks))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= tp:
-        raise UsageError("--ranks takes ranks of the set", expected=f"0 to {tp - 1}", found=", ".join(map(str, chosen)))
-    return chosen
 
 
 def _check_distinct(source: Path | None, target: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from tpshard.errors import UsageError
 from tpshard.report.results import InspectReport
-from tpshard.storage.safetensors import element_count, read_header
+from tpshard.storage.local import read_header
+from tpshard.storage.safetensors import element_count
 
 
 def inspect_path(path: Path) -> InspectReport:

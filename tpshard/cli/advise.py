@@ -1,4 +1,4 @@
-"""The commands `advise` and `env`, and what `plan` reckons and draws: parses, calls, prints."""
+"""The commands `advise` and `env`."""
 
 from __future__ import annotations
 
@@ -8,129 +8,73 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from tpshard.cli import options as opt
 from tpshard.cli.console import opened
-from tpshard.cli.options import (
-    BATCH,
-    DTYPE,
-    GPUS,
-    JSON,
-    KV_DTYPE,
-    MEMORY_NEEDED,
-    MODEL,
-    QUIET,
-    REVISION,
-    RULES,
-    SEQ,
-    KvDtype,
-)
-from tpshard.errors import UsageError
+from tpshard.cli.options import again, workload
 from tpshard.units import human_bytes
 
 if TYPE_CHECKING:
     from tpshard.report.advice import Advice
-    from tpshard.report.capacity import Workload
-    from tpshard.report.results import PlanReport
 
 
-def workload(
-    batch: int | None, seq: int | None, kv_dtype: KvDtype | None, memory: float | None, bandwidth: float | None
-) -> Workload:
-    """What the options ask for; what they leave out has the defaults of `Workload`."""
-    from tpshard.report.capacity import Workload
+def advise(
+    model: opt.MODEL,
+    gpus: opt.GPUS,
+    gpu_memory: opt.MEMORY_NEEDED,
+    batch: opt.BATCH = None,
+    seq: opt.SEQ = None,
+    kv_dtype: opt.KV_DTYPE = None,
+    dtype: opt.DTYPE = None,
+    revision: opt.REVISION = None,
+    rules: opt.RULES = None,
+    json: opt.JSON = False,
+    quiet: opt.QUIET = False,
+) -> None:
+    """Say which tp to take on given devices; exit 1 when none fits.
 
-    given = {"batch": batch, "seq": seq}
-    return Workload(
-        kv_dtype=None if kv_dtype is None else kv_dtype.value,
-        gpu_memory=None if memory is None else int(memory),
-        bandwidth=bandwidth,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    Every tp up to --gpus is judged: whether it cuts a unit (an attention head, a KV head, an ffn column), and
+    whether weights and a KV cache for --batch sequences of --seq tokens fill at most 0.9 of a device of
+    --gpu-memory GB. The rest is for activations and the runtime. Only config and headers are read, also of a Hub
+    repo.
+
+    \b
+      tpshard advise ./Llama-3.1-8B --gpus 8 --gpu-memory 80
+      tpshard advise org/name --gpus 8 --gpu-memory 80 --batch 32 --seq 8192 --kv-dtype float8
+    """
+    with opened(json, quiet) as console:
+        from tpshard.api.advise import advise_with
+        from tpshard.api.options import AdviseOptions, ModelOptions
+
+        source = ModelOptions(model, revision, rules, dtype)
+        found = advise_with(AdviseOptions(source, gpus, workload(batch, seq, kv_dtype, gpu_memory, None)))
+        for warning in found.warnings:
+            console.warn(warning)
+        if console.as_json:
+            console.data(found.to_json())
+        else:
+            _print_advice(found)
+        if found.take is None:
+            raise typer.Exit(1)
+        following = ["tpshard", "plan", model, "--tp", str(found.take)]
+        console.say(f"next: {shlex.join([*following, *again(revision, rules, dtype)])}")
 
 
-def check_drawing(path: Path) -> None:
-    """Refuse a drawing that could not be written, before anything is read."""
-    if path.suffix != ".html":
-        raise UsageError("a plan is drawn as HTML", path=path, hint="give --report a name that ends in .html")
-    if not path.absolute().parent.is_dir():
-        raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
+def env(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
+    """Say what this machine can do: devices, memory, versions.
 
+    Devices, torch, NCCL, memory, disk, and which extras are installed: what a report of a bug should have.
 
-def write_drawing(path: Path, report: PlanReport) -> None:
-    """Draw a plan into a file."""
-    from tpshard.errors import local_error
-    from tpshard.report.plan_page import draw
+    \b
+      tpshard env
+    """
+    with opened(json, quiet) as console:
+        from tpshard.cli.environment import environment, lines
 
-    try:
-        path.write_text(draw(report), encoding="utf-8")
-    except OSError as error:
-        raise local_error(error, "cannot write the report", path) from None
-
-
-def add(app: typer.Typer) -> None:
-    """Add the commands."""
-
-    @app.command()
-    def advise(
-        model: MODEL,
-        gpus: GPUS,
-        gpu_memory: MEMORY_NEEDED,
-        batch: BATCH = None,
-        seq: SEQ = None,
-        kv_dtype: KV_DTYPE = None,
-        dtype: DTYPE = None,
-        revision: REVISION = None,
-        rules: RULES = None,
-        json: JSON = False,
-        quiet: QUIET = False,
-    ) -> None:
-        """Say which tp to take on given devices; exit 1 when none fits.
-
-        Every tp up to --gpus is judged: whether it cuts a unit (an attention head, a KV head, an ffn column), and
-        whether weights and a KV cache for --batch sequences of --seq tokens fill at most 0.9 of a device of
-        --gpu-memory GB. The rest is for activations and the runtime. Only config and headers are read, also of a Hub
-        repo.
-
-        \b
-          tpshard advise ./Llama-3.1-8B --gpus 8 --gpu-memory 80
-          tpshard advise org/name --gpus 8 --gpu-memory 80 --batch 32 --seq 8192 --kv-dtype float8
-        """
-        with opened(json, quiet) as console:
-            from tpshard.api.advise import advise as advise_tp
-
-            work = workload(batch, seq, kv_dtype, gpu_memory, None)
-            cast = None if dtype is None else dtype.value
-            found = advise_tp(model, gpus, work, revision=revision, rules=rules, dtype=cast)
-            for warning in found.warnings:
-                console.warn(warning)
-            if console.as_json:
-                console.data(found.to_json())
-            else:
-                _print_advice(found)
-            if found.take is None:
-                raise typer.Exit(1)
-            following = ["tpshard", "plan", model, "--tp", str(found.take)]
-            following += ["--revision", revision] if revision else []
-            following += ["--rules", str(rules)] if rules else []
-            following += ["--dtype", cast] if cast else []
-            console.say(f"next: {shlex.join(following)}")
-
-    @app.command()
-    def env(json: JSON = False, quiet: QUIET = False) -> None:
-        """Say what this machine can do: devices, memory, versions.
-
-        Devices, torch, NCCL, memory, disk, and which extras are installed: what a report of a bug should have.
-
-        \b
-          tpshard env
-        """
-        with opened(json, quiet) as console:
-            from tpshard.cli.environment import environment, lines
-
-            found = environment(Path.cwd())
-            if console.as_json:
-                console.data(found)
-            else:
-                print(*lines(found), sep="\n")
+        found = environment(Path.cwd())
+        if console.as_json:
+            console.data(found)
+        else:
+            print(*lines(found), sep="\n")
 
 
 def _print_advice(found: Advice) -> None:

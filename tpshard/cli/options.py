@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import StrEnum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from tpshard.errors import UsageError
 
+if TYPE_CHECKING:
+    from tpshard import Settings
+    from tpshard.cli.console import Console
+    from tpshard.report.capacity import Workload
+
 MAX_TP = 99_999
 """The names of rank files have five digits."""
 
 
-class Checksum(StrEnum):
-    """What is recorded of each file's content."""
-
-    sha256 = "sha256"
-    none = "none"
-
-
-class KvDtype(StrEnum):
-    """What a KV cache is kept in."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float8 = "float8"
-
-
-class Dtype(StrEnum):
-    """What `--dtype` casts to."""
-
-    float64 = "float64"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
+Checksum = Literal["sha256", "none"]
+KvDtype = Literal["float32", "float16", "bfloat16", "float8"]
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 
 
 def _number(option: str, most: int | None = None) -> Callable[[str], int]:
@@ -101,6 +86,54 @@ def rank_list(text: str | None, tp: int) -> list[int] | None:
         expected = f"numbers from 0 to {tp - 1}, as in 0,3 or 0-3"
         raise UsageError("--ranks does not take these", expected=expected, found=repr(text)) from None
     return ranks
+
+
+def workload(
+    batch: int | None, seq: int | None, kv_dtype: KvDtype | None, memory: float | None, bandwidth: float | None
+) -> Workload:
+    """What memory and communication are computed for."""
+    from tpshard.report.capacity import Workload
+
+    usual = Workload()
+    return Workload(
+        batch=batch or usual.batch,
+        seq=seq or usual.seq,
+        kv_dtype=kv_dtype,
+        gpu_memory=None if memory is None else int(memory),
+        bandwidth=bandwidth,
+    )
+
+
+@contextmanager
+def settings(
+    console: Console,
+    verb: str,
+    workers: int | None,
+    checksum: Checksum,
+    overwrite: bool = False,
+    no_fsync: bool = False,
+) -> Iterator[Settings]:
+    """How a verb runs, while its progress is shown."""
+    from tpshard import Settings
+
+    with console.progress(verb) as meter:
+        yield Settings(
+            workers=workers or Settings().workers,
+            checksum=checksum == "sha256",
+            fsync=not no_fsync,
+            overwrite=overwrite,
+            start=meter.start,
+            progress=meter.add,
+        )
+
+
+def again(
+    revision: str | None, rules: Path | None = None, dtype: Dtype | None = None, allow_pickle: bool = False
+) -> list[str]:
+    """The options of a model as they were given, for the next command."""
+    given = {"--revision": revision, "--rules": rules, "--dtype": dtype}
+    options = [text for name, value in given.items() if value for text in (name, str(value))]
+    return options + (["--allow-pickle"] if allow_pickle else [])
 
 
 _SIZE_HELP = "Largest file, as in 5GB"

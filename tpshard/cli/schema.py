@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tpshard.cli import options as opt
 from tpshard.cli.console import opened
-from tpshard.cli.options import JSON, QUIET
 
 _NAME = Annotated[
     str | None,
@@ -15,28 +15,24 @@ _NAME = Annotated[
 ]
 
 
-def add(app: typer.Typer) -> None:
-    """Add the command."""
+def schema(name: _NAME = None, json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
+    """Print the JSON Schema of a command's --json, or of a file.
 
-    @app.command()
-    def schema(name: _NAME = None, json: JSON = False, quiet: QUIET = False) -> None:
-        """Print the JSON Schema of a command's --json, or of a file.
+    The files are those that split writes: tpshard.json (manifest) and the ranks' records. A schema is JSON with and
+    without --json.
 
-        The files are those that split writes: tpshard.json (manifest) and the ranks' records. A schema is JSON with and
-        without --json.
+    \b
+      tpshard schema
+      tpshard schema plan > plan.schema.json
+      tpshard schema manifest
+    """
+    with opened(json, quiet) as console:
+        from tpshard.report import schema as known
+        from tpshard.report.results import SCHEMA_VERSION
 
-        \b
-          tpshard schema
-          tpshard schema plan > plan.schema.json
-          tpshard schema manifest
-        """
-        with opened(json, quiet) as console:
-            from tpshard.report import schema as known
-            from tpshard.report.results import SCHEMA_VERSION
-
-            if name is not None:
-                console.data(known.schema(name))
-            elif json:
-                console.data({"schema_version": SCHEMA_VERSION, "command": "schema", "schemas": list(known.SCHEMAS)})
-            else:
-                print(*known.SCHEMAS, sep="\n")
+        if name is not None:
+            console.data(known.schema(name))
+        elif json:
+            console.data({"schema_version": SCHEMA_VERSION, "command": "schema", "schemas": list(known.SCHEMAS)})
+        else:
+            print(*known.SCHEMAS, sep="\n")

@@ -1,44 +1,25 @@
-"""The command `verify`: parses, calls `tpshard.verifying.verify`, prints and writes reports."""
+"""The command `verify`."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tpshard.cli import options as opt
 from tpshard.cli.console import Console, opened
-from tpshard.cli.options import JSON, PICKLE, QUIET, REVISION, RULES, SHARDS
 from tpshard.errors import TpshardError, UsageError
 
 if TYPE_CHECKING:
     from tpshard.verifier.report.verdict import Verdict
 
 
-class Device(StrEnum):
-    """Where the model runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Reference(StrEnum):
-    """Whose unsharded model is the reference."""
-
-    tpshard = "tpshard"
-    transformers = "transformers"
-
-
-class Engine(StrEnum):
-    """Whose code runs the ranks."""
-
-    auto = "auto"
-    tpshard = "tpshard"
-    transformers = "transformers"
+Device = Literal["auto", "cpu", "cuda"]
+Reference = Literal["tpshard", "transformers"]
+Engine = Literal["auto", "tpshard", "transformers"]
 
 
 def _number(option: str, least: int) -> Callable[[str | int], int]:
@@ -118,16 +99,11 @@ _REPORT = Annotated[
 ]
 
 
-def add(app: typer.Typer) -> None:
-    """Register `verify` with the command line."""
-    app.command("verify")(verify)
-
-
 def verify(
-    shards: SHARDS,
+    shards: opt.SHARDS,
     source: _SOURCE = None,
     tier: _TIER = None,
-    device: _DEVICE = Device.auto,
+    device: _DEVICE = "auto",
     tokens: _TOKENS = 32,
     prompt: _PROMPT = None,
     seed: _SEED = 0,
@@ -135,15 +111,15 @@ def verify(
     float32: _FLOAT32 = False,
     stream: _STREAM = None,
     sequence_parallel: _SEQUENCE = False,
-    reference: _REFERENCE = Reference.tpshard,
-    engine: _ENGINE = Engine.auto,
+    reference: _REFERENCE = "tpshard",
+    engine: _ENGINE = "auto",
     nproc_per_node: _NPROC = None,
-    revision: REVISION = None,
-    rules: RULES = None,
-    allow_pickle: PICKLE = False,
+    revision: opt.REVISION = None,
+    rules: opt.RULES = None,
+    allow_pickle: opt.PICKLE = False,
     report: _REPORT = None,
-    json: JSON = False,
-    quiet: QUIET = False,
+    json: opt.JSON = False,
+    quiet: opt.QUIET = False,
 ) -> None:
     """Run shards and unsharded model: are they the same function?
 
@@ -155,7 +131,6 @@ def verify(
       tpshard verify Llama-3.1-8B-tp4 --source ./Llama-3.1-8B --tier exact --layers 0,-1
       torchrun --nproc-per-node 4 -m tpshard verify Llama-3.1-8B-tp4
     """
-
     with opened(json, quiet) as console:
         speaks = True
         reports: list[Path] = []
@@ -163,29 +138,28 @@ def verify(
             from tpshard.api import verify as verifying
 
             speaks = verifying.is_first()
-
             for path in report or ():
                 reports.append(_writable(path))
-            verdict = verifying.verify(
-                shards,
-                source,
+            options = verifying.VerifyOptions(
+                shards=shards,
+                source=source,
                 tiers=None if tier is None else tuple(part.strip() for part in tier.split(",")),
-                device=device.value,
+                device=device,
                 tokens=tokens,
                 seed=seed,
                 float32=float32,
                 layers=layer_list(layers),
                 stream=stream,
                 sequence_parallel=sequence_parallel,
-                reference=reference.value,
-                engine=engine.value,
+                reference=reference,
+                engine=engine,
                 prompt=prompt,
                 revision=revision,
                 rules=rules,
                 allow_pickle=allow_pickle,
                 nproc=nproc_per_node,
-                say=console.say,
             )
+            verdict = verifying.verify_with(options, console.say)
         except TpshardError as error:
             if not speaks:
                 raise typer.Exit(error.exit_code) from None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Any
 
-from tpshard.errors import UnsupportedError, local_error
-from tpshard.storage.files import Files, read_exactly
-from tpshard.storage.safetensors import RankFile
+from tpshard.errors import UnsupportedError
+from tpshard.storage.files import Files, Handles
+from tpshard.storage.pool import Pool
+from tpshard.storage.source import RankFile
 from tpshard.storage.torch_pickle import DTYPES  # first: it says what to do when torch is missing
 
 import torch  # isort: skip  # noqa: E402
@@ -44,18 +44,15 @@ def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torc
         return
     begin = infos[0].begin
     data = torch.empty(file.size - begin, dtype=torch.uint8, device=device)
-    files = Files()
+    reader = Handles(Files())
+
+    def read(buffer: memoryview, offset: int) -> None:
+        reader.read_into(str(file.path), [buffer], begin + offset)
+
     try:
-        fd = files.open_read(str(file.path))
-        try:
-            if device.type == "cpu":
-                _to_memory(files, fd, begin, data, str(file.path))
-            else:
-                _to_gpu(files, fd, begin, data, str(file.path))
-        finally:
-            files.close(fd)
-    except OSError as error:
-        raise local_error(error, "cannot read", file.path) from error
+        (_to_memory if device.type == "cpu" else _to_gpu)(read, data)
+    finally:
+        reader.close()
     for info in infos:
         if info.dtype not in DTYPES:
             raise UnsupportedError(f"torch has no dtype for {info.dtype}", tensor=info.name, path=file.path)
@@ -66,28 +63,26 @@ def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torc
         yield info.name, flat.view(dtype).view(info.shape)
 
 
-def _to_memory(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
-    """Fill `data` with a file's bytes from `begin` on, several stretches at once."""
+Read = Callable[[memoryview, int], None]
+"""Fill a buffer with a file's data from an offset on."""
+
+
+def _to_memory(read: Read, data: torch.Tensor) -> None:
+    """Fill `data`, several stretches at once."""
     array = data.numpy().data
-
-    def read(offset: int) -> None:
-        read_exactly(files, fd, [array[offset : offset + STAGE]], begin + offset, path)
-
-    with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(read, range(0, len(array), STAGE)):
-            pass
+    Pool(READERS).map(lambda at: read(array[at : at + STAGE], at), range(0, len(array), STAGE))
 
 
-def _to_gpu(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) -> None:
-    """Fill `data` on a GPU with a file's bytes from `begin` on, through pinned buffers and a stream of our own."""
+def _to_gpu(read: Read, data: torch.Tensor) -> None:
+    """Fill `data` on a GPU, through pinned buffers and a stream of our own."""
     size = data.numel()
     buffers = [torch.empty(min(STAGE, size), dtype=torch.uint8, pin_memory=True) for _ in range(READERS + 1)]
     stream: Any = torch.cuda.Stream(data.device)  # type: ignore[no-untyped-call]
     # The memory of `data` may have belonged to a tensor that kernels in flight still read.
     stream.wait_stream(torch.cuda.current_stream(data.device))
 
-    def read(index: int, offset: int, count: int) -> None:
-        read_exactly(files, fd, [buffers[index].numpy().data[:count]], begin + offset, path)
+    def fill(index: int, offset: int, count: int) -> None:
+        read(buffers[index].numpy().data[:count], offset)
 
     def send(index: int, offset: int, count: int) -> Callable[[], object]:
         with torch.cuda.stream(stream):
@@ -98,7 +93,7 @@ def _to_gpu(files: Files, fd: int, begin: int, data: torch.Tensor, path: str) ->
         return wait
 
     try:
-        staged(size, min(STAGE, size), len(buffers), read, send)
+        staged(size, min(STAGE, size), len(buffers), fill, send)
     finally:
         stream.synchronize()
 
@@ -113,7 +108,8 @@ def staged(
     """Move `size` bytes through numbered buffers: `read(buffer, offset, count)` on threads, `send(…)` on this one.
 
     `send` begins a copy and returns what waits for its end; a buffer is read into again only after that. The first
-    error ends it; on return no thread is reading.
+    error ends it; on return no thread is reading. Not a `Pool`: copies to the device are begun and waited for in the
+    order in which buffers fill, by this thread alone.
     """
     assert buffers > 1, "one is copied while another one is read"
     offsets = iter(range(0, size, stage))

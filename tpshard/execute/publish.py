@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError, local_error
-from tpshard.execute.run import Convert, Loader, Progress
+from tpshard.execute.run import Convert, Progress
 from tpshard.execute.target import (
     Ours,
     check_leftovers,
@@ -171,7 +171,7 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
         for name, data in job.small.items():
             write_small(files, work / name, data, fsync=fsync, tag=tag)
-        digests = writer.write(Loader(files, job.convert), settings.workers)
+        digests = writer.write(job.convert, settings.workers)
         if run_ids(job, settings) != runs:
             raise CorruptError(
                 "the source was changed while it was read", hint="start anew when nothing writes to it any more"

@@ -11,43 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tpshard.errors import DifferentError, local_error
+from tpshard.errors import DifferentError
 from tpshard.execute.blocks import BLOCK, Flat, FlatStep, flatten, operations
 from tpshard.planning.box import Box
 from tpshard.planning.join import Step
 from tpshard.planning.layout import StoredTensor
-from tpshard.storage.files import Files, read_exactly
+from tpshard.storage.pool import Pool
+from tpshard.storage.source import Reader
 
 Convert = Callable[[memoryview, str, str], memoryview]
 """Cast a block: source bytes, source dtype, target dtype → target bytes."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were moved since the last call, from any thread."""
-
-
-class Handles:
-    """Open files by path, each opened once. Read handles are opened on first use."""
-
-    def __init__(self, files: Files) -> None:
-        self.files = files
-        self._lock = threading.Lock()
-        self._fds: dict[str, int] = {}
-
-    def get(self, path: str) -> int:
-        """The read handle of a path."""
-        with self._lock:
-            if path not in self._fds:
-                try:
-                    self._fds[path] = self.files.open_read(path)
-                except OSError as error:
-                    raise local_error(error, "cannot open", path) from error
-            return self._fds[path]
-
-    def close(self) -> None:
-        """Close all handles."""
-        for fd in self._fds.values():
-            self.files.close(fd)
-        self._fds.clear()
 
 
 class Action(Protocol):
@@ -59,9 +35,8 @@ class Action(Protocol):
 class Loader:
     """Reads blocks from the sources, checks that replicas agree, casts where the target has another dtype."""
 
-    def __init__(self, files: Files, convert: Convert | None) -> None:
-        self.files = files
-        self.handles = Handles(files)
+    def __init__(self, reader: Reader, convert: Convert | None) -> None:
+        self.reader = reader
         self.convert = convert
         self._local = threading.local()
 
@@ -90,15 +65,11 @@ class Loader:
         return memoryview(buffer)[:size]
 
     def _read(self, flat: Flat, block: Box, buffer: memoryview) -> None:
-        fd = self.handles.get(flat.file)
-        try:
-            for offset, parts in operations(flat, block, buffer, reading=True):
-                read_exactly(self.files, fd, parts, offset, flat.file)
-        except OSError as error:
-            raise local_error(error, "cannot read", flat.file) from error
+        for offset, parts in operations(flat, block, buffer, reading=True):
+            self.reader.read_into(flat.file, parts, offset)
 
     def _compare(self, step: FlatStep, flat: Flat, block: Box, buffer: memoryview) -> None:
-        if first_difference(self.files, self.handles.get(flat.file), flat, block, buffer) is not None:
+        if first_difference(self.reader, flat, block, buffer) is not None:
             raise DifferentError(
                 f"{step.name}: ranks that hold the same part of it differ",
                 path=flat.file,
@@ -108,15 +79,12 @@ class Loader:
             )
 
 
-def first_difference(files: Files, fd: int, flat: Flat, block: Box, buffer: memoryview) -> int | None:
+def first_difference(reader: Reader, flat: Flat, block: Box, buffer: memoryview) -> int | None:
     """The file offset of the first byte of a region that is not as in the block's buffer, or None."""
     for offset, parts in operations(flat, block, buffer):
         expected = b"".join(parts)
         found = bytearray(len(expected))
-        try:
-            read_exactly(files, fd, [memoryview(found)], offset, flat.file)
-        except OSError as error:
-            raise local_error(error, "cannot read", flat.file) from error
+        reader.read_into(flat.file, [memoryview(found)], offset)
         if expected != found:
             return offset + next(i for i, (a, b) in enumerate(zip(expected, found, strict=True)) if a != b)
     return None
@@ -187,47 +155,26 @@ def run(
     The first error of any worker stops all of them and is raised here; so is KeyboardInterrupt.
     """
     queue = _Queue(steps, skip)
-    stop = threading.Event()
-    wake = threading.Event()
-    errors: list[BaseException] = []
-    ended: list[str] = []
+    pool = Pool(workers)
 
     def work() -> None:
-        try:
-            while not stop.is_set():
-                if background is not None and background.step(queue.low):
-                    continue
-                item = queue.take()
-                if item is not None:
-                    index, flat, block, turn = item
-                    action(flat, block, loader.load(flat, block), turn)
-                    queue.done(index)
-                elif background is None or background.finished(queue.low):
-                    return
-                else:
-                    stop.wait(0.001)  # another worker has the last blocks
-        except BaseException as error:
-            errors.append(error)
-            stop.set()
-        finally:
-            ended.append(threading.current_thread().name)
-            wake.set()
+        while not pool.stopped.is_set():
+            if background is not None and background.step(queue.low):
+                continue
+            item = queue.take()
+            if item is not None:
+                index, flat, block, turn = item
+                action(flat, block, loader.load(flat, block), turn)
+                queue.done(index)
+            elif background is None or background.finished(queue.low):
+                return
+            else:
+                pool.stopped.wait(0.001)  # another worker has the last blocks
 
-    threads = [threading.Thread(target=work, name=f"tpshard-{i}", daemon=True) for i in range(workers)]
-    for thread in threads:
-        thread.start()
     try:
-        while len(ended) < workers:
-            wake.wait(0.05)
-            wake.clear()
-            on_complete(queue.low)
+        pool.run(work, meanwhile=lambda: on_complete(queue.low))
     finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-        loader.handles.close()
-    if errors:
-        raise errors[0]
+        loader.reader.close()
     assert queue.low == len(steps)
     on_complete(queue.low)
 
@@ -238,16 +185,15 @@ class Comparer:
     differences: (tensor, file) → file offset of the first byte that differs, as far as was looked.
     """
 
-    def __init__(self, files: Files, progress: Progress) -> None:
-        self.files = files
-        self.handles = Handles(files)
+    def __init__(self, reader: Reader, progress: Progress) -> None:
+        self.reader = reader
         self.progress = progress
         self.differences: dict[tuple[str, str], int] = {}
         self._lock = threading.Lock()
 
     def __call__(self, step: FlatStep, block: Box, buffer: memoryview, turn: int) -> None:
         for flat in step.targets:
-            offset = first_difference(self.files, self.handles.get(flat.file), flat, block, buffer)
+            offset = first_difference(self.reader, flat, block, buffer)
             if offset is not None:
                 with self._lock:
                     key = (step.name, flat.file)

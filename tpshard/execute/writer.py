@@ -16,11 +16,12 @@ from typing import Any
 
 from tpshard.errors import local_error
 from tpshard.execute.blocks import FlatStep, operations
-from tpshard.execute.run import Loader, Progress, run
+from tpshard.execute.run import Convert, Loader, Progress, run
 from tpshard.planning.box import Box
 from tpshard.planning.join import OutputFile, Plan, Transfer
 from tpshard.storage.files import (
     Files,
+    Handles,
     about,
     boot_id,
     overwrite_small,
@@ -145,7 +146,7 @@ class Writer:
             and file.final.stat().st_size == size
         )
 
-    def write(self, loader: Loader, workers: int) -> dict[str, str | None]:
+    def write(self, convert: Convert | None, workers: int) -> dict[str, str | None]:
         """Write what is not there yet. Returns sha256 by file name, None without checksums.
 
         LocalIOError when the system refuses: what is written so far stays, and the same run resumes.
@@ -156,7 +157,7 @@ class Writer:
             self.progress(sum(file.durable or file.framing for file in self.outputs))
             run(
                 self.plan.steps,
-                loader,
+                Loader(Handles(self.files), convert),
                 self._put,
                 workers=workers,
                 skip=self._is_written,

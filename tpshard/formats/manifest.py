@@ -89,7 +89,14 @@ def _body(model: Model, options: Options, laid: Laid) -> list[str]:
 
 def _cut(cut: Cut) -> str:
     interleave = f',"interleave":{compact(cut.interleave)}' if cut.interleave else ""
-    return f'"dim":{cut.dim},"segments":{compact(list(cut.segments))}{interleave}'
+    ratio = f',"ratio":{cut.ratio}' if cut.ratio != 1 else ""
+    return f'"dim":{cut.dim},"segments":{compact(list(cut.segments))}{interleave}{ratio}'
+
+
+def cut_from_json(entry: Mapping[str, Any]) -> Cut:
+    """A tensor's cut as its row of the manifest has it."""
+    segments = tuple(entry.get("segments", ()))
+    return Cut(entry["rule"], entry.get("dim"), segments, entry.get("interleave"), entry.get("ratio", 1))
 
 
 def _all_stored(layout: Layout) -> list[str]:

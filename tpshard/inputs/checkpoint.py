@@ -8,22 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError, UsageError
-from tpshard.storage.local import blob_digest, cached_repo, entries, load_json, read_bytes, safe_path, side_paths
-from tpshard.storage.names import MANIFEST, PICKLE_INDEX, SAFETENSORS_INDEX, is_meta
-from tpshard.storage.safetensors import Header, SourceFile, TensorInfo, header_length, parse_header, read_header
-
-REQUESTS = 8
-"""Headers of a Hub repo that are asked for at the same time."""
-QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files in which quantisation tools say what they did, some of them nowhere else."""
+from tpshard.errors import CorruptError, UnsafeError, UnsupportedError, UsageError
+from tpshard.storage.local import Directory, cached_repo, load_json
+from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, is_meta, side_files
+from tpshard.storage.pool import Pool
+from tpshard.storage.safetensors import Header, TensorInfo
+from tpshard.storage.source import Source, SourceFile, source_header
+from tpshard.storage.weights import weight_files
 
 
 @dataclass(frozen=True)
@@ -102,34 +99,13 @@ def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle
         repo = hub.describe(model, revision)
     except UnreachableError:
         return open_checkpoint(model, revision, allow_pickle=allow_pickle)
-    remote = {file.name: file for file in repo.files}
-    if allow_pickle and not any(name.endswith(".safetensors") for name in remote):
+    names = repo.names()
+    if allow_pickle and not any(name.endswith(".safetensors") for name in names):
         return open_checkpoint(model, revision, allow_pickle=True)
-    if "config.json" not in remote:
+    if CONFIG not in names:
         raise CorruptError("the repo has no config.json", path=model, hint="it tells the architecture")
-    _refuse_quantised(set(remote), model)
-
-    def header(name: str) -> tuple[Header, SourceFile]:
-        file = remote[name]
-        prefix = hub.read_range(repo, name, 0, min(file.size, 1 << 16))
-        length = header_length(prefix, name, file.size)
-        raw = prefix if length <= len(prefix) else prefix + hub.read_range(repo, name, len(prefix), length)
-        parsed = parse_header(raw, name, file.size)
-        return parsed, SourceFile(name, file.size, parsed.digest, file.sha256)
-
-    config = read_config(hub.read_small(repo, "config.json"), f"{model}/config.json")
-    read = partial(hub.read_small, repo)
-    found = _weights(set(remote), read, model, header, None, threads=REQUESTS)
-    return Checkpoint(
-        name=model,
-        repo_id=repo.repo_id,
-        revision=repo.revision,
-        directory=None,
-        config=config,
-        config_path=f"{model}/config.json",
-        side_files=(),
-        **found,
-    )
+    _refuse_quantised(names, model)
+    return _open(repo, model, repo.repo_id, repo.revision)
 
 
 def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
@@ -142,40 +118,91 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
         )
     if repo_id is None:
         repo_id, revision = cached_repo(directory)
-    names = {entry.name for entry in entries(directory)}
-    if "config.json" not in names:
+    source = Directory(directory)
+    if CONFIG not in source.names():
         _refuse_meta(directory)
         raise CorruptError("no config.json beside the weights", path=directory, hint="it tells the architecture")
-    config = read_config(read_bytes(safe_path(directory, "config.json")), directory / "config.json")
-    _refuse_quantised(names, directory)
+    name = repo_id or Path(os.path.abspath(directory)).name
+    only = None if path.is_dir() else path
+    return replace(_open(source, name, repo_id, revision, allow_pickle, only), directory=directory)
 
-    def header(name: str) -> tuple[Header, SourceFile]:
-        file = safe_path(directory, name)
-        parsed = read_header(file)
-        return parsed, SourceFile(name, file.stat().st_size, parsed.digest, blob_digest(file))
 
-    only = None if path.is_dir() else path.name
-    if only is not None and not only.endswith((".safetensors", ".bin")):
-        raise UsageError("not a weight file", path=path, hint="give a directory or a .safetensors file")
-    pickled = None
-    if allow_pickle:
-
-        def pickled(name: str) -> tuple[Header, SourceFile]:
-            from tpshard.storage.torch_pickle import read_pickle
-
-            return read_pickle(safe_path(directory, name), name)
-
-    found = _weights(names, lambda name: read_bytes(safe_path(directory, name)), directory, header, pickled, only)
+def _open(
+    source: Source,
+    name: str,
+    repo_id: str | None,
+    revision: str | None,
+    allow_pickle: bool = False,
+    only: Path | None = None,
+) -> Checkpoint:
+    """Read config and headers of a source that has a config.json. only: the one weight file to read."""
+    names, place = source.names(), source.place
+    config_path = str(source.path(CONFIG) or f"{place}/{CONFIG}")
+    config = read_config(source.read_small(CONFIG), config_path)
+    _refuse_quantised(names, place)
+    if only is not None and not only.name.endswith((".safetensors", ".bin")):
+        raise UsageError("not a weight file", path=only, hint="give a directory or a .safetensors file")
+    if only is None:
+        listed, weight_map, total = weight_files(names, source.read_small, place)
+    else:
+        listed, weight_map, total = [only.name], None, None
+    header = partial(source_header, source)
+    if listed[0].endswith(".bin"):
+        if not allow_pickle:
+            raise UnsafeError(
+                "the weights are pickles, which can run code when they are read",
+                path=f"{place}/{listed[0]}",
+                hint="--allow-pickle reads them with torch's weights_only loader, which runs none",
+            )
+        header = partial(_pickle_header, source)
+    headers = Pool(source.requests).map(header, listed)
+    tensors, file_of = _tensors(zip(listed, (parsed for parsed, _ in headers), strict=True), place)
+    warnings: tuple[str, ...] = ()
+    if weight_map is not None:
+        _check_index(weight_map, file_of, place)
+        size = sum(tensor.nbytes for tensor in tensors)
+        if total not in (None, size):
+            warnings = (f"the index says total_size {total}, the tensors have {size} bytes",)
     return Checkpoint(
-        name=repo_id or Path(os.path.abspath(directory)).name,
+        name=name,
         repo_id=repo_id,
         revision=revision,
-        directory=directory,
+        directory=None,
         config=config,
-        config_path=str(directory / "config.json"),
-        side_files=side_paths(directory, names),
-        **found,
+        config_path=config_path,
+        files=tuple(file for _, file in headers),
+        tensors=tensors,
+        file_of=file_of,
+        side_files=tuple(path for path in map(source.path, side_files(names)) if path is not None),
+        warnings=warnings,
     )
+
+
+def _pickle_header(source: Source, name: str) -> tuple[Header, SourceFile]:
+    from tpshard.storage.torch_pickle import read_pickle
+
+    path = source.path(name)
+    assert path is not None, "pickles are downloaded before they are read"
+    return read_pickle(path, name)
+
+
+def _tensors(headers: Iterable[tuple[str, Header]], place: str) -> tuple[tuple[TensorInfo, ...], dict[str, str]]:
+    """The tensors of all files, in file order, and the file of each; CorruptError for one that is in two."""
+    tensors: list[TensorInfo] = []
+    file_of: dict[str, str] = {}
+    for file, header in headers:
+        for tensor in header.tensors:
+            if tensor.name in file_of:
+                raise CorruptError(
+                    f"{tensor.name} is in two files",
+                    path=place,
+                    tensor=tensor.name,
+                    expected="each tensor once",
+                    found=f"in {file_of[tensor.name]} and in {file}",
+                )
+            file_of[tensor.name] = file
+        tensors.extend(header.tensors)
+    return tuple(tensors), file_of
 
 
 def _refuse_meta(directory: Path) -> None:
@@ -190,128 +217,9 @@ def _refuse_meta(directory: Path) -> None:
         )
 
 
-def _refuse_quantised(names: set[str], place: object) -> None:
-    if found := sorted(names.intersection(QUANTISED)):
+def _refuse_quantised(names: Collection[str], place: object) -> None:
+    if found := sorted(set(QUANTISED).intersection(names)):
         raise _quantised(f"{place}/{found[0]}", found[0])
-
-
-ReadHeader = Callable[[str], tuple[Header, SourceFile]]
-
-
-def _weights(
-    names: set[str],
-    read: Callable[[str], bytes],
-    place: object,
-    header: ReadHeader,
-    pickled: ReadHeader | None,
-    only: str | None = None,
-    threads: int = 1,
-) -> dict[str, Any]:
-    """Find the weight files among `names` and read their headers: the fields of Checkpoint that follow."""
-    listed, weight_map, total = _listing(names, read, place, only)
-    if listed[0].endswith(".bin"):
-        if pickled is None:
-            raise UnsafeError(
-                "the weights are pickles, which can run code when they are read",
-                path=f"{place}/{listed[0]}",
-                hint="--allow-pickle reads them with torch's weights_only loader, which runs none",
-            )
-        header = pickled
-    tensors: list[TensorInfo] = []
-    files: list[SourceFile] = []
-    file_of: dict[str, str] = {}
-    for name, (parsed, file) in zip(listed, _each(header, listed, threads), strict=True):
-        files.append(file)
-        for tensor in parsed.tensors:
-            if tensor.name in file_of:
-                raise CorruptError(
-                    f"{tensor.name} is in two files",
-                    path=place,
-                    tensor=tensor.name,
-                    expected="each tensor once",
-                    found=f"in {file_of[tensor.name]} and in {name}",
-                )
-            file_of[tensor.name] = name
-        tensors.extend(parsed.tensors)
-    if weight_map is not None:
-        _check_index(weight_map, file_of, place)
-    size = sum(tensor.nbytes for tensor in tensors)
-    wrong = total is not None and total != size
-    warnings = (f"the index says total_size {total}, the tensors have {size} bytes",) if wrong else ()
-    return {"tensors": tuple(tensors), "files": tuple(files), "file_of": file_of, "warnings": warnings}
-
-
-def _listing(
-    names: set[str], read: Callable[[str], bytes], place: object, only: str | None
-) -> tuple[list[str], dict[str, str] | None, object]:
-    """The weight files to read, and of an index its weight_map and total_size. The order is transformers'."""
-    if only is not None:
-        return [only], None, None
-    for single, index in (("model.safetensors", SAFETENSORS_INDEX), ("pytorch_model.bin", PICKLE_INDEX)):
-        if single in names:
-            return [single], None, None
-        if index in names:
-            weight_map, total = _index(read(index), f"{place}/{index}")
-            listed = sorted(set(weight_map.values()))
-            if missing := [name for name in listed if name not in names]:
-                raise CorruptError(
-                    f"{missing[0]} is listed in the index but is not there",
-                    path=place,
-                    expected=f"{len(listed)} files",
-                    found=f"{len(listed) - len(missing)} of them",
-                    hint="download the checkpoint again",
-                )
-            return listed, weight_map, total
-    raise _no_weights(names, place)
-
-
-def _each(header: ReadHeader, names: list[str], threads: int) -> Iterable[tuple[Header, SourceFile]]:
-    if threads == 1:
-        return map(header, names)
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(header, names))
-
-
-def _no_weights(names: set[str], place: object) -> TpshardError:
-    expected = f"model.safetensors, or {SAFETENSORS_INDEX} with its files"
-    endings = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
-    others = sorted(name for name in names if name.endswith(endings))
-    if not others:
-        return CorruptError("no weights found", path=place, expected=expected, found="no weight file")
-    return UnsupportedError(
-        "no weights in a form that is read here",
-        path=place,
-        expected=expected,
-        found=", ".join(others[:4]),
-        hint="name a .safetensors file to use just that",
-    )
-
-
-def _index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
-    data = load_json(raw, path)
-    weight_map = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CorruptError("the index has no weight_map of names to files", path=path, expected="an object of strings")
-    for name in sorted(set(weight_map.values())):
-        pure = PurePosixPath(name.replace("\\", "/"))
-        if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", name):
-            raise UnsafeError(
-                "the index points outside the model",
-                path=path,
-                found=repr(name),
-                expected="file names inside the model's directory",
-            )
-        if len(pure.parts) != 1:
-            raise CorruptError(
-                "the index names a file in a subdirectory",
-                path=path,
-                expected="names of files beside it",
-                found=repr(name),
-            )
-    metadata = data.get("metadata")
-    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], place: object) -> None:

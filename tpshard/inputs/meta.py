@@ -22,7 +22,8 @@ from tpshard.rules.architecture import builtin
 from tpshard.rules.classify import classify
 from tpshard.storage.local import load_json, read_bytes, safe_path, side_paths
 from tpshard.storage.names import META_PARAMS
-from tpshard.storage.safetensors import RankFile, TensorInfo
+from tpshard.storage.safetensors import TensorInfo
+from tpshard.storage.source import RankFile
 
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 

@@ -9,12 +9,12 @@ from tpshard.inputs.checkpoint import Checkpoint, source_digest
 from tpshard.planning.join import Placed, alignment_order
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
-from tpshard.rules.multimodal import find_subject
+from tpshard.rules.multimodal import find_rules
 
 
 def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: str | None = None) -> Model:
     """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
-    subject = find_subject(checkpoint.config, rules, checkpoint.config_path)
+    subject = find_rules(checkpoint.config, rules, checkpoint.config_path)
     classified, text = subject.classify(checkpoint.tensors)
     logical = []
     for info in checkpoint.tensors:

@@ -13,16 +13,18 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.manifest import digest_of, stored_from_json
+from tpshard.formats.manifest import cut_from_json, digest_of, stored_from_json
 from tpshard.formats.split import FORMAT_VERSION, Laid, Options, Split
 from tpshard.formats.torch_archive import check_literals
-from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.axes import Axis
 from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
-from tpshard.storage.local import load_json, read_bytes, safe_path, side_paths
+from tpshard.planning.sound import why_unsound
+from tpshard.storage.local import load_json, read_bytes, read_header, safe_path, side_paths
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, rank_stem
-from tpshard.storage.safetensors import RankFile, TensorInfo, nbytes, read_header
+from tpshard.storage.safetensors import TensorInfo, nbytes
+from tpshard.storage.source import RankFile
 
 _SAME = "copy it from where the rank files come from: it is the same on every host"
 _REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
@@ -194,8 +196,7 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     ranks: list[list[StoredTensor]] = [[] for _ in range(tp)]
     file_of, full_names, dropped = {}, {}, {}
     for entry in manifest["tensors"]:
-        cut = Cut(entry["rule"], entry.get("dim"), tuple(entry.get("segments", ())), entry.get("interleave"))
-        tensor = LogicalTensor(entry["name"], entry["dtype"], tuple(entry["shape"]), cut)
+        tensor = LogicalTensor(entry["name"], entry["dtype"], tuple(entry["shape"]), cut_from_json(entry))
         tensors.append(tensor)
         file_of[tensor.name] = entry["file"]
         if "full" in entry:
@@ -224,6 +225,8 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         full_names=full_names,
         config=_config(directory),
     )
+    if reason := why_unsound(tensors, tuple(map(tuple, ranks))):
+        raise ValueError(reason)
     return Split(
         model, options, format_of(options.format), Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], raw
     )

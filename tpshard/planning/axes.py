@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,20 +30,26 @@ class Cut:
 
     `segments` are axis names (a fused q, k, v is three). With `interleave`, the segments are stored interleaved per
     unit of that axis. Replicated tensors have `dim` None and no segments.
+    ratio: elements of the axes for one stored element along `dim` (a weight packed by eights, a scale of a block).
     """
 
     kind: Kind
     dim: int | None = None
     segments: tuple[str, ...] = ()
     interleave: str | None = None
+    ratio: int = 1
 
     @property
     def rule(self) -> str:
-        """The rule as the user reads it: `column heads kv kv / kv`."""
-        return " ".join([self.kind, *self.segments, *(["/", self.interleave] if self.interleave else [])])
+        """The rule as the user reads it."""
+        return rule_key(self.kind, self.segments, self.interleave)
+
+
+def rule_key(kind: str, axes: Iterable[str], interleave: str | None) -> str:
+    """A rule as rules files and reports have it: `column heads kv kv / kv`."""
+    return " ".join([kind, *axes, *(["/", interleave] if interleave else [])])
 
 
 Kind = Literal["column", "row", "replicate", "buffer"]
-
-
 SPLIT_AXIS = {"column": "out", "row": "in"}
+"""The feature axis along which a module is cut."""

@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from tpshard.errors import UnsupportedError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
-from tpshard.planning.deal import Deal
+from tpshard.planning.deal import Deal, deal, listing, possible_tp
 from tpshard.storage.safetensors import DTYPE_BITS
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,10 @@ Interval = tuple[int, int, int]
 def intervals(
     cut: Cut, axes: Mapping[str, Axis], ranges: Deal, rank: int
 ) -> tuple[tuple[Interval, ...], tuple[tuple[int, int], ...], int]:
-    """What a rank holds along a cut dim: the intervals, the ranges of padding, and the stored size, in elements."""
+    """What a rank holds of a module along its cut axis: the intervals, the ranges of padding, and the stored size.
+
+    All are elements of the axis, of which `cut.ratio` are one element of the tensor.
+    """
     tp = len(next(iter(ranges.values())))
     segments = tuple(
         (
@@ -133,6 +133,7 @@ def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], tp: int, r
             continue
         key = (tensor.shape, tensor.cut, dtype)
         if key not in known:
+            _check_ratio(tensor, tensors, axes, ranges)
             known[key] = tuple(_share(tensor, axes, ranges, rank) for rank in range(tp))
         for rank, (shape, pieces, zeros) in zip(ranks, known[key], strict=True):
             rank.append(StoredTensor(name, dtype, shape, tuple([Part(name, box, at) for box, at in pieces]), zeros))
@@ -147,12 +148,50 @@ def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: 
     cut, shape, dim = tensor.cut, tensor.shape, tensor.cut.dim
     assert dim is not None
     kept, fills, size = intervals(cut, axes, ranges, rank)
+    if cut.ratio != 1:
+        kept = tuple((start // cut.ratio, -(-stop // cut.ratio), at // cut.ratio) for start, stop, at in kept)
+        fills = tuple((-(-start // cut.ratio), stop // cut.ratio) for start, stop in fills)
+        size = -(-size // cut.ratio)
     _check_bytes(tensor, dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
 
     before, after = (0,) * dim, (0,) * (len(shape) - dim - 1)
     pieces = tuple((slab(shape, dim, start, stop), (*before, at, *after)) for start, stop, at in kept)
     zeros = tuple(slab(shape, dim, start, stop) for start, stop in fills)
     return (*shape[:dim], size, *shape[dim + 1 :]), pieces, zeros
+
+
+def _check_ratio(
+    tensor: LogicalTensor, tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], ranges: Deal
+) -> None:
+    """UnsupportedError where ranks part inside an element that stands for several of the axis.
+
+    It names the values of tp that work for all of `tensors`.
+    """
+    cut = tensor.cut
+    if cut.ratio == 1 or (position := _inside_an_element(cut, axes, ranges)) is None:
+        return
+    cuts = {each.cut for each in tensors if each.cut.ratio != 1}
+    deals = {tp: deal(axes, tp, None, None) for tp in possible_tp(axes)}
+    possible = [tp for tp in deals if all(_inside_an_element(each, axes, deals[tp]) is None for each in cuts)]
+    units = " + ".join(f"{axes[name].count} {name} of {axes[name].unit}" for name in cut.segments)
+    raise UnsupportedError(
+        f"{tensor.name}: a cut at {position} of {units} falls inside an element, which stands for {cut.ratio}",
+        tensor=tensor.name,
+        expected=f"cuts at multiples of {cut.ratio}, as with tp {listing(possible)}",
+        found=f"tp {len(next(iter(ranges.values())))}",
+    )
+
+
+def _inside_an_element(cut: Cut, axes: Mapping[str, Axis], ranges: Deal) -> int | None:
+    """The first boundary that is not on a whole element of the tensor; the end of the axis may be inside its last."""
+    end = sum(axes[name].count * axes[name].unit for name in cut.segments)
+    for rank in range(len(next(iter(ranges.values())))):
+        kept, fills, _ = intervals(cut, axes, ranges, rank)
+        ends = [position for start, stop, _ in kept for position in (start, stop) if position != end]
+        for position in (*ends, *(stop for _, stop in fills)):
+            if position % cut.ratio:
+                return position
+    return None
 
 
 def whole(tensor: LogicalTensor) -> StoredTensor:

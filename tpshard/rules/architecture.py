@@ -1,4 +1,4 @@
-"""Architecture files: rules of a family of models as data, read and checked, not yet evaluated for a config.
+"""Architecture files: the rules for a family of models as data, read and checked but not yet evaluated for a config.
 
 They are `architectures/*.toml`, or a file of the user's own.
 """
@@ -23,6 +23,8 @@ _DIRECTORY = Path(__file__).parent / "architectures"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
+    """How modules are cut: all those that one of `patterns` matches, where `condition` holds."""
+
     kind: Kind
     axes: tuple[str, ...]
     interleave: str | None
@@ -32,7 +34,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One TOML file of rules, checked but not yet evaluated for a config."""
+    """An architecture file; docs/reference/rules.md describes its keys."""
 
     name: str
     text: str
@@ -50,7 +52,7 @@ class Architecture:
 
     @property
     def digest(self) -> str:
-        """sha256 of the file's text: names the exact rules that a shard set was made with."""
+        """sha256 of the file's text, which identifies the exact rules that a shard set was made with."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -66,7 +68,7 @@ def _table_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(valid, value.values()))
 
 
-# What a key may hold, and how to say so.
+# For each key, whether a value is valid, and what to call a valid one in a message.
 _TOP_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model_types": (_is_list, "a list of strings"),
     "prefix": (lambda value: isinstance(value, str), "a string"),
@@ -97,16 +99,16 @@ def _check_keys(
     where: str = "",
 ) -> None:
     if unknown := set(data) - set(known):
-        raise _Refused(f"{where}unknown keys: {', '.join(sorted(unknown))}")
+        raise _InvalidRules(f"{where}unknown keys: {', '.join(sorted(unknown))}")
     if missing := needed - set(data):
-        raise _Refused(f"{where}missing keys: {', '.join(sorted(missing))}")
+        raise _InvalidRules(f"{where}missing keys: {', '.join(sorted(missing))}")
     for key, value in data.items():
         if not known[key][0](value):
-            raise _Refused(f"{where}{key} must be {known[key][1]}")
+            raise _InvalidRules(f"{where}{key} must be {known[key][1]}")
 
 
 def parse_architecture(text: str, path: str) -> Architecture:
-    """Read an architecture file. UsageError when it is not one: an unknown key is refused, never ignored."""
+    """Parse an architecture file. UsageError for anything wrong in it, an unknown key included."""
     try:
         data = tomllib.loads(text)
         _check_tables(data)
@@ -116,7 +118,7 @@ def parse_architecture(text: str, path: str) -> Architecture:
         rules = tuple(_rule(key, patterns, data["axes"], named) for key, patterns in data["rules"].items())
         _check_expressions(data, rules, named)
         _check_patterns(data, rules)
-    except (tomllib.TOMLDecodeError, RecursionError, expression.ExpressionError, _Refused) as error:
+    except (tomllib.TOMLDecodeError, RecursionError, expression.ExpressionError, _InvalidRules) as error:
         hint = "see `tpshard archs show llama` for the form"
         raise UsageError(f"bad rules file: {error}", path=path, hint=hint) from None
     return Architecture(
@@ -136,8 +138,8 @@ def parse_architecture(text: str, path: str) -> Architecture:
     )
 
 
-class _Refused(Exception):
-    """What is wrong with a rules file."""
+class _InvalidRules(Exception):
+    """Says what is wrong with a rules file."""
 
 
 def _check_tables(data: Mapping[str, Any]) -> None:
@@ -145,26 +147,26 @@ def _check_tables(data: Mapping[str, Any]) -> None:
     for name, axis in data["axes"].items():
         _check_keys(axis, _AXIS_KEYS, {"count"}, f"axis {name}: ")
         if (group := axis.get("group", name)) not in data["axes"] or "group" in data["axes"][group]:
-            raise _Refused(f"axis {name}: group {group!r} is not an axis, or has a group itself")
+            raise _InvalidRules(f"axis {name}: group {group!r} is not an axis, or has a group itself")
 
 
 def _rule(key: str, patterns: Sequence[str], axes: Collection[str], named: Mapping[str, str]) -> Rule:
-    """A rule from its key, such as `column heads kv kv / kv if not old`."""
+    """Parse a rule's key, such as `column heads kv kv / kv if not old`."""
     head, _, condition = key.partition(" if ")
     words, _, interleave = head.partition("/")
     kind, *segments = words.split()
     interleave = interleave.strip()
     if kind not in ("column", "row", "replicate", "buffer") or (kind in SPLIT_AXIS) != bool(segments):
-        raise _Refused(f"rule {key!r}: expected `column AXIS…`, `row AXIS…`, `replicate` or `buffer`")
+        raise _InvalidRules(f"rule {key!r}: expected `column AXIS…`, `row AXIS…`, `replicate` or `buffer`")
     for axis in [*segments, *([interleave] if interleave else [])]:
         if axis not in axes:
-            raise _Refused(f"rule {key!r}: {axis!r} is not an axis")
+            raise _InvalidRules(f"rule {key!r}: {axis!r} is not an axis")
     condition = _spelled_out(condition.strip(), named)
     return Rule(cast(Kind, kind), tuple(segments), interleave or None, condition or None, tuple(patterns))
 
 
 def _check_expressions(data: Mapping[str, Any], rules: Sequence[Rule], named: Mapping[str, str]) -> None:
-    """ExpressionError when one is not of the language, used or not."""
+    """ExpressionError for any expression that does not parse, used or not."""
     for text in [
         *named.values(),
         *(str(data[key]) for key in ("layers", "extra_layers", "experts") if key in data),
@@ -180,25 +182,27 @@ def _check_patterns(data: Mapping[str, Any], rules: Sequence[Rule]) -> None:
         try:
             compile_pattern(pattern.removesuffix("?"))
         except re.error as error:
-            raise _Refused(f"pattern {pattern!r}: {error}") from None
+            raise _InvalidRules(f"pattern {pattern!r}: {error}") from None
         if "experts" not in data and pattern.removesuffix("?").split(".").count("*") > 1:
-            raise _Refused(f"pattern {pattern!r} is of experts, and no key `experts` says how many there are")
+            raise _InvalidRules(f"pattern {pattern!r} is of experts, and no key `experts` says how many there are")
     for rule in rules:
         unlayered = [pattern for pattern in rule.patterns if "*" not in pattern.removesuffix("?").split(".")]
         if unlayered and asks_layer(rule.condition):
-            raise _Refused(f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one")
+            raise _InvalidRules(
+                f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one"
+            )
 
 
 _NAME_OR_STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\b(?P<name>[^\W\d]\w*)""")
 
 
 def _spelled_out(condition: str, named: Mapping[str, str]) -> str:
-    """A condition with the named conditions in their places."""
+    """A condition with the names of other conditions replaced by what they stand for."""
     return _NAME_OR_STRING.sub(lambda found: named.get(found["name"], found[0]), condition)
 
 
 def asks_layer(condition: str | None) -> bool:
-    """Whether a condition asks for the layer's number: its rule may hold in some layers and not in others."""
+    """Whether a condition depends on the layer, so that its rule may hold in some layers and not in others."""
     return condition is not None and "layer" in expression.names(condition)
 
 
@@ -212,7 +216,7 @@ def load_architecture(path: Path) -> Architecture:
 
 
 def builtin_names() -> list[str]:
-    """Names of the built-in architecture files."""
+    """The names of the built-in architectures."""
     return [path.stem for path in _builtin_files()]
 
 
@@ -226,11 +230,11 @@ def _builtin_files() -> list[Path]:
 
 
 def builtin_or_none(name: str) -> Architecture | None:
-    """A built-in architecture by file name or model_type."""
+    """A built-in architecture by name or model_type, or None."""
     path = _DIRECTORY / f"{name}.toml"
     if re.fullmatch(r"[\w.-]+", name) and path.is_file():
         return load_architecture(path)
-    # Reading TOML is slow, so only a file that has the name in it is read as TOML.
+    # Parsing TOML is slow, so only files that contain the name are parsed.
     for text, file in ((path.read_text(encoding="utf-8"), str(path)) for path in _builtin_files()):
         if f'"{name}"' in text and name in (found := parse_architecture(text, file)).model_types:
             return found
@@ -238,7 +242,7 @@ def builtin_or_none(name: str) -> Architecture | None:
 
 
 def builtin(name: str) -> Architecture:
-    """A built-in architecture by file name or model_type; UnsupportedError when there is none."""
+    """A built-in architecture by name or model_type; UnsupportedError when there is none."""
     if architecture := builtin_or_none(name):
         return architecture
     raise UnsupportedError(
@@ -257,7 +261,7 @@ def _closest(name: str) -> str:
 
 
 def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path: object) -> Architecture:
-    """The architecture for a config: the user's file if given, else the built-in one of its model_type."""
+    """The architecture for a config: the user's file if given, else the built-in one for its model_type."""
     model_type = config.get("model_type")
     if rules is not None:
         architecture = load_architecture(rules)
@@ -276,13 +280,13 @@ def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path
     return builtin(model_type)
 
 
-NUMBER = r"(?:0|[1-9][0-9]*)"  # a layer's number, as nobody writes it otherwise
+NUMBER = r"(?:0|[1-9][0-9]*)"  # of a layer or an expert, without leading zeros
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A pattern as a regular expression over whole tensor names.
+    """The regular expression for the names of all tensors of the modules that a pattern matches.
 
-    `*` and `[..]` match inside one dotted component; a component that is `*` alone is a number and a captured group,
+    `*` and `[..]` match inside one dotted component. A component that is `*` alone is a number and a captured group:
     the layer first, then the expert.
     """
     parts = []

@@ -1,7 +1,7 @@
-"""Architecture rules: which tensor is cut along which dim, in which units.
+"""Classification: which tensor is cut along which dim, in which units.
 
-Evaluates an architecture's rules for one config and gives every tensor of a checkpoint its `Cut`. It knows no tp: how
-many ranks there are comes later.
+It evaluates an architecture's rules for one config and gives every tensor of a checkpoint its `Cut`. The number of
+ranks plays no part in it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher
+from tpshard.rules.schemes import Companion
 from tpshard.storage.safetensors import TensorInfo
 
 
 @dataclass(frozen=True)
-class Classified:
-    """Rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
+class Classification:
+    """An architecture's rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
 
-    full_names: of tensors whose name lacks the prefix, their name with it.
+    tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it.
     """
 
     axes: Mapping[str, Axis]
@@ -36,8 +37,8 @@ def classify(
     config: Mapping[str, Any],
     tensors: Iterable[TensorInfo],
     names: Mapping[str, str] | None = None,
-) -> Classified:
-    """Give every tensor its cut. names: what the rules call a tensor that has another name in the checkpoint.
+) -> Classification:
+    """Give every tensor its cut. names: for tensors that the rules know by another name, that name.
 
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
@@ -53,29 +54,29 @@ def classify(
 
 def _classify(
     architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo], names: Mapping[str, str]
-) -> Classified:
+) -> Classification:
     matcher = Matcher(architecture, config)
     matches = [matcher.match(tensor, names.get(tensor.name, tensor.name)) for tensor in tensors]
     used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
     used |= {group for name in used if (group := architecture.axes[name].get("group"))}
     axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
     cuts: dict[str, Cut] = {}
-    for tensor, (rule, dims) in zip(tensors, matches, strict=True):
-        cut = _cut(tensor, rule, dims)
+    for tensor, (rule, companion, dims) in zip(tensors, matches, strict=True):
+        cut = _cut(tensor, rule, companion, dims)
         _check_sum(tensor, cut, axes, architecture.name)
         cuts[tensor.name] = cut
     matcher.check_complete()
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    return Classified(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
 
 
 def recognise(
     architecture: Architecture, config: Mapping[str, Any], names: Iterable[str], exact: bool = False
 ) -> tuple[list[str], list[str]]:
-    """By names alone: the required patterns that match none of `names`, and those of `names` without a rule.
+    """From names alone, the required patterns that match none of `names`, and the names that have no rule.
 
-    exact: a name must have the prefix that a checkpoint may leave out.
+    exact: names must have the prefix that a checkpoint may omit.
     """
     names = tuple(names)
     try:
@@ -89,7 +90,7 @@ def recognise(
 
 
 def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The config with what it means when it is silent, and with what the checkpoint is found to hold."""
+    """The config, with defaults for keys that it lacks and the keys of [found], which depend on the tensors."""
     config = {**architecture.defaults, **config}
     for key, pattern in architecture.found.items():
         compiled = compile_pattern(pattern)
@@ -112,22 +113,25 @@ def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis
     )
 
 
-def _cut(tensor: TensorInfo, rule: Rule, dims: tuple[str, ...]) -> Cut:
+def _cut(tensor: TensorInfo, rule: Rule, companion: Companion, dims: tuple[str, ...]) -> Cut:
+    """The cut of one tensor, from its module's rule: along the dim of the rule's axis, at that axis' ratio.
+
+    A companion that never has the axis is whole on every rank (a row-parallel bias, added once after the sum).
+    """
     axis = SPLIT_AXIS.get(rule.kind)
     if axis is None:
         return Cut(rule.kind)
-    if axis not in dims:
-        # A row-parallel bias has no `in`: every rank has it whole, and it is added once, after the sum.
-        if rule.kind == "row" and dims and tensor.name.endswith("bias"):
-            return Cut("replicate")
-        raise UnsupportedError(
-            f"{tensor.name} cannot be split by {rule.kind}: no dim of it is known to be `{axis}`",
-            path=tensor.file,
-            tensor=tensor.name,
-            found=f"shape {list(tensor.shape)}, dims {', '.join(dims) or 'unknown'}",
-            hint="name the axis of each of its dims under [dims] in a rules file of your own",
-        )
-    return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave)
+    if axis in dims:
+        return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave, companion.ratio.get(axis, 1))
+    if dims and not companion.has(axis):
+        return Cut("replicate")
+    raise UnsupportedError(
+        f"{tensor.name} cannot be split by {rule.kind}: no dim of it is known to be `{axis}`",
+        path=tensor.file,
+        tensor=tensor.name,
+        found=f"shape {list(tensor.shape)}, dims {', '.join(dims) or 'unknown'}",
+        hint="name the axis of each of its dims under [dims] in a rules file of your own",
+    )
 
 
 def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str) -> None:
@@ -135,6 +139,9 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
         return
     terms = [f"{name} {axes[name].count} x {axes[name].unit}" for name in cut.segments]
     expected = sum(axes[name].count * axes[name].unit for name in cut.segments)
+    if cut.ratio != 1:
+        expected = -(-expected // cut.ratio)
+        terms[-1] += f", {cut.ratio} of them an element"
     if tensor.shape[cut.dim] != expected:
         raise CorruptError(
             f"config.json contradicts the tensor {tensor.name}",

@@ -1,8 +1,8 @@
-"""Checkpoints that nest a text model, such as vision-language models: its decoder is split, all the rest is replicated.
+"""Checkpoints that nest a text model, as vision-language models do: its decoder is split, the rest is replicated.
 
-The text model's own rules are used, under the prefix that its tensors have in the checkpoint. The prefix is found from
-the names alone and must be the only one under which the decoder is complete; below it every tensor needs a rule, so
-that no part of the decoder is ever taken for the rest.
+The text model's own rules apply below the prefix that its tensors have in the checkpoint. The prefix is found from the
+names alone and must be the only one below which the decoder is complete. Every tensor below it needs a rule, so that no
+part of the decoder is ever taken for a part of the rest.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from typing import Any
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import Cut
 from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
-from tpshard.rules.classify import Classified, classify, recognise
+from tpshard.rules.classify import Classification, classify, recognise
+from tpshard.rules.schemes import split_name
 from tpshard.storage.safetensors import TensorInfo
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
-"""Where configs nest that of the text model: transformers' key, InternVL's, DeepSeek-VL2's."""
+"""The keys under which configs nest the text model's: in transformers, InternVL and DeepSeek-VL2."""
 _INHERITED = ("tie_word_embeddings",)
-"""What a text config that is silent takes from the outer one; other keys of the outer one may mean something else."""
+"""Keys that a text config inherits from the outer one if it lacks them; others may mean something else there."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text model that a config nests. key: where; None where the outer config itself holds its values."""
+    """The text model that a config nests, under `key`; None if the outer config itself holds its values."""
 
     model_type: str
     key: str | None
@@ -34,15 +35,15 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Which rules are for a checkpoint: of the whole model, or of the text model in it."""
+class ModelRules:
+    """The rules that apply to a checkpoint: to the whole model, or to the text model in it."""
 
     architecture: Architecture
     config: Mapping[str, Any]
     text: TextConfig | None = None
 
-    def classify(self, tensors: Sequence[TensorInfo]) -> tuple[Classified, Mapping[str, Any] | None]:
-        """Every tensor's cut, and of a nested model what the manifest says of it (plain JSON)."""
+    def classify(self, tensors: Sequence[TensorInfo]) -> tuple[Classification, Mapping[str, Any] | None]:
+        """Every tensor's cut, and what the manifest says about a nested text model (plain JSON), if there is one."""
         if self.text is None:
             return classify(self.architecture, self.config, tensors), None
         prefix = _find_prefix(self.architecture, self.text, tensors)
@@ -61,32 +62,32 @@ class Subject:
 
 
 def text_config(config: Mapping[str, Any]) -> TextConfig | None:
-    """The text model that a config nests, or None; transformers calls the text part of `x` `x_text`."""
+    """The text model that a config nests, or None. Its model_type is by default `x_text` if the outer one is `x`."""
     outer = config.get("model_type")
     for key in TEXT_KEYS:
         if isinstance(inner := config.get(key), dict):
             inherited = {name: config[name] for name in _INHERITED if name in config}
             return TextConfig(str(inner.get("model_type") or f"{outer}_text"), key, inherited | inner)
-    # The first files of some (Qwen2-VL) have the text model's values beside the vision model's.
+    # The first configs of some models (Qwen2-VL) have the text model's values at the top, beside `vision_config`.
     return TextConfig(f"{outer}_text", None, config) if isinstance(config.get("vision_config"), dict) else None
 
 
-def find_subject(config: Mapping[str, Any], rules: Path | None, config_path: object) -> Subject:
-    """The rules for a config: those of its own model_type, else those of the text model that it nests."""
+def find_rules(config: Mapping[str, Any], rules: Path | None, config_path: object) -> ModelRules:
+    """The rules for a config: those for its own model_type, or else for the text model that it nests."""
     text = text_config(config)
     if text is None:
-        return Subject(find_architecture(config, rules, config_path), config)
+        return ModelRules(find_architecture(config, rules, config_path), config)
     if rules is not None:
         architecture = load_architecture(rules)
         if config.get("model_type") in architecture.model_types or text.model_type not in architecture.model_types:
-            return Subject(find_architecture(config, rules, config_path), config)
-        return Subject(architecture, config, text)
+            return ModelRules(find_architecture(config, rules, config_path), config)
+        return ModelRules(architecture, config, text)
     if own := builtin_or_none(str(config.get("model_type"))):
-        return Subject(own, config)
+        return ModelRules(own, config)
     if of_text := builtin_or_none(text.model_type):
-        return Subject(of_text, config, text)
+        return ModelRules(of_text, config, text)
     if text.key is None:
-        return Subject(find_architecture(config, None, config_path), config)
+        return ModelRules(find_architecture(config, None, config_path), config)
     raise UnsupportedError(
         f"no rules for model_type {config.get('model_type')!r}, nor for its text model {text.model_type!r}",
         path=config_path,
@@ -95,12 +96,12 @@ def find_subject(config: Mapping[str, Any], rules: Path | None, config_path: obj
 
 
 def _find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence[TensorInfo]) -> str:
-    """The outermost prefix that has the whole decoder below it and nothing else."""
+    """The shortest prefix that has the whole decoder below it and nothing else."""
     below: dict[str, list[str]] = {}
     for tensor in tensors:
         for prefix in _prefixes(tensor.name):
             below.setdefault(prefix, []).append(tensor.name[len(prefix) :])
-    complete: dict[str, list[str]] = {}  # prefix -> names below it without a rule
+    complete: dict[str, list[str]] = {}  # prefix -> names below it that have no rule
     nearest: tuple[int, str, list[str]] | None = None
     for prefix, names in below.items():
         missing, unknown = recognise(architecture, text.config, names)
@@ -108,7 +109,7 @@ def _find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence
             complete[prefix] = unknown
         elif nearest is None or len(missing) < nearest[0]:
             nearest = (len(missing), prefix, missing)
-    # Deepest first: one that lies inside another is the same decoder, named with more of its path.
+    # Only the longest: of two nested prefixes, both see the same decoder, one with more of its path.
     inner = [prefix for prefix in complete if not any(p != prefix and p.startswith(prefix) for p in complete)]
     what = f"the text model ({text.model_type}, {architecture.name} rules)"
     if not inner:
@@ -137,7 +138,7 @@ def _find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence
 
 
 def _prefixes(name: str) -> Iterable[str]:
-    """`""`, `a.`, `a.b.` of `a.b.0.c.weight`: what may stand before a decoder, up to the first number."""
+    """What may precede a decoder in a name, up to the first number: `""`, `a.` and `a.b.` for `a.b.0.c.weight`."""
     end = 0
     yield ""
     for component in name.split(".")[:-1]:
@@ -150,9 +151,9 @@ def _prefixes(name: str) -> Iterable[str]:
 def _text_names(
     architecture: Architecture, text: TextConfig, prefix: str, tensors: Sequence[TensorInfo]
 ) -> dict[str, str]:
-    """The decoder's tensors: name → name in the rules. The head may lie further out than the layers."""
+    """The decoder's tensors: name → name in the rules. The head may have a shorter prefix than the layers."""
     names = {t.name: t.name[len(prefix) :] for t in tensors if t.name.startswith(prefix)}
-    for start in _prefixes(prefix + "weight"):
+    for start in _prefixes(prefix):
         rest = [t.name[len(start) :] for t in tensors if t.name not in names and t.name.startswith(start)]
         _, unknown = recognise(architecture, text.config, rest, exact=True)
         names |= {start + name: name for name in set(rest).difference(unknown)}
@@ -160,9 +161,9 @@ def _text_names(
 
 
 def _tied(tied: Mapping[str, str], names: Mapping[str, str], prefix: str, architecture: Architecture) -> dict[str, str]:
-    """Tied modules by their names in the checkpoint."""
+    """The tied modules under the names that they have in the checkpoint."""
     base = architecture.prefix
-    stored = {rule.removeprefix(base).rpartition(".")[0]: name.rpartition(".")[0] for name, rule in names.items()}
+    stored = {split_name(rule.removeprefix(base))[0]: split_name(name)[0] for name, rule in names.items()}
     # A head that is not stored belongs beside the base model: inside the prefix where that says `model.` too.
     beside = prefix if any(rule.startswith(base) for rule in names.values()) else ""
     return {

@@ -1,4 +1,4 @@
-"""Tensor names against an architecture's patterns: the one rule of each tensor, and whether all tensors are there."""
+"""Matching of tensor names with an architecture's patterns: the one rule of each, and whether any tensor is missing."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from typing import Any
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
 from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, compile_pattern
-from tpshard.rules.schemes import stored_axes
+from tpshard.rules.schemes import Companion, companion_of, split_name
 from tpshard.storage.safetensors import TensorInfo
 
 
 @dataclass(slots=True, eq=False)
 class Pattern:
-    """A pattern of a rule, and what it has matched so far."""
+    """A pattern of a rule, and what it has matched so far.
+
+    condition: on the layer. indices: of a required pattern, by name with `*` for numbers, the experts of each layer.
+    """
 
     text: str
     rule: Rule
     compiled: re.Pattern[str]
     required: bool
-    condition: str | None  # on the layer
+    condition: str | None
     seen: bool = False
-    # Where it is required: of every name without its numbers, the layers, and the experts in each.
     indices: dict[str, dict[int, set[int]]] = field(default_factory=dict)
 
 
 class Matcher:
-    """Matches tensor names against the rules that hold for a config, and remembers what was matched."""
+    """Matches tensor names with the rules that hold for a config, and keeps track of what was matched."""
 
     def __init__(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
         self.architecture = architecture
@@ -50,8 +52,8 @@ class Matcher:
         self.dims = [(pattern, compile_pattern(pattern.removesuffix("?"))) for pattern in architecture.dims]
         self.seen_dims: set[str] = set()
         self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
-        # Layers are alike, and experts, so the patterns that fit a name are looked up once per name with its numbers
-        # blanked out, unless a component of a pattern other than `*` can tell one number from another.
+        # Layers are alike, and so are experts: the patterns that fit a name are looked up once for all names that
+        # differ in numbers alone, unless a component of a pattern other than `*` can tell one number from another.
         components = {part for pattern in self.patterns for part in pattern.text.removesuffix("?").split(".")}
         numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
         self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){NUMBER}(?![^.])")
@@ -59,7 +61,7 @@ class Matcher:
         self._holding: dict[tuple[str, int], bool] = {}
 
     def find(self, name: str, prefix: str) -> tuple[str, list[Match]]:
-        """The patterns that match a name, as it is or after `prefix`, and the name that they match."""
+        """The patterns that match a name or `prefix` + name, and which of the two they match."""
         for full in dict.fromkeys((name, prefix + name)):
             key = self._index.sub("0", full)
             if key not in self._memo:
@@ -70,8 +72,11 @@ class Matcher:
                 return full, candidates
         return name, []
 
-    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, tuple[str, ...]]:
-        """The one rule of a tensor, which the rules know by another name perhaps, and the axis of each of its dims."""
+    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, Companion, tuple[str, ...]]:
+        """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
+
+        known_as: the tensor's name as the rules have it, the prefix perhaps excepted.
+        """
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
         if not candidates:
@@ -100,7 +105,8 @@ class Matcher:
         pattern.seen = True
         if pattern.required and numbers:
             pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
-        return pattern.rule, self._dims(full, tensor)
+        companion = companion_of(full)
+        return pattern.rule, companion, self._dims(full, companion, tensor)
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
         """Whether a pattern's rule holds in a layer."""
@@ -111,9 +117,9 @@ class Matcher:
             self._holding[key] = bool(expression.evaluate(pattern.condition, {**self.config, "layer": layer}))
         return self._holding[key]
 
-    def _dims(self, full: str, tensor: TensorInfo) -> tuple[str, ...]:
-        suffix = full.rpartition(".")[2]
-        if suffix != "bias":
+    def _dims(self, full: str, companion: Companion, tensor: TensorInfo) -> tuple[str, ...]:
+        """The axes of a tensor's dims. [dims] is of the companions that have both features, and of bare parameters."""
+        if companion.has("out", "in") or not split_name(full)[1]:
             for pattern, compiled in self.dims:
                 if compiled.fullmatch(full):
                     self.seen_dims.add(pattern)
@@ -135,19 +141,19 @@ class Matcher:
                             found=f"shape {list(tensor.shape)}",
                         )
                     return dims
-        return stored_axes(suffix, len(tensor.shape))
+        return companion.axes(len(tensor.shape))
 
     @cached_property
     def _experts(self) -> int:
-        """The experts of a layer, asked for only where a tensor is of one: a config of a dense model may have none."""
+        """The number of experts in a layer, evaluated on demand: the config of a dense model may not have it."""
         assert self.architecture.experts is not None
         return expression.evaluate_count(self.architecture.experts, self.config)
 
     def check_complete(self) -> None:
-        """CorruptError when a required pattern matched nothing, or not in every layer, or not for every expert."""
+        """CorruptError when a required pattern matched nothing, or not in every layer or not for every expert."""
         last = max((layer for p in self.patterns for layers in p.indices.values() for layer in layers), default=0)
         count = self.layers + (self.extra_layers if last >= self.layers else 0)
-        # Rules of some layers alone come last: `layers`, which may be any number, is then known to be the tensors'.
+        # Rules that hold in some layers come last: by then `layers`, which may be any number, is known to be right.
         for pattern in sorted(self.patterns, key=lambda pattern: pattern.condition is not None):
             anywhere = not pattern.condition or any(self._holds(pattern, layer) for layer in range(count))
             if pattern.required and not pattern.seen and anywhere:
@@ -172,7 +178,7 @@ class Matcher:
 def _check_run(
     rest: str, what: str, found: Collection[int], count: int, holds: Callable[[int], bool] = lambda index: True
 ) -> None:
-    """CorruptError unless the numbers found are those below `count` that hold."""
+    """CorruptError unless the numbers found are exactly those below `count` for which `holds` is true."""
     missing = list(islice((index for index in range(count) if index not in found and holds(index)), 6))
     extra = sorted(index for index in found if index >= count)
     if missing or extra:
@@ -185,11 +191,11 @@ def _check_run(
 
 
 Match = tuple[Pattern, list[int], str]
-"""A pattern that matches a name, the layer and expert in it, and the name with `*` for them."""
+"""A pattern that matches a name, the numbers of layer and expert in the name, and the name with `*` for them."""
 
 
 def _numbers(pattern: Pattern, full: str) -> tuple[list[int], str]:
-    """The layer and expert in a name that the pattern matches, and the name with `*` for them."""
+    """The numbers of layer and expert in a name that the pattern matches, and the name with `*` for them."""
     found = pattern.compiled.fullmatch(full)
     assert found is not None
     rest = full

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tpshard.errors import CorruptError, LocalIOError
+from tpshard.errors import CorruptError, LocalIOError, local_error
 from tpshard.units import human_bytes
 
 IOV_MAX = 1024
@@ -66,7 +67,42 @@ class Files:
         os.mkdir(path)
 
 
-def read_exactly(files: Files, fd: int, buffers: list[memoryview], offset: int, path: str) -> None:
+class Handles:
+    """Local files by path, each opened once and on first use: the `Reader` of what lies on this machine."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self._lock = threading.Lock()
+        self._fds: dict[str, int] = {}
+
+    def get(self, path: str) -> int:
+        """The read handle of a path."""
+        if (fd := self._fds.get(path)) is not None:
+            return fd
+        with self._lock:
+            if path not in self._fds:
+                try:
+                    self._fds[path] = self.files.open_read(path)
+                except OSError as error:
+                    raise local_error(error, "cannot open", path) from error
+            return self._fds[path]
+
+    def read_into(self, file: str, buffers: Sequence[memoryview], offset: int) -> None:
+        """Fill `buffers` from `offset` on. CorruptError when the file ends before, LocalIOError."""
+        fd = self.get(file)
+        try:
+            read_exactly(self.files, fd, buffers, offset, file)
+        except OSError as error:
+            raise local_error(error, "cannot read", file) from error
+
+    def close(self) -> None:
+        """Close all handles."""
+        for fd in self._fds.values():
+            self.files.close(fd)
+        self._fds.clear()
+
+
+def read_exactly(files: Files, fd: int, buffers: Sequence[memoryview], offset: int, path: str) -> None:
     """Fill `buffers` from `offset` on. CorruptError when the file ends before."""
     for some in _batches(buffers):
         while some:
@@ -86,7 +122,7 @@ def write_exactly(files: Files, fd: int, buffers: list[memoryview], offset: int)
             some = _rest(some, count)
 
 
-def _batches(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+def _batches(buffers: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
     if len(buffers) <= IOV_MAX:
         yield buffers
         return
@@ -94,7 +130,7 @@ def _batches(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
         yield buffers[i : i + IOV_MAX]
 
 
-def _rest(buffers: list[memoryview], count: int) -> list[memoryview]:
+def _rest(buffers: Sequence[memoryview], count: int) -> Sequence[memoryview]:
     """What is left of `buffers` after their first `count` bytes: nearly always nothing."""
     if count == sum(map(len, buffers)):
         return []

@@ -7,18 +7,18 @@ Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from tpshard.errors import CorruptError, HubError, UnsafeError, UnsupportedError, UsageError
+from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.files import require_space
 from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
-from tpshard.storage.names import PICKLE_PATTERNS, SIDE_PATTERNS, fits
+from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
+from tpshard.storage.weights import ReadFile, files_to_download
 
 SMALL_LIMIT = 20_000_000
 """Bytes of a file that is read whole over the network."""
@@ -50,11 +50,84 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class RemoteRepo:
-    """The files in a repository's root at one commit; `revision` is the commit's hash."""
+    """The files in a repository's root at one commit, as a source; `revision` is the commit's hash.
+
+    All that reads raises HubError.
+    """
 
     repo_id: str
     revision: str
     files: tuple[RemoteFile, ...]
+    requests: ClassVar[int] = 8
+
+    @property
+    def place(self) -> str:
+        return self.repo_id
+
+    def names(self) -> set[str]:
+        return {file.name for file in self.files}
+
+    def path(self, name: str) -> None:
+        """None: nothing of it is on this machine."""
+
+    def size(self, name: str) -> int:
+        return self._file(name).size
+
+    def digest(self, name: str) -> str | None:
+        return self._file(name).sha256
+
+    def _file(self, name: str) -> RemoteFile:
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise HubError(f"{self.repo_id} has no file {name} at {self.revision}")
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """The bytes `begin` to `end` (exclusive, within the file) of a file.
+
+        A server that sends the whole file instead is refused before its body is read.
+        """
+        size = self.size(name)
+        assert 0 <= begin < end <= size, f"{name}: {begin} to {end} of {size} bytes"
+
+        def read() -> bytes:
+            with _get(self, name, {"Range": f"bytes={begin}-{end - 1}"}) as (status, headers, chunks):
+                if status != 206:
+                    raise HubError(
+                        f"the Hub does not serve byte ranges of {name}",
+                        expected="HTTP 206",
+                        found=f"HTTP {status}",
+                        hint=f"download the repository first: hf download {self.repo_id} --revision {self.revision}",
+                    )
+                expected = f"bytes {begin}-{end - 1}/{size}"
+                found = headers.get("Content-Range")
+                if found not in (expected, f"bytes {begin}-{end - 1}/*"):
+                    raise HubError(f"the Hub sent another range of {name}", expected=expected, found=found)
+                return _exactly(chunks, end - begin, name)
+
+        return attempt(read, self.repo_id, self.revision)
+
+    def read_small(self, name: str) -> bytes:
+        """A whole file, checked against the Hub's digest where there is one."""
+        file = self._file(name)
+        limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
+        if file.size > limit:
+            raise HubError(
+                f"{name} in {self.repo_id} is too large to be what its name says",
+                expected=f"at most {limit} bytes",
+                found=f"{file.size} bytes",
+                hint="look at the repository: this may be another file under that name",
+            )
+
+        def read() -> bytes:
+            with _get(self, name, {}) as (_, _, chunks):
+                return _exactly(chunks, file.size, name)
+
+        content = attempt(read, self.repo_id, self.revision)
+        digest = hashlib.sha256(content).hexdigest()
+        if file.sha256 not in (None, digest):
+            raise HubError(f"{name} in {self.repo_id} arrived damaged", expected=f"sha256 {file.sha256}", found=digest)
+        return content
 
 
 def is_repo_id(text: str) -> bool:
@@ -94,7 +167,7 @@ def describe(repo_id: str, revision: str | None) -> RemoteRepo:
     return attempt(ask, repo_id, revision)
 
 
-def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, progress: bool = False) -> Snapshot:
+def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) -> Snapshot:
     """Fetch weights, config, tokenizer and licence of a repository into the shared cache, and nothing else.
 
     Pickle weights are fetched only with `allow_pickle`, and only where there are no safetensors. Files that the cache
@@ -118,7 +191,7 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
         # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
 
-    with _progress_bars(progress):
+    with _without_bars():
         names = [file.name for file in repo.files]
         side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
         _require_space(repo, {*side, *weights})
@@ -138,74 +211,12 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False, 
     return Snapshot(path, repo_id, repo.revision)
 
 
-def read_range(repo: RemoteRepo, name: str, begin: int, end: int) -> bytes:
-    """The bytes `begin` to `end` (exclusive, within the file) of a repository's file; several threads may call it.
-
-    A server that sends the whole file instead is refused before its body is read. Raises HubError.
-    """
-    size = _entry(repo, name).size
-    assert 0 <= begin < end <= size, f"{name}: {begin} to {end} of {size} bytes"
-
-    def read() -> bytes:
-        with _get(repo, name, {"Range": f"bytes={begin}-{end - 1}"}) as (status, headers, chunks):
-            if status != 206:
-                raise HubError(
-                    f"the Hub does not serve byte ranges of {name}",
-                    expected="HTTP 206",
-                    found=f"HTTP {status}",
-                    hint=f"download the repository first: hf download {repo.repo_id} --revision {repo.revision}",
-                )
-            expected = f"bytes {begin}-{end - 1}/{size}"
-            found = headers.get("Content-Range")
-            if found not in (expected, f"bytes {begin}-{end - 1}/*"):
-                raise HubError(f"the Hub sent another range of {name}", expected=expected, found=found)
-            return _exactly(chunks, end - begin, name)
-
-    return attempt(read, repo.repo_id, repo.revision)
-
-
-def read_small(repo: RemoteRepo, name: str, limit: int | None = None) -> bytes:
-    """A whole file of a repository, at most `limit` bytes, checked against the Hub's digest where there is one.
-
-    The limit is INDEX_LIMIT for an index of weight files, else SMALL_LIMIT.
-
-    Raises HubError.
-    """
-    file = _entry(repo, name)
-    if limit is None:
-        limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
-    if file.size > limit:
-        raise HubError(
-            f"{name} in {repo.repo_id} is too large to be what its name says",
-            expected=f"at most {limit} bytes",
-            found=f"{file.size} bytes",
-            hint="look at the repository: this may be another file under that name",
-        )
-
-    def read() -> bytes:
-        with _get(repo, name, {}) as (_, _, chunks):
-            return _exactly(chunks, file.size, name)
-
-    content = attempt(read, repo.repo_id, repo.revision)
-    digest = hashlib.sha256(content).hexdigest()
-    if file.sha256 not in (None, digest):
-        raise HubError(f"{name} in {repo.repo_id} arrived damaged", expected=f"sha256 {file.sha256}", found=digest)
-    return content
-
-
 def _check_repo_id(repo_id: str) -> None:
     if not is_repo_id(repo_id):
         raise UsageError(
             f"{repo_id!r} is not the name of a Hub repository",
             hint="name a directory or a file that exists, or a repository as owner/name",
         )
-
-
-def _entry(repo: RemoteRepo, name: str) -> RemoteFile:
-    for file in repo.files:
-        if file.name == name:
-            return file
-    raise HubError(f"{repo.repo_id} has no file {name} at {repo.revision}")
 
 
 @contextmanager
@@ -248,17 +259,17 @@ def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
 
 
 def _select(
-    repo_id: str, names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]
+    repo_id: str, names: Collection[str], allow_pickle: bool, index: ReadFile
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The files to have: the side files, and the weights in one form. `index` reads an index file."""
-    weights = _weights(names, allow_pickle, index)
+    weights = files_to_download(names, allow_pickle, index)
     if not weights:
         found = sorted(name for name in names if not name.startswith("."))
-        if any(fits(name, PICKLE_PATTERNS[:1]) for name in names):
+        if any(fits(name, [PICKLE_PATTERN]) for name in names):
             raise UnsafeError(
                 f"{repo_id} has only pickle weights, and unpickling can run code",
                 expected="*.safetensors",
-                found="pytorch_model*.bin",
+                found=PICKLE_PATTERN,
                 hint="--allow-pickle reads them with weights_only=True, which refuses code",
             )
         raise UnsupportedError(
@@ -266,35 +277,7 @@ def _select(
             expected="*.safetensors",
             found=", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "no files",
         )
-    return tuple(name for name in sorted(names) if fits(name, SIDE_PATTERNS)), weights
-
-
-def _weights(names: Collection[str], allow_pickle: bool, index: Callable[[str], bytes]) -> tuple[str, ...]:
-    """One complete set of weight files, or none: a repository may hold the same weights in several forms.
-
-    The order of preference is transformers': the single file, then the index, and safetensors before pickle.
-    """
-    forms = [("model.safetensors", "*.safetensors")]
-    if allow_pickle:
-        forms.append(("pytorch_model.bin", PICKLE_PATTERNS[0]))
-    for single, pattern in forms:
-        if single in names:
-            return (single,)
-        if f"{single}.index.json" in names:
-            return (f"{single}.index.json", *_shards(index(f"{single}.index.json"), f"{single}.index.json"))
-        loose = sorted(name for name in names if fits(name, [pattern]))
-        if loose:
-            return (*loose, *sorted(name for name in names if fits(name, [f"{pattern}.index.json"])))
-    return ()
-
-
-def _shards(text: bytes, name: str) -> tuple[str, ...]:
-    """The files that an index lists, without those outside the root: reading the checkpoint refuses such an index."""
-    try:
-        files = set(json.loads(text)["weight_map"].values())
-        return tuple(sorted(file for file in files if "/" not in file and "\\" not in file))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptError(f"{name} is not an index of weight files", expected='an object "weight_map"') from error
+    return tuple(side_files(names)), weights
 
 
 def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: UnreachableError) -> Snapshot:
@@ -314,9 +297,9 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
     def index(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    wanted = {"config.json"}
+    wanted = {CONFIG}
     try:
-        if tree is None and not _weights(names, allow_pickle, index):
+        if tree is None and not files_to_download(names, allow_pickle, index):
             wanted.add("*.safetensors")
         else:
             wanted.update(*_select(repo_id, names, allow_pickle, index))
@@ -380,12 +363,12 @@ def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
 
 
 @contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
-    """huggingface_hub's own bars on stderr, or none; HF_HUB_DISABLE_PROGRESS_BARS has the last word either way."""
+def _without_bars() -> Iterator[None]:
+    """huggingface_hub's own progress bars switched off."""
     from huggingface_hub import constants, utils
 
     bars: Any = utils  # these names are public, but not declared so
-    if show or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or bars.are_progress_bars_disabled():
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or bars.are_progress_bars_disabled():
         yield
         return
     bars.disable_progress_bars()

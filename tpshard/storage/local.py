@@ -5,12 +5,52 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tpshard.errors import CorruptError, LocalIOError, UnsafeError
 from tpshard.storage.names import side_files
+from tpshard.storage.safetensors import Header
+from tpshard.storage.source import fetch_header
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory as a source: an unsharded checkpoint, or a snapshot in the Hub's cache."""
+
+    root: Path
+    requests: ClassVar[int] = 1
+    _paths: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def place(self) -> str:
+        return str(self.root)
+
+    def names(self) -> set[str]:
+        """The names of all that is in the directory, subdirectories as well."""
+        return {entry.name for entry in entries(self.root)}
+
+    def path(self, name: str) -> Path:
+        """The file's path, which may be read: see `safe_path`."""
+        if name not in self._paths:
+            self._paths[name] = safe_path(self.root, name)
+        return self._paths[name]
+
+    def size(self, name: str) -> int:
+        return self.path(name).stat().st_size
+
+    def digest(self, name: str) -> str | None:
+        return blob_digest(self.path(name))
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        return bytes(read_range(self.path(name), begin, end))
+
+    def read_small(self, name: str) -> bytes:
+        return read_bytes(self.path(name))
 
 
 def load_json(raw: bytes, path: object) -> Any:
@@ -51,9 +91,40 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise CorruptError("the file is missing", path=path, hint="download the checkpoint again") from None
+        raise CorruptError(f"{path.name} is missing", path=path) from None
     except OSError as error:
         raise LocalIOError(f"cannot read: {error.strerror}", path=path) from None
+
+
+def read_range(path: str | os.PathLike[str], begin: int, end: int) -> bytearray:
+    """The bytes `begin` to `end` of a local file, fewer where it ends before. LocalIOError when it cannot be read."""
+    data, done = bytearray(end - begin), 0
+    with _readable(path), open(path, "rb", buffering=0) as file, memoryview(data) as view:
+        file.seek(begin)
+        while count := file.readinto(view[done:]):
+            done += count
+    del data[done:]
+    return data
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The validated header of a local file.
+
+    CorruptError for what the file holds, LocalIOError for what the system refuses.
+    """
+    with _readable(path):
+        size = os.stat(path).st_size
+    return fetch_header(partial(read_range, path), str(path), size)
+
+
+@contextmanager
+def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a name that no system has, such as one with a NUL
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        hint = "check the path and its permissions"
+        raise LocalIOError(f"cannot read the file: {reason}", path=path, hint=hint) from error
 
 
 def safe_path(directory: Path, name: str) -> Path:

@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+# Of checkpoints that others write.
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = f"{SAFETENSORS}.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = f"{PICKLE}.index.json"
+PICKLE_PATTERN = "pytorch_model*.bin"
+QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files in which quantisation tools say what they did, some of them nowhere else."""
+META_PARAMS = "params.json"
+DCP_METADATA = ".metadata"
+
+# Of a set that tpshard writes.
 MANIFEST = "tpshard.json"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-
-
-def side_files(names: Iterable[str]) -> list[str]:
-    """Those of `names` that travel with the weights (configuration, tokenizer, chat template, licence), sorted."""
-    return sorted(name for name in names if fits(name, SIDE_PATTERNS))
-
+SUMS = "SHA256SUMS"
+LOCK = ".tpshard.lock"
+"""The lock of a whole directory, and the sign that a run of ours has not finished there."""
+PARTIAL = ".partial"
+"""Suffix of an output, directory or file, that is not complete."""
+REPLACED = ".replaced"
+"""Suffix of the name that an old output bears between the last two renames of the run that replaces it."""
 
 SIDE_PATTERNS = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,15 +47,10 @@ SIDE_PATTERNS = (
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
-    # A quantised checkpoint that says so only here must still be recognised, to be refused.
-    "quantize_config.json",
-    "quant_config.json",
-    "hf_quant_config.json",
+    *QUANTISED,  # a quantised checkpoint that says so only here must still be recognised, to be refused
     *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),
 )
-
-
-PICKLE_PATTERNS = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
+"""Files that travel with the weights: configuration, tokenizer, chat template, licence."""
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:
@@ -60,23 +67,9 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
     return False
 
 
-LOCK = ".tpshard.lock"
-"""The lock of a whole directory, and the sign that a run of ours has not finished there."""
-
-
-REPLACED = ".replaced"
-"""Suffix of the name that an old output bears between the last two renames of the run that replaces it."""
-
-
-PARTIAL = ".partial"
-
-
-def journal_path(directory: Path, name: str) -> Path:
-    """Where the journal of an output file lies."""
-    return directory / f".{name}.journal"
-
-
-SUMS = "SHA256SUMS"
+def side_files(names: Iterable[str]) -> list[str]:
+    """Those of `names` that travel with the weights, sorted."""
+    return sorted(name for name in names if fits(name, SIDE_PATTERNS))
 
 
 def rank_stem(rank: int, tp: int) -> str:
@@ -84,7 +77,9 @@ def rank_stem(rank: int, tp: int) -> str:
     return f"rank-{rank:05}-of-{tp:05}"
 
 
-META_PARAMS = "params.json"
+def journal_path(directory: Path, name: str) -> Path:
+    """Where the journal of an output file lies."""
+    return directory / f".{name}.journal"
 
 
 def is_meta(directory: Path) -> bool:

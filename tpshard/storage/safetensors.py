@@ -3,6 +3,7 @@
 A file is an 8-byte little-endian length, a JSON object of that many bytes, and the tensors' bytes without a gap.
 Parsing is validating: a `Header` that exists describes its file exactly. Stricter than safetensors where that
 guesses: a name written twice, unknown keys, `__metadata__: null` and a header that starts with a space are refused.
+The library's reader tells no byte offsets and needs the file on this machine; its writer needs all tensors in memory.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
-from pathlib import Path
 
-from tpshard.errors import CorruptError, LocalIOError
+from tpshard.errors import CorruptError
 
 # Every name of safetensors 0.8, by bits per element.
 _DTYPES_BY_BITS = {
@@ -178,24 +177,6 @@ def parse_header(raw: bytes, file: str, file_size: int) -> Header:
     _require_exact_cover(tensors, file, data_begin, file_size)
     digest = hashlib.sha256(memoryview(raw)[:data_begin]).hexdigest()
     return Header(tuple(tensors), metadata, data_begin, digest)
-
-
-def read_header(path: str | os.PathLike[str], name: str | None = None) -> Header:
-    """The validated header of a local file, known as `name` (default: the path) in its tensors and in errors.
-
-    Raises CorruptError for what the file holds, LocalIOError for what the system refuses.
-    """
-    file = str(path) if name is None else name
-    try:
-        with open(path, "rb") as stream:
-            file_size = os.fstat(stream.fileno()).st_size
-            raw = stream.read(64)
-            raw += stream.read(max(0, header_length(raw, file, file_size) - len(raw)))
-    except (OSError, ValueError) as error:  # ValueError: a name that no system has, such as one with a NUL
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        hint = "check the path and its permissions"
-        raise LocalIOError(f"cannot read the file: {reason}", path=file, hint=hint) from error
-    return parse_header(raw, file, file_size)
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
@@ -405,22 +386,3 @@ def _require_exact_cover(tensors: list[TensorInfo], file: str, data_begin: int, 
         raise _bad(file, cut, "the data is truncated", expected, found, _AGAIN)
     if covered < file_size:
         raise _bad(file, None, "bytes after the last tensor", expected, found, _AGAIN)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One weight file: its name in the checkpoint, size in bytes, digest of its header, its own digest if known."""
-
-    name: str
-    size: int
-    header_sha256: str
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class RankFile:
-    """One file of a rank, as its header describes it."""
-
-    path: Path
-    size: int
-    tensors: tuple[TensorInfo, ...]

@@ -1,4 +1,4 @@
-"""The one core module that imports torch: pickle input and casts."""
+"""Weights that torch pickled: where the bytes of each tensor lie in the file, without loading them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
-from tpshard.storage.safetensors import Header, SourceFile, TensorInfo
+from tpshard.storage.safetensors import Header, TensorInfo
+from tpshard.storage.source import SourceFile
 
 try:
     import torch

@@ -101,7 +101,7 @@ def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., Side
 
 def test_every_model_type_with_rules_is_run() -> None:
     """By the decoder, by its class, or, of a multimodal model, by the class that computes the same."""
-    files = Path(tpshard.__file__).parent.glob("architectures/*.toml")
+    files = Path(tpshard.__file__).parent.glob("rules/architectures/*.toml")
     rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
     assert rules <= FAMILIES.keys() | MODEL_TYPES | SEEING.keys()
     assert set(SEEING.values()) <= MODEL_TYPES

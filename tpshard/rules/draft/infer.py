@@ -1,8 +1,8 @@
-"""A first draft of rules for a model that has none: decided where names and shapes of known families agree, else asked.
+"""A first draft of rules for a model that has none, inferred from the names and shapes of known families.
 
-A module is given a rule only when every reading of its name and shape that fits comes to the same cut. What stays open
-has no rule in the draft, and a tensor without a rule is refused: a draft is never silently wrong. In particular a
-matrix is never replicated, nor a fused one cut, by a guess.
+A module is given a rule only when every interpretation of its name and shape leads to the same cut. Any other module is
+left without a rule, and a tensor without a rule is refused: a draft is never silently wrong. In particular, no matrix
+is replicated and no fused matrix is cut by a guess.
 """
 
 from __future__ import annotations
@@ -12,66 +12,75 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tpshard.planning.axes import SPLIT_AXIS
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture
 from tpshard.rules.draft.known import (
     WIDTH,
-    Definition,
-    Known,
+    AxisDefinition,
+    KnownPattern,
     Module,
+    axis_definitions,
     closeness,
-    definitions,
-    known,
+    known_patterns,
     layer_stem,
     modules,
-    of_module,
+    patterns_like,
     tail,
 )
+from tpshard.rules.schemes import PLAIN, SUFFIXES
 from tpshard.storage.safetensors import TensorInfo
 
 Effect = tuple[str, int | None, int, int]
-"""What a rule does to a tensor: kind, dim, and the axis' count and unit."""
+"""What a rule does to a tensor: its kind and dim, and the count and unit of its axis."""
 _NORM = re.compile(r"norm|(^|_)ln(_|$)")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a draft says of a module: `rule` (a key of the rules file), or None where it is one of the candidates.
+class Decision:
+    """The rule that a draft gives to a module, or the candidates when it gives none.
 
-    axis: of the rule. conv1d: its weight is stored [in, out].
+    rule: a key of the rules file, or None. axis: the rule's. conv1d: whether the weight is stored `[in, out]`.
     """
 
     module: Module
     rule: str | None = None
-    axis: Definition | None = None
+    axis: AxisDefinition | None = None
     conv1d: bool = False
     candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """All choices for a checkpoint, and which known families it was compared with, the closest first."""
+    """The decisions for all modules of a checkpoint.
 
-    choices: tuple[Choice, ...]
+    stem: what precedes a layer's number. families: those it was compared with, the closest first. closest: the share of
+    modules in common with the first.
+    """
+
+    decisions: tuple[Decision, ...]
     stem: str
     families: tuple[str, ...]
     closest: float
 
     @property
-    def undecided(self) -> list[Choice]:
+    def undecided(self) -> list[Decision]:
         """The modules without a rule."""
-        return [choice for choice in self.choices if choice.rule is None]
+        return [decision for decision in self.decisions if decision.rule is None]
 
 
 @dataclass(frozen=True)
 class _Reading:
+    """One way to understand a matrix: cut along this axis, and stored `[in, out]` (conv1d) or not."""
+
     kind: str
-    axis: Definition
+    axis: AxisDefinition
     conv1d: bool
 
     @property
     def dim(self) -> int:
-        return int((self.kind == "row") != self.conv1d)
+        axes = PLAIN["weight"].axes(2)
+        return (axes[::-1] if self.conv1d else axes).index(SPLIT_AXIS[self.kind])
 
     @property
     def effect(self) -> Effect:
@@ -79,22 +88,22 @@ class _Reading:
 
 
 def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Sequence[Architecture]) -> Sketch:
-    """Decide what names and shapes decide, by comparison with `architectures`."""
+    """Decide on every module that names and shapes settle, by comparison with `architectures`."""
     stem = layer_stem(found)
     tails = {tail(module.name, stem) for module in found}
-    entries = known(architectures)
+    entries = known_patterns(architectures)
     shares = closeness(entries, tails)
     families = sorted(shares, key=lambda family: -shares[family])
     entries.sort(key=lambda entry: families.index(entry.family))
-    axes = sorted(definitions(architectures, config), key=lambda axis: families.index(axis.family))
+    axes = sorted(axis_definitions(architectures, config), key=lambda axis: families.index(axis.family))
     reader = _Reader(entries, axes, _width(config), stem, len(set().union(*(m.numbers for m in found))))
     linear = _orientation(reader, found)
-    choices = {module.name: reader.matrix(module, linear) for module in found}
-    choices |= {c.module.name: c for c in reader.pairs(list(choices.values()), linear)}
-    choices |= {c.module.name: replace(c, rule=None, axis=None) for c in _contradicting(list(choices.values()))}
-    chosen = [choice.axis for choice in choices.values() if choice.axis]
-    choices |= {m.name: reader.vector(m, chosen) for m in found if not _is_matrix(m)}
-    ordered = tuple(choices[module.name] for module in found)
+    decisions = {module.name: reader.matrix(module, linear) for module in found}
+    decisions |= {c.module.name: c for c in reader.pairs(list(decisions.values()), linear)}
+    decisions |= {c.module.name: replace(c, rule=None, axis=None) for c in _contradicting(list(decisions.values()))}
+    chosen = [decision.axis for decision in decisions.values() if decision.axis]
+    decisions |= {m.name: reader.vector(m, chosen) for m in found if not _is_matrix(m)}
+    ordered = tuple(decisions[module.name] for module in found)
     return Sketch(ordered, stem, tuple(families), shares[families[0]] if families else 0.0)
 
 
@@ -110,7 +119,7 @@ def _is_matrix(module: Module) -> bool:
 
 
 def _orientation(reader: _Reader, found: Iterable[Module]) -> bool | None:
-    """Whether matrices are stored [out, in] as nn.Linear has it; None where none or not all of them tell."""
+    """Whether matrices are stored `[out, in]` as in nn.Linear; None when no matrix shows it or they disagree."""
     seen = set()
     for module in found:
         shape, bias = module.shape(), module.shape("bias")
@@ -122,9 +131,9 @@ def _orientation(reader: _Reader, found: Iterable[Module]) -> bool | None:
     return next(iter(seen)) is False if len(seen) == 1 else None
 
 
-def _contradicting(choices: Sequence[Choice]) -> list[Choice]:
-    """The projections of attention, where they were read as heads of two kinds or as groups that do not divide."""
-    found = [choice for choice in choices if choice.axis and choice.axis.name in ("heads", "kv")]
+def _contradicting(decisions: Sequence[Decision]) -> list[Decision]:
+    """Attention's projections, if they were taken for heads of two kinds or for groups that do not divide."""
+    found = [decision for decision in decisions if decision.axis and decision.axis.name in ("heads", "kv")]
     axes = {(c.axis.name, c.axis.count, c.axis.unit) for c in found if c.axis}
     counts = {name: count for name, count, _ in axes}
     divides = counts.get("heads", 0) % counts.get("kv", 1) == 0
@@ -133,20 +142,20 @@ def _contradicting(choices: Sequence[Choice]) -> list[Choice]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads modules by what the known families say. width: of the model; layers: how many there are."""
+    """Interprets modules as the known families have them. width: of the model; layers: their number."""
 
-    entries: Sequence[Known]
-    axes: Sequence[Definition]
+    entries: Sequence[KnownPattern]
+    axes: Sequence[AxisDefinition]
     width: int | None
     stem: str
     layers: int
 
-    def votes(self, module: Module, suffix: str = "") -> tuple[list[Known], bool]:
-        """The known patterns that a module's name is like, and whether all of its name is known."""
-        return of_module(self.entries, *tail(module.name + suffix, self.stem))
+    def votes(self, module: Module, suffix: str = "") -> tuple[list[KnownPattern], bool]:
+        """The known patterns for a module's name, and whether they match the whole of it."""
+        return patterns_like(self.entries, *tail(module.name + suffix, self.stem))
 
-    def readings(self, module: Module, votes: Iterable[Known]) -> list[_Reading]:
-        """Every way to cut a matrix by one of `votes` that its shape, its bias and the config allow."""
+    def readings(self, module: Module, votes: Iterable[KnownPattern]) -> list[_Reading]:
+        """Every way to cut a matrix as one of `votes` says that its shape, its bias and the config allow."""
         shape, bias = module.shape(), module.shape("bias")
         if shape is None or len(shape) != 2 or ("bias" in module.shapes and bias is None):
             return []
@@ -169,89 +178,91 @@ class _Reader:
                         found.append(reading)
         return found
 
-    def matrix(self, module: Module, linear: bool | None) -> Choice:
-        """A module with a matrix, or with what is neither: decided when all that fits has one effect."""
+    def matrix(self, module: Module, linear: bool | None) -> Decision:
+        """Decide on a module that is no vector: it gets a rule when all readings that fit have the same effect."""
         if "weight" not in module.shapes:
             return self._bare(module)
         votes, _ = self.votes(module)
-        open_votes = [vote for vote in votes if len(vote.axes) != 1]  # replicated, or fused: never by a guess
+        open_votes = [vote for vote in votes if len(vote.axes) != 1]  # replicated or fused: never guessed
         readings = self.readings(module, votes)
         if len({reading.conv1d for reading in readings}) > 1:
             readings = [reading for reading in readings if linear and not reading.conv1d]
         if not votes and not tail(module.name, self.stem)[1]:
-            vocab = Known("", (), False, "column", ("vocab",), None, True)
+            vocab = KnownPattern("", (), False, "column", ("vocab",), None, True)
             readings = [r for r in self.readings(module, [vocab]) if module.shape() == (r.axis.size, self.width)]
         candidates = self._candidates(module, votes)
         if open_votes or len({reading.effect for reading in readings}) != 1:
-            return Choice(module, candidates=candidates)
+            return Decision(module, candidates=candidates)
         best = readings[0]
-        return Choice(module, f"{best.kind} {best.axis.name}", best.axis, best.conv1d, candidates)
+        return Decision(module, f"{best.kind} {best.axis.name}", best.axis, best.conv1d, candidates)
 
-    def pairs(self, choices: Sequence[Choice], linear: bool | None) -> list[Choice]:
-        """Modules of unknown names that are plainly a feed-forward: beside each other, width to ffn and back."""
+    def pairs(self, decisions: Sequence[Decision], linear: bool | None) -> list[Decision]:
+        """Decide on modules of unknown names that form a feed-forward: siblings, from width to ffn and back."""
         decided = []
-        parents: dict[str, list[Choice]] = {}
-        for choice in choices:
-            if (shape := choice.module.shape()) is not None and len(shape) == 2:
-                parents.setdefault(choice.module.name.rpartition(".")[0], []).append(choice)
+        parents: dict[str, list[Decision]] = {}
+        for decision in decisions:
+            if (shape := decision.module.shape()) is not None and len(shape) == 2:
+                parents.setdefault(decision.module.name.rpartition(".")[0], []).append(decision)
         for parent, group in parents.items():
             if not tail(f"{parent}.x", self.stem)[1] or any(c.rule or self.votes(c.module)[0] for c in group):
                 continue
-            kinds: list[Known] = [Known("", (), True, kind, ("ffn",), None, True) for kind in ("column", "row")]
+            kinds: list[KnownPattern] = [
+                KnownPattern("", (), True, kind, ("ffn",), None, True) for kind in ("column", "row")
+            ]
             read = []
-            for choice in group:
-                readings = self.readings(choice.module, kinds)
-                if choice.module.shape("bias") is None:
+            for decision in group:
+                readings = self.readings(decision.module, kinds)
+                if decision.module.shape("bias") is None:
                     readings = [r for r in readings if linear is not None and r.conv1d is not linear]
                 read.append(readings)
             effects = [{reading.effect for reading in readings} for readings in read]
             if all(len(effect) == 1 for effect in effects):
                 kinds_found = sorted(readings[0].kind for readings in read)
                 if kinds_found.count("row") == 1 and len(kinds_found) > 1:
-                    for choice, readings in zip(group, read, strict=True):
+                    for decision, readings in zip(group, read, strict=True):
                         best = readings[0]
                         rule = f"{best.kind} {best.axis.name}"
-                        decided.append(Choice(choice.module, rule, best.axis, best.conv1d))
+                        decided.append(Decision(decision.module, rule, best.axis, best.conv1d))
         return decided
 
-    def vector(self, module: Module, chosen: Sequence[Definition]) -> Choice:
-        """A norm's weight: replicated over the width, or over one head; over all heads, cut like them."""
+    def vector(self, module: Module, chosen: Sequence[AxisDefinition]) -> Decision:
+        """Decide on a norm: replicated if it spans the width or one head, cut as the heads are if it spans all."""
         votes, whole = self.votes(module)
         shapes = set().union(*module.shapes.values())
         candidates = tuple(dict.fromkeys(["replicate", *(vote.rule for vote in votes)]))
-        if len(shapes) != 1 or set(module.shapes) - {"weight", "bias"}:
-            return Choice(module, candidates=candidates)
+        if len(shapes) != 1 or set(module.shapes) - SUFFIXES:
+            return Decision(module, candidates=candidates)
         (size,) = next(iter(shapes))
         parts, layered = tail(module.name, self.stem)
         named = _NORM.search(parts[-1]) or (whole and {vote.kind for vote in votes} == {"replicate"})
         if named and size == self.width and (not layered or len(parts) == 1):
-            return Choice(module, "replicate")
+            return Decision(module, "replicate")
         heads = [axis for axis in chosen if axis.name in ("heads", "kv")]
-        effects: dict[Effect, Choice] = {}
+        effects: dict[Effect, Decision] = {}
         for vote in votes if whole else ():
             if vote.kind == "replicate" and size in {a.unit for a in heads} and size not in {a.size for a in heads}:
-                effects["replicate", None, 0, 0] = Choice(module, "replicate")
+                effects["replicate", None, 0, 0] = Decision(module, "replicate")
             for axis in heads if vote.kind == "column" else ():
                 if vote.axes == (axis.name,) and axis.size == size != axis.unit:
-                    effects["column", 0, axis.count, axis.unit] = Choice(module, vote.rule, axis)
-        return next(iter(effects.values())) if len(effects) == 1 else Choice(module, candidates=candidates)
+                    effects["column", 0, axis.count, axis.unit] = Decision(module, vote.rule, axis)
+        return next(iter(effects.values())) if len(effects) == 1 else Decision(module, candidates=candidates)
 
-    def _bare(self, module: Module) -> Choice:
-        """A parameter without a module: only buffers that are known by name and shape are decided."""
+    def _bare(self, module: Module) -> Decision:
+        """Decide on a parameter that is no weight: only buffers of a known name and shape get a rule."""
         suffix = "" if "" in module.shapes else ".bias"
         votes, whole = self.votes(module, suffix)
         ranks = {len(shape) for shapes in module.shapes.values() for shape in shapes}
         table = module.name.endswith("inv_freq") or not ranks & {1, 2}
         if whole and {vote.kind for vote in votes} == {"buffer"} and table:
-            return Choice(module, "buffer")
-        return Choice(module, candidates=tuple(dict.fromkeys([*(vote.rule for vote in votes), "replicate"])))
+            return Decision(module, "buffer")
+        return Decision(module, candidates=tuple(dict.fromkeys([*(vote.rule for vote in votes), "replicate"])))
 
-    def _candidates(self, module: Module, votes: Sequence[Known]) -> tuple[str, ...]:
-        """Rules of alike names first, then any whose segments add up to a dim."""
+    def _candidates(self, module: Module, votes: Sequence[KnownPattern]) -> tuple[str, ...]:
+        """Rules of similar names first, then all rules whose segments add up to one of the dims."""
         shapes = [shape for shapes in module.shapes.values() for shape in shapes if len(shape) > 1]
         sizes = {(axis.family, axis.name): axis.size for axis in self.axes}
 
-        def fits(entry: Known) -> bool:
+        def fits(entry: KnownPattern) -> bool:
             size = sum(sizes.get((entry.family, name), 0) for name in entry.axes)
             return any(sorted(shape[-2:]) == sorted((size, self.width or 0)) for shape in shapes)
 
@@ -260,5 +271,5 @@ class _Reader:
 
 
 def draft_modules(tensors: Iterable[TensorInfo]) -> list[Module]:
-    """The modules of a checkpoint, in an order that does not depend on that of the files."""
+    """The modules of a checkpoint, sorted by name, whatever the order of its files."""
     return sorted(modules(tensors), key=lambda module: module.name)

@@ -1,4 +1,4 @@
-"""What the known architectures say of a module by its name: the material that a draft of new rules is compared with."""
+"""What the built-in architectures say about a module with a given name: what a draft of new rules is compared with."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tpshard.planning.axes import Kind
+from tpshard.planning.axes import Kind, rule_key
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture
-from tpshard.rules.schemes import SUFFIXES
+from tpshard.rules.schemes import split_name
 from tpshard.storage.safetensors import TensorInfo
 
 WIDTH = "hidden_size or n_embd or n_embed or d_model"
-"""The width of the model, in the keys of all configs that are known."""
+"""The width of the model, under the key that each known family of configs has for it."""
 
 
 @dataclass(frozen=True)
 class Module:
-    """The tensors of one module in all layers: `name` with `*` for each number.
+    """The tensors of one module across all layers; `name` has `*` in place of each number.
 
-    shapes: those of each suffix (weight, bias; "" for a bare parameter). numbers: the first number of each name, which
-    is the layer; experts: the second.
+    shapes: by suffix ("" for a parameter without one), every shape that occurs. numbers: the layers, which are the
+    first number of each name; experts: the second numbers.
     """
 
     name: str
@@ -32,14 +32,14 @@ class Module:
     experts: frozenset[int]
 
     def shape(self, suffix: str = "weight") -> tuple[int, ...] | None:
-        """The one shape of a suffix in all layers, or None."""
+        """The shape of a suffix, if it is the same in all layers."""
         found = self.shapes.get(suffix, frozenset())
         return next(iter(found)) if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
-class Known:
-    """One pattern of a known architecture: the rule of modules with this `tail`."""
+class KnownPattern:
+    """A pattern of a built-in architecture, with the rule that it gives to modules with this `tail`."""
 
     family: str
     tail: tuple[str, ...]
@@ -52,12 +52,12 @@ class Known:
     @property
     def rule(self) -> str:
         """The rule's key in a rules file, without its condition."""
-        return " ".join([self.kind, *self.axes, *(["/", self.interleave] if self.interleave else [])])
+        return rule_key(self.kind, self.axes, self.interleave)
 
 
 @dataclass(frozen=True)
-class Definition:
-    """An axis as a known architecture defines it, and its size for the config at hand."""
+class AxisDefinition:
+    """An axis as a built-in architecture defines it, evaluated for the config at hand."""
 
     name: str
     family: str
@@ -67,19 +67,18 @@ class Definition:
 
     @property
     def size(self) -> int:
-        """Elements of the whole axis."""
+        """The number of elements of the whole axis."""
         return self.count * self.unit
 
 
 def modules(tensors: Iterable[TensorInfo]) -> list[Module]:
-    """The tensors by module, in the order of the first of each."""
+    """Group tensors by module, in the order of the first tensor of each."""
     shapes: dict[str, dict[str, set[tuple[int, ...]]]] = {}
     numbers: dict[str, list[set[int]]] = {}
     for tensor in tensors:
         parts = tensor.name.split(".")
         found = [int(part) for part in parts if part.isdecimal()]
-        stem, _, last = ".".join("*" if part.isdecimal() else part for part in parts).rpartition(".")
-        name, suffix = (stem, last) if stem and last in SUFFIXES else (f"{stem}.{last}" if stem else last, "")
+        name, suffix = split_name(".".join("*" if part.isdecimal() else part for part in parts))
         shapes.setdefault(name, {}).setdefault(suffix, set()).add(tensor.shape)
         for number, seen in zip(found, numbers.setdefault(name, [set(), set()]), strict=False):
             seen.add(number)
@@ -90,25 +89,25 @@ def modules(tensors: Iterable[TensorInfo]) -> list[Module]:
 
 
 def layer_stem(found: Sequence[Module]) -> str:
-    """What stands before the layer's number, in most modules; "" where nothing is numbered."""
+    """What precedes the layer's number in the names of most modules; "" when no name has a number."""
     stems = [module.name.partition("*")[0] for module in found if "*" in module.name.split(".")]
     return max(stems, key=stems.count, default="")
 
 
 def tail(name: str, stem: str) -> tuple[tuple[str, ...], bool]:
-    """A module's name below its layer, or below the model's prefix; whether it is in a layer."""
+    """The components of a module's name below its layer or the model's prefix, and whether it is in a layer."""
     if stem and name.startswith(f"{stem}*."):
         return tuple(name[len(stem) + 2 :].split(".")), True
-    return tuple(name.removeprefix(base(stem)).split(".")), False
+    return tuple(name.removeprefix(model_prefix(stem)).split(".")), False
 
 
-def base(stem: str) -> str:
-    """`model.` of `model.layers.`"""
+def model_prefix(stem: str) -> str:
+    """The model's prefix, from what precedes a layer's number: `model.` for `model.layers.`."""
     return stem.rstrip(".").rpartition(".")[0] + "." if stem.count(".") > 1 else ""
 
 
-def known(architectures: Iterable[Architecture]) -> list[Known]:
-    """Every pattern of the architectures."""
+def known_patterns(architectures: Iterable[Architecture]) -> list[KnownPattern]:
+    """Every pattern of every architecture."""
     found = []
     for architecture in architectures:
         patterns = [(rule, pattern) for rule in architecture.rules for pattern in rule.patterns]
@@ -119,12 +118,16 @@ def known(architectures: Iterable[Architecture]) -> list[Known]:
                 tail(plain, stem) if stem else (tuple(plain.removeprefix(architecture.prefix).split(".")), False)
             )
             required = plain == pattern and rule.kind != "buffer"
-            found.append(Known(architecture.name, parts, layered, rule.kind, rule.axes, rule.interleave, required))
+            found.append(
+                KnownPattern(architecture.name, parts, layered, rule.kind, rule.axes, rule.interleave, required)
+            )
     return found
 
 
-def of_module(entries: Sequence[Known], parts: tuple[str, ...], layered: bool) -> tuple[list[Known], bool]:
-    """The patterns with this tail, else with its last component; whether the whole tail was known."""
+def patterns_like(
+    entries: Sequence[KnownPattern], parts: tuple[str, ...], layered: bool
+) -> tuple[list[KnownPattern], bool]:
+    """The patterns that have this tail, or else its last component, and whether it was the whole tail."""
     alike = [entry for entry in entries if entry.layered == layered]
     whole = [e for e in alike if len(e.tail) == len(parts) and all(map(fnmatchcase, parts, e.tail))]
     if whole:
@@ -132,8 +135,8 @@ def of_module(entries: Sequence[Known], parts: tuple[str, ...], layered: bool) -
     return [e for e in alike if e.tail[-1] != "*" and fnmatchcase(parts[-1], e.tail[-1])], False
 
 
-def closeness(entries: Sequence[Known], tails: set[tuple[tuple[str, ...], bool]]) -> dict[str, float]:
-    """Of each family: the share of modules in common, of those that it needs or that are here."""
+def closeness(entries: Sequence[KnownPattern], tails: set[tuple[tuple[str, ...], bool]]) -> dict[str, float]:
+    """For each family, the modules in common as a share of those that are here or that the family requires."""
     found = {}
     for family in dict.fromkeys(entry.family for entry in entries):
         own = [entry for entry in entries if entry.family == family and entry.kind != "buffer"]
@@ -143,12 +146,12 @@ def closeness(entries: Sequence[Known], tails: set[tuple[tuple[str, ...], bool]]
     return found
 
 
-def _alike(entry: Known, parts: tuple[str, ...], layered: bool) -> bool:
+def _alike(entry: KnownPattern, parts: tuple[str, ...], layered: bool) -> bool:
     return entry.layered == layered and len(entry.tail) == len(parts) and all(map(fnmatchcase, parts, entry.tail))
 
 
-def definitions(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> list[Definition]:
-    """Every axis that any architecture defines and that has a size for this config, its silence not filled in."""
+def axis_definitions(architectures: Iterable[Architecture], config: Mapping[str, Any]) -> list[AxisDefinition]:
+    """Every axis of every architecture that this config gives a size, without the architectures' defaults."""
     found = []
     for architecture in architectures:
         for name, keys in architecture.axes.items():
@@ -157,12 +160,14 @@ def definitions(architectures: Iterable[Architecture], config: Mapping[str, Any]
                 unit = expression.evaluate_count(str(keys.get("unit", 1)), config)
             except expression.ExpressionError:
                 continue
-            found.append(Definition(name, architecture.name, count, unit, keys))
+            found.append(AxisDefinition(name, architecture.name, count, unit, keys))
     return found
 
 
-def counts(architectures: Iterable[Architecture], key: str, config: Mapping[str, Any], value: int) -> list[str]:
-    """The expressions for `layers` or `experts` that have this value, each once."""
+def count_expressions(
+    architectures: Iterable[Architecture], key: str, config: Mapping[str, Any], value: int
+) -> list[str]:
+    """The distinct expressions for `layers` or `experts` (`key`) that evaluate to `value`."""
     found = dict.fromkeys(str(text) for a in architectures if (text := getattr(a, key)) is not None)
     result = []
     for text in found:

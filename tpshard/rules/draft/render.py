@@ -1,4 +1,4 @@
-"""The verb behind `tpshard archs draft`: a sketch of rules as a file, and what classification says of it."""
+"""Drafts for `tpshard archs draft`: the text of a rules file, and whether classification accepts it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tpshard.errors import TpshardError, UnsupportedError
+from tpshard.planning.axes import rule_key
 from tpshard.rules.architecture import Architecture, parse_architecture
 from tpshard.rules.classify import classify
-from tpshard.rules.draft.infer import Choice, Sketch, draft_modules, sketch
-from tpshard.rules.draft.known import Definition, Module, base, counts
+from tpshard.rules.draft.infer import Decision, Sketch, draft_modules, sketch
+from tpshard.rules.draft.known import AxisDefinition, Module, count_expressions, model_prefix
 from tpshard.storage.safetensors import TensorInfo
 
 _MOST = 6
-"""Candidates that are named for a module."""
+"""The number of candidates that are listed for a module."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A draft of rules. refusal: why it cannot be used as it stands; None when every tensor has a rule."""
+    """A draft of rules.
+
+    closest, share: the closest family, and its share of modules in common. refusal: why the draft cannot be used as it
+    stands; None when every tensor has a rule.
+    """
 
     model_type: str
     closest: str
     share: float
     text: str
-    undecided: tuple[Choice, ...]
+    undecided: tuple[Decision, ...]
     refusal: str | None
 
     def to_json(self) -> dict[str, Any]:
@@ -38,8 +43,12 @@ class Draft:
             "closest": self.closest,
             "share": round(self.share, 3),
             "undecided": [
-                {"module": c.module.name, "shapes": _shapes(c.module), "candidates": list(c.candidates[:_MOST])}
-                for c in self.undecided
+                {
+                    "module": decision.module.name,
+                    "shapes": _shapes(decision.module),
+                    "candidates": list(decision.candidates[:_MOST]),
+                }
+                for decision in self.undecided
             ],
             "refusal": self.refusal,
             "text": self.text,
@@ -47,7 +56,7 @@ class Draft:
 
 
 def make(config: Mapping[str, Any], tensors: Sequence[TensorInfo], architectures: Sequence[Architecture]) -> Draft:
-    """Draft rules for one config and its tensors, by comparison with these architectures."""
+    """Draft rules for a config and its tensors by comparing them with `architectures`."""
     found = draft_modules(tensors)
     made = sketch(config, found, architectures)
     text = _render(config, made, found, sorted(architectures, key=lambda a: made.families.index(a.name)))
@@ -60,7 +69,7 @@ def make(config: Mapping[str, Any], tensors: Sequence[TensorInfo], architectures
 
 
 def decoder_tensors(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
-    """The tensors of a nested text model, named as those of an ordinary one; it is where the embedding is."""
+    """The tensors of a nested text model, which is where the embedding is, under names without the nesting."""
     shape = (config.get("vocab_size"), config.get("hidden_size"))
     tables = [tensor.name for tensor in tensors if tensor.shape == shape and "." in tensor.name]
     places = {name.rpartition(".")[0].rpartition(".")[0] + "." for name in tables}
@@ -86,7 +95,7 @@ def _render(
     config: Mapping[str, Any], made: Sketch, found: Sequence[Module], architectures: Sequence[Architecture]
 ) -> str:
     closest = architectures[0]
-    axes = _axes(made.choices)
+    axes = _axes(made.decisions)
     lines = [
         f"# A draft of rules for {config['model_type']}, made by comparing names and shapes with known architectures.",
         f"# Closest: {closest.name}, with {made.closest:.0%} of the modules in common.",
@@ -97,42 +106,41 @@ def _render(
             f"# UNDECIDED modules below: {len(made.undecided)}. Until each is under a rule, the model is refused."
         )
     lines.append(f"model_types = [{_quoted(str(config['model_type']))}]")
-    if prefix := base(made.stem):
+    if prefix := model_prefix(made.stem):
         lines.append(f"prefix = {_quoted(prefix)}")
     inside = [module for module in found if made.stem and module.name.startswith(f"{made.stem}*.")]
     layers = 1 + max((max(module.numbers) for module in inside), default=-1)
     lines.append(_count("layers", config, layers, architectures))
     if experts := 1 + max((max(module.experts) for module in inside if module.experts), default=-1):
         line = _count("experts", config, experts, architectures)
-        needed = any(choice.rule and choice.module.experts for choice in made.choices)
+        needed = any(decision.rule and decision.module.experts for decision in made.decisions)
         lines += [line] if needed or not line.startswith("#") else []
     lines += _tied(config, made, closest)
     lines += ["", "[axes]", *(_axis(name, axis, axes) for name, axis in axes.items()), "", "[rules]"]
-    for rule, choices in _by_rule(made.choices, axes).items():
-        names = [_pattern(choice, layers, made.stem, architectures) for choice in choices]
+    for rule, decisions in _by_rule(made.decisions, axes).items():
+        names = [_pattern(decision, layers, made.stem, architectures) for decision in decisions]
         lines += [f"{_quoted(rule)} = [", *(f"    {name}," for name in names), "]"]
-    for choice in made.undecided:
-        lines += [
-            "",
-            f"# UNDECIDED: {_whole_name(choice.module)}, {_described(choice.module)}{_known_sizes(choice, config)}.",
-        ]
+    for decision in made.undecided:
+        module = decision.module
+        shapes = f"{_described(module)}{_known_sizes(module, config)}"
+        lines += ["", f"# UNDECIDED: {_whole_name(module)}, {shapes}."]
         lines += ["# Write it under one of these, if one is right:"]
-        for candidate in choice.candidates[:_MOST]:
-            families = dict.fromkeys(a.name for a in architectures if any(_key(r) == candidate for r in a.rules))
+        for candidate in decision.candidates[:_MOST]:
+            families = dict.fromkeys(
+                a.name
+                for a in architectures
+                if any(rule_key(rule.kind, rule.axes, rule.interleave) == candidate for rule in a.rules)
+            )
             known = f"   (as {', '.join(list(families)[:3])} has it)" if families else ""
             lines.append(f"#   {_quoted(candidate)}{known}")
-    conv1d = [choice for choice in made.choices if choice.conv1d]
+    conv1d = [decision for decision in made.decisions if decision.conv1d]
     if conv1d:
-        lines += ["", "[dims]", *(f'{_quoted(choice.module.name)} = ["in", "out"]' for choice in conv1d)]
+        lines += ["", "[dims]", *(f'{_quoted(decision.module.name)} = ["in", "out"]' for decision in conv1d)]
     return "\n".join(lines) + "\n"
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _key(rule: Any) -> str:
-    return " ".join([rule.kind, *rule.axes, *(["/", rule.interleave] if rule.interleave else [])])
 
 
 def _whole_name(module: Module) -> str:
@@ -149,9 +157,9 @@ def _described(module: Module) -> str:
     )
 
 
-def _known_sizes(choice: Choice, config: Mapping[str, Any]) -> str:
-    """The config's keys that have the value of one of the dims."""
-    sizes = sorted({size for shapes in choice.module.shapes.values() for shape in shapes for size in shape})
+def _known_sizes(module: Module, config: Mapping[str, Any]) -> str:
+    """Which of the module's sizes are values of keys of the config."""
+    sizes = sorted({size for shapes in module.shapes.values() for shape in shapes for size in shape})
     named = []
     for size in sizes:
         if keys := [key for key, value in config.items() if type(value) is int and value == size > 1]:
@@ -160,8 +168,8 @@ def _known_sizes(choice: Choice, config: Mapping[str, Any]) -> str:
 
 
 def _count(key: str, config: Mapping[str, Any], value: int, architectures: Sequence[Architecture]) -> str:
-    """The line of a count; where no known expression gives it, a comment, and the file does not parse."""
-    if fitting := counts(architectures, key, config, value):
+    """The line for a count, or a comment when no known expression gives it; without the line no file parses."""
+    if fitting := count_expressions(architectures, key, config, value):
         return f"{key} = {_quoted(fitting[0])}"
     keys = [name for name, held in config.items() if held == value and not isinstance(held, bool)]
     guess = f"; in the config so many are {', '.join(keys)}" if keys else ""
@@ -169,8 +177,8 @@ def _count(key: str, config: Mapping[str, Any], value: int, architectures: Seque
 
 
 def _tied(config: Mapping[str, Any], made: Sketch, closest: Architecture) -> list[str]:
-    """Which module shares its weight with which, and what a config means that says nothing of it."""
-    vocab = [choice.module.name for choice in made.choices if choice.axis and choice.axis.keys.get("pad")]
+    """The lines on tied modules, with the default for a config that does not mention tying."""
+    vocab = [decision.module.name for decision in made.decisions if decision.axis and decision.axis.keys.get("pad")]
     heads = {head for head in closest.tied if head in vocab}
     tables = [name for name in vocab if name not in heads]
     if len(tables) != 1:
@@ -182,23 +190,23 @@ def _tied(config: Mapping[str, Any], made: Sketch, closest: Architecture) -> lis
     return lines
 
 
-def _axes(choices: Sequence[Choice]) -> dict[str, Definition]:
-    """The axes by name. Another one of the same name gets a number."""
-    axes: dict[str, Definition] = {}
-    for choice in choices:
-        if choice.axis:
-            same = [name for name, axis in axes.items() if _same(axis, choice.axis)]
+def _axes(decisions: Sequence[Decision]) -> dict[str, AxisDefinition]:
+    """The axes by name, with a number for a further axis of the same name."""
+    axes: dict[str, AxisDefinition] = {}
+    for decision in decisions:
+        if decision.axis:
+            same = [name for name, axis in axes.items() if _same(axis, decision.axis)]
             if not same:
-                number = sum(axis.name == choice.axis.name for axis in axes.values())
-                axes[choice.axis.name + (f"_{number + 1}" if number else "")] = choice.axis
+                number = sum(axis.name == decision.axis.name for axis in axes.values())
+                axes[decision.axis.name + (f"_{number + 1}" if number else "")] = decision.axis
     return dict(sorted(axes.items()))
 
 
-def _same(a: Definition, b: Definition) -> bool:
+def _same(a: AxisDefinition, b: AxisDefinition) -> bool:
     return (a.name, a.count, a.unit) == (b.name, b.count, b.unit)
 
 
-def _axis(name: str, axis: Definition, axes: Mapping[str, Definition]) -> str:
+def _axis(name: str, axis: AxisDefinition, axes: Mapping[str, AxisDefinition]) -> str:
     keys = {key: " ".join(value.split()) if isinstance(value, str) else value for key, value in axis.keys.items()}
     group = "kv" if name == "heads" and "kv" in axes else keys.get("group")
     keys = {key: value for key, value in keys.items() if key != "group"}
@@ -211,22 +219,22 @@ def _value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int) else _quoted(value)
 
 
-def _by_rule(choices: Sequence[Choice], axes: Mapping[str, Definition]) -> dict[str, list[Choice]]:
-    found: dict[str, list[Choice]] = {}
-    for choice in choices:
-        if choice.rule and choice.axis:
-            axis = choice.axis
+def _by_rule(decisions: Sequence[Decision], axes: Mapping[str, AxisDefinition]) -> dict[str, list[Decision]]:
+    found: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        if decision.rule and decision.axis:
+            axis = decision.axis
             name = next(name for name, other in axes.items() if _same(other, axis))
-            found.setdefault(f"{choice.rule.split()[0]} {name}", []).append(choice)
-        elif choice.rule:
-            found.setdefault(choice.rule, []).append(choice)
+            found.setdefault(f"{decision.rule.split()[0]} {name}", []).append(decision)
+        elif decision.rule:
+            found.setdefault(decision.rule, []).append(decision)
     order = ("column", "row", "replicate", "buffer")
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].split()[0])))
 
 
-def _pattern(choice: Choice, layers: int, stem: str, architectures: Sequence[Architecture]) -> str:
-    """A module's pattern; optional where not every layer has it, or where a known family's is."""
-    name = _whole_name(choice.module)
-    partial = name.startswith(f"{stem}*.") and len(choice.module.numbers) < layers
+def _pattern(decision: Decision, layers: int, stem: str, architectures: Sequence[Architecture]) -> str:
+    """A module's pattern, optional if some layers lack the module or if it is a head, which may be tied."""
+    name = _whole_name(decision.module)
+    partial = name.startswith(f"{stem}*.") and len(decision.module.numbers) < layers
     head = any(name == known for a in architectures for known in a.tied)
-    return _quoted(name + ("?" if choice.rule != "buffer" and (partial or head) else ""))
+    return _quoted(name + ("?" if decision.rule != "buffer" and (partial or head) else ""))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
+from tpshard.storage.names import DCP_METADATA
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, archive_records, info_in_archive
 
@@ -83,7 +84,7 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
     UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree, or where a
     tensor that it describes reaches further than its rectangles, or less far.
     """
-    path = directory / ".metadata"
+    path = directory / DCP_METADATA
     try:
         found = _Metadata(io.BytesIO(path.read_bytes())).load()
         tensors, stored = dict(found.state_dict_metadata), dict(found.storage_data)

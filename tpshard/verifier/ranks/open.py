@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.inputs.checkpoint import open_checkpoint
-from tpshard.storage.safetensors import TensorInfo, read_header
+from tpshard.storage.local import load_json, read_bytes, read_header, read_range
+from tpshard.storage.names import CONFIG, MANIFEST, rank_stem
+from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 from tpshard.verifier.ranks.dcp import Chunk, Chunks, of_header, of_metadata
 from tpshard.verifier.ranks.names import RankFiles, rank_files
@@ -27,6 +27,8 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class FileWeights:
     """Tensors in files, read with positioned reads: nothing is mapped, and nothing kept.
 
+    safetensors' own reader maps the file, so that all that was read of it counts as this process's memory until it is
+    closed, and reads no torch archives.
     `cast` rounds every floating tensor to another dtype first, for a source whose shards were cast when split.
     """
 
@@ -69,17 +71,9 @@ class FileWeights:
         length = torch.Size(shape).numel() * dtype.itemsize
         if not length:
             return torch.empty(shape, dtype=dtype)
-        buffer = bytearray(length)
-        view, done = memoryview(buffer), 0
-        try:
-            with open(info.file, "rb", buffering=0) as file:
-                while done < length:
-                    count = os.preadv(file.fileno(), [view[done:]], begin + done)
-                    if not count:
-                        raise CorruptError("the file ends within a tensor", path=info.file, tensor=info.name)
-                    done += count
-        except OSError as error:
-            raise LocalIOError(f"cannot read the file: {error.strerror}", path=info.file) from error
+        buffer = read_range(info.file, begin, begin + length)
+        if len(buffer) < length:
+            raise CorruptError("the file ends within a tensor", path=info.file, tensor=info.name)
         tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
         return tensor.to(self.cast) if self.cast is not None and dtype in FLOATS else tensor
 
@@ -104,14 +98,7 @@ class ShardSet:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CorruptError(f"{path.name} is missing", path=path) from None
-    except OSError as error:
-        raise LocalIOError(f"cannot read the file: {error.strerror}", path=path) from error
-    except ValueError as error:
-        raise CorruptError(f"{path.name} is not valid JSON: {error}", path=path) from None
+    return load_json(read_bytes(path), path)
 
 
 def open_shards(directory: Path) -> ShardSet:
@@ -124,11 +111,11 @@ def open_shards(directory: Path) -> ShardSet:
         raise UsageError("no such directory of shards", path=directory, hint="make one with `tpshard split`")
     files = rank_files(directory)
     tp = files.tp
-    manifest = _json(directory / "tpshard.json") if (directory / "tpshard.json").exists() else {}
+    manifest = _json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
     recorded = manifest.get("mesh", {}).get("tp", tp)
     if recorded != tp:
         raise CorruptError(
-            "tpshard.json and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
+            f"{MANIFEST} and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
         )
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
@@ -136,7 +123,7 @@ def open_shards(directory: Path) -> ShardSet:
     cast = manifest.get("options", {}).get("dtype")
     return ShardSet(
         directory=directory,
-        config=_json(directory / "config.json"),
+        config=_json(directory / CONFIG),
         ranks=tuple(weights for weights, _ in opened),
         source=manifest.get("source", {}),
         cast=None if cast is None else DTYPES[cast],
@@ -164,7 +151,7 @@ def _open_rank(
         stated = header.metadata.get("tpshard.rank", str(rank))
         if stated != str(rank):
             warnings.append(f"{name} says that it is of rank {stated}")
-    record = directory / f"rank-{rank:05}-of-{files.tp:05}.json"
+    record = directory / f"{rank_stem(rank, files.tp)}.json"
     if record.exists():
         for part in _json(record).get("parts", []):
             path = directory / part["file"]

@@ -1,0 +1,236 @@
+"""The commands `plan`, `split`, `merge` and `reshard`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tpshard.cli import options as opt
+from tpshard.cli.console import Console, opened
+from tpshard.cli.options import again, rank_list, settings, share_list, workload
+from tpshard.errors import UsageError
+from tpshard.units import human_bytes
+
+if TYPE_CHECKING:
+    from tpshard.api.options import PlanOptions
+    from tpshard.report.results import PlanReport, WriteReport
+
+
+def plan(
+    model: opt.MODEL,
+    tp: opt.TP,
+    every: Annotated[bool, typer.Option("--all", help="Every layer, not one row for all that are alike.")] = False,
+    revision: opt.REVISION = None,
+    rules: opt.RULES = None,
+    dtype: opt.DTYPE = None,
+    uneven: opt.UNEVEN = False,
+    shares: opt.SHARES = None,
+    pad_vocab_to: opt.PAD = None,
+    max_file_size: opt.SIZE = None,
+    format: opt.FORMAT = "native",
+    engine_version: opt.ENGINE_VERSION = None,
+    allow_pickle: opt.PICKLE = False,
+    batch: opt.BATCH = None,
+    seq: opt.SEQ = None,
+    kv_dtype: opt.KV_DTYPE = None,
+    gpu_memory: opt.GPU_MEMORY = None,
+    bandwidth: opt.BANDWIDTH = None,
+    report: opt.DRAWING = None,
+    json: opt.JSON = False,
+    quiet: opt.QUIET = False,
+) -> None:
+    """Show what a split would write, and write nothing.
+
+    Works on headers alone: of a Hub repo only config and headers are read. Says what each rank holds, with a KV cache
+    for --batch sequences of --seq tokens, and what the ranks send each other; --report draws it.
+
+    \b
+      tpshard plan ./Llama-3.1-8B --tp 4
+      tpshard plan org/name --tp 8 --batch 16 --seq 8192 --gpu-memory 80 --bandwidth 450
+      tpshard plan org/name --tp 8 --report plan.html
+    """
+    with opened(json, quiet) as console:
+        from tpshard.api.options import ModelOptions, PlanOptions, TargetOptions
+
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+        target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
+        work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
+        _show(console, PlanOptions(source, target, work), every, report)
+
+
+def split(
+    model: opt.MODEL,
+    tp: opt.TP,
+    out: opt.OUT = None,
+    ranks: opt.RANKS = None,
+    revision: opt.REVISION = None,
+    rules: opt.RULES = None,
+    dtype: opt.DTYPE = None,
+    uneven: opt.UNEVEN = False,
+    shares: opt.SHARES = None,
+    pad_vocab_to: opt.PAD = None,
+    max_file_size: opt.SIZE = None,
+    format: opt.FORMAT = "native",
+    engine_version: opt.ENGINE_VERSION = None,
+    allow_pickle: opt.PICKLE = False,
+    checksum: opt.CHECKSUM = "sha256",
+    workers: opt.WORKERS = None,
+    overwrite: opt.OVERWRITE = False,
+    no_fsync: opt.NO_FSYNC = False,
+    dry_run: opt.DRY_RUN = False,
+    json: opt.JSON = False,
+    quiet: opt.QUIET = False,
+) -> None:
+    """Write one safetensors file per rank, beside config and tokenizer.
+
+    A run that was interrupted is resumed by the same command. With --ranks each host of a cluster writes its own ranks
+    into one directory.
+
+    \b
+      tpshard split ./Llama-3.1-8B --tp 4
+      tpshard split org/name --tp 8 -o /data/name-tp8 --ranks 0-3
+    """
+    with opened(json, quiet, resumes=True) as console:
+        from tpshard.api.convert import split_with
+        from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions, TargetOptions
+
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+        target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
+        if dry_run:
+            _show(console, PlanOptions(source, target))
+            return
+        chosen = rank_list(ranks, tp)
+        with settings(console, "split", workers, checksum, overwrite, no_fsync) as how:
+            report = split_with(SplitOptions(model=source, target=target, out=out, ranks=chosen, settings=how))
+        check = ["tpshard", "check", str(report.output), "--source", model]
+        _print_written(console, report, [*check, *again(revision, rules, allow_pickle=allow_pickle)])
+
+
+def merge(
+    shards: opt.SHARDS,
+    out: opt.MERGE_OUT = None,
+    max_file_size: opt.MERGE_SIZE = None,
+    allow_pickle: opt.META_PICKLE = False,
+    workers: opt.WORKERS = None,
+    overwrite: opt.OVERWRITE = False,
+    no_fsync: opt.NO_FSYNC = False,
+    json: opt.JSON = False,
+    quiet: opt.QUIET = False,
+) -> None:
+    """Make an ordinary Hugging Face checkpoint of a shard set again.
+
+    Names, dtypes, shapes and bits are the source's; ranks that hold the same part must agree. The recorded checksums
+    are not compared: `tpshard check` before it does that.
+
+    \b
+      tpshard check Llama-3.1-8B-tp4
+      tpshard merge Llama-3.1-8B-tp4 -o Llama-3.1-8B-again
+    """
+    with opened(json, quiet, resumes=True) as console:
+        from tpshard.api.convert import merge_with
+        from tpshard.api.options import MergeOptions
+
+        with settings(console, "merge", workers, "none", overwrite, no_fsync) as how:
+            report = merge_with(MergeOptions(shards, out, max_file_size, allow_pickle, how))
+        _print_written(console, report)
+        if not json and report.unread_checksums:
+            check = shlex.join(["tpshard", "check", str(shards)])
+            console.say(f"the recorded checksums were not compared; this does it: {check}")
+
+
+def reshard(
+    shards: opt.SHARDS,
+    tp: opt.TP,
+    out: opt.OUT = None,
+    ranks: opt.RANKS = None,
+    uneven: opt.UNEVEN = False,
+    shares: opt.SHARES = None,
+    pad_vocab_to: opt.PAD = None,
+    max_file_size: opt.SIZE = None,
+    format: opt.FORMAT = "native",
+    engine_version: opt.ENGINE_VERSION = None,
+    allow_pickle: opt.META_PICKLE = False,
+    checksum: opt.CHECKSUM = "sha256",
+    workers: opt.WORKERS = None,
+    overwrite: opt.OVERWRITE = False,
+    no_fsync: opt.NO_FSYNC = False,
+    json: opt.JSON = False,
+    quiet: opt.QUIET = False,
+) -> None:
+    """Split a shard set anew: for another tp, or in another format.
+
+    In one pass; the files are the same, byte for byte, as those of a direct split.
+
+    \b
+      tpshard reshard Llama-3.1-8B-tp4 --tp 8 -o Llama-3.1-8B-tp8
+    """
+    with opened(json, quiet, resumes=True) as console:
+        from tpshard.api.convert import reshard_with
+        from tpshard.api.options import ReshardOptions, TargetOptions
+
+        target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
+        chosen = rank_list(ranks, tp)
+        with settings(console, "reshard", workers, checksum, overwrite, no_fsync) as how:
+            report = reshard_with(
+                ReshardOptions(
+                    shards=shards, target=target, out=out, ranks=chosen, allow_pickle=allow_pickle, settings=how
+                )
+            )
+        _print_written(console, report, ["tpshard", "check", str(report.output)])
+
+
+def _show(console: Console, options: PlanOptions, every: bool = False, drawing: Path | None = None) -> None:
+    """Print a plan, and draw it where a file for that is given."""
+    from tpshard.api.convert import plan_with
+
+    if drawing is not None:
+        _check_drawing(drawing)
+    report = plan_with(options)
+    if drawing is not None:
+        _write_drawing(drawing, report)
+        console.say(f"drawn in {drawing}")
+    for warning in report.warnings:
+        console.warn(warning)
+    if console.as_json:
+        console.data(report.to_json())
+    else:
+        from tpshard.cli.tables import print_plan
+
+        print_plan(report, every)
+
+
+def _check_drawing(path: Path) -> None:
+    """Refuse a drawing that could not be written, before anything is read."""
+    if path.suffix != ".html":
+        raise UsageError("a plan is drawn as HTML", path=path, hint="give --report a name that ends in .html")
+    if not path.absolute().parent.is_dir():
+        raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
+
+
+def _write_drawing(path: Path, report: PlanReport) -> None:
+    """Draw a plan into a file."""
+    from tpshard.errors import local_error
+    from tpshard.report.plan_page import draw
+
+    try:
+        path.write_text(draw(report), encoding="utf-8")
+    except OSError as error:
+        raise local_error(error, "cannot write the report", path) from None
+
+
+def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
+    for warning in report.warnings:
+        console.warn(warning)
+    if console.as_json:
+        console.data(report.to_json())
+        return
+    print(report.output)
+    console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
+    ranks = {part.rank for part in report.parts}
+    when = "next, when all ranks are there" if report.parts and len(ranks) < report.tp else "next"
+    if following:
+        console.say(f"{when}: {shlex.join(following)}")

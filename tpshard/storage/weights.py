@@ -1,0 +1,118 @@
+"""Which of a checkpoint's files hold its weights: one selection, whether they are to be read or to be downloaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import PurePosixPath
+
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
+from tpshard.storage.local import load_json
+from tpshard.storage.names import PICKLE, PICKLE_INDEX, PICKLE_PATTERN, SAFETENSORS, SAFETENSORS_INDEX, fits
+
+ReadFile = Callable[[str], bytes]
+"""The content of a small file by its name."""
+
+_SAFETENSORS = (SAFETENSORS, SAFETENSORS_INDEX)
+_PICKLE = (PICKLE, PICKLE_INDEX)
+_OTHERS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def preferred(names: Collection[str], *, pickle: bool = True) -> str | None:
+    """The single weight file, or else the index of several; safetensors before pickles, as transformers prefers."""
+    ordered = (*_SAFETENSORS, *(_PICKLE if pickle else ()))
+    return next((name for name in ordered if name in names), None)
+
+
+def weight_files(
+    names: Collection[str], read: ReadFile, place: object
+) -> tuple[list[str], Mapping[str, str] | None, object]:
+    """The weight files among `names`, and of the index that lists them, if one does, weight_map and total_size.
+
+    CorruptError where there are none, or not all that the index lists, or where it is damaged; UnsupportedError where
+    there are others alone; UnsafeError for an index that points outside.
+    """
+    name = preferred(names)
+    if name is None:
+        raise _no_weights(names, place)
+    if name in (SAFETENSORS, PICKLE):
+        return [name], None, None
+    weight_map, total = _parse_index(read(name), f"{place}/{name}")
+    files = sorted(set(weight_map.values()))
+    if missing := [file for file in files if file not in names]:
+        raise CorruptError(
+            f"{missing[0]} is listed in the index but is not there",
+            path=place,
+            expected=f"{len(files)} files",
+            found=f"{len(files) - len(missing)} of them",
+            hint="download the checkpoint again",
+        )
+    return files, weight_map, total
+
+
+def files_to_download(names: Collection[str], allow_pickle: bool, read: ReadFile) -> tuple[str, ...]:
+    """One complete set of weight files and its index, or none: a repository may hold the same weights in several forms.
+
+    Files of other names are taken where no form has its usual names: one of them may be what is asked for.
+    What an index lists wrongly is left to whoever reads the checkpoint.
+    """
+    for pickle in (False, True) if allow_pickle else (False,):
+        pattern = PICKLE_PATTERN if pickle else "*.safetensors"
+        name = preferred(names, pickle=pickle)
+        if name in (SAFETENSORS, PICKLE):
+            return (name,)
+        if name is not None:
+            return (name, *_listed_in_root(read(name), name))
+        if loose := sorted(name for name in names if fits(name, [pattern])):
+            return (*loose, *sorted(name for name in names if fits(name, [f"{pattern}.index.json"])))
+    return ()
+
+
+def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
+    """weight_map and total_size of an index whose files all lie beside it; the size is not checked."""
+    data = load_json(raw, path)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CorruptError("the index has no weight_map of names to files", path=path, expected="an object of strings")
+    for name in sorted(set(weight_map.values())):
+        pure = PurePosixPath(name.replace("\\", "/"))
+        if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", name):
+            raise UnsafeError(
+                "the index points outside the model",
+                path=path,
+                found=repr(name),
+                expected="file names inside the model's directory",
+            )
+        if len(pure.parts) != 1:
+            raise CorruptError(
+                "the index names a file in a subdirectory",
+                path=path,
+                expected="names of files beside it",
+                found=repr(name),
+            )
+    metadata = data.get("metadata")
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
+
+
+def _listed_in_root(raw: bytes, name: str) -> list[str]:
+    """The files that an index lists, without those outside the root: reading the checkpoint refuses such an index."""
+    try:
+        files = set(json.loads(raw)["weight_map"].values())
+        return sorted(file for file in files if "/" not in file and "\\" not in file)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptError(f"{name} is not an index of weight files", expected='an object "weight_map"') from error
+
+
+def _no_weights(names: Collection[str], place: object) -> TpshardError:
+    expected = f"{SAFETENSORS}, or {SAFETENSORS_INDEX} with its files"
+    others = sorted(name for name in names if name.endswith(_OTHERS))
+    if not others:
+        return CorruptError("no weights found", path=place, expected=expected, found="no weight file")
+    return UnsupportedError(
+        "no weights in a form that is read here",
+        path=place,
+        expected=expected,
+        found=", ".join(others[:4]),
+        hint="name a .safetensors file to use just that",
+    )
