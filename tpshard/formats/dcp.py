@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
+from tpshard.formats.dcp_metadata import Described, StoredChunk, metadata_pickle
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
 from tpshard.planning.box import Box, Shape, corner, extents
@@ -108,13 +108,13 @@ class Dcp(Format):
     @uncollected
     def derived(self, split: Split) -> dict[str, bytes]:
         """`.metadata`: of every chunk its place in the tensor and in the files."""
-        found: dict[str, list[Chunk]] = {}
+        found: dict[str, list[StoredChunk]] = {}
         for rank in range(split.options.tp):
             for file in split.files(rank):
                 for placed in file.tensors:
                     (part,) = placed.stored.parts
                     archive = _archive(split, rank, placed.stored)
-                    where = Chunk(
+                    where = StoredChunk(
                         corner(part.box), extents(part.box), file.name, placed.begin - archive.begin, archive.size
                     )
                     found.setdefault(part.tensor, []).append(where)

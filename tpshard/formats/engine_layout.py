@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.engine_tables import Family, fits_any
+from tpshard.formats.engine_tables import EngineFamily, fits_any
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, deal, why_not
@@ -19,7 +19,7 @@ Share = StoredTensor
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ParameterParts:
     """What one of the engine's parameters is made of: lists of tensors to fuse, one list for every stacked expert."""
 
     groups: tuple[tuple[str, ...], ...]
@@ -32,7 +32,7 @@ class Recipe:
 
 
 def shares_of(
-    family: Family, model: Model, tensors: Sequence[LogicalTensor], dealt: Deal
+    family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor], dealt: Deal
 ) -> dict[str, tuple[Share, ...]]:
     """Each tensor's share of every rank, cut and turned as the engine has it; tensors that are alike have one."""
     shares = {}
@@ -118,7 +118,7 @@ def _transposed(share: Share) -> Share:
 
 
 def joined(
-    recipes: Mapping[str, Recipe], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
+    recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
 ) -> Layout:
     """Every rank's parameters by their recipes: shares fused along their first dim, experts stacked before it."""
     rows: list[list[StoredTensor]] = [[] for _ in range(tp)]
@@ -135,7 +135,7 @@ def joined(
 
 
 def _join(
-    name: str, recipe: Recipe, rank: int, shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape]
+    name: str, recipe: ParameterParts, rank: int, shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape]
 ) -> tuple[Share, list[int]]:
     """A recipe's parameter of one rank, and which of the recipe's tensors each part is of."""
     held = [shares[tensor][rank] for tensor in recipe.tensors]

@@ -11,7 +11,7 @@ from torch import Tensor
 from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.open import FileWeights
-from tpshard.verifier.ranks.pieces import Joined, Piece, Rows, Stored
+from tpshard.verifier.ranks.pieces import Joined, RankPiece, Rows, Stored
 from tpshard.verifier.ranks.vllm import Pieces
 
 _META_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -63,7 +63,7 @@ def meta(ranks: Sequence[FileWeights], family: Family, rank: int) -> Pieces:
             yield f"{into}.{suffix}", stored
 
 
-def _rows_of_all(ranks: Sequence[FileWeights], name: str, rank: int) -> Piece:
+def _rows_of_all(ranks: Sequence[FileWeights], name: str, rank: int) -> RankPiece:
     """An even share of rows, of a matrix that is cut by columns."""
     for other, weights in enumerate(ranks):
         if name not in weights.names() or weights.shape(name) != ranks[0].shape(name):
