@@ -19,6 +19,7 @@ from tpshard.execute.publish import Settings
 from tpshard.verifier.hf.parallel import own_weights
 from tpshard.verifier.hf.skeleton import Cut
 from tpshard.verifier.hf.tiers import exact
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.report.verdict import Verdict
 from tpshard.verifier.run import verify
 
@@ -43,7 +44,7 @@ def pair(model: Get, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
 
 
 def judged(model: Path, shards: Path) -> Verdict:
-    return verify(shards, model, tiers=["exact"], device="cpu")
+    return verify(VerifyOptions(shards, tiers=("exact",), device="cpu"), model)
 
 
 @pytest.mark.parametrize(
