@@ -25,10 +25,10 @@ from tpshard.api.options import (
     SplitOptions,
     TargetOptions,
 )
-from tpshard.api.verify import Request
 from tpshard.cli.main import app
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.split import Options
+from tpshard.verifier.options import VerifyOptions
 
 WORK = Workload(batch=3, seq=77, kv_dtype="float8", gpu_memory=80 * 10**9, bandwidth=450e9)
 MODEL = ModelOptions("x", "branch", Path("r.toml"), "float16", True)
@@ -106,7 +106,7 @@ CASES = {
             **{"prompt": "text", "seed": 9, "layers": [0, -1], "float32": True, "stream": True, "nproc": 4},
             **{"sequence_parallel": True, "reference": "transformers", "engine": "tpshard"},
         },
-        Request(
+        VerifyOptions(
             **{"shards": Path("s"), "source": "x", "tiers": ("exact", "bytes"), "device": "cpu", "tokens": 7},
             **{"seed": 9, "float32": True, "layers": (0, -1), "stream": True, "sequence_parallel": True},
             **{"reference": "transformers", "engine": "tpshard", "prompt": "text", "revision": "branch"},

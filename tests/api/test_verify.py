@@ -16,13 +16,14 @@ import tpshard as package
 from tests.helpers.toys import write_checkpoint
 from tpshard.api import convert as api
 from tpshard.api import verify as verifying
-from tpshard.api.verify import Request, find_source, verify
+from tpshard.api.verify import find_source, verify
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
 from tpshard.execute.publish import Settings
 from tpshard.storage import hub
 from tpshard.storage.hub_errors import UnreachableError
 from tpshard.verifier import launch as processes
 from tpshard.verifier.launch import first_host, surroundings
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.names import width
 
 
@@ -73,7 +74,7 @@ def test_all_tiers_with_the_source_beside_the_shards(pair: tuple[Path, Path]) ->
     assert [(tier.name, tier.status) for tier in verdict.tiers] == [(n, "pass") for n in ("bytes", "exact", "native")]
     assert (verdict.exit_code, verdict.source, verdict.shards, verdict.tp) == (0, "model", "model-tp2", 2)
     assert lines[0] == f"source: {pair[0]}"
-    estimate = next(i for i, line in enumerate(lines) if "GB of memory" in line and "estimates" in line)
+    estimate = next(i for i, line in enumerate(lines) if "GB of memory" in line and "estimate" in line)
     assert estimate < lines.index("bytes tier")
 
 
@@ -88,10 +89,10 @@ def test_the_source_in_the_current_directory(
 ) -> None:
     monkeypatch.chdir(copy)
     with pytest.raises(UsageError, match="the model that was split was not found: model") as caught:
-        find_source(Request(copy), print)
+        find_source(VerifyOptions(copy), print)
     assert "--source" in (caught.value.hint or "")
     monkeypatch.chdir(pair[0].parent)
-    assert find_source(Request(copy), print) == pair[0].parent / "model"
+    assert find_source(VerifyOptions(copy), print) == pair[0].parent / "model"
 
 
 def test_the_source_by_repo_and_revision(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +109,13 @@ def test_the_source_by_repo_and_revision(copy: Path, tmp_path: Path, monkeypatch
     manifest["source"] |= {"name": "org/name", "repo_id": "org/name", "revision": "abc"}
     (copy / "tpshard.json").write_text(json.dumps(manifest))
     lines: list[str] = []
-    assert find_source(Request(copy), lines.append) == tmp_path and lines == ["from the cache"]
+    assert find_source(VerifyOptions(copy), lines.append) == tmp_path and lines == ["from the cache"]
     assert asked == [("org/name", "abc")]
     with pytest.raises(UsageError, match="not found: org/name") as caught:
-        find_source(Request(copy), print)
+        find_source(VerifyOptions(copy), print)
     assert caught.value.found == "no network"
     write_checkpoint(tmp_path / "name", {"model_type": "llama"}, {}, [[]])
-    assert find_source(Request(copy), print) == tmp_path / "name"
+    assert find_source(VerifyOptions(copy), print) == tmp_path / "name"
 
 
 @pytest.mark.parametrize("given", ["nowhere/at/all", "./nowhere"])

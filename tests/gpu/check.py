@@ -32,6 +32,7 @@ import tpshard  # noqa: E402
 from tests.gpu import figures, random_models  # noqa: E402
 from tpshard.execute.publish import Settings  # noqa: E402
 from tpshard.verifier.group import Processes  # noqa: E402
+from tpshard.verifier.options import VerifyOptions  # noqa: E402
 from tpshard.verifier.prompt import prompt_ids  # noqa: E402
 from tpshard.verifier.run import verify  # noqa: E402
 
@@ -103,7 +104,9 @@ def summary(verdict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def judge(place: str, name: str, tp: int, device: str, **options: Any) -> dict[str, Any]:
+def judge(
+    place: str, name: str, tp: int, device: str, team: Processes | None = None, sharing: int = 1, **options: Any
+) -> dict[str, Any]:
     """One verdict as a row, with the peak of the GPU's memory; shards are loaded as the command loads them."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -112,7 +115,9 @@ def judge(place: str, name: str, tp: int, device: str, **options: Any) -> dict[s
     def load(rank: int, where: torch.device) -> dict[str, torch.Tensor]:
         return tpshard.load_rank(shards, rank, where)
 
-    verdict = verify(shards, Path(place) / name, device=device, load_rank=load, **options)
+    verdict = verify(
+        VerifyOptions(shards, device=device, **options), Path(place) / name, team=team, sharing=sharing, load_rank=load
+    )
     row = summary(verdict.to_json())
     if device == "cuda":
         row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
@@ -200,7 +205,7 @@ def control(check: Check, name: str, tp: int) -> dict[str, Any]:
     renamed = {ranks[0]: ranks[1], ranks[1]: ranks[0]}
     for file in files:
         (damaged / renamed.get(file.name, file.name)).hardlink_to(file)
-    verdict = verify(damaged, check.place / name, tiers=["exact"], device=check.device.type)
+    verdict = verify(VerifyOptions(damaged, tiers=("exact",), device=check.device.type), check.place / name)
     right = verdict.exit_code == 1 and verdict.reason == "the files of ranks 0 and 1 are exchanged"
     return {"status": "pass" if right else "fail", "reason": verdict.reason}
 
@@ -262,7 +267,7 @@ def run_model(check: Check, name: str, *, large: bool, llama: bool) -> None:
     step(f"{where}, tp 4 in threads", 60 if large else 10, threads, group="threads", tp=4)
     if not llama and not check.small:
         for seed in (1, 2):
-            step(f"native tier, seed {seed}", 10, lambda s=seed: in_threads(check, name, 4, tiers=["native"], seed=s))
+            step(f"native tier, seed {seed}", 10, lambda s=seed: in_threads(check, name, 4, tiers=("native",), seed=s))
     if not large:
         step("control, two rank files exchanged", 10, lambda: control(check, name, 4))
     if not large and (llama or not check.small):

@@ -17,6 +17,7 @@ from tpshard.errors import UnsupportedError
 from tpshard.execute.publish import Settings
 from tpshard.verifier.builtin import memory as machine
 from tpshard.verifier.builtin import prepare
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.run import verify
 
 # Matrices of these sizes are cut into several blocks where the weights are streamed.
@@ -148,7 +149,7 @@ def draw(seed: int, folder: Path) -> Drawn | None:
             return None
         model, out = made
         with patch.object(machine, "BLOCK_BYTES", BLOCK_BYTES), patch.object(prepare, "BLOCK_BYTES", BLOCK_BYTES):
-            verdict = verify(out, model, device="cpu", tokens=4, seed=seed, **options)
+            verdict = verify(VerifyOptions(out, device="cpu", tokens=4, seed=seed, **options), model)
     native = next(tier for tier in verdict.tiers if tier.name == "native")
     return Drawn(
         seed=seed,

@@ -8,6 +8,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,20 @@ from tests.helpers.cut import cut
 from tests.helpers.small_models import tokens
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verifier.builtin import engine as builtin
-from tpshard.verifier.builtin.memory import Load, Need, Side, estimate
+from tpshard.verifier.builtin.memory import Load, Need, StoredSize, estimate
 from tpshard.verifier.families.configs import describe
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import FileWeights, open_shards, open_source
 from tpshard.verifier.report.page import to_html
 from tpshard.verifier.report.verdict import Canary, Finding, Tier, Verdict
 from tpshard.verifier.report.write import check_kind, to_junit, to_markdown, write
-from tpshard.verifier.run import verify
+from tpshard.verifier.run import verify as run
+
+
+def verify(shards: Path, source: Path, prompt: torch.Tensor | None = None, **options: Any) -> Verdict:
+    """The verdict of the tiers that run the model."""
+    return run(VerifyOptions(shards, **options), source, prompt=prompt)
 
 
 def write_shards(model: Path, out: Path, tp: int) -> Path:
@@ -61,7 +68,7 @@ def edit(shards: Path, rank: int, name: str, value: float, tp: int = 4) -> None:
 @pytest.mark.parametrize("options", [{}, {"stream": True}, {"sequence_parallel": True}, {"float32": True}])
 def test_a_correct_split_passes(pair: tuple[Path, Path], options: dict[str, bool]) -> None:
     model, shards = pair
-    verdict = verify(shards, model, tokens=4, device="cpu", **options)  # type: ignore[arg-type]
+    verdict = verify(shards, model, tokens=4, device="cpu", **options)
     assert (verdict.verdict, verdict.exit_code, verdict.warnings) == ("pass", 0, ())
     assert [tier.name for tier in verdict.tiers] == ["exact", "native"]
     assert verdict.canaries and all(canary.status == "caught" for canary in verdict.canaries)
@@ -71,7 +78,7 @@ def test_the_reference_chooses_the_tokens_unless_it_would_be_read_too_often(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def metrics(stream: bool) -> tuple[str, float]:
-        verdict = verify(pair[1], pair[0], tiers=["native"], tokens=6, device="cpu", stream=stream)
+        verdict = verify(pair[1], pair[0], tiers=("native",), tokens=6, device="cpu", stream=stream)
         assert verdict.verdict == "pass"
         return verdict.settings["tokens_from"], verdict.tiers[0].metrics["kl_unsharded"]
 
@@ -91,7 +98,7 @@ def test_a_verdict_repeats_but_for_what_is_volatile(pair: tuple[Path, Path]) -> 
 
 
 def test_transformers_as_the_reference(pair: tuple[Path, Path]) -> None:
-    verdict = verify(pair[1], pair[0], tiers=["exact"], reference="transformers", device="cpu")
+    verdict = verify(pair[1], pair[0], tiers=("exact",), reference="transformers", device="cpu")
     assert [tier.status for tier in verdict.tiers] == ["pass", "pass"]
     assert verdict.tiers[1].metrics["relative_error"] <= 1e-6
 
@@ -102,7 +109,7 @@ def test_exchanged_files_are_named_and_warned_of(copy: tuple[Path, Path]) -> Non
     one.rename(shards / "x")
     two.rename(one)
     (shards / "x").rename(two)
-    verdict = verify(shards, model, tiers=["exact"], device="cpu")
+    verdict = verify(shards, model, tiers=("exact",), device="cpu")
     assert (verdict.exit_code, verdict.reason) == (1, "the files of ranks 1 and 2 are exchanged")
     assert verdict.warnings[0] == f"{one.name} says that it is of rank 2"
 
@@ -110,7 +117,7 @@ def test_exchanged_files_are_named_and_warned_of(copy: tuple[Path, Path]) -> Non
 def test_a_changed_element_fails(copy: tuple[Path, Path]) -> None:
     model, shards = copy
     edit(shards, 2, "model.layers.1.mlp.gate_proj.weight", 0.5)
-    verdict = verify(shards, model, tiers=["exact"], device="cpu")
+    verdict = verify(shards, model, tiers=("exact",), device="cpu")
     assert verdict.exit_code == 1
     assert verdict.reason is not None and "model.layers.1.mlp.gate_proj.weight" not in verdict.reason
     assert "model.layers.1.mlp.gate_proj of rank 2" in verdict.reason
@@ -122,14 +129,14 @@ def test_a_dropped_tensor_fails_and_is_named(copy: tuple[Path, Path]) -> None:
     tensors = load_file(file)
     del tensors["model.layers.0.mlp.down_proj.weight"]
     save_file(tensors, file)
-    verdict = verify(shards, model, tiers=["exact"], device="cpu")
+    verdict = verify(shards, model, tiers=("exact",), device="cpu")
     assert verdict.exit_code == 1
     assert verdict.reason is not None and "rank 3 has no tensor model.layers.0.mlp.down_proj.weight" in verdict.reason
 
 
 def test_a_tier_that_misses_a_canary_is_inconclusive(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpshard.verifier.builtin.canaries.EXACT_LIMIT", 1e9)
-    verdict = verify(pair[1], pair[0], tiers=["exact"], device="cpu")
+    verdict = verify(pair[1], pair[0], tiers=("exact",), device="cpu")
     assert (verdict.verdict, verdict.exit_code) == ("inconclusive", 8)
     assert verdict.reason is not None and "rank-files-exchanged" in verdict.reason
     assert "<failure" in to_junit(verdict)
@@ -137,7 +144,7 @@ def test_a_tier_that_misses_a_canary_is_inconclusive(pair: tuple[Path, Path], mo
 
 def test_no_fault_to_inject_is_inconclusive(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tpshard.verifier.builtin.canaries.CANARIES", ())
-    assert verify(pair[1], pair[0], tiers=["exact"], device="cpu").exit_code == 8
+    assert verify(pair[1], pair[0], tiers=("exact",), device="cpu").exit_code == 8
 
 
 def test_nan_is_named(copy: tuple[Path, Path]) -> None:
@@ -157,11 +164,11 @@ def test_bad_input(pair: tuple[Path, Path], copy: tuple[Path, Path], tmp_path: P
     with pytest.raises(UsageError, match="no such"):
         verify(tmp_path / "nowhere", model)
     with pytest.raises(UsageError, match="unknown tier"):
-        verify(shards, model, tiers=["fast"])
+        verify(shards, model, tiers=("fast",))
     with pytest.raises(UsageError, match="unknown device"):
         verify(shards, model, device="tpu")
     with pytest.raises(UsageError, match="no layer 3"):
-        verify(shards, model, layers=[3])
+        verify(shards, model, layers=(3,))
     with pytest.raises(CorruptError, match="no rank files"):
         verify(model, model)
     (shards / "rank-00002-of-00004.safetensors").unlink()
@@ -181,7 +188,7 @@ def test_a_70b_shape_is_streamed_in_4_gb() -> None:
     config = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "hidden_act": "silu"}
     table, body = 128256 * 8192, 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
-    side = Side(2 * (body + 2 * table), body + 2 * table, table, body, table)
+    side = StoredSize(2 * (body + 2 * table), body + 2 * table, body)
     need = estimate(
         describe(config | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192}),
         Load(side, side, 80, table),
@@ -205,7 +212,7 @@ def test_memory_decides_whether_to_stream(monkeypatch: pytest.MonkeyPatch) -> No
 def test_tokens_are_cut_to_the_models_positions(tmp_path: Path) -> None:
     model = make("gpt2", tmp_path / "gpt2")
     shards = write_shards(model, tmp_path / "shards", 2)
-    verdict = verify(shards, model, tiers=["native"], tokens=8, prompt=tokens(60), device="cpu")
+    verdict = verify(shards, model, tiers=("native",), tokens=8, prompt=tokens(60), device="cpu")
     assert verdict.verdict == "pass" and verdict.settings["tokens"] == 4
     assert "no more positions" in verdict.warnings[0]
     with pytest.raises(UsageError, match="longer than the model's positions"):
@@ -216,9 +223,9 @@ def test_a_cast_on_record_is_applied_to_the_source(tmp_path: Path) -> None:
     model = make("llama-gqa", tmp_path / "model")
     narrow = make("llama-gqa", tmp_path / "narrow", dtype="bfloat16")
     shards = write_shards(narrow, tmp_path / "shards", 2)
-    assert verify(shards, model, tiers=["exact"], device="cpu").exit_code == 1
+    assert verify(shards, model, tiers=("exact",), device="cpu").exit_code == 1
     (shards / "tpshard.json").write_text(json.dumps({"mesh": {"tp": 2}, "options": {"dtype": "BF16"}}))
-    assert verify(shards, model, tiers=["exact"], device="cpu").exit_code == 0
+    assert verify(shards, model, tiers=("exact",), device="cpu").exit_code == 0
     (shards / "tpshard.json").write_text(json.dumps({"mesh": {"tp": 4}}))
     with pytest.raises(CorruptError, match="disagree"):
         open_shards(shards)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tpshard.errors import CorruptError, DifferentError, HubError, UnsupportedError, UsageError
 from tpshard.storage.names import MANIFEST
 from tpshard.verifier import launch
+from tpshard.verifier.options import Say, VerifyOptions, silent
 from tpshard.verifier.ranks.names import width
 from tpshard.verifier.report.verdict import Tier, Verdict
 
@@ -22,58 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tpshard.verifier.group import Processes
-
-TIERS = ("bytes", "exact", "native")
-REFERENCES = ("tpshard", "transformers")
-ENGINES = ("auto", "tpshard", "transformers")
-DEVICES = ("auto", "cpu", "cuda")
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be verified, and how. tiers None: all that can run here. source None: it is looked for.
-
-    layers None: all. stream None: as memory asks. nproc None: a process for each rank on a host with several GPUs.
-    """
-
-    shards: Path
-    source: str | None = None
-    tiers: tuple[str, ...] | None = None
-    device: str = "auto"
-    tokens: int = 32
-    seed: int = 0
-    float32: bool = False
-    layers: tuple[int, ...] | None = None
-    stream: bool | None = None
-    sequence_parallel: bool = False
-    reference: str = "tpshard"
-    engine: str = "auto"
-    prompt: str | None = None
-    revision: str | None = None
-    rules: Path | None = None
-    allow_pickle: bool = False
-    nproc: int | None = None
-
-    def __post_init__(self) -> None:
-        for what, given, known in (
-            ("tier", self.tiers or (), TIERS),
-            ("device", (self.device.partition(":")[0],), DEVICES),
-            ("reference", (self.reference,), REFERENCES),
-            ("engine", (self.engine,), ENGINES),
-        ):
-            for value in given:
-                if value not in known:
-                    raise UsageError(f"unknown {what} {value!r}", expected=", ".join(known))
-        if self.tiers is not None and not self.tiers:
-            raise UsageError("no tier to run", expected=", ".join(TIERS))
-        if self.tokens < 0:
-            raise UsageError("--tokens takes no negative number", found=self.tokens)
-
-    @property
-    def computed(self) -> tuple[str, ...]:
-        """The tiers that run the model, as far as they were asked for."""
-        return tuple(tier for tier in TIERS[1:] if self.tiers is None or tier in self.tiers)
 
 
 def is_first() -> bool:
@@ -101,14 +50,14 @@ def verify(
     rules: str | Path | None = None,
     allow_pickle: bool = False,
     nproc: int | None = None,
-    say: Say = lambda line: None,
+    say: Say = silent,
 ) -> Verdict:
     """Judge whether shards, run tensor-parallel, compute the function of the unsharded model.
 
-    The options are those of `tpshard verify`; `Request` describes them. A difference is in the verdict; what cannot be
-    judged at all raises. In a group of processes that torchrun or SLURM started, every rank gets the verdict.
+    The options are those of `tpshard verify`; `VerifyOptions` describes them. A difference is in the verdict; what
+    cannot be judged at all raises. In a group of processes that torchrun or SLURM started, every rank gets the verdict.
     """
-    request = Request(
+    options = VerifyOptions(
         shards=Path(shards),
         source=None if source is None else str(source),
         tiers=None if tiers is None else tuple(tiers),
@@ -127,64 +76,64 @@ def verify(
         allow_pickle=allow_pickle,
         nproc=nproc,
     )
-    return verify_with(request, say)
+    return verify_with(options, say)
 
 
-def verify_with(request: Request, say: Say) -> Verdict:
-    """The verdict that a request asks for."""
+def verify_with(options: VerifyOptions, say: Say) -> Verdict:
+    """The verdict that the options ask for."""
     group = launch.surroundings()
     if group is not None:
-        if request.nproc is not None:
+        if options.nproc is not None:
             raise UsageError("a group of processes is here already", found=f"{group.size} processes of {group.starter}")
-        talk = say if group.rank == 0 else lambda line: None
-        return launch.join(group, request.device, lambda team, sharing: judge(request, team, sharing, talk))
-    tp = width(request.shards)
-    count = _processes(request, tp)
+        talk = say if group.rank == 0 else silent
+        return launch.join(group, options.device, lambda team, sharing: judge(options, team, sharing, talk))
+    tp = width(options.shards)
+    count = _processes(options, tp)
     if count == 1:
-        return judge(request, None, 1, say)
-    verdict: Verdict = launch.start("tpshard.api.verify_worker", request, count, say)
+        return judge(options, None, 1, say)
+    verdict: Verdict = launch.start("tpshard.api.verify_worker", options, count, say)
     return verdict
 
 
-def _processes(request: Request, tp: int) -> int:
+def _processes(options: VerifyOptions, tp: int) -> int:
     """How many processes to start here: 1 or tp."""
-    if request.nproc not in (None, 1, tp):
+    if options.nproc not in (None, 1, tp):
         raise UsageError(
             "one process for all ranks, or one for each",
-            path=request.shards,
+            path=options.shards,
             expected=f"--nproc-per-node 1 or {tp}",
-            found=request.nproc,
+            found=options.nproc,
         )
-    if not request.computed or not find_spec("torch"):
+    if not options.computed or not find_spec("torch"):
         return 1
-    if request.nproc is None and request.device in ("auto", "cuda") and tp > 1:
+    if options.nproc is None and options.device in ("auto", "cuda") and tp > 1:
         import torch
 
         return tp if torch.cuda.device_count() > 1 else 1
-    return request.nproc or 1
+    return options.nproc or 1
 
 
-def judge(request: Request, team: Processes | None, sharing: int, say: Say) -> Verdict:
+def judge(options: VerifyOptions, team: Processes | None, sharing: int, say: Say) -> Verdict:
     """The verdict, by the ranks of `team`, or by threads of this process. `sharing`: processes with one device."""
-    asked = request.tiers is not None or request.engine != "auto"
-    computed = request.computed
+    asked = options.tiers is not None or options.engine != "auto"
+    computed = options.computed
     skipped: list[Tier] = []
     if computed and not find_spec("torch"):
         if asked:
             raise UnsupportedError("this needs torch, which is not installed", hint="pip install 'tpshard[torch]'")
         skipped += [Tier(name, "skipped", reason="torch is not installed") for name in computed]
         computed = ()
-    source = _together(team, lambda: find_source(request, say))
+    source = _together(team, lambda: find_source(options, say))
 
     def compare() -> Tier:
         say("bytes tier")
-        return bytes_tier(request, source, alone=not computed)
+        return bytes_tier(options, source, alone=not computed)
 
     if not computed:
         tier = compare() if team is None else team.once(compare)
-        return _by_bytes(request, source, tier, skipped)
+        return _by_bytes(options, source, tier, skipped)
     try:
-        verdict = _computed(request, source, team, sharing, computed, compare, say)
+        verdict = _computed(options, source, team, sharing, compare, say)
     except UnsupportedError as error:
         if asked:
             raise
@@ -193,7 +142,7 @@ def judge(request: Request, team: Processes | None, sharing: int, say: Say) -> V
         status = "inconclusive" if find_spec("transformers") else "skipped"
         skipped = [Tier(name, status, reason=reason) for name in computed]
         tier = compare() if team is None else team.once(compare)
-        return _by_bytes(request, source, tier, skipped)
+        return _by_bytes(options, source, tier, skipped)
     return replace(verdict, source=_name(source))
 
 
@@ -202,39 +151,27 @@ def _together(team: Processes | None, work: Callable[[], Path]) -> Path:
 
 
 def _computed(
-    request: Request,
+    options: VerifyOptions,
     source: Path,
     team: Processes | None,
     sharing: int,
-    tiers: Sequence[str],
     compare: Callable[[], Tier],
     say: Say,
 ) -> Verdict:
     from tpshard.verifier.run import verify as run
 
     ids = None
-    if request.prompt is not None:
-        text = request.prompt
+    if options.prompt is not None:
+        text = options.prompt
         ids = team.together(lambda: prompt_tokens(text, source)) if team else prompt_tokens(text, source)
     return run(
-        request.shards,
+        options,
         source,
-        tiers=tiers,
-        device=request.device,
-        tokens=request.tokens,
-        seed=request.seed,
-        float32=request.float32,
-        layers=request.layers,
-        stream=request.stream,
-        sequence_parallel=request.sequence_parallel,
-        reference=request.reference,
-        engine=request.engine,
         prompt=ids,
         team=team,
         sharing=sharing,
-        load_rank=lambda rank, device: _load_rank(request.shards, rank, device),
-        first=compare if request.tiers is None or "bytes" in request.tiers else None,
-        allow_pickle=request.allow_pickle,
+        load_rank=lambda rank, device: _load_rank(options.shards, rank, device),
+        first=compare if options.runs("bytes") else None,
         say=say,
     )
 
@@ -249,24 +186,24 @@ def _load_rank(shards: Path, rank: int, device: Any) -> Mapping[str, Tensor] | N
         return None
 
 
-def find_source(request: Request, say: Say) -> Path:
+def find_source(options: VerifyOptions, say: Say) -> Path:
     """The unsharded model's directory or file, downloaded if it is a Hub repo; by the manifest where none is given."""
-    if not request.shards.is_dir():
+    if not options.shards.is_dir():
         hint = "give the directory that `tpshard split` wrote"
-        raise UsageError("no such directory", path=request.shards, hint=hint)
-    if request.source is not None:
-        return _local(request.source, request.revision, request.allow_pickle, say)
-    named = _recorded(request.shards)
+        raise UsageError("no such directory", path=options.shards, hint=hint)
+    if options.source is not None:
+        return _local(options.source, options.revision, options.allow_pickle, say)
+    named = _recorded(options.shards)
     name = str(named.get("name") or "")
-    repo, revision = named.get("repo_id"), request.revision or named.get("revision")
+    repo, revision = named.get("repo_id"), options.revision or named.get("revision")
     reason = None
     if repo:
         try:
-            return _local(repo, revision, request.allow_pickle, say)
+            return _local(repo, revision, options.allow_pickle, say)
         except HubError as error:
             reason = str(error)
     base = name.rpartition("/")[2]
-    for place in (request.shards.absolute().parent, Path.cwd()):
+    for place in (options.shards.absolute().parent, Path.cwd()):
         found = place / base
         if base and (found / "config.json").is_file() and not (found / MANIFEST).exists():
             say(f"source: {found}")
@@ -275,7 +212,7 @@ def find_source(request: Request, say: Say) -> Path:
         f"the model that was split was not found: {name}"
         if name
         else "the shards do not name the model that was split",
-        path=request.shards,
+        path=options.shards,
         found=reason,
         hint="give the model that was split with --source",
     )
@@ -319,38 +256,38 @@ def _recorded(shards: Path) -> Mapping[str, Any]:
     return source if isinstance(source, dict) else {}
 
 
-def bytes_tier(request: Request, source: Path, *, alone: bool) -> Tier:
+def bytes_tier(options: VerifyOptions, source: Path, *, alone: bool) -> Tier:
     """What `tpshard check --source` finds. Where other tiers judge as well, files that contradict each other differ."""
     from tpshard.api.check import check
 
     try:
-        report = check(request.shards, source, rules=request.rules, allow_pickle=request.allow_pickle)
+        report = check(options.shards, source, rules=options.rules, allow_pickle=options.allow_pickle)
     except (CorruptError, DifferentError) as error:
-        if alone or not (request.shards / MANIFEST).exists():
-            return _cannot(request, error)
+        if alone or not (options.shards / MANIFEST).exists():
+            return _cannot(options, error)
         return Tier("bytes", "fail", reason=str(error))
     except (UsageError, UnsupportedError) as error:
-        return _cannot(request, error)
+        return _cannot(options, error)
     if report.equal:
         return Tier("bytes", "pass", {"differences": 0}, {"differences": 0})
     count = len(report.differences)
     return Tier("bytes", "fail", {"differences": 0}, {"differences": count}, reason=report.summary)
 
 
-def _cannot(request: Request, error: Exception) -> Tier:
+def _cannot(options: VerifyOptions, error: Exception) -> Tier:
     """The bytes tier where it could not run: an error if it was asked for, else left out."""
-    if request.tiers is not None or not isinstance(error, (UsageError, UnsupportedError, CorruptError)):
+    if options.tiers is not None or not isinstance(error, (UsageError, UnsupportedError, CorruptError)):
         raise error
     return Tier("bytes", "skipped", reason=str(error))
 
 
-def _by_bytes(request: Request, source: Path, tier: Tier, skipped: Sequence[Tier]) -> Verdict:
+def _by_bytes(options: VerifyOptions, source: Path, tier: Tier, skipped: Sequence[Tier]) -> Verdict:
     """The verdict where bytes were all that could be judged."""
     return Verdict(
         model_type=str(_config(source).get("model_type")),
-        tp=width(request.shards),
+        tp=width(options.shards),
         source=_name(source),
-        shards=request.shards.name,
+        shards=options.shards.name,
         tiers=(tier, *skipped),
         canaries=(),
         settings={"tiers": [tier.name]},

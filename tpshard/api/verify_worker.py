@@ -23,7 +23,7 @@ def work(folder: Path, rank: int, size: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    request = pickle.loads((folder / "request").read_bytes())
+    options = pickle.loads((folder / "options").read_bytes())
 
     def say(line: str) -> None:
         if rank == 0:
@@ -32,7 +32,7 @@ def work(folder: Path, rank: int, size: int) -> None:
     group = Surroundings("tpshard", rank, size, rank, f"file://{folder}/meeting")
     outcome: Any
     try:
-        outcome = join(group, request.device, lambda team, sharing: judge(request, team, sharing, say))
+        outcome = join(group, options.device, lambda team, sharing: judge(options, team, sharing, say))
     except (TpshardError, OSError) as error:
         outcome = error
     if rank == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -141,7 +140,7 @@ def verify(
             speaks = verifying.is_first()
             for path in report or ():
                 reports.append(_writable(path))
-            request = verifying.Request(
+            options = verifying.VerifyOptions(
                 shards=shards,
                 source=source,
                 tiers=None if tier is None else tuple(part.strip() for part in tier.split(",")),
@@ -160,7 +159,7 @@ def verify(
                 allow_pickle=allow_pickle,
                 nproc=nproc_per_node,
             )
-            verdict = verifying.verify_with(request, console.say)
+            verdict = verifying.verify_with(options, console.say)
         except TpshardError as error:
             if not speaks:
                 raise typer.Exit(error.exit_code) from None
@@ -205,14 +204,14 @@ def _report_error(console: Console, error: TpshardError, shards: Path, reports: 
 
 def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:
     from tpshard.verifier.report.wording import caught, reasons, rows
-    from tpshard.verifier.report.write import to_json, write
+    from tpshard.verifier.report.write import write
 
     for path in reports:
         write(verdict, path)
     for warning in verdict.warnings:
         console.warn(warning)
     if console.as_json:
-        console.data(json_text.loads(to_json(verdict)))
+        console.data(verdict.to_json())
         return
     what = f"{verdict.shards} (tp {verdict.tp}) against {verdict.source}"
     print(f"{verdict.verdict.upper()}: {what}" + (f": {verdict.reason}" if verdict.reason else ""))

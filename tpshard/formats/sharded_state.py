@@ -18,7 +18,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import Recipe, joined, shares_of
 from tpshard.formats.engine_tables import Family, fits_any, load_table, match
-from tpshard.formats.split import Laid, Options, Split
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor, StoredTensor
 from tpshard.planning.model import Model
@@ -38,21 +38,23 @@ class ShardedState(Format):
         self.engine = engine
         self.path = Path(__file__).parent / "tables" / table
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         family = self._family(model, options)
-        ranges = self._deal(family, model, options)
+        dealt = self._deal(family, model, options)
         dropped = _dropped(family, model, self.engine)
         tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
         for tensor in tensors:
             if reason := family.refusal(model.full_name(tensor.name)):
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
-        shares = shares_of(family, model, tensors, ranges, options.tp)
+        shares = shares_of(family, model, tensors, dealt)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         constants = tuple(_scales(family, named.values()))
         rows = [row + constants for row in joined(_recipes(family, named), shares, shapes, options.tp)]
-        return Laid(tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dropped)
+        return RankLayouts(
+            tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dealt, dropped
+        )
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""

@@ -130,13 +130,13 @@ def nccl_or_gloo(devices: Sequence[str]) -> str:
     return "nccl" if apart else "gloo"
 
 
-def start(worker: str, request: Any, count: int, say: Callable[[str], None]) -> Any:
-    """Start `count` processes on this host that judge the request together; rank 0's verdict, or its error, raised.
+def start(worker: str, options: Any, count: int, say: Callable[[str], None]) -> Any:
+    """Start `count` processes on this host that verify together; rank 0's verdict, or its error, raised.
 
     worker: the module that each of them runs, with a folder, its rank and their number as arguments.
     """
     with tempfile.TemporaryDirectory(prefix="tpshard-") as folder:
-        (Path(folder) / "request").write_bytes(pickle.dumps(request))
+        (Path(folder) / "options").write_bytes(pickle.dumps(options))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         workers = []

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from tpshard.errors import DifferentError, LocalIOError
 from tpshard.verifier.builtin.engine import ready
 from tpshard.verifier.builtin.prepare import open_both
-from tpshard.verifier.engine import Asked, Judge, Opened, Ready
+from tpshard.verifier.engine import EngineRun, Judge, LoadRank, OpenedSet
 from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.memory import pick_device
+from tpshard.verifier.options import Say, VerifyOptions, silent
 from tpshard.verifier.ranks.translate import require_replicas, stored_in
 from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
@@ -27,45 +28,58 @@ _LESS = {
 """By engine, the way out where memory does not suffice."""
 
 
-def verify(shards: Path, source: Path, *, team: Threads | Processes | None = None, **options: Any) -> Verdict:
-    """Judge whether shards, run tensor-parallel, compute the function of the unsharded model.
+def verify(
+    options: VerifyOptions,
+    source: Path,
+    *,
+    prompt: Tensor | None = None,
+    team: Threads | Processes | None = None,
+    sharing: int = 1,
+    load_rank: LoadRank | None = None,
+    first: Callable[[], Tier] | None = None,
+    say: Say = silent,
+) -> Verdict:
+    """Judge whether shards, run tensor-parallel, compute the function of the unsharded model at `source`.
 
-    `team` runs the ranks: threads of this process by default. `options` are the fields of `Asked`.
+    `team` runs the ranks: threads of this process by default. `first` is a tier that comes before ours, judged by rank
+    0 once all has been opened. The rest is as in `OpenedSet`.
     Raises UsageError, CorruptError, UnsupportedError or LocalIOError for what cannot be judged at all.
     """
     started = time.monotonic()
-    asked = Asked(**options)
-    where = pick_device(asked.device)
+    where = pick_device(options.device)
     group = team or Threads(1)
-    found, config, weights = group.together(lambda: open_both(shards, source, asked.allow_pickle))
-    opened = Opened(found, config, weights, Path(source), team or Threads(len(found.ranks)), where)
+    shards, config, weights = group.together(lambda: open_both(options.shards, source, options.allow_pickle))
+    team = team or Threads(len(shards.ranks))
+    opened = OpenedSet(shards, config, weights, source, team, where, prompt, sharing, load_rank, say)
     from tpshard.verifier.hf import engine as library
 
-    engine = opened.team.together(lambda: library.engine_of(asked.engine, config))
+    engine = team.together(lambda: library.engine_of(options.engine, config))
     try:
-        engaged = (library.ready if engine == "transformers" else ready)(opened, asked)
-        tiers, canaries, seconds = _tiers(engaged, opened, asked)
+        run = (library.ready if engine == "transformers" else ready)(opened, options)
+        tiers, canaries, seconds = _tiers(run, opened, first)
     except torch.OutOfMemoryError as error:
         raise LocalIOError(f"out of memory: {str(error).splitlines()[0]}", hint=_LESS[engine]) from None
-    return _verdict(engaged, opened, asked, tiers, canaries, seconds, started)
+    return _verdict(run, opened, options, tiers, canaries, seconds, started)
 
 
-def _tiers(engaged: Ready, opened: Opened, asked: Asked) -> tuple[list[Tier], list[Canary], dict[str, float]]:
+def _tiers(
+    run: EngineRun, opened: OpenedSet, first: Callable[[], Tier] | None
+) -> tuple[list[Tier], list[Canary], dict[str, float]]:
     """All that was asked for, in order, with the seconds that each took."""
     team = opened.team
     done: list[Tier] = []
     canaries: list[Canary] = []
     seconds: dict[str, float] = {}
-    if asked.first is not None:
+    if first is not None:
         begun = time.monotonic()
-        done.append(team.once(asked.first))
+        done.append(team.once(first))
         seconds[done[0].name] = time.monotonic() - begun
-    for name, judge in engaged.begin().items():
+    for name, judge in run.begin().items():
         begun = time.monotonic()
-        asked.say(engaged.lines[name])
+        opened.say(run.lines[name])
         try:
             tier, injected = _judged(name, opened, judge)
-        except engaged.unsure as error:
+        except run.unsure as error:
             tier, injected = Tier(name, "inconclusive", reason=str(error)), []
         seconds[name] = time.monotonic() - begun
         done.append(tier)
@@ -73,7 +87,7 @@ def _tiers(engaged: Ready, opened: Opened, asked: Asked) -> tuple[list[Tier], li
     return done, canaries, seconds
 
 
-def _judged(name: str, opened: Opened, judge: Judge) -> tuple[Tier, list[Canary]]:
+def _judged(name: str, opened: OpenedSet, judge: Judge) -> tuple[Tier, list[Canary]]:
     """A tier and its canaries: shards that cannot be run are different, a tier that is blind is inconclusive.
 
     A tier that saw a difference is not blind, and nothing is injected.
@@ -101,7 +115,7 @@ def _judged(name: str, opened: Opened, judge: Judge) -> tuple[Tier, list[Canary]
     return tier, canaries
 
 
-def _named(tier: Tier, opened: Opened) -> Tier:
+def _named(tier: Tier, opened: OpenedSet) -> Tier:
     """The tier, whose reason names what differs first as it is stored as well, where that is another name."""
     first = tier.first
     if first is None or first.rank is None or not (tier.reason or "").startswith(first.module):
@@ -111,37 +125,37 @@ def _named(tier: Tier, opened: Opened) -> Tier:
 
 
 def _verdict(
-    engaged: Ready,
-    opened: Opened,
-    asked: Asked,
+    run: EngineRun,
+    opened: OpenedSet,
+    options: VerifyOptions,
     tiers: list[Tier],
     canaries: list[Canary],
     seconds: Mapping[str, float],
     started: float,
 ) -> Verdict:
     shards, team, device = opened.shards, opened.team, opened.device
-    short = f"{engaged.tokens} tokens, not {asked.tokens}: the model has no more positions"
+    short = f"{run.tokens} tokens, not {options.tokens}: the model has no more positions"
     return Verdict(
-        model_type=engaged.model_type,
+        model_type=run.model_type,
         tp=team.size,
         source=opened.path.name,
         shards=shards.directory.name,
         tiers=tuple(tiers),
         canaries=tuple(canaries),
         bytes_per_rank=tuple(rank.nbytes for rank in shards.ranks),
-        warnings=(*shards.warnings, *([short] if engaged.tokens != asked.tokens else []), *engaged.warnings),
+        warnings=(*shards.warnings, *([short] if run.tokens != options.tokens else []), *run.warnings),
         settings={
-            "engine": engaged.engine,
+            "engine": run.engine,
             "tiers": [tier.name for tier in tiers],
-            "prompt_tokens": engaged.prompt_tokens,
-            "tokens": engaged.tokens,
-            "seed": asked.seed,
-            "float32": asked.float32,
-            "layers": None if asked.layers is None else list(engaged.layers or ()),
-            "sequence_parallel": asked.sequence_parallel,
-            "streamed": engaged.streamed,
+            "prompt_tokens": run.prompt_tokens,
+            "tokens": run.tokens,
+            "seed": options.seed,
+            "float32": options.float32,
+            "layers": None if options.layers is None else list(run.layers or ()),
+            "sequence_parallel": options.sequence_parallel,
+            "streamed": run.streamed,
             "processes": team.size if isinstance(team, Processes) else 1,
-            **engaged.settings,
+            **run.settings,
         },
         volatile={
             "seconds": round(time.monotonic() - started, 3),
@@ -149,6 +163,6 @@ def _verdict(
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "torch": torch.__version__,
             "python": platform.python_version(),
-            **engaged.volatile,
+            **run.volatile,
         },
     )

@@ -14,24 +14,11 @@ from tpshard.errors import DifferentError
 from tpshard.verifier.builtin.exact import Setup, through
 from tpshard.verifier.builtin.faults import FAULTS
 from tpshard.verifier.criteria import EXACT_LIMIT, FLOAT32_LIMIT, exceeded, native_metrics, no_tf32, relative
-from tpshard.verifier.families.family import Family
 from tpshard.verifier.fault_catalogue import BETWEEN_RANKS, CANARIES, VISIBLE
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Canary
 
 T = TypeVar("T")
-
-
-def applicable(family: Family, tp: int, *, biases: bool, structural: bool) -> int:
-    """About how many canaries a model will get, for the estimate of the time."""
-    unfit = {
-        *(() if biases else (name for name in CANARIES if "bias" in name)),
-        *(BETWEEN_RANKS if tp == 1 else ()),
-        *(("gate-and-up-exchanged",) if family.gate is None else ()),
-        *(("wrong-kv-replica",) if family.kv_heads >= tp else ()),
-        *(name for name in CANARIES if structural and not FAULTS[name].structural),
-    }
-    return len(CANARIES) - len(unfit)
 
 
 def _small(setup: Setup) -> Setup:
@@ -53,7 +40,7 @@ def _judged(setup: Setup, ranks: Sequence[Weights], judge: Callable[[Tensor], T]
     mutated = replace(setup, ranks=ranks)
     try:
         return mutated.team.run(
-            lambda group: judge(through(mutated.sharded(group, dtype), [setup.prompt], setup.which()))
+            lambda group: judge(through(mutated.sharded(group, dtype), [setup.prompt], setup.which(), setup.progress))
         )
     except DifferentError:
         return None
@@ -70,7 +57,7 @@ def exact_canaries(setup: Setup, *, float32: bool = False) -> list[Canary]:
     limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
     small = _small(setup)
     with no_tf32(), torch.no_grad():
-        wanted = through(small.reference(dtype), [setup.prompt], small.which())
+        wanted = through(small.reference(dtype), [setup.prompt], small.which(), small.progress)
         canaries = []
         for name, ranks in _mutants(small, structural=False):
             error = _error(small, ranks, dtype, wanted)
@@ -83,8 +70,8 @@ def native_canaries(setup: Setup, dtype: torch.dtype) -> list[Canary]:
     small = _small(setup)
     canaries = []
     with torch.no_grad():
-        r = through(small.reference(torch.float64), [setup.prompt], small.which())
-        n = through(small.reference(dtype), [setup.prompt], small.which())
+        r = through(small.reference(torch.float64), [setup.prompt], small.which(), small.progress)
+        n = through(small.reference(dtype), [setup.prompt], small.which(), small.progress)
         noise = relative(n, r)
         for name, ranks in _mutants(small, structural=True):
             metrics = _judged(small, ranks, lambda logits: native_metrics(r, n, logits, dtype), dtype)

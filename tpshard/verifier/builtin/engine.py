@@ -12,47 +12,56 @@ import torch
 from tpshard.verifier.builtin.canaries import exact_canaries, native_canaries
 from tpshard.verifier.builtin.exact import exact
 from tpshard.verifier.builtin.native import native, teacher_tokens
-from tpshard.verifier.builtin.prepare import Case, all_finite, all_kept, choose, duration, keep, prepare
-from tpshard.verifier.engine import TIERS, Asked, Canaries, Judge, LoadRank, Opened, Ready
+from tpshard.verifier.builtin.prepare import Case, all_finite, all_kept, choose, keep, prepare
+from tpshard.verifier.engine import Canaries, EngineRun, Judge, LoadRank, OpenedSet
+from tpshard.verifier.options import COMPUTED_TIERS, Say, VerifyOptions
+from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import FileWeights, needed, parameters, resident
 from tpshard.verifier.report.verdict import Tier
 
 
-def ready(opened: Opened, asked: Asked) -> Ready:
+def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     """Decide prompt, layers, tokens and what is kept in memory, the same on all ranks."""
     team = opened.team
-    case = team.together(lambda: prepare(opened, asked))
-    case = team.together(lambda: choose(case, asked))
+    case = team.together(lambda: prepare(opened, options))
+    case = team.together(lambda: choose(case, opened, options))
     setup = case.setup
-    lines = {name: f"{name} tier: about {duration(case.seconds[name])} (an estimate)" for name in TIERS}
-    return Ready(
+    lines = {name: f"{name} tier" for name in COMPUTED_TIERS}
+    return EngineRun(
         engine="tpshard",
         model_type=setup.family.model_type,
         prompt_tokens=setup.prompt.numel(),
         tokens=case.tokens,
         layers=setup.layers,
-        begin=lambda: _begin(case, opened, asked),
+        begin=lambda: _begin(case, opened, options),
         lines={**lines, "transformers": "transformers as the reference"},
         streamed=setup.block_bytes is not None and not setup.keep_ranks,
         settings={"tokens_from": "the reference" if case.taught else "the seed"},
     )
 
 
-def _begin(case: Case, opened: Opened, asked: Asked) -> Mapping[str, Judge]:
+def _begin(case: Case, opened: OpenedSet, options: VerifyOptions) -> Mapping[str, Judge]:
     team = opened.team
     team.together(lambda: all_finite(case))
-    kept = team.together(lambda: keep(case, asked.load_rank)) if case.setup.keep_ranks else case
+    kept = team.together(lambda: keep(case, opened.load_rank)) if case.setup.keep_ranks else case
     judges: dict[str, Judge] = {
-        name: partial(judge, kept, asked.load_rank)
-        for name, judge in zip(TIERS, (_exact, _native), strict=True)
-        if name in asked.tiers
+        name: partial(judge, _counting(kept, name, opened.say), opened.load_rank)
+        for name, judge in zip(COMPUTED_TIERS, (_exact, _native), strict=True)
+        if name in options.computed
     }
-    if asked.reference == "transformers":
+    if options.reference == "transformers":
         from tpshard.verifier.builtin.against_transformers import against_transformers
 
         judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
     return judges
+
+
+def _counting(case: Case, tier: str, say: Say) -> Case:
+    """The case, whose progress in a tier is told."""
+    setup = case.setup
+    progress = Progress(f"{tier} tier", steps_of(tier, len(setup.which()), len(setup.team.here)), say)
+    return replace(case, setup=replace(setup, progress=progress))
 
 
 def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tpshard.verifier.builtin.probes import Recorder, Replayer
 from tpshard.verifier.criteria import EXACT_LIMIT, FLOAT32_LIMIT, first_difference, no_tf32, place, relative
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, Processes, Single, Threads
+from tpshard.verifier.progress import Progress
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding, Place, Tier
 
@@ -24,7 +25,7 @@ class Setup:
 
     `layers` None means all; others are left out of both sides. `block_bytes` bounds what is in memory of a matrix.
     `keep_ranks` says that the ranks are in memory even though the source is streamed. `wide` may hold the source in
-    float64, so that it is not converted at every use. `say` takes lines about the progress.
+    float64, so that it is not converted at every use. `progress` counts the stages that are done.
     """
 
     family: Family
@@ -38,7 +39,7 @@ class Setup:
     sequence_parallel: bool = False
     keep_ranks: bool = False
     wide: Weights | None = None
-    say: Callable[[str], None] = lambda line: None
+    progress: Progress = field(default_factory=lambda: Progress("", 1))
 
     def which(self) -> tuple[int, ...]:
         return tuple(range(self.family.layers)) if self.layers is None else self.layers
@@ -119,11 +120,15 @@ class Pass:
         return torch.cat(self.streams, 1)
 
 
-def through(decoder: Decoder, steps: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+def through(
+    decoder: Decoder, steps: Sequence[Tensor], layers: Sequence[int], progress: Progress | None = None
+) -> Tensor:
     """All stages of a decoder; its logits."""
     moving = Pass(decoder, steps, layers)
     for stage in moving.stages:
         moving.advance(stage)
+        if progress is not None:
+            progress.step()
     return moving.logits()
 
 
@@ -146,11 +151,12 @@ def lockstep(
         for stage in whole.stages:
             if team.leads(group):
                 recorder.records.clear()
-                setup.say(f"stage {stage + 1} of {len(whole.stages)}, module by module")
                 whole.advance(stage)
+                setup.progress.step()
             group.barrier()
             plain.advance(stage)
             fed.advance(stage)
+            setup.progress.step(2)
             group.barrier()
         return relative(plain.logits(), whole.logits()), replayer.findings
 

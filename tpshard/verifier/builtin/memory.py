@@ -41,53 +41,41 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Side:
-    """The source, or the ranks that a process runs: stored bytes, and elements of what is gone through.
-
-    `tables` are looked up and compared, `body` and `head` multiplied; a tied head is the embedding's table.
-    """
+class StoredSize:
+    """The source, or the ranks that a process runs: stored bytes, elements, and how many of these are in layers."""
 
     nbytes: int
     elements: int
-    tables: int
     body: int
-    head: int
 
 
 @dataclass(frozen=True)
 class Load:
     """What a process has to go through, of so many layers. `largest`: elements of the largest matrix."""
 
-    source: Side
-    shards: Side
+    source: StoredSize
+    shards: StoredSize
     layers: int
     largest: int
 
 
-def load(
-    family: Family, source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int], here: range
-) -> Load:
+def load(source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int], here: range) -> Load:
     """The load of the ranks `here`, of these layers."""
     return Load(
-        source=_side(family, [source], layers),
-        shards=_side(family, [ranks[i] for i in here], layers),
+        source=_size([source], layers),
+        shards=_size([ranks[i] for i in here], layers),
         layers=max(1, len(layers)),
         largest=max(elements(source, [name]) for name in needed(source, layers)),
     )
 
 
-def _side(family: Family, files: Sequence[FileWeights], layers: Collection[int]) -> Side:
-    nbytes = total = tables = body = head = 0
-    for weights in files:
-        names = needed(weights, layers)
-        looked_up = [n for n in names if n.endswith((f"{family.embed}.weight", f"{family.positions}.weight"))]
-        heads = [n for n in names if n in {f"{name}.weight" for name in family.heads_names}]
-        nbytes += sum(weights.infos[name].nbytes for name in names)
-        total += elements(weights, names)
-        tables += elements(weights, looked_up)
-        body += elements(weights, [name for name in names if layer_of(name) is not None])
-        head += elements(weights, heads or looked_up)
-    return Side(nbytes, total, tables, body, head)
+def _size(files: Sequence[FileWeights], layers: Collection[int]) -> StoredSize:
+    named = [(weights, name) for weights in files for name in needed(weights, layers)]
+    return StoredSize(
+        nbytes=sum(weights.infos[name].nbytes for weights, name in named),
+        elements=sum(elements(weights, [name]) for weights, name in named),
+        body=sum(elements(weights, [name]) for weights, name in named if layer_of(name) is not None),
+    )
 
 
 def estimate(

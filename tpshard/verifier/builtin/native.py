@@ -12,7 +12,7 @@ from torch import Tensor
 from tpshard.verifier.builtin.exact import Setup, lockstep, through
 from tpshard.verifier.builtin.layers import Cache
 from tpshard.verifier.criteria import native_metrics, native_tier, worst_ratio
-from tpshard.verifier.group import Threads
+from tpshard.verifier.group import Group, Threads
 from tpshard.verifier.report.verdict import Finding, Place, Tier
 
 
@@ -30,16 +30,19 @@ def native_logits(setup: Setup, dtype: torch.dtype, steps: Sequence[Tensor]) -> 
     # One pass over the whole is the same mathematics, but where the sequence's length changes the frequencies.
     changing = setup.family.rope is not None and setup.family.rope.kind == "dynamic"
     whole = steps if changing else [torch.cat(list(steps), 1)]
-    r = through(setup.reference(torch.float64), whole, setup.which())
-    return r, through(setup.reference(dtype, hold=True), steps, setup.which())
+    r = through(setup.reference(torch.float64), whole, setup.which(), setup.progress)
+    return r, through(setup.reference(dtype, hold=True), steps, setup.which(), setup.progress)
 
 
 def native(setup: Setup, dtype: torch.dtype, steps: Sequence[Tensor]) -> Tier:
     """In the checkpoint's dtype, through the KV cache: the sharded error against the unsharded one's."""
     r, n = native_logits(setup, dtype, steps)
-    ranks = setup.team.run(
-        lambda group: native_metrics(r, n, through(setup.sharded(group, dtype, hold=True), steps, setup.which()), dtype)
-    )
+
+    def work(group: Group) -> dict[str, float]:
+        logits = through(setup.sharded(group, dtype, hold=True), steps, setup.which(), setup.progress)
+        return native_metrics(r, n, logits, dtype)
+
+    ranks = setup.team.run(work)
     return native_tier(ranks, *worst_module(setup, dtype))
 
 

@@ -1,9 +1,8 @@
-"""What is decided and loaded before a number is computed: prompt, layers, memory, an estimate of the time."""
+"""What is decided and loaded before a number is computed: prompt, layers, memory, memory."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,21 @@ from typing import Any
 import torch
 
 from tpshard.errors import CorruptError, UsageError
-from tpshard.verifier.builtin.canaries import applicable
-from tpshard.verifier.builtin.estimate import Work, exact_seconds, look_seconds, measure, native_seconds
 from tpshard.verifier.builtin.exact import Setup
 from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
-from tpshard.verifier.engine import Asked, LoadRank, Opened
+from tpshard.verifier.engine import LoadRank, OpenedSet
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Processes
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Replaced, Weights, move
-from tpshard.verifier.report.verdict import layer_of
 
 TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
-QUIET_SECONDS = 10.0
-"""The least time between two lines about the progress of a tier."""
 
 
 def _finite(weights: FileWeights, layers: Sequence[int]) -> None:
@@ -59,7 +54,6 @@ class Case:
     tokens: int
     seed: int
     float32: bool
-    seconds: Mapping[str, float]
     taught: bool = True
     """Whether the tokens to decode are the reference's own choices, else they come from the seed."""
 
@@ -70,14 +64,14 @@ def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet,
     return translated(opened, weights.names()), config, weights
 
 
-def prepare(opened: Opened, asked: Asked) -> Case:
+def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     """Find out whether shards and source are of one model, and decide prompt, layers and tokens."""
     found, weights, team = opened.shards, opened.source, opened.team
     family = describe(opened.config)
     if describe(found.config) != family:
         raise another_model(found, family.model_type)
     require_one_each(found, team)
-    ids = prompt_of(asked.prompt, family.vocab, asked.seed)
+    ids = prompt_of(opened.prompt, family.vocab, options.seed)
     setup = Setup(
         family=family,
         source=weights,
@@ -85,22 +79,21 @@ def prepare(opened: Opened, asked: Asked) -> Case:
         team=team,
         prompt=ids.to(opened.device),
         device=opened.device,
-        layers=chosen_layers(asked.layers, family.layers),
-        sequence_parallel=asked.sequence_parallel,
+        layers=chosen_layers(options.layers, family.layers),
+        sequence_parallel=options.sequence_parallel,
     )
     return Case(
         opened=found,
         setup=setup,
-        load=load(family, weights, found.ranks, setup.which(), team.here),
-        tokens=_room(family, weights, ids.shape[1], asked.tokens),
-        seed=asked.seed,
-        float32=asked.float32,
-        seconds={},
+        load=load(weights, found.ranks, setup.which(), team.here),
+        tokens=_room(family, weights, ids.shape[1], options.tokens),
+        seed=options.seed,
+        float32=options.float32,
     )
 
 
-def choose(case: Case, asked: Asked) -> Case:
-    """Decide what is kept in memory, the same on all ranks, and say what that and the tiers will take."""
+def choose(case: Case, opened: OpenedSet, options: VerifyOptions) -> Case:
+    """Decide what is kept in memory, the same on all ranks, and say how much that is."""
     setup = case.setup
     team, where, source = setup.team, setup.device, setup.source
     assert isinstance(source, FileWeights)
@@ -110,49 +103,22 @@ def choose(case: Case, asked: Asked) -> Case:
         setup.family,
         case.load,
         here=len(team.here),
-        native="native" in asked.tiers,
+        native="native" in options.computed,
         positions=batch * (length + case.tokens),
         widened=where.type == "cpu" and not apart,
         apart=apart,
     )
-    streamed = any(team.run(lambda group: need.choose(asked.stream, where, asked.sharing)))
+    streamed = any(team.run(lambda group: need.choose(options.stream, where, opened.sharing)))
     amount = need.streamed if streamed else need.resident
-    pace = measure(source, needed(source, setup.which()), setup.prompt, where)
-    kept = not streamed and not apart
-    taught = kept or case.load.source.nbytes <= TAUGHT_BYTES
-    biases = any(name.endswith(".bias") and layer_of(name) is not None for name in source.names())
-    counts = [applicable(setup.family, team.size, biases=biases, structural=only) for only in (False, True)]
-    work = Work(case.load, len(team.here), kept, case.tokens, case.tokens / length, taught, *counts)
-    seconds = {"exact": exact_seconds(pace, work), "native": native_seconds(pace, work)}
     how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
-    total = duration(look_seconds(pace, work) + sum(time for name, time in seconds.items() if name in asked.tiers))
-    asked.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process, {total} (estimates)")
+    opened.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process (an estimate)")
     setup = replace(
         setup,
         block_bytes=BLOCK_BYTES if streamed or apart else None,
         keep_ranks=apart and not streamed,
-        say=_seldom(asked.say),
     )
-    return replace(case, setup=setup, seconds=seconds, taught=taught)
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _seldom(say: Callable[[str], None]) -> Callable[[str], None]:
-    """`say`, but silent for a while after each line."""
-    last = time.monotonic()
-
-    def maybe(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= QUIET_SECONDS:
-            last = time.monotonic()
-            say(line)
-
-    return maybe
+    taught = (not streamed and not apart) or case.load.source.nbytes <= TAUGHT_BYTES
+    return replace(case, setup=setup, taught=taught)
 
 
 def all_finite(case: Case) -> None:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
-from tpshard.verifier.engine import TIERS, Asked, Canaries, Judge, Opened, Ready
+from tpshard.verifier.engine import Canaries, EngineRun, Judge, OpenedSet
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.canaries import exact_canaries, native_canaries
 from tpshard.verifier.hf.sides import Sides
 from tpshard.verifier.hf.skeleton import covers, frame_of, library_version, model_config, quiet, same_model
 from tpshard.verifier.hf.tiers import exact, native
 from tpshard.verifier.memory import FILL, available
+from tpshard.verifier.options import COMPUTED_TIERS, VerifyOptions
+from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, elements, not_finite, require_floats
 from tpshard.verifier.report.verdict import Tier, layer_of
-
-ENGINES = ("auto", "tpshard", "transformers")
 
 
 def engine_of(asked: str, config: Mapping[str, Any]) -> str:
@@ -27,8 +28,6 @@ def engine_of(asked: str, config: Mapping[str, Any]) -> str:
 
     UnsupportedError where auto finds neither.
     """
-    if asked not in ENGINES:
-        raise UsageError(f"unknown engine {asked!r}", expected=", ".join(ENGINES))
     if asked != "auto":
         return asked
     try:
@@ -40,26 +39,26 @@ def engine_of(asked: str, config: Mapping[str, Any]) -> str:
     return "tpshard"
 
 
-def ready(opened: Opened, asked: Asked) -> Ready:
+def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     """Decide prompt, layers and number of tokens, and say what memory it will take.
 
     UnsupportedError for what only the built-in decoder does: streaming, and cutting the sequence. UsageError where
     shards and source are of different models; LocalIOError where memory cannot suffice.
     """
-    for wanted, option in ((asked.stream, "--stream"), (asked.sequence_parallel, "--sequence-parallel")):
+    for wanted, option in ((options.stream, "--stream"), (options.sequence_parallel, "--sequence-parallel")):
         if wanted:
             raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
     quiet()
-    sides, tokens = opened.team.together(lambda: _prepare(opened, asked))
+    sides, tokens = opened.team.together(lambda: _prepare(opened, options))
     left = unused(sides)
-    return Ready(
+    return EngineRun(
         engine="transformers",
         model_type=str(opened.config.get("model_type")),
         prompt_tokens=sides.prompt.numel(),
         tokens=tokens,
         layers=sides.frame.layers,
-        begin=lambda: _begin(sides, tokens, asked),
-        lines={name: f"{name} tier" for name in TIERS},
+        begin=lambda: _begin(sides, tokens, opened, options),
+        lines={name: f"{name} tier" for name in COMPUTED_TIERS},
         warnings=(f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …",)
         if left
         else (),
@@ -69,23 +68,23 @@ def ready(opened: Opened, asked: Asked) -> Ready:
     )
 
 
-def _prepare(opened: Opened, asked: Asked) -> tuple[Sides, int]:
+def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[Sides, int]:
     found, team, device = opened.shards, opened.team, opened.device
     read, other = model_config(opened.config), model_config(found.config)
     if not same_model(read, other):
         raise another_model(found, opened.config.get("model_type"))
     require_one_each(found, team)
-    ids = prompt_of(asked.prompt, read.vocab_size, asked.seed)
+    ids = prompt_of(opened.prompt, read.vocab_size, options.seed)
     positions = int(getattr(read, "max_position_embeddings", 0) or getattr(read, "max_seq_len", 0) or ids.shape[1])
     if ids.shape[1] > positions:
         raise UsageError("the prompt is longer than the model's positions", expected=positions, found=ids.shape[1])
-    frame = frame_of(read, chosen_layers(asked.layers, read.num_hidden_layers))
+    frame = frame_of(read, chosen_layers(options.layers, read.num_hidden_layers))
     sides = Sides(frame, opened.source, found.ranks, team, ids.to(device), device)
     _floats(sides)
     need = _memory(sides)
-    free = int(available(device) * FILL) // asked.sharing
+    free = int(available(device) * FILL) // opened.sharing
     kind = type(read).__name__.removesuffix("Config")
-    asked.say(f"transformers' own {kind} model: about {need / 1e9:.1f} GB of memory")
+    opened.say(f"transformers' own {kind} model: about {need / 1e9:.1f} GB of memory")
     if need > free:
         raise LocalIOError(
             "there is not enough memory for this",
@@ -93,19 +92,24 @@ def _prepare(opened: Opened, asked: Asked) -> tuple[Sides, int]:
             found=f"{free:,} bytes to use on {device}",
             hint="--layers looks at fewer layers, --float32 --tier exact takes half",
         )
-    return sides, min(asked.tokens, positions - ids.shape[1])
+    return sides, min(options.tokens, positions - ids.shape[1])
 
 
-def _begin(sides: Sides, tokens: int, asked: Asked) -> Mapping[str, Judge]:
+def _begin(sides: Sides, tokens: int, opened: OpenedSet, options: VerifyOptions) -> Mapping[str, Judge]:
     sides.team.together(lambda: all_finite(sides))
+
+    def counting(tier: str) -> Sides:
+        steps = steps_of(tier, len(sides.frame.layers), len(sides.team.here))
+        return replace(sides, progress=Progress(f"{tier} tier", steps, opened.say))
+
     judges: dict[str, Judge] = {
         "exact": lambda: (
-            exact(sides, float32=asked.float32),
-            partial(exact_canaries, sides, float32=asked.float32),
+            exact(counting("exact"), float32=options.float32),
+            partial(exact_canaries, sides, float32=options.float32),
         ),
-        "native": lambda: _native(sides, tokens),
+        "native": lambda: _native(counting("native"), tokens),
     }
-    return {name: judge for name, judge in judges.items() if name in asked.tiers}
+    return {name: judge for name, judge in judges.items() if name in options.computed}
 
 
 def _used(sides: Sides, weights: FileWeights) -> list[str]:

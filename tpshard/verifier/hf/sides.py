@@ -16,6 +16,7 @@ from tpshard.verifier.group import Group, Processes, Threads
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parallel import Link, connect
 from tpshard.verifier.hf.skeleton import Cut, Frame, fill, skeleton, skip_layers
+from tpshard.verifier.progress import Progress
 from tpshard.verifier.ranks.weights import Weights
 
 
@@ -28,6 +29,7 @@ class Side:
     cuts: Mapping[str, Cut]
     rank: int | None = None
     link: Link = field(default_factory=Link)
+    progress: Callable[[], None] = lambda: None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -70,6 +72,7 @@ class Side:
                 out = self._step(steps[i], cache, cached)
                 cache = out.past_key_values if cached else None
                 logits.append(out.logits)
+        self.progress()
         return torch.cat(logits, 1)
 
     def _step(self, ids: Tensor, cache: Any, cached: bool) -> Any:
@@ -95,14 +98,18 @@ class Sides:
     team: Threads | Processes
     prompt: Tensor
     device: torch.device
-    say: Callable[[str], None] = lambda line: None
+    progress: Progress = field(default_factory=lambda: Progress("", 1))
 
     def reference(self, dtype: torch.dtype) -> Side:
         """The unsharded model."""
         model = skeleton(self.frame.config, dtype, self.device)
         fill(model, self.frame, self.source, dtype, self.device)
         skip_layers(model, self.frame.layers)
-        return Side(model, dtype, {})
+        return Side(model, dtype, {}, progress=self._pass)
+
+    def _pass(self) -> None:
+        """Count a pass of one side."""
+        self.progress.step(len(self.frame.layers) + 2)
 
     def cuts(self) -> dict[str, Cut]:
         return self.frame.cuts(self.source, self.ranks)
@@ -113,7 +120,7 @@ class Sides:
         fill(model, self.frame, self.ranks[rank], dtype, self.device, rank)
         link = connect(model, self.frame.config, cuts, rank)
         skip_layers(model, self.frame.layers)
-        return Side(model, dtype, cuts, rank, link)
+        return Side(model, dtype, cuts, rank, link, self._pass)
 
     def here(self, dtype: torch.dtype) -> dict[int, Side]:
         """The models of the ranks that this process runs."""

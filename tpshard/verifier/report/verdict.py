@@ -102,8 +102,8 @@ class Verdict:
         return None if self.verdict == "pass" else "no tier was run"
 
     def to_json(self) -> dict[str, Any]:
-        """The documented object; numbers that JSON cannot hold are strings."""
-        return {
+        """The documented object, keys sorted; numbers that JSON cannot hold are strings."""
+        found = {
             "schema_version": SCHEMA_VERSION,
             "command": "verify",
             "verdict": self.verdict,
@@ -121,6 +121,14 @@ class Verdict:
             "settings": dict(self.settings),
             "volatile": dict(self.volatile),
         }
+        return {key: _in_order(found[key]) for key in sorted(found)}
+
+
+def _in_order(value: Any) -> Any:
+    """A value of JSON with its keys sorted."""
+    if isinstance(value, Mapping):
+        return {key: _in_order(value[key]) for key in sorted(value)}
+    return [_in_order(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _number(value: float) -> float | str:

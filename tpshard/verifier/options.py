@@ -1,0 +1,76 @@
+"""The options of a verification, as the command line and the library take them. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpshard.errors import UsageError
+
+COMPUTED_TIERS = ("exact", "native")
+"""The tiers that run the model."""
+TIERS = ("bytes", *COMPUTED_TIERS)
+REFERENCES = ("tpshard", "transformers")
+ENGINES = ("auto", "tpshard", "transformers")
+DEVICES = ("auto", "cpu", "cuda")
+Say = Callable[[str], None]
+"""Takes lines about the progress."""
+
+
+def silent(line: str) -> None:
+    """A `Say` that drops its lines."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What is verified, and how. The fields are the options of `tpshard verify`.
+
+    `tiers` None: all that can run here. `source` None: it is looked for by the name that the shards record. `layers`
+    None: all; negative numbers count from the end. `stream` None: where memory is short. `prompt` is a text for the
+    model's tokenizer; None: ids from `seed`. `reference` "transformers" adds that library's own model as a reference.
+    `engine` says whose code runs the ranks; auto: transformers' where tpshard's does not cover the model. `nproc` None:
+    a process for each rank on a host with several GPUs, otherwise one for all.
+    """
+
+    shards: Path
+    source: str | None = None
+    tiers: tuple[str, ...] | None = None
+    device: str = "auto"
+    tokens: int = 32
+    seed: int = 0
+    float32: bool = False
+    layers: tuple[int, ...] | None = None
+    stream: bool | None = None
+    sequence_parallel: bool = False
+    reference: str = "tpshard"
+    engine: str = "auto"
+    prompt: str | None = None
+    revision: str | None = None
+    rules: Path | None = None
+    allow_pickle: bool = False
+    nproc: int | None = None
+
+    def __post_init__(self) -> None:
+        for what, given, known in (
+            ("tier", self.tiers or (), TIERS),
+            ("device", (self.device.partition(":")[0],), DEVICES),
+            ("reference", (self.reference,), REFERENCES),
+            ("engine", (self.engine,), ENGINES),
+        ):
+            for value in given:
+                if value not in known:
+                    raise UsageError(f"unknown {what} {value!r}", expected=", ".join(known))
+        if self.tiers is not None and not self.tiers:
+            raise UsageError("no tier to run", expected=", ".join(TIERS))
+        if self.tokens < 0:
+            raise UsageError("--tokens takes no negative number", found=self.tokens)
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """The tiers that run the model, as far as they were asked for."""
+        return tuple(tier for tier in COMPUTED_TIERS if self.tiers is None or tier in self.tiers)
+
+    def runs(self, tier: str) -> bool:
+        """Whether a tier was asked for."""
+        return self.tiers is None or tier in self.tiers

@@ -1,0 +1,48 @@
+"""How much of a tier is done, and how long the rest will take at the pace so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tpshard.verifier.fault_catalogue import CANARIES
+from tpshard.verifier.options import Say, silent
+
+QUIET_SECONDS = 10.0
+"""The least time between two lines."""
+
+
+def steps_of(tier: str, layers: int, ranks: int) -> int:
+    """About how many steps a tier takes a process that runs so many ranks: a step is one layer of one side in one pass.
+
+    Embedding and head count as layers. Exact: the reference, and each rank alone and fed module by module. Native: both
+    sides through the cache, then both fed beside float64. A canary runs one layer.
+    """
+    stages = layers + 2
+    passes = 1 + 2 * ranks if tier == "exact" else 6 + 3 * ranks
+    return stages * passes + 3 * ranks * len(CANARIES)
+
+
+class Progress:
+    """Says at most every ten seconds how much of `total` steps is done, and the time left."""
+
+    def __init__(self, what: str, total: int, say: Say = silent, clock: Callable[[], float] = time.monotonic) -> None:
+        self.what, self.total, self.say, self.clock = what, max(1, total), say, clock
+        self.done = 0
+        self.begun = self.said = clock()
+
+    def step(self, count: int = 1) -> None:
+        """Count steps that are done."""
+        self.done += count
+        now = self.clock()
+        if now - self.said >= QUIET_SECONDS and self.done < self.total:
+            self.said = now
+            left = (now - self.begun) * (self.total - self.done) / self.done
+            self.say(f"{self.what}: {100 * self.done // self.total}% done, about {duration(left)} left")
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
