@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from tpshard.errors import CorruptError, DifferentError, HubError, UnsupportedError, UsageError
 from tpshard.storage.names import MANIFEST
 from tpshard.verifier import launch
-from tpshard.verifier.options import Say, VerifyOptions, silent
+from tpshard.verifier.options import Say, silent
+from tpshard.verifier.options import VerifyOptions as VerifyOptions
 from tpshard.verifier.ranks.names import width
 from tpshard.verifier.report.verdict import Tier, Verdict
 
