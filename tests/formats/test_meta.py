@@ -176,9 +176,28 @@ def test_what_cannot_be_read(model: Path, tmp_path: Path) -> None:
     params.write_text(text.replace('"n_kv_heads": 2', '"n_kv_heads": 4'))
     assert "contradicts params.json" in str(fails(3, "merge", source, "--allow-pickle", "-o", tmp_path / "out"))
     params.write_text(text)
-    (source / "consolidated.00.pth").unlink()
-    assert "missing" in str(fails(3, "merge", source, "--allow-pickle", "-o", tmp_path / "out"))
+    for rank in range(2):
+        kept = (source / f"consolidated.{rank:02}.pth").rename(tmp_path / "kept")
+        error = fails(3, "merge", source, "--allow-pickle", "-o", tmp_path / "out")
+        assert error["message"] == f"consolidated.{rank:02}.pth is missing" and error["found"] == "1 of them"
+        kept.rename(source / f"consolidated.{rank:02}.pth")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_digit_and_a_config_beside(model: Path, tmp_path: Path) -> None:
+    """Names with one digit are read; a config.json that lies there is not taken for the model's."""
+    source = tmp_path / "published"
+    publish(model, source, 2, "2")
+    for rank in range(2):
+        (source / f"consolidated.{rank:02}.pth").rename(source / f"consolidated.{rank}.pth")
+    (source / "config.json").write_text('{"model_type": "llama", "hidden_size": 7}')
+    error = fails(2, "plan", source, "--tp", 2)
+    assert "Meta" in error["message"] and "tpshard merge" in error["hint"]
+    succeeds("merge", source, "--allow-pickle", "-o", tmp_path / "merged")
+    assert equal(load_file(tmp_path / "merged/model.safetensors"), load_file(model / "model.safetensors"))
+    assert config_of(tmp_path / "merged")["hidden_size"] == config_of(model)["hidden_size"]
+    (source / "consolidated.01.pth").write_bytes((source / "consolidated.1.pth").read_bytes())
+    assert "two files of rank 1" in fails(3, "merge", source, "--allow-pickle", "-o", tmp_path / "again")["message"]
 
 
 def test_who_wants_a_hugging_face_checkpoint_says_how_to_make_one(model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tpshard
 from tests.helpers.checkpoints import make, published
 from tests.helpers.cut import cut
 from tests.helpers.small_models import tokens
@@ -220,12 +221,16 @@ def test_tokens_are_cut_to_the_models_positions(tmp_path: Path) -> None:
 
 
 def test_a_cast_on_record_is_applied_to_the_source(tmp_path: Path) -> None:
-    model = make("llama-gqa", tmp_path / "model")
-    narrow = make("llama-gqa", tmp_path / "narrow", dtype="bfloat16")
-    shards = write_shards(narrow, tmp_path / "shards", 2)
-    assert verify(shards, model, tiers=("exact",), device="cpu").exit_code == 1
-    (shards / "tpshard.json").write_text(json.dumps({"mesh": {"tp": 2}, "options": {"dtype": "BF16"}}))
+    """As `split --dtype` records it; without the record, a cast is a difference."""
+    model, shards = make("llama-gqa", tmp_path / "model"), tmp_path / "shards"
+    tpshard.split(model, 2, shards, dtype="bfloat16")
     assert verify(shards, model, tiers=("exact",), device="cpu").exit_code == 0
+    manifest = json.loads((shards / "tpshard.json").read_text())
+    (shards / "tpshard.json").write_text(json.dumps(manifest | {"options": {"dtype": "float3"}}))
+    with pytest.raises(CorruptError, match="not a dtype"):
+        verify(shards, model, tiers=("exact",), device="cpu")
+    (shards / "tpshard.json").unlink()
+    assert verify(shards, model, tiers=("exact",), device="cpu").exit_code == 1
     (shards / "tpshard.json").write_text(json.dumps({"mesh": {"tp": 4}}))
     with pytest.raises(CorruptError, match="disagree"):
         open_shards(shards)

@@ -144,11 +144,13 @@ def check_source(
     reader = Handles(settings.files)
     comparer = Comparer(reader, settings.progress)
     run(plan.steps, Loader(reader, convert), comparer, workers=settings.workers)
-    held = {(info.name, info.file): info for files in shards.files.values() for file in files for info in file.tensors}
-    for (name, file), offset in sorted(comparer.differences.items()):
-        where = _element(held[name, file], offset)
-        message = f"differs from the source, first at element {where} (byte {offset:,} of the file)"
-        differences.append(Difference(file.rpartition("/")[2], name, message))
+    held = {str(file.path): file.tensors for files in shards.files.values() for file in files}
+    for (source, file), offset in sorted(comparer.differences.items()):
+        info = next(info for info in held[file] if info.begin <= offset < info.begin + info.nbytes)
+        message = f"differs from the source, first at element {_element(info, offset)} (byte {offset:,} of the file)"
+        if source != info.name:
+            message += f", which is of {source}"
+        differences.append(Difference(file.rpartition("/")[2], info.name, message))
     return differences
 
 

@@ -122,7 +122,8 @@ def judge(options: VerifyOptions, team: Processes | None, sharing: int, say: Say
     if computed and not find_spec("torch"):
         if asked:
             raise UnsupportedError("this needs torch, which is not installed", hint="pip install 'tpshard[torch]'")
-        skipped += [Tier(name, "skipped", reason="torch is not installed") for name in computed]
+        reason = "torch is not installed, so nothing ran; `--tier bytes` asks for bytes alone"
+        skipped += [Tier(name, "inconclusive", reason=reason) for name in computed]
         computed = ()
     source = _together(team, lambda: find_source(options, say))
 

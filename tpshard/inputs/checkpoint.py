@@ -119,8 +119,9 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
     if repo_id is None:
         repo_id, revision = cached_repo(directory)
     source = Directory(directory)
+    if is_meta(directory) and not any(name.endswith((".safetensors", ".bin")) for name in source.names()):
+        raise _of_meta(directory)
     if CONFIG not in source.names():
-        _refuse_meta(directory)
         raise CorruptError("no config.json beside the weights", path=directory, hint="it tells the architecture")
     name = repo_id or Path(os.path.abspath(directory)).name
     only = None if path.is_dir() else path
@@ -205,16 +206,16 @@ def _tensors(headers: Iterable[tuple[str, Header]], place: str) -> tuple[tuple[T
     return tuple(tensors), file_of
 
 
-def _refuse_meta(directory: Path) -> None:
-    if is_meta(directory):
-        raise UsageError(
-            "this is a checkpoint in Meta's own form, cut for its ranks",
-            path=directory,
-            expected="an unsharded Hugging Face checkpoint",
-            found="params.json and consolidated.*.pth",
-            hint=f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
-            f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew",
-        )
+def _of_meta(directory: Path) -> UsageError:
+    """The error for Meta's own files where a Hugging Face checkpoint is wanted."""
+    return UsageError(
+        "this is a checkpoint in Meta's own form, cut for its ranks",
+        path=directory,
+        expected="an unsharded Hugging Face checkpoint",
+        found="params.json and consolidated.*.pth",
+        hint=f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
+        f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew",
+    )
 
 
 def _refuse_quantised(names: Collection[str], place: object) -> None:

@@ -7,12 +7,13 @@ just that.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsafeError
-from tpshard.formats.meta import FORMAT, ffn_size
+from tpshard.formats.meta import ffn_size
 from tpshard.formats.plan import plan_split
 from tpshard.formats.split import Options
 from tpshard.inputs.shard_set import ShardSet
@@ -25,6 +26,8 @@ from tpshard.storage.names import META_PARAMS
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.source import RankFile
 
+_FILE = re.compile(r"consolidated\.(\d{1,3})\.pth")
+"""Published with two digits; some copies have one."""
 _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 
 
@@ -44,21 +47,27 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     if not isinstance(params, dict) or (missing := [key for key in _NEEDED if key not in params]):
         lacking = ", ".join(missing) if isinstance(params, dict) else "everything"
         raise CorruptError("params.json lacks fields", path=path, expected=", ".join(_NEEDED), found=f"no {lacking}")
-    files = {}
+    files: dict[int, tuple[RankFile]] = {}
     for name in names:
-        if numbers := FORMAT.parse_name(name):
+        if number := _FILE.fullmatch(name):
+            if (rank := int(number[1])) in files:
+                raise CorruptError(f"two files of rank {rank}", path=directory / name, found=files[rank][0].path.name)
             header, _ = read_pickle(safe_path(directory, name), name)
             tensors = tuple(info for info in header.tensors if info.name != "rope.freqs")
-            files[numbers["rank"]] = (RankFile(directory / name, (directory / name).stat().st_size, tensors),)
-    tp = len(files)
-    if sorted(files) != list(range(tp)):
+            files[rank] = (RankFile(directory / name, (directory / name).stat().st_size, tensors),)
+    if not files:
+        found = next(name for name in names if name.startswith("consolidated."))
+        raise CorruptError("no file of a rank", path=directory, expected="consolidated.00.pth", found=found)
+    held = {info.name: info for info in files[min(files)][0].tensors}
+    tp = max(_width(held, params), max(files) + 1)
+    if absent := sorted(set(range(tp)) - set(files)):
         raise CorruptError(
-            "files are missing: the number of them is the model-parallel size",
+            f"consolidated.{absent[0]:02}.pth is missing",
             path=directory,
-            expected=f"consolidated.00.pth to consolidated.{max(files):02}.pth",
-            found=f"{tp} files",
+            expected=f"{tp} files, consolidated.00.pth to consolidated.{tp - 1:02}.pth",
+            found=f"{len(files)} of them",
+            hint="copy or download the missing files again",
         )
-    held = {info.name: info for info in files[0][0].tensors}
     config, generation = _config(params, held, tp, path)
     model = _model(directory, config, held)
     split = plan_split(model, Options(tp=tp, format="meta", engine_version=generation))
@@ -70,7 +79,18 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     }
     small = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
     manifest = json.loads(split.manifest)
-    return ShardSet(directory, manifest, split, files, records, side_paths(directory, names), small)
+    # A config.json beside them is somebody's: the one that params.json gives is sure to be of these files.
+    beside = tuple(side for side in side_paths(directory, names) if side.name not in small)
+    return ShardSet(directory, manifest, split, dict(files), records, beside, small)
+
+
+def _width(held: Mapping[str, TensorInfo], params: Mapping[str, Any]) -> int:
+    """For how many ranks the files were cut, as the q projection's rows say; 1 where they say nothing."""
+    query = held.get("layers.0.attention.wq.weight")
+    width = params["dim"]
+    if query is None or type(width) is not int or not query.shape or not query.shape[0] or width % query.shape[0]:
+        return 1
+    return width // query.shape[0]
 
 
 def _config(

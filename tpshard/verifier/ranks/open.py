@@ -78,6 +78,10 @@ class FileWeights:
         return tensor.to(self.cast) if self.cast is not None and dtype in FLOATS else tensor
 
 
+CASTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What `--dtype` casts to, by the names that a manifest has."""
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin.
@@ -121,12 +125,14 @@ def open_shards(directory: Path) -> ShardSet:
     listed = of_metadata(directory) if files.format == "dcp" else {}
     opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
     cast = manifest.get("options", {}).get("dtype")
+    if cast is not None and cast not in CASTS:
+        raise CorruptError("not a dtype", path=directory / MANIFEST, expected=", ".join(CASTS), found=repr(cast))
     return ShardSet(
         directory=directory,
         config=_json(directory / CONFIG),
         ranks=tuple(weights for weights, _ in opened),
         source=manifest.get("source", {}),
-        cast=None if cast is None else DTYPES[cast],
+        cast=None if cast is None else CASTS[cast],
         warnings=tuple(warnings),
         format=files.format,
         chunks=tuple(chunks for _, chunks in opened) if files.format.startswith("dcp") else (),
