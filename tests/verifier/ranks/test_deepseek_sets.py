@@ -18,9 +18,9 @@ from tpshard.api import verify as verifying
 from tpshard.execute.publish import Settings
 from tpshard.verifier.hf.parallel import own_weights
 from tpshard.verifier.hf.skeleton import Cut
-from tpshard.verifier.hf.tiers import exact
 from tpshard.verifier.report.verdict import Verdict
 from tpshard.verifier.run import verify
+from tpshard.verifier.tiers import exact
 
 Get = Callable[[str], Path]
 Change = Callable[[dict[str, Tensor]], None]

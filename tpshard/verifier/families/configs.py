@@ -1,4 +1,4 @@
-"""From config.json, with its old and new keys and its defaults, to a Family."""
+"""From config.json, with its old and new keys and its defaults, to a DecoderFamily."""
 
 from __future__ import annotations
 
@@ -8,83 +8,16 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.verifier.families.activations import ACTIVATIONS
-from tpshard.verifier.families.family import Family, Rope
+from tpshard.verifier.families.family import DecoderFamily, Rope
+from tpshard.verifier.families.reader import ConfigReader, rope_of
 
 
-class _Config:
-    """Look-up in config.json under the old and new spellings of a key."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-
-    def get(self, *keys: str, default: Any = None) -> Any:
-        """The first value that is neither absent nor null."""
-        for key in keys:
-            if self.values.get(key) is not None:
-                return self.values[key]
-        return default
-
-    def number(self, *keys: str, default: int | None = None) -> int:
-        value = self.get(*keys, default=default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CorruptError(
-                f"config.json: {keys[0]} must be a whole number above 0", expected="a number", found=repr(value)
-            )
-        return value
-
-    def layer_windows(self, layers: int, window: Any, sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
-        kinds = self.get("layer_types")
-        if kinds is None:
-            kinds = ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
-        if len(kinds) != layers:
-            raise CorruptError(
-                "config.json: layer_types is not of the model's length", expected=layers, found=len(kinds)
-            )
-        return tuple(int(window) if kind == "sliding_attention" and window else None for kind in kinds)
-
-
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
-
-
-def _rope(config: _Config, head_dim: int, *, theta_key: str = "rope_theta", share: float = 1.0) -> Rope:
-    """Rotary positions from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
-    options = dict(config.get("rope_parameters", "rope_scaling", default={}))
-    kind = options.get("rope_type") or options.get("type") or "default"
-    if kind not in ROPE_KINDS:
-        raise UnsupportedError(
-            f"rotary scaling {kind!r} is not supported by verify", hint="supported: " + ", ".join(ROPE_KINDS)
-        )
-    max_positions = config.number("max_position_embeddings", default=2048)
-    original = config.get("original_max_position_embeddings") or options.get("original_max_position_embeddings")
-    original = int(original or max_positions)
-    factor = options.get("factor")
-    if factor is None:
-        if kind not in ("default", "yarn"):
-            raise CorruptError(f"config.json: rotary scaling {kind!r} without a factor")
-        factor = max_positions / original
-    optional = {
-        key: options[key]
-        for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor")
-        + ("mscale", "mscale_all_dim")
-        if options.get(key) is not None
-    }
-    return Rope(
-        dims=int(head_dim * float(options.get("partial_rotary_factor", share))),
-        theta=float(options.get("rope_theta") or config.get(theta_key, default=10000.0)),
-        max_positions=max_positions,
-        kind=kind,
-        factor=float(factor),
-        original_positions=original,
-        **optional,
-    )
-
-
-def _llama(config: _Config, model_type: str) -> Family:
+def _llama(config: ConfigReader, model_type: str) -> DecoderFamily:
     hidden = config.number("hidden_size")
     layers = config.number("num_hidden_layers")
     heads = config.number("num_attention_heads")
     head_dim = config.number("head_dim", default=128 if model_type == "qwen3" else hidden // heads)
-    return Family(
+    return DecoderFamily(
         model_type=model_type,
         hidden=hidden,
         layers=layers,
@@ -111,11 +44,11 @@ def _llama(config: _Config, model_type: str) -> Family:
         final_norm="norm",
         windows=(None,) * layers,
         scales=(head_dim**-0.5,) * layers,
-        rope=_rope(config, head_dim),
+        rope=rope_of(config, head_dim),
     )
 
 
-def _internlm2(config: _Config, model_type: str) -> Family:
+def _internlm2(config: ConfigReader, model_type: str) -> DecoderFamily:
     return replace(
         _llama(config, model_type),
         heads_names=("output",),
@@ -133,13 +66,13 @@ def _internlm2(config: _Config, model_type: str) -> Family:
     )
 
 
-def _mistral(config: _Config, model_type: str) -> Family:
+def _mistral(config: ConfigReader, model_type: str) -> DecoderFamily:
     family = _llama(config, model_type)
     window = config.values.get("sliding_window", 4096)
     return replace(family, windows=(window,) * family.layers)
 
 
-def _qwen(config: _Config, model_type: str) -> Family:
+def _qwen(config: ConfigReader, model_type: str) -> DecoderFamily:
     family = _llama(config, model_type)
     window = config.get("sliding_window", default=4096) if config.get("use_sliding_window", default=False) else None
     first = config.get("max_window_layers", default=28)
@@ -148,7 +81,7 @@ def _qwen(config: _Config, model_type: str) -> Family:
     return replace(family, windows=windows, q_norm=norms[0], k_norm=norms[1])
 
 
-def _gemma2(config: _Config, model_type: str) -> Family:
+def _gemma2(config: ConfigReader, model_type: str) -> DecoderFamily:
     family = _llama(config, model_type)
     head_dim = config.number("head_dim", default=256)
     window = config.get("sliding_window", default=4096)
@@ -157,7 +90,7 @@ def _gemma2(config: _Config, model_type: str) -> Family:
         family,
         head_dim=head_dim,
         kv_heads=config.number("num_key_value_heads", default=4),
-        rope=_rope(config, head_dim),
+        rope=rope_of(config, head_dim),
         norm="rms_plus_one",
         activation=config.get("hidden_activation", default="gelu_pytorch_tanh"),
         embed_scale=family.hidden**0.5,
@@ -171,13 +104,13 @@ def _gemma2(config: _Config, model_type: str) -> Family:
     )
 
 
-def _gpt2(config: _Config, model_type: str) -> Family:
+def _gpt2(config: ConfigReader, model_type: str) -> DecoderFamily:
     hidden = config.number("n_embd", "hidden_size")
     layers = config.number("n_layer", "num_hidden_layers")
     heads = config.number("n_head", "num_attention_heads")
     scale = (hidden // heads) ** -0.5 if config.get("scale_attn_weights", default=True) else 1.0
     by_layer = config.get("scale_attn_by_inverse_layer_idx", default=False) and model_type == "gpt2"
-    return Family(
+    return DecoderFamily(
         model_type=model_type,
         hidden=hidden,
         layers=layers,
@@ -209,7 +142,7 @@ def _gpt2(config: _Config, model_type: str) -> Family:
     )
 
 
-def _gpt_bigcode(config: _Config, model_type: str) -> Family:
+def _gpt_bigcode(config: ConfigReader, model_type: str) -> DecoderFamily:
     family = _gpt2(config, model_type)
     multi_query = config.get("multi_query", default=True)
     return replace(
@@ -220,14 +153,14 @@ def _gpt_bigcode(config: _Config, model_type: str) -> Family:
     )
 
 
-def _gpt_neo(config: _Config, model_type: str) -> Family:
+def _gpt_neo(config: ConfigReader, model_type: str) -> DecoderFamily:
     values = {
         **config.values,
         "n_embd": config.get("hidden_size"),
         "n_layer": config.get("num_layers", "num_hidden_layers"),
         "n_head": config.get("num_heads", "num_attention_heads"),
     }
-    family = _gpt2(_Config(values), model_type)
+    family = _gpt2(ConfigReader(values), model_type)
     kinds = config.get("attention_layers")
     if kinds is None:
         pattern = config.get("attention_types", default=[[["global", "local"], 12]])
@@ -247,7 +180,7 @@ def _gpt_neo(config: _Config, model_type: str) -> Family:
     )
 
 
-def _gptj(config: _Config, model_type: str) -> Family:
+def _gptj(config: ConfigReader, model_type: str) -> DecoderFamily:
     family = _gpt2(config, model_type)
     dims = config.number("rotary_dim", default=64)
     return replace(
@@ -265,13 +198,13 @@ def _gptj(config: _Config, model_type: str) -> Family:
     )
 
 
-def _gpt_neox(config: _Config, model_type: str) -> Family:
+def _gpt_neox(config: ConfigReader, model_type: str) -> DecoderFamily:
     hidden = config.number("hidden_size")
     layers = config.number("num_hidden_layers")
     heads = config.number("num_attention_heads")
     head_dim = hidden // heads
     share = float(config.get("rotary_pct", "partial_rotary_factor", default=0.25))
-    return Family(
+    return DecoderFamily(
         model_type=model_type,
         hidden=hidden,
         layers=layers,
@@ -300,15 +233,15 @@ def _gpt_neox(config: _Config, model_type: str) -> Family:
         windows=(None,) * layers,
         scales=(head_dim**-0.5,) * layers,
         block="parallel" if config.get("use_parallel_residual", default=True) else "sequential",
-        rope=_rope(config, head_dim, theta_key="rotary_emb_base", share=share),
+        rope=rope_of(config, head_dim, theta_key="rotary_emb_base", share=share),
     )
 
 
-def _bloom(config: _Config, model_type: str) -> Family:
+def _bloom(config: ConfigReader, model_type: str) -> DecoderFamily:
     hidden = config.number("hidden_size", "n_embed")
     layers = config.number("n_layer", "num_hidden_layers")
     heads = config.number("n_head", "num_attention_heads")
-    return Family(
+    return DecoderFamily(
         model_type=model_type,
         hidden=hidden,
         layers=layers,
@@ -341,7 +274,7 @@ def _bloom(config: _Config, model_type: str) -> Family:
     )
 
 
-def _falcon(config: _Config, model_type: str) -> Family:
+def _falcon(config: ConfigReader, model_type: str) -> DecoderFamily:
     family = _bloom(config, model_type)
     # RefinedWeb and RefinedWebModel are what 40B and 7B were called before transformers had the family.
     new = bool(config.get("new_decoder_architecture", default=model_type == "RefinedWeb"))
@@ -370,18 +303,18 @@ def _falcon(config: _Config, model_type: str) -> Family:
         block="parallel" if parallel else "sequential",
         residual_after_norm=False,
         alibi="falcon" if alibi else None,
-        rope=None if alibi else _rope(config, family.head_dim),
+        rope=None if alibi else rope_of(config, family.head_dim),
     )
 
 
-def _opt(config: _Config, model_type: str) -> Family:
+def _opt(config: ConfigReader, model_type: str) -> DecoderFamily:
     hidden = config.number("hidden_size")
     layers = config.number("num_hidden_layers")
     heads = config.number("num_attention_heads")
     before = bool(config.get("do_layer_norm_before", default=True))
     projected = config.number("word_embed_proj_dim", default=hidden) != hidden
     final = before and not config.get("_remove_final_layer_norm", default=False)
-    return Family(
+    return DecoderFamily(
         model_type=model_type,
         hidden=hidden,
         layers=layers,
@@ -416,7 +349,7 @@ def _opt(config: _Config, model_type: str) -> Family:
     )
 
 
-FAMILIES: Mapping[str, Callable[[_Config, str], Family]] = {
+FAMILIES: Mapping[str, Callable[[ConfigReader, str], DecoderFamily]] = {
     "llama": _llama,
     "internlm2": _internlm2,
     "mistral": _mistral,
@@ -436,7 +369,7 @@ FAMILIES: Mapping[str, Callable[[_Config, str], Family]] = {
 }
 
 
-def describe(config: Mapping[str, Any]) -> Family:
+def describe(config: Mapping[str, Any]) -> DecoderFamily:
     """The family that a parsed config.json describes.
 
     Raises UnsupportedError for a model_type that is not known, CorruptError for a config that lacks or contradicts.
@@ -446,7 +379,7 @@ def describe(config: Mapping[str, Any]) -> Family:
         raise UnsupportedError(
             f"verify does not know the model type {model_type!r}", hint="known: " + ", ".join(sorted(FAMILIES))
         )
-    family = FAMILIES[model_type](_Config(config), model_type)
+    family = FAMILIES[model_type](ConfigReader(config), model_type)
     if family.heads % family.kv_heads:
         raise CorruptError(
             "config.json: the KV heads do not divide the heads",

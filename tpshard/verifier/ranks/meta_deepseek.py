@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.families.family import Family
+from tpshard.verifier.families.family import DecoderFamily
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Joined, Piece, Rows, Stored
 from tpshard.verifier.ranks.vllm import Pieces
@@ -44,7 +44,7 @@ _MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MLP = re.compile(r"ffn\.((?:shared_experts|experts\.\d+)\.)?(w[123])")
 
 
-def meta(ranks: Sequence[FileWeights], family: Family, rank: int) -> Pieces:
+def meta(ranks: Sequence[FileWeights], family: DecoderFamily, rank: int) -> Pieces:
     """One rank of `consolidated.00.pth`."""
     weights = ranks[rank]
     for name in weights.names():

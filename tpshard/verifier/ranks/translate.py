@@ -8,7 +8,7 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.verifier.families.configs import FAMILIES, describe
-from tpshard.verifier.families.family import Family
+from tpshard.verifier.families.family import DecoderFamily
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
@@ -82,7 +82,7 @@ def _dealt(opened: ShardSet) -> list[dict[str, Piece]]:
     return made
 
 
-def _described(config: Mapping[str, Any]) -> Family:
+def _described(config: Mapping[str, Any]) -> DecoderFamily:
     """The family, or a LLaMA of its sizes: what `VLLM` has and the decoder does not is named as LLaMA is."""
     model_type = str(config.get("model_type"))
     sizes = {key: config[key] for key in _SIZES if key in config}
@@ -99,7 +99,7 @@ def _as_source(name: str, source: Collection[str]) -> str:
     return name
 
 
-def _tied(pieces: dict[str, Piece], config: Mapping[str, Any], family: Family) -> dict[str, Piece]:
+def _tied(pieces: dict[str, Piece], config: Mapping[str, Any], family: DecoderFamily) -> dict[str, Piece]:
     """A tied pair is one parameter in the file, and may be under the head's name."""
     embedding = f"{family.prefixes[0]}{family.embed}.weight"
     head = next((f"{name}.weight" for name in family.heads_names if f"{name}.weight" in pieces), None)

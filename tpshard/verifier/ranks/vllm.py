@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.families.family import Family
+from tpshard.verifier.families.family import DecoderFamily
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Columns, Joined, Piece, Rows, Stored, Turned
 
@@ -153,7 +153,7 @@ class Rank:
 
     ranks: Sequence[FileWeights]
     names: Names
-    family: Family
+    family: DecoderFamily
     rank: int
 
     @cached_property

@@ -1,0 +1,77 @@
+"""Look-up in config.json: old and new keys, defaults, rotary positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.verifier.families.family import Rope
+
+
+class ConfigReader:
+    """Look-up in config.json under the old and new spellings of a key."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def get(self, *keys: str, default: Any = None) -> Any:
+        """The first value that is neither absent nor null."""
+        for key in keys:
+            if self.values.get(key) is not None:
+                return self.values[key]
+        return default
+
+    def number(self, *keys: str, default: int | None = None) -> int:
+        value = self.get(*keys, default=default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CorruptError(
+                f"config.json: {keys[0]} must be a whole number above 0", expected="a number", found=repr(value)
+            )
+        return value
+
+    def layer_windows(self, layers: int, window: Any, sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
+        kinds = self.get("layer_types")
+        if kinds is None:
+            kinds = ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
+        if len(kinds) != layers:
+            raise CorruptError(
+                "config.json: layer_types is not of the model's length", expected=layers, found=len(kinds)
+            )
+        return tuple(int(window) if kind == "sliding_attention" and window else None for kind in kinds)
+
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+def rope_of(config: ConfigReader, head_dim: int, *, theta_key: str = "rope_theta", share: float = 1.0) -> Rope:
+    """Rotary positions from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
+    options = dict(config.get("rope_parameters", "rope_scaling", default={}))
+    kind = options.get("rope_type") or options.get("type") or "default"
+    if kind not in ROPE_KINDS:
+        raise UnsupportedError(
+            f"rotary scaling {kind!r} is not supported by verify", hint="supported: " + ", ".join(ROPE_KINDS)
+        )
+    max_positions = config.number("max_position_embeddings", default=2048)
+    original = config.get("original_max_position_embeddings") or options.get("original_max_position_embeddings")
+    original = int(original or max_positions)
+    factor = options.get("factor")
+    if factor is None:
+        if kind not in ("default", "yarn"):
+            raise CorruptError(f"config.json: rotary scaling {kind!r} without a factor")
+        factor = max_positions / original
+    optional = {
+        key: options[key]
+        for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate", "attention_factor")
+        + ("mscale", "mscale_all_dim")
+        if options.get(key) is not None
+    }
+    return Rope(
+        dims=int(head_dim * float(options.get("partial_rotary_factor", share))),
+        theta=float(options.get("rope_theta") or config.get(theta_key, default=10000.0)),
+        max_positions=max_positions,
+        kind=kind,
+        factor=float(factor),
+        original_positions=original,
+        **optional,
+    )
