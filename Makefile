@@ -1,4 +1,6 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Both make .venv first.
+# Hundreds of the tests' commands import the package: they share its bytecode, also where the environment says not to.
+export PYTHONDONTWRITEBYTECODE =
 PYTHON ?= python3
 VENV ?= .venv
 ENGINES ?= .venv-engines

@@ -21,7 +21,7 @@ PUBLIC = {
     "api/verify": ("verify",),
     "verifier/options": ("VerifyOptions",),
     "api/advise": ("advise",),
-    "report/advice": ("Advice", "Choice"),
+    "report/advice": ("Advice", "TpChoice"),
     "execute/publish": ("Settings",),
     "report/capacity": ("Workload",),
     "report/results": ("PlanReport", "WriteReport", "RankPart", "CheckReport", "Difference", "InspectReport"),

@@ -483,7 +483,8 @@ def test_a_cast_is_torchs_and_survives_merge_and_reshard(
             assert json.loads((place / directory / "config.json").read_text())["dtype"] == dtype
 
 
-@given(toys(), blocks, st.data())
+# The properties above move blocks of a byte and check what they moved; here that was most of the time.
+@given(toys(), st.sampled_from([16, 100, 1 << 20]), st.data())
 def test_check_names_the_tensor_of_any_byte_that_is_changed(toy: Toy, block: int, data: st.DataObject) -> None:
     with scratch() as place, running(block, 2) as how:
         model, rules = toy.write(place)

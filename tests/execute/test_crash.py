@@ -18,7 +18,7 @@ import pytest
 import tpshard.execute.run
 import tpshard.storage.files
 from tests.crash.scene import Scene, fine_grained, scenes, tree
-from tests.crash.seams import Died, Faulty, Meanwhile, PowerLoss, one_thread, survived
+from tests.crash.seams import Died, Faulty, Meanwhile, PowerLoss, Watched, one_thread, survived
 from tpshard.errors import LocalIOError, TargetError
 from tpshard.execute.publish import Settings
 
@@ -116,7 +116,7 @@ def test_power_lost_at_any_call(stage: dict[str, Scene], tmp_path: Path, name: s
             files.crash(seed=-n)
             resumed += 1
         scene.state(root)
-        scene.again(root, replace(QUICK, fsync=True, overwrite=scene.overwrite))
+        scene.again(root, replace(QUICK, fsync=True, files=Watched(), overwrite=scene.overwrite))
     assert resumed > 50
 
 
@@ -134,7 +134,7 @@ def test_power_lost_without_fsync(stage: dict[str, Scene], tmp_path: Path) -> No
         if not scene.out(root).exists():  # --no-fsync promises nothing of a finished output
             boot = "another" if n % 2 else tpshard.storage.files.boot_id()
             with mock.patch("tpshard.execute.writer.boot_id", return_value=boot):
-                scene.again(root, replace(QUICK, fsync=not n % 2))
+                scene.again(root, replace(QUICK, fsync=not n % 2, files=Watched()))
 
 
 @pytest.mark.parametrize("name", ["split", "ranks", "overwrite"])

@@ -23,6 +23,7 @@ from tpshard.planning.box import Box
 from tpshard.planning.deal import deal
 from tpshard.planning.join import OutputFile, Placed, Plan, join, output_file
 from tpshard.planning.layout import LogicalTensor, StoredTensor, shard, whole
+from tpshard.planning.mesh import Mesh
 from tpshard.storage.files import Files, Handles, write_exactly
 from tpshard.storage.local import read_header
 
@@ -84,7 +85,7 @@ def outputs_in(directory: Path, layout: Sequence[Sequence[StoredTensor]]) -> lis
 
 
 def split_plan(source: Path, directory: Path) -> Plan:
-    layout = shard(MODEL, AXES, TP, deal(AXES, TP, None, None))
+    layout = shard(MODEL, AXES, deal(AXES, Mesh(TP)))
     return join(MODEL, placed_in(source, [whole(tensor) for tensor in MODEL]), outputs_in(directory, layout))
 
 
@@ -329,7 +330,7 @@ def test_work_in_the_background_goes_on_until_it_is_finished(source: Path, tmp_p
 
 def test_a_cast_is_made_block_by_block(source: Path, tmp_path: Path) -> None:
     narrow = [LogicalTensor(t.name, "U8", t.shape, t.cut) for t in MODEL]
-    layout = shard(narrow, AXES, TP, deal(AXES, TP, None, None))
+    layout = shard(narrow, AXES, deal(AXES, Mesh(TP)))
     plan = join(narrow, placed_in(source, [whole(tensor) for tensor in MODEL]), outputs_in(tmp_path, layout))
     calls: list[tuple[int, str, str]] = []
 
@@ -413,7 +414,7 @@ def test_memory_does_not_grow_with_the_tensor(rule: Any, shape: tuple[int, int],
     os.truncate(path, len(header) + 4 * shape[0] * shape[1])
     outputs = [
         output_file(str(tmp_path / f"rank{rank}"), stored, {})
-        for rank, stored in enumerate(shard([tensor], axes, 4, deal(axes, 4, None, None)))
+        for rank, stored in enumerate(shard([tensor], axes, deal(axes, Mesh(4))))
     ]
     for output in outputs:
         Path(output.name).touch()

@@ -98,3 +98,20 @@ def test_what_the_format_cannot_hold(tmp_path: Path) -> None:
     assert "one file" in str(fails(2, "split", model, "--tp", 2, "--max-file-size", "5kB", *out))
     make("llama", tmp_path / "llama")
     assert "DeepSeek-V2 and V3 alone" in str(fails(4, "split", tmp_path / "llama", "--tp", 2, *out))
+
+
+def test_experts_of_a_width_that_does_not_divide_are_planned_as_they_are_split(tmp_path: Path) -> None:
+    """They stay whole, so their width is no matter: plan and a dry run said otherwise once, and split was right."""
+    changed = {"vocab_size": 256, "moe_intermediate_size": 30, "n_shared_experts": 2}
+    model = make("deepseek_v3", tmp_path / "model", **changed)
+    options = ("--tp", 4, "--format", "deepseek")
+    plan = succeeds("plan", model, *options, "--json").json
+    succeeds("split", model, *options, "--dry-run")
+    succeeds("split", model, *options, "-o", tmp_path / "out")
+    files = [load_file(tmp_path / f"out/model{rank}-mp4.safetensors") for rank in range(4)]
+    sizes = [sum(tensor.nbytes for tensor in held.values()) for held in files]
+    assert [rank["bytes"] for rank in plan["ranks"]] == [rank["weights"] for rank in plan["numbers"]["ranks"]] == sizes
+    assert 4 in plan["possible_tp"] and [entry["tp"] for entry in plan["impossible_tp"] if entry["tp"] == 4] == []
+    succeeds("check", tmp_path / "out", "--source", model)
+    native = fails(4, "plan", model, "--tp", 4)
+    assert "30 moe_ffn on 4 ranks" in native["message"]

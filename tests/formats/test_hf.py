@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from tests.helpers.checkpoints import make
 from tests.helpers.command import fails, succeeds
@@ -21,6 +20,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_checkpoint_in_files_of_another_size() -> None:
+    from transformers import AutoModelForCausalLM
+
     make("llama", Path("model"))
     report = succeeds("split", "model", "--tp", 1, "--format", "hf", "--max-file-size", "50kB", "--json").json
     assert report["output"] == "model-hf"

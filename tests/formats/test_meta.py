@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tests.helpers.checkpoints import make
 from tests.helpers.command import fails, succeeds
@@ -137,6 +136,8 @@ def test_any_format_becomes_any_other(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("generation", ["2", "3"])
 def test_a_published_pair_is_merged_and_gives_the_same_logits(model: Path, tmp_path: Path, generation: str) -> None:
+    from transformers import AutoModelForCausalLM
+
     publish(model, tmp_path / "published", 2, generation)
     succeeds("merge", tmp_path / "published", "--allow-pickle", "-o", tmp_path / "merged")
     assert equal(load_file(tmp_path / "merged/model.safetensors"), load_file(model / "model.safetensors"))

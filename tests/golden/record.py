@@ -473,7 +473,7 @@ def verdict_of(recorder: Recorder, result: Result) -> Entry:
     """What must not change in a verdict, in an order of its own; `figures` holds the numbers, which may."""
     lines = [line for line in result.err.splitlines() if line.startswith(("error:", "hint:", "next:", "warning:"))]
     entry: Entry = {"code": result.code, "err": recorder.masked("\n".join(lines))}
-    found = json.loads(result.out)
+    found = json.loads(recorder.masked(result.out))
     if "tiers" not in found:
         return entry | {"out": found}
     return entry | {

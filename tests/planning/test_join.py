@@ -26,6 +26,7 @@ from tpshard.planning.join import (
     parts_by_size,
 )
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard, whole
+from tpshard.planning.mesh import Mesh
 from tpshard.storage.safetensors import parse_header
 
 AXES = {"kv": Axis("kv", 2, 3, replicate=True), "ffn": Axis("ffn", 8, 1), "vocab": Axis("vocab", 10, 1, pad=True)}
@@ -39,7 +40,7 @@ MODEL = (
 
 
 def split_to(tp: int) -> list[OutputFile]:
-    layout = shard(MODEL, AXES, tp, deal(AXES, tp, None, None))
+    layout = shard(MODEL, AXES, deal(AXES, Mesh(tp)))
     return [output_file(f"rank{rank}", stored, {}) for rank, stored in enumerate(layout)]
 
 
@@ -149,7 +150,7 @@ def test_a_source_that_holds_a_part_twice_but_otherwise_is_refused() -> None:
 
 
 def test_a_layout_with_a_hole_or_an_overlap_is_our_bug() -> None:
-    layout = shard(MODEL, AXES, 4, deal(AXES, 4, None, None))
+    layout = shard(MODEL, AXES, deal(AXES, Mesh(4)))
     assert_coverage(MODEL, layout)
     with pytest.raises(AssertionError, match="embed is not covered exactly"):
         assert_coverage(MODEL, layout[:3])
@@ -168,7 +169,7 @@ def test_an_output_that_is_not_filled_is_our_bug() -> None:
 def test_layers_that_are_alike_are_planned_once() -> None:
     """Any number of layers costs the geometry of one, and all of them share it."""
     layers = [replace(tensor, name=f"{layer}.{tensor.name}") for layer in range(50) for tensor in MODEL]
-    layout = shard(layers, AXES, 4, deal(AXES, 4, None, None))
+    layout = shard(layers, AXES, deal(AXES, Mesh(4)))
     outputs = [output_file(f"rank{rank}", tensors, {}) for rank, tensors in enumerate(layout)]
     for geometry in (_flow, _covers, _is_filled):
         geometry.cache_clear()

@@ -19,6 +19,7 @@ from tpshard.planning.box import full, tiles
 from tpshard.planning.deal import Deal, deal, equal_shares, largest_tp, listing, padded, possible_tp, why_not
 from tpshard.planning.join import assert_coverage
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, intervals, shard, whole
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.strides import placed_box
 
 HEADS = Axis("heads", 32, 128, group="kv")
@@ -37,7 +38,7 @@ def sizes(ranges: Sequence[tuple[int, int]]) -> list[int]:
 
 def dealt(axis: Axis, tp: int, shares: Sequence[Any] | None = None, *others: Axis) -> list[tuple[int, int]]:
     weights = None if shares is None else [Fraction(str(share)) for share in shares]
-    return list(deal(axes_of(axis, *others), tp, weights, None)[axis.name])
+    return list(deal(axes_of(axis, *others), Mesh(tp), weights, None).ranges[axis.name])
 
 
 # The law.
@@ -47,7 +48,7 @@ def test_a_head_is_never_cut_although_its_elements_would_divide() -> None:
     heads = Axis("heads", 12, 64)
     assert heads.count * heads.unit % 8 == 0
     with pytest.raises(UnsupportedError) as error:
-        deal(axes_of(heads, Axis("ffn", 3072, 1), VOCAB), 8, None, None)
+        deal(axes_of(heads, Axis("ffn", 3072, 1), VOCAB), Mesh(8))
     assert error.value.message == "12 heads on 8 ranks: 12 is not a multiple of 8"
     assert error.value.expected == "tp 1, 2, 3, 4, 6 or 12"
     assert error.value.found == "tp 8"
@@ -57,7 +58,7 @@ def test_a_head_is_never_cut_although_its_elements_would_divide() -> None:
 @pytest.mark.parametrize("tp", [2, 3, 4, 8])
 def test_gpt2_xl_has_25_heads(tp: int) -> None:
     with pytest.raises(UnsupportedError, match=f"25 heads on {tp} ranks: 25 is not a multiple of {tp}") as error:
-        deal(axes_of(Axis("heads", 25, 64), Axis("ffn", 6400, 1), VOCAB), tp, None, None)
+        deal(axes_of(Axis("heads", 25, 64), Axis("ffn", 6400, 1), VOCAB), Mesh(tp))
     assert error.value.expected == "tp 1, 5 or 25"
 
 
@@ -65,7 +66,7 @@ def test_gpt2_xl_has_25_heads(tp: int) -> None:
 def test_kv_heads_are_repeated_evenly_or_not_at_all(tp: int) -> None:
     heads, kv = Axis("heads", 120, 8, group="kv"), Axis("kv", 8, 8, replicate=True)
     with pytest.raises(UnsupportedError, match=f"8 kv on {tp} ranks: 8 is not a multiple of {tp}") as error:
-        deal(axes_of(kv, heads), tp, None, None)
+        deal(axes_of(kv, heads), Mesh(tp))
     assert ("a multiple of 8" in error.value.message) == (tp > 8)
     assert error.value.expected == "tp 1, 2, 4, 8, 24, 40 or 120"
 
@@ -78,7 +79,7 @@ def test_the_values_that_work_are_those_that_divide_every_axis() -> None:
         refused = any(why_not(axis, tp) for axis in axes.values())
         assert refused != (tp in possible_tp(axes))
         if not refused:
-            deal(axes, tp, None, None)
+            deal(axes, Mesh(tp))
 
 
 def test_values_are_listed_as_one_says_them() -> None:
@@ -102,7 +103,7 @@ def test_kv_heads_fewer_than_ranks_are_repeated_contiguously(
     count: int, tp: int, first: list[int], uneven: bool
 ) -> None:
     shares = equal_shares(tp) if uneven else None
-    ranges = deal(axes_of(Axis("kv", count, 8, replicate=True)), tp, shares, None)["kv"]
+    ranges = deal(axes_of(Axis("kv", count, 8, replicate=True)), Mesh(tp), shares, None).ranges["kv"]
     assert ranges == tuple((head, head + 1) for head in first)
 
 
@@ -110,14 +111,14 @@ def test_kv_heads_fewer_than_ranks_are_repeated_contiguously(
 def test_no_rank_holds_a_query_head_without_its_key_and_value(kv: int, group: int, tp: int, uneven: bool) -> None:
     axes = axes_of(Axis("heads", kv * group, 4, group="kv"), Axis("kv", kv, 4, replicate=True))
     try:
-        ranges = deal(axes, tp, equal_shares(tp) if uneven else None, None)
+        ranges = deal(axes, Mesh(tp), equal_shares(tp) if uneven else None)
     except UnsupportedError:
         if uneven:  # refused only where a rank would get nothing, or no whole number of copies of a head
             assert (kv < tp and (tp % kv or group < tp // kv)) or kv * group < tp
         else:
             assert kv * group % tp or (kv % tp and tp % kv)
         return
-    for (start, stop), (first, last) in zip(ranges["heads"], ranges["kv"], strict=True):
+    for (start, stop), (first, last) in zip(ranges.ranges["heads"], ranges.ranges["kv"], strict=True):
         assert {head // group for head in range(start, stop)} == set(range(first, last))
 
 
@@ -143,7 +144,7 @@ def test_uneven_shares_are_larger_first(tp: int, expected: list[int]) -> None:
 )
 def test_shares_weigh_the_ranks(count: int, shares: list[Any], expected: list[int]) -> None:
     weights = [Fraction(str(share)) for share in shares]
-    assert sizes(deal(axes_of(Axis("ffn", count, 1)), len(shares), weights, None)["ffn"]) == expected
+    assert sizes(deal(axes_of(Axis("ffn", count, 1)), Mesh(len(shares)), weights, None).ranges["ffn"]) == expected
 
 
 @given(st.integers(1, 60), st.lists(st.integers(1, 20), min_size=1, max_size=8))
@@ -218,7 +219,7 @@ def test_padding_is_rows_of_zeros_at_the_end_of_the_last_ranks(
 ) -> None:
     axes = axes_of(Axis("vocab", count, 1, pad=True))
     tensor = LogicalTensor("embed.weight", "F32", (count, 3), Cut("column", 0, ("vocab",)))
-    layout = shard([tensor], axes, tp, deal(axes, tp, None, pad_to))
+    layout = shard([tensor], axes, deal(axes, Mesh(tp), None, pad_to))
     assert [sum(p.box[0][1] - p.box[0][0] for p in rank[0].parts) for rank in layout] == real
     assert [sum(stop - start for (start, stop), _ in rank[0].fills) for rank in layout] == zero
     for (stored,), rows in zip(layout, real, strict=True):
@@ -239,7 +240,7 @@ def layout_of(
     shape: tuple[int, ...], cut: Cut, axes: dict[str, Axis], tp: int, dtype: str = "F32"
 ) -> list[StoredTensor]:
     tensor = LogicalTensor("t", dtype, shape, cut)
-    layout = shard([tensor], axes, tp, deal(axes, tp, None, None))
+    layout = shard([tensor], axes, deal(axes, Mesh(tp)))
     assert_coverage([tensor], layout)
     return [stored for (stored,) in layout]
 
@@ -271,7 +272,7 @@ def test_qkv_interleaved_per_head_is_one_plain_slice() -> None:
 def test_a_whole_tensor_is_one_part() -> None:
     tensor = LogicalTensor("norm.weight", "F32", (3, 4), Cut("replicate"))
     assert whole(tensor) == StoredTensor("norm.weight", "F32", (3, 4), (Part("norm.weight", ((0, 3), (0, 4)), (0, 0)),))
-    assert shard([tensor], {}, 3, {}) == ((whole(tensor),),) * 3
+    assert shard([tensor], {}, deal({}, Mesh(3))) == ((whole(tensor),),) * 3
 
 
 def test_replicas_are_equal_boxes_whatever_stands_beside_them() -> None:
@@ -289,10 +290,10 @@ def test_replicas_are_equal_boxes_whatever_stands_beside_them() -> None:
 def test_what_an_interleaved_rank_holds() -> None:
     """Groups [q q k v] and [q q k v], 3 groups on 2 ranks: 2 groups and 1."""
     axes = axes_of(Axis("heads", 6, 2, group="kv"), Axis("kv", 3, 2, replicate=True))
-    ranges: Deal = deal(axes, 2, equal_shares(2), None)
+    dealt: Deal = deal(axes, Mesh(2), equal_shares(2))
     cut = Cut("column", 0, ("heads", "kv", "kv"), "kv")
-    assert intervals(cut, axes, ranges, 0) == (((0, 16, 0),), (), 16)
-    assert intervals(cut, axes, ranges, 1) == (((16, 24, 0),), (), 8)
+    assert intervals(cut, axes, dealt, 0) == (((0, 16, 0),), (), 16)
+    assert intervals(cut, axes, dealt, 1) == (((16, 24, 0),), (), 8)
 
 
 @pytest.mark.parametrize(
@@ -323,9 +324,9 @@ def test_a_dtype_below_a_byte_is_cut_where_bytes_end(
 def test_padding_ends_on_a_byte_too() -> None:
     axes = axes_of(Axis("vocab", 4, 1, pad=True))
     tensor = LogicalTensor("embed.weight", "F4", (4, 1), Cut("column", 0, ("vocab",)))
-    assert shard([tensor], axes, 1, deal(axes, 1, None, 6))[0][0].shape == (6, 1)
+    assert shard([tensor], axes, deal(axes, Mesh(1), None, 6))[0][0].shape == (6, 1)
     with pytest.raises(UnsupportedError, match="a cut at 0:5 of dim 0 falls inside a byte of F4"):
-        shard([tensor], axes, 1, deal(axes, 1, None, 5))
+        shard([tensor], axes, deal(axes, Mesh(1), None, 5))
 
 
 # Companions: tensors of which one element stands for several of the axis.
@@ -378,15 +379,15 @@ def test_companions_are_cut_where_the_module_is_or_not_at_all(
 ) -> None:
     axes, cut, tp = drawn
     try:
-        ranges = deal(axes, tp, equal_shares(tp) if uneven else None, None)
+        ranges = deal(axes, Mesh(tp), equal_shares(tp) if uneven else None)
     except UnsupportedError:
         return
     dim, ratio = cut.dim or 0, cut.ratio
     module, scale = companion(axes, replace(cut, ratio=1)), companion(axes, cut)
-    whole_layout = shard([module], axes, tp, ranges)
+    whole_layout = shard([module], axes, ranges)
     size = module.shape[dim]
     try:
-        layout = shard([scale], axes, tp, ranges)
+        layout = shard([scale], axes, ranges)
     except UnsupportedError as error:
         assert error.tensor == "m.scale" and f"which stands for {ratio}" in error.message
         assert error.exit_code == 4 and error.found == f"tp {tp}"
@@ -394,10 +395,10 @@ def test_companions_are_cut_where_the_module_is_or_not_at_all(
         assert 1 in possible and (uneven or tp not in possible)
         for other in possible_tp(axes):
             if other in possible:
-                shard([scale], axes, other, deal(axes, other, None, None))
+                shard([scale], axes, deal(axes, Mesh(other)))
             else:
                 with pytest.raises(UnsupportedError):
-                    shard([scale], axes, other, deal(axes, other, None, None))
+                    shard([scale], axes, deal(axes, Mesh(other)))
         repeated = any(axes[name].replicate for name in cut.segments)
         assert repeated or holds_a_part_of_an_element(whole_layout, cut, size)
         return
@@ -414,9 +415,9 @@ def test_a_scale_of_blocks_says_which_tp_works() -> None:
     """11008 = 86 x 128: with 2 ranks each has 43 blocks, with 4 a block would be cut."""
     axes = axes_of(Axis("ffn", 11008, 1), Axis("heads", 32, 128))
     scale = companion(axes, Cut("row", 1, ("ffn",), ratio=128))
-    assert [rank[0].shape for rank in shard([scale], axes, 2, deal(axes, 2, None, None))] == [(3, 43)] * 2
+    assert [rank[0].shape for rank in shard([scale], axes, deal(axes, Mesh(2)))] == [(3, 43)] * 2
     with pytest.raises(UnsupportedError) as error:
-        shard([scale], axes, 4, deal(axes, 4, None, None))
+        shard([scale], axes, deal(axes, Mesh(4)))
     assert error.value.message == (
         "m.scale: a cut at 2752 of 11008 ffn of 1 falls inside an element, which stands for 128"
     )
@@ -428,13 +429,13 @@ def test_the_last_block_may_be_a_part_of_one() -> None:
     axes = axes_of(Axis("heads", 300, 2))
     scale = companion(axes, Cut("column", 0, ("heads",), ratio=128))
     assert scale.shape == (5, 3)
-    shares = shard([scale], axes, 2, {"heads": ((0, 128), (128, 300))})
+    shares = shard([scale], axes, Deal(Mesh(2), axes, {"heads": ((0, 128), (128, 300))}))
     assert [boxes(stored, 0) for (stored,) in shares] == [[(0, 2, 0)], [(2, 5, 0)]]
     assert_coverage([scale], shares)
     axes = axes_of(Axis("vocab", 250, 1, pad=True))
     scale = companion(axes, Cut("column", 0, ("vocab",), ratio=4))
-    shares = shard([scale], axes, 2, deal(axes, 2, None, 264))
+    shares = shard([scale], axes, deal(axes, Mesh(2), None, 264))
     assert [boxes(stored, 0) for (stored,) in shares] == [[(0, 33, 0)], [(33, 63, 0)]]
     assert shares[1][0].fills == (((30, 33), (0, 3)),)
     with pytest.raises(UnsupportedError, match="a cut at 254 of 250 vocab of 1 falls inside an element"):
-        shard([scale], axes, 1, deal(axes, 1, None, 254))
+        shard([scale], axes, deal(axes, Mesh(1), None, 254))

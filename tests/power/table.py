@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 import tpshard
 from tests.helpers import checkpoints
@@ -39,6 +38,8 @@ DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power"
 
 def conditions(begun: float) -> dict[str, Any]:
     """When, with what, and how long a part ran, in seconds of one core."""
+    import transformers
+
     return {
         "date": datetime.date.today().isoformat(),
         "cpu_seconds": round(time.process_time() - begun),

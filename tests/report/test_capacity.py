@@ -18,6 +18,7 @@ from tpshard.api.convert import plan
 from tpshard.errors import UsageError
 from tpshard.planning.deal import deal
 from tpshard.planning.layout import LogicalTensor, shard
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.report.advice import advice, rank_weights
 from tpshard.report.capacity import Workload, cache_bytes, numbers, ring_bytes, traits
@@ -74,7 +75,7 @@ def test_weights_are_the_published_sizes(made: Any, tp: int, total: float, rank:
 def test_the_cache_is_the_published_size(config: dict[str, Any], tokens: int, gib: float) -> None:
     """Of "Llama 3.1 - 405B, 70B & 8B with multilinguality and long context"; the two 70B have the same attention."""
     built = made_llama(config)
-    (cache,) = cache_bytes(built, traits(built), deal(built.axes, 1, None, None), Workload(seq=tokens))
+    (cache,) = cache_bytes(built, traits(built), deal(built.axes, Mesh(1)), Workload(seq=tokens))
     assert cache / 2**30 == pytest.approx(gib, abs=0.006)
 
 
@@ -108,7 +109,7 @@ def test_latent_attention_is_cached_whole_by_every_rank() -> None:
     built = model("deepseek_v3", config | {"num_nextn_predict_layers": 0}, alone)
     facts = traits(built)
     assert (facts.latent, facts.layers, facts.sums, facts.cache_axis) == (512 + 64, 61, 122, None)
-    caches = cache_bytes(built, facts, deal(built.axes, 4, None, None), Workload(batch=2, seq=10))
+    caches = cache_bytes(built, facts, deal(built.axes, Mesh(4)), Workload(batch=2, seq=10))
     assert caches == [2 * 10 * 61 * 576 * 2] * 4
     assert traits(model("deepseek_v3", config, shapes)) == facts
 
@@ -119,7 +120,7 @@ def test_kv_heads_are_cached_where_they_are() -> None:
     facts = traits(built)
 
     def each(tp: int, kv_dtype: str | None = None) -> list[int]:
-        return cache_bytes(built, facts, deal(built.axes, tp, None, None), Workload(1, 100, kv_dtype))
+        return cache_bytes(built, facts, deal(built.axes, Mesh(tp)), Workload(1, 100, kv_dtype))
 
     (whole,) = each(1)
     assert each(2) == [whole // 2] * 2 and each(16) == [whole // 8] * 16
@@ -151,7 +152,7 @@ def test_the_cache_is_as_large_as_that_of_transformers(name: str, made: Callable
 
 def test_weights_by_groups_are_those_of_the_layout() -> None:
     built = made_llama(LLAMA_8B | {"num_hidden_layers": 2, "vocab_size": 1001})
-    layout = shard(built.tensors, built.axes, 16, deal(built.axes, 16, None, None))
+    layout = shard(built.tensors, built.axes, deal(built.axes, Mesh(16)))
     elements = [sum(prod(stored.shape) for stored in rank) for rank in layout]
     assert rank_weights(built, 16) == [2 * count for count in elements]
 
@@ -159,11 +160,11 @@ def test_weights_by_groups_are_those_of_the_layout() -> None:
 def test_numbers_say_what_fits_and_how_long_it_takes() -> None:
     built = made_llama(LLAMA_8B)
     work = Workload(batch=2, seq=1000, gpu_memory=10**10, bandwidth=450e9)
-    found = numbers(built, deal(built.axes, 2, None, None), rank_weights(built, 2), work)
+    found = numbers(built, deal(built.axes, Mesh(2)), rank_weights(built, 2), work)
     first, sent = found["ranks"][0], found["communication"]
     assert first["total"] == first["weights"] + first["kv_cache"] and first["free"] == 10**10 - first["total"]
     assert first["fits"]
-    tight = numbers(built, deal(built.axes, 2, None, None), rank_weights(built, 2),
+    tight = numbers(built, deal(built.axes, Mesh(2)), rank_weights(built, 2),
                     dataclasses.replace(work, gpu_memory=first["total"] + 1))  # fmt: skip
     assert not tight["ranks"][0]["fits"] and tight["ranks"][0]["free"] == 1
     assert sent["bytes_per_prompt"] == 2000 * sent["bytes_per_token"] == 2000 * 64 * 4096 * 2

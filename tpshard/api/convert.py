@@ -8,9 +8,8 @@ Every function raises the errors of `tpshard.errors`; results are frozen datacla
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +19,15 @@ from tpshard.errors import TargetError, UsageError
 from tpshard.execute.publish import Job, Settings, publish
 from tpshard.execute.run import conversion
 from tpshard.execute.target import is_written
-from tpshard.formats import hf, writes
+from tpshard.formats import format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
 from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set, rules_path
 from tpshard.inputs.shard_set import is_shard_set
-from tpshard.planning.join import Placed, join
+from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import read_bytes
@@ -118,11 +118,12 @@ def split_with(options: SplitOptions) -> WriteReport:
     small = _side_files(checkpoint.side_files)
     if model.dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
-    placed, warnings = placed_in(checkpoint, built), checkpoint.warnings
-    if layout.format == "hf":
-        size = layout.max_file_size
-        return _write_hf(built, placed, small, target, size, settings, planned.set_id, "split", warnings=warnings)
-    return _write_split(planned, placed, small, target, options.chosen, settings, "split", warnings)
+    if planned.format.has_ranks:
+        output = _ranks(planned, small, target, options.chosen, "split")
+    else:
+        output = _whole(built, small, layout.max_file_size, "split", planned.set_id)
+    placed = placed_in(checkpoint, built)
+    return _write(output, planned.kept.tensors, placed, target, settings, checkpoint.warnings)
 
 
 def reshard(
@@ -161,53 +162,11 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
-    small, placed = _small(source), source.placed()
-    if layout.format == "hf":
-        size = options.target.max_file_size
-        return _write_hf(source.model, placed, small, target, size, settings, planned.set_id, "reshard")
-    return _write_split(planned, placed, small, target, options.chosen, settings, "reshard", ())
-
-
-def _write_split(
-    planned: Split,
-    placed: list[Placed],
-    small: dict[str, bytes],
-    target: Path,
-    ranks: Sequence[int] | None,
-    settings: Settings,
-    verb: str,
-    warnings: Sequence[str],
-) -> WriteReport:
-    tp = planned.options.tp
-    writing = list(range(tp)) if ranks is None else [r for r in ranks if not _is_written(target, planned, r)]
-    if ranks is not None and not writing:
-        raise TargetError(
-            f"rank {', '.join(map(str, ranks))} is already there and complete",
-            path=target,
-            hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
-        )
-    outputs = {rank: planned.files(rank) for rank in writing}
-    joined = join(planned.kept.tensors, placed, [output for rank in writing for output in outputs[rank]])
-
-    def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
-        return {f"{rank_stem(r, tp)}.json": record(planned, r, outputs[r], digests) for r in writing}
-
-    job = Job(
-        plan=joined,
-        small={**planned.format.side_files(planned, small), MANIFEST: planned.manifest},
-        identity={"set": planned.set_id},
-        records=records,
-        convert=conversion((place.stored for place in placed), chain.from_iterable(planned.layout)),
-        shared=ranks is not None,
-        claims=[f".{rank_stem(r, tp)}.lock" for r in writing] if ranks is not None else [LOCK],
-        verb=verb,
-        ours=writes,
-    )
-    digests = publish(job, target, settings)
-    parts = tuple(
-        RankPart(rank, output.name, output.size, digests[output.name]) for rank in writing for output in outputs[rank]
-    )
-    return WriteReport(verb, target, tp, planned.set_id, joined.nbytes, parts, tuple(warnings))
+    if planned.format.has_ranks:
+        output = _ranks(planned, _small(source), target, options.chosen, "reshard")
+    else:
+        output = _whole(source.model, _small(source), options.target.max_file_size, "reshard", planned.set_id)
+    return _write(output, planned.kept.tensors, source.placed(), target, settings)
 
 
 def merge(
@@ -234,48 +193,92 @@ def merge_with(options: MergeOptions) -> WriteReport:
     source.require_complete()
     target = _target(options.out, source.model, "merged")
     _check_distinct(source.directory, target)
-    report = _write_hf(
-        source.model,
-        source.placed(),
-        _small(source),
-        target,
-        options.max_file_size,
-        replace(options.settings, checksum=False),
-        source.manifest["set"],
-        "merge",
-        source.tp,
-    )
+    output = _whole(source.model, _small(source), options.max_file_size, "merge", source.manifest["set"], source.tp)
+    settings = replace(options.settings, checksum=False)
+    report = _write(output, source.model.tensors, source.placed(), target, settings)
     return replace(report, unread_checksums=is_shard_set(source.directory))
 
 
-def _write_hf(
-    model: Model,
-    placed: list[Placed],
-    small: dict[str, bytes],
+@dataclass(frozen=True)
+class _Output:
+    """What a verb writes: files by rank, small files beside them, and what says that ranks are complete.
+
+    set_id: names what it is made of. tp: of the report. models: whether it is an ordinary checkpoint, without ranks.
+    """
+
+    verb: str
+    set_id: str
+    tp: int
+    files: Mapping[int, Sequence[OutputFile]]
+    small: Mapping[str, bytes]
+    records: Callable[[Mapping[str, str | None]], Mapping[str, bytes]] = lambda digests: {}
+    shared: bool = False
+    models: bool = False
+
+
+def _ranks(planned: Split, small: Mapping[str, bytes], target: Path, ranks: Sequence[int] | None, verb: str) -> _Output:
+    """Ranks of a planned split; None is all of them, else those that are not complete at `target`."""
+    tp = planned.options.tp
+    writing = list(range(tp)) if ranks is None else [r for r in ranks if not _is_written(target, planned, r)]
+    if not writing:
+        raise TargetError(
+            f"rank {', '.join(map(str, ranks or ()))} is already there and complete",
+            path=target,
+            hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
+        )
+    files = {rank: planned.files(rank) for rank in writing}
+
+    def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
+        return {f"{rank_stem(r, tp)}.json": record(planned, r, files[r], digests) for r in writing}
+
+    beside = {**planned.format.side_files(planned, small), MANIFEST: planned.manifest}
+    return _Output(verb, planned.set_id, tp, files, beside, records, shared=ranks is not None)
+
+
+def _whole(
+    model: Model, small: Mapping[str, bytes], max_file_size: int | None, verb: str, set_id: str, tp: int = 1
+) -> _Output:
+    """An ordinary checkpoint of a model. tp: of what it is made of."""
+    files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
+    return _Output(verb, set_id, tp, {0: files}, {**small, **index}, models=True)
+
+
+def _write(
+    output: _Output,
+    tensors: Sequence[LogicalTensor],
+    placed: Sequence[Placed],
     target: Path,
-    max_file_size: int | None,
     settings: Settings,
-    set_id: str,
-    verb: str,
-    tp: int = 1,
     warnings: Sequence[str] = (),
 ) -> WriteReport:
-    """Write a model unsharded. set_id: names what it is made of. tp: of what it is made of."""
-    outputs, index = hf.outputs(model.tensors, model.file_of, max_file_size)
-    joined = join(model.tensors, placed, outputs)
+    """Move the bytes of `tensors` from where they are placed into the files of an output."""
+    files = [file for held in output.files.values() for file in held]
+    joined = join(tensors, placed, files)
+    stems = [rank_stem(rank, output.tp) for rank in output.files] if output.shared else []
     job = Job(
         plan=joined,
-        small={**small, **index},
-        identity={"set": set_id},
-        records=lambda digests: {},
+        small=output.small,
+        identity={"set": output.set_id},
+        records=output.records,
         convert=conversion(
-            (place.stored for place in placed), (each.stored for output in outputs for each in output.tensors)
+            (place.stored for place in placed), (each.stored for file in files for each in file.tensors)
         ),
-        verb="merge",
+        shared=output.shared,
+        claims=[f".{stem}.lock" for stem in stems] or [LOCK],
+        verb="merge" if output.models else output.verb,
         ours=writes,
     )
-    publish(job, target, settings)
-    return WriteReport(verb, target, tp, set_id, joined.nbytes, (), tuple(warnings))
+    digests = publish(job, target, settings)
+    parts = [] if output.models else [(rank, file) for rank, held in output.files.items() for file in held]
+    return WriteReport(
+        output.verb,
+        target,
+        output.tp,
+        output.set_id,
+        joined.nbytes,
+        tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts),
+        tuple(warnings),
+    )
 
 
 def _target(out: str | Path | None, model: Model, suffix: str) -> Path:
@@ -284,7 +287,7 @@ def _target(out: str | Path | None, model: Model, suffix: str) -> Path:
 
 
 def _suffix(options: Options) -> str:
-    return "hf" if options.format == "hf" else f"tp{options.tp}"
+    return f"tp{options.tp}" if format_of(options.format).has_ranks else options.format
 
 
 def _check_distinct(source: Path | None, target: Path) -> None:

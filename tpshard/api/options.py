@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Settings
+from tpshard.formats import format_of
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
 from tpshard.planning.model import check_dtype
 
@@ -103,8 +104,9 @@ class _RankOptions:
 
     def __post_init__(self) -> None:
         chosen, tp = None if self.ranks is None else sorted(set(self.ranks)), self.target.tp
-        if chosen is not None and self.target.format == "hf":
-            raise UsageError("--ranks needs a format with ranks", found="--format hf", hint="leave --ranks out")
+        if chosen is not None and not format_of(self.target.format).has_ranks:
+            found = f"--format {self.target.format}"
+            raise UsageError("--ranks needs a format with ranks", found=found, hint="leave --ranks out")
         if chosen is not None and (not chosen or chosen[0] < 0 or chosen[-1] >= tp):
             found = ", ".join(map(str, chosen))
             raise UsageError("--ranks takes ranks of the set", expected=f"0 to {tp - 1}", found=found)

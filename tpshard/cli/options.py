@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tpshard.errors import UsageError
+from tpshard.units import MAX_TP
 
 if TYPE_CHECKING:
     from tpshard import Settings
     from tpshard.cli.console import Console
     from tpshard.report.capacity import Workload
 
-MAX_TP = 99_999
 """The names of rank files have five digits."""
 
 

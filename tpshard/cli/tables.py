@@ -73,7 +73,7 @@ def print_plan(report: PlanReport, every: bool) -> None:
     for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True):
         ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
         rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
-        rule = rule if shares else f"drop: {split.laid.dropped[tensor.name]}"
+        rule = rule if shares else f"drop: {split.layouts.dropped[tensor.name]}"
         rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
     table = _table("tensor", "dtype", "shape", "rule", "each rank holds")
     for row in fold(rows, every):
@@ -81,7 +81,7 @@ def print_plan(report: PlanReport, every: bool) -> None:
     console.print(table)
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
-    if split.options.format != "native":
+    if not split.format.own_names:
         table = _table("the files have", "made of", "each rank holds")
         made = []
         for entry in stored_json(split):

@@ -5,32 +5,31 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from tpshard.formats.manifest import compact, integers
-from tpshard.formats.split import Laid, Options, Split
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.axes import Axis
 from tpshard.planning.box import corner
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.model import Model
 
-if TYPE_CHECKING:
-    pass
-
 
 class Format(ABC):
     """An on-disk format: what each rank stores, and in which files.
 
     side_names: small files that the source does not have. container: the files are no safetensors files, and all bytes
-    of them but the tensors' follow from the split.
+    of them but the tensors' follow from the split. own_names: each rank stores its share of each tensor of the model as
+    one tensor under the same name, in the model's order. has_ranks: the files are those of a shard set.
     """
 
     side_names: frozenset[str] = frozenset()
     container: bool = False
+    own_names: bool = False
+    has_ranks: bool = True
 
     @abstractmethod
-    def lay(self, model: Model, options: Options) -> Laid:
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """The ranks' stored tensors. UnsupportedError for a model or options that the format cannot hold."""
 
     @abstractmethod

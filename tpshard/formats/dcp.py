@@ -13,36 +13,38 @@ from functools import lru_cache
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.dcp_metadata import Chunk, Described, metadata_pickle
-from tpshard.formats.split import Laid, Options, Split
+from tpshard.formats.dcp_metadata import Described, StoredChunk, metadata_pickle
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
 from tpshard.planning.box import Box, Shape, corner, extents
-from tpshard.planning.deal import deal
+from tpshard.planning.deal import Deal, deal
 from tpshard.planning.join import OutputFile, Placed, parts_by_size, uncollected
 from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, shard
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
 METADATA = ".metadata"
 _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
 
 
-def chunks(model: Model, options: Options) -> Iterator[tuple[LogicalTensor, list[list[Box]]]]:
-    """For every tensor, the boxes that each rank stores: none twice, and nothing of padding.
-
-    UnsupportedError when padding is asked for.
-    """
+def even_or_less(model: Model, options: Options) -> Deal:
+    """The deal of a model without padding; UnsupportedError when padding is asked for."""
     if options.pad_vocab_to is not None:
         raise UnsupportedError(
             "torch.distributed.checkpoint describes the model's own tensors: it has no place for padding",
             found=f"--pad-vocab-to {options.pad_vocab_to}",
             hint="leave it out: the last ranks get less, as torch's DTensor does it; or use --format native",
         )
-    ranges = deal(model.axes, options.tp, options.weights(), None)
+    return deal(model.axes, Mesh(options.tp), options.weights())
+
+
+def chunks(model: Model, dealt: Deal) -> Iterator[tuple[LogicalTensor, list[list[Box]]]]:
+    """For every tensor, the boxes that each rank stores: none twice, and nothing of padding."""
     known: dict[object, list[list[Box]]] = {}  # layers are alike
     for tensor in model.tensors:
         key = (tensor.shape, tensor.cut, tensor.dtype)
         if key not in known:
-            known[key] = _once(shard([tensor], model.axes, options.tp, ranges))
+            known[key] = _once(shard([tensor], model.axes, dealt))
         yield tensor, known[key]
 
 
@@ -75,17 +77,18 @@ class Dcp(Format):
     side_names = frozenset({METADATA})
     container = True
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every chunk is a stored tensor; `name#0`, `name#1` where a rank has several of a tensor."""
         rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
-        for tensor, by_rank in chunks(model, options):
+        dealt = even_or_less(model, options)
+        for tensor, by_rank in chunks(model, dealt):
             require_storage(tensor.name, tensor.dtype)
             name = model.full_name(tensor.name)
             several = any(len(boxes) > 1 for boxes in by_rank)
             for row, boxes in zip(rows, by_rank, strict=True):
                 for number, box in enumerate(boxes):
                     row.append(chunk(f"{name}#{number}" if several else name, tensor, box))
-        return Laid(tuple(map(tuple, rows)))
+        return RankLayouts(tuple(map(tuple, rows)), dealt)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """torch's threads each have a file; here several are there only above the file size."""
@@ -105,13 +108,13 @@ class Dcp(Format):
     @uncollected
     def derived(self, split: Split) -> dict[str, bytes]:
         """`.metadata`: of every chunk its place in the tensor and in the files."""
-        found: dict[str, list[Chunk]] = {}
+        found: dict[str, list[StoredChunk]] = {}
         for rank in range(split.options.tp):
             for file in split.files(rank):
                 for placed in file.tensors:
                     (part,) = placed.stored.parts
                     archive = _archive(split, rank, placed.stored)
-                    where = Chunk(
+                    where = StoredChunk(
                         corner(part.box), extents(part.box), file.name, placed.begin - archive.begin, archive.size
                     )
                     found.setdefault(part.tensor, []).append(where)

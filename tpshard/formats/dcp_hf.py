@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format, saved_offsets
-from tpshard.formats.dcp import chunk, chunks
-from tpshard.formats.split import Laid, Options, Split
+from tpshard.formats.dcp import chunk, chunks, even_or_less
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.model import Model
 
@@ -25,10 +25,11 @@ _UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"}
 class DcpHf(Format):
     """`shard-00001-model-00001-of-00001.safetensors`: rank and file, both from 1, and how many files the rank has."""
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """One rectangle a rank and tensor; UnsupportedError for a tensor whose share is several."""
         rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
-        for tensor, by_rank in chunks(model, options):
+        dealt = even_or_less(model, options)
+        for tensor, by_rank in chunks(model, dealt):
             name = model.full_name(tensor.name)
             if tensor.dtype in _UNREAD:
                 raise UnsupportedError(
@@ -44,7 +45,7 @@ class DcpHf(Format):
                         hint="use --format dcp, which holds any number of them",
                     )
                 row.extend(chunk(name, tensor, box) for box in boxes)
-        return Laid(tuple(map(tuple, rows)))
+        return RankLayouts(tuple(map(tuple, rows)), dealt)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """As torch's _gen_file_name."""

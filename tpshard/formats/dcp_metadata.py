@@ -30,7 +30,7 @@ _VERSION = "1.0.0"
 """torch's CURRENT_DCP_VERSION."""
 
 
-class Chunk(NamedTuple):
+class StoredChunk(NamedTuple):
     """A rectangle of a tensor, and the bytes of a file that hold it."""
 
     offsets: Shape
@@ -46,7 +46,7 @@ class Described(NamedTuple):
     name: str
     dtype: str
     shape: Shape
-    chunks: Sequence[Chunk]
+    chunks: Sequence[StoredChunk]
 
 
 def metadata_pickle(tensors: Sequence[Described], set_id: str) -> bytes:
@@ -145,13 +145,13 @@ def _tensor(known: _Known, tensor: Described) -> bytes:
     )
 
 
-def _index(known: _Known, name: bytes, number: int, chunk: Chunk) -> bytes:
+def _index(known: _Known, name: bytes, number: int, chunk: StoredChunk) -> bytes:
     return known.object(
         _CLASSES, "MetadataIndex", fqn=name, index=pickle_integer(number), offset=known.size(chunk.offsets)
     )
 
 
-def _place(known: _Known, chunk: Chunk) -> bytes:
+def _place(known: _Known, chunk: StoredChunk) -> bytes:
     return known.object(
         "torch.distributed.checkpoint.filesystem",
         "_StorageInfo",

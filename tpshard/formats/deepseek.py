@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.base import Format, bare
-from tpshard.formats.split import Laid, Options
+from tpshard.formats.split import Options, RankLayouts
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard, whole
@@ -37,6 +37,8 @@ _MODULES = {
     "norm": "norm",
     "lm_head": "head",
 }
+_EXPERTS = "routed experts"
+"""Dealt whole: of the axis of experts, and not of their width, each rank has a range."""
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight")
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 
@@ -44,10 +46,11 @@ _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_p
 class DeepSeek(Format):
     """`model0-mp4.safetensors`, one file a rank."""
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """DeepSeek's names and cuts; UnsupportedError for another architecture or a tp that cuts a unit."""
-        ranges = _deal(model, options)
+        dealt = _deal(model, options)
         layers = model.config["num_hidden_layers"]
+        owners = [rank for rank in range(options.tp) for _ in range(*dealt.of(_EXPERTS, rank))]
         rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
         dropped = {}
         for tensor in model.tensors:
@@ -58,15 +61,15 @@ class DeepSeek(Format):
             elif tensor.cut.kind == "buffer":
                 dropped[tensor.name] = "a buffer that DeepSeek's code computes"
             elif expert := _EXPERT.fullmatch(name):
-                rank = _owner(int(expert[2]), model, options.tp)
+                rank = owners[int(expert[2])]
                 rows[rank].append(whole(tensor)._replace(name=_name(name, tensor)))
             elif stacked := _STACKED.fullmatch(name):
                 for index in range(tensor.shape[0]):
-                    rows[_owner(index, model, options.tp)] += _unstacked(tensor, index, stacked[1], stacked[2])
+                    rows[owners[index]] += _unstacked(tensor, index, stacked[1], stacked[2])
             else:
-                for row, (stored,) in zip(rows, shard([tensor], model.axes, options.tp, ranges), strict=True):
+                for row, (stored,) in zip(rows, shard([tensor], model.axes, dealt), strict=True):
                     row.append(stored._replace(name=_name(name, tensor)))
-        return Laid(tuple(map(tuple, rows)), dropped)
+        return RankLayouts(tuple(map(tuple, rows)), dealt, dropped)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """Rank and width; a rank is never in several files."""
@@ -97,11 +100,6 @@ def _name(full_name: str, tensor: LogicalTensor) -> str:
     return ".".join(filter(None, (path, _MODULES[module], last)))
 
 
-def _owner(expert: int, model: Model, tp: int) -> int:
-    count: int = model.config["n_routed_experts"]
-    return expert // (count // tp)
-
-
 def _unstacked(tensor: LogicalTensor, expert: int, layer: str, kind: str) -> list[StoredTensor]:
     """One expert of a stacked tensor, `[expert, out, in]`, under the names of its modules."""
     _, rows, width = tensor.shape
@@ -125,8 +123,8 @@ def _deal(model: Model, options: Options) -> Deal:
             hint="use --format native",
         )
     axes = {name: bare(axis) for name, axis in model.axes.items() if axis.name != "moe_ffn"}
-    axes["routed experts"] = Axis("routed experts", model.config.get("n_routed_experts") or options.tp, unit=1)
-    return options.even_deal("DeepSeek's code", axes)
+    axes[_EXPERTS] = Axis(_EXPERTS, model.config.get("n_routed_experts") or options.tp, unit=1, along="ep")
+    return options.even_deal("DeepSeek's code", axes, ep=options.tp)
 
 
 FORMAT = DeepSeek()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.engine_tables import Family, fits_any
+from tpshard.formats.engine_tables import EngineFamily, fits_any
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, deal, why_not
@@ -19,7 +19,7 @@ Share = StoredTensor
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ParameterParts:
     """What one of the engine's parameters is made of: lists of tensors to fuse, one list for every stacked expert."""
 
     groups: tuple[tuple[str, ...], ...]
@@ -32,7 +32,7 @@ class Recipe:
 
 
 def shares_of(
-    family: Family, model: Model, tensors: Sequence[LogicalTensor], ranges: Deal, tp: int
+    family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor], dealt: Deal
 ) -> dict[str, tuple[Share, ...]]:
     """Each tensor's share of every rank, cut and turned as the engine has it; tensors that are alike have one."""
     shares = {}
@@ -44,26 +44,27 @@ def shares_of(
             tensor = replace(tensor, dtype="F32")
         key = (tensor.shape, tensor.cut, tensor.dtype, how, transposed)
         if key not in known:
-            held = _cut(tensor, how, model.axes, ranges, tp)
+            held = _cut(tensor, how, model.axes, dealt)
             known[key] = tuple(map(_transposed, held)) if transposed else held
         shares[tensor.name] = known[key]
     return shares
 
 
-def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], ranges: Deal, tp: int) -> tuple[Share, ...]:
+def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt: Deal) -> tuple[Share, ...]:
     """The shares of a tensor as an engine cuts it. how: None for the architecture's own cut."""
     cut = tensor.cut
     if how == "grouped":
-        return tuple(_grouped(tensor, axes, ranges, rank) for rank in range(tp))
+        return tuple(_grouped(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size))
     if how == "even":
-        axis = _even(tensor, tp)
-        axes, ranges = {axis.name: axis}, deal({axis.name: axis}, tp, None, None)
-        cut = Cut(cut.kind, cut.dim, (axis.name,))
+        axis = _even(tensor, dealt.mesh.tp)
+        axes = {axis.name: axis}
+        dealt = deal(axes, dealt.mesh)
+        cut = replace(cut, segments=(axis.name,), interleave=None)
     elif how in ("replicate", "first"):
         cut = Cut("replicate")
     elif how is not None:
-        cut = Cut(cut.kind, cut.dim, tuple(how.split()[1:]))
-    held = tuple(stored for (stored,) in shard([replace(tensor, cut=cut)], axes, tp, ranges))
+        cut = replace(cut, segments=tuple(how.split()[1:]), interleave=None)
+    held = tuple(stored for (stored,) in shard([replace(tensor, cut=cut)], axes, dealt))
     if how == "first":
         zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
         return (held[0], *(zeros for _ in held[1:]))
@@ -79,7 +80,7 @@ def _even(tensor: LogicalTensor, tp: int) -> Axis:
     return axis
 
 
-def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: int) -> Share:
+def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> Share:
     """The share of a tensor that is stored interleaved, as its segments one after another."""
     cut = tensor.cut
     assert cut.dim is not None and cut.interleave is not None
@@ -88,7 +89,7 @@ def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank
     parts: list[Part] = []
     stored = 0
     for index, name in enumerate(cut.segments):
-        first, last = ranges[name][rank]
+        first, last = dealt.of(name, rank)
         per_group = axes[name].count // repeats
         for group in range(repeats):
             low, high = max(first, group * per_group), min(last, (group + 1) * per_group)
@@ -117,7 +118,7 @@ def _transposed(share: Share) -> Share:
 
 
 def joined(
-    recipes: Mapping[str, Recipe], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
+    recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
 ) -> Layout:
     """Every rank's parameters by their recipes: shares fused along their first dim, experts stacked before it."""
     rows: list[list[StoredTensor]] = [[] for _ in range(tp)]
@@ -134,7 +135,7 @@ def joined(
 
 
 def _join(
-    name: str, recipe: Recipe, rank: int, shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape]
+    name: str, recipe: ParameterParts, rank: int, shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape]
 ) -> tuple[Share, list[int]]:
     """A recipe's parameter of one rank, and which of the recipe's tensors each part is of."""
     held = [shares[tensor][rank] for tensor in recipe.tensors]

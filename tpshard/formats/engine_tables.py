@@ -18,7 +18,7 @@ STACK = "#"
 
 
 @dataclass(frozen=True)
-class Family:
+class EngineFamily:
     """One family of an engine's table. Names are patterns, with `layer` before those that began with a dot."""
 
     layer: str = ""
@@ -71,7 +71,7 @@ class Table:
     """An engine's table: families by model_type, and what it does not load at all."""
 
     versions: tuple[str, ...]
-    families: Mapping[str, Family]
+    families: Mapping[str, EngineFamily]
     refused_models: Mapping[str, str]
 
 
@@ -109,14 +109,14 @@ def _compile(pattern: str) -> re.Pattern[str]:
 def load_table(path: Path) -> Table:
     """Read an engine's table. It is our own file: what is wrong with it is our bug."""
     data = tomllib.loads(path.read_text(encoding="utf-8"))
-    families: dict[str, Family] = {}
+    families: dict[str, EngineFamily] = {}
     for name, entry in data["families"].items():
         family = _family(data["families"], name)
         families |= {model_type: family for model_type in entry.get("model_types", ())}
     return Table(tuple(data["versions"]), families, data["refused_models"])
 
 
-def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> Family:
+def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily:
     merged = _merged(entries, name)
     layer = merged.get("layer", "")
 
@@ -126,9 +126,9 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> Family:
     def patterns(values: list[str]) -> tuple[str, ...]:
         return tuple(full(value) for value in values)
 
-    known = {each.name for each in fields(Family)}
+    known = {each.name for each in fields(EngineFamily)}
     assert set(merged) <= known, f"unknown keys in {name}: {set(merged) - known}"
-    return Family(
+    return EngineFamily(
         layer=layer,
         head=merged.get("head", ""),
         tied=merged.get("tied", ""),

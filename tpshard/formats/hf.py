@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UsageError
 from tpshard.formats.base import Format
-from tpshard.formats.split import Laid, Options
+from tpshard.formats.split import Options, RankLayouts
+from tpshard.planning.deal import deal
 from tpshard.planning.join import OutputFile, alignment_order, output_file, parts_by_size
 from tpshard.planning.layout import LogicalTensor, whole
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.storage.safetensors import nbytes
 
@@ -29,9 +31,7 @@ def outputs(
     else:
         groups = parts_by_size([whole(tensor) for tensor in alignment_order(tensors)], max_file_size)
     count = len(groups)
-    names = (
-        [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
-    )
+    names = [FORMAT.file_name(0, 1, part, count) for part in range(count)]
     written = [output_file(name, group, {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
     if count == 1:
         return written, {}
@@ -44,7 +44,9 @@ def outputs(
 class HuggingFace(Format):
     """The unsharded layout as a format: one rank that holds everything. It is written by `outputs`."""
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    has_ranks = False
+
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every tensor whole; UsageError for more than one rank."""
         if options.tp != 1:
             raise UsageError(
@@ -53,10 +55,10 @@ class HuggingFace(Format):
                 found=f"--tp {options.tp}",
                 hint="give --tp 1, or another --format",
             )
-        return Laid((tuple(map(whole, model.tensors)),))
+        return RankLayouts((tuple(map(whole, model.tensors)),), deal(model.axes, Mesh(1)))
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
-        """As transformers names them."""
+        """As transformers names them, which count from 1."""
         return f"model-{part + 1:05}-of-{parts:05}.safetensors" if parts > 1 else "model.safetensors"
 
     def parse_name(self, name: str) -> Mapping[str, int] | None:

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from tpshard import __version__
 from tpshard.formats.split import FORMAT_VERSION
-from tpshard.planning.axes import Cut
+from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, volume
 from tpshard.planning.layout import Layout, Part, StoredTensor
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
 if TYPE_CHECKING:
-    from tpshard.formats.split import Laid, Options
+    from tpshard.formats.split import Options, RankLayouts
 
 
-def manifest_of(model: Model, options: Options, laid: Laid) -> tuple[str, bytes]:
+def manifest_of(model: Model, options: Options, layouts: RankLayouts, *, own_names: bool) -> tuple[str, bytes]:
     """The name of a set, which is a digest of all that follows from headers and options, and its manifest."""
-    body = _body(model, options, laid)
+    body = _body(model, options, layouts, own_names)
     set_id = _digest(body)
     head = {"format": "tpshard", "format_version": FORMAT_VERSION, "set": set_id, "tool": f"tpshard {__version__}"}
     return set_id, _object(_lines(head) + body)
@@ -43,13 +43,12 @@ def _digest(body: Sequence[str]) -> str:
     return hashlib.sha256(_object(body)).hexdigest()[:32]
 
 
-def _body(model: Model, options: Options, laid: Laid) -> list[str]:
+def _body(model: Model, options: Options, layouts: RankLayouts, own_names: bool) -> list[str]:
     """The manifest's lines, but for those that say who wrote it."""
-    native = options.format == "native"
     rows = []
     known: dict[object, str] = {}  # layers are alike
     for index, tensor in enumerate(model.tensors):
-        full_name, dropped = model.full_name(tensor.name), laid.dropped.get(tensor.name)
+        full_name, dropped = model.full_name(tensor.name), layouts.dropped.get(tensor.name)
         row = [
             f'"name":{compact(tensor.name)},"dtype":"{tensor.dtype}","shape":{integers(tensor.shape)}',
             f'"file":{compact(model.file_of[tensor.name])},"rule":"{tensor.cut.kind}"',
@@ -62,8 +61,8 @@ def _body(model: Model, options: Options, laid: Laid) -> list[str]:
             key = (tensor.shape, tensor.cut, tensor.dtype)
             if key not in known:
                 known[key] = _cut(tensor.cut)
-                if native:
-                    ranks = ",".join(_stored(rank[index], named=False) for rank in laid.layout)
+                if own_names:
+                    ranks = ",".join(_stored(rank[index], named=False) for rank in layouts.layout)
                     known[key] += f',"ranks":[{ranks}]'
             row.append(known[key])
         rows.append(f"{{{','.join(row)}}}")
@@ -80,11 +79,16 @@ def _body(model: Model, options: Options, laid: Laid) -> list[str]:
             "format": options.format,
             "engine_version": options.engine_version,
         },
-        "axes": {name: asdict(axis) for name, axis in sorted(model.axes.items())},
+        "axes": {name: _axis(axis) for name, axis in sorted(model.axes.items())},
         "tied": dict(model.tied),
     }
     lines = [*_lines(body), _table("tensors", rows)]
-    return lines if native else [*lines, _table("stored", _all_stored(laid.layout))]
+    return lines if own_names else [*lines, _table("stored", _all_stored(layouts.layout))]
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    """An axis; along what it is dealt is said where that is not tp."""
+    return {key: value for key, value in asdict(axis).items() if (key, value) != ("along", "tp")}
 
 
 def _cut(cut: Cut) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.base import Format, bare
-from tpshard.formats.split import Laid, Options, Split
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import archive_file
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Shape, full
@@ -53,10 +53,11 @@ class Meta(Format):
     side_names = frozenset({META_PARAMS})
     container = True
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """Meta's names, cuts and rotary order; UnsupportedError for what its code cannot hold."""
         generation = _generation(model, options)
-        axes, ranges = _deal(model, options)
+        dealt = _deal(model, options)
+        axes = dealt.axes
         params(model.config, model)  # refuses a config that params.json cannot say
         reason = "rotary frequencies, which Meta's code computes"
         dropped = {tensor.name: reason for tensor in model.tensors if tensor.cut.kind == "buffer"}
@@ -69,17 +70,17 @@ class Meta(Format):
                 for name, tensor in zip(names, tensors, strict=True)
             ]
         rows: list[list[StoredTensor]] = []
-        for rank, held in enumerate(shard(tensors, axes, options.tp, ranges)):
+        for rank, held in enumerate(shard(tensors, axes, dealt)):
             row = []
             for name, tensor, stored in zip(names, tensors, held, strict=True):
                 if name.endswith(("wq.weight", "wk.weight")):
                     axis = axes[tensor.cut.segments[0]]
-                    stored = _rotary(stored, tensor, axis, ranges[axis.name][rank])
+                    stored = _rotary(stored, tensor, axis, dealt.of(axis.name, rank))
                 row.append(stored._replace(name=name))
                 if name == _EMBEDDING and _HEAD not in names:
                     row.append(_tied_head(stored, generation))
             rows.append(row)
-        return Laid(tuple(map(tuple, rows)), dropped)
+        return RankLayouts(tuple(map(tuple, rows)), dealt, dropped)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """Two digits, as Meta's code sorts them."""
@@ -137,8 +138,8 @@ def _generation(model: Model, options: Options) -> str:
     return "3" if model.axes["vocab"].count >= _LARGE_VOCAB else "2"
 
 
-def _deal(model: Model, options: Options) -> tuple[Mapping[str, Axis], Deal]:
-    """The axes and even ranges of them; the embedding may be cut along its hidden size."""
+def _deal(model: Model, options: Options) -> Deal:
+    """Even ranges of all axes; the embedding may be cut along its hidden size."""
     if model.architecture.get("model_type") != "llama":
         raise UnsupportedError(
             "Meta's layout holds LLaMA models alone",
@@ -148,7 +149,7 @@ def _deal(model: Model, options: Options) -> tuple[Mapping[str, Axis], Deal]:
         )
     axes = {name: bare(axis) for name, axis in model.axes.items()}
     axes["hidden"] = Axis("hidden", model.config["hidden_size"], unit=1)
-    return axes, options.even_deal("Meta's code", axes)
+    return options.even_deal("Meta's code", axes)
 
 
 def _rotary(stored: StoredTensor, tensor: LogicalTensor, axis: Axis, heads: tuple[int, int]) -> StoredTensor:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tpshard.formats.base import Format, saved_offsets
-from tpshard.formats.split import Laid, Options, Split
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import deal
 from tpshard.planning.layout import StoredTensor, shard
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.storage.names import rank_stem
 
@@ -18,10 +19,12 @@ _NAME = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safet
 class Native(Format):
     """`rank-00000-of-00004.safetensors`, with `-part-00000-of-00003` where a rank has several files."""
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    own_names = True
+
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every tensor cut as its rule says, in the model's order."""
-        ranges = deal(model.axes, options.tp, options.weights(), options.pad_vocab_to)
-        return Laid(shard(model.tensors, model.axes, options.tp, ranges))
+        dealt = deal(model.axes, Mesh(options.tp), options.weights(), options.pad_vocab_to)
+        return RankLayouts(shard(model.tensors, model.axes, dealt), dealt)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """Numbered parts only where there are several."""
@@ -38,7 +41,7 @@ class Native(Format):
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
         """torch's description of rectangles: of all tensors of a set or of none, or its reader fails."""
-        return saved_offsets(tensors) if split.laid.is_rectangles else {}
+        return saved_offsets(tensors) if split.layouts.is_rectangles else {}
 
 
 FORMAT = Native()

@@ -15,9 +15,9 @@ from tpshard.planning.model import Model
 def plan_split(model: Model, options: Options) -> Split:
     """Plan a tensor-parallel split of a model. UnsupportedError when a unit would be cut."""
     format = format_of(options.format)
-    laid = format.lay(model, options)
-    assert_coverage([tensor for tensor in model.tensors if tensor.name not in laid.dropped], laid.layout)
-    return Split(model, options, format, laid, *manifest_of(model, options, laid))
+    layouts = format.lay(model, options)
+    assert_coverage([tensor for tensor in model.tensors if tensor.name not in layouts.dropped], layouts.layout)
+    return Split(model, options, format, layouts, *manifest_of(model, options, layouts, own_names=format.own_names))
 
 
 def record(split: Split, rank: int, files: Sequence[OutputFile], sha256: Mapping[str, str | None]) -> bytes:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_layout import Recipe, joined, shares_of
-from tpshard.formats.engine_tables import Family, fits_any, load_table, match
-from tpshard.formats.split import Laid, Options, Split
+from tpshard.formats.engine_layout import ParameterParts, joined, shares_of
+from tpshard.formats.engine_tables import EngineFamily, fits_any, load_table, match
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor, StoredTensor
 from tpshard.planning.model import Model
@@ -38,21 +38,23 @@ class ShardedState(Format):
         self.engine = engine
         self.path = Path(__file__).parent / "tables" / table
 
-    def lay(self, model: Model, options: Options) -> Laid:
+    def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         family = self._family(model, options)
-        ranges = self._deal(family, model, options)
+        dealt = self._deal(family, model, options)
         dropped = _dropped(family, model, self.engine)
         tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
         for tensor in tensors:
             if reason := family.refusal(model.full_name(tensor.name)):
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
-        shares = shares_of(family, model, tensors, ranges, options.tp)
+        shares = shares_of(family, model, tensors, dealt)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         constants = tuple(_scales(family, named.values()))
         rows = [row + constants for row in joined(_recipes(family, named), shares, shapes, options.tp)]
-        return Laid(tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dropped)
+        return RankLayouts(
+            tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dealt, dropped
+        )
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""
@@ -74,7 +76,7 @@ class ShardedState(Format):
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
-    def _family(self, model: Model, options: Options) -> Family:
+    def _family(self, model: Model, options: Options) -> EngineFamily:
         table = load_table(self.path)
         model_type = str(model.architecture.get("model_type"))
         if options.engine_version is not None and options.engine_version not in table.versions:
@@ -106,7 +108,7 @@ class ShardedState(Format):
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
 
-    def _deal(self, family: Family, model: Model, options: Options) -> Deal:
+    def _deal(self, family: EngineFamily, model: Model, options: Options) -> Deal:
         """Even ranges of the axes, the vocabulary padded as the engine pads it."""
         single = {
             segment
@@ -121,7 +123,7 @@ class ShardedState(Format):
             axes[name] = replace(axis, count=padded, pad=False, replicate=repeated, group=None)
         return options.even_deal(self.engine, axes)
 
-    def _names(self, family: Family, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
+    def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""
         names = {tensor.name: model.full_name(tensor.name) for tensor in tensors}
         stored = {family.rename(name) for name in names.values()}
@@ -150,7 +152,7 @@ class ShardedState(Format):
         return names
 
 
-def _dropped(family: Family, model: Model, engine: str) -> dict[str, str]:
+def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
     """Tensors that the engine has no place for and needs none for, with the reason."""
     dropped = {}
     layers = model.config.get(family.extra_layers) if family.extra_layers else None
@@ -166,7 +168,7 @@ def _dropped(family: Family, model: Model, engine: str) -> dict[str, str]:
     return dropped
 
 
-def _recipes(family: Family, named: Mapping[str, str]) -> dict[str, Recipe]:
+def _recipes(family: EngineFamily, named: Mapping[str, str]) -> dict[str, ParameterParts]:
     """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name."""
     found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
@@ -175,7 +177,7 @@ def _recipes(family: Family, named: Mapping[str, str]) -> dict[str, Recipe]:
                 if fit := match(pattern, full_name):
                     into = fit.into(target.removesuffix("?"))
                     found.setdefault((into, target), {}).setdefault(fit.stacked, {})[place] = name
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
         lacking = [group for group in groups.values() if len(group) < len(family.fused[target])]
@@ -189,20 +191,20 @@ def _recipes(family: Family, named: Mapping[str, str]) -> dict[str, Recipe]:
                 found=", ".join(lacking[0].values()),
             )
         ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
-        recipes[into] = Recipe(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
+        recipes[into] = ParameterParts(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
         members |= {name: into for group in groups.values() for name in group.values()}
-    result: dict[str, Recipe] = {}
+    result: dict[str, ParameterParts] = {}
     for name, full_name in named.items():
         if name in members:
             result[members[name]] = recipes[members[name]]
         else:
             renamed = family.rename(full_name)
             assert renamed not in result, f"{name} and {result[renamed]} are one parameter"
-            result[renamed] = Recipe(((name,),))
+            result[renamed] = ParameterParts(((name,),))
     return result
 
 
-def _scales(family: Family, names: Iterable[str]) -> Iterator[StoredTensor]:
+def _scales(family: EngineFamily, names: Iterable[str]) -> Iterator[StoredTensor]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     layers = sorted({int(fit.components[0]) for name in names if (fit := match(family.layer, name))})
     for layer in layers:

@@ -12,6 +12,7 @@ from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, deal, equal_shares, listing, possible_tp, why_not
 from tpshard.planning.join import OutputFile, uncollected
 from tpshard.planning.layout import Layout
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Options:
             return tuple(weight(share) for share in self.shares)
         return equal_shares(self.tp) if self.uneven else None
 
-    def even_deal(self, who: str, axes: Mapping[str, Axis]) -> Deal:
+    def even_deal(self, who: str, axes: Mapping[str, Axis], ep: int = 1) -> Deal:
         """Equal ranges of all axes, for an engine (`who`) that takes nothing else.
 
         UsageError when something else is asked for, UnsupportedError when an axis does not divide.
@@ -55,25 +56,27 @@ class Options:
                 found="--uneven, --shares or --pad-vocab-to",
                 hint="leave them out, or use --format native",
             )
+        mesh = Mesh(self.tp, ep=ep)
         for axis in axes.values():
-            if reason := why_not(axis, self.tp):
+            if reason := why_not(axis, mesh.width(axis.along)):
                 raise UnsupportedError(
                     reason,
                     expected="tp " + listing(possible_tp(axes)),
                     found=f"tp {self.tp}",
                     hint=f"{who} takes even shares only: use one of those",
                 )
-        return deal(axes, self.tp, None, None)
+        return deal(axes, mesh)
 
 
 @dataclass(frozen=True)
-class Laid:
+class RankLayouts:
     """What a format makes of a model: each rank's stored tensors, and the logical ones that it has no room for.
 
-    dropped: name → reason, as the plan says it.
+    deal: which units the ranks have, None of a set that was read. dropped: name → reason, as the plan says it.
     """
 
     layout: Layout
+    deal: Deal | None
     dropped: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
@@ -89,19 +92,19 @@ class Split:
     model: Model
     options: Options
     format: Format
-    laid: Laid
+    layouts: RankLayouts
     set_id: str
     manifest: bytes
 
     @property
     def layout(self) -> Layout:
         """Every rank's stored tensors."""
-        return self.laid.layout
+        return self.layouts.layout
 
     @property
     def kept(self) -> Model:
         """The model without what the format drops."""
-        return self.model.without(self.laid.dropped)
+        return self.model.without(self.layouts.dropped)
 
     @uncollected
     def files(self, rank: int) -> tuple[OutputFile, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
 from tpshard.formats.manifest import cut_from_json, digest_of, stored_from_json
-from tpshard.formats.split import FORMAT_VERSION, Laid, Options, Split
+from tpshard.formats.split import FORMAT_VERSION, Options, RankLayouts, Split
 from tpshard.formats.torch_archive import check_literals
 from tpshard.planning.axes import Axis
 from tpshard.planning.join import Placed
@@ -25,6 +25,7 @@ from tpshard.storage.local import load_json, read_bytes, read_header, safe_path,
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, rank_stem
 from tpshard.storage.safetensors import TensorInfo, nbytes
 from tpshard.storage.source import RankFile
+from tpshard.units import MAX_TP
 
 _SAME = "copy it from where the rank files come from: it is the same on every host"
 _REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
@@ -171,7 +172,7 @@ def open_shards(directory: Path) -> ShardSet:
 
 def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     tp = manifest["mesh"]["tp"]
-    if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or not isinstance(tp, int) or tp < 1:
+    if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or type(tp) is not int or not 0 < tp <= MAX_TP:
         raise ValueError(f"mesh {manifest['mesh']}")
     chosen = manifest["options"]
     if chosen["format"] not in FORMATS:
@@ -228,7 +229,12 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     if reason := why_unsound(tensors, tuple(map(tuple, ranks))):
         raise ValueError(reason)
     return Split(
-        model, options, format_of(options.format), Laid(tuple(map(tuple, ranks)), dropped), manifest["set"], raw
+        model,
+        options,
+        format_of(options.format),
+        RankLayouts(tuple(map(tuple, ranks)), None, dropped),
+        manifest["set"],
+        raw,
     )
 
 

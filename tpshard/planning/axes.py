@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from tpshard.planning.mesh import Along
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -14,6 +16,7 @@ class Axis:
     replicate: units are repeated when there are more ranks than units (KV heads).
     pad: zero units may be added at the end (vocab).
     group: the axis by whose units this one is dealt (heads by KV group), so that no rank holds q without its k and v.
+    along: the kind of parallelism among whose ranks it is dealt.
     """
 
     name: str
@@ -22,6 +25,7 @@ class Axis:
     replicate: bool = False
     pad: bool = False
     group: str | None = None
+    along: Along = "tp"
 
 
 @dataclass(frozen=True, slots=True)

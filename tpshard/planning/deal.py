@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.planning.axes import Axis
+from tpshard.planning.mesh import Mesh
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
 
-Deal = Mapping[str, tuple[tuple[int, int], ...]]
-"""For each axis, each rank's half-open range of units."""
+Range = tuple[int, int]
+"""A half-open range of units."""
 
 
-def deal(axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None) -> Deal:
+@dataclass(frozen=True)
+class Deal:
+    """Which units of each axis the ranks of a mesh have.
+
+    axes: as they were dealt; an engine may pad or repeat others than the model's rules do. ranges: of each axis, one
+    for each place along the kind of parallelism that the axis is dealt along.
+    """
+
+    mesh: Mesh
+    axes: Mapping[str, Axis]
+    ranges: Mapping[str, tuple[Range, ...]]
+
+    def of(self, axis: str, rank: int) -> Range:
+        """A rank's range of units of an axis."""
+        return self.ranges[axis][self.mesh.place(rank, self.axes[axis].along)]
+
+
+def deal(
+    axes: Mapping[str, Axis],
+    mesh: Mesh,
+    shares: Sequence[Fraction | int] | None = None,
+    pad_to: int | None = None,
+) -> Deal:
     """Give each rank its range of units of each axis.
 
     shares: relative weights of the ranks, or None for even shares, where a count that does not divide is refused.
     pad_to: size that padded axes grow to (default: the next multiple of tp).
     UnsupportedError names the axis and the values of tp that work.
     """
-    return {name: _deal_axis(axis, axes, tp, shares, pad_to) for name, axis in axes.items()}
+    ranges = {name: _deal_axis(axis, axes, mesh.width(axis.along), shares, pad_to) for name, axis in axes.items()}
+    return Deal(mesh, axes, ranges)
 
 
 def _deal_axis(
     axis: Axis, axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None
-) -> tuple[tuple[int, int], ...]:
+) -> tuple[Range, ...]:
     count = padded(axis, tp, pad_to)
     group = axes[axis.group] if axis.group else None
     if shares is None:
@@ -84,7 +109,7 @@ def _apportion(axis: Axis, count: int, shares: Sequence[Fraction | int]) -> list
     return sizes
 
 
-def _ranges(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def _ranges(sizes: Sequence[int]) -> tuple[Range, ...]:
     ranges = []
     start = 0
     for size in sizes:

@@ -15,6 +15,7 @@ from tpshard.errors import UnsupportedError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, deal, listing, possible_tp
+from tpshard.planning.mesh import Mesh
 from tpshard.storage.safetensors import DTYPE_BITS
 
 
@@ -67,19 +68,18 @@ Interval = tuple[int, int, int]
 
 
 def intervals(
-    cut: Cut, axes: Mapping[str, Axis], ranges: Deal, rank: int
+    cut: Cut, axes: Mapping[str, Axis], dealt: Deal, rank: int
 ) -> tuple[tuple[Interval, ...], tuple[tuple[int, int], ...], int]:
     """What a rank holds of a module along its cut axis: the intervals, the ranges of padding, and the stored size.
 
     All are elements of the axis, of which `cut.ratio` are one element of the tensor.
     """
-    tp = len(next(iter(ranges.values())))
     segments = tuple(
         (
             axes[name].count,
             axes[name].unit,
-            *ranges[name][rank],
-            axes[name].count if axes[name].replicate and axes[name].count < tp else 0,
+            *dealt.of(name, rank),
+            axes[name].count if axes[name].replicate and axes[name].count < dealt.mesh.width(axes[name].along) else 0,
         )
         for name in cut.segments
     )
@@ -120,10 +120,10 @@ def _intervals(
     return tuple(kept), tuple(fills), stored
 
 
-def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], tp: int, ranges: Deal) -> Layout:
+def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Deal) -> Layout:
     """The layout of a tensor-parallel split: every rank's tensors, in the order of `tensors`."""
     known: dict[tuple[Shape, Cut, str], tuple[_Share, ...]] = {}  # layers are alike
-    ranks: tuple[list[StoredTensor], ...] = tuple([] for _ in range(tp))
+    ranks: tuple[list[StoredTensor], ...] = tuple([] for _ in range(dealt.mesh.size))
     for tensor in tensors:
         name, dtype = tensor.name, tensor.dtype
         if tensor.cut.dim is None:
@@ -133,8 +133,8 @@ def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], tp: int, r
             continue
         key = (tensor.shape, tensor.cut, dtype)
         if key not in known:
-            _check_ratio(tensor, tensors, axes, ranges)
-            known[key] = tuple(_share(tensor, axes, ranges, rank) for rank in range(tp))
+            _check_ratio(tensor, tensors, axes, dealt)
+            known[key] = tuple(_share(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size))
         for rank, (shape, pieces, zeros) in zip(ranks, known[key], strict=True):
             rank.append(StoredTensor(name, dtype, shape, tuple([Part(name, box, at) for box, at in pieces]), zeros))
     return tuple(map(tuple, ranks))
@@ -144,10 +144,10 @@ _Share = tuple[Shape, tuple[tuple[Box, Shape], ...], tuple[Box, ...]]
 """What a rank holds of a tensor: stored shape, boxes with their corners, and boxes of padding."""
 
 
-def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: int) -> _Share:
+def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> _Share:
     cut, shape, dim = tensor.cut, tensor.shape, tensor.cut.dim
     assert dim is not None
-    kept, fills, size = intervals(cut, axes, ranges, rank)
+    kept, fills, size = intervals(cut, axes, dealt, rank)
     if cut.ratio != 1:
         kept = tuple((start // cut.ratio, -(-stop // cut.ratio), at // cut.ratio) for start, stop, at in kept)
         fills = tuple((-(-start // cut.ratio), stop // cut.ratio) for start, stop in fills)
@@ -161,32 +161,32 @@ def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], ranges: Deal, rank: 
 
 
 def _check_ratio(
-    tensor: LogicalTensor, tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], ranges: Deal
+    tensor: LogicalTensor, tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Deal
 ) -> None:
     """UnsupportedError where ranks part inside an element that stands for several of the axis.
 
     It names the values of tp that work for all of `tensors`.
     """
     cut = tensor.cut
-    if cut.ratio == 1 or (position := _inside_an_element(cut, axes, ranges)) is None:
+    if cut.ratio == 1 or (position := _inside_an_element(cut, axes, dealt)) is None:
         return
     cuts = {each.cut for each in tensors if each.cut.ratio != 1}
-    deals = {tp: deal(axes, tp, None, None) for tp in possible_tp(axes)}
+    deals = {tp: deal(axes, Mesh(tp)) for tp in possible_tp(axes)}
     possible = [tp for tp in deals if all(_inside_an_element(each, axes, deals[tp]) is None for each in cuts)]
     units = " + ".join(f"{axes[name].count} {name} of {axes[name].unit}" for name in cut.segments)
     raise UnsupportedError(
         f"{tensor.name}: a cut at {position} of {units} falls inside an element, which stands for {cut.ratio}",
         tensor=tensor.name,
         expected=f"cuts at multiples of {cut.ratio}, as with tp {listing(possible)}",
-        found=f"tp {len(next(iter(ranges.values())))}",
+        found=f"tp {dealt.mesh.tp}",
     )
 
 
-def _inside_an_element(cut: Cut, axes: Mapping[str, Axis], ranges: Deal) -> int | None:
+def _inside_an_element(cut: Cut, axes: Mapping[str, Axis], dealt: Deal) -> int | None:
     """The first boundary that is not on a whole element of the tensor; the end of the axis may be inside its last."""
     end = sum(axes[name].count * axes[name].unit for name in cut.segments)
-    for rank in range(len(next(iter(ranges.values())))):
-        kept, fills, _ = intervals(cut, axes, ranges, rank)
+    for rank in range(dealt.mesh.size):
+        kept, fills, _ = intervals(cut, axes, dealt, rank)
         ends = [position for start, stop, _ in kept for position in (start, stop) if position != end]
         for position in (*ends, *(stop for _, stop in fills)):
             if position % cut.ratio:

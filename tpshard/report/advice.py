@@ -12,6 +12,7 @@ from typing import Any
 
 from tpshard.planning.deal import deal, possible_tp, why_not
 from tpshard.planning.layout import shard
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.report.capacity import USABLE, Workload, cache_bytes, fits, ring_bytes, traits
 from tpshard.report.results import SCHEMA_VERSION
@@ -20,7 +21,7 @@ from tpshard.units import human_bytes
 
 
 @dataclass(frozen=True)
-class Choice:
+class TpChoice:
     """One tp. weights, cache: bytes of the fullest rank; None, like `fits`, where the tp is not possible.
 
     short: bytes that the fullest rank has too many, 0 where it fits. sent: bytes that each rank sends for a token.
@@ -63,7 +64,7 @@ class Advice:
     name: str
     gpus: int
     workload: Workload
-    choices: tuple[Choice, ...]
+    choices: tuple[TpChoice, ...]
     take: int | None
     reason: str
     possible_above: tuple[int, ...]
@@ -110,20 +111,20 @@ def rank_weights(model: Model, tp: int) -> list[int]:
     """Bytes of tensors that each rank of an even split holds."""
     groups = Counter((tensor.shape, tensor.cut, tensor.dtype) for tensor in model.tensors)
     first = {(tensor.shape, tensor.cut, tensor.dtype): tensor for tensor in reversed(model.tensors)}
-    layout = shard([first[key] for key in groups], model.axes, tp, deal(model.axes, tp, None, None))
+    layout = shard([first[key] for key in groups], model.axes, deal(model.axes, Mesh(tp)))
     return [
         sum(nbytes(stored.dtype, stored.shape) * count for stored, count in zip(rank, groups.values(), strict=True))
         for rank in layout
     ]
 
 
-def _choice(model: Model, tp: int, workload: Workload) -> Choice:
+def _choice(model: Model, tp: int, workload: Workload) -> TpChoice:
     assert workload.gpu_memory is not None
     if cut := [f"{axis.count} {axis.name}" for axis in model.axes.values() if why_not(axis, tp)]:
-        return Choice(tp, f"{', '.join(cut)} on {tp} ranks would be cut", possible=False)
+        return TpChoice(tp, f"{', '.join(cut)} on {tp} ranks would be cut", possible=False)
     facts = traits(model)
     weights = max(rank_weights(model, tp))
-    cache = max(cache_bytes(model, facts, deal(model.axes, tp, None, None), workload))
+    cache = max(cache_bytes(model, facts, deal(model.axes, Mesh(tp)), workload))
     short = max(0, weights + cache - int(USABLE * workload.gpu_memory))
     notes = [] if short == 0 else [f"{human_bytes(short)} too much for a device"]
     for axis in model.axes.values():
@@ -133,7 +134,7 @@ def _choice(model: Model, tp: int, workload: Workload) -> Choice:
             notes.append(f"{axis.name} padded to {-(-axis.count // tp) * tp}")
     if facts.cache_axis is None and tp > 1:
         notes.append("the latent cache whole on each rank")
-    return Choice(
+    return TpChoice(
         tp=tp,
         reason="; ".join(notes) or "fits",
         possible=True,
@@ -145,7 +146,7 @@ def _choice(model: Model, tp: int, workload: Workload) -> Choice:
     )
 
 
-def _verdict(choices: tuple[Choice, ...], gpus: int) -> tuple[int | None, str]:
+def _verdict(choices: tuple[TpChoice, ...], gpus: int) -> tuple[int | None, str]:
     """The smallest tp that fits and leaves no device idle, else the smallest that fits; and why."""
     fitting = [choice.tp for choice in choices if choice.fits]
     if not fitting:

@@ -107,15 +107,16 @@ def _out(tensor: LogicalTensor) -> int:
     return max((shape[dim] for dim in range(len(shape) > 2, len(shape)) if dim != tensor.cut.dim), default=0)
 
 
-def cache_bytes(model: Model, facts: Traits, ranges: Deal, workload: Workload) -> list[int]:
+def cache_bytes(model: Model, facts: Traits, dealt: Deal, workload: Workload) -> list[int]:
     """What each rank caches of `batch` sequences of `seq` tokens: a key and a value per KV head and layer."""
     dtype = KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype
-    tp = len(next(iter(ranges.values())))
+    ranks = range(dealt.mesh.size)
     if facts.cache_axis is None:
-        elements = [facts.latent] * tp
+        elements = [facts.latent for _ in ranks]
     else:
         unit = model.axes[facts.cache_axis].unit
-        elements = [2 * unit * (last - first) for first, last in ranges[facts.cache_axis]]
+        held = [dealt.of(facts.cache_axis, rank) for rank in ranks]
+        elements = [2 * unit * (last - first) for first, last in held]
     tokens = workload.batch * workload.seq
     return [tokens * facts.layers * count * DTYPE_BITS[dtype] // 8 for count in elements]
 
@@ -130,12 +131,12 @@ def fits(total: int, gpu_memory: int) -> bool:
     return total <= USABLE * gpu_memory
 
 
-def numbers(model: Model, ranges: Deal, weights: Sequence[int], workload: Workload) -> dict[str, Any]:
+def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workload) -> dict[str, Any]:
     """The `numbers` object of the plan's JSON. weights: bytes of tensors of each rank."""
     facts = traits(model)
     tp = len(weights)
     ranks = []
-    for rank, (held, cached) in enumerate(zip(weights, cache_bytes(model, facts, ranges, workload), strict=True)):
+    for rank, (held, cached) in enumerate(zip(weights, cache_bytes(model, facts, dealt, workload), strict=True)):
         entry: dict[str, Any] = {"rank": rank, "weights": held, "kv_cache": cached, "total": held + cached}
         if workload.gpu_memory is not None:
             entry["free"] = workload.gpu_memory - held - cached

@@ -49,7 +49,7 @@ def page_data(report: PlanReport) -> dict[str, Any]:
             *number_lines(report.numbers()),
             *(f"padded: {p['axis']} from {p['count']} to {p['padded']}, with zeros" for p in report.padding()),
             *(f"tied: {module} = {to}" for module, to in split.model.tied.items()),
-            *(f"dropped: {tensor} ({why})" for tensor, why in split.laid.dropped.items()),
+            *(f"dropped: {tensor} ({why})" for tensor, why in split.layouts.dropped.items()),
         ],
         "bytes": report.rank_bytes,
         "kinds": kinds,

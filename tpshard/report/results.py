@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tpshard.formats.split import Split
 from tpshard.planning.axes import Axis
 from tpshard.planning.box import extents, volume
-from tpshard.planning.deal import deal, largest_tp, possible_tp, why_not
+from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
 from tpshard.planning.layout import LogicalTensor
 from tpshard.storage.safetensors import TensorInfo, nbytes
 
@@ -45,14 +45,18 @@ class PlanReport:
         """Memory and communication of the ranks: the `numbers` object of the JSON contract."""
         from tpshard.report.capacity import Workload, numbers  # not when something is written: imports count
 
-        model, options = self.split.model, self.split.options
-        ranges = deal(model.axes, options.tp, options.weights(), None)
-        return numbers(model, ranges, self.rank_bytes, self.workload or Workload())
+        return numbers(self.split.model, self.deal, self.rank_bytes, self.workload or Workload())
+
+    @property
+    def deal(self) -> Deal:
+        """Which units the ranks have, as the format dealt them."""
+        assert self.split.layouts.deal is not None, "a set that was read is no plan"
+        return self.split.layouts.deal
 
     @property
     def impossible_tp(self) -> list[tuple[int, str]]:
         """The tp up to the largest possible one that would cut a unit, with the first reason each."""
-        axes = self.split.model.axes
+        axes = self.deal.axes
         reasons = []
         for tp in range(2, largest_tp(axes) + 1):
             reason = next((why for axis in axes.values() if (why := why_not(axis, tp))), None)
@@ -88,16 +92,16 @@ class PlanReport:
             "set": split.set_id,
             "format": split.options.format,
             "tensors": [
-                tensor_json(tensor, axes, shares, split.laid.dropped.get(tensor.name))
+                tensor_json(tensor, axes, shares, split.layouts.dropped.get(tensor.name))
                 for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True)
             ],
-            **({} if split.options.format == "native" else {"stored": stored_json(split)}),
+            **({} if split.format.own_names else {"stored": stored_json(split)}),
             "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
             "numbers": self.numbers(),
             "padded": self.padding(),
             "replicated": replicated_axes(axes, split.options.tp),
             "tied": dict(split.model.tied),
-            "possible_tp": possible_tp(axes),
+            "possible_tp": possible_tp(self.deal.axes),
             "impossible_tp": [{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
             "warnings": list(self.warnings),
         }
@@ -114,7 +118,7 @@ Share = tuple[tuple[int, ...], int]
 
 def shares_of(split: Split) -> list[list[Share]]:
     """What each rank holds of each tensor of the model, in the model's order; nothing of what is dropped."""
-    if split.options.format == "native":
+    if split.format.own_names:
         return [
             [(rank[index].shape, nbytes(rank[index].dtype, rank[index].shape)) for rank in split.layout]
             for index in range(len(split.model.tensors))
@@ -127,7 +131,7 @@ def shares_of(split: Split) -> list[list[Share]]:
     found = []
     for tensor in split.model.tensors:
         shares = []
-        for number in range(len(split.layout) if tensor.name not in split.laid.dropped else 0):
+        for number in range(len(split.layout) if tensor.name not in split.layouts.dropped else 0):
             count = sum(map(prod, boxes.get((tensor.name, number), [])))
             shape, dim = tensor.shape, tensor.cut.dim
             if dim is not None and count != prod(shape):

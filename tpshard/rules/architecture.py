@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -222,7 +223,13 @@ def builtin_names() -> list[str]:
 
 def all_builtin() -> list[Architecture]:
     """Every built-in architecture."""
-    return [load_architecture(path) for path in _builtin_files()]
+    return [_builtin_file(path) for path in _builtin_files()]
+
+
+@cache
+def _builtin_file(path: Path) -> Architecture:
+    """A built-in architecture; parsing takes milliseconds, and a reshard asks twice."""
+    return load_architecture(path)
 
 
 def _builtin_files() -> list[Path]:
@@ -233,10 +240,10 @@ def builtin_or_none(name: str) -> Architecture | None:
     """A built-in architecture by name or model_type, or None."""
     path = _DIRECTORY / f"{name}.toml"
     if re.fullmatch(r"[\w.-]+", name) and path.is_file():
-        return load_architecture(path)
+        return _builtin_file(path)
     # Parsing TOML is slow, so only files that contain the name are parsed.
-    for text, file in ((path.read_text(encoding="utf-8"), str(path)) for path in _builtin_files()):
-        if f'"{name}"' in text and name in (found := parse_architecture(text, file)).model_types:
+    for path in _builtin_files():
+        if f'"{name}"' in path.read_text(encoding="utf-8") and name in (found := _builtin_file(path)).model_types:
             return found
     return None
 

@@ -16,6 +16,7 @@ from tpshard.api import convert as api
 from tpshard.api import verify as verifying
 from tpshard.errors import DifferentError
 from tpshard.execute.publish import Settings
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.run import verify
 
 Get = Callable[..., Path]
@@ -109,7 +110,7 @@ def test_groups_that_the_engine_would_take_for_others(model: Get, tmp_path: Path
         tensors = load_file(path)
         tensors[name] = load_file(tmp_path / f"native/rank-{rank:05}-of-00002.safetensors")[name]
         save_file(tensors, path)
-    verdict = verify(tmp_path / "out", source, tiers=["exact"], device="cpu")
+    verdict = verify(VerifyOptions(tmp_path / "out", tiers=("exact",), device="cpu"), source)
     reason = f"k of {name.removesuffix('.weight')} of rank 0 differs first"
     assert verdict.exit_code == 1 and (verdict.reason or "").startswith(reason), verdict.reason
 
@@ -123,4 +124,4 @@ def test_ranks_whose_rows_are_not_the_models_together(model: Get, tmp_path: Path
         tensors = load_file(path)
         save_file({key: torch.cat((x, x[-16:])) if "wqkv" in key else x for key, x in tensors.items()}, path)
         with pytest.raises(DifferentError, match=message):
-            verify(shards, source, tiers=["exact"], device="cpu")
+            verify(VerifyOptions(shards, tiers=("exact",), device="cpu"), source)

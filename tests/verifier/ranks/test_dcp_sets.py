@@ -25,6 +25,7 @@ from tpshard.api import verify as verifying
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
 from tpshard.execute.publish import Settings
 from tpshard.storage.safetensors import TensorInfo
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.dcp import Chunk, dealt, of_metadata
 from tpshard.verifier.ranks.open import FileWeights, open_shards
 from tpshard.verifier.report.verdict import Verdict
@@ -51,7 +52,7 @@ def splits(made: Get, tmp_path_factory: pytest.TempPathFactory) -> Splits:
 
 
 def judged(model: Path, shards: Path) -> Verdict:
-    return verify(shards, model, tiers=["exact"], device="cpu")
+    return verify(VerifyOptions(shards, tiers=("exact",), device="cpu"), model)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_a_correct_set_passes(format: str, name: str, tp: int, splits: Splits) -
 @pytest.mark.parametrize("format", ["dcp", "dcp-hf"])
 def test_a_set_is_streamed(format: str, splits: Splits) -> None:
     model, shards = splits("llama-gqa", 4, format)
-    verdict = verify(shards, model, tiers=["exact", "native"], tokens=2, device="cpu", stream=True)
+    verdict = verify(VerifyOptions(shards, tiers=("exact", "native"), tokens=2, device="cpu", stream=True), model)
     assert verdict.verdict == "pass" and verdict.settings["streamed"]
 
 

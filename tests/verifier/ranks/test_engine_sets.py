@@ -22,6 +22,7 @@ from tpshard.api import convert as api
 from tpshard.api import verify as verifying
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.execute.publish import Settings
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.open import FileWeights, open_shards, open_source
 from tpshard.verifier.ranks.translate import translated
@@ -100,7 +101,7 @@ def splits(made: Get, tmp_path_factory: pytest.TempPathFactory) -> Splits:
 
 
 def judged(model: Path, shards: Path) -> Verdict:
-    return verify(shards, model, tiers=["exact"], device="cpu")
+    return verify(VerifyOptions(shards, tiers=("exact",), device="cpu"), model)
 
 
 def rewrite(shards: Path, rank: int, change: Change) -> None:
@@ -145,7 +146,7 @@ def test_every_name_that_vllm_has_is_tried() -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-new"])
 def test_streaming_reads_fused_parameters_in_blocks(name: str, splits: Splits) -> None:
     model, shards = splits(name, 2)
-    verdict = verify(shards, model, tiers=["exact", "native"], tokens=2, device="cpu", stream=True)
+    verdict = verify(VerifyOptions(shards, tiers=("exact", "native"), tokens=2, device="cpu", stream=True), model)
     assert verdict.verdict == "pass" and verdict.settings["streamed"]
 
 

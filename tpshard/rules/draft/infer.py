@@ -164,13 +164,14 @@ class _Reader:
             if vote.kind not in ("column", "row") or len(vote.axes) != 1:
                 continue
             for axis in self.axes:
+                if axis.name != vote.axes[0] or axis.size not in shape:
+                    continue
                 for conv1d in (False, True):
                     reading = _Reading(vote.kind, axis, conv1d)
                     other, out = shape[1 - reading.dim], shape[int(conv1d)]
                     vocab = bool(axis.keys.get("pad"))
                     if (
-                        axis.name == vote.axes[0]
-                        and shape[reading.dim] == axis.size
+                        shape[reading.dim] == axis.size
                         and (other == self.width or vocab)
                         and bias in (None, (out,))
                         and not (vocab and conv1d)

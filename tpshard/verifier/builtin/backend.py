@@ -15,7 +15,7 @@ from tpshard.verifier.builtin.layers import Cache
 from tpshard.verifier.builtin.places import DecoderPlaces
 from tpshard.verifier.builtin.probes import Recorder, Replayer
 from tpshard.verifier.criteria import relative
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, Processes, Single, Threads
 from tpshard.verifier.progress import Progress
 from tpshard.verifier.ranks.weights import Weights
@@ -33,7 +33,7 @@ class DecoderBackend:
     float64, so that it is not converted at every use. `progress` counts the stages that are done.
     """
 
-    family: DecoderFamily
+    family: Family
     source: Weights
     ranks: Sequence[Weights]
     team: Threads | Processes

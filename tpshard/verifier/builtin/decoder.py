@@ -25,7 +25,7 @@ from tpshard.verifier.builtin.layers import (
 )
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.families.activations import ACTIVATIONS
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, slice_of
 from tpshard.verifier.ranks.weights import Weights
 
@@ -70,7 +70,7 @@ class Decoder:
 
     def __init__(
         self,
-        family: DecoderFamily,
+        family: Family,
         weights: Weights,
         group: Group,
         *,

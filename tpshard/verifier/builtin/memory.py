@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tpshard.errors import LocalIOError
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.memory import FILL, available
 from tpshard.verifier.ranks.open import FileWeights, elements, needed
 from tpshard.verifier.report.verdict import layer_of
@@ -79,7 +79,7 @@ def _size(files: Sequence[FileWeights], layers: Collection[int]) -> StoredSize:
 
 
 def estimate(
-    family: DecoderFamily, load: Load, *, here: int, native: bool, positions: int, widened: bool, apart: bool
+    family: Family, load: Load, *, here: int, native: bool, positions: int, widened: bool, apart: bool
 ) -> Need:
     """What a run needs beyond the interpreter: `here` ranks in this process, `positions` of all prompts together.
 

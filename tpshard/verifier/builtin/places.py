@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpshard.verifier.builtin.store import Store
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.places import Stretch
 from tpshard.verifier.ranks.weights import Weights
 
@@ -16,7 +16,7 @@ from tpshard.verifier.ranks.weights import Weights
 class DecoderPlaces:
     """The places of one layer; see `Places`. There are no experts, and no layers without attention."""
 
-    def __init__(self, family: DecoderFamily, ranks: Sequence[Weights], layer: int) -> None:
+    def __init__(self, family: Family, ranks: Sequence[Weights], layer: int) -> None:
         self.family = family
         self.ranks = ranks
         self.layer = layer

@@ -18,7 +18,7 @@ from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Processes
 from tpshard.verifier.options import COMPUTED_TIERS, Say, VerifyOptions
 from tpshard.verifier.progress import Progress, steps_of
@@ -48,7 +48,7 @@ def _finite(weights: FileWeights, layers: Sequence[int]) -> None:
         raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
 
 
-def _room(family: DecoderFamily, source: Weights, length: int, tokens: int) -> int:
+def _room(family: Family, source: Weights, length: int, tokens: int) -> int:
     """How many of `tokens` fit after a prompt of `length`, in a model with learned positions."""
     if family.positions is None:
         return tokens

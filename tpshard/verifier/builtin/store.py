@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.weights import Weights, move
 
 
@@ -24,7 +24,7 @@ class Store:
     """
 
     weights: Weights
-    family: DecoderFamily
+    family: Family
     dtype: torch.dtype
     device: torch.device
     rank: int = 0

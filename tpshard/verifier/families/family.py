@@ -30,7 +30,7 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class DecoderFamily:
+class Family:
     """One model, as its config describes it. Module names are relative to a base prefix, layers' to their layer.
 
     `fused`: None for q, k and v apart; "segments" for [q; k; v]; "heads" for q, k, v per head; "groups" for the q heads

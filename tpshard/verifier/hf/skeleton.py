@@ -126,8 +126,10 @@ def same_model(one: Any, other: Any) -> bool:
 
 @contextmanager
 def _empty_parameters() -> Iterator[None]:
-    """Parameters have shapes and no memory; buffers are computed as usual."""
-    register = nn.Module.register_parameter
+    """Parameters have shapes, no memory and no first values; buffers are computed as usual."""
+    from transformers import PreTrainedModel
+
+    register, initialize = nn.Module.register_parameter, PreTrainedModel.initialize_weights
 
     def without_memory(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, parameter)
@@ -135,10 +137,12 @@ def _empty_parameters() -> Iterator[None]:
             self._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = without_memory  # type: ignore[method-assign,assignment]
+    PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
 def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:

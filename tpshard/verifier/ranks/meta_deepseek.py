@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.open import FileWeights
-from tpshard.verifier.ranks.pieces import Joined, Piece, Rows, Stored
+from tpshard.verifier.ranks.pieces import Joined, RankPiece, Rows, Stored
 from tpshard.verifier.ranks.vllm import Pieces
 
 _META_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -44,7 +44,7 @@ _MATRICES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _MLP = re.compile(r"ffn\.((?:shared_experts|experts\.\d+)\.)?(w[123])")
 
 
-def meta(ranks: Sequence[FileWeights], family: DecoderFamily, rank: int) -> Pieces:
+def meta(ranks: Sequence[FileWeights], family: Family, rank: int) -> Pieces:
     """One rank of `consolidated.00.pth`."""
     weights = ranks[rank]
     for name in weights.names():
@@ -63,7 +63,7 @@ def meta(ranks: Sequence[FileWeights], family: DecoderFamily, rank: int) -> Piec
             yield f"{into}.{suffix}", stored
 
 
-def _rows_of_all(ranks: Sequence[FileWeights], name: str, rank: int) -> Piece:
+def _rows_of_all(ranks: Sequence[FileWeights], name: str, rank: int) -> RankPiece:
     """An even share of rows, of a matrix that is cut by columns."""
     for other, weights in enumerate(ranks):
         if name not in weights.names() or weights.shape(name) != ranks[0].shape(name):

@@ -15,7 +15,7 @@ from tpshard.storage.torch_pickle import DTYPES
 from tpshard.verifier.ranks.open import FileWeights
 
 
-class Piece(Protocol):
+class RankPiece(Protocol):
     """A tensor that is made of stored ones."""
 
     @property
@@ -53,7 +53,7 @@ class Stored:
 class Rows:
     """Rows of another piece, each of `index` [n] once and in that order."""
 
-    piece: Piece
+    piece: RankPiece
     index: Tensor
 
     @property
@@ -80,7 +80,7 @@ class Rows:
 class Turned:
     """A stored tensor with its last two dims exchanged; of a matrix, all is read for any of its rows."""
 
-    piece: Piece
+    piece: RankPiece
 
     @property
     def stored(self) -> TensorInfo:
@@ -101,7 +101,7 @@ class Turned:
 class Columns:
     """Columns `first` to `last` of another piece (its last dim)."""
 
-    piece: Piece
+    piece: RankPiece
     first: int
     last: int
 
@@ -121,7 +121,7 @@ class Columns:
 class Joined:
     """Pieces one behind another along a dim."""
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[RankPiece]
     dim: int = 0
 
     @property
@@ -154,7 +154,7 @@ class PieceWeights(FileWeights):
     that file they do not have.
     """
 
-    def __init__(self, pieces: Mapping[str, Piece]) -> None:
+    def __init__(self, pieces: Mapping[str, RankPiece]) -> None:
         super().__init__(_info(name, piece) for name, piece in pieces.items())
         self.pieces = pieces
 
@@ -165,7 +165,7 @@ class PieceWeights(FileWeights):
         return self.pieces[name].rows(start, stop)
 
 
-def _info(name: str, piece: Piece) -> TensorInfo:
+def _info(name: str, piece: RankPiece) -> TensorInfo:
     stored = piece.stored
     nbytes = torch.Size(piece.shape).numel() * DTYPES[stored.dtype].itemsize
     return TensorInfo(name, stored.dtype, piece.shape, stored.file, 0, nbytes)

@@ -8,12 +8,12 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.verifier.families.configs import FAMILIES, describe
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
 from tpshard.verifier.ranks.open import ShardSet, parameters, require_floats
-from tpshard.verifier.ranks.pieces import Joined, Piece, PieceWeights, Stored
+from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
 
 _SIZES = (
@@ -43,7 +43,7 @@ def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
     return replace(opened, ranks=tuple(ranks), stored=opened.ranks)
 
 
-def _renamed(opened: ShardSet) -> list[dict[str, Piece]]:
+def _renamed(opened: ShardSet) -> list[dict[str, RankPiece]]:
     model_type = str(opened.config.get("model_type"))
     known = _KNOWN.get(opened.format)
     if known is None:
@@ -70,9 +70,9 @@ def _renamed(opened: ShardSet) -> list[dict[str, Piece]]:
     return [_tied(pieces, opened.config, family) for pieces in made]
 
 
-def _dealt(opened: ShardSet) -> list[dict[str, Piece]]:
+def _dealt(opened: ShardSet) -> list[dict[str, RankPiece]]:
     """What each rank holds of a set that stores every rectangle once."""
-    made: list[dict[str, Piece]] = [{} for _ in opened.ranks]
+    made: list[dict[str, RankPiece]] = [{} for _ in opened.ranks]
     owner = {chunk.info: weights for weights, held in zip(opened.ranks, opened.chunks, strict=True)
              for chunks in held.values() for chunk in chunks}  # fmt: skip
     for name, dim, shares in dealt(opened.chunks):
@@ -82,7 +82,7 @@ def _dealt(opened: ShardSet) -> list[dict[str, Piece]]:
     return made
 
 
-def _described(config: Mapping[str, Any]) -> DecoderFamily:
+def _described(config: Mapping[str, Any]) -> Family:
     """The family, or a LLaMA of its sizes: what `VLLM` has and the decoder does not is named as LLaMA is."""
     model_type = str(config.get("model_type"))
     sizes = {key: config[key] for key in _SIZES if key in config}
@@ -99,7 +99,7 @@ def _as_source(name: str, source: Collection[str]) -> str:
     return name
 
 
-def _tied(pieces: dict[str, Piece], config: Mapping[str, Any], family: DecoderFamily) -> dict[str, Piece]:
+def _tied(pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family) -> dict[str, RankPiece]:
     """A tied pair is one parameter in the file, and may be under the head's name."""
     embedding = f"{family.prefixes[0]}{family.embed}.weight"
     head = next((f"{name}.weight" for name in family.heads_names if f"{name}.weight" in pieces), None)

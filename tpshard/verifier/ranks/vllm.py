@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.families.family import DecoderFamily
+from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.open import FileWeights
-from tpshard.verifier.ranks.pieces import Columns, Joined, Piece, Rows, Stored, Turned
+from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
 
-Pieces = Iterator[tuple[str, Piece]]
+Pieces = Iterator[tuple[str, RankPiece]]
 SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 _LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
 
@@ -153,7 +153,7 @@ class Rank:
 
     ranks: Sequence[FileWeights]
     names: Names
-    family: DecoderFamily
+    family: Family
     rank: int
 
     @cached_property
@@ -223,7 +223,7 @@ class Rank:
             return torch.cat((q, k, v))
         return torch.cat((q.view(groups, -1), k.view(groups, d), v.view(groups, d)), 1).flatten()
 
-    def _of_all(self, layer: str, module: str, stored: Stored) -> Piece:
+    def _of_all(self, layer: str, module: str, stored: Stored) -> RankPiece:
         """This rank's rows of a module whose outputs all ranks gather and then sort."""
         tp, rank = len(self.ranks), self.rank
         every = [Stored(_held(self.ranks, other, stored), stored.name) for other in range(tp)]
@@ -244,7 +244,7 @@ class Rank:
         sorted_rows = [Rows(every[other], apart[other][i]) for i in range(3) for other in range(tp)]
         return Rows(Joined(sorted_rows), torch.arange(rows * rank // tp, rows * (rank + 1) // tp))
 
-    def _part(self, layer: str, module: str, suffix: str, stored: Stored) -> Piece:
+    def _part(self, layer: str, module: str, suffix: str, stored: Stored) -> RankPiece:
         """This rank's share of what it computes whole: the ranks' sum is then what each of them has."""
         shape, tp = stored.shape, len(self.ranks)
         if module == self.family.down:

@@ -1,4 +1,4 @@
-"""Look-up in config.json: old and new keys, defaults, rotary positions."""
+"""config.json under the old and new spellings of its keys, and the rotary positions that it asks for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.verifier.families.family import Rope
 
 
-class ConfigReader:
+class Config:
     """Look-up in config.json under the old and new spellings of a key."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -44,7 +44,7 @@ class ConfigReader:
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
-def rope_of(config: ConfigReader, head_dim: int, *, theta_key: str = "rope_theta", share: float = 1.0) -> Rope:
+def rope_of(config: Config, head_dim: int, *, theta_key: str = "rope_theta", share: float = 1.0) -> Rope:
     """Rotary positions from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
     options = dict(config.get("rope_parameters", "rope_scaling", default={}))
     kind = options.get("rope_type") or options.get("type") or "default"
