@@ -14,10 +14,9 @@ from tests.helpers.newer_checkpoints import NEWER
 from tpshard.execute.publish import Settings
 from tpshard.verifier.criteria import relative
 from tpshard.verifier.group import Single, Threads
+from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.overrides import Pinned
-from tpshard.verifier.hf.sides import Sides
 from tpshard.verifier.hf.skeleton import MODEL_TYPES, frame_of, model_config
-from tpshard.verifier.hf.tiers import logits_of
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
 from tpshard.verifier.ranks.translate import translated
@@ -34,7 +33,7 @@ VARIANTS = tuple(
 ONE_OF_EACH = tuple({checkpoints.VARIANTS[name].model_type: name for name in reversed(VARIANTS)}.values())
 
 
-def opened(model: Path, tp: int, out: Path, **how: Any) -> Sides:
+def opened(model: Path, tp: int, out: Path, **how: Any) -> TransformersBackend:
     """A checkpoint split and loaded; two prompts of twelve tokens."""
     tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
     config, source = open_source(model)
@@ -43,19 +42,18 @@ def opened(model: Path, tp: int, out: Path, **how: Any) -> Sides:
     ids = prompt_ids(frame.config.vocab_size, 0, 2, 12)
     names = list(source.names())
     ranks = [resident(rank, None, CPU, list(rank.names())) for rank in shards.ranks]
-    return Sides(frame, resident(source, None, CPU, names), ranks, Threads(tp), ids, CPU)
+    return TransformersBackend(frame, resident(source, None, CPU, names), ranks, Threads(tp), ids, CPU)
 
 
-def reference(sides: Sides, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Pinned]:
+def reference(sides: TransformersBackend, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Pinned]:
     """The unsharded model's logits, and the experts that it chose."""
     pins = Pinned()
     return sides.reference(dtype).run(Single(), [sides.prompt], pins), pins
 
 
-def error(sides: Sides, wanted: Tensor, pins: Pinned) -> float:
+def error(sides: TransformersBackend, wanted: Tensor, pins: Pinned) -> float:
     """The largest end-to-end error of a rank in float64."""
-    logits = logits_of(sides, sides.here(torch.float64), [sides.prompt], pins.made)
-    return max(relative(each, wanted) for each in logits)
+    return max(sides.run_ranks(torch.float64, sides.steps, pins, lambda logits: relative(logits, wanted)))
 
 
 def exchange(one: Path, other: Path) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from tests.power.splits import FAMILIES, chosen, split_model
-from tpshard.verifier.builtin.exact import Setup, through
-from tpshard.verifier.builtin.native import native_logits, teacher_tokens
+from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.criteria import NATIVE_LIMITS, native_metrics
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Threads
@@ -53,11 +52,10 @@ def draw(seed: int, folder: Path) -> Noise | None:
         kind, cpu, native = describe(config), torch.device("cpu"), getattr(torch, dtype)
         ranks = [resident(rank, native, cpu) for rank in opened.ranks]
         prompt = prompt_ids(kind.vocab, seed, 2, 16)
-        setup = Setup(kind, resident(source, native, cpu), ranks, Threads(tp), prompt, cpu)
-        steps = teacher_tokens(setup, TOKENS)
-        r, n = native_logits(setup, native, steps)
-        logits = setup.team.run(lambda group: through(setup.sharded(group, native), steps, setup.which()))
-        metrics = [native_metrics(r, n, each, native) for each in logits]
+        setup = DecoderBackend(kind, resident(source, native, cpu), ranks, Threads(tp), prompt, cpu)
+        steps = setup.teacher_tokens(TOKENS)
+        r, n = setup.run_wide(steps).logits, setup.run(native, steps).logits
+        metrics = setup.run_ranks(native, steps, None, lambda logits: native_metrics(r, n, logits, native))
     worst = {name: max(each[name] for each in metrics) for name in NATIVE_LIMITS}
     assert all(math.isfinite(value) for value in worst.values()), f"seed {seed}"
     return Noise(seed, family, dtype, kind.hidden, tp, **worst)

@@ -16,17 +16,17 @@ from torch import Tensor
 import tpshard
 from tests.helpers import checkpoints
 from tpshard.execute.publish import Settings
-from tpshard.verifier.builtin.exact import Setup, exact, through
-from tpshard.verifier.builtin.faults import FAULTS
-from tpshard.verifier.builtin.native import native_logits, teacher_tokens
+from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.criteria import NATIVE_LIMITS, exceeded, native_metrics
 from tpshard.verifier.families.configs import describe
+from tpshard.verifier.fault_catalogue import FAULTS
 from tpshard.verifier.group import Threads
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
+from tpshard.verifier.tiers import exact
 
 WIDTHS = (2, 4)
 DTYPE = torch.bfloat16
@@ -86,7 +86,7 @@ def changed(clean: Sequence[Weights], mutant: Sequence[Weights]) -> dict[str, se
     return found
 
 
-def named(setup: Setup, mutant: Sequence[Weights], tier: Tier) -> str:
+def named(setup: DecoderBackend, mutant: Sequence[Weights], tier: Tier) -> str:
     """How well a failed exact tier names the fault: the changed module of a changed rank, its block, or not."""
     files = re.fullmatch(r"the files of ranks (\d+) and (\d+) are exchanged", tier.reason or "")
     if files is not None:
@@ -110,7 +110,7 @@ def named(setup: Setup, mutant: Sequence[Weights], tier: Tier) -> str:
     return "block" if around.get(core, core) in {around.get(module) for module in modules} else "no"
 
 
-def blocks(setup: Setup) -> Mapping[str, str]:
+def blocks(setup: DecoderBackend) -> Mapping[str, str]:
     """The attention or MLP that each matrix, and each norm inside attention, belongs to, by full names."""
     family = setup.family
     store = Store(setup.source, family, DTYPE, setup.device)
@@ -126,7 +126,7 @@ def blocks(setup: Setup) -> Mapping[str, str]:
     return found
 
 
-def open_case(variant: str, tp: int, folder: Path) -> Setup:
+def open_case(variant: str, tp: int, folder: Path) -> DecoderBackend:
     """Make a variant in bf16, split it, and load both sides."""
     model, out = folder / variant, folder / f"{variant}-tp{tp}"
     if not model.exists():
@@ -136,19 +136,21 @@ def open_case(variant: str, tp: int, folder: Path) -> Setup:
     config, source = open_source(model)
     family, cpu = describe(config), torch.device("cpu")
     ranks = [resident(rank, DTYPE, cpu) for rank in opened.ranks]
-    return Setup(family, resident(source, DTYPE, cpu), ranks, Threads(tp), prompt_ids(family.vocab, 0, 2, 16), cpu)
+    return DecoderBackend(
+        family, resident(source, DTYPE, cpu), ranks, Threads(tp), prompt_ids(family.vocab, 0, 2, 16), cpu
+    )
 
 
 def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> list[Case]:
     """All faults that apply to one variant at one width; the correct split must pass first."""
     setup = open_case(variant, tp, folder)
-    steps = teacher_tokens(setup, TOKENS)
-    r, n = native_logits(setup, DTYPE, steps)
-    plain = through(setup.reference(DTYPE), [setup.prompt], setup.which())
+    steps = setup.teacher_tokens(TOKENS)
+    r, n = setup.run_wide(steps).logits, setup.run(DTYPE, steps).logits
+    plain = setup.run(DTYPE, setup.steps).logits
 
     def run(ranks: Sequence[Weights]) -> tuple[Tier, float, Tensor]:
         held = replace(setup, ranks=ranks)
-        logits = held.team.run(lambda group: through(held.sharded(group, DTYPE), steps, held.which()))
+        logits = held.run_ranks(DTYPE, steps, None, lambda each: each)
         metrics = [native_metrics(r, n, each, DTYPE) for each in logits]
         excess = max(each[name] / limit for each in metrics for name, limit in NATIVE_LIMITS.items())
         assert any(map(exceeded, metrics)) is (excess > 1)
@@ -159,7 +161,7 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
     assert cosine(logits, plain) >= COSINE
     cases = []
     for fault in FAULTS.values():
-        mutant = fault.mutant(setup.family, setup.ranks, setup.family.layers // 2)
+        mutant = fault.mutant(setup.places(setup.family.layers // 2))
         if mutant is None:
             continue
         tier, excess, logits = run(mutant)

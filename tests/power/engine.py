@@ -21,7 +21,7 @@ from tests.helpers import checkpoints
 from tests.helpers import transformers_runs as library
 from tests.power.table import conditions
 from tpshard.verifier.criteria import EXACT_LIMIT
-from tpshard.verifier.hf.faults import FAULTS
+from tpshard.verifier.fault_catalogue import FAULTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power-engine.md"
 
@@ -51,7 +51,9 @@ def judge(name: str, tp: int, folder: Path) -> list[Case]:
     cases = [Case("", kind, tp, library.error(sides, wanted, pins))]
     last = sides.frame.config.num_hidden_layers - 1
     for fault in FAULTS.values():
-        damaged = fault.mutant(sides.frame.config, sides.source, sides.ranks, last)
+        if fault.harmless:
+            continue
+        damaged = fault.mutant(sides.places(last))
         if damaged is not None:
             cases.append(Case(fault.name, kind, tp, library.error(replace(sides, ranks=damaged), wanted, pins)))
     return cases

@@ -30,8 +30,8 @@ from tests.power.calibration import measure as measure_noise
 from tests.power.calibration import summary as noise_summary
 from tests.power.catalogue import COSINE, TOKENS, TOP, VARIANTS, WIDTHS, Case, measure
 from tests.power.splits import measure as measure_splits
-from tpshard.verifier.builtin.faults import FAULTS
 from tpshard.verifier.criteria import NATIVE_LIMITS
+from tpshard.verifier.fault_catalogue import FAULTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power"
 

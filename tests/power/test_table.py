@@ -11,7 +11,7 @@ import torch
 from tests.power import calibration, engine, splits
 from tests.power.catalogue import Case, cosine, measure, top_contained
 from tests.power.table import conditions, counted, markdown, noise_lines
-from tpshard.verifier.builtin.faults import FAULTS
+from tpshard.verifier.fault_catalogue import FAULTS
 
 
 def test_faults_are_noticed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

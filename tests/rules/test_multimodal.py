@@ -320,14 +320,14 @@ def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, p
     from transformers import AutoModelForImageTextToText
 
     from tpshard.verifier.group import Single, Threads
+    from tpshard.verifier.hf.backend import TransformersBackend
     from tpshard.verifier.hf.overrides import Pinned
-    from tpshard.verifier.hf.sides import Sides
     from tpshard.verifier.hf.skeleton import frame_of, model_config
     from tpshard.verifier.ranks.open import open_source
 
     config, source = open_source(published(name))
     ids = torch.arange(3, 35).view(2, 16)
-    sides = Sides(frame_of(model_config(config)), source, (), Threads(1), ids, torch.device("cpu"))
+    sides = TransformersBackend(frame_of(model_config(config)), source, (), Threads(1), ids, torch.device("cpu"))
     with torch.no_grad():
         ours = sides.reference(torch.float64).run(Single(), [ids], Pinned())
         wanted = AutoModelForImageTextToText.from_pretrained(published(name), dtype=torch.float32)(input_ids=ids).logits

@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import make, published
 from tests.helpers.cut import cut
 from tests.helpers.small_models import tokens
 from tpshard.errors import CorruptError, LocalIOError, UsageError
-from tpshard.verifier.builtin import engine as builtin
+from tpshard.verifier.builtin import prepare as builtin
 from tpshard.verifier.builtin.memory import Load, Need, StoredSize, estimate
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.options import VerifyOptions
@@ -136,7 +136,7 @@ def test_a_dropped_tensor_fails_and_is_named(copy: tuple[Path, Path]) -> None:
 
 
 def test_a_tier_that_misses_a_canary_is_inconclusive(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.builtin.canaries.EXACT_LIMIT", 1e9)
+    monkeypatch.setattr("tpshard.verifier.canaries.EXACT_LIMIT", 1e9)
     verdict = verify(pair[1], pair[0], tiers=("exact",), device="cpu")
     assert (verdict.verdict, verdict.exit_code) == ("inconclusive", 8)
     assert verdict.reason is not None and "rank-files-exchanged" in verdict.reason
@@ -144,7 +144,7 @@ def test_a_tier_that_misses_a_canary_is_inconclusive(pair: tuple[Path, Path], mo
 
 
 def test_no_fault_to_inject_is_inconclusive(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.builtin.canaries.CANARIES", ())
+    monkeypatch.setattr("tpshard.verifier.fault_catalogue.CANARIES", ())
     assert verify(pair[1], pair[0], tiers=("exact",), device="cpu").exit_code == 8
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from tpshard.verifier.report.verdict import Finding, Place, Tier, layer_of
 
 EXACT_LIMIT = 1e-12
+CHOICE = " (what it chooses from)"
+"""Ends the name of a finding that is not of what a module gives."""
 
 
 FLOAT32_LIMIT = 1e-5

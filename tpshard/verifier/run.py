@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError, LocalIOError
-from tpshard.verifier.builtin.engine import ready
-from tpshard.verifier.builtin.prepare import open_both
-from tpshard.verifier.engine import EngineRun, Judge, LoadRank, OpenedSet
+from tpshard.verifier.backend import EngineRun, JudgeTier, LoadRank, OpenedSet
+from tpshard.verifier.builtin.prepare import open_both, ready
 from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.memory import pick_device
 from tpshard.verifier.options import Say, VerifyOptions, silent
@@ -51,7 +50,7 @@ def verify(
     shards, config, weights = group.together(lambda: open_both(options.shards, source, options.allow_pickle))
     team = team or Threads(len(shards.ranks))
     opened = OpenedSet(shards, config, weights, source, team, where, prompt, sharing, load_rank, say)
-    from tpshard.verifier.hf import engine as library
+    from tpshard.verifier.hf import prepare as library
 
     engine = team.together(lambda: library.engine_of(options.engine, config))
     try:
@@ -87,7 +86,7 @@ def _tiers(
     return done, canaries, seconds
 
 
-def _judged(name: str, opened: OpenedSet, judge: Judge) -> tuple[Tier, list[Canary]]:
+def _judged(name: str, opened: OpenedSet, judge: JudgeTier) -> tuple[Tier, list[Canary]]:
     """A tier and its canaries: shards that cannot be run are different, a tier that is blind is inconclusive.
 
     A tier that saw a difference is not blind, and nothing is injected.

@@ -14,13 +14,12 @@ from tests.helpers import transformers_runs as library
 from tests.helpers.checkpoints import build
 from tests.helpers.newer_checkpoints import NEWER
 from tpshard.errors import DifferentError
+from tpshard.verifier.canaries import exact_canaries
 from tpshard.verifier.criteria import EXACT_LIMIT, relative
-from tpshard.verifier.hf.canaries import exact_canaries
-from tpshard.verifier.hf.canaries import mutants as canaries
-from tpshard.verifier.hf.faults import FAULTS
-from tpshard.verifier.hf.sides import Sides
-from tpshard.verifier.hf.tiers import exact, native
+from tpshard.verifier.fault_catalogue import FAULTS, canaries_of
+from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.ranks.weights import Replaced, Weights
+from tpshard.verifier.tiers import exact, native
 
 Made = Callable[..., Path]
 
@@ -35,18 +34,18 @@ def test_a_correct_split_is_equal_and_a_faulty_one_is_not(name: str, made: Made,
         assert (tier.status, tier.reason) == ("pass", None)
         assert max(finding.error for finding in tier.findings) <= EXACT_LIMIT
         fault = FAULTS["sign-of-an-element-of-down"]
-        mutants = (fault.mutant(one.frame.config, one.source, one.ranks, i) for i in one.frame.layers[::-1])
+        mutants = (fault.mutant(one.places(i)) for i in one.frame.layers[::-1])
         bad = next(mutant for mutant in mutants if mutant)
         assert library.error(replace(one, ranks=bad), wanted, pins) > 1e3 * EXACT_LIMIT
-        assert len(list(canaries(one, structural=False))) >= 5
+        assert len(list(canaries_of(one.with_layers(1).places(), structural=False))) >= 5
 
 
 @pytest.fixture(scope="module")
-def sides(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Sides]:
+def sides(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TransformersBackend]:
     """A variant, split for two ranks and loaded once."""
-    kept: dict[str, Sides] = {}
+    kept: dict[str, TransformersBackend] = {}
 
-    def get(name: str) -> Sides:
+    def get(name: str) -> TransformersBackend:
         if name not in kept:
             kept[name] = library.opened(made(name), 2, tmp_path_factory.mktemp("split") / "out")
         return kept[name]
@@ -54,7 +53,9 @@ def sides(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return get
 
 
-def damaged(one: Sides, pattern: str, change: Callable[[torch.Tensor], torch.Tensor], rank: int) -> Sides:
+def damaged(
+    one: TransformersBackend, pattern: str, change: Callable[[torch.Tensor], torch.Tensor], rank: int
+) -> TransformersBackend:
     """One tensor of one rank changed."""
     ranks: list[Weights] = list(one.ranks)
     (name,) = (name for name in one.source.names() if re.search(pattern, name))
@@ -72,7 +73,7 @@ PARTS = {
 
 @pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in PARTS.items() for part in parts])
 def test_every_part_of_a_layer_without_attention_is_looked_at(
-    name: str, part: str, sides: Callable[[str], Sides]
+    name: str, part: str, sides: Callable[[str], TransformersBackend]
 ) -> None:
     mixer = "mixer" if name == "nemotron_h" else "linear_attn"
     bad = damaged(sides(name), rf"layers\.0\.{mixer}\.{part}$", lambda tensor: tensor.roll(1, 0), 1)
@@ -91,14 +92,14 @@ def test_every_part_of_a_layer_without_attention_is_looked_at(
         ("nemotron_h", "mixer.in_proj.weight", "whole heads with their groups"),
     ],
 )
-def test_heads_that_are_not_whole(name: str, part: str, what: str, sides: Callable[[str], Sides]) -> None:
+def test_heads_that_are_not_whole(name: str, part: str, what: str, sides: Callable[[str], TransformersBackend]) -> None:
     """A number or a feature of one of a rank's heads is missing."""
     with pytest.raises(DifferentError, match=f"rank 0: model.layers.0.* does not hold {what}"):
         exact(damaged(sides(name), rf"layers\.0\.{part}$", lambda tensor: tensor[:-1], 0))
 
 
 @pytest.mark.parametrize("part", ["wq_b", "wk", "k_norm", "weights_proj"])
-def test_what_an_indexer_chooses_by_is_looked_at(part: str, sides: Callable[[str], Sides]) -> None:
+def test_what_an_indexer_chooses_by_is_looked_at(part: str, sides: Callable[[str], TransformersBackend]) -> None:
     """Its choice is pinned, so a rank that would choose others is found by what it chooses by."""
     bad = damaged(
         sides("deepseek_v32"), rf"layers\.0\.self_attn\.indexer\.{part}\.weight", lambda tensor: tensor * 1.01, 1
@@ -110,17 +111,17 @@ def test_what_an_indexer_chooses_by_is_looked_at(part: str, sides: Callable[[str
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "deepseek_v32", "nemotron_h"])
-def test_the_native_tier(name: str, sides: Callable[[str], Sides]) -> None:
+def test_the_native_tier(name: str, sides: Callable[[str], TransformersBackend]) -> None:
     """Through the cache: the states of convolution, delta rule and Mamba, the keys of the indexer."""
     one = sides(name)
     with torch.no_grad():
-        tier = native(one, torch.bfloat16, 3)
+        tier = native(one, torch.bfloat16, *one.teach(3))
         assert tier.status == "pass", tier.reason
         birds = exact_canaries(one)
     assert len(birds) >= 5 and all(bird.status == "caught" for bird in birds)
 
 
-def test_an_expert_of_llama_4_that_no_token_meets_is_looked_at(sides: Callable[[str], Sides]) -> None:
+def test_an_expert_of_llama_4_that_no_token_meets_is_looked_at(sides: Callable[[str], TransformersBackend]) -> None:
     one = sides("llama4_text")
     short = replace(one, prompt=one.prompt[:1, :1])
     with torch.no_grad():

@@ -19,19 +19,20 @@ from tests.helpers.checkpoints import VARIANTS, build, make
 from tests.helpers.newer_checkpoints import NEWER
 from tpshard.errors import DifferentError, UnsupportedError, UsageError
 from tpshard.verifier.builtin.decoder import Decoder
+from tpshard.verifier.canaries import exact_canaries
 from tpshard.verifier.criteria import EXACT_LIMIT, relative
 from tpshard.verifier.families.configs import FAMILIES, describe
+from tpshard.verifier.fault_catalogue import FAULTS
 from tpshard.verifier.group import Single
-from tpshard.verifier.hf import engine
-from tpshard.verifier.hf.canaries import exact_canaries
-from tpshard.verifier.hf.faults import FAULTS
+from tpshard.verifier.hf import prepare as engine
+from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.heads import heads_of
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
-from tpshard.verifier.hf.sides import Sides
-from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, Cut, model_config
-from tpshard.verifier.hf.tiers import exact, native
+from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, RankShares, model_config
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.weights import InMemory, Replaced
+from tpshard.verifier.tiers import exact, native
 
 Made = Callable[..., Path]
 # Those that every architecture can have; the whole catalogue is in docs/benchmarks/power.md.
@@ -52,11 +53,11 @@ TYPICAL = (
 
 
 @pytest.fixture(scope="module")
-def sides(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], Sides]]:
+def sides(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], TransformersBackend]]:
     """A variant, split; loaded once."""
-    kept: dict[tuple[str, int], Sides] = {}
+    kept: dict[tuple[str, int], TransformersBackend] = {}
 
-    def get(name: str, tp: int = 2) -> Sides:
+    def get(name: str, tp: int = 2) -> TransformersBackend:
         if (name, tp) not in kept:
             kept.clear()  # one at a time is enough
             kept[name, tp] = library.opened(made(name), tp, tmp_path_factory.mktemp("split") / "out")
@@ -67,7 +68,7 @@ def sides(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
 
 
 @pytest.mark.parametrize("name", library.ONE_OF_EACH)
-def test_the_reference_is_the_librarys_model(name: str, sides: Callable[..., Sides]) -> None:
+def test_the_reference_is_the_librarys_model(name: str, sides: Callable[..., TransformersBackend]) -> None:
     one = sides(name)
     wanted = build(name, dtype="float32")(one.prompt).logits
     assert relative(library.reference(one)[0], wanted) <= 1e-5
@@ -76,7 +77,7 @@ def test_the_reference_is_the_librarys_model(name: str, sides: Callable[..., Sid
 @pytest.mark.parametrize(
     ("name", "tp"), [*((name, 2) for name in library.ONE_OF_EACH), *((name, 4) for name in library.VARIANTS)]
 )
-def test_a_correct_split_is_equal(name: str, tp: int, sides: Callable[..., Sides]) -> None:
+def test_a_correct_split_is_equal(name: str, tp: int, sides: Callable[..., TransformersBackend]) -> None:
     tier = exact(sides(name, tp))
     assert (tier.status, tier.reason) == ("pass", None)
     assert max(finding.error for finding in tier.findings) <= EXACT_LIMIT
@@ -86,13 +87,13 @@ def test_a_correct_split_is_equal(name: str, tp: int, sides: Callable[..., Sides
 
 @pytest.mark.parametrize("tp", library.WIDTHS)
 @pytest.mark.parametrize("name", library.ONE_OF_EACH)
-def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., Sides]) -> None:
+def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., TransformersBackend]) -> None:
     one = sides(name, tp)
     wanted, pins = library.reference(one)
     last = one.frame.config.num_hidden_layers - 1
     caught = 0
     for fault in TYPICAL:
-        damaged = FAULTS[fault].mutant(one.frame.config, one.source, one.ranks, last)
+        damaged = FAULTS[fault].mutant(one.places(last))
         if damaged is not None:
             caught += 1
             assert library.error(replace(one, ranks=damaged), wanted, pins) > 1e3 * EXACT_LIMIT, fault
@@ -129,15 +130,15 @@ def test_every_architecture_has_a_variant() -> None:
         ("deepseek_v3", "norm-of-one-rank-stale", "model.layers.2.input_layernorm of rank 0"),
     ],
 )
-def test_a_fault_is_named(name: str, fault: str, module: str, sides: Callable[..., Sides]) -> None:
+def test_a_fault_is_named(name: str, fault: str, module: str, sides: Callable[..., TransformersBackend]) -> None:
     one = sides(name)
-    damaged = FAULTS[fault].mutant(one.frame.config, one.source, one.ranks, one.frame.config.num_hidden_layers - 1)
+    damaged = FAULTS[fault].mutant(one.places(one.frame.config.num_hidden_layers - 1))
     assert damaged is not None
     tier = exact(replace(one, ranks=damaged))
     assert tier.status == "fail" and tier.reason is not None and tier.reason.startswith(module), tier.reason
 
 
-def test_an_expert_that_no_token_meets_is_looked_at(sides: Callable[..., Sides]) -> None:
+def test_an_expert_that_no_token_meets_is_looked_at(sides: Callable[..., TransformersBackend]) -> None:
     one = sides("mixtral")
     short = replace(one, prompt=one.prompt[:1, :1])
     chosen = {int(i) for made in library.reference(short)[1].made.values() for i in made[0].flatten()}
@@ -150,7 +151,7 @@ def test_an_expert_that_no_token_meets_is_looked_at(sides: Callable[..., Sides])
 
 
 @pytest.mark.parametrize("name", ["llama-rope-yarn", "qwen3", "gemma2", "gpt2", "opt", "gpt_neox"])
-def test_in_float64_it_is_the_built_in_decoder(name: str, sides: Callable[..., Sides]) -> None:
+def test_in_float64_it_is_the_built_in_decoder(name: str, sides: Callable[..., TransformersBackend]) -> None:
     """Two independent implementations, one of which computes in float32 unless it is kept from it."""
     one = sides(name)
     family = describe(one.frame.config.to_dict())
@@ -170,7 +171,7 @@ class _NoFloat32(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2", "deepseek_v3", "gpt_oss", "phimoe", "olmo2", "mpt", "cohere-qk-norm"])
-def test_nothing_is_computed_in_float32(name: str, sides: Callable[..., Sides]) -> None:
+def test_nothing_is_computed_in_float32(name: str, sides: Callable[..., TransformersBackend]) -> None:
     side = sides(name).reference(torch.float64)
     with _NoFloat32(), Wide():
         side.model(input_ids=sides(name).prompt, use_cache=False)
@@ -212,10 +213,10 @@ def test_a_tie_falls_as_it_fell_before() -> None:
 
 
 def test_shares_and_where_they_begin() -> None:
-    assert [Cut(0, (3, 2, 1), 6).first(rank) for rank in range(3)] == [0, 3, 5]
-    assert [Cut(0, (4, 4, 4, 4), 8).first(rank) for rank in range(4)] == [0, 0, 4, 4]
-    assert [Cut(0, (63, 63, 63, 63), 251).first(rank) for rank in range(4)] == [0, 63, 126, 189]
-    assert [Cut(0, (8, 8), 8, alike=True).first(rank) for rank in range(2)] == [0, 0]
+    assert [RankShares(0, (3, 2, 1), 6).first(rank) for rank in range(3)] == [0, 3, 5]
+    assert [RankShares(0, (4, 4, 4, 4), 8).first(rank) for rank in range(4)] == [0, 0, 4, 4]
+    assert [RankShares(0, (63, 63, 63, 63), 251).first(rank) for rank in range(4)] == [0, 63, 126, 189]
+    assert [RankShares(0, (8, 8), 8, alike=True).first(rank) for rank in range(2)] == [0, 0]
 
 
 def test_names_of_experts() -> None:
@@ -238,22 +239,22 @@ def test_names_of_experts() -> None:
     assert recipes(lacking.names(), keys, "model").keys() == {"model.layers.0.mlp.experts.down_proj"}
 
 
-def test_heads_that_are_not_whole(sides: Callable[..., Sides]) -> None:
+def test_heads_that_are_not_whole(sides: Callable[..., TransformersBackend]) -> None:
     one = sides("phi3")
     model = one.reference(torch.float64).model
     name = "model.layers.0.self_attn"
     module = model.get_submodule(name)
     cuts = dict(one.cuts())
     assert heads_of(name, module, one.frame.config, cuts, 1).first_q == 4
-    cuts[f"{name}.o_proj.weight"] = Cut(1, (28, 36), 64)
+    cuts[f"{name}.o_proj.weight"] = RankShares(1, (28, 36), 64)
     with pytest.raises(DifferentError, match="whole heads"):
         heads_of(name, module, one.frame.config, cuts, 0)
-    cuts[f"{name}.o_proj.weight"] = Cut(1, (24, 40), 64)
+    cuts[f"{name}.o_proj.weight"] = RankShares(1, (24, 40), 64)
     with pytest.raises(DifferentError, match="without their k and v"):
         heads_of(name, module, one.frame.config, cuts, 0)
 
 
-def test_a_parameter_that_nobody_cuts(sides: Callable[..., Sides]) -> None:
+def test_a_parameter_that_nobody_cuts(sides: Callable[..., TransformersBackend]) -> None:
     one = sides("phi3")
     name = "model.layers.0.input_layernorm.weight"
     ranks = [Replaced(rank, {name: rank.get(name)[:32]}) for rank in one.ranks]
@@ -288,13 +289,13 @@ def test_uneven_shares(name: str, made: Made, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cohere2", "qwen3_moe"])
-def test_the_native_tier(name: str, sides: Callable[..., Sides]) -> None:
+def test_the_native_tier(name: str, sides: Callable[..., TransformersBackend]) -> None:
     one = sides(name)
-    tier = native(one, torch.bfloat16, 6)
+    tier = native(one, torch.bfloat16, *one.teach(6))
     assert tier.status == "pass", tier.reason
-    damaged = FAULTS["heads-swapped-between-ranks"].mutant(one.frame.config, one.source, one.ranks, 0)
+    damaged = FAULTS["heads-swapped-between-ranks"].mutant(one.places(0))
     assert damaged is not None
-    assert native(replace(one, ranks=damaged), torch.bfloat16, 2).status == "fail"
+    assert native(one.with_ranks(damaged), torch.bfloat16, *one.teach(2)).status == "fail"
 
 
 def test_heads_of_a_core_on_two_ranks(made: Made, tmp_path: Path) -> None:
@@ -304,13 +305,13 @@ def test_heads_of_a_core_on_two_ranks(made: Made, tmp_path: Path) -> None:
     assert (tier.status, tier.reason) == ("pass", None)
 
 
-def test_some_layers(sides: Callable[..., Sides]) -> None:
+def test_some_layers(sides: Callable[..., TransformersBackend]) -> None:
     """Faults in other layers are none of a sample's business."""
     one = sides("mpt")
-    damaged = FAULTS["up-row-shifted"].mutant(one.frame.config, one.source, one.ranks, 0)
+    damaged = FAULTS["up-row-shifted"].mutant(one.places(0))
     assert damaged is not None
-    assert exact(replace(one, ranks=damaged).with_layers((1,))).status == "pass"
-    assert exact(replace(one, ranks=damaged).with_layers((0,))).status == "fail"
+    assert exact(replace(one, ranks=damaged).only(1)).status == "pass"
+    assert exact(replace(one, ranks=damaged).only(0)).status == "fail"
 
 
 def test_whose_code_runs() -> None:
@@ -320,7 +321,7 @@ def test_whose_code_runs() -> None:
     with pytest.raises(UnsupportedError, match="rwkv"):
         engine.engine_of("auto", {"model_type": "rwkv"})
     with pytest.raises(UsageError):
-        engine.engine_of("vllm", {"model_type": "llama"})
+        VerifyOptions(Path("shards"), engine="vllm")
     with pytest.raises(UnsupportedError, match="was not tried with bloom"):
         model_config({"model_type": "bloom"})
     with pytest.raises(UnsupportedError, match="quantization"):

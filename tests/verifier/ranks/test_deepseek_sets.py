@@ -17,11 +17,11 @@ from tpshard.api import convert as api
 from tpshard.api import verify as verifying
 from tpshard.execute.publish import Settings
 from tpshard.verifier.hf.parallel import own_weights
-from tpshard.verifier.hf.skeleton import Cut
-from tpshard.verifier.hf.tiers import exact
+from tpshard.verifier.hf.skeleton import RankShares
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.report.verdict import Verdict
 from tpshard.verifier.run import verify
+from tpshard.verifier.tiers import exact
 
 Get = Callable[[str], Path]
 Change = Callable[[dict[str, Tensor]], None]
@@ -151,6 +151,6 @@ def test_an_expert_that_the_source_lacks(pair: tuple[Path, Path], tmp_path: Path
 
 def test_weights_of_others_experts_are_nothing() -> None:
     chosen, weights = torch.tensor([[0, 5], [3, 2]]), torch.tensor([[0.25, 0.5], [1.0, 2.0]])
-    cut = Cut(0, (3, 3), 6)
+    cut = RankShares(0, (3, 3), 6)
     assert own_weights(cut, 0, chosen, weights).tolist() == [[0.25, 0.0], [0.0, 2.0]]
     assert own_weights(cut, 1, chosen, weights).tolist() == [[0.0, 0.5], [1.0, 0.0]]

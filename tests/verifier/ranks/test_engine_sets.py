@@ -22,13 +22,13 @@ from tpshard.api import convert as api
 from tpshard.api import verify as verifying
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.execute.publish import Settings
-from tpshard.verifier.hf.tiers import exact
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.open import FileWeights, open_shards, open_source
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.report.verdict import Verdict
 from tpshard.verifier.run import verify
+from tpshard.verifier.tiers import exact
 
 Get = Callable[..., Path]
 Splits = Callable[..., tuple[Path, Path]]

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 
 from tpshard.errors import UnsupportedError
-from tpshard.verifier.builtin.exact import Setup, through
-from tpshard.verifier.criteria import no_tf32, relative
+from tpshard.verifier.backend import Reference
+from tpshard.verifier.builtin.backend import DecoderBackend
+from tpshard.verifier.criteria import no_tf32
 from tpshard.verifier.report.verdict import Tier
 
 # Its norms and rotary tables are float32 inside a float64 model, which is 2e-7 off.
 LIMIT = 1e-5
 
 
-def against_transformers(setup: Setup, source: Path) -> Tier:
+def against_transformers(setup: DecoderBackend, source: Path) -> Tier:
     """Logits of the sharded model in float64 against those of transformers' model of the source."""
     try:
         from transformers import AutoModelForCausalLM
@@ -31,9 +32,7 @@ def against_transformers(setup: Setup, source: Path) -> Tier:
     model.train(False).to(setup.device)
     with no_tf32(), torch.no_grad():
         wanted = model(setup.prompt).logits
-        errors = setup.team.run(
-            lambda group: relative(through(setup.sharded(group, torch.float64), [setup.prompt], setup.which()), wanted)
-        )
+        errors = setup.errors(torch.float64, Reference(wanted))
     failed = max(errors) > LIMIT
     return Tier(
         name="transformers",

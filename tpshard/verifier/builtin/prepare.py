@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tpshard.errors import CorruptError, UsageError
-from tpshard.verifier.builtin.exact import Setup
+from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, LoadRank, OpenedSet
+from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
-from tpshard.verifier.engine import LoadRank, OpenedSet
+from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Processes
-from tpshard.verifier.options import VerifyOptions
-from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
-from tpshard.verifier.ranks.open import FileWeights, ShardSet, needed, not_finite, open_shards, open_source, resident
+from tpshard.verifier.options import COMPUTED_TIERS, Say, VerifyOptions
+from tpshard.verifier.progress import Progress, steps_of
+from tpshard.verifier.prompt import another_model, chosen_layers, prompt_ids, prompt_of, require_one_each
+from tpshard.verifier.ranks.open import (
+    FileWeights,
+    ShardSet,
+    needed,
+    not_finite,
+    open_shards,
+    open_source,
+    parameters,
+    resident,
+)
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Replaced, Weights, move
+from tpshard.verifier.report.verdict import Tier
+from tpshard.verifier.tiers import exact, native
 
 TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
@@ -49,7 +64,7 @@ class Case:
     """Shards and source, opened and found to be of one model, and all that was decided before a number is computed."""
 
     opened: ShardSet
-    setup: Setup
+    setup: DecoderBackend
     load: Load
     tokens: int
     seed: int
@@ -72,7 +87,7 @@ def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
         raise another_model(found, family.model_type)
     require_one_each(found, team)
     ids = prompt_of(opened.prompt, family.vocab, options.seed)
-    setup = Setup(
+    setup = DecoderBackend(
         family=family,
         source=weights,
         ranks=found.ranks,
@@ -153,7 +168,7 @@ def keep(case: Case, load_rank: LoadRank | None) -> Case:
     return replace(case, setup=replace(case.setup, ranks=ranks))
 
 
-def all_kept(case: Case, dtype: torch.dtype, load_rank: LoadRank | None) -> Setup:
+def all_kept(case: Case, dtype: torch.dtype, load_rank: LoadRank | None) -> DecoderBackend:
     """Source and all ranks in memory: in `dtype` on a CPU, as stored on a GPU, where widening them costs nothing."""
     setup = case.setup
     source = setup.source
@@ -164,3 +179,72 @@ def all_kept(case: Case, dtype: torch.dtype, load_rank: LoadRank | None) -> Setu
         source=resident(source, held, setup.device, needed(source, setup.which())),
         ranks=[_kept_rank(case, rank, held, load_rank) for rank in setup.team.here],
     )
+
+
+def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
+    """Decide prompt, layers, tokens and what is kept in memory, the same on all ranks."""
+    team = opened.team
+    case = team.together(lambda: prepare(opened, options))
+    case = team.together(lambda: choose(case, opened, options))
+    setup = case.setup
+    lines = {name: f"{name} tier" for name in COMPUTED_TIERS}
+    return EngineRun(
+        engine="tpshard",
+        model_type=setup.family.model_type,
+        prompt_tokens=setup.prompt.numel(),
+        tokens=case.tokens,
+        layers=setup.layers,
+        begin=lambda: _begin(case, opened, options),
+        lines={**lines, "transformers": "transformers as the reference"},
+        streamed=setup.block_bytes is not None and not setup.keep_ranks,
+        settings={"tokens_from": "the reference" if case.taught else "the seed"},
+    )
+
+
+def _begin(case: Case, opened: OpenedSet, options: VerifyOptions) -> Mapping[str, JudgeTier]:
+    team = opened.team
+    team.together(lambda: all_finite(case))
+    kept = team.together(lambda: keep(case, opened.load_rank)) if case.setup.keep_ranks else case
+    judges: dict[str, JudgeTier] = {
+        name: partial(judge, _counting(kept, name, opened.say), opened.load_rank)
+        for name, judge in zip(COMPUTED_TIERS, (_exact, _native), strict=True)
+        if name in options.computed
+    }
+    if options.reference == "transformers":
+        from tpshard.verifier.builtin.against_transformers import against_transformers
+
+        judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
+    return judges
+
+
+def _counting(case: Case, tier: str, say: Say) -> Case:
+    """The case, whose progress in a tier is told."""
+    setup = case.setup
+    progress = Progress(f"{tier} tier", steps_of(tier, len(setup.which()), len(setup.team.here)), say)
+    return replace(case, setup=replace(setup, progress=progress))
+
+
+def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
+    dtype = torch.float32 if case.float32 else torch.float64
+    setup = case.setup if case.setup.block_bytes is not None else all_kept(case, dtype, load_rank)
+    return exact(setup, float32=case.float32), partial(exact_canaries, setup, float32=case.float32)
+
+
+def _native(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
+    setup, weights = case.setup, case.opened.ranks[0]
+    dtype = Counter(weights.dtype(name) for name in parameters(weights)).most_common(1)[0][0]
+    if setup.block_bytes is None:
+        source = setup.source
+        assert isinstance(source, FileWeights)
+        setup = all_kept(case, dtype, load_rank)
+        if setup.device.type == "cpu":
+            wide = resident(source, torch.float64, setup.device, needed(source, setup.which()))
+            setup = replace(setup, wide=wide)
+    if case.taught:
+        # One process chooses: on another kind of GPU, logits that are nearly equal may change places.
+        chosen = setup.team.once(lambda: [step.tolist() for step in setup.teacher_tokens(case.tokens)])
+        steps = [torch.tensor(step, device=setup.device) for step in chosen]
+    else:
+        more = prompt_ids(setup.family.vocab, case.seed + 1, len(setup.prompt), max(case.tokens, 1))
+        steps = [setup.prompt, *(more[:, i : i + 1].to(setup.device) for i in range(case.tokens))]
+    return native(setup, dtype, steps, setup.run_wide(steps)), partial(native_canaries, setup, dtype)

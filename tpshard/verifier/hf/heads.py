@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.hf.skeleton import Cut
+from tpshard.verifier.hf.skeleton import RankShares
 
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
@@ -53,7 +53,7 @@ def total_heads(config: Any) -> tuple[int, int]:
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 
-def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -> Heads:
+def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank: int) -> Heads:
     """A rank's heads. DifferentError where a rank does not hold whole heads, or q heads without their k and v."""
     heads, _ = total_heads(config)
     row = f"{name}.{output_of(module)}.weight"
@@ -80,20 +80,22 @@ def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut],
     return Heads(q, held, first_q, first)
 
 
-def _kv(name: str, module: nn.Module, config: Any, cuts: Mapping[str, Cut], q: list[int], head: int) -> Cut:
+def _kv(
+    name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], q: list[int], head: int
+) -> RankShares:
     """The ranks' KV heads: by k_proj, by what a fused projection has beside q, or as many as q heads (MLA)."""
     heads, kv_heads = total_heads(config)
     if hasattr(module, "k_proj"):
         k = cuts.get(f"{name}.k_proj.weight")
         if k is None:
-            return Cut(0, (kv_heads,) * len(q), kv_heads, alike=True)
+            return RankShares(0, (kv_heads,) * len(q), kv_heads, alike=True)
         size = k.total // kv_heads
-        return Cut(0, tuple(rows // size if rows % size == 0 else 0 for rows in k.sizes), kv_heads)
+        return RankShares(0, tuple(rows // size if rows % size == 0 else 0 for rows in k.sizes), kv_heads)
     fused = next((leaf for leaf in FUSED if hasattr(module, leaf)), None)
     if fused is None:
-        return Cut(0, tuple(q), heads)
+        return RankShares(0, tuple(q), heads)
     rows = [size - n * head for size, n in zip(cuts[f"{name}.{fused}.weight"].sizes, q, strict=True)]
-    return Cut(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
+    return RankShares(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
 
 
 def linear_attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -101,7 +103,7 @@ def linear_attentions(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("GatedDeltaNet")}
 
 
-def tell_linear(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> None:
+def tell_linear(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
     """Set the numbers of heads and features that a module of linear attention reads.
 
     DifferentError where a rank does not hold whole key heads with all of their value heads.
@@ -129,7 +131,7 @@ def mixers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if all(hasattr(module, leaf) for leaf in read)}
 
 
-def tell_mixer(name: str, module: Any, cuts: Mapping[str, Cut], rank: int) -> None:
+def tell_mixer(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
     """Set the numbers of heads, groups and features that a mixer reads.
 
     DifferentError where a rank does not hold whole heads, or heads without the groups that they read.
@@ -173,7 +175,7 @@ def _cut_buffers(module: Any, first: int, heads: int, first_group: int, groups: 
         module.groups_time_state_size = groups * state
 
 
-def _held(cut: Cut | None, rank: int) -> int | None:
+def _held(cut: RankShares | None, rank: int) -> int | None:
     return None if cut is None else cut.sizes[rank]
 
 

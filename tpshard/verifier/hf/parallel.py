@@ -24,7 +24,7 @@ from tpshard.verifier.hf.heads import (
     tell_mixer,
     total_heads,
 )
-from tpshard.verifier.hf.skeleton import Cut
+from tpshard.verifier.hf.skeleton import RankShares
 
 EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 BY_CORE, CORES = "CodeGenAttention", 4
@@ -53,13 +53,13 @@ def in_dim(module: nn.Module) -> int:
     return 1 if isinstance(module, nn.Linear) else 0
 
 
-def is_row(name: str, module: nn.Module, cuts: Mapping[str, Cut]) -> bool:
+def is_row(name: str, module: nn.Module, cuts: Mapping[str, RankShares]) -> bool:
     """Whether a linear module holds some of its input features."""
     cut = cuts.get(f"{name}.weight")
     return cut is not None and is_linear(module) and cut.dim == in_dim(module)
 
 
-def is_column(name: str, module: nn.Module, cuts: Mapping[str, Cut]) -> bool:
+def is_column(name: str, module: nn.Module, cuts: Mapping[str, RankShares]) -> bool:
     """Whether a linear module holds some of its output features."""
     cut = cuts.get(f"{name}.weight")
     return cut is not None and is_linear(module) and cut.dim != in_dim(module)
@@ -77,7 +77,7 @@ def product(module: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tenso
     return F.linear(x, weight if isinstance(module, nn.Linear) else weight.T)
 
 
-def connect(model: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -> Link:
+def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank: int) -> Link:
     """Make a model that holds a rank's parameters compute with other ranks; what its collectives go through.
 
     DifferentError where parameters are cut in a way that no tensor parallelism has.
@@ -113,7 +113,7 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, Cut], rank: int) -
 def _connect(
     name: str,
     module: nn.Module,
-    cuts: Mapping[str, Cut],
+    cuts: Mapping[str, RankShares],
     rank: int,
     link: Link,
     ends: tuple[nn.Module, nn.Module],
@@ -172,14 +172,14 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-def _adds_up(name: str, cut: Cut, least: int, most: int | None = None) -> None:
+def _adds_up(name: str, cut: RankShares, least: int, most: int | None = None) -> None:
     """DifferentError unless the ranks' shares together are the whole; beyond a vocabulary there may be padding."""
     held = sum(cut.sizes)
     if held < least or (most is not None and held > most):
         raise DifferentError(f"the ranks' shares of {name} do not add up", expected=least, found=held)
 
 
-def _vocab_parallel(name: str, module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[[Tensor], Tensor]:
+def _vocab_parallel(name: str, module: nn.Module, cut: RankShares, rank: int, link: Link) -> Callable[[Tensor], Tensor]:
     first, size = cut.first(rank), cut.sizes[rank]
     forward = module.forward
 
@@ -214,14 +214,14 @@ def _experts(name: str, module: nn.Module, tp: int, link: Link) -> Callable[...,
     return lambda *args, **kwargs: link.reduce(name, forward(*args, **kwargs))
 
 
-def own_weights(cut: Cut, rank: int, chosen: Tensor, weights: Tensor) -> Tensor:
+def own_weights(cut: RankShares, rank: int, chosen: Tensor, weights: Tensor) -> Tensor:
     """The weights of chosen experts, 0 for those that are not of the rank's range."""
     first = cut.first(rank)
     return weights * ((chosen >= first) & (chosen < first + cut.sizes[rank]))
 
 
 def _some_experts(
-    name: str, module: nn.Module, cut: Cut, rank: int, link: Link
+    name: str, module: nn.Module, cut: RankShares, rank: int, link: Link
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Whole experts, some on each rank: another rank's add nothing here. Then a sum over ranks."""
     _adds_up(f"{name}.down_proj", cut, cut.total, cut.total)
@@ -234,7 +234,7 @@ def _some_experts(
     return work
 
 
-def _all_heads(module: nn.Module, row: Cut, rank: int, link: Link) -> None:
+def _all_heads(module: nn.Module, row: RankShares, rank: int, link: Link) -> None:
     """Attention over the heads of all ranks, made of their rows, of which a rank multiplies its own.
 
     Where a core's heads are several ranks', each of those has its share of the core's q, v and k.
@@ -250,7 +250,7 @@ def _all_heads(module: nn.Module, row: Cut, rank: int, link: Link) -> None:
     out.register_forward_pre_hook(lambda _, args: (args[0].narrow(-1, row.first(rank), row.sizes[rank]),))
 
 
-def _over_all_ranks(module: nn.Module, cut: Cut, rank: int, link: Link) -> Callable[..., Tensor]:
+def _over_all_ranks(module: nn.Module, cut: RankShares, rank: int, link: Link) -> Callable[..., Tensor]:
     """A norm over all heads at once: the ranks' heads (and gates) are put together, and the module's own code norms.
 
     Heads that several ranks hold come as often as each other, which changes no mean.

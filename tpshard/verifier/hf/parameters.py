@@ -37,7 +37,7 @@ MATRICES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StoredParts:
     """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows.
 
     `first` is the number of the first expert: a rank may hold some, whole, and no others.
@@ -65,17 +65,17 @@ class Recipe:
         return torch.stack([torch.cat([weights.get(name) for name in expert]) for expert in self.experts])
 
 
-def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[str, Recipe]:
+def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[str, StoredParts]:
     """Which stored tensors make which of the parameters `keys`; stored tensors of no parameter are left out.
 
     `prefix` is the base model's, which stored names may lack. An expert of which a matrix is missing is left out too.
     """
-    found: dict[str, Recipe] = {}
+    found: dict[str, StoredParts] = {}
     experts: dict[str, dict[int, dict[int, str]]] = {}
     for name in names:
         key = _key(name, keys, prefix)
         if key is not None:
-            found[key] = Recipe(((name,),), stacked=False)
+            found[key] = StoredParts(((name,),), stacked=False)
         elif match := EXPERT.fullmatch(name):
             owner = _key(f"{match['experts']}.down_proj", keys, prefix)
             if owner is not None:
@@ -85,7 +85,7 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
         for matrix, wanted in (("gate_up_proj", (0, 1)), ("up_proj", (1,)), ("down_proj", (2,))):
             whole = [numbers.get(i, {}) for i in range(min(numbers), max(numbers) + 1)]
             if f"{owner}.{matrix}" in keys and all(i in held for held in whole for i in wanted):
-                found[f"{owner}.{matrix}"] = Recipe(
+                found[f"{owner}.{matrix}"] = StoredParts(
                     tuple(tuple(held[i] for i in wanted) for held in whole), True, min(numbers)
                 )
     return found

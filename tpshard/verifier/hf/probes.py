@@ -14,7 +14,7 @@ from tpshard.verifier.criteria import relative
 from tpshard.verifier.hf.heads import FUSED
 from tpshard.verifier.hf.parallel import in_dim, is_column, is_experts, is_linear, is_row, own_weights, product
 from tpshard.verifier.hf.sides import Side
-from tpshard.verifier.hf.skeleton import Cut, layers_of
+from tpshard.verifier.hf.skeleton import RankShares, layers_of
 from tpshard.verifier.report.verdict import Finding
 
 # Their rows are several blocks, so that a rank's are no stretch of the whole's.
@@ -24,7 +24,7 @@ STREAM = ("hidden_states", "residual")
 
 
 @dataclass
-class Record:
+class ModuleRecord:
     """What a module of the unsharded model took and gave: all of it, the stream in it, and its first output."""
 
     args: tuple[Tensor | None, ...]
@@ -72,12 +72,12 @@ def blocks(side: Side, layers: Sequence[int]) -> list[str]:
 
 
 @dataclass
-class Recorder:
-    """Keeps a Record of every module with parameters, and of every module that is compared."""
+class ModuleRecorder:
+    """Keeps a ModuleRecord of every module with parameters, and of every module that is compared."""
 
     side: Side
     names: Sequence[str]
-    records: dict[str, Record] = field(default_factory=dict)
+    records: dict[str, ModuleRecord] = field(default_factory=dict)
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Recorder:
 
     def _keep(self, name: str) -> Callable[..., None]:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.records[name] = Record(*_stream(args, kwargs), _first(output), args, kwargs)
+            self.records[name] = ModuleRecord(*_stream(args, kwargs), _first(output), args, kwargs)
 
         return keep
 
@@ -109,7 +109,7 @@ class Feeder:
     """
 
     whole: Side
-    records: Mapping[str, Record]
+    records: Mapping[str, ModuleRecord]
     side: Side
     names: Sequence[str]
     limit: float
@@ -221,7 +221,7 @@ class Feeder:
 
 
 @contextmanager
-def _part_of_experts(whole: nn.Module, down: Cut, rank: int) -> Iterator[None]:
+def _part_of_experts(whole: nn.Module, down: RankShares, rank: int) -> Iterator[None]:
     """The unsharded experts reduced to a rank's features, for a time."""
     first, size, tp = down.first(rank), down.sizes[rank], len(down.sizes)
     kept = dict(whole._parameters)
@@ -248,7 +248,7 @@ def _part_of_experts(whole: nn.Module, down: Cut, rank: int) -> Iterator[None]:
         whole._parameters.update(kept)
 
 
-def every_expert(whole: Side, record: Record, name: str) -> tuple[tuple[Any, ...], Tensor]:
+def every_expert(whole: Side, record: ModuleRecord, name: str) -> tuple[tuple[Any, ...], Tensor]:
     """Arguments that send one token to each expert, and what the unsharded experts give: a prompt alone reaches few.
 
     Experts that are not told whom a token is for (Llama 4) get as many for each, one behind the other.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,12 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import UnsupportedError
-from tpshard.verifier.group import Group, Processes, Threads
+from tpshard.verifier.group import Group
 from tpshard.verifier.hf.overrides import Pinned, Wide
-from tpshard.verifier.hf.parallel import Link, connect
-from tpshard.verifier.hf.skeleton import Cut, Frame, fill, skeleton, skip_layers
-from tpshard.verifier.progress import Progress
-from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.hf.parallel import Link
+from tpshard.verifier.hf.skeleton import RankShares
 
 
 @dataclass
@@ -26,7 +24,7 @@ class Side:
 
     model: nn.Module
     dtype: torch.dtype
-    cuts: Mapping[str, Cut]
+    cuts: Mapping[str, RankShares]
     rank: int | None = None
     link: Link = field(default_factory=Link)
     progress: Callable[[], None] = lambda: None
@@ -86,50 +84,3 @@ class Side:
                 f"transformers could not run {where}: {str(error).splitlines()[0]}",
                 hint="--tier bytes compares the files",
             ) from error
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Both sides of a comparison, from which models are built. `layers` are those that are looked at."""
-
-    frame: Frame
-    source: Weights
-    ranks: Sequence[Weights]
-    team: Threads | Processes
-    prompt: Tensor
-    device: torch.device
-    progress: Progress = field(default_factory=lambda: Progress("", 1))
-
-    def reference(self, dtype: torch.dtype) -> Side:
-        """The unsharded model."""
-        model = skeleton(self.frame.config, dtype, self.device)
-        fill(model, self.frame, self.source, dtype, self.device)
-        skip_layers(model, self.frame.layers)
-        return Side(model, dtype, {}, progress=self._pass)
-
-    def _pass(self) -> None:
-        """Count a pass of one side."""
-        self.progress.step(len(self.frame.layers) + 2)
-
-    def cuts(self) -> dict[str, Cut]:
-        return self.frame.cuts(self.source, self.ranks)
-
-    def sharded(self, rank: int, dtype: torch.dtype, cuts: Mapping[str, Cut]) -> Side:
-        """One rank's model, with its collectives."""
-        model = skeleton(self.frame.config, dtype, self.device)
-        fill(model, self.frame, self.ranks[rank], dtype, self.device, rank)
-        link = connect(model, self.frame.config, cuts, rank)
-        skip_layers(model, self.frame.layers)
-        return Side(model, dtype, cuts, rank, link, self._pass)
-
-    def here(self, dtype: torch.dtype) -> dict[int, Side]:
-        """The models of the ranks that this process runs."""
-        cuts = self.cuts()
-        return {rank: self.sharded(rank, dtype, cuts) for rank in self.team.here}
-
-    def alone(self) -> Sides:
-        """The source in the ranks' place."""
-        return replace(self, ranks=[self.source], team=Threads(1))
-
-    def with_layers(self, layers: tuple[int, ...]) -> Sides:
-        return replace(self, frame=replace(self.frame, layers=layers))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import DifferentError, UnsupportedError
 from tpshard.verifier.hf.overrides import Wide
-from tpshard.verifier.hf.parameters import Recipe, recipes
+from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import layer_of
 
@@ -173,7 +173,7 @@ def layers_of(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 @dataclass(frozen=True)
-class Cut:
+class RankShares:
     """How a parameter is spread over the ranks: along which dim, how much each rank has, how much there is.
 
     `alike` says that every rank has all of it.
@@ -220,14 +220,14 @@ class Frame:
         layer = layer_of(key)
         return layer is None or layer in self.layers
 
-    def recipes(self, weights: Weights) -> dict[str, Recipe]:
+    def recipes(self, weights: Weights) -> dict[str, StoredParts]:
         """What the parameters are made of. A tied head is made of the embedding."""
         found = recipes(weights.names(), self.shapes.keys(), self.prefix)
         if self.head not in found and self.embedding in found and self.config.tie_word_embeddings:
             found[self.head] = found[self.embedding]
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
 
-    def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, Cut]:
+    def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, RankShares]:
         """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
         whole = self.recipes(source)
         held = [self.recipes(rank) for rank in ranks]
@@ -249,11 +249,11 @@ class Frame:
                     found=", ".join(map(str, shapes)),
                 )
             for dim in dims:
-                cuts[key] = Cut(dim, tuple(shape[dim] for shape in shapes), full[dim])
+                cuts[key] = RankShares(dim, tuple(shape[dim] for shape in shapes), full[dim])
         return cuts
 
 
-def _experts_in_order(key: str, recipes: Sequence[Recipe], shapes: Sequence[tuple[int, ...]], total: int) -> None:
+def _experts_in_order(key: str, recipes: Sequence[StoredParts], shapes: Sequence[tuple[int, ...]], total: int) -> None:
     """DifferentError unless each rank has all experts, or those that follow the rank's before it."""
     some = any(shape[0] != total for shape in shapes)
     expected = 0

@@ -1,4 +1,4 @@
-"""From opened files to a verdict by the model's own class in transformers."""
+"""What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from functools import partial
 from typing import Any
 
 from tpshard.errors import CorruptError, LocalIOError, UnsupportedError, UsageError
-from tpshard.verifier.engine import Canaries, EngineRun, Judge, OpenedSet
+from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
+from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
-from tpshard.verifier.hf.canaries import exact_canaries, native_canaries
-from tpshard.verifier.hf.sides import Sides
+from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.skeleton import covers, frame_of, library_version, model_config, quiet, same_model
-from tpshard.verifier.hf.tiers import exact, native
 from tpshard.verifier.memory import FILL, available
 from tpshard.verifier.options import COMPUTED_TIERS, VerifyOptions
 from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, elements, not_finite, require_floats
 from tpshard.verifier.report.verdict import Tier, layer_of
+from tpshard.verifier.tiers import exact, native
 
 
 def engine_of(asked: str, config: Mapping[str, Any]) -> str:
@@ -68,7 +68,7 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     )
 
 
-def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[Sides, int]:
+def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
     found, team, device = opened.shards, opened.team, opened.device
     read, other = model_config(opened.config), model_config(found.config)
     if not same_model(read, other):
@@ -79,7 +79,7 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[Sides, int]:
     if ids.shape[1] > positions:
         raise UsageError("the prompt is longer than the model's positions", expected=positions, found=ids.shape[1])
     frame = frame_of(read, chosen_layers(options.layers, read.num_hidden_layers))
-    sides = Sides(frame, opened.source, found.ranks, team, ids.to(device), device)
+    sides = TransformersBackend(frame, opened.source, found.ranks, team, ids.to(device), device)
     _floats(sides)
     need = _memory(sides)
     free = int(available(device) * FILL) // opened.sharing
@@ -95,14 +95,16 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[Sides, int]:
     return sides, min(options.tokens, positions - ids.shape[1])
 
 
-def _begin(sides: Sides, tokens: int, opened: OpenedSet, options: VerifyOptions) -> Mapping[str, Judge]:
+def _begin(
+    sides: TransformersBackend, tokens: int, opened: OpenedSet, options: VerifyOptions
+) -> Mapping[str, JudgeTier]:
     sides.team.together(lambda: all_finite(sides))
 
-    def counting(tier: str) -> Sides:
+    def counting(tier: str) -> TransformersBackend:
         steps = steps_of(tier, len(sides.frame.layers), len(sides.team.here))
         return replace(sides, progress=Progress(f"{tier} tier", steps, opened.say))
 
-    judges: dict[str, Judge] = {
+    judges: dict[str, JudgeTier] = {
         "exact": lambda: (
             exact(counting("exact"), float32=options.float32),
             partial(exact_canaries, sides, float32=options.float32),
@@ -112,18 +114,18 @@ def _begin(sides: Sides, tokens: int, opened: OpenedSet, options: VerifyOptions)
     return {name: judge for name, judge in judges.items() if name in options.computed}
 
 
-def _used(sides: Sides, weights: FileWeights) -> list[str]:
+def _used(sides: TransformersBackend, weights: FileWeights) -> list[str]:
     """The stored tensors that make the model's parameters."""
     return sorted({name for recipe in sides.frame.recipes(weights).values() for name in recipe.stored})
 
 
-def _floats(sides: Sides) -> None:
+def _floats(sides: TransformersBackend) -> None:
     for weights in (sides.source, *sides.ranks):
         assert isinstance(weights, FileWeights)
         require_floats(weights, _used(sides, weights))
 
 
-def _memory(sides: Sides) -> int:
+def _memory(sides: TransformersBackend) -> int:
     """Peak bytes: the source and the ranks that run here in float64, and the larger of them once more as it is read."""
     assert isinstance(sides.source, FileWeights)
     total = elements(sides.source, _used(sides, sides.source))
@@ -135,7 +137,7 @@ def _memory(sides: Sides) -> int:
     return 8 * total + 8 * logits * (2 + len(sides.team.here))
 
 
-def all_finite(sides: Sides) -> None:
+def all_finite(sides: TransformersBackend) -> None:
     """CorruptError where a tensor that is used is NaN or infinite; rank 0 looks at the source."""
     here = sides.team.here
     for weights in (*([sides.source] if 0 in here else []), *(sides.ranks[rank] for rank in here)):
@@ -145,7 +147,7 @@ def all_finite(sides: Sides) -> None:
             raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
 
 
-def unused(sides: Sides) -> list[str]:
+def unused(sides: TransformersBackend) -> list[str]:
     """Stored weights of the source that transformers' model has no place for, and that nothing here looks at."""
     assert isinstance(sides.source, FileWeights)
     used = set(_used(sides, sides.source))
@@ -157,9 +159,10 @@ def unused(sides: Sides) -> list[str]:
     ]
 
 
-def _native(sides: Sides, tokens: int) -> tuple[Tier, Canaries]:
+def _native(sides: TransformersBackend, tokens: int) -> tuple[Tier, Canaries]:
     """The native tier in the dtype of most of the shards' tensors, and its canaries."""
     rank = sides.ranks[0]
     assert isinstance(rank, FileWeights)
     dtype = Counter(rank.dtype(name) for name in _used(sides, rank)).most_common(1)[0][0]
-    return native(sides, dtype, tokens), partial(native_canaries, sides, dtype)
+    steps, wide = sides.teach(tokens)
+    return native(sides, dtype, steps, wide), partial(native_canaries, sides, dtype)

@@ -1,0 +1,125 @@
+"""What runs a model for a verification: tpshard's own decoder, or transformers' classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from tpshard.verifier.group import Processes, Threads
+from tpshard.verifier.options import Say, silent
+from tpshard.verifier.places import Places
+from tpshard.verifier.ranks.open import FileWeights, ShardSet
+from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import Canary, Finding, Tier
+
+T = TypeVar("T")
+LoadRank = Callable[[int, torch.device], Mapping[str, Tensor] | None]
+"""A rank's tensors on a device, as stored; None where its files are not of the form that the loader knows."""
+Canaries = Callable[[], list[Canary]]
+JudgeTier = Callable[[], tuple[Tier, Canaries | None]]
+"""A tier, and what injects its canaries; None where it has none, and no need of them."""
+
+
+@dataclass(frozen=True)
+class OpenedSet:
+    """Shards and source, opened; who runs the ranks, and where.
+
+    `prompt` [batch, length] replaces ids from the seed. `sharing` processes share the device. `load_rank` loads what is
+    kept on a GPU. `say` takes lines about the progress.
+    """
+
+    shards: ShardSet
+    config: Mapping[str, Any]
+    source: FileWeights
+    path: Path
+    team: Threads | Processes
+    device: torch.device
+    prompt: Tensor | None = None
+    sharing: int = 1
+    load_rank: LoadRank | None = None
+    say: Say = silent
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unsharded model's logits [B, S, vocab], and what it chose where a rank must choose the same (experts)."""
+
+    logits: Tensor
+    choices: Any = None
+
+
+class Backend(Protocol):
+    """Both sides of a comparison, and how to run them: shards (`ranks`) and the unsharded model.
+
+    Methods that give a list give every rank's result, in rank order, in every process.
+    """
+
+    @property
+    def ranks(self) -> Sequence[Weights]: ...
+
+    @property
+    def steps(self) -> list[Tensor]:
+        """The prompt alone, as steps of tokens."""
+
+    def with_ranks(self, ranks: Sequence[Weights]) -> Self:
+        """The same with other shards."""
+
+    def with_layers(self, count: int) -> Self:
+        """The same with no layer (0), or with the one (1) in which canaries are put."""
+
+    def alone(self) -> Self:
+        """The source in the ranks' place."""
+
+    def places(self, layer: int | None = None) -> Places:
+        """Where parts lie in a layer's stored tensors; None: the first layer that is compared."""
+
+    def run(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any = None) -> Reference:
+        """The unsharded model on steps of tokens, which go through its KV cache one after the other."""
+
+    def run_ranks(
+        self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Callable[[Tensor], T]
+    ) -> list[T]:
+        """`judge` of each rank's logits. DifferentError or UnsupportedError where shards cannot be run."""
+
+    def errors(self, dtype: torch.dtype, reference: Reference) -> list[float]:
+        """Each rank's end-to-end error on the prompt, of its logits and of what it chose from."""
+
+    def feed(
+        self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
+    ) -> tuple[list[float], list[Finding]]:
+        """The ranks in `dtype` beside the unsharded model in `wide`, every module fed what the unsharded one took.
+
+        Returns every rank's end-to-end error, and its findings in the order of computation. Above `limit`, or with
+        `always`, a finding says what differs inside.
+        """
+
+    def tables(self, dtype: torch.dtype) -> list[Finding]:
+        """Every row of the embedding and of learned positions, of which a prompt alone would look up a few."""
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """A backend that has decided all that comes before the first number.
+
+    `begin` looks for what is not finite, loads what is kept, and gives the tiers to run in order. `lines` say which
+    tier begins. `unsure` are errors of the backend's own, which say nothing of the shards. `settings` and `volatile`
+    are what this backend adds to those of every verdict.
+    """
+
+    engine: str
+    model_type: str
+    prompt_tokens: int
+    tokens: int
+    layers: Sequence[int] | None
+    begin: Callable[[], Mapping[str, JudgeTier]]
+    lines: Mapping[str, str]
+    streamed: bool = False
+    warnings: tuple[str, ...] = ()
+    unsure: tuple[type[Exception], ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    volatile: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,99 @@
+"""Where heads and biases lie in shards that the built-in decoder runs, by the family's names and stored shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from tpshard.verifier.builtin.store import Store
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.places import Stretch
+from tpshard.verifier.ranks.weights import Weights
+
+
+class DecoderPlaces:
+    """The places of one layer; see `Places`. There are no experts, and no layers without attention."""
+
+    def __init__(self, family: Family, ranks: Sequence[Weights], layer: int) -> None:
+        self.family = family
+        self.ranks = ranks
+        self.layer = layer
+        cpu = torch.device("cpu")
+        self.stores = [Store(weights, family, torch.float32, cpu, rank) for rank, weights in enumerate(ranks)]
+        self.held = [store.held(layer) for store in self.stores]
+        self.names: Collection[str] = ranks[0].names()
+        self.kv_heads, self.vocab = family.kv_heads, family.vocab
+        self.rope_order: Tensor | None = None
+        if family.rope is not None:
+            order = torch.arange(family.rope.dims).view(2, -1).T.flatten()
+            self.rope_order = order.argsort() if family.rope.interleaved else order
+
+    def _at(self, module: str | None) -> tuple[str, ...]:
+        return () if module is None else (self.family.layer.format(self.layer) + module,)
+
+    def _name(self, module: str, suffix: str = "weight") -> str:
+        return f"{self.stores[0].full(module)}.{suffix}"
+
+    def _modules(self, role: str, bias: bool) -> tuple[str | None, ...]:
+        family = self.family
+        outside = {"embed": family.embed, "positions": family.positions, "final_norm": family.final_norm}
+        inside = {"out": family.out, "down": family.down, "up": family.up, "norm": family.attn_norm}
+        inside |= {"gate": family.gate or "", "q_norm": family.q_norm or "", "k_norm": family.k_norm or ""}
+        if role == "head":
+            return family.heads_names if bias else (self.stores[0].head(),)
+        return (outside[role],) if role in outside else self._at(inside.get(role) or None)
+
+    def tensors(self, role: str, *, bias: bool = False) -> list[str]:
+        suffix = "bias" if bias else "weight"
+        found = [self._name(module, suffix) for module in self._modules(role, bias) if module is not None]
+        return [name for name in found if name in self.names]
+
+    def axis(self, role: str, name: str) -> int:
+        turned = any(self._name(module) == name for module in self.stores[0].transposed)
+        return int((role in ("out", "down")) is not turned)
+
+    def heads(self, rank: int) -> list[list[Stretch]]:
+        """The rows of each q head, and its biases."""
+        parts = zip(*(self.part(rank, "q", bias=bias) for bias in self._stored()), strict=True)
+        return [list(part) for part in parts]
+
+    def _stored(self) -> list[bool]:
+        """Whether there is a weight (False), and a bias (True), of q."""
+        modules = self._at(self.family.qkv[0])
+        return [bias for bias in (False, True) if self._name(modules[0], "bias" if bias else "weight") in self.names]
+
+    def part(self, rank: int, kind: str, *, bias: bool = False) -> list[Stretch]:
+        """The rows of each head."""
+        family, d = self.family, self.family.head_dim
+        q, kv, _ = self.held[rank]
+        found = []
+        for head in range(q if kind == "q" else kv):
+            module, first = family.qkv["qkv".index(kind) if family.fused is None else 0], head
+            if family.fused == "segments":
+                first += {"q": 0, "k": q, "v": q + kv}[kind]
+            elif family.fused is not None:
+                per = q // kv
+                group, within = divmod(head, per) if kind == "q" else (head, per + "kv".index(kind))
+                first = group * (per + 2) + within
+            (module,) = self._at(module)
+            name = self._name(module, "bias" if bias else "weight")
+            dim = int(not bias and module in self.stores[0].transposed)
+            if name in self.names:
+                found.append(Stretch(name, dim, slice(first * d, (first + 1) * d)))
+        return found
+
+    def gates(self, rank: int) -> list[tuple[Stretch, Stretch]]:
+        return [(Stretch(g), Stretch(up)) for g, up in zip(self.tensors("gate"), self.tensors("up"), strict=False)]
+
+    def experts(self) -> list[tuple[Stretch, Stretch]]:
+        return []
+
+    def twin(self, name: str) -> str | None:
+        """The next layer's, or the first layer's in place of one after the last."""
+        mine, other = (
+            self.stores[0].full(self.family.layer.format(i))
+            for i in (self.layer, (self.layer + 1) % self.family.layers)
+        )
+        return other + name.removeprefix(mine) if name.startswith(mine) and mine != other else None

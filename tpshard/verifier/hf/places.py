@@ -1,0 +1,166 @@
+"""Where heads, biases and experts lie in the stored tensors of any architecture, by names and by how shapes are cut."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from tpshard.verifier.hf.heads import total_heads
+from tpshard.verifier.hf.skeleton import RankShares
+from tpshard.verifier.places import Stretch
+from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import layer_of
+
+CHOICE_BIAS = re.compile(r"(correction_bias|expert_bias)$")
+# By role: the names, and whether the ranks have parts of these tensors, all of them, or either.
+IN_LAYER: dict[str, tuple[re.Pattern[str], bool | None]] = {
+    role: (re.compile(pattern), cut)
+    for role, pattern, cut in (
+        ("out", r"(att(ention|n)\w*|mamba|mixer)\.(o_proj|out_proj|c_proj|dense)\.", True),
+        (
+            "down",
+            r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b",
+            True,
+        ),
+        ("up", r"\b(up_proj|w3|fc1|fc_in|c_fc|gate_up_proj|input_linear|dense_h_to_4h)(_bias)?\b", True),
+        ("q", r"\.q_proj\.", None),
+        ("k", r"\.k_proj\.", None),
+        ("v", r"\.v_proj\.", None),
+        ("fused", r"\.(qkv_proj|c_attn|Wqkv)\.", True),
+        ("gate_up", r"\b(gate_up_proj|input_linear)(_bias)?\b", True),
+        ("first_expert", r"\.experts\.0\.(down_proj|w2)\.", True),
+        ("router", r"\.(gate|router)(\.layer)?\.weight$", False),
+        ("choice_bias", CHOICE_BIAS.pattern, False),
+        ("sinks", r"\.sinks$", None),
+        ("convolution", r"\.conv1d\.", True),
+        ("decay", r"\.A_log$", True),
+        ("qk_norm", r"\.[qk]_norm\.", True),
+        ("k_norm", r"\.k_norm\.", True),
+        ("norm", r"norm|\.ln_", False),
+        ("latent", r"\.kv_a_proj", False),
+    )
+}
+PAIRS = {"gate_proj": "up_proj", "w1": "w3"}
+OUTSIDE = {
+    "embed": ("embed_tokens", "wte", "embed_in"),
+    "head": ("lm_head", "embed_out", "output_projection"),
+    "positions": ("wpe", "embed_positions"),
+    "final_norm": ("norm", "final_layernorm", "final_layer_norm", "norm_f", "ln_f"),
+}
+INTERLEAVED = {"gpt_oss"}
+"""Families that store gate and up alternately."""
+
+
+def is_bias(name: str) -> bool:
+    return name.endswith("bias") and not CHOICE_BIAS.search(name)
+
+
+class StoredPlaces:
+    """The places of one layer in the stored tensors `names`, all by default; see `Places`."""
+
+    def __init__(
+        self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int, names: Sequence[str] | None = None
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.ranks = ranks
+        self.layer = layer
+        wanted = source.names() if names is None else names
+        self.names: Collection[str] = [name for name in wanted if all(name in rank.names() for rank in ranks)]
+        self.kv_heads, self.vocab = total_heads(config)[1], int(config.vocab_size)
+        self.rope_order: Tensor | None = None
+
+    def cut(self, name: str) -> RankShares | None:
+        """How a stored tensor is spread over the ranks; None if each has all of it."""
+        full = self.source.shape(name)
+        shapes = [rank.shape(name) for rank in self.ranks]
+        dims = [dim for dim in range(len(full)) if any(shape[dim] != full[dim] for shape in shapes)]
+        return RankShares(dims[0], tuple(shape[dims[0]] for shape in shapes), full[dims[0]]) if dims else None
+
+    def tensors(self, role: str, *, bias: bool = False) -> list[str]:
+        if role in OUTSIDE:
+            mine = [name for name in self.names if layer_of(name) is None and name.split(".")[-2] in OUTSIDE[role]]
+            return [name for name in mine if is_bias(name) == bias]
+        pattern, cut = IN_LAYER.get(role, (None, None))
+        if pattern is None:
+            return []
+        # A bias behind a sum is whole on every rank.
+        wanted = None if bias else cut
+        return [
+            name
+            for name in self.names
+            if layer_of(name) == self.layer
+            and pattern.search(name)
+            and is_bias(name) == bias
+            and (wanted is None or (self.cut(name) is not None) == wanted)
+        ]
+
+    def axis(self, role: str, name: str) -> int:
+        cut = self.cut(name)
+        assert cut is not None
+        return cut.dim
+
+    def _out(self) -> tuple[str, RankShares, int] | None:
+        """The layer's projection behind the heads, its cut, and the width of a head there."""
+        for name in self.tensors("out"):
+            cut = self.cut(name)
+            assert cut is not None
+            return name, cut, cut.total // total_heads(self.config)[0]
+        return None
+
+    def heads(self, rank: int) -> list[list[Stretch]]:
+        """The inputs of the projection behind the heads: every kind of attention has one."""
+        out = self._out()
+        if out is None:
+            return []
+        name, cut, head = out
+        starts = range(0, cut.sizes[rank] - head + 1, head)
+        return [[Stretch(name, cut.dim, slice(start, start + head))] for start in starts]
+
+    def part(self, rank: int, kind: str, *, bias: bool = False) -> list[Stretch]:
+        found = [Stretch(name) for name in self.tensors(kind, bias=bias)]
+        out = self._out()
+        for name in self.tensors("fused") if out is not None and not bias else ():
+            cut = self.cut(name)
+            assert cut is not None and out is not None
+            q = out[1].sizes[rank]
+            kv = (cut.sizes[rank] - q) // 2
+            first = {"q": 0, "k": q, "v": q + kv}[kind]
+            found.append(Stretch(name, cut.dim, slice(first, first + (q if kind == "q" else kv))))
+        return found
+
+    def gates(self, rank: int) -> list[tuple[Stretch, Stretch]]:
+        found = []
+        for gate, up in PAIRS.items():
+            for name in self.names:
+                other = name.replace(f".{gate}.", f".{up}.")
+                # An attention's gate has no other (AFMoE).
+                if other == name or layer_of(name) != self.layer or other not in self.names or is_bias(name):
+                    continue
+                if self.cut(name) is not None:
+                    found.append((Stretch(name), Stretch(other)))
+        for name in [*self.tensors("gate_up"), *self.tensors("gate_up", bias=True)]:
+            cut = self.cut(name)
+            if cut is not None:
+                half = cut.sizes[rank] // 2
+                two = (slice(0, half), slice(half, None))
+                if self.config.model_type in INTERLEAVED:
+                    two = (slice(0, None, 2), slice(1, None, 2))
+                found.append((Stretch(name, cut.dim, two[0]), Stretch(name, cut.dim, two[1])))
+        return found
+
+    def experts(self) -> list[tuple[Stretch, Stretch]]:
+        stacked = [name for name in self.tensors("down") if len(self.source.shape(name)) == 3]
+        found = [(Stretch(name, 0, slice(0, 1)), Stretch(name, 0, slice(1, 2))) for name in stacked]
+        apart = self.tensors("first_expert")
+        return found + [(Stretch(name), Stretch(name.replace(".experts.0.", ".experts.1."))) for name in apart]
+
+    def twin(self, name: str) -> str | None:
+        """The layer's before this one."""
+        if layer_of(name) != self.layer:
+            return None
+        other = re.sub(rf"(?<=\.){self.layer}(?=\.)", str(max(self.layer - 1, 0)), name, count=1)
+        return other if other in self.names and other != name else None

@@ -1,0 +1,141 @@
+"""Where the parts of a model lie in each rank's stored tensors, and shards that are damaged there on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tpshard.verifier.ranks.weights import Borrowed, Replaced, Weights
+
+EVERYTHING = slice(None)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some indices along one dim of a stored tensor (None: all), and all along the others."""
+
+    name: str
+    dim: int = 0
+    indices: slice | None = None
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        if self.indices is None:
+            return ()
+        return (*(EVERYTHING for _ in range(self.dim)), self.indices)
+
+
+class Places(Protocol):
+    """Where a backend finds the parts of one layer (and of embedding and head), by stored names.
+
+    Roles of tensors are out, down, up, norm, q_norm, k_norm, embed, head, positions, final_norm; of experts and of
+    layers without attention: router, choice_bias, sinks, convolution, decay, qk_norm, latent. A backend gives an empty
+    list for what its models do not have.
+    """
+
+    ranks: Sequence[Weights]
+    names: Collection[str]
+    """All stored tensors that the model is made of."""
+    kv_heads: int
+    vocab: int
+    rope_order: Tensor | None
+    """The rotated dims of a head in the order of the other kind of rotation, halves against pairs."""
+
+    def tensors(self, role: str, *, bias: bool = False) -> list[str]:
+        """The weights, or the biases, of a role."""
+
+    def axis(self, role: str, name: str) -> int:
+        """The dim of a weight along which tensor parallelism cuts its role."""
+
+    def heads(self, rank: int) -> list[list[Stretch]]:
+        """For each of a rank's heads, what moves it when it is exchanged with another's."""
+
+    def part(self, rank: int, kind: str, *, bias: bool = False) -> list[Stretch]:
+        """What makes a rank's "q", "k" or "v"."""
+
+    def gates(self, rank: int) -> list[tuple[Stretch, Stretch]]:
+        """A rank's gates beside what they gate."""
+
+    def experts(self) -> list[tuple[Stretch, Stretch]]:
+        """The first expert's down matrix beside the second's."""
+
+    def twin(self, name: str) -> str | None:
+        """The same tensor in another layer."""
+
+
+class DamagedShards:
+    """Shards whose tensors can be changed, or be taken from other ranks."""
+
+    def __init__(self, places: Places) -> None:
+        self.places = places
+        self.ranks = places.ranks
+        self.tp = len(places.ranks)
+        self.changes: list[dict[str, Tensor]] = [{} for _ in self.ranks]
+        self.borrowed: list[dict[str, Weights]] = [{} for _ in self.ranks]
+
+    def read(self, rank: int, name: str) -> Tensor:
+        """A copy of a tensor, with the changes so far."""
+        tensor = self.changes[rank].get(name)
+        return (self.ranks[rank].get(name) if tensor is None else tensor).to("cpu", copy=True)
+
+    def write(self, rank: int, name: str, tensor: Tensor) -> None:
+        self.changes[rank][name] = tensor.contiguous()
+
+    def put(self, rank: int, stretch: Stretch, value: Tensor) -> None:
+        """Write a stretch of a tensor; nothing where the value has another shape."""
+        tensor = self.read(rank, stretch.name)
+        if tensor[stretch.index].shape == value.shape:
+            tensor[stretch.index] = value
+            self.write(rank, stretch.name, tensor)
+
+    def edit(self, names: Sequence[str], change: Callable[[Tensor], Tensor], rank: int | None = None) -> None:
+        """Apply a change to tensors of one rank, or of all."""
+        for name in names:
+            for r in range(self.tp) if rank is None else [rank]:
+                self.write(r, name, change(self.read(r, name)))
+
+    def roll(self, role: str, rank: int) -> None:
+        """Move what a role's weights hold along their cut dim by one."""
+        for name in self.places.tensors(role):
+            self.write(rank, name, self.read(rank, name).roll(1, self.places.axis(role, name)))
+
+    def swap(self, rank: int, mine: Sequence[Stretch], other: int, theirs: Sequence[Stretch]) -> None:
+        """Exchange stretches of two ranks, or of one, where their shapes agree."""
+        for one, two in zip(mine, theirs, strict=False):
+            first, second = self.read(rank, one.name)[one.index], self.read(other, two.name)[two.index]
+            if first.shape == second.shape:
+                self.put(rank, one, second)
+                self.put(other, two, first)
+
+    def borrow(self, order: Sequence[int], names: Collection[str]) -> None:
+        """Give each rank another's tensors: whole files whatever their shapes, single ones where they fit."""
+        whole = len(names) == len(self.places.names)
+        for rank, lender in enumerate(order):
+            for name in names:
+                if whole or self.ranks[rank].shape(name) == self.ranks[lender].shape(name):
+                    self.borrowed[rank][name] = self.ranks[lender]
+
+    def ranks_if_different(self) -> list[Weights] | None:
+        """The damaged ranks; None when not one bit is different."""
+        for weights, changes, borrowed in zip(self.ranks, self.changes, self.borrowed, strict=True):
+            if any(not torch.equal(tensor.cpu(), weights.get(name).cpu()) for name, tensor in changes.items()) or any(
+                not _same(weights, lender, name) for name, lender in borrowed.items()
+            ):
+                whole = zip(self.ranks, self.borrowed, self.changes, strict=True)
+                return [Replaced(Borrowed(w, b), c) for w, b, c in whole]
+        return None
+
+
+def _same(one: Weights, other: Weights, name: str, step: int = 1024) -> bool:
+    """Whether two ranks' tensors are equal, looked at a few rows at a time: an embedding is large."""
+    if one.shape(name) != other.shape(name):
+        return False
+    rows = one.shape(name)[0] if one.shape(name) else 0
+    if not rows:
+        return torch.equal(one.get(name).cpu(), other.get(name).cpu())
+    blocks = ((at, min(at + step, rows)) for at in range(0, rows, step))
+    return all(torch.equal(one.rows(name, *at).cpu(), other.rows(name, *at).cpu()) for at in blocks)
