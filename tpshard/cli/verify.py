@@ -124,7 +124,7 @@ def verify(
     """Run shards and unsharded model: are they the same function?
 
     The shards run tensor-parallel. Exit 0: they are. 1: they differ. 8: it could not be said for sure, as without
-    torch, where only bytes are compared. Under torchrun or SLURM each process takes a rank. SHARDS may be of any format.
+    torch, where only bytes are compared. Under torchrun or SLURM each process takes a rank. SHARDS may have any format.
 
     \b
       tpshard verify Llama-3.1-8B-tp4

@@ -13,7 +13,7 @@ from torch import Tensor
 from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.options import Say, silent
 from tpshard.verifier.places import Places
-from tpshard.verifier.ranks.open import FileWeights, ShardSet
+from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Canary, Finding, Tier
 
@@ -33,7 +33,7 @@ class OpenedSet:
     kept on a GPU. `say` takes lines about the progress.
     """
 
-    shards: ShardSet
+    shards: RankSet
     config: Mapping[str, Any]
     source: FileWeights
     path: Path

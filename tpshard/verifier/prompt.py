@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpshard.errors import UsageError
 from tpshard.verifier.group import Processes, Threads
-from tpshard.verifier.ranks.open import ShardSet
+from tpshard.verifier.ranks.open import RankSet
 
 PROMPT = 16
 
@@ -37,7 +37,7 @@ def chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] |
     return tuple(sorted({i % count for i in layers}))
 
 
-def require_one_each(opened: ShardSet, team: Threads | Processes) -> None:
+def require_one_each(opened: RankSet, team: Threads | Processes) -> None:
     """UsageError unless as many processes run as there are ranks, or one for all of them."""
     if team.size != len(opened.ranks):
         raise UsageError(
@@ -49,7 +49,7 @@ def require_one_each(opened: ShardSet, team: Threads | Processes) -> None:
         )
 
 
-def another_model(opened: ShardSet, model_type: object) -> UsageError:
+def another_model(opened: RankSet, model_type: object) -> UsageError:
     """The error for shards that are not of the source, which is of this type."""
     return UsageError(
         "the shards are of another model than the source",

@@ -25,7 +25,7 @@ from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_ids, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import (
     FileWeights,
-    ShardSet,
+    RankSet,
     needed,
     not_finite,
     open_shards,
@@ -63,7 +63,7 @@ def _room(family: Family, source: Weights, length: int, tokens: int) -> int:
 class Case:
     """Shards and source, opened and found to be of one model, and all that was decided before a number is computed."""
 
-    opened: ShardSet
+    opened: RankSet
     setup: DecoderBackend
     load: Load
     tokens: int
@@ -73,7 +73,7 @@ class Case:
     """Whether the tokens to decode are the reference's own choices, else they come from the seed."""
 
 
-def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[ShardSet, Mapping[str, Any], FileWeights]:
+def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
     opened = open_shards(Path(shards))
     config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
     return translated(opened, weights.names()), config, weights

@@ -83,7 +83,7 @@ CASTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.fl
 
 
 @dataclass(frozen=True)
-class ShardSet:
+class RankSet:
     """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin.
 
     The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
@@ -105,7 +105,7 @@ def _json(path: Path) -> Any:
     return load_json(read_bytes(path), path)
 
 
-def open_shards(directory: Path) -> ShardSet:
+def open_shards(directory: Path) -> RankSet:
     """Open a shard set by reading headers alone.
 
     Ranks missing, of several widths, or files that cannot be parsed are CorruptErrors. What merely differs from the
@@ -127,7 +127,7 @@ def open_shards(directory: Path) -> ShardSet:
     cast = manifest.get("options", {}).get("dtype")
     if cast is not None and cast not in CASTS:
         raise CorruptError("not a dtype", path=directory / MANIFEST, expected=", ".join(CASTS), found=repr(cast))
-    return ShardSet(
+    return RankSet(
         directory=directory,
         config=_json(directory / CONFIG),
         ranks=tuple(weights for weights, _ in opened),

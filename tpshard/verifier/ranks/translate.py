@@ -12,7 +12,7 @@ from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
-from tpshard.verifier.ranks.open import ShardSet, parameters, require_floats
+from tpshard.verifier.ranks.open import RankSet, parameters, require_floats
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
 
@@ -29,7 +29,7 @@ _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deep
 _OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
 
 
-def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
+def translated(opened: RankSet, source: Collection[str]) -> RankSet:
     """The set with every rank's tensors under the names that the source has, in its order of rows and features.
 
     UnsupportedError for a family whose names in this format are not known.
@@ -43,7 +43,7 @@ def translated(opened: ShardSet, source: Collection[str]) -> ShardSet:
     return replace(opened, ranks=tuple(ranks), stored=opened.ranks)
 
 
-def _renamed(opened: ShardSet) -> list[dict[str, RankPiece]]:
+def _renamed(opened: RankSet) -> list[dict[str, RankPiece]]:
     model_type = str(opened.config.get("model_type"))
     known = _KNOWN.get(opened.format)
     if known is None:
@@ -70,7 +70,7 @@ def _renamed(opened: ShardSet) -> list[dict[str, RankPiece]]:
     return [_tied(pieces, opened.config, family) for pieces in made]
 
 
-def _dealt(opened: ShardSet) -> list[dict[str, RankPiece]]:
+def _dealt(opened: RankSet) -> list[dict[str, RankPiece]]:
     """What each rank holds of a set that stores every rectangle once."""
     made: list[dict[str, RankPiece]] = [{} for _ in opened.ranks]
     owner = {chunk.info: weights for weights, held in zip(opened.ranks, opened.chunks, strict=True)
@@ -108,7 +108,7 @@ def _tied(pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Famil
     return {embedding if name == head else name: piece for name, piece in pieces.items()}
 
 
-def stored_in(opened: ShardSet, what: str, rank: int) -> str | None:
+def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
     """The parameter that holds what a report names (a module, its bias, q of it), where that has another name."""
     weights, name = opened.ranks[rank], what.rpartition(" of ")[2]
     if not isinstance(weights, PieceWeights):
@@ -119,7 +119,7 @@ def stored_in(opened: ShardSet, what: str, rank: int) -> str | None:
     return None if found in (f"{name}.weight", name) else found
 
 
-def require_replicas(opened: ShardSet) -> None:
+def require_replicas(opened: RankSet) -> None:
     """DifferentError where what an engine takes from each rank, and the decoder from one, is not the same on all."""
     names = VLLM.get(str(opened.config.get("model_type"))) if opened.format == "vllm" else None
     if names is not None:
