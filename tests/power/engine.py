@@ -7,6 +7,7 @@ each fed the reference's input, see no less.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ import torch
 from tests.helpers import checkpoints
 from tests.helpers import transformers_runs as library
 from tests.power.table import conditions
+from tpshard.errors import DifferentError
 from tpshard.verifier.criteria import EXACT_LIMIT
 from tpshard.verifier.fault_catalogue import FAULTS
 
@@ -55,7 +57,11 @@ def judge(name: str, tp: int, folder: Path) -> list[Case]:
             continue
         damaged = fault.mutant(sides.places(last))
         if damaged is not None:
-            cases.append(Case(fault.name, kind, tp, library.error(replace(sides, ranks=damaged), wanted, pins)))
+            try:
+                error = library.error(replace(sides, ranks=damaged), wanted, pins)
+            except DifferentError:
+                error = math.inf  # shards that cannot be run at all are noticed
+            cases.append(Case(fault.name, kind, tp, error))
     return cases
 
 
