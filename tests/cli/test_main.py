@@ -78,7 +78,7 @@ def test_help_has_an_example_and_defaults(command: str) -> None:
     assert {"--json", "--quiet", "--help"} <= options
     text = " ".join(result.out.split())
     for option, default in {
-        "--out": "[default: ./MODEL-merged]" if command == "merge" else "[default: ./MODEL-tpN]",
+        "--out": "[default: ./MODEL-merged]" if command == "merge" else "[default: ./MODEL-tpN, or ./MODEL-tpN-FORMAT]",
         "--max-file-size": "[default: as in the source]" if command == "merge" else "[default: 50GB]",
         "--workers": "[default: one per core, at most 8]",
         "--checksum": "[default: sha256]",
@@ -817,3 +817,19 @@ def test_main_takes_arguments_and_exits(model: Path) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["plan", str(model), "--tp", "2", "--json", "-q"])
     assert end.value.code == 0
+
+
+def test_what_a_user_types_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-h, short names of dtypes, a memory with its unit; outputs of two formats do not want one name."""
+    monkeypatch.chdir(tmp_path)
+    llama(Path("model"), vocab_size=12)
+    assert succeeds("-h").out == succeeds("--help").out and "--tp" in succeeds("split", "-h").out
+    for short, name in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+        plans = [succeeds("plan", "model", "--tp", 2, "--dtype", each, "--json").json for each in (short, name)]
+        assert plans[0] == plans[1]
+    for memory in ("80", "80GB", "80 gb", "80G"):
+        plan = succeeds("plan", "model", "--tp", 2, "--gpu-memory", memory, "--json").json
+        assert plan["numbers"]["gpu_memory"] == 80 * 10**9
+    assert fails(2, "plan", "model", "--tp", 2, "--gpu-memory", "80TB")["expected"] == "gigabytes, as in 80 or 80GB"
+    outputs = [succeeds("split", "model", "--tp", 2, *form, "-q").out.strip() for form in ((), ("--format", "vllm"))]
+    assert outputs == ["model-tp2", "model-tp2-vllm"]

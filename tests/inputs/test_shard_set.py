@@ -114,7 +114,13 @@ def test_the_way_out_of_a_lost_file_works(lost: str, size: tuple[object, ...]) -
     shutil.rmtree("set")
     shutil.copytree("whole", "set")
     again = ("split", "model", "--tp", 4, "-o", "set", "--ranks", 3, "--no-fsync", *size)
-    assert "already there and complete" in fails(9, *again)["message"]
+    before = {p.name: p.stat().st_mtime_ns for p in Path("set").iterdir()}
+    done = succeeds(*again, "--json")
+    assert "rank 3 is already there and complete" in done.err and done.json["bytes"] == 0
+    assert [part["file"] for part in done.json["ranks"][0]["parts"]] == sorted(
+        p.name for p in Path("set").glob("rank-00003-*s")
+    )
+    assert {p.name: p.stat().st_mtime_ns for p in Path("set").iterdir()} == before
     path = record(3) if lost == "record" else sorted(Path("set").glob("rank-00003-*.safetensors"))[-1]
     if lost == "end":
         path.write_bytes(path.read_bytes()[:-1])

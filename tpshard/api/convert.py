@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, ReshardOptions, SplitOptions, TargetOptions
 from tpshard.api.progress import followed
-from tpshard.errors import TargetError, UsageError
+from tpshard.errors import UsageError
 from tpshard.execute.publish import Job, Settings, publish
 from tpshard.execute.run import conversion
 from tpshard.execute.target import is_written
-from tpshard.formats import format_of, hf, writes
+from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
 from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
@@ -30,7 +30,7 @@ from tpshard.planning.join import OutputFile, Placed, join
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
-from tpshard.storage.local import read_bytes
+from tpshard.storage.local import load_json, read_bytes
 from tpshard.storage.names import LOCK, MANIFEST, rank_stem
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def split_with(options: SplitOptions) -> WriteReport:
     small = _side_files(checkpoint.side_files)
     if model.dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
+    if report := _complete(planned, target, options.chosen, "split"):
+        return report
     if planned.format.has_ranks:
         output = _ranks(planned, small, target, options.chosen, "split")
     else:
@@ -162,6 +164,8 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
+    if report := _complete(planned, target, options.chosen, "reshard"):
+        return report
     if planned.format.has_ranks:
         output = _ranks(planned, _small(source), target, options.chosen, "reshard")
     else:
@@ -220,19 +224,30 @@ def _ranks(planned: Split, small: Mapping[str, bytes], target: Path, ranks: Sequ
     """Ranks of a planned split; None is all of them, else those that are not complete at `target`."""
     tp = planned.options.tp
     writing = list(range(tp)) if ranks is None else [r for r in ranks if not _is_written(target, planned, r)]
-    if not writing:
-        raise TargetError(
-            f"rank {', '.join(map(str, ranks or ()))} is already there and complete",
-            path=target,
-            hint="`tpshard check` tells whether the whole set is; remove the rank's files to write them again",
-        )
     files = {rank: planned.files(rank) for rank in writing}
 
     def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
-        return {f"{rank_stem(r, tp)}.json": record(planned, r, files[r], digests) for r in writing}
+        return {_record_name(r, tp): record(planned, r, files[r], digests) for r in writing}
 
     beside = {**planned.format.side_files(planned, small), MANIFEST: planned.manifest}
     return _Output(verb, planned.set_id, tp, files, beside, records, shared=ranks is not None)
+
+
+def _complete(planned: Split, target: Path, ranks: Sequence[int] | None, verb: str) -> WriteReport | None:
+    """The report of ranks that an earlier run has completed, as when a job is queued again; None when one is not."""
+    if not ranks or not all(_is_written(target, planned, rank) for rank in ranks):
+        return None
+    tp, parts = planned.options.tp, []
+    for rank in ranks:
+        path = target / _record_name(rank, tp)
+        for part in load_json(read_bytes(path), path)["parts"]:
+            parts.append(RankPart(rank, part["file"], part["size"], part["sha256"]))
+    there = f"nothing was written: rank {', '.join(map(str, ranks))} is already there and complete"
+    return WriteReport(verb, target, tp, planned.set_id, 0, tuple(parts), (there,))
+
+
+def _record_name(rank: int, tp: int) -> str:
+    return f"{rank_stem(rank, tp)}.json"
 
 
 def _whole(
@@ -287,7 +302,9 @@ def _target(out: str | Path | None, model: Model, suffix: str) -> Path:
 
 
 def _suffix(options: Options) -> str:
-    return f"tp{options.tp}" if format_of(options.format).has_ranks else options.format
+    """What tells an output from others of the same model: its tp, and its format where that is not the native one."""
+    named = () if options.format == DEFAULT_FORMAT else (options.format,)
+    return "-".join((f"tp{options.tp}", *named)) if format_of(options.format).has_ranks else options.format
 
 
 def _check_distinct(source: Path | None, target: Path) -> None:
@@ -323,4 +340,4 @@ def _is_written(target: Path, planned: Split, rank: int) -> bool:
     """Whether a rank of this very set is complete in a shared directory."""
     files = planned.files(rank)
     expected = record(planned, rank, files, dict.fromkeys(file.name for file in files))
-    return is_written(target / f"{rank_stem(rank, planned.options.tp)}.json", expected)
+    return is_written(target / _record_name(rank, planned.options.tp), expected)

@@ -14,7 +14,7 @@ from tpshard.errors import UsageError
 from tpshard.execute.publish import Settings
 from tpshard.formats import format_of
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
-from tpshard.planning.model import check_dtype
+from tpshard.planning.model import DTYPE_ALIASES, check_dtype
 
 if TYPE_CHECKING:
     from tpshard.report.capacity import Workload
@@ -35,6 +35,8 @@ class ModelOptions:
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:
+        if self.dtype in DTYPE_ALIASES:
+            object.__setattr__(self, "dtype", DTYPE_ALIASES[self.dtype])
         check_dtype(self.dtype)
 
 

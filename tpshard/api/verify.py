@@ -121,7 +121,7 @@ def judge(options: VerifyOptions, team: Processes | None, sharing: int, say: Say
     skipped: list[Tier] = []
     if computed and not find_spec("torch"):
         if asked:
-            raise UnsupportedError("this needs torch, which is not installed", hint="pip install 'tpshard[torch]'")
+            raise UnsupportedError("this needs torch, which is not installed", hint="pip install torch")
         reason = "torch is not installed, so nothing ran; `--tier bytes` asks for bytes alone"
         skipped += [Tier(name, "inconclusive", reason=reason) for name in computed]
         computed = ()

@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Cut a checkpoint for tensor parallelism, put it back together, and prove that both are right.\n\n"
     "\b\n"
     "  tpshard plan MODEL --tp 4                 show what would be written\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 Checksum = Literal["sha256", "none"]
 KvDtype = Literal["float32", "float16", "bfloat16", "float8"]
-Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+Dtype = Literal["float64", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
 
 
 def _number(option: str, most: int | None = None) -> Callable[[str], int]:
@@ -42,11 +43,13 @@ def _giga(option: str) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            value = float(text) * 1e9
+            value = float(re.sub(r"(?i)\s*GB?(/s)?$", "", text.strip())) * 1e9
         except ValueError:
             value = 0.0
         if not 0 < value < 1e18:
-            raise UsageError(f"{option} does not take this number", expected="gigabytes, as in 80", found=repr(text))
+            raise UsageError(
+                f"{option} does not take this number", expected="gigabytes, as in 80 or 80GB", found=repr(text)
+            )
         return value
 
     return parse
@@ -152,7 +155,10 @@ SET_TP = Annotated[
 ]
 SOURCE = Annotated[str | None, typer.Option(help="The unsharded model: compare every byte with it.", metavar="MODEL")]
 OUT = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Directory to write [default: ./MODEL-tpN].", metavar="DIR")
+    Path | None,
+    typer.Option(
+        "-o", "--out", help="Directory to write [default: ./MODEL-tpN, or ./MODEL-tpN-FORMAT].", metavar="DIR"
+    ),
 ]
 MERGE_OUT = Annotated[
     Path | None, typer.Option("-o", "--out", help="Directory to write [default: ./MODEL-merged].", metavar="DIR")

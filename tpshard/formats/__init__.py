@@ -9,6 +9,7 @@ from tpshard.formats.base import Format
 
 FORMATS = ("native", "vllm", "sglang", "meta", "deepseek", "dcp", "dcp-hf", "hf")
 """Names as `--format` takes them; each is a module of this package with a `FORMAT`."""
+DEFAULT_FORMAT = FORMATS[0]
 
 
 def format_of(name: str) -> Format:

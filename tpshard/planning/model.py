@@ -17,6 +17,8 @@ CASTABLE = ("F64", "F32", "F16", "BF16")
 """Dtypes that `--dtype` casts from and to; everything else (integers, FP8) travels untouched."""
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """The names that config.json and `--dtype` use."""
+DTYPE_ALIASES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What `--dtype` also takes."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ try:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 except ImportError:
-    raise UnsupportedError("this needs torch, which is not installed", hint="pip install 'tpshard[torch]'") from None
+    raise UnsupportedError("this needs torch, which is not installed", hint="pip install torch") from None
 
 DTYPES = {
     "BOOL": torch.bool,

@@ -21,7 +21,7 @@ def against_transformers(setup: DecoderBackend, source: Path) -> Tier:
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
-        raise UnsupportedError("this needs transformers", hint="pip install 'tpshard[transformers]'") from None
+        raise UnsupportedError("this needs transformers", hint="pip install transformers") from None
     if setup.layers is not None:
         return Tier("transformers", "inconclusive", reason="transformers runs all layers, and --layers asks for some")
     # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.

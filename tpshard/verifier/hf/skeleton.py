@@ -33,7 +33,7 @@ MODEL_TYPES = frozenset(
 SEEING = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text models that have positions in three dimensions, which are one for text: then they compute as these do."""
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
-HINT = "pip install 'tpshard[transformers]', or --tier bytes"
+HINT = "pip install transformers, or --tier bytes"
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
 TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
