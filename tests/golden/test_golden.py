@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import making
 import pytest
-import record
+
+from tests.golden import making, record
 
 RECORDED = record.read_record(Path(__file__).with_name("small.json"))
 
