@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkpoints import make
-from tests.helpers.command import tpshard
+from tests.helpers.command import succeeds, tpshard
 from tpshard.api import convert as api
 from tpshard.execute.publish import Settings
 
@@ -108,3 +108,14 @@ def test_not_a_number(pair: tuple[Path, Path], tmp_path: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     result = tpshard("verify", pair[1], "--source", model, *CPU, "--tier", "exact")
     assert result.code == 3 and name in result.err
+
+
+@pytest.mark.parametrize("variant", ["gpt_oss", "phi3", "olmo2", "apertus"])
+def test_models_as_they_are_published(variant: str, tmp_path: Path) -> None:
+    """A padding token that no rank's rows reach (gpt-oss, Phi-4, OLMo 2), tensors without dims (Apertus)."""
+    model, shards = make(variant, tmp_path / "model", pad_token_id=250), tmp_path / "shards"
+    succeeds("split", model, "--tp", 2, "-o", shards, "-q", "--no-fsync")
+    result = succeeds("verify", shards, "--source", model, "--tokens", 1, "--json")
+    assert [(tier["name"], tier["status"]) for tier in result.json["tiers"]] == [
+        ("bytes", "pass"), ("exact", "pass"), ("native", "pass")
+    ]  # fmt: skip

@@ -157,6 +157,8 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
         )
     built: nn.Module = model.train(False)
     for module in built.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # for gradients alone, and refused where a rank has fewer rows
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)

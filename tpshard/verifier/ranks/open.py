@@ -223,11 +223,11 @@ def not_finite(weights: FileWeights, names: Iterable[str], block_bytes: int = 1 
     """The first of the named tensors, and its file, that holds NaN or Inf; read in blocks."""
     for name in names:
         info = weights.infos[name]
-        rows = info.shape[0]
+        rows = info.shape[0] if info.shape else 0
         step = max(1, block_bytes * rows // max(1, info.nbytes))
-        for start in range(0, rows, step):
-            if not bool(weights.rows(name, start, min(start + step, rows)).isfinite().all()):
-                return name, info.file
+        blocks = (weights.rows(name, start, min(start + step, rows)) for start in range(0, rows, step))
+        if not all(bool(block.isfinite().all()) for block in (blocks if info.shape else [weights.get(name)])):
+            return name, info.file
     return None
 
 
