@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.command import llama, tpshard
+import numpy as np
+
+from tests.helpers.command import llama, llama_tensors, tpshard
+from tests.helpers.toys import Tensor
 from tpshard.formats.manifest import digest_of
 
 SECONDS = 10.0
@@ -87,7 +90,12 @@ class Stage:
     @classmethod
     def make(cls, root: Path) -> Stage:
         """A LLaMA of a few hundred numbers, split in each format at tp 2."""
-        model = llama(root / "model", parts=2)
+        rng = np.random.default_rng(0)
+        finite = {
+            name: Tensor(each.dtype, each.shape, rng.normal(0, 0.08, each.shape).astype("<f4").tobytes())
+            for name, each in llama_tensors().items()
+        }
+        model = llama(root / "model", parts=2, tensors=finite)
         sets = {name: root / f"set-{name}" for name in FORMATS}
         for name, out in sets.items():
             done = tpshard("split", model, "--tp", 2, "--format", name, "-o", out)
@@ -120,6 +128,7 @@ def case(stage: Stage, work: Path, rng: random.Random) -> Case:
             ("reshard", held, "--tp", 4, "-o", out, "--allow-pickle"),
             ("inspect", held),
             ("verify", held, "--source", model, "--tier", "bytes"),
+            ("verify", held, "--source", model, "--tier", "exact", "--device", "cpu"),
             ("split", model, "--tp", 2, "--ranks", 0, "-o", held),
         )
     )
@@ -142,6 +151,7 @@ def case(stage: Stage, work: Path, rng: random.Random) -> Case:
             ("split", model, *options, "-o", out),
             ("inspect", model),
             ("archs", "draft", model),
+            ("verify", held, "--source", model, "--tier", "exact", "--device", "cpu"),
         )
     )
     if kind == "rules":

@@ -42,14 +42,18 @@ def describe(config: Mapping[str, Any]) -> Family:
         raise UnsupportedError(
             f"verify does not know the model type {model_type!r}", hint="known: " + ", ".join(sorted(FAMILIES))
         )
-    family = FAMILIES[model_type](Config(config), model_type)
+    try:
+        family = FAMILIES[model_type](Config(config), model_type)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CorruptError(f"config.json does not describe a {model_type}", found=reason) from None
     if family.heads % family.kv_heads:
         raise CorruptError(
             "config.json: the KV heads do not divide the heads",
             expected=f"{family.heads} heads",
             found=f"{family.kv_heads} KV heads",
         )
-    if family.activation not in ACTIVATIONS:
+    if str(family.activation) not in ACTIVATIONS:
         raise UnsupportedError(
             f"verify does not know the activation {family.activation!r}", hint="known: " + ", ".join(ACTIVATIONS)
         )

@@ -42,7 +42,7 @@ TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text model: the config itself, or what a multimodal one nests."""
     nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
-    if config.get("model_type") in MODEL_TYPES or nested is None:
+    if str(config.get("model_type")) in MODEL_TYPES or nested is None:
         return _on_text_alone(config)
     tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     return {**_on_text_alone(nested), "tie_word_embeddings": tied}
@@ -63,7 +63,7 @@ def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def covers(config: Mapping[str, Any]) -> bool:
     """Whether models of this config were tried."""
-    return text_of(config).get("model_type") in MODEL_TYPES
+    return str(text_of(config).get("model_type")) in MODEL_TYPES
 
 
 def model_config(config: Mapping[str, Any]) -> Any:

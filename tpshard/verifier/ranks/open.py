@@ -116,7 +116,7 @@ def open_shards(directory: Path) -> RankSet:
     files = rank_files(directory)
     tp = files.tp
     manifest = _json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
-    recorded = manifest.get("mesh", {}).get("tp", tp)
+    recorded = _said(manifest, "mesh", "tp", tp)
     if recorded != tp:
         raise CorruptError(
             f"{MANIFEST} and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
@@ -124,8 +124,8 @@ def open_shards(directory: Path) -> RankSet:
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
     opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
-    cast = manifest.get("options", {}).get("dtype")
-    if cast is not None and cast not in CASTS:
+    cast = _said(manifest, "options", "dtype", None)
+    if cast is not None and not (isinstance(cast, str) and cast in CASTS):
         raise CorruptError("not a dtype", path=directory / MANIFEST, expected=", ".join(CASTS), found=repr(cast))
     return RankSet(
         directory=directory,
@@ -137,6 +137,16 @@ def open_shards(directory: Path) -> RankSet:
         format=files.format,
         chunks=tuple(chunks for _, chunks in opened) if files.format.startswith("dcp") else (),
     )
+
+
+def _said(manifest: Any, part: str, key: str, default: Any) -> Any:
+    """What a manifest says, which may be anything; the default where it says nothing."""
+    inner = manifest.get(part, {}) if isinstance(manifest, dict) else None
+    if not isinstance(inner, dict):
+        raise CorruptError(
+            f"{MANIFEST} is damaged", path=MANIFEST, expected=f"an object {part!r}", found=repr(inner)[:80]
+        )
+    return inner.get(key, default)
 
 
 def _open_rank(
@@ -159,14 +169,28 @@ def _open_rank(
             warnings.append(f"{name} says that it is of rank {stated}")
     record = directory / f"{rank_stem(rank, files.tp)}.json"
     if record.exists():
-        for part in _json(record).get("parts", []):
-            path = directory / part["file"]
-            if path.exists() and path.stat().st_size != part["size"]:
-                warnings.append(f"{path.name} has {path.stat().st_size} bytes, its record says {part['size']}")
+        sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+        for file, size in _recorded(record):
+            if sizes.get(file, size) != size:
+                warnings.append(f"{file} has {sizes[file]} bytes, its record says {size}")
     named = _numbered(chunks)
     weights = FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)])
     require_floats(weights, parameters(weights))
     return weights, named
+
+
+def _recorded(record: Path) -> list[tuple[str, int]]:
+    """The files of a rank's record with their sizes."""
+    said = _json(record)
+    parts = said.get("parts", []) if isinstance(said, dict) else None
+    try:
+        sizes = [(str(part["file"]), int(part["size"])) for part in parts or []]
+    except (TypeError, KeyError, ValueError, OverflowError):
+        parts = None
+    if parts is None:
+        hint = "copy it again from where the rank's file comes from"
+        raise CorruptError("not a rank's record", path=record, expected="parts with file and size", hint=hint)
+    return sizes
 
 
 def _numbered(chunks: Iterable[Chunk]) -> Chunks:
