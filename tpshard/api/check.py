@@ -23,7 +23,7 @@ from tpshard.report.results import CheckReport, Difference
 from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Handles
 from tpshard.storage.local import read_bytes, safe_path
-from tpshard.storage.names import MANIFEST, SUMS, rank_stem
+from tpshard.storage.names import MANIFEST, SUMS, record_name
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
 
@@ -97,7 +97,7 @@ def check_sums(shards: ShardSet) -> list[str]:
             f"{SUMS} is damaged", path=path, expected="HEX  NAME", found=repr(str(error)), hint=_CHANGED
         ) from None
     weights = {part["file"]: part["sha256"] for record in shards.records.values() for part in record["parts"]}
-    needed = [*weights, *(f"{rank_stem(rank, shards.tp)}.json" for rank in shards.records), MANIFEST]
+    needed = [*weights, *(record_name(rank, shards.tp) for rank in shards.records), MANIFEST]
     for name in needed:
         if name not in listed:
             raise CorruptError(f"{SUMS} does not list {name}", path=path, hint=_CHANGED)

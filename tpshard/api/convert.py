@@ -1,4 +1,4 @@
-"""The verbs: plan, split, merge, reshard, check, inspect. The command line only calls these.
+"""The verbs that plan and write: plan, split, merge, reshard. The command line only calls these.
 
 What only some verbs need is imported inside them: a split of 2 GB takes less than a second, and imports count.
 
@@ -31,7 +31,7 @@ from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import load_json, read_bytes
-from tpshard.storage.names import LOCK, MANIFEST, rank_stem
+from tpshard.storage.names import LOCK, MANIFEST, rank_stem, record_name
 
 if TYPE_CHECKING:
     from tpshard.inputs.shard_set import ShardSet
@@ -227,7 +227,7 @@ def _ranks(planned: Split, small: Mapping[str, bytes], target: Path, ranks: Sequ
     files = {rank: planned.files(rank) for rank in writing}
 
     def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
-        return {_record_name(r, tp): record(planned, r, files[r], digests) for r in writing}
+        return {record_name(r, tp): record(planned, r, files[r], digests) for r in writing}
 
     beside = {**planned.format.side_files(planned, small), MANIFEST: planned.manifest}
     return _Output(verb, planned.set_id, tp, files, beside, records, shared=ranks is not None)
@@ -239,15 +239,11 @@ def _complete(planned: Split, target: Path, ranks: Sequence[int] | None, verb: s
         return None
     tp, parts = planned.options.tp, []
     for rank in ranks:
-        path = target / _record_name(rank, tp)
+        path = target / record_name(rank, tp)
         for part in load_json(read_bytes(path), path)["parts"]:
             parts.append(RankPart(rank, part["file"], part["size"], part["sha256"]))
     there = f"nothing was written: rank {', '.join(map(str, ranks))} is already there and complete"
     return WriteReport(verb, target, tp, planned.set_id, 0, tuple(parts), (there,))
-
-
-def _record_name(rank: int, tp: int) -> str:
-    return f"{rank_stem(rank, tp)}.json"
 
 
 def _whole(
@@ -340,4 +336,4 @@ def _is_written(target: Path, planned: Split, rank: int) -> bool:
     """Whether a rank of this very set is complete in a shared directory."""
     files = planned.files(rank)
     expected = record(planned, rank, files, dict.fromkeys(file.name for file in files))
-    return is_written(target / _record_name(rank, planned.options.tp), expected)
+    return is_written(target / record_name(rank, planned.options.tp), expected)

@@ -22,8 +22,8 @@ from tpshard.planning.join import OutputFile, Placed, parts_by_size, uncollected
 from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, shard
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.storage.names import DCP_METADATA
 
-METADATA = ".metadata"
 _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
 
 
@@ -74,7 +74,7 @@ def _extents(box: Box) -> tuple[Shape, Shape]:
 class Dcp(Format):
     """`__0_0.distcp`: rank and number of a file, as torch names them."""
 
-    side_names = frozenset({METADATA})
+    side_names = frozenset({DCP_METADATA})
     container = True
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
@@ -122,7 +122,7 @@ class Dcp(Format):
             Described(split.model.full_name(tensor.name), tensor.dtype, tensor.shape, found[tensor.name])
             for tensor in split.kept.tensors
         ]
-        return {METADATA: metadata_pickle(tensors, split.set_id)}
+        return {DCP_METADATA: metadata_pickle(tensors, split.set_id)}
 
 
 def _archive(split: Split, rank: int, stored: StoredTensor) -> TensorArchive:

@@ -13,9 +13,8 @@ from tpshard.planning.join import OutputFile, alignment_order, output_file, part
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.storage.names import SAFETENSORS_INDEX
 from tpshard.storage.safetensors import nbytes
-
-INDEX = "model.safetensors.index.json"
 
 
 def outputs(
@@ -38,7 +37,7 @@ def outputs(
     weight_map = {placed.stored.name: file.name for file in written for placed in file.tensors}
     total = sum(nbytes(tensor.dtype, tensor.shape) for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return written, {INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+    return written, {SAFETENSORS_INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
 
 
 class HuggingFace(Format):

@@ -22,7 +22,7 @@ from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.planning.sound import why_unsound
 from tpshard.storage.local import load_json, read_bytes, read_header, safe_path, side_paths
-from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, rank_stem
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, record_name
 from tpshard.storage.safetensors import TensorInfo, nbytes
 from tpshard.storage.source import RankFile
 from tpshard.units import MAX_TP
@@ -369,7 +369,7 @@ def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[Store
 
 def _record(directory: Path, rank: int, tp: int, set_id: str) -> Mapping[str, Any] | None:
     """A rank's record: None when there is none, CorruptError when it is not one of this set and rank."""
-    name = f"{rank_stem(rank, tp)}.json"
+    name = record_name(rank, tp)
     if not (directory / name).exists():
         return None
     path = safe_path(directory, name)

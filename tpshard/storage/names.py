@@ -77,6 +77,11 @@ def rank_stem(rank: int, tp: int) -> str:
     return f"rank-{rank:05}-of-{tp:05}"
 
 
+def record_name(rank: int, tp: int) -> str:
+    """The name of a rank's record, which says that its files are complete."""
+    return f"{rank_stem(rank, tp)}.json"
+
+
 def journal_path(directory: Path, name: str) -> Path:
     """Where the journal of an output file lies."""
     return directory / f".{name}.journal"

@@ -13,7 +13,7 @@ from torch import Tensor
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.storage.local import load_json, read_bytes, read_header, read_range
-from tpshard.storage.names import CONFIG, MANIFEST, rank_stem
+from tpshard.storage.names import CONFIG, MANIFEST, record_name
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 from tpshard.verifier.ranks.dcp import Chunk, Chunks, of_header, of_metadata
@@ -167,7 +167,7 @@ def _open_rank(
         stated = header.metadata.get("tpshard.rank", str(rank))
         if stated != str(rank):
             warnings.append(f"{name} says that it is of rank {stated}")
-    record = directory / f"{rank_stem(rank, files.tp)}.json"
+    record = directory / record_name(rank, files.tp)
     if record.exists():
         sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
         for file, size in _recorded(record):
