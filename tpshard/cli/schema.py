@@ -33,6 +33,6 @@ def schema(name: _NAME = None, json: opt.JSON = False, quiet: opt.QUIET = False)
         if name is not None:
             console.data(known.schema(name))
         elif json:
-            console.data({"schema_version": SCHEMA_VERSION, "command": "schema", "schemas": list(known.SCHEMAS)})
+            console.data({"schema_version": SCHEMA_VERSION, "command": "schema", "schemas": known.names()})
         else:
-            print(*known.SCHEMAS, sep="\n")
+            print(*known.names(), sep="\n")
