@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import full, tiles
-from tpshard.planning.deal import Deal, deal, equal_shares, largest_tp, listing, padded, possible_tp, why_not
+from tpshard.planning.deal import Deal, deal, largest_tp, listing, padded, possible_tp, why_not
 from tpshard.planning.join import assert_coverage
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, intervals, shard, whole
 from tpshard.planning.mesh import Mesh
@@ -102,7 +102,7 @@ def test_values_are_listed_as_one_says_them() -> None:
 def test_kv_heads_fewer_than_ranks_are_repeated_contiguously(
     count: int, tp: int, first: list[int], uneven: bool
 ) -> None:
-    shares = equal_shares(tp) if uneven else None
+    shares = (1,) * tp if uneven else None
     ranges = deal(axes_of(Axis("kv", count, 8, replicate=True)), Mesh(tp), shares, None).ranges["kv"]
     assert ranges == tuple((head, head + 1) for head in first)
 
@@ -111,7 +111,7 @@ def test_kv_heads_fewer_than_ranks_are_repeated_contiguously(
 def test_no_rank_holds_a_query_head_without_its_key_and_value(kv: int, group: int, tp: int, uneven: bool) -> None:
     axes = axes_of(Axis("heads", kv * group, 4, group="kv"), Axis("kv", kv, 4, replicate=True))
     try:
-        ranges = deal(axes, Mesh(tp), equal_shares(tp) if uneven else None)
+        ranges = deal(axes, Mesh(tp), (1,) * tp if uneven else None)
     except UnsupportedError:
         if uneven:  # refused only where a rank would get nothing, or no whole number of copies of a head
             assert (kv < tp and (tp % kv or group < tp // kv)) or kv * group < tp
@@ -290,7 +290,7 @@ def test_replicas_are_equal_boxes_whatever_stands_beside_them() -> None:
 def test_what_an_interleaved_rank_holds() -> None:
     """Groups [q q k v] and [q q k v], 3 groups on 2 ranks: 2 groups and 1."""
     axes = axes_of(Axis("heads", 6, 2, group="kv"), Axis("kv", 3, 2, replicate=True))
-    dealt: Deal = deal(axes, Mesh(2), equal_shares(2))
+    dealt: Deal = deal(axes, Mesh(2), (1, 1))
     cut = Cut("column", 0, ("heads", "kv", "kv"), "kv")
     assert intervals(cut, axes, dealt, 0) == (((0, 16, 0),), (), 16)
     assert intervals(cut, axes, dealt, 1) == (((16, 24, 0),), (), 8)
@@ -379,7 +379,7 @@ def test_companions_are_cut_where_the_module_is_or_not_at_all(
 ) -> None:
     axes, cut, tp = drawn
     try:
-        ranges = deal(axes, Mesh(tp), equal_shares(tp) if uneven else None)
+        ranges = deal(axes, Mesh(tp), (1,) * tp if uneven else None)
     except UnsupportedError:
         return
     dim, ratio = cut.dim or 0, cut.ratio

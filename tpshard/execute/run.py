@@ -26,10 +26,8 @@ Progress = Callable[[int], None]
 """Called with the number of bytes that were moved since the last call, from any thread."""
 
 
-class Action(Protocol):
-    """What is done with a block once its bytes are in `buffer`."""
-
-    def __call__(self, step: FlatStep, block: Box, buffer: memoryview, turn: int) -> None: ...
+Action = Callable[[FlatStep, Box, memoryview, int], None]
+"""What is done with a block of a step once its bytes are in the buffer; the last is the number of the block."""
 
 
 class Loader:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from tpshard.errors import UnsupportedError, UsageError
+from tpshard.errors import UsageError
 from tpshard.planning.axes import Axis
-from tpshard.planning.deal import Deal, deal, equal_shares, listing, possible_tp, why_not
+from tpshard.planning.deal import Deal, deal, require_even
 from tpshard.planning.join import OutputFile, uncollected
 from tpshard.planning.layout import Layout
 from tpshard.planning.mesh import Mesh
@@ -43,7 +43,7 @@ class Options:
         """The ranks' relative shares, None for even ones."""
         if self.shares is not None:
             return tuple(weight(share) for share in self.shares)
-        return equal_shares(self.tp) if self.uneven else None
+        return (1,) * self.tp if self.uneven else None
 
     def even_deal(self, who: str, axes: Mapping[str, Axis], ep: int = 1) -> Deal:
         """Equal ranges of all axes, for an engine (`who`) that takes nothing else.
@@ -57,14 +57,7 @@ class Options:
                 hint="leave them out, or use --format native",
             )
         mesh = Mesh(self.tp, ep=ep)
-        for axis in axes.values():
-            if reason := why_not(axis, mesh.width(axis.along)):
-                raise UnsupportedError(
-                    reason,
-                    expected="tp " + listing(possible_tp(axes)),
-                    found=f"tp {self.tp}",
-                    hint=f"{who} takes even shares only: use one of those",
-                )
+        require_even(axes, mesh, f"{who} takes even shares only: use one of those")
         return deal(axes, mesh)
 
 

@@ -14,12 +14,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.box import Shape
 from tpshard.planning.join import OutputFile, Placed
 from tpshard.planning.layout import StoredTensor
+from tpshard.planning.strides import row_major
 from tpshard.storage.safetensors import nbytes
 
 STORAGES = {
@@ -184,16 +186,11 @@ def _pickle(tensors: Sequence[StoredTensor]) -> bytes:
 
 def _tensor(dtype: str, shape: Shape, number: int) -> bytes:
     """A tensor whose storage is the record `data/number`."""
-    count = 1
-    strides = []
-    for size in reversed(shape):
-        strides.append(count)
-        count *= size
     storage = pickle_text("storage") + f"ctorch\n{STORAGES[dtype]}\n".encode() + pickle_text(str(number))
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
-        + (b"(" + storage + pickle_text("cpu") + pickle_integer(count) + b"tQ")
-        + (pickle_integer(0) + pickle_integers(shape) + pickle_integers(strides[::-1]))
+        + (b"(" + storage + pickle_text("cpu") + pickle_integer(prod(shape)) + b"tQ")
+        + (pickle_integer(0) + pickle_integers(shape) + pickle_integers(row_major(shape)))
         + b"\x89ccollections\nOrderedDict\n)RtR"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from tpshard.errors import UnsupportedError, UsageError
@@ -47,8 +48,18 @@ def deal(
     pad_to: size that padded axes grow to (default: the next multiple of tp).
     UnsupportedError names the axis and the values of tp that work.
     """
+    if shares is None:
+        require_even(axes, mesh, "use one of those, or deal unequal shares with --uneven")
     ranges = {name: _deal_axis(axis, axes, mesh.width(axis.along), shares, pad_to) for name, axis in axes.items()}
     return Deal(mesh, axes, ranges)
+
+
+def require_even(axes: Mapping[str, Axis], mesh: Mesh, hint: str) -> None:
+    """UnsupportedError, with the values of tp that work, for an axis that cannot be dealt evenly."""
+    for axis in axes.values():
+        if reason := why_not(axis, mesh.width(axis.along)):
+            possible = "tp " + listing(possible_tp(axes))
+            raise UnsupportedError(reason, expected=possible, found=f"tp {mesh.tp}", hint=hint)
 
 
 def _deal_axis(
@@ -56,17 +67,6 @@ def _deal_axis(
 ) -> tuple[Range, ...]:
     count = padded(axis, tp, pad_to)
     group = axes[axis.group] if axis.group else None
-    if shares is None:
-        if reason := why_not(axis, tp):
-            raise UnsupportedError(
-                reason,
-                expected="tp " + listing(possible_tp(axes)),
-                found=f"tp {tp}",
-                hint="use one of those, or deal unequal shares with --uneven",
-            )
-        if count < tp:  # replicated, contiguously: ranks 0 and 1 hold unit 0
-            return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))
-        return tuple((r * count // tp, (r + 1) * count // tp) for r in range(tp))
     if axis.replicate and count < tp:
         if tp % count:
             raise UnsupportedError(
@@ -74,7 +74,9 @@ def _deal_axis(
                 expected=f"a tp of at most {count}, or a multiple of it",
                 found=f"tp {tp}",
             )
-        return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))
+        return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))  # ranks 0 and 1 hold unit 0
+    if shares is None:
+        return tuple((r * count // tp, (r + 1) * count // tp) for r in range(tp))
     if group is None or group.count == count or count % group.count:
         return _ranges(_apportion(axis, count, shares))
     per_group = count // group.count
@@ -110,12 +112,7 @@ def _apportion(axis: Axis, count: int, shares: Sequence[Fraction | int]) -> list
 
 
 def _ranges(sizes: Sequence[int]) -> tuple[Range, ...]:
-    ranges = []
-    start = 0
-    for size in sizes:
-        ranges.append((start, start + size))
-        start += size
-    return tuple(ranges)
+    return tuple(pairwise(accumulate(sizes, initial=0)))
 
 
 def padded(axis: Axis, tp: int, pad_to: int | None) -> int:
@@ -156,8 +153,3 @@ def listing(values: Sequence[int]) -> str:
     """`1, 2, 3 or 4`."""
     texts = [str(value) for value in values]
     return " or ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
-
-
-def equal_shares(tp: int) -> tuple[int, ...]:
-    """The shares of `--uneven` without weights."""
-    return (1,) * tp
