@@ -10,22 +10,10 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tpshard.formats.torch_archive import pickle_integer, pickle_integers, pickle_text
+from tpshard.formats.torch_archive import TORCH_NAMES, pickle_integer, pickle_integers, pickle_text
 from tpshard.planning.box import Shape
 
 _CLASSES = "torch.distributed.checkpoint.metadata"
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
 _VERSION = "1.0.0"
 """torch's CURRENT_DCP_VERSION."""
 
@@ -87,19 +75,17 @@ class _Known:
 
     def __call__(self, code: bytes) -> bytes:
         """A reference to the value of `code`."""
-        found = self.numbers.get(code)
-        if found is None:
+        if code not in self.numbers:
             number = struct.pack("<I", len(self.numbers))
             self.code.append(code + b"r" + number + b"0")  # made, remembered, and taken off the stack again
-            found = self.numbers[code] = b"j" + number
-        return found
+            self.numbers[code] = b"j" + number
+        return self.numbers[code]
 
     def text(self, text: str) -> bytes:
         """A string."""
-        found = self.texts.get(text)
-        if found is None:
-            found = self.texts[text] = self(pickle_text(text))
-        return found
+        if text not in self.texts:
+            self.texts[text] = self(pickle_text(text))
+        return self.texts[text]
 
     def type(self, module: str, name: str) -> bytes:
         """A class, or whatever else a module has by name."""
@@ -107,19 +93,17 @@ class _Known:
 
     def size(self, shape: Shape) -> bytes:
         """A torch.Size."""
-        found = self.sizes.get(shape)
-        if found is None:
-            found = self.sizes[shape] = self(self.type("torch", "Size") + pickle_integers(shape) + b"\x85R")
-        return found
+        if shape not in self.sizes:
+            self.sizes[shape] = self(self.type("torch", "Size") + pickle_integers(shape) + b"\x85R")
+        return self.sizes[shape]
 
     def object(self, module: str, name: str, **fields: bytes) -> bytes:
         """An object with these attributes. All of a class are of one form: a checkpoint has one for every chunk."""
-        form = self.forms.get(name)
-        if form is None:
+        if name not in self.forms:
             keys = [self.text(key).replace(b"%", b"%%") + b"%b" for key in fields]
             begin = self.type(module, name).replace(b"%", b"%%")
-            form = self.forms[name] = b"".join((begin, b")\x81}(", *keys, b"ub"))
-        return form % tuple(fields.values())
+            self.forms[name] = b"".join((begin, b")\x81}(", *keys, b"ub"))
+        return self.forms[name] % tuple(fields.values())
 
 
 def _map(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -129,7 +113,7 @@ def _map(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
 def _tensor(known: _Known, tensor: Described) -> bytes:
     layout = known(known.type("torch.serialization", "_get_layout") + pickle_text("torch.strided") + b"\x85R")
     contiguous = known(known.type(_CLASSES, "_MEM_FORMAT_ENCODING") + pickle_integer(0) + b"\x85R")
-    dtype = known.type("torch", _DTYPES[tensor.dtype])
+    dtype = known.type("torch", TORCH_NAMES[tensor.dtype][0])
     # dtype, layout, requires_grad, memory_format, pin_memory: what __setstate__ takes
     state = b"(" + dtype + layout + b"\x89" + contiguous + b"\x89t"
     chunks = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -120,29 +120,18 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily
     merged = _merged(entries, name)
     layer = merged.get("layer", "")
 
-    def full(pattern: str) -> str:
-        return layer + pattern if pattern.startswith(".") else pattern
-
-    def patterns(values: list[str]) -> tuple[str, ...]:
-        return tuple(full(value) for value in values)
+    def full(value: Any) -> Any:
+        """With the layer before every pattern that begins with a dot."""
+        if isinstance(value, dict):
+            return {full(key): full(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return tuple(map(full, value))
+        return layer + value if value.startswith(".") else value
 
     known = {each.name for each in fields(EngineFamily)}
     assert set(merged) <= known, f"unknown keys in {name}: {set(merged) - known}"
-    return EngineFamily(
-        layer=layer,
-        head=merged.get("head", ""),
-        tied=merged.get("tied", ""),
-        extra_layers=merged.get("extra_layers", ""),
-        needs=merged.get("needs", {}),
-        scales=patterns(merged.get("scales", [])),
-        unrepeated=patterns(merged.get("unrepeated", [])),
-        transposed=patterns(merged.get("transposed", [])),
-        float32=patterns(merged.get("float32", [])),
-        fused={full(target): patterns(sources) for target, sources in merged.get("fused", {}).items() if sources},
-        renamed={full(source): full(target) for source, target in merged.get("renamed", {}).items()},
-        cuts={cut: patterns(values) for cut, values in merged.get("cuts", {}).items()},
-        refused={full(pattern): reason for pattern, reason in merged.get("refused", {}).items()},
-    )
+    family = EngineFamily(**{key: full(value) for key, value in merged.items()})
+    return replace(family, fused={target: sources for target, sources in family.fused.items() if sources})
 
 
 def _merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:

@@ -24,19 +24,19 @@ from tpshard.planning.layout import StoredTensor
 from tpshard.planning.strides import row_major
 from tpshard.storage.safetensors import nbytes
 
-STORAGES = {
-    "F64": "DoubleStorage",
-    "F32": "FloatStorage",
-    "F16": "HalfStorage",
-    "BF16": "BFloat16Storage",
-    "I64": "LongStorage",
-    "I32": "IntStorage",
-    "I16": "ShortStorage",
-    "I8": "CharStorage",
-    "U8": "ByteStorage",
-    "BOOL": "BoolStorage",
+TORCH_NAMES = {
+    "F64": ("float64", "DoubleStorage"),
+    "F32": ("float32", "FloatStorage"),
+    "F16": ("float16", "HalfStorage"),
+    "BF16": ("bfloat16", "BFloat16Storage"),
+    "I64": ("int64", "LongStorage"),
+    "I32": ("int32", "IntStorage"),
+    "I16": ("int16", "ShortStorage"),
+    "I8": ("int8", "CharStorage"),
+    "U8": ("uint8", "ByteStorage"),
+    "BOOL": ("bool", "BoolStorage"),
 }
-"""The storage classes of torch's pickles, by dtype; newer dtypes have none."""
+"""What torch calls a dtype, and the storage class of its pickles; newer dtypes have none."""
 ALIGN = 64
 """Where storages begin in an archive: at multiples of this."""
 _LARGE = 0xFFFFFFFF
@@ -148,11 +148,11 @@ def tensor_archive(dtype: str, shape: Shape, note: bytes) -> TensorArchive:
 
 def require_storage(name: str, dtype: str) -> None:
     """UnsupportedError for a dtype that torch's pickles have no storage class for."""
-    if dtype not in STORAGES:
+    if dtype not in TORCH_NAMES:
         raise UnsupportedError(
             f"{name} has the dtype {dtype}, which this format cannot hold",
             tensor=name,
-            expected=", ".join(STORAGES),
+            expected=", ".join(TORCH_NAMES),
             hint="cast it with --dtype, or use --format native",
         )
 
@@ -186,7 +186,7 @@ def _pickle(tensors: Sequence[StoredTensor]) -> bytes:
 
 def _tensor(dtype: str, shape: Shape, number: int) -> bytes:
     """A tensor whose storage is the record `data/number`."""
-    storage = pickle_text("storage") + f"ctorch\n{STORAGES[dtype]}\n".encode() + pickle_text(str(number))
+    storage = pickle_text("storage") + f"ctorch\n{TORCH_NAMES[dtype][1]}\n".encode() + pickle_text(str(number))
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
         + (b"(" + storage + pickle_text("cpu") + pickle_integer(prod(shape)) + b"tQ")
