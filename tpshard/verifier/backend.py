@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from tpshard.verifier.elements import Parameter
 from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.options import Say, silent
 from tpshard.verifier.places import Places
@@ -61,6 +62,12 @@ class Backend(Protocol):
 
     @property
     def ranks(self) -> Sequence[Weights]: ...
+
+    @property
+    def team(self) -> Threads | Processes: ...
+
+    def parameters(self) -> Iterable[Parameter]:
+        """Every tensor of the model beside what each rank has of it, in the order of computation."""
 
     @property
     def steps(self) -> list[Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tpshard.errors import UsageError
 
-COMPUTED_TIERS = ("exact", "native")
-"""The tiers that run the model."""
+COMPUTED_TIERS = ("weights", "exact", "native")
+"""The tiers that look into tensors; the last two run the model."""
 TIERS = ("bytes", *COMPUTED_TIERS)
 REFERENCES = ("tpshard", "transformers")
 ENGINES = ("auto", "tpshard", "transformers")
@@ -30,7 +30,8 @@ class VerifyOptions:
     None: all; negative numbers count from the end. `stream` None: where memory is short. `prompt` is a text for the
     model's tokenizer; None: ids from `seed`. `reference` "transformers" adds that library's own model as a reference.
     `engine` says whose code runs the ranks; auto: transformers' where tpshard's does not cover the model. `nproc` None:
-    a process for each rank on a host with several GPUs, otherwise one for all.
+    a process for each rank on a host with several GPUs, otherwise one for all. `allow_not_run`: how the names of cut
+    tensors begin that need not be run.
     """
 
     shards: Path
@@ -50,6 +51,7 @@ class VerifyOptions:
     rules: Path | None = None
     allow_pickle: bool = False
     nproc: int | None = None
+    allow_not_run: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for what, given, known in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -12,9 +12,11 @@ from torch import Tensor
 from tpshard.verifier.backend import Reference
 from tpshard.verifier.builtin.decoder import Decoder, Probe
 from tpshard.verifier.builtin.layers import Cache
+from tpshard.verifier.builtin.partition import parameters
 from tpshard.verifier.builtin.places import DecoderPlaces
 from tpshard.verifier.builtin.probes import Recorder, Replayer
 from tpshard.verifier.criteria import relative
+from tpshard.verifier.elements import Parameter
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, Processes, Single, Threads
 from tpshard.verifier.progress import Progress
@@ -92,6 +94,9 @@ class DecoderBackend:
 
     def alone(self) -> DecoderBackend:
         return replace(self, ranks=[self.source], team=Threads(1), sequence_parallel=False, keep_ranks=False)
+
+    def parameters(self) -> Iterator[Parameter]:
+        return parameters(self.family, self.source, self.ranks, self.which())
 
     def places(self, layer: int | None = None) -> DecoderPlaces:
         return DecoderPlaces(self.family, self.ranks, self.which()[0] if layer is None else layer)

@@ -51,7 +51,7 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Share:
+class HeadShare:
     """Which heads, KV heads and MLP features of a layer a rank holds, as counts and global offsets."""
 
     q: int
@@ -60,6 +60,26 @@ class Share:
     first_q: int
     first_kv: int
     first_ffn: int
+
+
+def share_of(family: Family, layer: int, ranks: Sequence[tuple[int, int, int]], rank: int) -> HeadShare:
+    """A rank's share of a layer, by what every rank holds of it; DifferentError where that does not add up."""
+    size = len(ranks)
+    firsts = [[0, *accumulate(column)] for column in zip(*ranks, strict=True)]
+    if firsts[0][-1] != family.heads:
+        raise DifferentError(
+            f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=firsts[0][-1]
+        )
+    first_kv = firsts[1][rank]
+    if firsts[1][-1] != family.kv_heads:
+        # Fewer KV heads than ranks: neighbouring ranks hold copies, by the config and not by what is stored.
+        if size % family.kv_heads or any(count != 1 for _, count, _ in ranks):
+            raise DifferentError(
+                f"layer {layer}: the ranks' KV heads do not add up", expected=family.kv_heads, found=firsts[1][-1]
+            )
+        first_kv = rank * family.kv_heads // size
+    q, kv, ffn = ranks[rank]
+    return HeadShare(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
 
 
 class Decoder:
@@ -95,25 +115,7 @@ class Decoder:
         for what, total in (("embedding", sum(r[0] for r in ranks)), ("head", sum(r[1] for r in ranks))):
             if total < family.vocab:
                 raise DifferentError(f"the ranks' {what} rows are too few", expected=family.vocab, found=total)
-        self.shares = [self._share(i, [rank[2][i] for rank in ranks]) for i in range(family.layers)]
-
-    def _share(self, layer: int, ranks: list[tuple[int, int, int]]) -> Share:
-        family, rank, size = self.family, self.group.rank, self.group.size
-        firsts = [[0, *accumulate(column)] for column in zip(*ranks, strict=True)]
-        if firsts[0][-1] != family.heads:
-            raise DifferentError(
-                f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=firsts[0][-1]
-            )
-        first_kv = firsts[1][rank]
-        if firsts[1][-1] != family.kv_heads:
-            # Fewer KV heads than ranks: neighbouring ranks hold copies, by the config and not by what is stored.
-            if size % family.kv_heads or any(count != 1 for _, count, _ in ranks):
-                raise DifferentError(
-                    f"layer {layer}: the ranks' KV heads do not add up", expected=family.kv_heads, found=firsts[1][-1]
-                )
-            first_kv = rank * family.kv_heads // size
-        q, kv, ffn = ranks[rank]
-        return Share(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
+        self.shares = [share_of(family, i, [rank[2][i] for rank in ranks], group.rank) for i in range(family.layers)]
 
     def forward(self, ids: Tensor, cache: Cache | None = None, layers: Sequence[int] | None = None) -> Tensor:
         """Logits [B, S, vocab] of token ids [B, S], which follow those in the cache; through all layers, or these."""
@@ -260,7 +262,7 @@ class Decoder:
             self.probe.share(f"{name}.bias", part.flatten(-2), first)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def _parted(self, share: Share, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _parted(self, share: HeadShare, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, S, n_q, D], k and v [B, S, n_kv, D] from what the projections give, one of them or three."""
         family, d = self.family, self.family.head_dim
         if family.fused is None:
@@ -274,7 +276,7 @@ class Decoder:
             q, k, v = grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :]
         return q, k, v
 
-    def _for_each_q(self, share: Share, x: Tensor) -> Tensor:
+    def _for_each_q(self, share: HeadShare, x: Tensor) -> Tensor:
         """The KV head of every local q head: global q head h attends to KV head h // (heads / kv_heads)."""
         group = self.family.heads // self.family.kv_heads
         wanted = [(share.first_q + q) // group - share.first_kv for q in range(share.q)]

@@ -37,6 +37,7 @@ from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Replaced, Weights, move
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
+from tpshard.verifier.weights_tier import judge_weights
 
 TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
@@ -207,9 +208,11 @@ def _begin(case: Case, opened: OpenedSet, options: VerifyOptions) -> Mapping[str
     kept = team.together(lambda: keep(case, opened.load_rank)) if case.setup.keep_ranks else case
     judges: dict[str, JudgeTier] = {
         name: partial(judge, _counting(kept, name, opened.say), opened.load_rank)
-        for name, judge in zip(COMPUTED_TIERS, (_exact, _native), strict=True)
+        for name, judge in (("exact", _exact), ("native", _native))
         if name in options.computed
     }
+    if "weights" in options.computed:
+        judges = {"weights": partial(judge_weights, case.setup, options.allow_not_run, opened.say), **judges}
     if options.reference == "transformers":
         from tpshard.verifier.builtin.against_transformers import against_transformers
 

@@ -44,9 +44,10 @@ class Store:
             if f"{prefix}{self.family.embed}.weight" in names:
                 object.__setattr__(self, "prefix", prefix)
                 return
-        raise self._missing(f"{self.family.prefixes[0]}{self.family.embed}.weight")
+        raise self.missing(f"{self.family.prefixes[0]}{self.family.embed}.weight")
 
-    def _missing(self, name: str) -> DifferentError:
+    def missing(self, name: str) -> DifferentError:
+        """The error for a tensor that the mathematics cannot do without."""
         return DifferentError(f"rank {self.rank} has no tensor {name}", tensor=name)
 
     def full(self, module: str) -> str:
@@ -67,7 +68,7 @@ class Store:
         """A weight's stored sizes as (out, in)."""
         name = f"{self.full(module)}.weight"
         if name not in self.weights.names():
-            raise self._missing(name)
+            raise self.missing(name)
         shape = self.weights.shape(name)
         if len(shape) != 2:
             raise DifferentError(f"rank {self.rank}: {name} is no matrix", tensor=name, expected="2 dims", found=shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from tpshard.verifier.backend import Reference
 from tpshard.verifier.criteria import CHOICE, relative
+from tpshard.verifier.elements import Parameter
 from tpshard.verifier.group import Group, Processes, Single, Threads
 from tpshard.verifier.hf.overrides import Pinned
 from tpshard.verifier.hf.parallel import connect, is_experts
+from tpshard.verifier.hf.partition import parameters
 from tpshard.verifier.hf.places import StoredPlaces
 from tpshard.verifier.hf.probes import Feeder, ModuleRecorder, blocks, every_expert
 from tpshard.verifier.hf.sides import Side
@@ -83,6 +85,9 @@ class TransformersBackend:
 
     def alone(self) -> TransformersBackend:
         return replace(self, ranks=[self.source], team=Threads(1))
+
+    def parameters(self) -> Iterator[Parameter]:
+        return parameters(self.frame, self.source, self.ranks)
 
     def places(self, layer: int | None = None) -> StoredPlaces:
         names = sorted({name for recipe in self.frame.recipes(self.source).values() for name in recipe.stored})

@@ -21,6 +21,7 @@ from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, req
 from tpshard.verifier.ranks.open import FileWeights, elements, not_finite, require_floats
 from tpshard.verifier.report.verdict import Tier, layer_of
 from tpshard.verifier.tiers import exact, native
+from tpshard.verifier.weights_tier import judge_weights
 
 
 def engine_of(asked: str, config: Mapping[str, Any]) -> str:
@@ -105,6 +106,7 @@ def _begin(
         return replace(sides, progress=Progress(f"{tier} tier", steps, opened.say))
 
     judges: dict[str, JudgeTier] = {
+        "weights": partial(judge_weights, sides, options.allow_not_run, opened.say),
         "exact": lambda: (
             exact(counting("exact"), float32=options.float32),
             partial(exact_canaries, sides, float32=options.float32),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -13,6 +13,17 @@ from torch import Tensor
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES
 from tpshard.verifier.ranks.open import FileWeights
+
+
+def rows_at(read: Callable[[int, int], Tensor], index: Tensor) -> Tensor:
+    """The rows of `index` in its order, of a tensor whose rows `read` gives; neighbours are read at once."""
+    wanted = index.sort().values
+    ends = ((wanted.diff() > 1).nonzero().flatten() + 1).tolist()
+    runs = [(int(wanted[i]), int(wanted[j - 1]) + 1) for i, j in pairwise([0, *ends, len(wanted)]) if j > i]
+    if not runs:
+        return read(0, 0)
+    firsts = torch.cat([torch.arange(first, last) for first, last in runs])
+    return torch.cat([read(first, last) for first, last in runs])[torch.searchsorted(firsts, index)]
 
 
 class RankPiece(Protocol):
@@ -65,15 +76,7 @@ class Rows:
         return (len(self.index), *self.piece.shape[1:])
 
     def rows(self, start: int, stop: int) -> Tensor:
-        wanted, order = self.index[start:stop].sort()
-        # Rows that are neighbours in the file are read at once.
-        ends = ((wanted.diff() != 1).nonzero().flatten() + 1).tolist()
-        runs = [(int(wanted[i]), j - i) for i, j in pairwise([0, *ends, len(wanted)]) if j > i]
-        read = [self.piece.rows(first, first + count) for first, count in runs]
-        if not read:
-            return self.piece.rows(0, 0)
-        joined = torch.cat(read)
-        return joined[order.argsort()]
+        return rows_at(self.piece.rows, self.index[start:stop])
 
 
 @dataclass(frozen=True)

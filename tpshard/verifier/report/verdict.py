@@ -34,7 +34,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Tier:
-    """What a tier found. `status` is pass, fail, inconclusive or skipped; `reason` a sentence when it is not pass."""
+    """What a tier found. `status` is pass, fail, inconclusive or skipped; `reason` a sentence when it is not pass.
+
+    not_run: tensors that were compared and that nothing computes with. by_running: cut tensors of which the tier only
+    knows that the ranks hold all of them: that each holds its own is for the next tier to say.
+    """
 
     name: str
     status: str
@@ -44,6 +48,8 @@ class Tier:
     first: Place | None = None
     findings: tuple[Finding, ...] = ()
     reason: str | None = None
+    not_run: tuple[str, ...] = ()
+    by_running: tuple[str, ...] = ()
 
 
 def layer_of(module: str) -> int | None:
@@ -89,6 +95,11 @@ class Verdict:
         return "pass" if statuses == {"pass"} else "inconclusive"
 
     @property
+    def not_run(self) -> tuple[str, ...]:
+        """Tensors that no tier computes with."""
+        return tuple(name for tier in self.tiers for name in tier.not_run)
+
+    @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.verdict]
 
@@ -118,6 +129,8 @@ class Verdict:
             ],
             "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.bytes_per_rank)],
             "warnings": list(self.warnings),
+            "not_run": list(self.not_run),
+            "by_running": [name for tier in self.tiers for name in tier.by_running],
             "settings": dict(self.settings),
             "volatile": dict(self.volatile),
         }

@@ -1,0 +1,85 @@
+"""The built-in decoder's own partition: which elements of the source a rank must hold, by the family's mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tpshard.verifier.builtin.decoder import HeadShare, share_of
+from tpshard.verifier.builtin.store import Store
+from tpshard.verifier.elements import Held, Parameter
+from tpshard.verifier.families.family import Family
+from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import layer_of
+
+
+def parameters(family: Family, source: Weights, ranks: Sequence[Weights], layers: Sequence[int]) -> Iterator[Parameter]:
+    """Every tensor of the source, and what the ranks hold beside, in the order of computation; last what is not run.
+
+    DifferentError where a rank lacks a tensor, or does not hold whole heads.
+    """
+    cpu = torch.device("cpu")
+    whole = Store(source, family, torch.float64, cpu)
+    stores = [Store(weights, family, torch.float64, cpu, rank) for rank, weights in enumerate(ranks)]
+    seen = set()
+    for module, layer in _modules(family, layers):
+        for suffix in ("weight", "bias"):
+            if not any(store.has(module, suffix) for store in (whole, *stores)):
+                continue
+            sides = [_held(store, module, suffix) for store in (whole, *stores)]
+            fused = family.fused is not None and layer is not None and module.endswith(family.qkv[0])
+            orders = None
+            if fused and sides[0].shape != sides[1].shape:
+                counts = [store.held(layer or 0) for store in stores]
+                shares = [share_of(family, layer or 0, counts, rank) for rank in range(len(ranks))]
+                orders = [fused_order(family, share) for share in shares]
+            padded = module in (family.embed, *family.heads_names)
+            seen.add(f"{whole.full(module)}.{suffix}")
+            yield Parameter(f"{whole.full(module)}.{suffix}", sides[0], sides[1:], orders, padded)
+    for name in source.names():
+        if name not in seen and layer_of(name) in (None, *layers) and all(name in each.names() for each in ranks):
+            yield Parameter(name, Held(source, name), [Held(each, name) for each in ranks], runs=False, known=False)
+
+
+def _modules(family: Family, layers: Sequence[int]) -> Iterator[tuple[str, int | None]]:
+    """Modules with their layer, in the order of computation."""
+    for before in (family.embed, family.positions, family.embed_norm, family.project_in):
+        if before is not None:
+            yield before, None
+    for layer in layers:
+        for name in (
+            *(family.attn_norm, *family.qkv, family.q_norm, family.k_norm, family.out, family.attn_out_norm),
+            *(family.mlp_norm, family.gate, family.up, family.down, family.mlp_out_norm),
+        ):
+            if name is not None:
+                yield family.layer.format(layer) + name, layer
+    for after in (family.final_norm, family.project_out, *family.heads_names):
+        if after is not None:
+            yield after, None
+
+
+def _held(store: Store, module: str, suffix: str) -> Held:
+    """A parameter; the embedding in place of a tied head that is not stored. DifferentError where there is neither."""
+    if store.has(module, suffix):
+        return Held(store.weights, f"{store.full(module)}.{suffix}")
+    if module in store.family.heads_names and suffix == "weight" and store.head() == store.family.embed:
+        return Held(store.weights, f"{store.full(store.family.embed)}.weight")
+    raise store.missing(f"{store.full(module)}.{suffix}")
+
+
+def fused_order(family: Family, share: HeadShare) -> Tensor:
+    """The rows of a fused q, k and v that a rank holds, of all its rows; `Family.fused` says how they lie."""
+    heads, kv, d = family.heads, family.kv_heads, family.head_dim
+    rows = torch.arange((heads + 2 * kv) * d)
+    if family.fused == "segments":
+        q, k, v = torch.split(rows.view(-1, d), [heads, kv, kv])
+    else:
+        groups = rows.view(kv, heads // kv + 2, d)
+        q, k, v = groups[:, :-2].reshape(heads, d), groups[:, -2], groups[:, -1]
+    q = q[share.first_q : share.first_q + share.q]
+    k, v = (each[share.first_kv : share.first_kv + share.kv] for each in (k, v))
+    if family.fused == "segments":
+        return torch.cat([q, k, v]).flatten()
+    return torch.cat([q.view(share.kv, -1, d), k.unsqueeze(1), v.unsqueeze(1)], 1).flatten()

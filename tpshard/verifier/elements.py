@@ -1,0 +1,239 @@
+"""Which of the source's elements each rank must hold, by the verifier's own partition, and whether it does.
+
+A prompt meets what it meets; here every element of every parameter counts, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.ranks.pieces import rows_at
+from tpshard.verifier.ranks.weights import Weights
+
+BLOCK_BYTES = 1 << 24
+"""Bytes of a tensor that are compared at a time."""
+
+
+class Readable(Protocol):
+    """A tensor that is read some rows at a time; one without dims has one row."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor of some weights, by its name."""
+
+    weights: Weights
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weights.shape(self.name)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.weights.rows(self.name, start, stop) if self.shape else self.weights.get(self.name).view(1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a rank must hold of a tensor: all of it, or along `dim` the indices of `order`, -1 for a zero."""
+
+    source: Readable
+    dim: int = 0
+    order: Tensor | None = None
+
+    def fits(self, held: Readable) -> bool:
+        """Whether a rank's tensor is this."""
+        return self.shape == held.shape and difference(held, self) is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        full = self.source.shape
+        return full if self.order is None else (*full[: self.dim], len(self.order), *full[self.dim + 1 :])
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        if self.order is None:
+            return self.source.rows(start, stop)
+        order = self.order if self.dim else self.order[start:stop]
+        index = order.clamp(min=0)
+        if self.dim:
+            part = self.source.rows(start, stop).index_select(self.dim, index)
+        else:
+            part = rows_at(self.source.rows, index)
+        padding = (order < 0).nonzero().flatten()
+        return part.index_fill(self.dim, padding, 0) if len(padding) else part
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of the model: the source's, and what each rank has in its place.
+
+    orders: the indices along the cut dim that each rank must hold, where they are not one range after another. padded:
+    whether ranks may hold zeros behind the last index. runs: whether the backend computes with it. known: whether the
+    backend knows how it is cut; else ranges are tried, and then where each index is found.
+    """
+
+    name: str
+    source: Readable
+    ranks: Sequence[Readable]
+    orders: Sequence[Tensor] | None = None
+    padded: bool = False
+    runs: bool = True
+    known: bool = True
+
+    @cached_property
+    def dim(self) -> int | None:
+        """The dim along which it is cut; None where every rank has all of it. DifferentError for shapes of no cut."""
+        full, shapes = self.source.shape, [rank.shape for rank in self.ranks]
+        pairs = [zip(shape, full, strict=False) for shape in shapes]
+        dims = {dim for each in pairs for dim, (mine, whole) in enumerate(each) if mine != whole}
+        if len(dims) > 1 or any(len(shape) != len(full) for shape in shapes):
+            raise self._differs("does not have the model's shape", list(full), ", ".join(map(str, map(list, shapes))))
+        return next(iter(dims), None)
+
+    def shares(self) -> list[Share]:
+        """What each rank must hold; DifferentError where the ranks' tensors cannot be shares of the whole."""
+        if self.dim is None:
+            return [Share(self.source) for _ in self.ranks]
+        return [Share(self.source, self.dim, order) for order in self._own]
+
+    @cached_property
+    def _own(self) -> list[Tensor]:
+        """The indices of each rank; where nobody knows, ranges are tried, those of two halves, and last a search."""
+        assert self.dim is not None
+        total = self.source.shape[self.dim]
+        parts = (1,) if self.known else (1, 2)
+        tried = [list(self.orders)] if self.orders else [self._ranges(self.dim, count) for count in parts]
+        for orders in tried:
+            shares = [Share(self.source, self.dim, order) for order in orders]
+            if self.known or all(share.fits(held) for held, share in zip(self.ranks, shares, strict=True)):
+                held = torch.cat(orders)
+                short = [len(order) for order in orders] != [rank.shape[self.dim] for rank in self.ranks]
+                if short or len(set(held[held >= 0].tolist())) != total or (not self.padded and bool((held < 0).any())):
+                    sizes = ", ".join(str(rank.shape[self.dim]) for rank in self.ranks)
+                    raise self._differs("is not held once by the ranks together", total, sizes)
+                return orders
+        return self._searched(self.dim)
+
+    def _searched(self, dim: int) -> list[Tensor]:
+        """Where the source has what each rank holds: every index, and each as often as it likes."""
+        places: dict[bytes, int] = {}
+        for index, piece in enumerate(_slices(self.source, dim)):
+            places.setdefault(piece, index)
+        if self.padded:
+            places.setdefault(bytes(len(next(iter(places)))), -1)
+        orders = []
+        for rank, held in enumerate(self.ranks):
+            found = [places.get(piece) for piece in _slices(held, dim)]
+            if None in found:
+                what = f"holds at index {found.index(None)} of dim {dim} what the source does not have"
+                raise self._differs(f"of rank {rank} {what}", None, None)
+            orders.append(torch.tensor(found))
+        lacking = set(places.values()) - set(torch.cat(orders).tolist()) - {-1}
+        if lacking:
+            raise self._differs(f"is not held by any rank at index {min(lacking)} of dim {dim}", None, None)
+        return orders
+
+    def _ranges(self, dim: int, parts: int) -> list[Tensor]:
+        """One range after another of each part; where ranks hold more than there is, neighbours hold the same."""
+        sizes = [rank.shape[dim] // parts for rank in self.ranks]
+        total = self.source.shape[dim] // parts
+        firsts = [0, *accumulate(sizes)]
+        groups, rest = divmod(total, max(1, sizes[0]))
+        if not self.padded and set(sizes) == {sizes[0]} and sum(sizes) > total and not rest and groups:
+            firsts = [rank * groups // len(sizes) * sizes[0] for rank in range(len(sizes))]
+        ranges = [torch.arange(first, first + size) for first, size in zip(firsts, sizes, strict=False)]
+        return [
+            torch.cat([torch.where(each < total, each + part * total, -1) for part in range(parts)]) for each in ranges
+        ]
+
+    def _differs(self, message: str, expected: object, found: object) -> DifferentError:
+        return DifferentError(f"{self.name} {message}", tensor=self.name, expected=expected, found=found)
+
+
+def _slices(tensor: Readable, dim: int) -> Iterator[bytes]:
+    """The bytes of every index of a tensor along a dim."""
+    whole = _bits(tensor.rows(0, tensor.shape[0]).movedim(dim, 0))
+    for index in range(len(whole)):
+        yield whole[index].contiguous().numpy().tobytes()
+
+
+def _rows(tensor: Readable) -> int:
+    return tensor.shape[0] if tensor.shape else 1
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes, with the bytes of an element in the last dim."""
+    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first element of a rank's tensor that is not the source's, and the values of both."""
+
+    element: tuple[int, ...]
+    expected: float
+    found: float
+
+    @property
+    def size(self) -> float:
+        """How far apart they are; infinite where one is not a number."""
+        apart = abs(self.expected - self.found)
+        return apart if math.isfinite(apart) else math.inf
+
+
+def difference(held: Readable, share: Readable) -> Difference | None:
+    """Where a rank's tensor is not, bit for bit, what it must be; of another dtype, it must hold the same values."""
+    rows = _rows(held)
+    count = torch.Size(held.shape).numel()
+    step = max(1, BLOCK_BYTES * rows // max(1, 8 * count))
+    for start in range(0, rows if count else 0, step):
+        found, wanted = held.rows(start, start + min(step, rows - start)), share.rows(start, min(start + step, rows))
+        if found.dtype != wanted.dtype:
+            found, wanted = found.double(), wanted.double()
+        if not torch.equal(_bits(found), _bits(wanted)):
+            first = (_bits(found) != _bits(wanted)).any(-1).nonzero()[0].tolist()
+            return Difference((start + first[0], *first[1:]), float(wanted[tuple(first)]), float(found[tuple(first)]))
+    return None
+
+
+@dataclass(frozen=True)
+class CutSource:
+    """The source as weights of one rank: what that rank must hold, read from the source when it is needed."""
+
+    shares: dict[str, Share]
+
+    def names(self) -> Collection[str]:
+        return self.shares.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shares[name].shape
+
+    def get(self, name: str) -> Tensor:
+        share = self.shares[name]
+        return share.rows(0, _rows(share)).view(share.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.shares[name].rows(start, stop)
+
+
+def cut_source(parameters: Iterable[Parameter], tp: int) -> list[CutSource]:
+    """The source cut for every rank."""
+    ranks: list[dict[str, Share]] = [{} for _ in range(tp)]
+    for parameter in parameters:
+        for held, share in zip(ranks, parameter.shares(), strict=True):
+            held[parameter.name] = share
+    return [CutSource(held) for held in ranks]

@@ -1,0 +1,64 @@
+"""Which elements of the source each rank must hold of the parameters of transformers' classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.elements import Held, Parameter
+from tpshard.verifier.hf.parameters import StoredParts
+from tpshard.verifier.hf.skeleton import Frame
+from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import layer_of
+
+_PLAIN = re.compile(
+    r"\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w[123]|fc1|fc2|q_b_proj|kv_b_proj)(\.(weight|bias))?$"
+)
+"""Modules that are cut in ranges, one a rank: heads or features lie one behind another in every class that runs."""
+
+
+@dataclass(frozen=True)
+class HeldParts:
+    """A parameter that is made of several stored tensors, read whole."""
+
+    weights: Weights
+    parts: StoredParts
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parts.shape(self.weights)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.parts.tensor(self.weights)[start:stop]
+
+
+def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Iterator[Parameter]:
+    """Every parameter in the model's order, then the source's tensors that the class has no place for.
+
+    DifferentError where a rank lacks one.
+    """
+    whole, held = frame.recipes(source), [frame.recipes(rank) for rank in ranks]
+    used = {name for recipe in whole.values() for name in recipe.stored}
+    for key in (key for key in frame.shapes if key in whole):
+        for rank, found in enumerate(held):
+            if key not in found:
+                name = whole[key].stored[0]
+                raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
+        padded, known = key in (frame.head, frame.embedding), _PLAIN.search(key) is not None
+        if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
+            for name in whole[key].stored:
+                yield Parameter(name, Held(source, name), [Held(rank, name) for rank in ranks])
+            continue
+        sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
+        yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded)
+    for name in source.names():
+        if name not in used and layer_of(name) in (None, *frame.layers) and all(name in r.names() for r in ranks):
+            yield Parameter(name, Held(source, name), [Held(r, name) for r in ranks], runs=False, known=False)
+
+
+def _held(weights: Weights, parts: StoredParts) -> Held | HeldParts:
+    return HeldParts(weights, parts) if parts.stacked else Held(weights, parts.stored[0])

@@ -1,0 +1,163 @@
+"""The weights tier: every element that a rank holds is the source's, whatever a prompt would meet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.backend import Backend, Canaries
+from tpshard.verifier.elements import Difference, Parameter, Readable, difference
+from tpshard.verifier.options import Say
+from tpshard.verifier.progress import Progress
+from tpshard.verifier.report.verdict import Canary, Finding, Place, Tier, layer_of
+
+
+def judge_weights(backend: Backend, allowed: Sequence[str], say: Say) -> tuple[Tier, Canaries]:
+    """The tier, and what injects its canaries."""
+    return compare_weights(backend, allowed, say), lambda: weights_canaries(backend)
+
+
+def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
+    """Every parameter of every rank beside the same part of the source, bit for bit.
+
+    allowed: how names begin of cut tensors that need not be run; others make the tier inconclusive, since what is cut
+    can be cut wrongly and only a run would show it.
+    """
+    try:
+        parameters = list(backend.parameters())
+        progress = Progress("weights tier", len(parameters) * len(backend.team.here), say)
+        ranks = backend.team.run(lambda group: _compared(parameters, group.rank, progress))
+    except DifferentError as error:
+        place = Place(error.tensor or "", layer_of(error.tensor or ""), None, 1.0)
+        return Tier("weights", "fail", first=place, reason=str(error))
+    elements = sum(torch.Size(parameter.source.shape).numel() for parameter in parameters)
+    idle = [parameter for parameter in parameters if not parameter.runs]
+    tier = Tier(
+        "weights",
+        "pass",
+        {"differences": 0},
+        {"differences": sum(map(len, ranks)), "tensors": len(parameters), "elements": elements},
+        not_run=tuple(parameter.name for parameter in idle),
+        by_running=tuple(each.name for each in parameters if each.runs and not each.known and each.dim is not None),
+    )
+    cut = [parameter.name for parameter in idle if parameter.dim is not None]
+    cut = [name for name in cut if not name.startswith(tuple(allowed) or (" ",))]
+    if any(ranks):
+        return backend.team.once(lambda: _blamed(tier, parameters, ranks))
+    if cut:
+        more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        reason = f"{cut[0]}{more} is cut, and nothing here runs it; --allow-not-run {cut[0]} accepts that"
+        return replace(tier, status="inconclusive", reason=reason)
+    return tier
+
+
+_Found = list[tuple[int, Difference]]
+"""By the number of a parameter, where a rank's tensor differs first."""
+
+
+def _compared(parameters: Sequence[Parameter], rank: int, progress: Progress) -> _Found:
+    found = []
+    for number, parameter in enumerate(parameters):
+        if (apart := difference(parameter.ranks[rank], parameter.shares()[rank])) is not None:
+            found.append((number, apart))
+        progress.step()
+    return found
+
+
+def _blamed(tier: Tier, parameters: Sequence[Parameter], ranks: Sequence[_Found]) -> Tier:
+    """The failed tier: what differs first in the order of computation, and whose it is instead."""
+    number, rank = min((found[0][0], rank) for rank, found in enumerate(ranks) if found)
+    parameter, apart = parameters[number], ranks[rank][0][1]
+    where = f"{parameter.name}{list(apart.element)} of rank {rank}"
+    reason = f"{where} is {apart.found:g} where the source has {apart.expected:g}"
+    for other in range(len(ranks)):
+        if parameter.shares()[other].fits(parameter.ranks[rank]):
+            cut = [each for each in parameters if each.dim is not None]
+            whole = all(_is_of(each, rank, other) and _is_of(each, other, rank) for each in cut)
+            reason = f"{parameter.name} of rank {rank} is the one of rank {other}"
+            reason = f"the files of ranks {rank} and {other} are exchanged" if whole else reason
+            break
+    findings = [
+        Finding(parameters[number].name, at, each.size) for at, found in enumerate(ranks) for number, each in found
+    ]
+    first = Place(parameter.name, layer_of(parameter.name), rank, apart.size)
+    return replace(tier, status="fail", reason=reason, first=first, worst=first, findings=tuple(findings))
+
+
+def _is_of(parameter: Parameter, rank: int, other: int) -> bool:
+    """Whether what a rank holds is another rank's."""
+    return parameter.shares()[other].fits(parameter.ranks[rank])
+
+
+@dataclass(frozen=True)
+class _Damaged:
+    """A tensor whose first block of rows is changed as it is read."""
+
+    held: Readable
+    change: Callable[[Tensor], Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.held.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = self.held.rows(start, stop)
+        return rows if start else self.change(rows.clone())
+
+
+def _bit_flipped(rows: Tensor) -> Tensor:
+    """The last bit of an element in the middle turned over."""
+    flat = rows.view(-1).view(torch.uint8)
+    flat[len(flat) // 2 // rows.element_size() * rows.element_size()] ^= 1
+    return rows
+
+
+def _rows_exchanged(rows: Tensor) -> Tensor:
+    """The first row exchanged with the next one that is another; as it was where all are equal."""
+    others = (rows != rows[:1]).flatten(1).any(-1) if rows.dim() > 1 else rows != rows[:1]
+    if bool(others.any()):
+        other = int(others.nonzero()[0])
+        rows[[0, other]] = rows[[other, 0]]
+    return rows
+
+
+_FAULTS = {"bit-flipped": _bit_flipped, "rows-exchanged": _rows_exchanged, "copy-stale": lambda rows: rows.roll(1, -1)}
+
+
+def weights_canaries(backend: Backend) -> list[Canary]:
+    """Faults in one tensor of each kind, in the last rank's memory; one that changes nothing there is left out."""
+    kinds: dict[str, Parameter] = {}
+    for parameter in backend.parameters():
+        if torch.Size(parameter.ranks[-1].shape).numel() and parameter.runs:
+            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", parameter.name), parameter)
+
+    def work() -> list[Canary]:
+        canaries = []
+        for name, change in _FAULTS.items():
+            # Of a cut that nobody knows, the order of what a rank holds is not judged.
+            sure = [each for each in kinds.values() if each.known or each.dim is None or change is _bit_flipped]
+            judged = [_caught(parameter, change) for parameter in sure]
+            if any(caught is not None for caught in judged):
+                missed = sum(caught is False for caught in judged)
+                canaries.append(Canary(name, "weights", "missed" if missed else "caught", float(missed)))
+        return canaries
+
+    return backend.team.once(work)
+
+
+def _caught(parameter: Parameter, change: Callable[[Tensor], Tensor]) -> bool | None:
+    """Whether the tier sees a changed tensor of the last rank; None where the change changes nothing."""
+    held = parameter.ranks[-1]
+    damaged = _Damaged(held, change)
+    if difference(damaged, held) is None:
+        return None
+    changed = replace(parameter, ranks=(*parameter.ranks[:-1], damaged))
+    try:
+        return difference(damaged, changed.shares()[-1]) is not None
+    except DifferentError:
+        return True
