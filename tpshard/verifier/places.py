@@ -98,11 +98,6 @@ class DamagedShards:
             for r in range(self.tp) if rank is None else [rank]:
                 self.write(r, name, change(self.read(r, name)))
 
-    def roll(self, role: str, rank: int) -> None:
-        """Move what a role's weights hold along their cut dim by one."""
-        for name in self.places.tensors(role):
-            self.write(rank, name, self.read(rank, name).roll(1, self.places.axis(role, name)))
-
     def swap(self, rank: int, mine: Sequence[Stretch], other: int, theirs: Sequence[Stretch]) -> None:
         """Exchange stretches of two ranks, or of one, where their shapes agree."""
         for one, two in zip(mine, theirs, strict=False):
