@@ -34,7 +34,7 @@ from tpshard.verifier.ranks.open import (
     resident,
 )
 from tpshard.verifier.ranks.translate import translated
-from tpshard.verifier.ranks.weights import Replaced, Weights, move
+from tpshard.verifier.ranks.weights import Weights, move, replaced
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
 
@@ -158,7 +158,7 @@ def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: Load
         loaded = load_rank(rank, setup.device)
     if loaded is None:
         return resident(weights, dtype, setup.device, names)
-    return Replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
+    return replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
 
 
 def keep(case: Case, load_rank: LoadRank | None) -> Case:

@@ -18,7 +18,7 @@ from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 from tpshard.verifier.ranks.dcp import Chunk, Chunks, of_header, of_metadata
 from tpshard.verifier.ranks.names import RankFiles, rank_files
-from tpshard.verifier.ranks.weights import Replaced, Weights, move
+from tpshard.verifier.ranks.weights import Borrowed, Weights, blocks, move, replaced
 from tpshard.verifier.report.verdict import layer_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -247,17 +247,15 @@ def not_finite(weights: FileWeights, names: Iterable[str], block_bytes: int = 1 
     """The first of the named tensors, and its file, that holds NaN or Inf; read in blocks."""
     for name in names:
         info = weights.infos[name]
-        rows = info.shape[0] if info.shape else 0
-        step = max(1, block_bytes * rows // max(1, info.nbytes))
-        blocks = (weights.rows(name, start, min(start + step, rows)) for start in range(0, rows, step))
-        if not all(bool(block.isfinite().all()) for block in (blocks if info.shape else [weights.get(name)])):
+        step = max(1, block_bytes * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
+        if not all(bool(block.isfinite().all()) for block in blocks(weights, name, step)):
             return name, info.file
     return None
 
 
 def resident(
     weights: FileWeights, dtype: torch.dtype | None, device: torch.device, names: Iterable[str] | None = None
-) -> Replaced:
+) -> Borrowed:
     """The named tensors (all weights and biases) on a device, in one dtype (None: as stored); others stay in files."""
     chosen = parameters(weights) if names is None else names
-    return Replaced(weights, {name: move(weights.get(name), device, dtype) for name in chosen})
+    return replaced(weights, {name: move(weights.get(name), device, dtype) for name in chosen})

@@ -50,15 +50,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of another piece, each of `index` [n] once and in that order."""
+class _Made:
+    """What is read out of another piece."""
 
     piece: RankPiece
-    index: Tensor
 
     @property
     def stored(self) -> TensorInfo:
         return self.piece.stored
+
+
+@dataclass(frozen=True)
+class Rows(_Made):
+    """Rows of another piece, each of `index` [n] once and in that order."""
+
+    index: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,22 +75,13 @@ class Rows:
         # Rows that are neighbours in the file are read at once.
         ends = ((wanted.diff() != 1).nonzero().flatten() + 1).tolist()
         runs = [(int(wanted[i]), j - i) for i, j in pairwise([0, *ends, len(wanted)]) if j > i]
-        read = [self.piece.rows(first, first + count) for first, count in runs]
-        if not read:
-            return self.piece.rows(0, 0)
-        joined = torch.cat(read)
-        return joined[order.argsort()]
+        read = [self.piece.rows(first, first + count) for first, count in runs or [(0, 0)]]
+        return torch.cat(read)[order.argsort()]
 
 
 @dataclass(frozen=True)
-class Turned:
+class Turned(_Made):
     """A stored tensor with its last two dims exchanged; of a matrix, all is read for any of its rows."""
-
-    piece: RankPiece
-
-    @property
-    def stored(self) -> TensorInfo:
-        return self.piece.stored
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -98,16 +95,11 @@ class Turned:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(_Made):
     """Columns `first` to `last` of another piece (its last dim)."""
 
-    piece: RankPiece
     first: int
     last: int
-
-    @property
-    def stored(self) -> TensorInfo:
-        return self.piece.stored
 
     @property
     def shape(self) -> tuple[int, ...]:

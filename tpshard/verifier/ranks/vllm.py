@@ -18,6 +18,7 @@ from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
+from tpshard.verifier.ranks.weights import equal
 
 Pieces = Iterator[tuple[str, RankPiece]]
 SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
@@ -278,15 +279,7 @@ def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
             module, _, suffix = name.rpartition(".")
             if suffix in SCALES and bool((weights.get(name) != 1.0).any()):
                 raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
-            if module.endswith(names.whole or ("\n",)) and not _same(weights, ranks[0], name):
+            if module.endswith(names.whole or ("\n",)) and not equal(weights, ranks[0], name):
                 raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
             if rank and names.of(name).endswith(names.once or ("\n",)) and bool(weights.get(name).any()):
                 raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")
-
-
-def _same(one: FileWeights, other: FileWeights, name: str, step: int = 1024) -> bool:
-    if name not in other.names() or one.shape(name) != other.shape(name):
-        return False
-    rows = one.shape(name)[0]
-    blocks = ((at, min(at + step, rows)) for at in range(0, rows, step))
-    return all(torch.equal(one.rows(name, *at), other.rows(name, *at)) for at in blocks)
