@@ -153,12 +153,7 @@ def _together(team: Processes | None, work: Callable[[], Path]) -> Path:
 
 
 def _computed(
-    options: VerifyOptions,
-    source: Path,
-    team: Processes | None,
-    sharing: int,
-    compare: Callable[[], Tier],
-    say: Say,
+    options: VerifyOptions, source: Path, team: Processes | None, sharing: int, compare: Callable[[], Tier], say: Say
 ) -> Verdict:
     from tpshard.verifier.run import verify as run
 

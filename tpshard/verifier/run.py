@@ -20,10 +20,7 @@ from tpshard.verifier.options import Say, VerifyOptions, silent
 from tpshard.verifier.ranks.translate import require_replicas, stored_in
 from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
-_LESS = {
-    "tpshard": "--stream needs less, --layers looks at fewer",
-    "transformers": "--layers looks at fewer layers",
-}
+_LESS = {"tpshard": "--stream needs less, --layers looks at fewer", "transformers": "--layers looks at fewer layers"}
 """By engine, the way out where memory does not suffice."""
 
 

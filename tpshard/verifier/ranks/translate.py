@@ -16,14 +16,7 @@ from tpshard.verifier.ranks.open import RankSet, parameters, require_floats
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
 
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
 
 _OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
