@@ -56,11 +56,9 @@ def surroundings(environment: Mapping[str, str] = os.environ) -> Surroundings | 
             url = f"tcp://{host}:{port}?rank={rank}&world_size={size}"
             return _group("SLURM", rank, size, int(get("SLURM_LOCALID") or rank), url)
     except ValueError as error:
-        raise UsageError(
-            "the environment of torchrun or SLURM is not as it should be",
-            found=str(error),
-            hint="unset RANK, WORLD_SIZE and SLURM_PROCID to run alone",
-        ) from None
+        message = "the environment of torchrun or SLURM is not as it should be"
+        hint = "unset RANK, WORLD_SIZE and SLURM_PROCID to run alone"
+        raise UsageError(message, found=str(error), hint=hint) from None
     return None
 
 
@@ -102,11 +100,8 @@ def join(group: Surroundings, device: str, work: Callable[[Processes, int], T]) 
         store.set_timeout(WORK)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
     except (RuntimeError, ValueError, OSError) as error:
-        raise LocalIOError(
-            "the processes could not meet",
-            found=str(error).split("\n")[0],
-            hint=f"start all {group.size} with one torchrun or srun, or unset RANK and SLURM_PROCID to run alone",
-        ) from None
+        hint = f"start all {group.size} with one torchrun or srun, or unset RANK and SLURM_PROCID to run alone"
+        raise LocalIOError("the processes could not meet", found=str(error).split("\n")[0], hint=hint) from None
     try:
         return work(Processes(), devices.count(mine))
     finally:

@@ -36,11 +36,8 @@ class FileWeights:
         self.infos: dict[str, TensorInfo] = {}
         self.cast = cast
         for info in infos:
-            if info.name in self.infos:
-                raise CorruptError(
-                    "a tensor is in two files", path=info.file, tensor=info.name, found=self.infos[info.name].file
-                )
-            self.infos[info.name] = info
+            if (other := self.infos.setdefault(info.name, info)) is not info:
+                raise CorruptError("a tensor is in two files", path=info.file, tensor=info.name, found=other.file)
 
     def names(self) -> Collection[str]:
         return self.infos.keys()
@@ -116,11 +113,9 @@ def open_shards(directory: Path) -> RankSet:
     files = rank_files(directory)
     tp = files.tp
     manifest = _json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
-    recorded = _said(manifest, "mesh", "tp", tp)
-    if recorded != tp:
-        raise CorruptError(
-            f"{MANIFEST} and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
-        )
+    if (recorded := _said(manifest, "mesh", "tp", tp)) != tp:
+        message = f"{MANIFEST} and the rank files disagree"
+        raise CorruptError(message, path=directory, expected=f"tp {recorded}", found=f"tp {tp}")
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
     opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
@@ -143,9 +138,8 @@ def _said(manifest: Any, part: str, key: str, default: Any) -> Any:
     """What a manifest says, which may be anything; the default where it says nothing."""
     inner = manifest.get(part, {}) if isinstance(manifest, dict) else None
     if not isinstance(inner, dict):
-        raise CorruptError(
-            f"{MANIFEST} is damaged", path=MANIFEST, expected=f"an object {part!r}", found=repr(inner)[:80]
-        )
+        expected, found = f"an object {part!r}", repr(inner)[:80]
+        raise CorruptError(f"{MANIFEST} is damaged", path=MANIFEST, expected=expected, found=found)
     return inner.get(key, default)
 
 
@@ -216,13 +210,9 @@ def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
     """UnsupportedError for the first of the named tensors that is not of a floating-point dtype."""
     for name in names:
         if weights.dtype(name) not in FLOATS:
-            raise UnsupportedError(
-                "verify computes with floating-point weights only",
-                path=weights.infos[name].file,
-                tensor=name,
-                expected="F64, F32, F16 or BF16",
-                found=weights.infos[name].dtype,
-            )
+            info = weights.infos[name]
+            message, expected = "verify computes with floating-point weights only", "F64, F32, F16 or BF16"
+            raise UnsupportedError(message, path=info.file, tensor=name, expected=expected, found=info.dtype)
 
 
 def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False) -> tuple[Any, FileWeights]:

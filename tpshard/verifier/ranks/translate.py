@@ -39,12 +39,9 @@ def translated(opened: RankSet, source: Collection[str]) -> RankSet:
 def _renamed(opened: RankSet) -> list[dict[str, RankPiece]]:
     model_type, known = str(opened.config.get("model_type")), _KNOWN[opened.format]
     if model_type not in known:
-        raise UnsupportedError(
-            f"verify does not know the names that the format {opened.format} has for model_type {model_type!r}",
-            path=opened.directory,
-            expected=", ".join(sorted(known)),
-            hint=_OTHERWISE,
-        )
+        what = f"the names that the format {opened.format} has for model_type {model_type!r}"
+        message, expected = f"verify does not know {what}", ", ".join(sorted(known))
+        raise UnsupportedError(message, path=opened.directory, expected=expected, hint=_OTHERWISE)
     family, every = _described(opened.config), range(len(opened.ranks))
     if opened.format == "meta":
         return [dict(published.meta(opened.ranks, family, rank)) for rank in every]

@@ -235,12 +235,8 @@ class Rank:
             return Rows(Joined(every), torch.cat((torch.arange(first, last), torch.arange(half + first, half + last))))
         fitting = (self.family.heads + 2 * self.family.kv_heads) * self.family.head_dim
         if rows != fitting:
-            raise DifferentError(
-                f"the ranks' rows of {stored.name} together are not the model's q, k and v",
-                tensor=stored.name,
-                expected=fitting,
-                found=rows,
-            )
+            message = f"the ranks' rows of {stored.name} together are not the model's q, k and v"
+            raise DifferentError(message, tensor=stored.name, expected=fitting, found=rows)
         apart = [self._q_k_v(layer, stored) for stored in every]
         sorted_rows = [Rows(every[other], apart[other][i]) for i in range(3) for other in range(tp)]
         return Rows(Joined(sorted_rows), torch.arange(rows * rank // tp, rows * (rank + 1) // tp))
