@@ -162,11 +162,10 @@ def _open_rank(
         if stated != str(rank):
             warnings.append(f"{name} says that it is of rank {stated}")
     record = directory / record_name(rank, files.tp)
-    if record.exists():
-        sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-        for file, size in _recorded(record):
-            if sizes.get(file, size) != size:
-                warnings.append(f"{file} has {sizes[file]} bytes, its record says {size}")
+    sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+    for file, size in _recorded(record) if record.exists() else ():
+        if sizes.get(file, size) != size:
+            warnings.append(f"{file} has {sizes[file]} bytes, its record says {size}")
     named = _numbered(chunks)
     weights = FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)])
     require_floats(weights, parameters(weights))
@@ -176,15 +175,11 @@ def _open_rank(
 def _recorded(record: Path) -> list[tuple[str, int]]:
     """The files of a rank's record with their sizes."""
     said = _json(record)
-    parts = said.get("parts", []) if isinstance(said, dict) else None
     try:
-        sizes = [(str(part["file"]), int(part["size"])) for part in parts or []]
-    except (TypeError, KeyError, ValueError, OverflowError):
-        parts = None
-    if parts is None:
-        hint = "copy it again from where the rank's file comes from"
-        raise CorruptError("not a rank's record", path=record, expected="parts with file and size", hint=hint)
-    return sizes
+        return [(str(part["file"]), int(part["size"])) for part in said.get("parts", [])]
+    except (AttributeError, TypeError, KeyError, ValueError, OverflowError):
+        expected, hint = "parts with file and size", "copy it again from where the rank's file comes from"
+        raise CorruptError("not a rank's record", path=record, expected=expected, hint=hint) from None
 
 
 def _numbered(chunks: Iterable[Chunk]) -> Chunks:
@@ -192,13 +187,10 @@ def _numbered(chunks: Iterable[Chunk]) -> Chunks:
     found: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         found.setdefault(chunk.info.name, []).append(chunk)
-    return {
-        name: [
-            replace(chunk, info=replace(chunk.info, name=f"{name}#{i}")) if len(each) > 1 else chunk
-            for i, chunk in enumerate(each)
-        ]
-        for name, each in found.items()
-    }
+    for name, each in found.items():
+        if len(each) > 1:
+            found[name] = [Chunk(chunk.at, replace(chunk.info, name=f"{name}#{i}")) for i, chunk in enumerate(each)]
+    return found
 
 
 def parameters(weights: Weights) -> list[str]:
