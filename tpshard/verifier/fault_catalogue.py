@@ -115,8 +115,7 @@ def _q_k_v(kinds: str) -> Inject:
 
 
 def _q_and_k_norms(places: Places, rank: int) -> Pairs:
-    q, k = (map(Stretch, places.tensors(role)) for role in ("q_norm", "k_norm"))
-    return zip(q, k, strict=False)
+    return zip(*(map(Stretch, places.tensors(role)) for role in ("q_norm", "k_norm")), strict=False)
 
 
 def _router_rows(places: Places, rank: int) -> Pairs:
@@ -131,14 +130,6 @@ def _edit(role: str, change: Change, rank: int | None = None, *, bias: bool = Fa
 def _by_tp(role: str, operate: Callable[[Tensor, int], Tensor], *, bias: bool = True) -> Inject:
     """Scale a role's biases, or weights, by tp on all ranks."""
     return lambda shards, places: shards.edit(places.tensors(role, bias=bias), lambda x: operate(x, shards.tp))
-
-
-def _row_shifted(weight: Tensor) -> Tensor:
-    return weight.roll(1, 0)
-
-
-def _padding_in_front(weight: Tensor) -> Tensor:
-    return torch.cat((torch.zeros_like(weight[:1]), weight[:-1]))
 
 
 def _sign_of_the_largest(weight: Tensor) -> Tensor:
@@ -248,17 +239,17 @@ _OTHERS = (
     Fault("out-scaled-by-tp", _by_tp("out", mul, bias=False)),
     Fault("out-of-a-rank-missing", _edit("out", torch.zeros_like, -1)),  # read as zeros
     Fault("down-of-a-rank-missing", _edit("down", torch.zeros_like, -1)),
-    Fault("embedding-row-shifted", _edit("embed", _row_shifted, 0)),
+    Fault("embedding-row-shifted", _edit("embed", lambda x: x.roll(1, 0), 0)),
     Fault("down-column-shifted", _shifted("down")),
     Fault("out-column-shifted", _shifted("out")),
-    Fault("padding-is-embedded", _edit("embed", _padding_in_front, 0), structural=False),
+    Fault("padding-is-embedded", _edit("embed", lambda x: torch.cat((x[:1] * 0, x[:-1])), 0), structural=False),
     Fault("padding-not-zero", _padding_not_zero, structural=False, harmless=True),
     Fault("norm-of-another-layer", _norm_of_another_layer, structural=False),
     Fault("norm-of-one-rank-stale", _edit("norm", lambda x: x * 1.01 + 0.01, 0, which=FIRST), structural=False),
     Fault("latent-of-one-rank-stale", _edit("latent", lambda x: x * 1.01, -1), structural=False),
     Fault("final-norm-dropped", _edit("final_norm", torch.ones_like), structural=False),
     Fault("a-layer-stale", _a_layer_stale),
-    Fault("positions-shifted", _edit("positions", _row_shifted), structural=False),
+    Fault("positions-shifted", _edit("positions", lambda x: x.roll(1, 0)), structural=False),
     Fault("sign-of-an-element-of-down", _edit("down", _sign_of_the_largest, -1, which=LAST), structural=False),
     Fault("square-transposed", _edit("out", _turned, 0)),
     Fault("cast-through-a-smaller-dtype", _edit("down", _narrowed, 0, which=LAST), structural=False),

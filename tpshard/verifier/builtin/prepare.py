@@ -187,7 +187,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     case = team.together(lambda: prepare(opened, options))
     case = team.together(lambda: choose(case, opened, options))
     setup = case.setup
-    lines = {name: f"{name} tier" for name in COMPUTED_TIERS}
     return EngineRun(
         engine="tpshard",
         model_type=setup.family.model_type,
@@ -195,7 +194,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         tokens=case.tokens,
         layers=setup.layers,
         begin=lambda: _begin(case, opened, options),
-        lines={**lines, "transformers": "transformers as the reference"},
         streamed=setup.block_bytes is not None and not setup.keep_ranks,
         settings={"tokens_from": "the reference" if case.taught else "the seed"},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ CASTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.fl
 
 @dataclass(frozen=True)
 class RankSet:
-    """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin.
+    """A directory of rank files: the ranks in order, the config, and what the manifest says that weights were cast to.
 
     The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them.
@@ -90,7 +90,6 @@ class RankSet:
     directory: Path
     config: Mapping[str, Any]
     ranks: tuple[FileWeights, ...]
-    source: Mapping[str, Any] = field(default_factory=dict)
     cast: torch.dtype | None = None
     warnings: tuple[str, ...] = ()
     format: str = "native"
@@ -126,7 +125,6 @@ def open_shards(directory: Path) -> RankSet:
         directory=directory,
         config=_json(directory / CONFIG),
         ranks=tuple(weights for weights, _ in opened),
-        source=manifest.get("source", {}),
         cast=None if cast is None else CASTS[cast],
         warnings=tuple(warnings),
         format=files.format,
