@@ -30,18 +30,15 @@ def draft(model: str | Path, revision: str | None = None, *, allow_pickle: bool 
     nested = text is not None and text.key is not None
     for model_type in (outer, text.model_type if text and nested else None):
         if name := next((a.name for a in architectures if model_type in a.model_types), None):
-            raise UsageError(
-                f"there are rules for model_type {model_type!r} already",
-                path=checkpoint.config_path,
-                hint=f"`tpshard archs show {name}` prints them",
-            )
+            message = f"there are rules for model_type {model_type!r} already"
+            hint = f"`tpshard archs show {name}` prints them"
+            raise UsageError(message, path=checkpoint.config_path, hint=hint)
     if not isinstance(outer, str) and not nested:
         raise UnsupportedError("config.json names no model_type", path=checkpoint.config_path, hint="give it one")
     if text is None or not nested:
         return make(checkpoint.config, checkpoint.tensors, architectures)
-    return make(
-        {**text.config, "model_type": text.model_type}, decoder_tensors(text.config, checkpoint.tensors), architectures
-    )
+    config = {**text.config, "model_type": text.model_type}
+    return make(config, decoder_tensors(text.config, checkpoint.tensors), architectures)
 
 
 def save(made: Draft, path: Path) -> None:

@@ -42,12 +42,9 @@ def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference
         for file in shards.files[rank]:
             part = listed.pop(file.path.name, None)
             if part is None or part["size"] != file.size:
-                raise CorruptError(
-                    f"{file.path.name} does not have its recorded size",
-                    path=file.path,
-                    expected="not recorded" if part is None else part["size"],
-                    found=file.size,
-                )
+                expected = "not recorded" if part is None else part["size"]
+                message = f"{file.path.name} does not have its recorded size"
+                raise CorruptError(message, path=file.path, expected=expected, found=file.size)
             if part["sha256"] is None:
                 notes.append(f"{file.path.name} has no recorded checksum")
             else:
@@ -93,9 +90,8 @@ def check_sums(shards: ShardSet) -> list[str]:
     try:
         listed = read_sums(read_bytes(path))
     except ValueError as error:
-        raise CorruptError(
-            f"{SUMS} is damaged", path=path, expected="HEX  NAME", found=repr(str(error)), hint=_CHANGED
-        ) from None
+        bad = repr(str(error))
+        raise CorruptError(f"{SUMS} is damaged", path=path, expected="HEX  NAME", found=bad, hint=_CHANGED) from None
     weights = {part["file"]: part["sha256"] for record in shards.records.values() for part in record["parts"]}
     needed = [*weights, *(record_name(rank, shards.tp) for rank in shards.records), MANIFEST]
     for name in needed:
@@ -156,12 +152,10 @@ def check_source(
 
 def _element(info: TensorInfo, offset: int) -> list[int]:
     """The index of the element that holds a byte of the file."""
+    import numpy
+
     flat = (offset - info.begin) * 8 // DTYPE_BITS[info.dtype]
-    index = []
-    for size in reversed(info.shape):
-        index.append(flat % size)
-        flat //= size
-    return index[::-1]
+    return [int(i) for i in numpy.unravel_index(flat, info.shape)]
 
 
 def check(
@@ -190,13 +184,10 @@ def check_with(options: CheckOptions) -> CheckReport:
     """Check as the options ask for it."""
     found = open_set(Path(options.shards), options.allow_pickle)
     if options.tp not in (None, found.tp):
-        raise DifferentError(
-            f"the shard set is for tp {found.tp}, not tp {options.tp}",
-            path=found.directory,
-            expected=f"tp {options.tp}",
-            found=f"tp {found.tp}",
-            hint=f"`tpshard reshard {found.directory} --tp {options.tp}` makes one",
-        )
+        here, wanted = f"tp {found.tp}", f"tp {options.tp}"
+        message = f"the shard set is for {here}, not {wanted}"
+        hint = f"`tpshard reshard {found.directory} --tp {options.tp}` makes one"
+        raise DifferentError(message, path=found.directory, expected=wanted, found=here, hint=hint)
     found.require_complete()
     unlisted = check_sums(found)
     if options.source is None:

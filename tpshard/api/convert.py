@@ -8,8 +8,8 @@ Every function raises the errors of `tpshard.errors`; results are frozen datacla
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, Reshard
 from tpshard.api.progress import followed
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Job, Settings, publish
-from tpshard.execute.run import conversion
+from tpshard.execute.run import Convert, conversion
 from tpshard.execute.target import is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
@@ -25,16 +25,14 @@ from tpshard.formats.split import Options, Split
 from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set, rules_path
-from tpshard.inputs.shard_set import is_shard_set
+from tpshard.inputs.shard_set import ShardSet, is_shard_set
 from tpshard.planning.join import OutputFile, Placed, join
-from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import load_json, read_bytes
 from tpshard.storage.names import LOCK, MANIFEST, rank_stem, record_name
 
 if TYPE_CHECKING:
-    from tpshard.inputs.shard_set import ShardSet
     from tpshard.report.capacity import Workload
 
 
@@ -109,23 +107,17 @@ def split(
 
 def split_with(options: SplitOptions) -> WriteReport:
     """Split as the options ask for it."""
-    model, layout, settings = options.model, options.target.layout, options.settings
+    model, layout = options.model, options.target.layout
     checkpoint = open_checkpoint(model.path, model.revision, allow_pickle=model.allow_pickle)
     built = from_checkpoint(checkpoint, rules_path(model.rules), model.dtype)
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
-    small = _side_files(checkpoint.side_files)
+    small = _small(checkpoint)
     if model.dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
-    if report := _complete(planned, target, options.chosen, "split"):
-        return report
-    if planned.format.has_ranks:
-        output = _ranks(planned, small, target, options.chosen, "split")
-    else:
-        output = _whole(built, small, layout.max_file_size, "split", planned.set_id)
-    placed = placed_in(checkpoint, built)
-    return _write(output, planned.kept.tensors, placed, target, settings, checkpoint.warnings)
+    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, checkpoint.warnings
+    return _write_split("split", planned, placed, small, target, options, size, warnings)
 
 
 def reshard(
@@ -158,19 +150,14 @@ def reshard(
 
 def reshard_with(options: ReshardOptions) -> WriteReport:
     """Reshard as the options ask for it."""
-    layout, settings = options.target.layout, options.settings
     source = open_set(Path(options.shards), options.allow_pickle)
     source.require_complete()
+    layout = options.target.layout
     target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
-    if report := _complete(planned, target, options.chosen, "reshard"):
-        return report
-    if planned.format.has_ranks:
-        output = _ranks(planned, _small(source), target, options.chosen, "reshard")
-    else:
-        output = _whole(source.model, _small(source), options.target.max_file_size, "reshard", planned.set_id)
-    return _write(output, planned.kept.tensors, source.placed(), target, settings)
+    size = options.target.max_file_size
+    return _write_split("reshard", planned, source.placed(), _small(source), target, options, size)
 
 
 def merge(
@@ -197,46 +184,51 @@ def merge_with(options: MergeOptions) -> WriteReport:
     source.require_complete()
     target = _target(options.out, source.model, "merged")
     _check_distinct(source.directory, target)
-    output = _whole(source.model, _small(source), options.max_file_size, "merge", source.manifest["set"], source.tp)
     settings = replace(options.settings, checksum=False)
-    report = _write(output, source.model.tensors, source.placed(), target, settings)
-    return replace(report, unread_checksums=is_shard_set(source.directory))
+    made_of, size, unread = source.manifest["set"], options.max_file_size, is_shard_set(source.directory)
+    nbytes = _write_whole(source.model, source.placed(), _small(source), made_of, size, target, settings)
+    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread)
 
 
-@dataclass(frozen=True)
-class _Output:
-    """What a verb writes: files by rank, small files beside them, and what says that ranks are complete.
+def _write_split(
+    verb: str,
+    planned: Split,
+    placed: Sequence[Placed],
+    small: Mapping[str, bytes],
+    target: Path,
+    options: SplitOptions | ReshardOptions,
+    max_file_size: int | None,
+    warnings: tuple[str, ...] = (),
+) -> WriteReport:
+    """Write a planned split: all ranks, or those of the chosen ones that are not complete at `target`.
 
-    set_id: names what it is made of. tp: of the report. models: whether it is an ordinary checkpoint, without ranks.
+    max_file_size: of a format without ranks.
     """
-
-    verb: str
-    set_id: str
-    tp: int
-    files: Mapping[int, Sequence[OutputFile]]
-    small: Mapping[str, bytes]
-    records: Callable[[Mapping[str, str | None]], Mapping[str, bytes]] = lambda digests: {}
-    shared: bool = False
-    models: bool = False
-
-
-def _ranks(planned: Split, small: Mapping[str, bytes], target: Path, ranks: Sequence[int] | None, verb: str) -> _Output:
-    """Ranks of a planned split; None is all of them, else those that are not complete at `target`."""
-    tp = planned.options.tp
-    writing = list(range(tp)) if ranks is None else [r for r in ranks if not _is_written(target, planned, r)]
+    tp, chosen, set_id = planned.options.tp, options.chosen, planned.set_id
+    if not planned.format.has_ranks:
+        nbytes = _write_whole(planned.model, placed, small, set_id, max_file_size, target, options.settings)
+        return WriteReport(verb, target, 1, set_id, nbytes, (), warnings)
+    writing = list(range(tp)) if chosen is None else [r for r in chosen if not _is_written(target, planned, r)]
+    if chosen and not writing:
+        return _complete(verb, planned, target, chosen)
     files = {rank: planned.files(rank) for rank in writing}
 
     def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
         return {record_name(r, tp): record(planned, r, files[r], digests) for r in writing}
 
     beside = {**planned.format.side_files(planned, small), MANIFEST: planned.manifest}
-    return _Output(verb, planned.set_id, tp, files, beside, records, shared=ranks is not None)
+    parts = [(rank, file) for rank, held in files.items() for file in held]
+    outputs = [file for _, file in parts]
+    plan, identity = join(planned.kept.tensors, placed, outputs), {"set": set_id}
+    claims = [f".{rank_stem(rank, tp)}.lock" for rank in writing] if chosen else [LOCK]
+    job = Job(plan, beside, identity, records, _convert(placed, outputs), bool(chosen), claims, verb, writes)
+    digests = publish(job, target, options.settings)
+    written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
+    return WriteReport(verb, target, tp, set_id, plan.nbytes, written, warnings)
 
 
-def _complete(planned: Split, target: Path, ranks: Sequence[int] | None, verb: str) -> WriteReport | None:
-    """The report of ranks that an earlier run has completed, as when a job is queued again; None when one is not."""
-    if not ranks or not all(_is_written(target, planned, rank) for rank in ranks):
-        return None
+def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:
+    """The report of ranks that an earlier run has completed, as when a job is queued again."""
     tp, parts = planned.options.tp, []
     for rank in ranks:
         path = target / record_name(rank, tp)
@@ -246,50 +238,26 @@ def _complete(planned: Split, target: Path, ranks: Sequence[int] | None, verb: s
     return WriteReport(verb, target, tp, planned.set_id, 0, tuple(parts), (there,))
 
 
-def _whole(
-    model: Model, small: Mapping[str, bytes], max_file_size: int | None, verb: str, set_id: str, tp: int = 1
-) -> _Output:
-    """An ordinary checkpoint of a model. tp: of what it is made of."""
-    files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
-    return _Output(verb, set_id, tp, {0: files}, {**small, **index}, models=True)
-
-
-def _write(
-    output: _Output,
-    tensors: Sequence[LogicalTensor],
+def _write_whole(
+    model: Model,
     placed: Sequence[Placed],
+    small: Mapping[str, bytes],
+    set_id: str,
+    max_file_size: int | None,
     target: Path,
     settings: Settings,
-    warnings: Sequence[str] = (),
-) -> WriteReport:
-    """Move the bytes of `tensors` from where they are placed into the files of an output."""
-    files = [file for held in output.files.values() for file in held]
-    joined = join(tensors, placed, files)
-    stems = [rank_stem(rank, output.tp) for rank in output.files] if output.shared else []
-    job = Job(
-        plan=joined,
-        small=output.small,
-        identity={"set": output.set_id},
-        records=output.records,
-        convert=conversion(
-            (place.stored for place in placed), (each.stored for file in files for each in file.tensors)
-        ),
-        shared=output.shared,
-        claims=[f".{stem}.lock" for stem in stems] or [LOCK],
-        verb="merge" if output.models else output.verb,
-        ours=writes,
-    )
-    digests = publish(job, target, settings)
-    parts = [] if output.models else [(rank, file) for rank, held in output.files.items() for file in held]
-    return WriteReport(
-        output.verb,
-        target,
-        output.tp,
-        output.set_id,
-        joined.nbytes,
-        tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts),
-        tuple(warnings),
-    )
+) -> int:
+    """Write an ordinary checkpoint of a model. Returns the bytes of its tensors."""
+    files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
+    plan, convert = join(model.tensors, placed, files), _convert(placed, files)
+    identity = {"set": set_id}
+    job = Job(plan, {**small, **index}, identity, lambda digests: {}, convert, verb="merge", ours=writes)
+    publish(job, target, settings)
+    return plan.nbytes
+
+
+def _convert(placed: Sequence[Placed], files: Sequence[OutputFile]) -> Convert | None:
+    return conversion((place.stored for place in placed), (each.stored for file in files for each in file.tensors))
 
 
 def _target(out: str | Path | None, model: Model, suffix: str) -> Path:
@@ -304,21 +272,16 @@ def _suffix(options: Options) -> str:
 
 
 def _check_distinct(source: Path | None, target: Path) -> None:
-    if source is None:
-        return
-    real_source, real_target = source.resolve(), target.resolve()
-    if real_source == real_target:
-        raise UsageError("the output is the source itself", path=target, hint="give another directory with -o")
-    if real_source.is_relative_to(real_target):
-        raise UsageError("the source lies inside the output", path=target, hint="give another directory with -o")
+    if source is not None and source.resolve().is_relative_to(target.resolve()):
+        inside = source.resolve() != target.resolve()
+        what = "the source lies inside the output" if inside else "the output is the source itself"
+        raise UsageError(what, path=target, hint="give another directory with -o")
 
 
-def _small(source: ShardSet) -> dict[str, bytes]:
-    return {**source.made, **_side_files(source.side_files)}
-
-
-def _side_files(paths: Iterable[Path]) -> dict[str, bytes]:
-    return {path.name: read_bytes(path) for path in paths}
+def _small(source: Checkpoint | ShardSet) -> dict[str, bytes]:
+    """The files beside the weights, of Meta's form as they are made of it."""
+    made = source.made if isinstance(source, ShardSet) else {}
+    return {**made, **{path.name: read_bytes(path) for path in source.side_files}}
 
 
 def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:

@@ -11,20 +11,20 @@ from tpshard.storage.local import read_header
 from tpshard.storage.safetensors import element_count
 
 
-def inspect_path(path: Path) -> InspectReport:
-    """Look at a path without loading it."""
+def inspect(path: str | Path) -> InspectReport:
+    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
+
+    UsageError for a path that is not there, CorruptError for a damaged file.
+    """
     from tpshard.inputs.checkpoint import open_checkpoint
     from tpshard.inputs.shard_set import is_shard_set, open_shards
 
+    path = Path(path)
     if not path.exists():
         raise UsageError("no such file or directory", path=path)
     if path.is_file():
-        header = read_header(path)
-        facts: dict[str, Any] = {
-            "bytes": path.stat().st_size,
-            "metadata": header.metadata,
-            "header_bytes": header.data_begin,
-        }
+        header, size = read_header(path), path.stat().st_size
+        facts: dict[str, Any] = {"bytes": size, "metadata": header.metadata, "header_bytes": header.data_begin}
         return InspectReport("file", path, facts, header.tensors)
     if is_shard_set(path):
         shards = open_shards(path)
@@ -49,11 +49,3 @@ def inspect_path(path: Path) -> InspectReport:
         "warnings": list(checkpoint.warnings),
     }
     return InspectReport("checkpoint", path, facts, checkpoint.tensors)
-
-
-def inspect(path: str | Path) -> InspectReport:
-    """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
-
-    UsageError for a path that is not there, CorruptError for a damaged file.
-    """
-    return inspect_path(Path(path))

@@ -76,9 +76,8 @@ def _weights(shares: Sequence[str | float], tp: int) -> tuple[str, ...]:
     except (ValueError, ZeroDivisionError):
         raise UsageError("--shares takes numbers, as in 0.5,0.3,0.2", found=",".join(map(str, shares))) from None
     if len(texts) != tp or any(weight(text) <= 0 for text in texts):
-        raise UsageError(
-            "--shares takes one positive number for each rank", expected=f"{tp} numbers", found=", ".join(texts)
-        )
+        message = "--shares takes one positive number for each rank"
+        raise UsageError(message, expected=f"{tp} numbers", found=", ".join(texts))
     return texts
 
 

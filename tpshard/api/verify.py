@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tpshard.errors import CorruptError, DifferentError, HubError, UnsupportedError, UsageError
+from tpshard.storage.local import cached_repo
 from tpshard.storage.names import MANIFEST
 from tpshard.verifier import launch
 from tpshard.verifier.options import Say, silent
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tpshard.verifier.group import Processes
+
+T = TypeVar("T")
 
 
 def is_first() -> bool:
@@ -58,25 +61,10 @@ def verify(
     The options are those of `tpshard verify`; `VerifyOptions` describes them. A difference is in the verdict; what
     cannot be judged at all raises. In a group of processes that torchrun or SLURM started, every rank gets the verdict.
     """
-    options = VerifyOptions(
-        shards=Path(shards),
-        source=None if source is None else str(source),
-        tiers=None if tiers is None else tuple(tiers),
-        device=device,
-        tokens=tokens,
-        seed=seed,
-        float32=float32,
-        layers=None if layers is None else tuple(layers),
-        stream=stream,
-        sequence_parallel=sequence_parallel,
-        reference=reference,
-        engine=engine,
-        prompt=prompt,
-        revision=revision,
-        rules=None if rules is None else Path(rules),
-        allow_pickle=allow_pickle,
-        nproc=nproc,
-    )
+    source, rules = None if source is None else str(source), None if rules is None else Path(rules)
+    chosen, kept = None if tiers is None else tuple(tiers), None if layers is None else tuple(layers)
+    how = (device, tokens, seed, float32, kept, stream, sequence_parallel, reference, engine, prompt)
+    options = VerifyOptions(Path(shards), source, chosen, *how, revision, rules, allow_pickle, nproc)
     return verify_with(options, say)
 
 
@@ -99,12 +87,9 @@ def verify_with(options: VerifyOptions, say: Say) -> Verdict:
 def _processes(options: VerifyOptions, tp: int) -> int:
     """How many processes to start here: 1 or tp."""
     if options.nproc not in (None, 1, tp):
-        raise UsageError(
-            "one process for all ranks, or one for each",
-            path=options.shards,
-            expected=f"--nproc-per-node 1 or {tp}",
-            found=options.nproc,
-        )
+        expected = f"--nproc-per-node 1 or {tp}"
+        message = "one process for all ranks, or one for each"
+        raise UsageError(message, path=options.shards, expected=expected, found=options.nproc)
     if not options.computed or not find_spec("torch"):
         return 1
     if options.nproc is None and options.device in ("auto", "cuda") and tp > 1:
@@ -123,53 +108,49 @@ def judge(options: VerifyOptions, team: Processes | None, sharing: int, say: Say
         if asked:
             raise UnsupportedError("this needs torch, which is not installed", hint="pip install torch")
         reason = "torch is not installed, so nothing ran; `--tier bytes` asks for bytes alone"
-        skipped += [Tier(name, "inconclusive", reason=reason) for name in computed]
-        computed = ()
+        skipped, computed = [Tier(name, "inconclusive", reason=reason) for name in computed], ()
     source = _together(team, lambda: find_source(options, say))
+    name = cached_repo(source)[0] or source.absolute().name
 
     def compare() -> Tier:
         say("bytes tier")
         return bytes_tier(options, source, alone=not computed)
 
-    if not computed:
-        tier = compare() if team is None else team.once(compare)
-        return _by_bytes(options, source, tier, skipped)
     try:
-        verdict = _computed(options, source, team, sharing, compare, say)
+        if computed:
+            return replace(_computed(options, source, team, sharing, compare, say), source=name)
     except UnsupportedError as error:
         if asked:
             raise
         reason = f"{error}: {error.hint}" if error.hint else str(error)
         # What no package would mend is no matter of this machine: nothing has run these shards.
         status = "inconclusive" if find_spec("transformers") else "skipped"
-        skipped = [Tier(name, status, reason=reason) for name in computed]
-        tier = compare() if team is None else team.once(compare)
-        return _by_bytes(options, source, tier, skipped)
-    return replace(verdict, source=_name(source))
+        skipped = [Tier(each, status, reason=reason) for each in computed]
+    return Verdict(
+        tiers=(compare() if team is None else team.once(compare), *skipped),
+        model_type=str(_config(source).get("model_type")),
+        tp=width(options.shards),
+        source=name,
+        shards=options.shards.name,
+        canaries=(),
+        settings={"tiers": ["bytes"]},
+    )
 
 
-def _together(team: Processes | None, work: Callable[[], Path]) -> Path:
+def _together(team: Processes | None, work: Callable[[], T]) -> T:
     return work() if team is None else team.together(work)
 
 
 def _computed(
-    options: VerifyOptions,
-    source: Path,
-    team: Processes | None,
-    sharing: int,
-    compare: Callable[[], Tier],
-    say: Say,
+    options: VerifyOptions, source: Path, team: Processes | None, sharing: int, compare: Callable[[], Tier], say: Say
 ) -> Verdict:
     from tpshard.verifier.run import verify as run
 
-    ids = None
-    if options.prompt is not None:
-        text = options.prompt
-        ids = team.together(lambda: prompt_tokens(text, source)) if team else prompt_tokens(text, source)
+    text = options.prompt
     return run(
         options,
         source,
-        prompt=ids,
+        prompt=None if text is None else _together(team, lambda: prompt_tokens(text, source)),
         team=team,
         sharing=sharing,
         load_rank=lambda rank, device: _load_rank(options.shards, rank, device),
@@ -210,14 +191,9 @@ def find_source(options: VerifyOptions, say: Say) -> Path:
         if base and (found / "config.json").is_file() and not (found / MANIFEST).exists():
             say(f"source: {found}")
             return found
-    raise UsageError(
-        f"the model that was split was not found: {name}"
-        if name
-        else "the shards do not name the model that was split",
-        path=options.shards,
-        found=reason,
-        hint="give the model that was split with --source",
-    )
+    unnamed = "the shards do not name the model that was split"
+    what = f"the model that was split was not found: {name}" if name else unnamed
+    raise UsageError(what, path=options.shards, found=reason, hint="give the model that was split with --source")
 
 
 def _local(source: str, revision: str | None, allow_pickle: bool, say: Say) -> Path:
@@ -229,24 +205,12 @@ def _local(source: str, revision: str | None, allow_pickle: bool, say: Say) -> P
     from tpshard.storage import hub
 
     if not hub.is_repo_id(source):
-        raise UsageError(
-            "no such file or directory",
-            path=path,
-            hint="give a directory, a .safetensors file, or a Hub repo as org/name with --source",
-        )
+        hint = "give a directory, a .safetensors file, or a Hub repo as org/name with --source"
+        raise UsageError("no such file or directory", path=path, hint=hint)
     snapshot = hub.download(source, revision, allow_pickle=allow_pickle)
     if snapshot.note:
         say(snapshot.note)
     return snapshot.path
-
-
-def _name(source: Path) -> str:
-    """The repo's name where the source is a snapshot in the Hub's cache, else the directory's."""
-    real = source.absolute()
-    repo = real.parent.parent.name
-    if real.parent.name == "snapshots" and repo.startswith("models--"):
-        return repo.removeprefix("models--").replace("--", "/")
-    return real.name
 
 
 def _recorded(shards: Path) -> Mapping[str, Any]:
@@ -264,36 +228,15 @@ def bytes_tier(options: VerifyOptions, source: Path, *, alone: bool) -> Tier:
 
     try:
         report = check(options.shards, source, rules=options.rules, allow_pickle=options.allow_pickle)
-    except (CorruptError, DifferentError) as error:
-        if alone or not (options.shards / MANIFEST).exists():
-            return _cannot(options, error)
-        return Tier("bytes", "fail", reason=str(error))
-    except (UsageError, UnsupportedError) as error:
-        return _cannot(options, error)
-    if report.equal:
-        return Tier("bytes", "pass", {"differences": 0}, {"differences": 0})
-    count = len(report.differences)
-    return Tier("bytes", "fail", {"differences": 0}, {"differences": count}, reason=report.summary)
-
-
-def _cannot(options: VerifyOptions, error: Exception) -> Tier:
-    """The bytes tier where it could not run: an error if it was asked for, else left out."""
-    if options.tiers is not None or not isinstance(error, (UsageError, UnsupportedError, CorruptError)):
-        raise error
-    return Tier("bytes", "skipped", reason=str(error))
-
-
-def _by_bytes(options: VerifyOptions, source: Path, tier: Tier, skipped: Sequence[Tier]) -> Verdict:
-    """The verdict where bytes were all that could be judged."""
-    return Verdict(
-        model_type=str(_config(source).get("model_type")),
-        tp=width(options.shards),
-        source=_name(source),
-        shards=options.shards.name,
-        tiers=(tier, *skipped),
-        canaries=(),
-        settings={"tiers": [tier.name]},
-    )
+    except (CorruptError, DifferentError, UsageError, UnsupportedError) as error:
+        contradicting = isinstance(error, (CorruptError, DifferentError)) and (options.shards / MANIFEST).exists()
+        if contradicting and not alone:
+            return Tier("bytes", "fail", reason=str(error))
+        if options.tiers is not None or isinstance(error, DifferentError):
+            raise
+        return Tier("bytes", "skipped", reason=str(error))
+    found, reason = {"differences": len(report.differences)}, None if report.equal else report.summary
+    return Tier("bytes", "pass" if report.equal else "fail", {"differences": 0}, found, reason=reason)
 
 
 def _config(source: Path) -> Mapping[str, Any]:
@@ -307,32 +250,21 @@ def prompt_tokens(text: str, source: Path) -> Tensor:
     import torch
 
     directory = source if source.is_dir() else source.parent
-    if find_spec("transformers"):
-        from transformers import AutoTokenizer
+    if not (find_spec("transformers") or find_spec("tokenizers")):
+        raise UnsupportedError("--prompt needs a tokenizer", hint="pip install transformers, or tokenizers")
+    try:
+        if find_spec("transformers"):
+            from transformers import AutoTokenizer
 
-        try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             ids = tokenizer(text)["input_ids"]
-        except Exception as error:  # it raises whatever its parts raise
-            raise _no_tokenizer(directory, str(error).split("\n")[0]) from None
-    elif find_spec("tokenizers"):
-        from tokenizers import Tokenizer
+        else:
+            from tokenizers import Tokenizer
 
-        try:
             ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(text).ids
-        except Exception as error:  # the library raises bare Exceptions
-            raise _no_tokenizer(directory, str(error)) from None
-    else:
-        raise UnsupportedError("--prompt needs a tokenizer", hint="pip install transformers, or tokenizers")
+    except Exception as error:  # transformers raises whatever its parts raise, tokenizers bare Exceptions
+        found, hint = str(error).split("\n")[0], "leave out --prompt: token ids then come from --seed"
+        raise UsageError("the model's tokenizer cannot be used", path=directory, found=found, hint=hint) from None
     if not ids:
         raise UsageError("the prompt has no tokens", found=repr(text), hint="give a longer text with --prompt")
     return torch.tensor([ids])
-
-
-def _no_tokenizer(directory: Path, found: str) -> UsageError:
-    return UsageError(
-        "the model's tokenizer cannot be used",
-        path=directory,
-        found=found,
-        hint="leave out --prompt: token ids then come from --seed",
-    )

@@ -113,9 +113,9 @@ class Backend(Protocol):
 class EngineRun:
     """A backend that has decided all that comes before the first number.
 
-    `begin` looks for what is not finite, loads what is kept, and gives the tiers to run in order. `lines` say which
-    tier begins. `unsure` are errors of the backend's own, which say nothing of the shards. `settings` and `volatile`
-    are what this backend adds to those of every verdict.
+    `begin` looks for what is not finite, loads what is kept, and gives the tiers to run in order. `unsure` are errors
+    of the backend's own, which say nothing of the shards. `settings` and `volatile` are what this backend adds to those
+    of every verdict.
     """
 
     engine: str
@@ -124,7 +124,6 @@ class EngineRun:
     tokens: int
     layers: Sequence[int] | None
     begin: Callable[[], Mapping[str, JudgeTier]]
-    lines: Mapping[str, str]
     streamed: bool = False
     warnings: tuple[str, ...] = ()
     unsure: tuple[type[Exception], ...] = ()

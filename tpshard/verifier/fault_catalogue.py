@@ -5,8 +5,9 @@ Each changes one layer (or the embedding, or the head) of a sharded model, and g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import mul, truediv
 
 import torch
 from torch import Tensor
@@ -14,28 +15,13 @@ from torch import Tensor
 from tpshard.verifier.places import DamagedShards, Places, Stretch
 from tpshard.verifier.ranks.weights import Weights
 
-CANARIES = (
-    "rank-files-exchanged",
-    "heads-swapped-in-a-rank",
-    "heads-swapped-between-ranks",
-    "k-and-v-exchanged",
-    "gate-and-up-exchanged",
-    "wrong-kv-replica",
-    "out-bias-dropped",
-    "down-bias-dropped",
-    "v-bias-dropped",
-    "out-bias-added-tp-times",
-    "down-bias-added-tp-times",
-    "up-row-shifted",
-    "sign-of-an-element-of-out",
-    "convolution-of-another-rank",
-    "decay-of-another-rank",
-    "choice-bias-shifted",
-)
-"""The faults that a verification injects."""
-
 VISIBLE = 3.0
 """A fault whose true effect is below this many times the dtype's own error cannot be asked of the native tier."""
+Inject = Callable[[DamagedShards, Places], None]
+Pairs = Iterable[tuple[Stretch, Stretch]]
+Change = Callable[[Tensor], Tensor]
+ALL, FIRST, LAST = slice(None), slice(1), slice(-1, None)
+"""Of the tensors of a role."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class Fault:
     """
 
     name: str
-    inject: Callable[[DamagedShards, Places], None]
+    inject: Inject
     structural: bool = True
     harmless: bool = False
     between: bool = False
@@ -61,26 +47,14 @@ class Fault:
         return shards.ranks_if_different()
 
 
-FAULTS: dict[str, Fault] = {}
-"""All faults by name."""
-Inject = Callable[[DamagedShards, Places], None]
+def _borrowed(role: str | None = None, first: Sequence[int] | None = (1, 0)) -> Inject:
+    """Ranks have a role's tensors, or all, of other ranks: the first ones of `first`; None: each of the one before."""
 
+    def inject(shards: DamagedShards, places: Places) -> None:
+        order = [rank - 1 for rank in range(shards.tp)] if first is None else [*first, *range(2, shards.tp)]
+        shards.borrow(order, places.names if role is None else places.tensors(role))
 
-def _fault(*, structural: bool = True, harmless: bool = False, between: bool = False) -> Callable[[Inject], Inject]:
-    def register(inject: Inject) -> Inject:
-        name = inject.__name__.removeprefix("_").replace("_", "-")
-        FAULTS[name] = Fault(name, inject, structural, harmless, between)
-        return inject
-
-    return register
-
-
-def _swapped(tp: int) -> list[int]:
-    return [1, 0, *range(2, tp)]
-
-
-def _rolled(tp: int) -> list[int]:
-    return [tp - 1, *range(tp - 1)]
+    return inject
 
 
 def _with_biases(places: Places, rank: int, kind: str) -> list[Stretch]:
@@ -88,70 +62,6 @@ def _with_biases(places: Places, rank: int, kind: str) -> list[Stretch]:
     return [*places.part(rank, kind), *places.part(rank, kind, bias=True)]
 
 
-@_fault(between=True)
-def _rank_files_exchanged(shards: DamagedShards, places: Places) -> None:
-    shards.borrow(_swapped(shards.tp), places.names)
-
-
-@_fault(between=True)
-def _rank_files_rotated(shards: DamagedShards, places: Places) -> None:
-    shards.borrow(_rolled(shards.tp), places.names)
-
-
-@_fault(between=True)
-def _two_ranks_the_same(shards: DamagedShards, places: Places) -> None:
-    shards.borrow([0, 0, *range(2, shards.tp)], places.names)
-
-
-@_fault(between=True)
-def _vocab_shifted_by_a_rank(shards: DamagedShards, places: Places) -> None:
-    shards.borrow(_rolled(shards.tp), places.tensors("embed"))
-
-
-@_fault(between=True)
-def _head_shifted_by_a_rank(shards: DamagedShards, places: Places) -> None:
-    shards.borrow(_rolled(shards.tp), places.tensors("head"))
-
-
-def _of_another_rank(role: str, *, structural: bool) -> None:
-    """A fault by which two ranks have each other's tensors of a role."""
-
-    def inject(shards: DamagedShards, places: Places) -> None:
-        shards.borrow(_swapped(shards.tp), places.tensors(role))
-
-    name = f"{role.replace('_', '-')}-of-another-rank"
-    FAULTS[name] = Fault(name, inject, structural, between=True)
-
-
-for _role in ("out", "down", "convolution"):
-    _of_another_rank(_role, structural=True)
-for _role in ("sinks", "decay", "qk_norm"):
-    _of_another_rank(_role, structural=False)
-
-
-@_fault()
-def _heads_swapped_in_a_rank(shards: DamagedShards, places: Places) -> None:
-    heads = places.heads(0)
-    if len(heads) > 1:
-        shards.swap(0, heads[0], 0, heads[1])
-
-
-@_fault(between=True)
-def _heads_swapped_between_ranks(shards: DamagedShards, places: Places) -> None:
-    mine, theirs = places.heads(0), places.heads(1)
-    if mine and theirs:
-        shards.swap(0, mine[0], 1, theirs[0])
-
-
-@_fault(between=True)
-def _kv_swapped_between_ranks(shards: DamagedShards, places: Places) -> None:
-    last = shards.tp - 1
-    for kind in "kv":
-        for bias in (False, True):
-            shards.swap(0, places.part(0, kind, bias=bias)[:1], last, places.part(last, kind, bias=bias)[:1])
-
-
-@_fault(between=True)
 def _wrong_kv_replica(shards: DamagedShards, places: Places) -> None:
     """Tiled copies, [0, 1, 0, 1], where repeated ones, [0, 0, 1, 1], belong."""
     count = places.kv_heads
@@ -165,29 +75,89 @@ def _wrong_kv_replica(shards: DamagedShards, places: Places) -> None:
                 shards.put(rank, mine, shards.ranks[lender].get(theirs.name).cpu()[theirs.index])
 
 
-def _exchanged(one: str, two: str) -> Inject:
-    """Exchange all of rank 0's q, k or v, where it has as much of both."""
+def _heads_swapped(other: int) -> Inject:
+    """The first head of rank 0 and one of `other`: its first one, or the second one of rank 0 itself."""
 
     def inject(shards: DamagedShards, places: Places) -> None:
-        first, second = _with_biases(places, 0, one), _with_biases(places, 0, two)
-        if len(first) == len(second):
-            shards.swap(0, first, 0, second)
+        mine, theirs = places.heads(0)[:1], places.heads(other)[other == 0 :]
+        if mine and theirs:
+            shards.swap(0, mine[0], other, theirs[0])
 
     return inject
 
 
-for _one, _two in ("kv", "qk", "qv"):
-    FAULTS[f"{_one}-and-{_two}-exchanged"] = Fault(f"{_one}-and-{_two}-exchanged", _exchanged(_one, _two))
+def _kv_swapped_between_ranks(shards: DamagedShards, places: Places) -> None:
+    last = shards.tp - 1
+    for kind in "kv":
+        for bias in (False, True):
+            shards.swap(0, places.part(0, kind, bias=bias)[:1], last, places.part(last, kind, bias=bias)[:1])
 
 
-@_fault()
-def _gate_and_up_exchanged(shards: DamagedShards, places: Places) -> None:
-    for rank in range(shards.tp):
-        for gate, up in places.gates(rank):
-            shards.swap(rank, [gate], rank, [up])
+def _exchanged(pairs: Callable[[Places, int], Pairs], *, everywhere: bool = False) -> Inject:
+    """Exchange stretches of rank 0, or of every rank, within the rank."""
+
+    def inject(shards: DamagedShards, places: Places) -> None:
+        for rank in range(shards.tp if everywhere else 1):
+            for one, two in pairs(places, rank):
+                shards.swap(rank, [one], rank, [two])
+
+    return inject
 
 
-@_fault()
+def _q_k_v(kinds: str) -> Inject:
+    """Exchange all of rank 0's q, k or v, where it has as much of both."""
+
+    def pairs(places: Places, rank: int) -> Pairs:
+        first, second = (_with_biases(places, rank, kind) for kind in kinds)
+        return zip(first, second, strict=True) if len(first) == len(second) else ()
+
+    return _exchanged(pairs)
+
+
+def _q_and_k_norms(places: Places, rank: int) -> Pairs:
+    return zip(*(map(Stretch, places.tensors(role)) for role in ("q_norm", "k_norm")), strict=False)
+
+
+def _router_rows(places: Places, rank: int) -> Pairs:
+    return [(Stretch(name, 0, slice(0, 1)), Stretch(name, 0, slice(1, 2))) for name in places.tensors("router")]
+
+
+def _edit(role: str, change: Change, rank: int | None = None, *, bias: bool = False, which: slice = ALL) -> Inject:
+    """Change a role's weights, or biases, of one rank (-1: the last) or of all."""
+    return lambda shards, places: shards.edit(places.tensors(role, bias=bias)[which], change, rank)
+
+
+def _by_tp(role: str, operate: Callable[[Tensor, int], Tensor], *, bias: bool = True) -> Inject:
+    """Scale a role's biases, or weights, by tp on all ranks."""
+    return lambda shards, places: shards.edit(places.tensors(role, bias=bias), lambda x: operate(x, shards.tp))
+
+
+def _sign_of_the_largest(weight: Tensor) -> Tensor:
+    flat = weight.flatten()
+    flat[flat.abs().argmax()] *= -1
+    return flat.view_as(weight)
+
+
+def _turned(weight: Tensor) -> Tensor:
+    size = min(weight.shape)
+    weight[:size, :size] = weight[:size, :size].T.clone()
+    return weight
+
+
+def _narrowed(weight: Tensor) -> Tensor:
+    return weight.to(torch.float8_e4m3fn if weight.element_size() == 2 else torch.bfloat16).to(weight.dtype)
+
+
+def _shifted(role: str) -> Inject:
+    """What rank 0's weights hold along their cut dim, moved by one."""
+
+    def inject(shards: DamagedShards, places: Places) -> None:
+        for name in places.tensors(role):
+            shards.write(0, name, shards.read(0, name).roll(1, places.axis(role, name)))
+
+    return inject
+
+
 def _rope_permuted(shards: DamagedShards, places: Places) -> None:
     """q and k in the order of the other kind of rotation."""
     order = places.rope_order
@@ -200,165 +170,94 @@ def _rope_permuted(shards: DamagedShards, places: Places) -> None:
             shards.put(rank, head, values.index_select(head.dim, torch.cat((order, rest))))
 
 
-@_fault()
 def _v_bias_dropped(shards: DamagedShards, places: Places) -> None:
     for stretch in places.part(0, "v", bias=True):
         shards.put(0, stretch, torch.zeros_like(shards.read(0, stretch.name)[stretch.index]))
 
 
-def _edit(name: str, role: str, change: Callable[[Tensor, int], Tensor], rank: int | None = None) -> None:
-    """A fault that changes a role's biases (or weights, if the name speaks of none); `change` is given tp."""
-
-    def inject(shards: DamagedShards, places: Places) -> None:
-        names = places.tensors(role, bias="bias" in name)
-        shards.edit(names, lambda tensor: change(tensor, shards.tp), rank if rank is None else rank % shards.tp)
-
-    FAULTS[name] = Fault(name, inject)
-
-
-_edit("out-bias-dropped", "out", lambda bias, tp: torch.zeros_like(bias))
-_edit("down-bias-dropped", "down", lambda bias, tp: torch.zeros_like(bias))
-_edit("up-bias-dropped", "up", lambda bias, tp: torch.zeros_like(bias), rank=0)
-_edit("head-bias-dropped", "head", lambda bias, tp: torch.zeros_like(bias), rank=0)
-_edit("out-bias-added-tp-times", "out", lambda bias, tp: bias * tp)
-_edit("down-bias-added-tp-times", "down", lambda bias, tp: bias * tp)
-_edit("down-bias-divided-by-tp", "down", lambda bias, tp: bias / tp)
-_edit("out-scaled-by-tp", "out", lambda weight, tp: weight * tp)
-_edit("out-of-a-rank-missing", "out", lambda weight, tp: torch.zeros_like(weight), rank=-1)  # read as zeros
-_edit("down-of-a-rank-missing", "down", lambda weight, tp: torch.zeros_like(weight), rank=-1)
-_edit("embedding-row-shifted", "embed", lambda weight, tp: weight.roll(1, 0), rank=0)
-
-
-@_fault()
-def _up_row_shifted(shards: DamagedShards, places: Places) -> None:
-    shards.roll("up", rank=0)
-
-
-@_fault()
-def _down_column_shifted(shards: DamagedShards, places: Places) -> None:
-    shards.roll("down", rank=0)
-
-
-@_fault()
-def _out_column_shifted(shards: DamagedShards, places: Places) -> None:
-    shards.roll("out", rank=0)
-
-
-@_fault(structural=False)
-def _padding_is_embedded(shards: DamagedShards, places: Places) -> None:
-    """The embedding's rows begin one late, as when padding went to the front."""
-    shards.edit(places.tensors("embed"), lambda weight: torch.cat((torch.zeros_like(weight[:1]), weight[:-1])), rank=0)
-
-
-@_fault(structural=False, harmless=True)
 def _padding_not_zero(shards: DamagedShards, places: Places) -> None:
     for name in {*places.tensors("embed"), *places.tensors("head")}:
         rows = [rank.shape(name)[0] for rank in shards.ranks]
         extra = sum(rows) - places.vocab
         if 0 < extra < rows[-1]:
-            padding, last = Stretch(name, 0, slice(-extra, None)), shards.tp - 1
-            shards.put(last, padding, torch.ones_like(shards.read(last, name)[padding.index]))
+            padding = Stretch(name, 0, slice(-extra, None))
+            shards.put(-1, padding, torch.ones_like(shards.read(-1, name)[padding.index]))
 
 
-@_fault(structural=False)
 def _norm_of_another_layer(shards: DamagedShards, places: Places) -> None:
     for name in places.tensors("norm")[:1]:
-        twin = places.twin(name)
-        for rank in range(shards.tp) if twin is not None else ():
-            shards.put(rank, Stretch(name), shards.read(rank, str(twin)))
+        if twin := places.twin(name):
+            for rank in range(shards.tp):
+                shards.put(rank, Stretch(name), shards.read(rank, twin))
 
 
-@_fault(structural=False)
-def _norm_of_one_rank_stale(shards: DamagedShards, places: Places) -> None:
-    shards.edit(places.tensors("norm")[:1], lambda weight: weight * 1.01 + 0.01, rank=0)
-
-
-@_fault(structural=False)
-def _latent_of_one_rank_stale(shards: DamagedShards, places: Places) -> None:
-    shards.edit(places.tensors("latent"), lambda weight: weight * 1.01, rank=shards.tp - 1)
-
-
-@_fault(structural=False)
-def _final_norm_dropped(shards: DamagedShards, places: Places) -> None:
-    shards.edit(places.tensors("final_norm"), torch.ones_like)
-
-
-@_fault()
 def _a_layer_stale(shards: DamagedShards, places: Places) -> None:
     """A rank's layer is another layer's, as when a file of an earlier run is left."""
     for name in places.names:
-        twin = places.twin(name)
-        if twin is not None:
+        if twin := places.twin(name):
             shards.put(0, Stretch(name), shards.ranks[0].get(twin).cpu())
 
 
-@_fault(structural=False)
-def _positions_shifted(shards: DamagedShards, places: Places) -> None:
-    shards.edit(places.tensors("positions"), lambda weight: weight.roll(1, 0))
-
-
-@_fault(structural=False)
-def _q_and_k_norm_exchanged(shards: DamagedShards, places: Places) -> None:
-    for rank in range(shards.tp):
-        q, k = ([Stretch(name) for name in places.tensors(role)] for role in ("q_norm", "k_norm"))
-        shards.swap(rank, q, rank, k)
-
-
-@_fault()
-def _experts_exchanged(shards: DamagedShards, places: Places) -> None:
-    """Two experts in each other's place in one rank's down matrices."""
-    for one, two in places.experts():
-        shards.swap(0, [one], 0, [two])
-
-
-@_fault(structural=False)
-def _router_rows_exchanged(shards: DamagedShards, places: Places) -> None:
-    for name in places.tensors("router"):
-        shards.swap(0, [Stretch(name, 0, slice(0, 1))], 0, [Stretch(name, 0, slice(1, 2))])
-
-
-@_fault(structural=False)
-def _choice_bias_shifted(shards: DamagedShards, places: Places) -> None:
-    """What is added to the router's scores only to choose, which no logit depends on where choices are pinned."""
-    shards.edit(places.tensors("choice_bias"), lambda bias: bias.roll(1, -1), rank=0)
-
-
-def flip_largest(weight: Tensor) -> Tensor:
-    """The weight with the sign of its largest element turned; same shape."""
-    flat = weight.flatten()
-    at = flat.abs().argmax()
-    flat[at] = -flat[at]
-    return flat.view_as(weight)
-
-
-@_fault(structural=False)
-def _sign_of_an_element_of_out(shards: DamagedShards, places: Places) -> None:
-    shards.edit(places.tensors("out"), flip_largest, rank=shards.tp - 1)
-
-
-@_fault(structural=False)
-def _sign_of_an_element_of_down(shards: DamagedShards, places: Places) -> None:
-    """Of experts that are stored one by one, in the last one alone."""
-    shards.edit(places.tensors("down")[-1:], flip_largest, rank=shards.tp - 1)
-
-
-@_fault()
-def _square_transposed(shards: DamagedShards, places: Places) -> None:
-    def turn(weight: Tensor) -> Tensor:
-        size = min(weight.shape)
-        weight[:size, :size] = weight[:size, :size].T.clone()
-        return weight
-
-    shards.edit(places.tensors("out"), turn, rank=0)
-
-
-@_fault(structural=False)
-def _cast_through_a_smaller_dtype(shards: DamagedShards, places: Places) -> None:
-    def narrow(weight: Tensor) -> Tensor:
-        smaller = torch.float8_e4m3fn if weight.element_size() == 2 else torch.bfloat16
-        return weight.to(smaller).to(weight.dtype)
-
-    shards.edit(places.tensors("down")[-1:], narrow, rank=0)
+_INJECTED = (
+    Fault("rank-files-exchanged", _borrowed(), between=True),
+    Fault("heads-swapped-in-a-rank", _heads_swapped(0)),
+    Fault("heads-swapped-between-ranks", _heads_swapped(1), between=True),
+    Fault("k-and-v-exchanged", _q_k_v("kv")),
+    Fault("gate-and-up-exchanged", _exchanged(lambda places, rank: places.gates(rank), everywhere=True)),
+    Fault("wrong-kv-replica", _wrong_kv_replica, between=True),
+    Fault("out-bias-dropped", _edit("out", torch.zeros_like, bias=True)),
+    Fault("down-bias-dropped", _edit("down", torch.zeros_like, bias=True)),
+    Fault("v-bias-dropped", _v_bias_dropped),
+    Fault("out-bias-added-tp-times", _by_tp("out", mul)),
+    Fault("down-bias-added-tp-times", _by_tp("down", mul)),
+    Fault("up-row-shifted", _shifted("up")),
+    Fault("sign-of-an-element-of-out", _edit("out", _sign_of_the_largest, -1), structural=False),
+    Fault("convolution-of-another-rank", _borrowed("convolution"), between=True),
+    Fault("decay-of-another-rank", _borrowed("decay"), structural=False, between=True),
+    # Is added to the router's scores only to choose: no logit depends on it where choices are pinned.
+    Fault("choice-bias-shifted", _edit("choice_bias", lambda bias: bias.roll(1, -1), 0), structural=False),
+)
+_OTHERS = (
+    Fault("rank-files-rotated", _borrowed(first=None), between=True),
+    Fault("two-ranks-the-same", _borrowed(first=(0, 0)), between=True),
+    Fault("vocab-shifted-by-a-rank", _borrowed("embed", None), between=True),
+    Fault("head-shifted-by-a-rank", _borrowed("head", None), between=True),
+    Fault("out-of-another-rank", _borrowed("out"), between=True),
+    Fault("down-of-another-rank", _borrowed("down"), between=True),
+    Fault("sinks-of-another-rank", _borrowed("sinks"), structural=False, between=True),
+    Fault("qk-norm-of-another-rank", _borrowed("qk_norm"), structural=False, between=True),
+    Fault("kv-swapped-between-ranks", _kv_swapped_between_ranks, between=True),
+    Fault("q-and-k-exchanged", _q_k_v("qk")),
+    Fault("q-and-v-exchanged", _q_k_v("qv")),
+    Fault("q-and-k-norm-exchanged", _exchanged(_q_and_k_norms, everywhere=True), structural=False),
+    Fault("experts-exchanged", _exchanged(lambda places, rank: places.experts())),  # in one rank's down matrices
+    Fault("router-rows-exchanged", _exchanged(_router_rows), structural=False),
+    Fault("rope-permuted", _rope_permuted),
+    Fault("up-bias-dropped", _edit("up", torch.zeros_like, 0, bias=True)),
+    Fault("head-bias-dropped", _edit("head", torch.zeros_like, 0, bias=True)),
+    Fault("down-bias-divided-by-tp", _by_tp("down", truediv)),
+    Fault("out-scaled-by-tp", _by_tp("out", mul, bias=False)),
+    Fault("out-of-a-rank-missing", _edit("out", torch.zeros_like, -1)),  # read as zeros
+    Fault("down-of-a-rank-missing", _edit("down", torch.zeros_like, -1)),
+    Fault("embedding-row-shifted", _edit("embed", lambda x: x.roll(1, 0), 0)),
+    Fault("down-column-shifted", _shifted("down")),
+    Fault("out-column-shifted", _shifted("out")),
+    Fault("padding-is-embedded", _edit("embed", lambda x: torch.cat((x[:1] * 0, x[:-1])), 0), structural=False),
+    Fault("padding-not-zero", _padding_not_zero, structural=False, harmless=True),
+    Fault("norm-of-another-layer", _norm_of_another_layer, structural=False),
+    Fault("norm-of-one-rank-stale", _edit("norm", lambda x: x * 1.01 + 0.01, 0, which=FIRST), structural=False),
+    Fault("latent-of-one-rank-stale", _edit("latent", lambda x: x * 1.01, -1), structural=False),
+    Fault("final-norm-dropped", _edit("final_norm", torch.ones_like), structural=False),
+    Fault("a-layer-stale", _a_layer_stale),
+    Fault("positions-shifted", _edit("positions", lambda x: x.roll(1, 0)), structural=False),
+    Fault("sign-of-an-element-of-down", _edit("down", _sign_of_the_largest, -1, which=LAST), structural=False),
+    Fault("square-transposed", _edit("out", _turned, 0)),
+    Fault("cast-through-a-smaller-dtype", _edit("down", _narrowed, 0, which=LAST), structural=False),
+)
+FAULTS = {fault.name: fault for fault in (*_INJECTED, *_OTHERS)}
+"""All faults by name."""
+CANARIES = tuple(fault.name for fault in _INJECTED)
+"""The faults that a verification injects."""
 
 
 def canaries_of(places: Places, *, structural: bool) -> Iterator[tuple[str, list[Weights]]]:

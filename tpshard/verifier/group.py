@@ -6,6 +6,8 @@ import pickle
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
 from typing import Any, TypeVar
 
 import torch
@@ -33,16 +35,16 @@ class Group(ABC):
     size: int
 
     @abstractmethod
-    def exchange(self, x: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in rank order; shapes may differ, dtypes and numbers of dims may not."""
-
-    @abstractmethod
     def exchange_object(self, value: Any) -> list[Any]:
         """Every rank's small Python value, in rank order."""
 
+    def exchange(self, x: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in rank order; shapes may differ, dtypes and numbers of dims may not."""
+        return self.exchange_object(x)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over ranks, added in rank order so that it repeats bit for bit."""
-        return _sum(self.exchange(x))
+        return reduce(add, self.exchange(x))
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """The ranks' tensors joined along a dim; their sizes there may differ."""
@@ -51,22 +53,11 @@ class Group(ABC):
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """This rank's slice (see `slice_of`) of the sum over ranks along a dim."""
         start, stop = slice_of(x.shape[dim], self.size, self.rank)
-        return _sum([part.narrow(dim, start, stop - start) for part in self.exchange(x)])
-
-    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
-        """The tensor of rank `source`, on every rank."""
-        return self.exchange(x)[source]
+        return reduce(add, [part.narrow(dim, start, stop - start) for part in self.exchange(x)])
 
     def barrier(self) -> None:
         """Return once all ranks have come here."""
         self.exchange_object(None)
-
-
-def _sum(parts: Sequence[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 class Single(Group):
@@ -74,9 +65,6 @@ class Single(Group):
 
     rank = 0
     size = 1
-
-    def exchange(self, x: Tensor) -> list[Tensor]:
-        return [x]
 
     def exchange_object(self, value: Any) -> list[Any]:
         return [value]
@@ -130,7 +118,7 @@ class _Thread(Group):
         self.size = baton.size
         self.rounds = 0
 
-    def _round(self, value: Any) -> list[Any]:
+    def exchange_object(self, value: Any) -> list[Any]:
         baton = self.baton
         slots = baton.slots[self.rounds % 2]
         self.rounds += 1
@@ -144,12 +132,6 @@ class _Thread(Group):
     def _check(self) -> None:
         ended = self.baton.ended
         assert ended is None or ended >= self.rounds, "ranks disagree on the number of collectives"
-
-    def exchange(self, x: Tensor) -> list[Tensor]:
-        return self._round(x)
-
-    def exchange_object(self, value: Any) -> list[Any]:
-        return self._round(value)
 
 
 class Threads:
@@ -169,13 +151,7 @@ class Threads:
         with torch.no_grad():
             return work()
 
-    def once(self, work: Callable[[], T]) -> T:
-        """`work()`, without gradients: this is the only process."""
-        return self.together(work)
-
-    def leads(self, group: Group) -> bool:
-        """Whether this rank must do what is done once per process."""
-        return group.rank == 0
+    once = together
 
     def run(self, work: Callable[[Group], T]) -> list[T]:
         """`work(group)` on every rank, without gradients; their results in rank order.
@@ -183,8 +159,7 @@ class Threads:
         An exception of a rank stops the others and is raised here.
         """
         if self.size == 1:
-            with torch.no_grad():
-                return [work(Single())]
+            return [self.together(lambda: work(Single()))]
         baton = _Baton(self.size)
         results: dict[int, T] = {}
 
@@ -200,14 +175,14 @@ class Threads:
             except BaseException as error:  # raised again by the caller's thread
                 baton.fail(error)
 
-        threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in range(self.size)]
+        threads = [threading.Thread(target=body, args=(rank,), daemon=True) for rank in self.here]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         if baton.error is not None:
             raise baton.error
-        return [results[rank] for rank in range(self.size)]
+        return [results[rank] for rank in self.here]
 
 
 class Distributed(Group):
@@ -304,12 +279,7 @@ class Processes:
     def once(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; its result on every rank."""
         found: list[Any] = self.run(lambda group: work() if group.rank == 0 else None)
-        result: T = found[0]
-        return result
-
-    def leads(self, group: Group) -> bool:
-        """Whether this rank must do what is done once per process."""
-        return True
+        return found[0]  # type: ignore[no-any-return]
 
 
 def _portable(error: Exception, rank: int) -> Exception:

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -55,11 +56,9 @@ def surroundings(environment: Mapping[str, str] = os.environ) -> Surroundings | 
             url = f"tcp://{host}:{port}?rank={rank}&world_size={size}"
             return _group("SLURM", rank, size, int(get("SLURM_LOCALID") or rank), url)
     except ValueError as error:
-        raise UsageError(
-            "the environment of torchrun or SLURM is not as it should be",
-            found=str(error),
-            hint="unset RANK, WORLD_SIZE and SLURM_PROCID to run alone",
-        ) from None
+        message = "the environment of torchrun or SLURM is not as it should be"
+        hint = "unset RANK, WORLD_SIZE and SLURM_PROCID to run alone"
+        raise UsageError(message, found=str(error), hint=hint) from None
     return None
 
 
@@ -101,11 +100,8 @@ def join(group: Surroundings, device: str, work: Callable[[Processes, int], T]) 
         store.set_timeout(WORK)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WORK)
     except (RuntimeError, ValueError, OSError) as error:
-        raise LocalIOError(
-            "the processes could not meet",
-            found=str(error).split("\n")[0],
-            hint=f"start all {group.size} with one torchrun or srun, or unset RANK and SLURM_PROCID to run alone",
-        ) from None
+        hint = f"start all {group.size} with one torchrun or srun, or unset RANK and SLURM_PROCID to run alone"
+        raise LocalIOError("the processes could not meet", found=str(error).split("\n")[0], hint=hint) from None
     try:
         return work(Processes(), devices.count(mine))
     finally:
@@ -135,32 +131,27 @@ def start(worker: str, options: Any, count: int, say: Callable[[str], None]) -> 
 
     worker: the module that each of them runs, with a folder, its rank and their number as arguments.
     """
-    with tempfile.TemporaryDirectory(prefix="tpshard-") as folder:
+    with tempfile.TemporaryDirectory(prefix="tpshard-") as folder, ExitStack() as stack:
         (Path(folder) / "options").write_bytes(pickle.dumps(options))
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
         workers = []
-        try:
-            for rank in range(count):
-                with open(Path(folder) / f"stderr-{rank}", "wb") as errors:
-                    workers.append(_process(worker, folder, rank, count, environment, errors))
-            lines = threading.Thread(target=_relay, args=(workers[0], say), daemon=True)
-            lines.start()
-            bad = _wait(workers)
-            if bad is not None:
-                raise _ended(bad, workers[bad].returncode, Path(folder))
-            lines.join()
-            outcome = pickle.loads((Path(folder) / "result").read_bytes())
-            if isinstance(outcome, Exception):
-                raise outcome
-            return outcome
-        finally:
-            for process in workers:
-                process.kill()
-                process.wait()
-                for pipe in (process.stdin, process.stdout):
-                    if pipe is not None:
-                        pipe.close()
+        for rank in range(count):
+            with open(Path(folder) / f"stderr-{rank}", "wb") as errors:
+                workers.append(_process(worker, folder, rank, count, environment, errors))
+            stack.enter_context(workers[-1])
+            stack.callback(workers[-1].wait)
+            stack.callback(workers[-1].kill)
+        lines = threading.Thread(target=_relay, args=(workers[0], say), daemon=True)
+        lines.start()
+        bad = _wait(workers)
+        if bad is not None:
+            raise _ended(bad, workers[bad].returncode, Path(folder))
+        lines.join()
+        outcome = pickle.loads((Path(folder) / "result").read_bytes())
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 def _process(
@@ -184,11 +175,11 @@ def _relay(worker: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
 def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
     """Until all have ended, or one has ended badly, since the others might wait for it for ever: that one's rank."""
     while True:
-        running = None in [worker.poll() for worker in workers]
-        bad = [rank for rank, worker in enumerate(workers) if worker.returncode not in (None, 0)]
+        codes = [worker.poll() for worker in workers]
+        bad = [(code > 0, rank) for rank, code in enumerate(codes) if code]
         if bad:  # one that was killed before those that failed because of it
-            return min(bad, key=lambda rank: workers[rank].returncode > 0)
-        if not running:
+            return min(bad)[1]
+        if None not in codes:
             return None
         time.sleep(_POLL)
 
@@ -196,9 +187,7 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
 def _ended(rank: int, code: int, folder: Path) -> Exception:
     """The error of a process that ended without a result."""
     if code < 0:
-        return LocalIOError(
-            f"the process of rank {rank} was killed by signal {-code}",
-            hint="the kernel does that when memory is short: --stream needs less",
-        )
+        hint = "the kernel does that when memory is short: --stream needs less"
+        return LocalIOError(f"the process of rank {rank} was killed by signal {-code}", hint=hint)
     said = (folder / f"stderr-{rank}").read_text(errors="replace")
     return RuntimeError(f"the process of rank {rank} ended with {code}\n{said}")

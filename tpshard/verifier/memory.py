@@ -37,8 +37,6 @@ def pick_device(name: str) -> torch.device:
     """auto is the first GPU, or the CPU where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"unknown device {name!r}", expected="auto, cpu or cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError("there is no GPU that torch can use here", found=name, hint="--device cpu")
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)

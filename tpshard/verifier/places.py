@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from tpshard.verifier.ranks.weights import Borrowed, Replaced, Weights
-
-EVERYTHING = slice(None)
+from tpshard.verifier.ranks.weights import Borrowed, InMemory, Weights, equal
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,7 @@ class Stretch:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        if self.indices is None:
-            return ()
-        return (*(EVERYTHING for _ in range(self.dim)), self.indices)
+        return () if self.indices is None else (*repeat(slice(None), self.dim), self.indices)
 
 
 class Places(Protocol):
@@ -74,16 +70,14 @@ class DamagedShards:
         self.places = places
         self.ranks = places.ranks
         self.tp = len(places.ranks)
-        self.changes: list[dict[str, Tensor]] = [{} for _ in self.ranks]
-        self.borrowed: list[dict[str, Weights]] = [{} for _ in self.ranks]
+        self.lenders: list[dict[str, Weights]] = [{} for _ in self.ranks]
 
     def read(self, rank: int, name: str) -> Tensor:
         """A copy of a tensor, with the changes so far."""
-        tensor = self.changes[rank].get(name)
-        return (self.ranks[rank].get(name) if tensor is None else tensor).to("cpu", copy=True)
+        return self.lenders[rank].get(name, self.ranks[rank]).get(name).to("cpu", copy=True)
 
     def write(self, rank: int, name: str, tensor: Tensor) -> None:
-        self.changes[rank][name] = tensor.contiguous()
+        self.lenders[rank][name] = InMemory({name: tensor.contiguous()})
 
     def put(self, rank: int, stretch: Stretch, value: Tensor) -> None:
         """Write a stretch of a tensor; nothing where the value has another shape."""
@@ -97,11 +91,6 @@ class DamagedShards:
         for name in names:
             for r in range(self.tp) if rank is None else [rank]:
                 self.write(r, name, change(self.read(r, name)))
-
-    def roll(self, role: str, rank: int) -> None:
-        """Move what a role's weights hold along their cut dim by one."""
-        for name in self.places.tensors(role):
-            self.write(rank, name, self.read(rank, name).roll(1, self.places.axis(role, name)))
 
     def swap(self, rank: int, mine: Sequence[Stretch], other: int, theirs: Sequence[Stretch]) -> None:
         """Exchange stretches of two ranks, or of one, where their shapes agree."""
@@ -117,25 +106,10 @@ class DamagedShards:
         for rank, lender in enumerate(order):
             for name in names:
                 if whole or self.ranks[rank].shape(name) == self.ranks[lender].shape(name):
-                    self.borrowed[rank][name] = self.ranks[lender]
+                    self.lenders[rank][name] = self.ranks[lender]
 
     def ranks_if_different(self) -> list[Weights] | None:
         """The damaged ranks; None when not one bit is different."""
-        for weights, changes, borrowed in zip(self.ranks, self.changes, self.borrowed, strict=True):
-            if any(not torch.equal(tensor.cpu(), weights.get(name).cpu()) for name, tensor in changes.items()) or any(
-                not _same(weights, lender, name) for name, lender in borrowed.items()
-            ):
-                whole = zip(self.ranks, self.borrowed, self.changes, strict=True)
-                return [Replaced(Borrowed(w, b), c) for w, b, c in whole]
-        return None
-
-
-def _same(one: Weights, other: Weights, name: str, step: int = 1024) -> bool:
-    """Whether two ranks' tensors are equal, looked at a few rows at a time: an embedding is large."""
-    if one.shape(name) != other.shape(name):
-        return False
-    rows = one.shape(name)[0] if one.shape(name) else 0
-    if not rows:
-        return torch.equal(one.get(name).cpu(), other.get(name).cpu())
-    blocks = ((at, min(at + step, rows)) for at in range(0, rows, step))
-    return all(torch.equal(one.rows(name, *at).cpu(), other.rows(name, *at).cpu()) for at in blocks)
+        ranks = list(map(Borrowed, self.ranks, self.lenders))
+        same = all(equal(rank.weights, lender, name) for rank in ranks for name, lender in rank.lenders.items())
+        return None if same else [*ranks]

@@ -11,10 +11,7 @@ from tpshard.errors import UsageError
 from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.ranks.open import RankSet
 
-PROMPT = 16
-
-
-BATCH = 2
+BATCH, PROMPT = 2, 16
 
 
 def prompt_ids(vocab: int, seed: int, batch: int, length: int) -> Tensor:
@@ -39,25 +36,19 @@ def chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] |
 
 def require_one_each(opened: RankSet, team: Threads | Processes) -> None:
     """UsageError unless as many processes run as there are ranks, or one for all of them."""
-    if team.size != len(opened.ranks):
-        raise UsageError(
-            "one process per rank is needed",
-            path=opened.directory,
-            expected=len(opened.ranks),
-            found=team.size,
-            hint="start as many processes as there are ranks, or one for all of them",
-        )
+    expected, found = len(opened.ranks), team.size
+    if found != expected:
+        message = "one process per rank is needed"
+        hint = "start as many processes as there are ranks, or one for all of them"
+        raise UsageError(message, path=opened.directory, expected=expected, found=found, hint=hint)
 
 
 def another_model(opened: RankSet, model_type: object) -> UsageError:
     """The error for shards that are not of the source, which is of this type."""
-    return UsageError(
-        "the shards are of another model than the source",
-        path=opened.directory,
-        expected=f"the {model_type} that the source holds",
-        found=f"a {opened.config.get('model_type')} of other sizes or settings",
-        hint="give the model that was split with --source",
-    )
+    expected = f"the {model_type} that the source holds"
+    found = f"a {opened.config.get('model_type')} of other sizes or settings"
+    message, hint = "the shards are of another model than the source", "give the model that was split with --source"
+    return UsageError(message, path=opened.directory, expected=expected, found=found, hint=hint)
 
 
 def prompt_of(prompt: Tensor | None, vocab: int, seed: int) -> Tensor:

@@ -20,10 +20,7 @@ from tpshard.verifier.options import Say, VerifyOptions, silent
 from tpshard.verifier.ranks.translate import require_replicas, stored_in
 from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
-_LESS = {
-    "tpshard": "--stream needs less, --layers looks at fewer",
-    "transformers": "--layers looks at fewer layers",
-}
+_LESS = {"tpshard": "--stream needs less, --layers looks at fewer", "transformers": "--layers looks at fewer layers"}
 """By engine, the way out where memory does not suffice."""
 
 
@@ -66,16 +63,14 @@ def _tiers(
 ) -> tuple[list[Tier], list[Canary], dict[str, float]]:
     """All that was asked for, in order, with the seconds that each took."""
     team = opened.team
-    done: list[Tier] = []
-    canaries: list[Canary] = []
-    seconds: dict[str, float] = {}
+    done, canaries, seconds = list[Tier](), list[Canary](), dict[str, float]()
     if first is not None:
         begun = time.monotonic()
         done.append(team.once(first))
         seconds[done[0].name] = time.monotonic() - begun
     for name, judge in run.begin().items():
         begun = time.monotonic()
-        opened.say(run.lines[name])
+        opened.say("transformers as the reference" if name == "transformers" else f"{name} tier")
         try:
             tier, injected = _judged(name, opened, judge)
         except run.unsure as error:
@@ -104,12 +99,11 @@ def _judged(name: str, opened: OpenedSet, judge: JudgeTier) -> tuple[Tier, list[
         return Tier(name, "fail", reason=str(error)), []
     if canaries is None:
         return _named(tier, opened), []
-    missed = [canary.name for canary in canaries if canary.status == "missed"]
-    blind = not any(canary.status == "caught" for canary in canaries)
-    if missed or blind:
-        reason = "faults injected on purpose were not noticed: " + ", ".join(missed)
-        if not missed:
-            reason = "no fault could be injected that this tier would notice"
+    if missed := ", ".join(canary.name for canary in canaries if canary.status == "missed"):
+        reason = f"faults injected on purpose were not noticed: {missed}"
+        tier = replace(tier, status="inconclusive", reason=reason)
+    elif not any(canary.status == "caught" for canary in canaries):
+        reason = "no fault could be injected that this tier would notice"
         tier = replace(tier, status="inconclusive", reason=reason)
     return tier, canaries
 

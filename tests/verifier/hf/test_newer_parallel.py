@@ -18,7 +18,7 @@ from tpshard.verifier.canaries import exact_canaries
 from tpshard.verifier.criteria import EXACT_LIMIT, relative
 from tpshard.verifier.fault_catalogue import FAULTS, canaries_of
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.ranks.weights import Replaced, Weights
+from tpshard.verifier.ranks.weights import Weights, replaced
 from tpshard.verifier.tiers import exact, native
 
 Made = Callable[..., Path]
@@ -59,7 +59,7 @@ def damaged(
     """One tensor of one rank changed."""
     ranks: list[Weights] = list(one.ranks)
     (name,) = (name for name in one.source.names() if re.search(pattern, name))
-    ranks[rank] = Replaced(ranks[rank], {name: change(ranks[rank].get(name)).contiguous()})
+    ranks[rank] = replaced(ranks[rank], {name: change(ranks[rank].get(name)).contiguous()})
     return replace(one, ranks=ranks)
 
 

@@ -31,7 +31,7 @@ from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
 from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, RankShares, model_config
 from tpshard.verifier.options import VerifyOptions
-from tpshard.verifier.ranks.weights import InMemory, Replaced
+from tpshard.verifier.ranks.weights import InMemory, replaced
 from tpshard.verifier.tiers import exact, native
 
 Made = Callable[..., Path]
@@ -145,7 +145,7 @@ def test_an_expert_that_no_token_meets_is_looked_at(sides: Callable[..., Transfo
     last = one.frame.config.num_hidden_layers - 1
     idle = next(i for i in range(8) if i not in chosen)
     name = f"model.layers.{last}.block_sparse_moe.experts.{idle}.w2.weight"
-    ranks = [Replaced(one.ranks[0], {name: one.ranks[0].get(name).neg()}), one.ranks[1]]
+    ranks = [replaced(one.ranks[0], {name: one.ranks[0].get(name).neg()}), one.ranks[1]]
     tier = exact(replace(short, ranks=ranks))
     assert tier.status == "fail" and tier.reason is not None and "(every expert)" in tier.reason
 
@@ -257,7 +257,7 @@ def test_heads_that_are_not_whole(sides: Callable[..., TransformersBackend]) -> 
 def test_a_parameter_that_nobody_cuts(sides: Callable[..., TransformersBackend]) -> None:
     one = sides("phi3")
     name = "model.layers.0.input_layernorm.weight"
-    ranks = [Replaced(rank, {name: rank.get(name)[:32]}) for rank in one.ranks]
+    ranks = [replaced(rank, {name: rank.get(name)[:32]}) for rank in one.ranks]
     with pytest.raises(DifferentError, match="input_layernorm.weight is cut"):
         exact(replace(one, ranks=ranks))
     missing = InMemory({key: one.ranks[1].get(key) for key in one.ranks[1].names() if key != name})

@@ -6,7 +6,6 @@ import json
 import shutil
 import tomllib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -424,6 +423,3 @@ def test_what_cannot_be_read_is_said(splits: Splits, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="verify does not know the names.*vllm.*mpt") as error:
         judged(model, shards)
     assert error.value.exit_code == 4
-    opened = replace(open_shards(good), format="another")
-    with pytest.raises(UnsupportedError, match="verify does not know the names of the format another; .*deepseek, "):
-        translated(opened, [])

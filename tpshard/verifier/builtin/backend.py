@@ -146,7 +146,7 @@ class DecoderBackend:
             replayer = Replayer(recorder.records, group.rank, limit, always=always)
             fed = Pass(self.sharded(group, dtype, replayer), [self.prompt], layers)
             for stage in whole.stages:
-                if team.leads(group):
+                if group.rank == team.here[0]:  # once in a process
                     recorder.records.clear()
                     whole.advance(stage)
                     self.progress.step()

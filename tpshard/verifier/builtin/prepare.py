@@ -34,7 +34,7 @@ from tpshard.verifier.ranks.open import (
     resident,
 )
 from tpshard.verifier.ranks.translate import translated
-from tpshard.verifier.ranks.weights import Replaced, Weights, move
+from tpshard.verifier.ranks.weights import Weights, move, replaced
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
@@ -159,7 +159,7 @@ def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: Load
         loaded = load_rank(rank, setup.device)
     if loaded is None:
         return resident(weights, dtype, setup.device, names)
-    return Replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
+    return replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
 
 
 def keep(case: Case, load_rank: LoadRank | None) -> Case:
@@ -188,7 +188,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     case = team.together(lambda: prepare(opened, options))
     case = team.together(lambda: choose(case, opened, options))
     setup = case.setup
-    lines = {name: f"{name} tier" for name in COMPUTED_TIERS}
     return EngineRun(
         engine="tpshard",
         model_type=setup.family.model_type,
@@ -196,7 +195,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         tokens=case.tokens,
         layers=setup.layers,
         begin=lambda: _begin(case, opened, options),
-        lines={**lines, "transformers": "transformers as the reference"},
         streamed=setup.block_bytes is not None and not setup.keep_ranks,
         settings={"tokens_from": "the reference" if case.taught else "the seed"},
     )

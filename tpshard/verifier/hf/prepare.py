@@ -15,7 +15,7 @@ from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.skeleton import covers, frame_of, library_version, model_config, quiet, same_model
 from tpshard.verifier.memory import FILL, available
-from tpshard.verifier.options import COMPUTED_TIERS, VerifyOptions
+from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import FileWeights, elements, not_finite, require_floats
@@ -59,7 +59,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         tokens=tokens,
         layers=sides.frame.layers,
         begin=lambda: _begin(sides, tokens, opened, options),
-        lines={name: f"{name} tier" for name in COMPUTED_TIERS},
         warnings=(f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …",)
         if left
         else (),

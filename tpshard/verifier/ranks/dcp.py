@@ -104,13 +104,9 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
         shapes = [tuple(chunk.sizes) for chunk in described.chunks if chunk.offsets == index.offset]
         alike = shapes == [info.shape] and len(index.offset) == len(info.shape)
         if not alike or DTYPES[info.dtype] != described.properties.dtype:
-            raise CorruptError(
-                "the archive is not what .metadata says",
-                path=file,
-                tensor=index.fqn,
-                expected=f"{described.properties.dtype} {shapes}",
-                found=f"{info.dtype} {info.shape}",
-            )
+            message, expected = "the archive is not what .metadata says", f"{described.properties.dtype} {shapes}"
+            there = f"{info.dtype} {info.shape}"
+            raise CorruptError(message, path=file, tensor=index.fqn, expected=expected, found=there)
         chunks.setdefault(file.name, []).append(Chunk(tuple(index.offset), info))
     _require_sizes(path, tensors, chain.from_iterable(chunks.values()))
     return chunks
@@ -127,15 +123,10 @@ def _require_sizes(path: Path, tensors: Mapping[str, Any], chunks: Iterable[Chun
     for name, described in tensors.items():
         if not hasattr(described, "chunks"):
             continue  # not a tensor
-        held = _size(found[name]) if name in found else None
-        if held != tuple(described.size):
-            raise CorruptError(
-                "a tensor's pieces are not of the size that .metadata gives it",
-                path=path,
-                tensor=name,
-                expected=list(described.size),
-                found="no pieces" if held is None else list(held),
-            )
+        expected, held = list(described.size), list(_size(found[name])) if name in found else "no pieces"
+        if held != expected:
+            message = "a tensor's pieces are not of the size that .metadata gives it"
+            raise CorruptError(message, path=path, tensor=name, expected=expected, found=held)
 
 
 class _Window(io.RawIOBase):
@@ -210,11 +201,9 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
         full = [i for i, chunks in enumerate(owned) if len(chunks) == most]
         every = len(owned) // len(full)
         if tp % len(owned) or full != list(range(0, len(owned), every)):
-            raise UnsupportedError(
-                f"verify cannot deal {name} to {tp} ranks",
-                tensor=name,
-                found="pieces in each file: " + ", ".join(str(len(held.get(name, ()))) for held in files),
-            )
+            counts = ", ".join(str(len(held.get(name, ()))) for held in files)
+            message = f"verify cannot deal {name} to {tp} ranks"
+            raise UnsupportedError(message, tensor=name, found=f"pieces in each file: {counts}")
         shares = [chunks + owned[i - i % every][len(chunks) :] for i, chunks in enumerate(owned)]
         yield name, dim, [sorted(shares[rank * len(owned) // tp], key=begin) for rank in range(tp)]
 
@@ -234,11 +223,7 @@ def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
     ends = sorted((chunk.at[dim : dim + 1], chunk.end[dim : dim + 1]) for chunk in chunks)
     starts = [(0,) if size else (), *(end for _, end in ends[:-1])]
     if [at for at, _ in ends] != starts:
-        raise CorruptError(
-            "a tensor's pieces leave a gap, or overlap",
-            path=chunks[0].info.file,
-            tensor=name,
-            expected=f"pieces of {list(size)} one behind another along dim {dim}",
-            found=", ".join(f"{list(at)} to {list(end)}" for at, end in ends),
-        )
+        message, expected = "a tensor's pieces leave a gap, or overlap", f"pieces of {list(size)} one behind another"
+        expected, found = f"{expected} along dim {dim}", ", ".join(f"{list(at)} to {list(end)}" for at, end in ends)
+        raise CorruptError(message, path=chunks[0].info.file, tensor=name, expected=expected, found=found)
     return dim

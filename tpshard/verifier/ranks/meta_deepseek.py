@@ -12,7 +12,7 @@ from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Joined, RankPiece, Rows, Stored
-from tpshard.verifier.ranks.vllm import Pieces
+from tpshard.verifier.ranks.vllm import Pieces, even
 
 _META_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _META_LAYER = {
@@ -68,9 +68,8 @@ def _rows_of_all(ranks: Sequence[FileWeights], name: str, rank: int) -> RankPiec
     for other, weights in enumerate(ranks):
         if name not in weights.names() or weights.shape(name) != ranks[0].shape(name):
             raise DifferentError(f"rank {other} has no {name} of rank 0's shape", tensor=name)
-    rows = ranks[0].shape(name)[0]
-    first, last = (rows * (rank + i) // len(ranks) for i in (0, 1))
-    return Rows(Joined([Stored(weights, name) for weights in ranks], 1), torch.arange(first, last))
+    columns = Joined([Stored(weights, name) for weights in ranks], 1)
+    return Rows(columns, even(columns.shape[0], rank, len(ranks)))
 
 
 def _halves(rows: int, head_dim: int) -> Tensor:

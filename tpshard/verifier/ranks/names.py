@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,36 +32,27 @@ class RankFiles:
     ranks: Mapping[int, tuple[str, ...]]
 
 
-def rank_files(directory: Path) -> RankFiles:
-    """The ranks' files; CorruptError where some are missing, or are of several widths or formats."""
-    found: dict[str, list[tuple[re.Match[str], str]]] = {}
+def _numbered(directory: Path) -> Iterator[tuple[str, dict[str, int], str]]:
+    """The ranks' files in order: each one's format, the numbers in its name (ranks and parts from 0 on), its name."""
     for path in sorted(directory.iterdir()):
         for kind, pattern in _NAMES.items():
             if match := pattern.fullmatch(path.name):
-                found.setdefault(kind, []).append((match, path.name))
-    if not found:
-        raise CorruptError(
-            "no rank files here",
-            path=directory,
-            expected="rank-00000-of-….safetensors, or an engine's",
-            hint="make them with `tpshard split`",
-        )
-    if len(found) > 1:
-        raise CorruptError("rank files of several formats", path=directory, found=", ".join(sorted(found)))
-    ((kind, matches),) = found.items()
-    return _grouped(directory, kind, matches)
+                said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
+                first = {"rank": 1, "part": 1} if kind in _FROM_ONE else {}
+                yield kind, {key: n - first.get(key, 0) for key, n in said.items()}, path.name
 
 
-def _said(kind: str, match: re.Match[str]) -> dict[str, int]:
-    """The numbers in a file's name, those of ranks and parts from 0 on."""
-    said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
-    return {key: n - (kind in _FROM_ONE and key in ("rank", "part")) for key, n in said.items()}
-
-
-def _grouped(directory: Path, kind: str, matches: list[tuple[re.Match[str], str]]) -> RankFiles:
+def rank_files(directory: Path) -> RankFiles:
+    """The ranks' files; CorruptError where some are missing, or are of several widths or formats."""
+    files = list(_numbered(directory))
+    kinds = sorted({kind for kind, *_ in files})
+    if not files:
+        expected, hint = "rank-00000-of-….safetensors, or an engine's", "make them with `tpshard split`"
+        raise CorruptError("no rank files here", path=directory, expected=expected, hint=hint)
+    if len(kinds) > 1:
+        raise CorruptError("rank files of several formats", path=directory, found=", ".join(kinds))
     widths, ranks, counts = set(), dict[int, dict[int, str]](), dict[int, set[int]]()
-    for match, name in matches:
-        said = _said(kind, match)
+    for _, said, name in files:
         widths.add(said.get("tp"))
         ranks.setdefault(said["rank"], {})[said.get("part", 0)] = name
         counts.setdefault(said["rank"], set()).add(said.get("parts", 0))
@@ -71,25 +62,15 @@ def _grouped(directory: Path, kind: str, matches: list[tuple[re.Match[str], str]
     tp = widths.pop() or max(ranks) + 1
     missing = [rank for rank in range(tp) if rank not in ranks]
     for rank, parts in ranks.items():
-        expected = max(counts[rank]) or max(parts) + 1
-        if len(counts[rank]) > 1 or len(parts) != expected:
+        if counts[rank] != {len(parts)} and (counts[rank] != {0} or len(parts) != max(parts) + 1):
             missing.append(rank)
     if missing:
-        raise CorruptError(
-            "ranks are missing or incomplete",
-            path=directory,
-            expected=f"ranks 0 to {tp - 1}",
-            found="all but " + ", ".join(str(rank) for rank in sorted(missing)),
-        )
-    return RankFiles(kind, tp, {rank: tuple(name for _, name in sorted(ranks[rank].items())) for rank in range(tp)})
+        expected, found = f"ranks 0 to {tp - 1}", f"all but {', '.join(map(str, sorted(missing)))}"
+        raise CorruptError("ranks are missing or incomplete", path=directory, expected=expected, found=found)
+    return RankFiles(kinds[0], tp, {rank: tuple(name for _, name in sorted(ranks[rank].items())) for rank in range(tp)})
 
 
 def width(directory: Path) -> int:
     """The number of ranks, as the names of the files say it; 1 where there are none, which others will complain of."""
-    width = 1
-    for path in directory.iterdir() if directory.is_dir() else ():
-        for kind, pattern in _NAMES.items():
-            if match := pattern.fullmatch(path.name):
-                said = _said(kind, match)
-                width = max(width, said.get("tp", said["rank"] + 1))
-    return width
+    files = _numbered(directory) if directory.is_dir() else ()
+    return max([1, *(said.get("tp", said["rank"] + 1) for _, said, _ in files)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 from tpshard.verifier.ranks.dcp import Chunk, Chunks, of_header, of_metadata
 from tpshard.verifier.ranks.names import RankFiles, rank_files
-from tpshard.verifier.ranks.weights import Replaced, Weights, move
+from tpshard.verifier.ranks.weights import Borrowed, Weights, blocks, move, replaced
 from tpshard.verifier.report.verdict import layer_of
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -36,11 +36,8 @@ class FileWeights:
         self.infos: dict[str, TensorInfo] = {}
         self.cast = cast
         for info in infos:
-            if info.name in self.infos:
-                raise CorruptError(
-                    "a tensor is in two files", path=info.file, tensor=info.name, found=self.infos[info.name].file
-                )
-            self.infos[info.name] = info
+            if (other := self.infos.setdefault(info.name, info)) is not info:
+                raise CorruptError("a tensor is in two files", path=info.file, tensor=info.name, found=other.file)
 
     def names(self) -> Collection[str]:
         return self.infos.keys()
@@ -84,7 +81,7 @@ CASTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.fl
 
 @dataclass(frozen=True)
 class RankSet:
-    """A directory of rank files: the ranks in order, the config, and what the manifest says of its origin.
+    """A directory of rank files: the ranks in order, the config, and what the manifest says that weights were cast to.
 
     The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them.
@@ -93,7 +90,6 @@ class RankSet:
     directory: Path
     config: Mapping[str, Any]
     ranks: tuple[FileWeights, ...]
-    source: Mapping[str, Any] = field(default_factory=dict)
     cast: torch.dtype | None = None
     warnings: tuple[str, ...] = ()
     format: str = "native"
@@ -116,11 +112,9 @@ def open_shards(directory: Path) -> RankSet:
     files = rank_files(directory)
     tp = files.tp
     manifest = _json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
-    recorded = _said(manifest, "mesh", "tp", tp)
-    if recorded != tp:
-        raise CorruptError(
-            f"{MANIFEST} and the rank files disagree", path=directory, expected=f"tp {recorded}", found=f"tp {tp}"
-        )
+    if (recorded := _said(manifest, "mesh", "tp", tp)) != tp:
+        message = f"{MANIFEST} and the rank files disagree"
+        raise CorruptError(message, path=directory, expected=f"tp {recorded}", found=f"tp {tp}")
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
     opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
@@ -131,7 +125,6 @@ def open_shards(directory: Path) -> RankSet:
         directory=directory,
         config=_json(directory / CONFIG),
         ranks=tuple(weights for weights, _ in opened),
-        source=manifest.get("source", {}),
         cast=None if cast is None else CASTS[cast],
         warnings=tuple(warnings),
         format=files.format,
@@ -143,9 +136,8 @@ def _said(manifest: Any, part: str, key: str, default: Any) -> Any:
     """What a manifest says, which may be anything; the default where it says nothing."""
     inner = manifest.get(part, {}) if isinstance(manifest, dict) else None
     if not isinstance(inner, dict):
-        raise CorruptError(
-            f"{MANIFEST} is damaged", path=MANIFEST, expected=f"an object {part!r}", found=repr(inner)[:80]
-        )
+        expected, found = f"an object {part!r}", repr(inner)[:80]
+        raise CorruptError(f"{MANIFEST} is damaged", path=MANIFEST, expected=expected, found=found)
     return inner.get(key, default)
 
 
@@ -168,11 +160,10 @@ def _open_rank(
         if stated != str(rank):
             warnings.append(f"{name} says that it is of rank {stated}")
     record = directory / record_name(rank, files.tp)
-    if record.exists():
-        sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-        for file, size in _recorded(record):
-            if sizes.get(file, size) != size:
-                warnings.append(f"{file} has {sizes[file]} bytes, its record says {size}")
+    sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
+    for file, size in _recorded(record) if record.exists() else ():
+        if sizes.get(file, size) != size:
+            warnings.append(f"{file} has {sizes[file]} bytes, its record says {size}")
     named = _numbered(chunks)
     weights = FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)])
     require_floats(weights, parameters(weights))
@@ -182,15 +173,11 @@ def _open_rank(
 def _recorded(record: Path) -> list[tuple[str, int]]:
     """The files of a rank's record with their sizes."""
     said = _json(record)
-    parts = said.get("parts", []) if isinstance(said, dict) else None
     try:
-        sizes = [(str(part["file"]), int(part["size"])) for part in parts or []]
-    except (TypeError, KeyError, ValueError, OverflowError):
-        parts = None
-    if parts is None:
-        hint = "copy it again from where the rank's file comes from"
-        raise CorruptError("not a rank's record", path=record, expected="parts with file and size", hint=hint)
-    return sizes
+        return [(str(part["file"]), int(part["size"])) for part in said.get("parts", [])]
+    except (AttributeError, TypeError, KeyError, ValueError, OverflowError):
+        expected, hint = "parts with file and size", "copy it again from where the rank's file comes from"
+        raise CorruptError("not a rank's record", path=record, expected=expected, hint=hint) from None
 
 
 def _numbered(chunks: Iterable[Chunk]) -> Chunks:
@@ -198,13 +185,10 @@ def _numbered(chunks: Iterable[Chunk]) -> Chunks:
     found: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         found.setdefault(chunk.info.name, []).append(chunk)
-    return {
-        name: [
-            replace(chunk, info=replace(chunk.info, name=f"{name}#{i}")) if len(each) > 1 else chunk
-            for i, chunk in enumerate(each)
-        ]
-        for name, each in found.items()
-    }
+    for name, each in found.items():
+        if len(each) > 1:
+            found[name] = [Chunk(chunk.at, replace(chunk.info, name=f"{name}#{i}")) for i, chunk in enumerate(each)]
+    return found
 
 
 def parameters(weights: Weights) -> list[str]:
@@ -216,13 +200,9 @@ def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
     """UnsupportedError for the first of the named tensors that is not of a floating-point dtype."""
     for name in names:
         if weights.dtype(name) not in FLOATS:
-            raise UnsupportedError(
-                "verify computes with floating-point weights only",
-                path=weights.infos[name].file,
-                tensor=name,
-                expected="F64, F32, F16 or BF16",
-                found=weights.infos[name].dtype,
-            )
+            info = weights.infos[name]
+            message, expected = "verify computes with floating-point weights only", "F64, F32, F16 or BF16"
+            raise UnsupportedError(message, path=info.file, tensor=name, expected=expected, found=info.dtype)
 
 
 def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False) -> tuple[Any, FileWeights]:
@@ -247,17 +227,15 @@ def not_finite(weights: FileWeights, names: Iterable[str], block_bytes: int = 1 
     """The first of the named tensors, and its file, that holds NaN or Inf; read in blocks."""
     for name in names:
         info = weights.infos[name]
-        rows = info.shape[0] if info.shape else 0
-        step = max(1, block_bytes * rows // max(1, info.nbytes))
-        blocks = (weights.rows(name, start, min(start + step, rows)) for start in range(0, rows, step))
-        if not all(bool(block.isfinite().all()) for block in (blocks if info.shape else [weights.get(name)])):
+        step = max(1, block_bytes * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
+        if not all(bool(block.isfinite().all()) for block in blocks(weights, name, step)):
             return name, info.file
     return None
 
 
 def resident(
     weights: FileWeights, dtype: torch.dtype | None, device: torch.device, names: Iterable[str] | None = None
-) -> Replaced:
+) -> Borrowed:
     """The named tensors (all weights and biases) on a device, in one dtype (None: as stored); others stay in files."""
     chosen = parameters(weights) if names is None else names
-    return Replaced(weights, {name: move(weights.get(name), device, dtype) for name in chosen})
+    return replaced(weights, {name: move(weights.get(name), device, dtype) for name in chosen})

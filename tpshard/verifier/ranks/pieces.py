@@ -61,15 +61,21 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of another piece, each of `index` [n] once and in that order."""
+class _Made:
+    """What is read out of another piece."""
 
     piece: RankPiece
-    index: Tensor
 
     @property
     def stored(self) -> TensorInfo:
         return self.piece.stored
+
+
+@dataclass(frozen=True)
+class Rows(_Made):
+    """Rows of another piece, each of `index` [n] once and in that order."""
+
+    index: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,14 +86,8 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Turned:
+class Turned(_Made):
     """A stored tensor with its last two dims exchanged; of a matrix, all is read for any of its rows."""
-
-    piece: RankPiece
-
-    @property
-    def stored(self) -> TensorInfo:
-        return self.piece.stored
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,16 +101,11 @@ class Turned:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(_Made):
     """Columns `first` to `last` of another piece (its last dim)."""
 
-    piece: RankPiece
     first: int
     last: int
-
-    @property
-    def stored(self) -> TensorInfo:
-        return self.piece.stored
 
     @property
     def shape(self) -> tuple[int, ...]:

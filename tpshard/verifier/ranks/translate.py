@@ -16,14 +16,7 @@ from tpshard.verifier.ranks.open import RankSet, parameters, require_floats
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
 
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
 
 _OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
@@ -44,27 +37,16 @@ def translated(opened: RankSet, source: Collection[str]) -> RankSet:
 
 
 def _renamed(opened: RankSet) -> list[dict[str, RankPiece]]:
-    model_type = str(opened.config.get("model_type"))
-    known = _KNOWN.get(opened.format)
-    if known is None:
-        raise UnsupportedError(
-            f"verify does not know the names of the format {opened.format}",
-            path=opened.directory,
-            expected=", ".join(sorted(_KNOWN)),
-            hint=_OTHERWISE,
-        )
+    model_type, known = str(opened.config.get("model_type")), _KNOWN[opened.format]
     if model_type not in known:
-        raise UnsupportedError(
-            f"verify does not know the names that the format {opened.format} has for model_type {model_type!r}",
-            path=opened.directory,
-            expected=", ".join(sorted(known)),
-            hint=_OTHERWISE,
-        )
+        what = f"the names that the format {opened.format} has for model_type {model_type!r}"
+        message, expected = f"verify does not know {what}", ", ".join(sorted(known))
+        raise UnsupportedError(message, path=opened.directory, expected=expected, hint=_OTHERWISE)
     family, every = _described(opened.config), range(len(opened.ranks))
+    if opened.format == "meta":
+        return [dict(published.meta(opened.ranks, family, rank)) for rank in every]
     if opened.format == "vllm":
         made = [dict(Rank(opened.ranks, VLLM[model_type], family, rank).pieces()) for rank in every]
-    elif opened.format == "meta":
-        return [dict(published.meta(opened.ranks, family, rank)) for rank in every]
     else:
         made = [dict(published.deepseek(weights)) for weights in opened.ranks]
     return [_tied(pieces, opened.config, family) for pieces in made]
@@ -111,16 +93,12 @@ def _tied(pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Famil
 def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
     """The parameter that holds what a report names (a module, its bias, q of it), where that has another name."""
     weights, name = opened.ranks[rank], what.rpartition(" of ")[2]
-    if not isinstance(weights, PieceWeights):
-        return None
-    found = next(
-        (weights.pieces[each].stored.name for each in (f"{name}.weight", name) if each in weights.pieces), None
-    )
-    return None if found in (f"{name}.weight", name) else found
+    pieces, names = weights.pieces if isinstance(weights, PieceWeights) else {}, (f"{name}.weight", name)
+    found = next((pieces[each].stored.name for each in names if each in pieces), None)
+    return None if found in names else found
 
 
 def require_replicas(opened: RankSet) -> None:
     """DifferentError where what an engine takes from each rank, and the decoder from one, is not the same on all."""
-    names = VLLM.get(str(opened.config.get("model_type"))) if opened.format == "vllm" else None
-    if names is not None:
-        sharded_state.require_replicas(opened.stored, names)
+    if opened.format == "vllm":
+        sharded_state.require_replicas(opened.stored, VLLM[str(opened.config.get("model_type"))])

@@ -18,6 +18,7 @@ from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
+from tpshard.verifier.ranks.weights import equal
 
 Pieces = Iterator[tuple[str, RankPiece]]
 SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
@@ -30,8 +31,8 @@ class Names:
     for them; all else is said in those, and below their layer.
 
     roots: how whole names begin. renamed: how names below a layer begin; stacked experts get the names that
-    transformers' classes have. qkv: the fused module. halves: a module that is two, one behind the other. latents: one
-    that is two, and whose inputs are the first's rows. turned: tensors with their last two dims exchanged. grouped: a
+    transformers' classes have. qkv: the fused module. halves: a module that is two, one behind the other; a third name
+    is of the module whose inputs are the first's rows. turned: tensors with their last two dims exchanged. grouped: a
     module with its q, k and v apart that the source interleaves. gathered: modules that every rank computes for all, in
     even slices, or as if q, k and v lay apart. whole: modules that all ranks hold whole, and share out here.
     once: tensors that rank 0 alone adds, and the others hold zeros of.
@@ -40,8 +41,7 @@ class Names:
     roots: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     qkv: str | None = None
-    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    latents: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
+    halves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     turned: tuple[str, ...] = ()
     grouped: str | None = None
     gathered: tuple[str, ...] = ()
@@ -64,16 +64,12 @@ def _begun(name: str, table: Mapping[str, str]) -> str:
 
 def _experts(module: str) -> dict[str, str]:
     """Stacked experts of a module: what vLLM has as w13 and w2."""
-    stacked = {
-        "w13_weight": "gate_up_proj",
-        "w2_weight": "down_proj",
-        "w13_bias": "gate_up_proj_bias",
-        "w2_bias": "down_proj_bias",
-    }
+    stacked = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
+    stacked |= {"w13_bias": "gate_up_proj_bias", "w2_bias": "down_proj_bias"}
     return {f"{module}.experts.routed_experts.{name}": f"mlp.experts.{into}" for name, into in stacked.items()}
 
 
-def _swiglu(module: str) -> dict[str, tuple[str, str]]:
+def _swiglu(module: str) -> dict[str, tuple[str, ...]]:
     return {f"{module}.gate_up_proj": (f"{module}.gate_proj", f"{module}.up_proj")}
 
 
@@ -84,18 +80,15 @@ _BLOOM = Names(grouped="self_attention.query_key_value")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _MOE = replace(_LLAMA, renamed=_experts("mlp"))
 _SHARED_MOE = replace(_MOE, halves=_swiglu("mlp") | _swiglu("mlp.shared_experts"))
+_LATENTS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj")
 _DEEPSEEK = Names(
     renamed=_experts("mlp")
     | {_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate", "self_attn.mla_attn": "self_attn"},
-    halves=_SHARED_MOE.halves,
-    latents={
-        "self_attn.fused_qkv_a_proj": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj")
-    },
+    halves={**_SHARED_MOE.halves, "self_attn.fused_qkv_a_proj": _LATENTS},
 )
 VLLM: Mapping[str, Names] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2"), _LLAMA),
-    **dict.fromkeys(("cohere", "cohere2", "exaone4", "gemma", "gemma3_text", "granite", "olmo", "seed_oss"), _LLAMA),
-    **dict.fromkeys(("smollm3", "stablelm"), _LLAMA),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
+    **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
     **dict.fromkeys(("glm4", "nemotron", "starcoder2"), _FUSED_MLP),
     "glm": replace(_FUSED_MLP, gathered=("mlp.gate_up_proj",)),
     "olmo2": replace(_LLAMA, whole=_QK_NORMS),
@@ -147,6 +140,11 @@ VLLM: Mapping[str, Names] = {
 }
 
 
+def even(total: int, rank: int, tp: int) -> Tensor:
+    """The indices of a rank's even share."""
+    return torch.arange(total * rank // tp, total * (rank + 1) // tp)
+
+
 @dataclass(frozen=True)
 class Rank:
     """One rank of a set."""
@@ -160,11 +158,8 @@ class Rank:
     def held(self) -> dict[str, Stored]:
         """The rank's parameters in the source's terms; no scales."""
         weights = self.ranks[self.rank]
-        return {
-            self.names.of(name): Stored(weights, name)
-            for name in weights.names()
-            if name.rpartition(".")[2] not in SCALES
-        }
+        names = [name for name in weights.names() if name.rpartition(".")[2] not in SCALES]
+        return {self.names.of(name): Stored(weights, name) for name in names}
 
     def pieces(self) -> Pieces:
         """The rank's tensors under the source's names, base prefix included."""
@@ -181,8 +176,8 @@ class Rank:
         if module == names.qkv:
             parts = zip(family.qkv, self._q_k_v(layer, stored), strict=True)
             yield from ((f"{part}.{suffix}", Rows(stored, at)) for part, at in parts)
-        elif module in names.halves or module in names.latents:
-            one, other, *inner = names.latents.get(module, ()) or names.halves[module]
+        elif module in names.halves:
+            one, other, *inner = names.halves[module]
             rows = stored.shape[0]
             first = self._inputs(layer, inner[0], rows) if inner else rows // 2
             yield f"{one}.{suffix}", Rows(stored, torch.arange(first))
@@ -225,24 +220,22 @@ class Rank:
 
     def _of_all(self, layer: str, module: str, stored: Stored) -> RankPiece:
         """This rank's rows of a module whose outputs all ranks gather and then sort."""
-        tp, rank = len(self.ranks), self.rank
-        every = [Stored(_held(self.ranks, other, stored), stored.name) for other in range(tp)]
-        rows = sum(each.shape[0] for each in every)
+        tp, name, every = len(self.ranks), stored.name, []
+        for rank, weights in enumerate(self.ranks):
+            if name not in weights.names() or weights.shape(name) != stored.shape:
+                raise DifferentError(f"rank {rank} has no {name} of the others' shape", tensor=name)
+            every.append(Stored(weights, name))
+        rows = tp * stored.shape[0]
         if self.family.fused is None:
-            half = rows // 2
-            first, last = (half * (rank + i) // tp for i in (0, 1))
-            return Rows(Joined(every), torch.cat((torch.arange(first, last), torch.arange(half + first, half + last))))
+            at = even(rows // 2, self.rank, tp)
+            return Rows(Joined(every), torch.cat((at, rows // 2 + at)))
         fitting = (self.family.heads + 2 * self.family.kv_heads) * self.family.head_dim
         if rows != fitting:
-            raise DifferentError(
-                f"the ranks' rows of {stored.name} together are not the model's q, k and v",
-                tensor=stored.name,
-                expected=fitting,
-                found=rows,
-            )
+            message = f"the ranks' rows of {name} together are not the model's q, k and v"
+            raise DifferentError(message, tensor=name, expected=fitting, found=rows)
         apart = [self._q_k_v(layer, stored) for stored in every]
         sorted_rows = [Rows(every[other], apart[other][i]) for i in range(3) for other in range(tp)]
-        return Rows(Joined(sorted_rows), torch.arange(rows * rank // tp, rows * (rank + 1) // tp))
+        return Rows(Joined(sorted_rows), even(rows, self.rank, tp))
 
     def _part(self, layer: str, module: str, suffix: str, stored: Stored) -> RankPiece:
         """This rank's share of what it computes whole: the ranks' sum is then what each of them has."""
@@ -252,23 +245,11 @@ class Rank:
             return stored if suffix == "bias" else Columns(stored, first, last)
         if module == _QK_NORMS[1]:
             # KV heads fewer than ranks are repeated.
-            rows = self._kv_rows(layer)
+            fused = self.held.get(f"{layer}{self.names.qkv}.weight")
+            rows = 1 if fused is None else max(1, len(self._q_k_v(layer, fused)[1]))
             first = self.rank * (shape[0] // rows) // tp * rows if shape[0] < rows * tp else self.rank * rows
             return Rows(stored, torch.arange(first, min(first + rows, shape[0])))
-        first, last = (shape[0] * (self.rank + i) // tp for i in (0, 1))
-        return Rows(stored, torch.arange(first, last))
-
-    def _kv_rows(self, layer: str) -> int:
-        fused = self.held.get(f"{layer}{self.names.qkv}.weight")
-        return 1 if fused is None else max(1, len(self._q_k_v(layer, fused)[1]))
-
-
-def _held(ranks: Sequence[FileWeights], rank: int, stored: Stored) -> FileWeights:
-    """The rank, which must have a tensor of the same shape."""
-    weights = ranks[rank]
-    if stored.name not in weights.names() or weights.shape(stored.name) != stored.shape:
-        raise DifferentError(f"rank {rank} has no {stored.name} of the others' shape", tensor=stored.name)
-    return weights
+        return Rows(stored, even(shape[0], self.rank, tp))
 
 
 def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
@@ -278,15 +259,7 @@ def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
             module, _, suffix = name.rpartition(".")
             if suffix in SCALES and bool((weights.get(name) != 1.0).any()):
                 raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
-            if module.endswith(names.whole or ("\n",)) and not _same(weights, ranks[0], name):
+            if module.endswith(names.whole or ("\n",)) and not equal(weights, ranks[0], name):
                 raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
             if rank and names.of(name).endswith(names.once or ("\n",)) and bool(weights.get(name).any()):
                 raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")
-
-
-def _same(one: FileWeights, other: FileWeights, name: str, step: int = 1024) -> bool:
-    if name not in other.names() or one.shape(name) != other.shape(name):
-        return False
-    rows = one.shape(name)[0]
-    blocks = ((at, min(at + step, rows)) for at in range(0, rows, step))
-    return all(torch.equal(one.rows(name, *at), other.rows(name, *at)) for at in blocks)

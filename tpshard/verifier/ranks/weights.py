@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,26 +55,6 @@ class InMemory:
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """Another's tensors, some of them replaced."""
-
-    weights: Weights
-    changes: Mapping[str, Tensor]
-
-    def names(self) -> Collection[str]:
-        return self.weights.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.changes[name].shape) if name in self.changes else self.weights.shape(name)
-
-    def get(self, name: str) -> Tensor:
-        return self.changes[name] if name in self.changes else self.weights.get(name)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.changes[name][start:stop] if name in self.changes else self.weights.rows(name, start, stop)
-
-
-@dataclass(frozen=True)
 class Borrowed:
     """One rank's tensors, some of them taken from another's, unread until they are needed."""
 
@@ -92,3 +72,24 @@ class Borrowed:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.lenders.get(name, self.weights).rows(name, start, stop)
+
+
+def replaced(weights: Weights, changes: Mapping[str, Tensor]) -> Borrowed:
+    """Another's tensors, some of them replaced."""
+    return Borrowed(weights, dict.fromkeys(changes, InMemory(changes)))
+
+
+def blocks(weights: Weights, name: str, step: int) -> Iterator[Tensor]:
+    """A stored tensor, `step` rows at a time; at once where it has no dims."""
+    if not (shape := weights.shape(name)):
+        yield weights.get(name)
+    for start in range(0, shape[0] if shape else 0, step):
+        yield weights.rows(name, start, min(start + step, shape[0]))
+
+
+def equal(one: Weights, other: Weights, name: str) -> bool:
+    """Whether both have the same tensor of this name, looked at a few rows at a time: an embedding is large."""
+    if name not in other.names() or one.shape(name) != other.shape(name):
+        return False
+    pairs = zip(blocks(one, name, 1024), blocks(other, name, 1024), strict=True)
+    return all(torch.equal(mine.cpu(), theirs.cpu()) for mine, theirs in pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -113,55 +113,22 @@ class Verdict:
         return None if self.verdict == "pass" else "no tier was run"
 
     def to_json(self) -> dict[str, Any]:
-        """The documented object, keys sorted; numbers that JSON cannot hold are strings."""
-        found = {
-            "schema_version": SCHEMA_VERSION,
-            "command": "verify",
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "model_type": self.model_type,
-            "tp": self.tp,
-            "source": self.source,
-            "shards": self.shards,
-            "tiers": [_tier_json(tier) for tier in self.tiers],
-            "canaries": [
-                {"name": c.name, "tier": c.tier, "status": c.status, "error": _number(c.error)} for c in self.canaries
-            ],
-            "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.bytes_per_rank)],
-            "warnings": list(self.warnings),
-            "not_run": list(self.not_run),
-            "by_running": [name for tier in self.tiers for name in tier.by_running],
-            "settings": dict(self.settings),
-            "volatile": dict(self.volatile),
-        }
-        return {key: _in_order(found[key]) for key in sorted(found)}
+        """The documented object."""
+        found = asdict(self)
+        found |= {"schema_version": SCHEMA_VERSION, "command": "verify", "verdict": self.verdict, "reason": self.reason}
+        found["not_run"] = self.not_run
+        found["ranks"] = [{"rank": rank, "bytes": size} for rank, size in enumerate(found.pop("bytes_per_rank"))]
+        for tier in found["tiers"]:
+            tier["modules"] = tier.pop("findings")
+            for finding in tier["modules"]:
+                del finding["inside"]
+        return dict(_plain(found))
 
 
-def _in_order(value: Any) -> Any:
-    """A value of JSON with its keys sorted."""
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: keys sorted, numbers that it cannot hold as strings."""
     if isinstance(value, Mapping):
-        return {key: _in_order(value[key]) for key in sorted(value)}
-    return [_in_order(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
-
-
-def _place_json(place: Place | None) -> dict[str, Any] | None:
-    if place is None:
-        return None
-    return {"module": place.module, "layer": place.layer, "rank": place.rank, "error": _number(place.error)}
-
-
-def _tier_json(tier: Tier) -> dict[str, Any]:
-    return {
-        "name": tier.name,
-        "status": tier.status,
-        "reason": tier.reason,
-        "thresholds": dict(tier.thresholds),
-        "metrics": {name: _number(value) for name, value in tier.metrics.items()},
-        "worst": _place_json(tier.worst),
-        "first": _place_json(tier.first),
-        "modules": [{"module": f.module, "rank": f.rank, "error": _number(f.error)} for f in tier.findings],
-    }
+        return {key: _plain(value[key]) for key in sorted(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return list(map(_plain, value)) if isinstance(value, list | tuple) else value

@@ -20,29 +20,24 @@ def to_json(verdict: Verdict) -> str:
     return json.dumps(verdict.to_json(), indent=2, sort_keys=True) + "\n"
 
 
+def _case(suite: str, name: str, status: str, said: str) -> str:
+    body = ""
+    if status in ("fail", "inconclusive", "missed"):
+        body = f"<failure type={quoteattr(status)}>{escape(said)}</failure>"
+    elif status not in ("pass", "caught"):
+        body = f"<skipped message={quoteattr(said)}/>"
+    return f'    <testcase classname="tpshard.verify{suite}" name={quoteattr(name)}>{body}</testcase>'
+
+
 def to_junit(verdict: Verdict) -> str:
     """A test suite with a case per tier and per canary; the reason of a failure is its body."""
-    cases = []
-    failures = skipped = 0
-    for tier in verdict.tiers:
-        body = ""
-        if tier.status in ("fail", "inconclusive"):
-            failures += 1
-            body = f"<failure type={quoteattr(tier.status)}>{escape(tier.reason or tier.status)}</failure>"
-        elif tier.status == "skipped":
-            skipped += 1
-            body = f"<skipped message={quoteattr(tier.reason or '')}/>"
-        cases.append(f'    <testcase classname="tpshard.verify" name={quoteattr(tier.name)}>{body}</testcase>')
+    cases = [
+        _case("", t.name, t.status, t.reason or ("" if t.status == "skipped" else t.status)) for t in verdict.tiers
+    ]
     for canary in verdict.canaries:
-        body = ""
-        if canary.status == "missed":
-            failures += 1
-            body = '<failure type="missed">this fault was injected and not noticed</failure>'
-        elif canary.status != "caught":
-            skipped += 1
-            body = f"<skipped message={quoteattr(canary.status)}/>"
-        name = quoteattr(f"canary {canary.tier} {canary.name}")
-        cases.append(f'    <testcase classname="tpshard.verify.canaries" name={name}>{body}</testcase>')
+        said = "this fault was injected and not noticed" if canary.status == "missed" else canary.status
+        cases.append(_case(".canaries", f"canary {canary.tier} {canary.name}", canary.status, said))
+    failures, skipped = (sum(mark in case for case in cases) for mark in ("<failure ", "<skipped "))
     counts = f'tests="{len(cases)}" failures="{failures}" errors="0" skipped="{skipped}"'
     head = f'<testsuites {counts}>\n  <testsuite name="tpshard verify" {counts}>'
     return "\n".join(['<?xml version="1.0" encoding="UTF-8"?>', head, *cases, "  </testsuite>", "</testsuites>", ""])
