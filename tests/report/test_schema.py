@@ -19,7 +19,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.schemas import conforms, name_of, validator
 from tpshard.api import convert as api
 from tpshard.report.schema import SCHEMAS, schema
-from tpshard.report.schema_terms import METRICS
+from tpshard.report.schema_terms import METRICS, read
 
 FORMATS = ("native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "hf")
 
@@ -59,6 +59,23 @@ def test_a_schema_is_one_and_says_everything(name: str) -> None:
             assert each["additionalProperties"] is False and set(each["required"]) <= set(each["properties"])
         else:
             assert isinstance(each["additionalProperties"], dict) and each["additionalProperties"]
+
+
+def test_the_notation() -> None:
+    assert read("{n: count[], kind: 'a' | 'b', at?: text?{}}", "what") == {
+        "description": "what",
+        "type": "object",
+        "properties": {
+            "n": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            "kind": {"enum": ["a", "b"]},
+            "at": {"type": "object", "additionalProperties": {"anyOf": [{"type": "string"}, {"type": "null"}]}},
+        },
+        "required": ["n", "kind"],
+        "additionalProperties": False,
+    }
+    assert read("1") == {"const": 1} and read("@part[]")["items"] == {"$ref": "#/$defs/part"}
+    with pytest.raises(KeyError, match="cuont"):
+        read("{n: cuont}")
 
 
 def test_the_names_are_listed() -> None:

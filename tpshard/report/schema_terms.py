@@ -1,65 +1,25 @@
-"""The terms in which `schema` speaks: what JSON Schema calls them, and objects that several results hold."""
+"""The notation in which `schema` speaks, and objects that several results hold.
+
+    {name: text, sizes: count[], kind: 'a' | 'b', by: number{}, note: text?, at?: {row: count}}
+
+An object has these fields and no others; a field with `?` before the colon may be left out. After a term, `[]` makes a
+list of it, `{}` an object that holds it under names (of tensors, modules, axes), and `?` allows null. One literal is a
+constant, several are the possible values. `@name` refers to one of `DEFINITIONS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import re
+from collections import deque
 from typing import Any
 
 from tpshard.errors import TpshardError
+from tpshard.formats.split import FORMAT_VERSION
+from tpshard.report.results import SCHEMA_VERSION
 from tpshard.storage.safetensors import DTYPE_BITS
 
 Schema = dict[str, Any]
-
-
-def fields(
-    required: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None, description: str | None = None
-) -> Schema:
-    """An object of these fields and no others."""
-    schema = {
-        "type": "object",
-        "properties": {**required, **(optional or {})},
-        "required": list(required),
-        "additionalProperties": False,
-    }
-    return schema if description is None else {"description": description, **schema}
-
-
-def array(items: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": items, **more}
-
-
-def by_name(values: Schema, **more: Any) -> Schema:
-    """An object whose fields are names: of tensors, modules, axes."""
-    return {"type": "object", "additionalProperties": values, **more}
-
-
-def one_of(*values: str) -> Schema:
-    return {"enum": list(values)}
-
-
-def or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def ref(name: str) -> Schema:
-    return {"$ref": f"#/$defs/{name}"}
-
-
-TEXT: Schema = {"type": "string"}
-TEXTS = array(TEXT)
-FLAG: Schema = {"type": "boolean"}
-NUMBER: Schema = {"type": "number", "minimum": 0}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-POSITIVE: Schema = {"type": "integer", "minimum": 1}
-DTYPE = one_of(*DTYPE_BITS)
-SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-SET: Schema = {"type": "string", "pattern": "^[0-9a-f]{32}$", "description": "names a shard set"}
-SHAPE = array(COUNT)
-BOX = array(array(COUNT, minItems=2, maxItems=2), description="[start, stop] of each dim")
-ERROR: Schema = {"anyOf": [NUMBER, one_of("inf", "nan")]}
-FIGURE: Schema = {"anyOf": [{"type": "number"}, one_of("inf", "-inf", "nan")]}
-NAMED = {"name": TEXT, "dtype": DTYPE, "shape": SHAPE}
-
 
 METRICS = (
     "differences", "relative_error", "worst_module_error", "router_error",
@@ -69,131 +29,143 @@ METRICS = (
 """What a tier of verify measures, and has limits for."""
 
 
-def _metrics(values: Schema) -> Schema:
-    return by_name(values, propertyNames=one_of(*METRICS))
-
-
 def _codes(kind: type[TpshardError]) -> set[str]:
     """The `code` of an error and of all that derive from it."""
     return {kind.code}.union(*map(_codes, kind.__subclasses__()))
 
 
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_NUMBER: Schema = {"type": "number", "minimum": 0}
+_PAIR = {"type": "array", "items": _COUNT, "minItems": 2, "maxItems": 2}
+_METRIC = {"enum": list(METRICS)}
+_FIGURE = {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}
+_TERMS: dict[str, Schema] = {
+    "schema_version": {"const": SCHEMA_VERSION},
+    "format_version": {"const": FORMAT_VERSION},
+    "text": {"type": "string"},
+    "flag": {"type": "boolean"},
+    "null": {"type": "null"},
+    "integer": {"type": "integer"},
+    "count": _COUNT,
+    "positive": {"type": "integer", "minimum": 1},
+    "number": _NUMBER,
+    "share": {**_NUMBER, "maximum": 1},
+    "dtype": {"enum": list(DTYPE_BITS)},
+    "sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    "set": {"type": "string", "pattern": "^[0-9a-f]{32}$", "description": "names a shard set"},
+    "hex": {"type": "string", "pattern": "^([0-9a-f]{2})+$"},
+    "shape": {"type": "array", "items": _COUNT},
+    "box": {"type": "array", "items": _PAIR, "description": "[start, stop] of each dim"},
+    "error": {"anyOf": [_NUMBER, {"enum": ["inf", "nan"]}]},
+    "code": {"enum": sorted(_codes(TpshardError))},
+    "limits": {"type": "object", "additionalProperties": _NUMBER, "propertyNames": _METRIC},
+    "figures": {"type": "object", "additionalProperties": _FIGURE, "propertyNames": _METRIC},
+}
+_TOKEN = re.compile(r"'[^']*'|[\w-]+\??:|@?\w+|\[\]|\{\}|[{}?|]")
+
+
+def read(text: str, description: str | None = None) -> Schema:
+    """The schema that a text in this notation stands for."""
+    tokens = deque(_TOKEN.findall(text))
+    schema = _union(tokens)
+    assert not tokens, f"{text!r} goes on with {tokens[0]!r}"
+    return schema if description is None else {"description": description, **schema}
+
+
+def _union(tokens: deque[str]) -> Schema:
+    """Consume one term, or several with `|` between them."""
+    terms = [_term(tokens)]
+    while tokens and tokens[0] == "|":
+        tokens.popleft()
+        terms.append(_term(tokens))
+    if len(terms) == 1:
+        return terms[0]
+    return {"enum": [term["const"] for term in terms]} if "const" in terms[0] else {"anyOf": terms}
+
+
+def _term(tokens: deque[str]) -> Schema:
+    """Consume an object, a literal, a reference or a word, and what follows it."""
+    word = tokens.popleft()
+    if word == "{":
+        schema = _object(tokens)
+    elif word[0] == "@":
+        schema = {"$ref": f"#/$defs/{word[1:]}"}
+    else:
+        schema = {"const": ast.literal_eval(word)} if word[0] == "'" or word.isdecimal() else _TERMS[word]
+    while tokens and tokens[0] in ("[]", "{}", "?"):
+        match tokens.popleft():
+            case "[]":
+                schema = {"type": "array", "items": schema}
+            case "{}":
+                schema = {"type": "object", "additionalProperties": schema}
+            case _:
+                schema = {"anyOf": [schema, _TERMS["null"]]}
+    return schema
+
+
+def _object(tokens: deque[str]) -> Schema:
+    """Consume the fields of an object and its closing brace."""
+    required: dict[str, Schema] = {}
+    optional: dict[str, Schema] = {}
+    while (name := tokens.popleft()) != "}":
+        (optional if name.endswith("?:") else required)[name.rstrip("?:")] = _union(tokens)
+    properties = required | optional
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+_TERMS["held"] = read("{rank: count, shape: shape, bytes: count}[]")
 DEFINITIONS: dict[str, Schema] = {
-    "mesh": fields({"tp": POSITIVE, "pp": {"const": 1}, "ep": {"const": 1}}),
-    "source": fields(
-        {
-            "name": TEXT,
-            "repo_id": or_null(TEXT),
-            "revision": or_null(TEXT),
-            "files": array(fields({"name": TEXT, "size": COUNT}, {"sha256": SHA256})),
-        },
-        {"headers_sha256": SHA256},
+    "mesh": read("{tp: positive, pp: 1, ep: 1}"),
+    "source": read(
+        """{name: text, repo_id: text?, revision: text?, files: {name: text, size: count, sha256?: sha256}[],
+            headers_sha256?: sha256}""",
         "the unsharded model; headers_sha256 is not there where the source is Meta's own files",
     ),
-    "architecture": fields(
-        {"model_type": or_null(TEXT), "rules": TEXT, "rules_sha256": SHA256},
-        {"text": fields({"model_type": TEXT, "config": or_null(TEXT), "prefix": TEXT, "replicated": TEXTS})},
+    "architecture": read(
+        """{model_type: text?, rules: text, rules_sha256: sha256,
+            text?: {model_type: text, config: text?, prefix: text, replicated: text[]}}""",
         "text: of a multimodal model, whose text model is split",
     ),
-    "parts": array(fields({"file": TEXT, "size": COUNT, "sha256": or_null(SHA256)})),
-    "stored": fields(
-        {"shape": SHAPE, "parts": array(ref("part"))},
-        {"view": SHAPE, "padding": array(BOX), "value": {"type": "string", "pattern": "^([0-9a-f]{2})+$"}},
+    "parts": read("{file: text, size: count, sha256: sha256?}[]"),
+    "stored": read(
+        "{shape: shape, parts: @part[], view?: shape, padding?: box[], value?: hex}",
         "one tensor of one rank; view: the shape in which parts and padding see it; value: of the padding, in hex",
     ),
-    "part": fields(
-        {"box": BOX, "at": array(COUNT)},
-        {"tensor": TEXT, "view": SHAPE, "order": array(COUNT)},
+    "part": read(
+        "{box: box, at: count[], tensor?: text, view?: shape, order?: count[]}",
         "a box of an unsharded tensor and its corner in the stored one; view and order: how the box sees its tensor",
     ),
-    "numbers": fields(
-        {
-            "batch": POSITIVE,
-            "seq": POSITIVE,
-            "gpu_memory": or_null(COUNT),
-            "usable": NUMBER,
-            "kv_cache": fields(
-                {
-                    "layers": COUNT,
-                    "axis": or_null(TEXT),
-                    "latent": or_null(COUNT),
-                    "dtype": DTYPE,
-                    "window": or_null(COUNT),
-                }
-            ),
-            "ranks": array(
-                fields(
-                    {"rank": COUNT, "weights": COUNT, "kv_cache": COUNT, "total": COUNT},
-                    {"free": {"type": "integer"}, "fits": FLAG},
-                )
-            ),
-            "communication": fields(
-                {
-                    "all_reduces": COUNT,
-                    "hidden": COUNT,
-                    "dtype": DTYPE,
-                    "bytes_per_token": COUNT,
-                    "bytes_per_prompt": COUNT,
-                },
-                {"bandwidth": NUMBER, "seconds_per_token": NUMBER, "seconds_per_prompt": NUMBER},
-            ),
-        },
-        description="memory and communication; sizes in bytes, bandwidth in bytes per second",
+    "numbers": read(
+        """{batch: positive, seq: positive, gpu_memory: count?, usable: number,
+            kv_cache: {layers: count, axis: text?, latent: count?, dtype: dtype, window: count?},
+            ranks: {rank: count, weights: count, kv_cache: count, total: count, free?: integer, fits?: flag}[],
+            communication: {all_reduces: count, hidden: count, dtype: dtype, bytes_per_token: count,
+                            bytes_per_prompt: count, bandwidth?: number, seconds_per_token?: number,
+                            seconds_per_prompt?: number}}""",
+        "memory and communication; sizes in bytes, bandwidth in bytes per second",
     ),
-    "failed": fields(
-        {
-            "code": one_of(*sorted(_codes(TpshardError))),
-            "message": TEXT,
-            **dict.fromkeys(("path", "tensor", "expected", "found", "hint"), or_null(TEXT)),
-        },
-        description="what is wrong, where, and what to do",
+    "failed": read(
+        "{code: code, message: text, path: text?, tensor: text?, expected: text?, found: text?, hint: text?}",
+        "what is wrong, where, and what to do",
     ),
-    "place": fields({"module": TEXT, "layer": or_null(COUNT), "rank": or_null(COUNT), "error": ERROR}),
-    "tier": fields(
-        {
-            "name": one_of("bytes", "exact", "native", "transformers"),
-            "status": one_of("pass", "fail", "inconclusive", "skipped"),
-            "reason": or_null(TEXT),
-            "thresholds": _metrics(NUMBER),
-            "metrics": _metrics(FIGURE),
-            "worst": or_null(ref("place")),
-            "first": or_null(ref("place")),
-            "modules": array(fields({"module": TEXT, "rank": COUNT, "error": ERROR})),
-        }
+    "place": read("{module: text, layer: count?, rank: count?, error: error}"),
+    "tier": read(
+        """{name: 'bytes' | 'exact' | 'native' | 'transformers', status: 'pass' | 'fail' | 'inconclusive' | 'skipped',
+            reason: text?, thresholds: limits, metrics: figures, worst: @place?, first: @place?,
+            modules: {module: text, rank: count, error: error}[]}"""
     ),
-    "canary": fields(
-        {
-            "name": TEXT,
-            "tier": one_of("exact", "native"),
-            "status": one_of("caught", "missed", "too small"),
-            "error": ERROR,
-        }
-    ),
-    "settings": fields(
-        {"tiers": TEXTS},
-        {
-            "engine": one_of("tpshard", "transformers"),
-            "prompt_tokens": COUNT,
-            "tokens": COUNT,
-            "tokens_from": one_of("the reference", "the seed"),
-            "seed": COUNT,
-            "float32": FLAG,
-            "layers": or_null(array(COUNT)),
-            "sequence_parallel": FLAG,
-            "streamed": FLAG,
-            "processes": POSITIVE,
-        },
+    "canary": read("{name: text, tier: 'exact' | 'native', status: 'caught' | 'missed' | 'too small', error: error}"),
+    "settings": read(
+        """{tiers: text[], engine?: 'tpshard' | 'transformers', prompt_tokens?: count, tokens?: count,
+            tokens_from?: 'the reference' | 'the seed', seed?: count, float32?: flag, layers?: count[]?,
+            sequence_parallel?: flag, streamed?: flag, processes?: positive}""",
         "where only bytes were judged: tiers alone",
     ),
-    "volatile": fields(
-        {},
-        {
-            "seconds": NUMBER,
-            "tier_seconds": by_name(NUMBER),
-            **dict.fromkeys(("device", "torch", "transformers", "python"), TEXT),
-        },
+    "volatile": read(
+        """{seconds?: number, tier_seconds?: number{}, device?: text, torch?: text, transformers?: text,
+            python?: text}""",
         "what differs between two runs on the same input",
     ),
-    "tensors": array(fields({**NAMED, "bytes": COUNT, "file": TEXT})),
+    "tensors": read("{name: text, dtype: dtype, shape: shape, bytes: count, file: text}[]"),
 }
 """What several of `SCHEMAS` hold."""
