@@ -90,7 +90,7 @@ def _print_advice(found: Advice) -> None:
     for choice in found.choices:
         if choice.possible:
             state = "fits" if choice.fits else "too large"
-            needs = f"{human_bytes(choice.weights or 0)} weights + {human_bytes(choice.cache or 0)} KV cache"
+            needs = f"{human_bytes(choice.weights or 0)} weights + {human_bytes(choice.kv_cache or 0)} KV cache"
             reason = "" if choice.reason == "fits" else f"; {choice.reason}"
             print(f"tp {choice.tp:<3} {state}: {needs}{reason}")
         elif found.gpus <= 16:
