@@ -47,8 +47,7 @@ def advise(
 
         source = ModelOptions(model, revision, rules, dtype)
         found = advise_with(AdviseOptions(source, gpus, workload(batch, seq, kv_dtype, gpu_memory, None)))
-        for warning in found.warnings:
-            console.warn(warning)
+        console.warn(*found.warnings)
         if console.as_json:
             console.data(found.to_json())
         else:

@@ -11,7 +11,7 @@ import typer
 
 from tpshard.cli import options as opt
 from tpshard.cli.console import Console, opened
-from tpshard.cli.options import again, rank_list, settings, share_list, workload
+from tpshard.cli.options import again, check_report, rank_list, settings, share_list, workload
 from tpshard.errors import UsageError
 from tpshard.units import human_bytes
 
@@ -193,8 +193,7 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
     if drawing is not None:
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")
-    for warning in report.warnings:
-        console.warn(warning)
+    console.warn(*report.warnings)
     if console.as_json:
         console.data(report.to_json())
     else:
@@ -207,8 +206,7 @@ def _check_drawing(path: Path) -> None:
     """Refuse a drawing that could not be written, before anything is read."""
     if path.suffix != ".html":
         raise UsageError("a plan is drawn as HTML", path=path, hint="give --report a name that ends in .html")
-    if not path.absolute().parent.is_dir():
-        raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
+    check_report(path)
 
 
 def _write_drawing(path: Path, report: PlanReport) -> None:
@@ -223,8 +221,7 @@ def _write_drawing(path: Path, report: PlanReport) -> None:
 
 
 def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
-    for warning in report.warnings:
-        console.warn(warning)
+    console.warn(*report.warnings)
     if console.as_json:
         console.data(report.to_json())
         return
