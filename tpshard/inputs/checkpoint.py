@@ -56,13 +56,9 @@ def read_config(raw: bytes, path: object) -> dict[str, Any]:
 
 
 def _quantised(path: object, found: str) -> UnsupportedError:
-    return UnsupportedError(
-        "the checkpoint is quantised: packed values and scale blocks are not cut yet",
-        path=path,
-        expected="plain floating-point weights",
-        found=found,
-        hint="split the checkpoint that it was made from",
-    )
+    what = "the checkpoint is quantised: packed values and scale blocks are not cut yet"
+    hint = "split the checkpoint that it was made from"
+    return UnsupportedError(what, path=path, expected="plain floating-point weights", found=found, hint=hint)
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
@@ -75,11 +71,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pic
     from tpshard.storage import hub
 
     if isinstance(model, Path) or not hub.is_repo_id(model):
-        raise UsageError(
-            "no such file or directory",
-            path=path,
-            hint="give a directory, a .safetensors file, or a Hub repo as org/name",
-        )
+        hint = "give a directory, a .safetensors file, or a Hub repo as org/name"
+        raise UsageError("no such file or directory", path=path, hint=hint)
     snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
     checkpoint = _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
     return replace(checkpoint, warnings=(snapshot.note, *checkpoint.warnings)) if snapshot.note else checkpoint
@@ -105,17 +98,14 @@ def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle
     if CONFIG not in names:
         raise CorruptError("the repo has no config.json", path=model, hint="it tells the architecture")
     _refuse_quantised(names, model)
-    return _open(repo, model, repo.repo_id, repo.revision)
+    return _open(repo, model, repo.repo_id, repo.revision, allow_pickle=False, only=None)
 
 
 def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
     directory = path if path.is_dir() else path.parent
     if (directory / MANIFEST).exists():
-        raise UsageError(
-            "this is a shard set, not an unsharded checkpoint",
-            path=directory,
-            hint="`tpshard merge` makes one of it; `tpshard reshard` splits it for another tp",
-        )
+        hint = "`tpshard merge` makes one of it; `tpshard reshard` splits it for another tp"
+        raise UsageError("this is a shard set, not an unsharded checkpoint", path=directory, hint=hint)
     if repo_id is None:
         repo_id, revision = cached_repo(directory)
     source = Directory(directory)
@@ -129,12 +119,7 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
 
 
 def _open(
-    source: Source,
-    name: str,
-    repo_id: str | None,
-    revision: str | None,
-    allow_pickle: bool = False,
-    only: Path | None = None,
+    source: Source, name: str, repo_id: str | None, revision: str | None, allow_pickle: bool, only: Path | None
 ) -> Checkpoint:
     """Read config and headers of a source that has a config.json. only: the one weight file to read."""
     names, place = source.names(), source.place
@@ -150,11 +135,7 @@ def _open(
     header = partial(source_header, source)
     if listed[0].endswith(".bin"):
         if not allow_pickle:
-            raise UnsafeError(
-                "the weights are pickles, which can run code when they are read",
-                path=f"{place}/{listed[0]}",
-                hint="--allow-pickle reads them with torch's weights_only loader, which runs none",
-            )
+            raise pickles_refused(f"{place}/{listed[0]}")
         header = partial(_pickle_header, source)
     headers = Pool(source.requests).map(header, listed)
     tensors, file_of = _tensors(zip(listed, (parsed for parsed, _ in headers), strict=True), place)
@@ -179,6 +160,12 @@ def _open(
     )
 
 
+def pickles_refused(path: object) -> UnsafeError:
+    """The error for pickled weights that were not allowed."""
+    hint = "--allow-pickle reads them with torch's weights_only loader, which runs none"
+    return UnsafeError("the weights are pickles, which can run code when they are read", path=path, hint=hint)
+
+
 def _pickle_header(source: Source, name: str) -> tuple[Header, SourceFile]:
     from tpshard.storage.torch_pickle import read_pickle
 
@@ -193,15 +180,12 @@ def _tensors(headers: Iterable[tuple[str, Header]], place: str) -> tuple[tuple[T
     file_of: dict[str, str] = {}
     for file, header in headers:
         for tensor in header.tensors:
-            if tensor.name in file_of:
+            if (name := tensor.name) in file_of:
+                both = f"in {file_of[name]} and in {file}"
                 raise CorruptError(
-                    f"{tensor.name} is in two files",
-                    path=place,
-                    tensor=tensor.name,
-                    expected="each tensor once",
-                    found=f"in {file_of[tensor.name]} and in {file}",
+                    f"{name} is in two files", path=place, tensor=name, expected="each tensor once", found=both
                 )
-            file_of[tensor.name] = file
+            file_of[name] = file
         tensors.extend(header.tensors)
     return tuple(tensors), file_of
 

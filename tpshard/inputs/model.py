@@ -21,9 +21,10 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: st
         cut = classified.cuts[info.name]
         cast = DTYPE_NAMES[dtype] if dtype and info.dtype in CASTABLE and cut.kind != "buffer" else info.dtype
         logical.append(LogicalTensor(info.name, cast, info.shape, cut))
-    files = []
-    for file in checkpoint.files:
-        files.append({"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})})
+    files = [
+        {"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})}
+        for file in checkpoint.files
+    ]
     return Model(
         tensors=tuple(alignment_order(logical)),
         axes=classified.axes,
@@ -52,8 +53,5 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: st
 def placed_in(checkpoint: Checkpoint, model: Model) -> list[Placed]:
     """Where each logical tensor lies in the checkpoint's files, whole and in its own dtype."""
     infos = {info.name: info for info in checkpoint.tensors}
-    placed = []
-    for tensor in model.tensors:
-        info = infos[tensor.name]
-        placed.append(Placed(whole(replace(tensor, dtype=info.dtype)), info.file, info.begin))
-    return placed
+    pairs = ((tensor, infos[tensor.name]) for tensor in model.tensors)
+    return [Placed(whole(replace(tensor, dtype=info.dtype)), info.file, info.begin) for tensor, info in pairs]
