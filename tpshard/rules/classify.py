@@ -6,7 +6,8 @@ ranks plays no part in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,32 +44,32 @@ def classify(
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
     """
-    tensors = tuple(tensors)
-    names = names or {}
-    try:
-        config = _with_found(architecture, config, [names.get(tensor.name, tensor.name) for tensor in tensors])
-        return _classify(architecture, config, tensors, names)
-    except expression.ExpressionError as error:
-        raise _misfit(architecture, error) from None
-
-
-def _classify(
-    architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo], names: Mapping[str, str]
-) -> Classification:
-    matcher = Matcher(architecture, config)
-    matches = [matcher.match(tensor, names.get(tensor.name, tensor.name)) for tensor in tensors]
-    used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
-    used |= {group for name in used if (group := architecture.axes[name].get("group"))}
-    axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
-    cuts: dict[str, Cut] = {}
-    for tensor, (rule, companion, dims) in zip(tensors, matches, strict=True):
-        cut = _cut(tensor, rule, companion, dims)
-        _check_sum(tensor, cut, axes, architecture.name)
-        cuts[tensor.name] = cut
-    matcher.check_complete()
+    tensors, names = tuple(tensors), names or {}
+    known = [names.get(tensor.name, tensor.name) for tensor in tensors]
+    with _fitting(architecture):
+        config = _with_found(architecture, config, known)
+        matcher = Matcher(architecture, config)
+        matches = list(map(matcher.match, tensors, known))
+        used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
+        used |= {group for name in used if (group := architecture.axes[name].get("group"))}
+        axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
+        cuts: dict[str, Cut] = {}
+        for tensor, match in zip(tensors, matches, strict=True):
+            cuts[tensor.name] = _cut(tensor, *match)
+            _check_sum(tensor, cuts[tensor.name], axes, architecture.name)
+        matcher.check_complete()
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
     return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+
+
+@contextmanager
+def _fitting(architecture: Architecture) -> Iterator[None]:
+    """CorruptError where an expression has no value for the config."""
+    try:
+        yield
+    except expression.ExpressionError as error:
+        raise CorruptError(f"the config does not fit the {architecture.name} rules: {error}") from None
 
 
 def recognise(
@@ -79,11 +80,9 @@ def recognise(
     exact: names must have the prefix that a checkpoint may omit.
     """
     names = tuple(names)
-    try:
+    with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
         found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
-    except expression.ExpressionError as error:
-        raise _misfit(architecture, error) from None
     seen = {pattern.text for candidates in found.values() for pattern, _, _ in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
@@ -96,10 +95,6 @@ def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Se
         compiled = compile_pattern(pattern)
         config[key] = any(compiled.fullmatch(full) for name in names for full in (name, architecture.prefix + name))
     return config
-
-
-def _misfit(architecture: Architecture, error: Exception) -> CorruptError:
-    return CorruptError(f"the config does not fit the {architecture.name} rules: {error}")
 
 
 def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:

@@ -24,12 +24,10 @@ from tpshard.rules.draft.known import (
     closeness,
     known_patterns,
     layer_stem,
-    modules,
     patterns_like,
     tail,
 )
 from tpshard.rules.schemes import PLAIN, SUFFIXES
-from tpshard.storage.safetensors import TensorInfo
 
 Effect = tuple[str, int | None, int, int]
 """What a rule does to a tensor: its kind and dim, and the count and unit of its axis."""
@@ -96,7 +94,9 @@ def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Se
     families = sorted(shares, key=lambda family: -shares[family])
     entries.sort(key=lambda entry: families.index(entry.family))
     axes = sorted(axis_definitions(architectures, config), key=lambda axis: families.index(axis.family))
-    reader = _Reader(entries, axes, _width(config), stem, len(set().union(*(m.numbers for m in found))))
+    reader = _Reader(
+        entries, axes, expression.count_or_none(WIDTH, config), stem, len(set().union(*(m.numbers for m in found)))
+    )
     linear = _orientation(reader, found)
     decisions = {module.name: reader.matrix(module, linear) for module in found}
     decisions |= {c.module.name: c for c in reader.pairs(list(decisions.values()), linear)}
@@ -105,13 +105,6 @@ def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Se
     decisions |= {m.name: reader.vector(m, chosen) for m in found if not _is_matrix(m)}
     ordered = tuple(decisions[module.name] for module in found)
     return Sketch(ordered, stem, tuple(families), shares[families[0]] if families else 0.0)
-
-
-def _width(config: Mapping[str, Any]) -> int | None:
-    try:
-        return expression.evaluate_count(WIDTH, config)
-    except expression.ExpressionError:
-        return None
 
 
 def _is_matrix(module: Module) -> bool:
@@ -269,8 +262,3 @@ class _Reader:
 
         fitting = [entry.rule for entry in self.entries if "vocab" not in entry.axes and fits(entry)]
         return tuple(dict.fromkeys([*(vote.rule for vote in votes), *fitting, "replicate"]))
-
-
-def draft_modules(tensors: Iterable[TensorInfo]) -> list[Module]:
-    """The modules of a checkpoint, sorted by name, whatever the order of its files."""
-    return sorted(modules(tensors), key=lambda module: module.name)
