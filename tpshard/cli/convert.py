@@ -12,7 +12,7 @@ import typer
 from tpshard.cli import options as opt
 from tpshard.cli.console import Console, opened
 from tpshard.cli.options import again, check_report, rank_list, settings, share_list, workload
-from tpshard.errors import UsageError
+from tpshard.errors import UsageError, local_error
 from tpshard.units import human_bytes
 
 if TYPE_CHECKING:
@@ -211,7 +211,6 @@ def _check_drawing(path: Path) -> None:
 
 def _write_drawing(path: Path, report: PlanReport) -> None:
     """Draw a plan into a file."""
-    from tpshard.errors import local_error
     from tpshard.report.plan_page import draw
 
     try:

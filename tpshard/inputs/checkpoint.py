@@ -209,23 +209,13 @@ def _refuse_quantised(names: Collection[str], place: object) -> None:
 
 def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], place: object) -> None:
     for name, file in weight_map.items():
-        if file_of.get(name) != file:
-            raise CorruptError(
-                f"the index and the files disagree about {name}",
-                path=place,
-                tensor=name,
-                expected=f"in {file}",
-                found=f"in {file_of[name]}" if name in file_of else "nowhere",
-            )
+        if (found := file_of.get(name)) != file:
+            what, where = f"the index and the files disagree about {name}", f"in {found}" if found else "nowhere"
+            raise CorruptError(what, path=place, tensor=name, expected=f"in {file}", found=where)
     for name, file in file_of.items():
         if name not in weight_map:
-            raise CorruptError(
-                f"{file} holds {name}, which the index does not list",
-                path=place,
-                tensor=name,
-                expected=f"{name} in the weight_map",
-                found="no such name",
-            )
+            what, expected = f"{file} holds {name}, which the index does not list", f"{name} in the weight_map"
+            raise CorruptError(what, path=place, tensor=name, expected=expected, found="no such name")
 
 
 def source_digest(files: tuple[SourceFile, ...]) -> str:

@@ -58,13 +58,10 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     held = {info.name: info for info in files[min(files)][0].tensors}
     tp = max(_width(held, params), max(files) + 1)
     if absent := sorted(set(range(tp)) - set(files)):
-        raise CorruptError(
-            f"consolidated.{absent[0]:02}.pth is missing",
-            path=directory,
-            expected=f"{tp} files, consolidated.00.pth to consolidated.{tp - 1:02}.pth",
-            found=f"{len(files)} of them",
-            hint="copy or download the missing files again",
-        )
+        missing_file, some = f"consolidated.{absent[0]:02}.pth is missing", f"{len(files)} of them"
+        expected = f"{tp} files, consolidated.00.pth to consolidated.{tp - 1:02}.pth"
+        hint = "copy or download the missing files again"
+        raise CorruptError(missing_file, path=directory, expected=expected, found=some, hint=hint)
     config, generation = _config(params, held, tp, path)
     model = _model(directory, config, held)
     split = plan_split(model, Options(tp=tp, format="meta", engine_version=generation))

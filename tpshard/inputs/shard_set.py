@@ -110,12 +110,9 @@ def open_shards(directory: Path) -> ShardSet:
     """Open a shard set; CorruptError when files of another set or width, or a damaged one, are among its files."""
     if not directory.is_dir():
         unfinished = Path(f"{directory}{PARTIAL}")
-        raise UsageError(
-            "no such directory",
-            path=directory,
-            found=f"an unfinished run in {unfinished}" if unfinished.is_dir() else None,
-            hint=_resume(unfinished) or "give the directory that `tpshard split` wrote",
-        )
+        found = f"an unfinished run in {unfinished}" if unfinished.is_dir() else None
+        hint = _resume(unfinished) or "give the directory that `tpshard split` wrote"
+        raise UsageError("no such directory", path=directory, found=found, hint=hint)
     if not is_shard_set(directory):
         if not any(directory.glob("rank-*")):
             hint = "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint"
@@ -129,23 +126,15 @@ def open_shards(directory: Path) -> ShardSet:
     if type(version) is not int or version < 1 or manifest.get("format") != "tpshard":
         raise CorruptError("not a manifest of tpshard", path=path, expected='"format": "tpshard" and a format_version')
     if version > FORMAT_VERSION:
-        raise UnsupportedError(
-            f"the set was written by a newer tpshard ({manifest.get('tool')})",
-            path=path,
-            expected=f"format_version {FORMAT_VERSION} or below",
-            found=version,
-            hint="upgrade tpshard",
-        )
+        newer = f"the set was written by a newer tpshard ({manifest.get('tool')})"
+        expected = f"format_version {FORMAT_VERSION} or below"
+        raise UnsupportedError(newer, path=path, expected=expected, found=version, hint="upgrade tpshard")
     try:
         digest = digest_of(manifest)
         if manifest.get("set") != digest:
-            raise CorruptError(
-                "the manifest was changed or is damaged: its set is not the digest of its content",
-                path=path,
-                expected=f"set {digest}",
-                found=f"set {manifest.get('set')}",
-                hint=_SAME,
-            )
+            what = "the manifest was changed or is damaged: its set is not the digest of its content"
+            found = f"set {manifest.get('set')}"
+            raise CorruptError(what, path=path, expected=f"set {digest}", found=found, hint=_SAME)
         split = _parse(manifest, raw, directory)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -153,8 +142,8 @@ def open_shards(directory: Path) -> ShardSet:
     names = sorted(entry.name for entry in directory.iterdir())
     _check_derived(directory, split)
     files = _rank_files(directory, names, split)
-    for rank, found in files.items():
-        _check_tensors(rank, found, split.layout[rank])
+    for rank, parts in files.items():
+        _check_tensors(rank, parts, split.layout[rank])
     tp = split.options.tp
     records = {rank: record for rank in files if (record := _record(directory, rank, tp, split.set_id))}
     return ShardSet(directory, manifest, split, files, records, side_paths(directory, names))
@@ -165,14 +154,9 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or type(tp) is not int or not 0 < tp <= MAX_TP:
         raise ValueError(f"mesh {manifest['mesh']}")
     chosen = manifest["options"]
-    if chosen["format"] not in FORMATS:
-        raise CorruptError(
-            "the set is of a format that is not known",
-            path=directory / MANIFEST,
-            expected=", ".join(FORMATS),
-            found=chosen["format"],
-            hint=f"upgrade tpshard, or {_SAME}",
-        )
+    if (format := chosen["format"]) not in FORMATS:
+        what, hint = "the set is of a format that is not known", f"upgrade tpshard, or {_SAME}"
+        raise CorruptError(what, path=directory / MANIFEST, expected=", ".join(FORMATS), found=format, hint=hint)
     shares = None if chosen["shares"] is None else tuple(chosen["shares"])
     names = ("pad_vocab_to", "max_file_size", "format", "engine_version")
     options = Options(tp, chosen["uneven"], shares, *(chosen[name] for name in names))
@@ -268,13 +252,9 @@ def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> t
         raise CorruptError(f"{path.name} is not of this set", path=path, expected=expected, found=found, hint=_ONE_SET)
     for key, value in {"tp": tp, **numbers}.items():
         if said.get(key) != str(value):
-            raise CorruptError(
-                f"{path.name} does not hold what its name says",
-                path=path,
-                expected=f"{key} {value}",
-                found=f"{key} {said.get(key)}",
-                hint="files may have been exchanged: give each the name that its content says",
-            )
+            what, found = f"{path.name} does not hold what its name says", f"{key} {said.get(key)}"
+            hint = "files may have been exchanged: give each the name that its content says"
+            raise CorruptError(what, path=path, expected=f"{key} {value}", found=found, hint=hint)
     parts = said.get("parts", "")
     return header.tensors, int(parts) if parts.isdecimal() else 0
 
@@ -292,13 +272,9 @@ def _refuse_other(directory: Path, name: str, split: Split) -> None:
     """CorruptError for a rank file of another format: an engine would take it for one of this set."""
     for other in FORMATS:
         if other != split.options.format and format_of(other).parse_name(name) is not None:
-            raise CorruptError(
-                f"{name} is a rank's file of another format",
-                path=directory / name,
-                expected=f"files of the format {split.options.format}",
-                found=f"a name of the format {other}",
-                hint=_ONE_SET,
-            )
+            what, expected = f"{name} is a rank's file of another format", f"files of the format {split.options.format}"
+            found = f"a name of the format {other}"
+            raise CorruptError(what, path=directory / name, expected=expected, found=found, hint=_ONE_SET)
 
 
 def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[StoredTensor, ...]) -> None:
@@ -330,14 +306,9 @@ def _record(directory: Path, rank: int, tp: int, set_id: str) -> Mapping[str, An
     if not isinstance(record, dict) or not isinstance(record.get("parts"), list):
         raise CorruptError("not a rank's record", path=path, expected="set, rank, tp and parts", hint=_REMAKE)
     for key, value in {"set": set_id, "rank": rank, "tp": tp}.items():
-        if record.get(key) != value:
-            raise CorruptError(
-                "the record is of another set or rank",
-                path=path,
-                expected=f"{key} {value}",
-                found=f"{key} {record.get(key)}",
-                hint=f"{_ONE_SET}; records may have been exchanged",
-            )
+        if (said := record.get(key)) != value:
+            what, hint = "the record is of another set or rank", f"{_ONE_SET}; records may have been exchanged"
+            raise CorruptError(what, path=path, expected=f"{key} {value}", found=f"{key} {said}", hint=hint)
     for part in record["parts"]:
         match part:
             case {"file": str(), "size": int() as size, "sha256": str() | None} if not isinstance(size, bool):

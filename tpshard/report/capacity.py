@@ -110,15 +110,12 @@ def _out(tensor: LogicalTensor) -> int:
 def cache_bytes(model: Model, facts: Traits, dealt: Deal, workload: Workload) -> list[int]:
     """What each rank caches of `batch` sequences of `seq` tokens: a key and a value per KV head and layer."""
     dtype = KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype
-    ranks = range(dealt.mesh.size)
+    bits = workload.batch * workload.seq * facts.layers * DTYPE_BITS[dtype]
     if facts.cache_axis is None:
-        elements = [facts.latent for _ in ranks]
-    else:
-        unit = model.axes[facts.cache_axis].unit
-        held = [dealt.of(facts.cache_axis, rank) for rank in ranks]
-        elements = [2 * unit * (last - first) for first, last in held]
-    tokens = workload.batch * workload.seq
-    return [tokens * facts.layers * count * DTYPE_BITS[dtype] // 8 for count in elements]
+        return [bits * facts.latent // 8] * dealt.mesh.size
+    unit = model.axes[facts.cache_axis].unit
+    held = (dealt.of(facts.cache_axis, rank) for rank in range(dealt.mesh.size))
+    return [bits * 2 * unit * (last - first) // 8 for first, last in held]
 
 
 def ring_bytes(facts: Traits, tp: int, tokens: int) -> int:
@@ -171,10 +168,6 @@ def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workloa
     }
 
 
-def _but_number(rank: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in rank.items() if key != "rank"}
-
-
 def _room(rank: Mapping[str, Any], memory: int) -> str:
     """Whether a rank fits, and by how much."""
     if rank["free"] < 0:
@@ -186,19 +179,15 @@ def _room(rank: Mapping[str, Any], memory: int) -> str:
 def number_lines(found: Mapping[str, Any]) -> list[str]:
     """The `numbers` object for people: a line for ranks that are alike, then what the ranks tell each other."""
     texts = []
-    for equal, ranks in groupby(found["ranks"], key=_but_number):
-        which_ranks = [rank["rank"] for rank in ranks]
-        first, last = which_ranks[0], which_ranks[-1]
-        which = f"rank {first}" if first == last else f"ranks {first}-{last}, each"
-        text = f"{which}: {human_bytes(equal['weights'])} weights"
-        text += f" + {human_bytes(equal['kv_cache'])} KV cache = {human_bytes(equal['total'])}"
-        if "free" in equal:
-            text += ": " + _room(equal, found["gpu_memory"])
-        texts.append(text)
+    for _, ranks in groupby(found["ranks"], key=lambda rank: {**rank, "rank": None}):
+        equal, *others = ranks
+        which = f"ranks {equal['rank']}-{others[-1]['rank']}, each" if others else f"rank {equal['rank']}"
+        room = f": {_room(equal, found['gpu_memory'])}" if "free" in equal else ""
+        weights, cached, total = (human_bytes(equal[key]) for key in ("weights", "kv_cache", "total"))
+        texts.append(f"{which}: {weights} weights + {cached} KV cache = {total}{room}")
     cache, sent = found["kv_cache"], found["communication"]
-    texts.append(
-        f"KV cache: batch {found['batch']} x {found['seq']} tokens, {cache['layers']} layers, {cache['dtype']}"
-    )
+    work = f"batch {found['batch']} x {found['seq']} tokens"
+    texts.append(f"KV cache: {work}, {cache['layers']} layers, {cache['dtype']}")
     if cache["latent"]:
         texts.append(f"latent attention: {cache['latent']} numbers a token and layer, whole on each rank")
     if cache["window"] and cache["window"] < found["seq"]:
@@ -209,8 +198,6 @@ def number_lines(found: Mapping[str, Any]) -> list[str]:
         texts.append(f"each rank sends: {sizes} ({each}, {sent['dtype']}, in a ring)")
     if sent["all_reduces"] and "bandwidth" in sent:
         token, prompt = sent["seconds_per_token"] * 1e6, sent["seconds_per_prompt"] * 1e3
-        texts.append(
-            f"at {human_bytes(sent['bandwidth'])}/s: {prompt:.3g} ms for the prompts, {token:.3g} us a decoding step, "
-            "latency not counted"
-        )
+        times = f"{prompt:.3g} ms for the prompts, {token:.3g} us a decoding step"
+        texts.append(f"at {human_bytes(sent['bandwidth'])}/s: {times}, latency not counted")
     return texts

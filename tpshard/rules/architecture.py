@@ -258,12 +258,8 @@ def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path
     if rules is not None:
         architecture = load_architecture(rules)
         if model_type not in architecture.model_types:
-            raise UsageError(
-                "the rules file is for another architecture",
-                path=rules,
-                expected=f"model_types with {model_type!r}",
-                found=", ".join(architecture.model_types),
-            )
+            what, known = "the rules file is for another architecture", ", ".join(architecture.model_types)
+            raise UsageError(what, path=rules, expected=f"model_types with {model_type!r}", found=known)
         return architecture
     if not isinstance(model_type, str):
         hint = "give rules of your own with --rules FILE"

@@ -15,7 +15,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
-from tpshard.rules.patterns import Matcher
+from tpshard.rules.patterns import Matcher, contradiction
 from tpshard.rules.schemes import Companion
 from tpshard.storage.safetensors import TensorInfo
 
@@ -138,17 +138,9 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
         expected = -(-expected // cut.ratio)
         terms[-1] += f", {cut.ratio} of them an element"
     if tensor.shape[cut.dim] != expected:
-        raise CorruptError(
-            f"config.json contradicts the tensor {tensor.name}",
-            path=tensor.file,
-            tensor=tensor.name,
-            expected=f"dim {cut.dim} of size {expected} ({' + '.join(terms)}, {architecture} rules)",
-            found=f"shape {list(tensor.shape)}",
-            hint="config.json and the weights are of different models, or these rules do not fit this one",
-        )
+        hint = "config.json and the weights are of different models, or these rules do not fit this one"
+        raise contradiction(tensor, cut.dim, expected, f"{' + '.join(terms)}, {architecture} rules", hint)
     if cut.interleave and any(axes[name].count % axes[cut.interleave].count for name in cut.segments):
-        raise CorruptError(
-            f"{tensor.name}: {' + '.join(terms)} cannot be interleaved per {cut.interleave}",
-            tensor=tensor.name,
-            expected=f"counts that are multiples of {axes[cut.interleave].count}",
-        )
+        what = f"{tensor.name}: {' + '.join(terms)} cannot be interleaved per {cut.interleave}"
+        multiples = f"counts that are multiples of {axes[cut.interleave].count}"
+        raise CorruptError(what, tensor=tensor.name, expected=multiples)
