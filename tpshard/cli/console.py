@@ -114,8 +114,8 @@ class _Lines(ProgressMeter):
     def __init__(self, what: str, console: Console) -> None:
         self.what = what
         self.console = console
-        self.total = self.done = 0
-        self._began = self._last = time.monotonic()
+        self.done = 0
+        self.start(0)
         self._lock = threading.Lock()
 
     def start(self, total: int) -> None:

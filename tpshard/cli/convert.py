@@ -188,7 +188,10 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
     from tpshard.api.convert import plan_with
 
     if drawing is not None:
-        _check_drawing(drawing)
+        if drawing.suffix != ".html":
+            hint = "give --report a name that ends in .html"
+            raise UsageError("a plan is drawn as HTML", path=drawing, hint=hint)
+        check_report(drawing)
     report = plan_with(options)
     if drawing is not None:
         _write_drawing(drawing, report)
@@ -200,13 +203,6 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
         from tpshard.cli.tables import print_plan
 
         print_plan(report, every)
-
-
-def _check_drawing(path: Path) -> None:
-    """Refuse a drawing that could not be written, before anything is read."""
-    if path.suffix != ".html":
-        raise UsageError("a plan is drawn as HTML", path=path, hint="give --report a name that ends in .html")
-    check_report(path)
 
 
 def _write_drawing(path: Path, report: PlanReport) -> None:

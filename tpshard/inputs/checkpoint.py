@@ -181,10 +181,8 @@ def _tensors(headers: Iterable[tuple[str, Header]], place: str) -> tuple[tuple[T
     for file, header in headers:
         for tensor in header.tensors:
             if (name := tensor.name) in file_of:
-                both = f"in {file_of[name]} and in {file}"
-                raise CorruptError(
-                    f"{name} is in two files", path=place, tensor=name, expected="each tensor once", found=both
-                )
+                what, found = f"{name} is in two files", f"in {file_of[name]} and in {file}"
+                raise CorruptError(what, path=place, tensor=name, expected="each tensor once", found=found)
             file_of[name] = file
         tensors.extend(header.tensors)
     return tuple(tensors), file_of
@@ -192,14 +190,10 @@ def _tensors(headers: Iterable[tuple[str, Header]], place: str) -> tuple[tuple[T
 
 def _of_meta(directory: Path) -> UsageError:
     """The error for Meta's own files where a Hugging Face checkpoint is wanted."""
-    return UsageError(
-        "this is a checkpoint in Meta's own form, cut for its ranks",
-        path=directory,
-        expected="an unsharded Hugging Face checkpoint",
-        found="params.json and consolidated.*.pth",
-        hint=f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
-        f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew",
-    )
+    what, found = "this is a checkpoint in Meta's own form, cut for its ranks", "params.json and consolidated.*.pth"
+    hint = f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
+    hint += f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew"
+    return UsageError(what, path=directory, expected="an unsharded Hugging Face checkpoint", found=found, hint=hint)
 
 
 def _refuse_quantised(names: Collection[str], place: object) -> None:

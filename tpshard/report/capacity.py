@@ -46,10 +46,13 @@ class Workload:
     def __post_init__(self) -> None:
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise UsageError(f"unknown kv_dtype {self.kv_dtype!r}", expected=", ".join(KV_DTYPES))
-        given = {"batch": self.batch, "seq": self.seq, "gpu_memory": self.gpu_memory, "bandwidth": self.bandwidth}
-        for name, value in given.items():
-            if value is not None and value <= 0:
+        for name in ("batch", "seq", "gpu_memory", "bandwidth"):
+            if (value := getattr(self, name)) is not None and value <= 0:
                 raise UsageError(f"{name} must be positive", found=value)
+
+    def cache_dtype(self, weights: str) -> str:
+        """What keys and values are kept in, in the terms of safetensors. weights: the dtype of most of these."""
+        return KV_DTYPES[self.kv_dtype] if self.kv_dtype else weights
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,7 @@ def _out(tensor: LogicalTensor) -> int:
 
 def cache_bytes(model: Model, facts: Traits, dealt: Deal, workload: Workload) -> list[int]:
     """What each rank caches of `batch` sequences of `seq` tokens: a key and a value per KV head and layer."""
-    dtype = KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype
-    bits = workload.batch * workload.seq * facts.layers * DTYPE_BITS[dtype]
+    bits = workload.batch * workload.seq * facts.layers * DTYPE_BITS[workload.cache_dtype(facts.dtype)]
     if facts.cache_axis is None:
         return [bits * facts.latent // 8] * dealt.mesh.size
     unit = model.axes[facts.cache_axis].unit
@@ -130,8 +132,7 @@ def fits(total: int, gpu_memory: int) -> bool:
 
 def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workload) -> dict[str, Any]:
     """The `numbers` object of the plan's JSON. weights: bytes of tensors of each rank."""
-    facts = traits(model)
-    tp = len(weights)
+    facts, tp = traits(model), len(weights)
     ranks = []
     for rank, (held, cached) in enumerate(zip(weights, cache_bytes(model, facts, dealt, workload), strict=True)):
         entry: dict[str, Any] = {"rank": rank, "weights": held, "kv_cache": cached, "total": held + cached}
@@ -139,33 +140,17 @@ def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workloa
             entry["free"] = workload.gpu_memory - held - cached
             entry["fits"] = fits(held + cached, workload.gpu_memory)
         ranks.append(entry)
+    cache = {"layers": facts.layers, "axis": facts.cache_axis, "latent": facts.latent or None}
+    cache |= {"dtype": workload.cache_dtype(facts.dtype), "window": facts.window}
     per_token, per_prompt = ring_bytes(facts, tp, 1), ring_bytes(facts, tp, workload.batch * workload.seq)
-    communication: dict[str, Any] = {
-        "all_reduces": facts.sums if tp > 1 else 0,
-        "hidden": facts.hidden,
-        "dtype": facts.dtype,
-        "bytes_per_token": per_token,
-        "bytes_per_prompt": per_prompt,
-    }
+    sent: dict[str, Any] = {"all_reduces": facts.sums if tp > 1 else 0, "hidden": facts.hidden, "dtype": facts.dtype}
+    sent |= {"bytes_per_token": per_token, "bytes_per_prompt": per_prompt}
     if workload.bandwidth is not None:
-        communication["bandwidth"] = workload.bandwidth
-        communication["seconds_per_token"] = workload.batch * per_token / workload.bandwidth
-        communication["seconds_per_prompt"] = per_prompt / workload.bandwidth
-    return {
-        "batch": workload.batch,
-        "seq": workload.seq,
-        "gpu_memory": workload.gpu_memory,
-        "usable": USABLE,
-        "kv_cache": {
-            "layers": facts.layers,
-            "axis": facts.cache_axis,
-            "latent": facts.latent or None,
-            "dtype": KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype,
-            "window": facts.window,
-        },
-        "ranks": ranks,
-        "communication": communication,
-    }
+        sent["bandwidth"] = workload.bandwidth
+        sent["seconds_per_token"] = workload.batch * per_token / workload.bandwidth
+        sent["seconds_per_prompt"] = per_prompt / workload.bandwidth
+    asked = {"batch": workload.batch, "seq": workload.seq, "gpu_memory": workload.gpu_memory, "usable": USABLE}
+    return {**asked, "kv_cache": cache, "ranks": ranks, "communication": sent}
 
 
 def _room(rank: Mapping[str, Any], memory: int) -> str:

@@ -98,14 +98,8 @@ def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Se
 
 
 def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
-    return Axis(
-        name=name,
-        count=expression.evaluate_count(str(data["count"]), config),
-        unit=expression.evaluate_count(str(data.get("unit", 1)), config),
-        replicate=data.get("replicate", False),
-        pad=data.get("pad", False),
-        group=data.get("group"),
-    )
+    count, unit = (expression.evaluate_count(str(data.get(key, 1)), config) for key in ("count", "unit"))
+    return Axis(name, count, unit, data.get("replicate", False), data.get("pad", False), data.get("group"))
 
 
 def _cut(tensor: TensorInfo, rule: Rule, companion: Companion, dims: tuple[str, ...]) -> Cut:

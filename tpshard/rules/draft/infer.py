@@ -99,9 +99,7 @@ def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Se
     families = sorted(shares, key=lambda family: -shares[family])
     entries.sort(key=lambda entry: families.index(entry.family))
     axes = sorted(axis_definitions(architectures, config), key=lambda axis: families.index(axis.family))
-    reader = _Reader(
-        entries, axes, expression.count_or_none(WIDTH, config), stem, len(set().union(*(m.numbers for m in found)))
-    )
+    reader = _Reader(entries, axes, expression.count_or_none(WIDTH, config), stem)
     linear = _orientation(reader, found)
     decisions = {module.name: reader.matrix(module, linear) for module in found}
     decisions |= {c.module.name: c for c in reader.pairs(list(decisions.values()), linear)}
@@ -140,13 +138,12 @@ def _contradicting(decisions: Sequence[Decision]) -> list[Decision]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Interprets modules as the known families have them. width: of the model; layers: their number."""
+    """Interprets modules as the known families have them. width: of the model."""
 
     entries: Sequence[KnownPattern]
     axes: Sequence[AxisDefinition]
     width: int | None
     stem: str
-    layers: int
 
     def votes(self, module: Module, suffix: str = "") -> tuple[list[KnownPattern], bool]:
         """The known patterns for a module's name, and whether they match the whole of it."""
