@@ -39,7 +39,7 @@ from tpshard.execute.publish import Settings
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint
 from tpshard.planning.axes import Cut
-from tpshard.rules.architecture import builtin, builtin_names
+from tpshard.rules.architecture import all_builtin
 
 VARIANTS = {name: variant for name, variant in ALL.items() if name not in MOE | NEWER}  # those have tests of their own
 Made = Callable[..., Path]
@@ -341,7 +341,7 @@ def test_a_published_file_there_and_back(
 
 
 def test_every_family_has_a_file_and_every_buffer_a_rule() -> None:
-    known = {model_type for name in builtin_names() for model_type in builtin(name).model_types}
+    known = {model_type for architecture in all_builtin() for model_type in architecture.model_types}
     assert set(FAMILIES) == {variant.model_type for variant in ALL.values()} <= known
     assert set(BUFFERS) <= set(FAMILIES)
 

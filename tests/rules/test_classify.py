@@ -11,7 +11,7 @@ import pytest
 import tpshard.rules.architecture
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.planning.axes import Axis, Cut
-from tpshard.rules.architecture import Architecture, builtin, builtin_names, find_architecture, parse_architecture
+from tpshard.rules.architecture import Architecture, all_builtin, builtin, find_architecture, parse_architecture
 from tpshard.rules.classify import Classification, classify
 from tpshard.rules.schemes import PLAIN
 from tpshard.storage.safetensors import TensorInfo
@@ -516,11 +516,10 @@ def test_the_digest_names_the_text() -> None:
 
 def test_the_built_in_files_are_found_by_each_of_their_types() -> None:
     families = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt2", "gpt_neox", "gptj", "gpt_bigcode", "gpt_neo"}
-    assert families | {"bloom", "falcon", "opt"} <= set(builtin_names())
-    for name in builtin_names():
-        architecture = builtin(name)
-        assert architecture.name == name
-        assert {builtin(model_type).name for model_type in architecture.model_types} == {name}
+    assert families | {"bloom", "falcon", "opt"} <= {architecture.name for architecture in all_builtin()}
+    for architecture in all_builtin():
+        assert builtin(architecture.name) is architecture
+        assert all(builtin(model_type) is architecture for model_type in architecture.model_types)
 
 
 def test_no_other_file_is_read_as_toml_for_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

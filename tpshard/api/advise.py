@@ -7,7 +7,6 @@ from pathlib import Path
 from tpshard.api.options import AdviseOptions, ModelOptions
 from tpshard.inputs.checkpoint import open_headers
 from tpshard.inputs.model import from_checkpoint
-from tpshard.inputs.open import rules_path
 from tpshard.report.advice import Advice, advice
 from tpshard.report.capacity import Workload
 
@@ -33,5 +32,5 @@ def advise_with(options: AdviseOptions) -> Advice:
     """The advice that the options ask for."""
     model = options.model
     checkpoint = open_headers(model.path, model.revision)
-    built = from_checkpoint(checkpoint, rules_path(model.rules), model.dtype)
+    built = from_checkpoint(checkpoint, model.rules, model.dtype)
     return advice(built, options.gpus, options.workload, checkpoint.warnings)

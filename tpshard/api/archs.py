@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tpshard.errors import TargetError, UnsupportedError, UsageError
 from tpshard.inputs.checkpoint import open_headers
-from tpshard.rules.architecture import Architecture, all_builtin, builtin, builtin_names
+from tpshard.rules.architecture import Architecture, all_builtin, builtin
 from tpshard.rules.draft.render import Draft, decoder_tensors, make
 from tpshard.rules.multimodal import text_config
 
 
 def model_types() -> dict[str, tuple[str, ...]]:
     """The built-in architectures by name, with the model_types that each is for."""
-    return {name: builtin(name).model_types for name in builtin_names()}
+    return {architecture.name: architecture.model_types for architecture in all_builtin()}
 
 
 def rules_of(name: str) -> Architecture:

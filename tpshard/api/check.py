@@ -16,7 +16,7 @@ from tpshard.formats.plan import plan_split
 from tpshard.formats.split import Split
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint, placed_in
-from tpshard.inputs.open import open_set, rules_path
+from tpshard.inputs.open import open_set
 from tpshard.inputs.shard_set import ShardSet
 from tpshard.planning.join import OutputFile, Placed, join
 from tpshard.report.results import CheckReport, Difference
@@ -194,7 +194,7 @@ def check_with(options: CheckOptions) -> CheckReport:
         differences, unchecked = check_records(found, options.settings)
         return CheckReport(found, None, differences, unlisted + unchecked)
     checkpoint = open_checkpoint(options.source, options.revision, allow_pickle=options.allow_pickle)
-    model = from_checkpoint(checkpoint, rules_path(options.rules), found.model.dtype)
+    model = from_checkpoint(checkpoint, options.rules, found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))

@@ -24,7 +24,7 @@ from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
 from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
-from tpshard.inputs.open import open_set, rules_path
+from tpshard.inputs.open import open_set
 from tpshard.inputs.shard_set import ShardSet, is_shard_set
 from tpshard.planning.join import OutputFile, Placed, join
 from tpshard.planning.model import Model
@@ -70,7 +70,7 @@ def plan_with(options: PlanOptions) -> PlanReport:
     """The plan that the options ask for."""
     model = options.model
     checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
-    built = from_checkpoint(checkpoint, rules_path(model.rules), model.dtype)
+    built = from_checkpoint(checkpoint, model.rules, model.dtype)
     return PlanReport(plan_split(built, options.target.layout), checkpoint.warnings, options.workload)
 
 
@@ -109,7 +109,7 @@ def split_with(options: SplitOptions) -> WriteReport:
     """Split as the options ask for it."""
     model, layout = options.model, options.target.layout
     checkpoint = open_checkpoint(model.path, model.revision, allow_pickle=model.allow_pickle)
-    built = from_checkpoint(checkpoint, rules_path(model.rules), model.dtype)
+    built = from_checkpoint(checkpoint, model.rules, model.dtype)
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)

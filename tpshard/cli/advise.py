@@ -47,8 +47,7 @@ def advise(
 
         source = ModelOptions(model, revision, rules, dtype)
         found = advise_with(AdviseOptions(source, gpus, workload(batch, seq, kv_dtype, gpu_memory, None)))
-        for warning in found.warnings:
-            console.warn(warning)
+        console.warn(*found.warnings)
         if console.as_json:
             console.data(found.to_json())
         else:
@@ -90,7 +89,7 @@ def _print_advice(found: Advice) -> None:
     for choice in found.choices:
         if choice.possible:
             state = "fits" if choice.fits else "too large"
-            needs = f"{human_bytes(choice.weights or 0)} weights + {human_bytes(choice.cache or 0)} KV cache"
+            needs = f"{human_bytes(choice.weights or 0)} weights + {human_bytes(choice.kv_cache or 0)} KV cache"
             reason = "" if choice.reason == "fits" else f"; {choice.reason}"
             print(f"tp {choice.tp:<3} {state}: {needs}{reason}")
         elif found.gpus <= 16:

@@ -40,8 +40,7 @@ def check(
 
         with settings(console, "check", workers, "none") as how:
             report = check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how))
-        for note in (*report.warnings, *report.unchecked):
-            console.warn(note)
+        console.warn(*report.warnings, *report.unchecked)
         if console.as_json:
             console.data(report.to_json())
             if not report.equal:

@@ -57,9 +57,10 @@ class Console:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def warn(self, text: str) -> None:
-        """Something that may surprise, on stderr."""
-        self.say(f"{self._paint('warning', '33')}: {text}")
+    def warn(self, *texts: str) -> None:
+        """What may surprise, on stderr."""
+        for text in texts:
+            self.say(f"{self._paint('warning', '33')}: {text}")
 
     def different(self, text: str) -> None:
         """What was judged different, in one line on stderr: as an error, also with --quiet."""
@@ -101,23 +102,20 @@ class ProgressMeter:
 
     def start(self, total: int) -> None:
         """Begin: `total` bytes are to be moved."""
-        raise NotImplementedError
 
     def add(self, count: int) -> None:
         """`count` more bytes were moved."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         """The command ended, well or not."""
-        raise NotImplementedError
 
 
 class _Lines(ProgressMeter):
     def __init__(self, what: str, console: Console) -> None:
         self.what = what
         self.console = console
-        self.total = self.done = 0
-        self._began = self._last = time.monotonic()
+        self.done = 0
+        self.start(0)
         self._lock = threading.Lock()
 
     def start(self, total: int) -> None:
@@ -136,24 +134,15 @@ class _Lines(ProgressMeter):
         share = f"{human_bytes(self.done)} of {human_bytes(self.total)}"
         self.console.say(f"{self.what}: {share}, {human_bytes(rate)}/s, {left:.0f} s left")
 
-    def stop(self) -> None:
-        pass
-
 
 class _Bar(ProgressMeter):
     def __init__(self, what: str) -> None:
+        from rich import progress as rich
         from rich.console import Console as RichConsole
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
 
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=RichConsole(stderr=True), transient=True)
+        numbers = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
+        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *numbers)
+        self._bar = rich.Progress(*columns, console=RichConsole(stderr=True), transient=True)
         self._what = what
 
     def start(self, total: int) -> None:

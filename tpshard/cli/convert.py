@@ -11,8 +11,8 @@ import typer
 
 from tpshard.cli import options as opt
 from tpshard.cli.console import Console, opened
-from tpshard.cli.options import again, rank_list, settings, share_list, workload
-from tpshard.errors import UsageError
+from tpshard.cli.options import again, check_report, rank_list, settings, share_list, workload
+from tpshard.errors import UsageError, local_error
 from tpshard.units import human_bytes
 
 if TYPE_CHECKING:
@@ -188,13 +188,15 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
     from tpshard.api.convert import plan_with
 
     if drawing is not None:
-        _check_drawing(drawing)
+        if drawing.suffix != ".html":
+            hint = "give --report a name that ends in .html"
+            raise UsageError("a plan is drawn as HTML", path=drawing, hint=hint)
+        check_report(drawing)
     report = plan_with(options)
     if drawing is not None:
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")
-    for warning in report.warnings:
-        console.warn(warning)
+    console.warn(*report.warnings)
     if console.as_json:
         console.data(report.to_json())
     else:
@@ -203,17 +205,8 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
         print_plan(report, every)
 
 
-def _check_drawing(path: Path) -> None:
-    """Refuse a drawing that could not be written, before anything is read."""
-    if path.suffix != ".html":
-        raise UsageError("a plan is drawn as HTML", path=path, hint="give --report a name that ends in .html")
-    if not path.absolute().parent.is_dir():
-        raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
-
-
 def _write_drawing(path: Path, report: PlanReport) -> None:
     """Draw a plan into a file."""
-    from tpshard.errors import local_error
     from tpshard.report.plan_page import draw
 
     try:
@@ -223,8 +216,7 @@ def _write_drawing(path: Path, report: PlanReport) -> None:
 
 
 def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
-    for warning in report.warnings:
-        console.warn(warning)
+    console.warn(*report.warnings)
     if console.as_json:
         console.data(report.to_json())
         return

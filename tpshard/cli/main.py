@@ -17,7 +17,7 @@ from tpshard.cli.console import Console
 from tpshard.cli.convert import merge, plan, reshard, split
 from tpshard.cli.schema import schema
 from tpshard.cli.verify import verify
-from tpshard.errors import Interrupted, TpshardError, UsageError
+from tpshard.errors import Interrupted, TpshardError, UsageError, local_error
 
 app = typer.Typer(
     name="tpshard",
@@ -65,8 +65,6 @@ def main(arguments: list[str] | None = None) -> None:
     except TpshardError as error:
         meant = error
     except OSError as error:
-        from tpshard.errors import local_error
-
         meant = local_error(error, "the system refused")
     except Exception as error:
         meant = _parse_error(error) or _bug(error)

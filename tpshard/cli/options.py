@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from tpshard.errors import UsageError
 from tpshard.units import MAX_TP
@@ -18,28 +19,27 @@ if TYPE_CHECKING:
     from tpshard.cli.console import Console
     from tpshard.report.capacity import Workload
 
-"""The names of rank files have five digits."""
-
-
 Checksum = Literal["sha256", "none"]
 KvDtype = Literal["float32", "float16", "bfloat16", "float8"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
 
 
-def _number(option: str, most: int | None = None) -> Callable[[str], int]:
-    """A parser for whole numbers from 1 to `most`. Typer's own errors differ between its versions."""
-    expected = "a whole number from 1" + ("" if most is None else f" to {most}")
+def number(
+    name: str, help: str, most: float = inf, *, least: int = 1, expected: str = "", metavar: str = "N"
+) -> Any:  # typer's options are Any
+    """An option that takes whole numbers from `least` to `most`. Typer's own errors differ between its versions."""
+    expected = expected or "a whole number from 1" + ("" if most == inf else f" to {most}")
 
-    def parse(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < 1 or (most is not None and int(text) > most):
-            raise UsageError(f"{option} does not take this number", expected=expected, found=repr(text))
+    def parse(text: str | int) -> int:  # a default comes as an int
+        if not str(text).strip().isdecimal() or not least <= int(text) <= most:
+            raise UsageError(f"{name} does not take this number", expected=expected, found=repr(text))
         return int(text)
 
-    return parse
+    return Option(name, help=help, parser=parse, metavar=metavar)
 
 
-def _giga(option: str) -> Callable[[str], float]:
-    """A parser for gigabytes, of 10^9 bytes, as devices and links are sold; in bytes."""
+def _giga(name: str, help: str, metavar: str) -> Any:
+    """An option that takes gigabytes, of 10^9 bytes, as devices and links are sold; in bytes."""
 
     def parse(text: str) -> float:
         try:
@@ -47,12 +47,25 @@ def _giga(option: str) -> Callable[[str], float]:
         except ValueError:
             value = 0.0
         if not 0 < value < 1e18:
-            raise UsageError(
-                f"{option} does not take this number", expected="gigabytes, as in 80 or 80GB", found=repr(text)
-            )
+            expected = "gigabytes, as in 80 or 80GB"
+            raise UsageError(f"{name} does not take this number", expected=expected, found=repr(text))
         return value
 
-    return parse
+    return Option(name, help=help, parser=parse, metavar=metavar)
+
+
+def _file_size(default: str) -> Any:
+    return Option(
+        "--max-file-size", help=f"Largest file, as in 5GB [default: {default}].", parser=_size, metavar="BYTES"
+    )
+
+
+def _out(help: str, metavar: str) -> Any:
+    return Option("-o", "--out", help=help, metavar=metavar)
+
+
+def _allow_pickle(files: str) -> Any:
+    return Option("--allow-pickle", help=f"Read {files}, with torch's weights_only loader.")
 
 
 def _size(text: str) -> int:
@@ -98,13 +111,8 @@ def workload(
     from tpshard.report.capacity import Workload
 
     usual = Workload()
-    return Workload(
-        batch=batch or usual.batch,
-        seq=seq or usual.seq,
-        kv_dtype=kv_dtype,
-        gpu_memory=None if memory is None else int(memory),
-        bandwidth=bandwidth,
-    )
+    room = None if memory is None else int(memory)
+    return Workload(batch or usual.batch, seq or usual.seq, kv_dtype, room, bandwidth)
 
 
 @contextmanager
@@ -120,14 +128,14 @@ def settings(
     from tpshard import Settings
 
     with console.progress(verb) as meter:
-        yield Settings(
-            workers=workers or Settings().workers,
-            checksum=checksum == "sha256",
-            fsync=not no_fsync,
-            overwrite=overwrite,
-            start=meter.start,
-            progress=meter.add,
-        )
+        count = workers or Settings().workers
+        yield Settings(count, checksum == "sha256", not no_fsync, overwrite, meter.add, meter.start)
+
+
+def check_report(path: Path) -> None:
+    """Refuse a report for which there is no directory, before anything is read."""
+    if not path.absolute().parent.is_dir():
+        raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
 
 
 def again(
@@ -139,137 +147,48 @@ def again(
     return options + (["--allow-pickle"] if allow_pickle else [])
 
 
-_SIZE_HELP = "Largest file, as in 5GB"
-
-MODEL = Annotated[
-    str, typer.Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")
-]
-SHARDS = Annotated[Path, typer.Argument(help="The directory that `tpshard split` wrote.", metavar="SHARDS")]
-PATH = Annotated[Path, typer.Argument(help="A checkpoint, a shard set, or one safetensors file.", metavar="PATH")]
-TP = Annotated[
-    int, typer.Option("--tp", help="Number of tensor-parallel ranks.", parser=_number("--tp", MAX_TP), metavar="N")
-]
-SET_TP = Annotated[
-    int | None,
-    typer.Option("--tp", help="The number of ranks that the set must have.", parser=_number("--tp"), metavar="N"),
-]
-SOURCE = Annotated[str | None, typer.Option(help="The unsharded model: compare every byte with it.", metavar="MODEL")]
-OUT = Annotated[
-    Path | None,
-    typer.Option(
-        "-o", "--out", help="Directory to write [default: ./MODEL-tpN, or ./MODEL-tpN-FORMAT].", metavar="DIR"
-    ),
-]
-MERGE_OUT = Annotated[
-    Path | None, typer.Option("-o", "--out", help="Directory to write [default: ./MODEL-merged].", metavar="DIR")
-]
-DRAFT_OUT = Annotated[Path | None, typer.Option("-o", "--out", help="File to write [default: stdout].", metavar="FILE")]
-REVISION = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hub repo [default: main].", metavar="NAME")
-]
-RULES = Annotated[
-    Path | None,
-    typer.Option(
-        help="Architecture file of your own, in the form of `tpshard archs show llama` [default: by model_type].",
-        metavar="FILE",
-    ),
-]
-DTYPE = Annotated[Dtype | None, typer.Option(help="Cast floating-point weights [default: as stored].")]
-UNEVEN = Annotated[bool, typer.Option("--uneven", help="Deal heads and ffn columns unevenly where they do not divide.")]
-SHARES = Annotated[
-    str | None,
-    typer.Option("--shares", help="Deal unevenly, by one weight for each rank, as in 0.5,0.3,0.2.", metavar="WEIGHTS"),
-]
-PAD = Annotated[
-    int | None,
-    typer.Option(
-        "--pad-vocab-to",
-        help="Vocab size after padding [default: the next multiple of tp].",
-        parser=_number("--pad-vocab-to"),
-        metavar="SIZE",
-    ),
-]
-SIZE = Annotated[
-    int | None,
-    typer.Option("--max-file-size", help=f"{_SIZE_HELP} [default: 50GB].", parser=_size, metavar="BYTES"),
-]
-MERGE_SIZE = Annotated[
-    int | None,
-    typer.Option("--max-file-size", help=f"{_SIZE_HELP} [default: as in the source].", parser=_size, metavar="BYTES"),
-]
-FORMAT = Annotated[
-    str,
-    typer.Option(
-        "--format",
-        help="How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, hf.",
-        metavar="FORMAT",
-    ),
-]
-ENGINE_VERSION = Annotated[
-    str | None,
-    typer.Option(
-        "--engine-version",
-        help="Whose names the files have, as in 0.32 [default: the newest known].",
-        metavar="VERSION",
-    ),
-]
-PICKLE = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin, with torch's weights_only loader.")
-]
-META_PICKLE = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read Meta's consolidated.*.pth, with torch's weights_only loader.")
-]
-RANKS = Annotated[
-    str | None,
-    typer.Option(
-        "--ranks",
-        help="Write only these ranks, as in 0,3 or 0-3; other hosts write the others [default: all].",
-        metavar="RANKS",
-    ),
-]
-WORKERS = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        help="Threads [default: one per core, at most 8].",
-        parser=_number("--workers", 1024),
-        metavar="N",
-    ),
-]
-CHECKSUM = Annotated[Checksum, typer.Option("--checksum", help="What is recorded of each file.")]
-OVERWRITE = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
-]
-NO_FSYNC = Annotated[
-    bool, typer.Option("--no-fsync", help="Do not wait for the disk: for scratch disks, not safe against power loss.")
-]
-DRY_RUN = Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")]
-BATCH = Annotated[
-    int | None,
-    typer.Option("--batch", help="Sequences at a time [default: 1].", parser=_number("--batch"), metavar="N"),
-]
-SEQ = Annotated[
-    int | None,
-    typer.Option("--seq", help="Tokens of each sequence [default: 4096].", parser=_number("--seq"), metavar="N"),
-]
-KV_DTYPE = Annotated[KvDtype | None, typer.Option(help="What the KV cache is kept in [default: as the weights].")]
-GPU_MEMORY = Annotated[
-    float | None,
-    typer.Option("--gpu-memory", help="Memory of a device in GB.", parser=_giga("--gpu-memory"), metavar="GB"),
-]
-MEMORY_NEEDED = Annotated[
-    float, typer.Option("--gpu-memory", help="Memory of a device in GB.", parser=_giga("--gpu-memory"), metavar="GB")
-]
-GPUS = Annotated[int, typer.Option("--gpus", help="Number of devices.", parser=_number("--gpus", 4096), metavar="N")]
-BANDWIDTH = Annotated[
-    float | None,
-    typer.Option(
-        "--bandwidth",
-        help="What a device can send, in GB/s, as in 450 for NVLink 4: adds the time of the all-reduces.",
-        parser=_giga("--bandwidth"),
-        metavar="GB/s",
-    ),
-]
-DRAWING = Annotated[Path | None, typer.Option("--report", help="Draw the plan as one HTML page.", metavar="FILE.html")]
-JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
-QUIET = Annotated[bool, typer.Option("-q", "--quiet", help="No messages but errors.")]
+MODEL = Annotated[str, Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")]
+SHARDS = Annotated[Path, Argument(help="The directory that `tpshard split` wrote.", metavar="SHARDS")]
+PATH = Annotated[Path, Argument(help="A checkpoint, a shard set, or one safetensors file.", metavar="PATH")]
+TP = Annotated[int, number("--tp", "Number of tensor-parallel ranks.", MAX_TP)]
+SET_TP = Annotated[int | None, number("--tp", "The number of ranks that the set must have.")]
+SOURCE = Annotated[str | None, Option(help="The unsharded model: compare every byte with it.", metavar="MODEL")]
+OUT = Annotated[Path | None, _out("Directory to write [default: ./MODEL-tpN, or ./MODEL-tpN-FORMAT].", "DIR")]
+MERGE_OUT = Annotated[Path | None, _out("Directory to write [default: ./MODEL-merged].", "DIR")]
+DRAFT_OUT = Annotated[Path | None, _out("File to write [default: stdout].", "FILE")]
+REVISION = Annotated[str | None, Option(help="Branch, tag or commit of a Hub repo [default: main].", metavar="NAME")]
+_RULES_HELP = "Architecture file of your own, in the form of `tpshard archs show llama` [default: by model_type]."
+RULES = Annotated[Path | None, Option(help=_RULES_HELP, metavar="FILE")]
+DTYPE = Annotated[Dtype | None, Option(help="Cast floating-point weights [default: as stored].")]
+UNEVEN = Annotated[bool, Option("--uneven", help="Deal heads and ffn columns unevenly where they do not divide.")]
+_SHARES_HELP = "Deal unevenly, by one weight for each rank, as in 0.5,0.3,0.2."
+SHARES = Annotated[str | None, Option("--shares", help=_SHARES_HELP, metavar="WEIGHTS")]
+_PAD_HELP = "Vocab size after padding [default: the next multiple of tp]."
+PAD = Annotated[int | None, number("--pad-vocab-to", _PAD_HELP, metavar="SIZE")]
+SIZE = Annotated[int | None, _file_size("50GB")]
+MERGE_SIZE = Annotated[int | None, _file_size("as in the source")]
+_FORMAT_HELP = "How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, hf."
+FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT")]
+_VERSION_HELP = "Whose names the files have, as in 0.32 [default: the newest known]."
+ENGINE_VERSION = Annotated[str | None, Option("--engine-version", help=_VERSION_HELP, metavar="VERSION")]
+PICKLE = Annotated[bool, _allow_pickle("pytorch_model*.bin")]
+META_PICKLE = Annotated[bool, _allow_pickle("Meta's consolidated.*.pth")]
+_RANKS_HELP = "Write only these ranks, as in 0,3 or 0-3; other hosts write the others [default: all]."
+RANKS = Annotated[str | None, Option("--ranks", help=_RANKS_HELP, metavar="RANKS")]
+WORKERS = Annotated[int | None, number("--workers", "Threads [default: one per core, at most 8].", 1024)]
+CHECKSUM = Annotated[Checksum, Option("--checksum", help="What is recorded of each file.")]
+OVERWRITE = Annotated[bool, Option("--overwrite", help="Replace an existing output once the new one is complete.")]
+_NO_FSYNC_HELP = "Do not wait for the disk: for scratch disks, not safe against power loss."
+NO_FSYNC = Annotated[bool, Option("--no-fsync", help=_NO_FSYNC_HELP)]
+DRY_RUN = Annotated[bool, Option("--dry-run", help="Only show the plan.")]
+BATCH = Annotated[int | None, number("--batch", "Sequences at a time [default: 1].")]
+SEQ = Annotated[int | None, number("--seq", "Tokens of each sequence [default: 4096].")]
+KV_DTYPE = Annotated[KvDtype | None, Option(help="What the KV cache is kept in [default: as the weights].")]
+GPU_MEMORY = Annotated[float | None, _giga("--gpu-memory", "Memory of a device in GB.", "GB")]
+MEMORY_NEEDED = Annotated[float, _giga("--gpu-memory", "Memory of a device in GB.", "GB")]
+GPUS = Annotated[int, number("--gpus", "Number of devices.", 4096)]
+_BANDWIDTH_HELP = "What a device can send, in GB/s, as in 450 for NVLink 4: adds the time of the all-reduces."
+BANDWIDTH = Annotated[float | None, _giga("--bandwidth", _BANDWIDTH_HELP, "GB/s")]
+DRAWING = Annotated[Path | None, Option("--report", help="Draw the plan as one HTML page.", metavar="FILE.html")]
+JSON = Annotated[bool, Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+QUIET = Annotated[bool, Option("-q", "--quiet", help="No messages but errors.")]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -27,14 +29,10 @@ def _fold(rows: Sequence[tuple[str, ...]], which: int) -> list[tuple[str, ...]]:
     """Fold the first number of the names, or the second."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for name, *cells in rows:
-        found = list(re.finditer(r"(?<![^.])\d+(?=\.)", name))
-        match = found[which] if which < len(found) else None
+        match = next(islice(re.finditer(r"(?<![^.])\d+(?=\.)", name), which, None), None)
         key = (name[: match.start()] + "\0" + name[match.end() :] if match else name, *cells)
         groups.setdefault(key, []).append(int(match.group()) if match else -1)
-    folded = []
-    for (pattern, *cells), numbers in groups.items():
-        folded.append((pattern.replace("\0", _span(numbers)), *cells))
-    return folded
+    return [(pattern.replace("\0", _span(numbers)), *cells) for (pattern, *cells), numbers in groups.items()]
 
 
 def _span(numbers: list[int]) -> str:
@@ -49,10 +47,12 @@ def _span(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else "{" + text + "}"
 
 
-def _table(*columns: str) -> Table:
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]], every: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
+    for row in fold(rows, every):
+        table.add_row(*row)
     return table
 
 
@@ -75,22 +75,16 @@ def print_plan(report: PlanReport, every: bool) -> None:
         rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
         rule = rule if shares else f"drop: {split.layouts.dropped[tensor.name]}"
         rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
-    table = _table("tensor", "dtype", "shape", "rule", "each rank holds")
-    for row in fold(rows, every):
-        table.add_row(*row)
-    console.print(table)
+    console.print(_table(("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every))
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
     if not split.format.own_names:
-        table = _table("the files have", "made of", "each rank holds")
         made = []
         for entry in stored_json(split):
             whence = entry["from"] or ["a constant"]
             ranks = _same_or_each([_shape(rank["shape"]) for rank in entry["ranks"]])
             made.append((entry["name"], " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks))
-        for row in fold(made, every):
-            table.add_row(*row)
-        console.print(table)
+        console.print(_table(("the files have", "made of", "each rank holds"), made, every))
     plan = report.to_json()
     for line in number_lines(plan["numbers"]):
         console.print(line)
@@ -127,14 +121,8 @@ def print_inspect(report: InspectReport, every: bool) -> None:
     for key, value in report.facts.items():
         if value not in (None, [], {}):
             console.print(f"  {key.replace('_', ' ')}: {_fact(key, value)}")
-    rows = []
-    for tensor in report.tensors:
-        file = tensor.file.rpartition("/")[2]
-        rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), human_bytes(tensor.nbytes), file))
-    table = _table("tensor", "dtype", "shape", "size", "file")
-    for row in fold(rows, every):
-        table.add_row(*row)
-    console.print(table)
+    rows = [(t.name, t.dtype, _shape(t.shape), human_bytes(t.nbytes), Path(t.file).name) for t in report.tensors]
+    console.print(_table(("tensor", "dtype", "shape", "size", "file"), rows, every))
 
 
 def _fact(key: str, value: Any) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Option
 
 from tpshard.cli import options as opt
 from tpshard.cli.console import Console, opened
@@ -22,17 +22,6 @@ Reference = Literal["tpshard", "transformers"]
 Engine = Literal["auto", "tpshard", "transformers"]
 
 
-def _number(option: str, least: int) -> Callable[[str | int], int]:
-    """A parser for whole numbers from `least` on, and for defaults. Typer's own errors differ between its versions."""
-
-    def parse(text: str | int) -> int:
-        if not str(text).strip().isdecimal() or int(text) < least:
-            raise UsageError(f"{option} does not take this number", expected=f"{least} or more", found=repr(text))
-        return int(text)
-
-    return parse
-
-
 def layer_list(text: str | None) -> tuple[int, ...] | None:
     """`0,1,-1` as numbers of layers."""
     try:
@@ -42,61 +31,30 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
         raise UsageError("--layers does not take these", expected=expected, found=repr(text)) from None
 
 
-_SOURCE = Annotated[
-    str | None,
-    typer.Option(
-        "--source", help="The unsharded model [default: found by the name that SHARDS record].", metavar="MODEL"
-    ),
-]
-_TIER = Annotated[
-    str | None,
-    typer.Option("--tier", help="Any of bytes,exact,native [default: all that can run here].", metavar="TIERS"),
-]
-_DEVICE = Annotated[Device, typer.Option("--device", help="Where to compute; auto: on GPUs where there are any.")]
-_TOKENS = Annotated[
-    int,
-    typer.Option(
-        "--tokens",
-        help="Tokens decoded after the prompt in the native tier.",
-        parser=_number("--tokens", 0),
-        metavar="N",
-    ),
-]
-_FLOAT32 = Annotated[bool, typer.Option("--float32", help="The exact tier in float32, with a limit of 1e-5.")]
-_LAYERS = Annotated[
-    str | None, typer.Option("--layers", help="Only these layers, as in 0,1,-1 [default: all].", metavar="LIST")
-]
-_STREAM = Annotated[
-    bool | None,
-    typer.Option("--stream/--no-stream", help="Read weights block by block [default: when memory is short]."),
-]
-_SEQUENCE = Annotated[
-    bool, typer.Option("--sequence-parallel", help="Cut the sequence between modules: reduce-scatter and all-gather.")
-]
-_REFERENCE = Annotated[Reference, typer.Option("--reference", help="transformers: compare with its own model as well.")]
-_ENGINE = Annotated[
-    Engine, typer.Option("--engine", help="Whose model runs; auto: transformers' own where tpshard has none.")
-]
-_PROMPT = Annotated[
-    str | None,
-    typer.Option("--prompt", help="A text for the model's tokenizer [default: ids by --seed].", metavar="TEXT"),
-]
-_SEED = Annotated[
-    int, typer.Option("--seed", help="Seed of the prompt's ids.", parser=_number("--seed", 0), metavar="N")
-]
-_NPROC = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc-per-node",
-        help="Processes: one for each rank, or 1 for all [default: 1; for each rank on a host with several GPUs].",
-        parser=_number("--nproc-per-node", 1),
-        metavar="N",
-    ),
-]
-_REPORT = Annotated[
-    list[Path] | None,
-    typer.Option("--report", help="Also write .json, .xml (JUnit), .md or .html; repeatable.", metavar="FILE"),
-]
+_SOURCE_HELP = "The unsharded model [default: found by the name that SHARDS record]."
+_SOURCE = Annotated[str | None, Option("--source", help=_SOURCE_HELP, metavar="MODEL")]
+_TIER_HELP = "Any of bytes,exact,native [default: all that can run here]."
+_TIER = Annotated[str | None, Option("--tier", help=_TIER_HELP, metavar="TIERS")]
+_DEVICE = Annotated[Device, Option("--device", help="Where to compute; auto: on GPUs where there are any.")]
+_TOKENS_HELP = "Tokens decoded after the prompt in the native tier."
+_TOKENS = Annotated[int, opt.number("--tokens", _TOKENS_HELP, least=0, expected="0 or more")]
+_FLOAT32 = Annotated[bool, Option("--float32", help="The exact tier in float32, with a limit of 1e-5.")]
+_LAYERS_HELP = "Only these layers, as in 0,1,-1 [default: all]."
+_LAYERS = Annotated[str | None, Option("--layers", help=_LAYERS_HELP, metavar="LIST")]
+_STREAM_HELP = "Read weights block by block [default: when memory is short]."
+_STREAM = Annotated[bool | None, Option("--stream/--no-stream", help=_STREAM_HELP)]
+_SEQUENCE_HELP = "Cut the sequence between modules: reduce-scatter and all-gather."
+_SEQUENCE = Annotated[bool, Option("--sequence-parallel", help=_SEQUENCE_HELP)]
+_REFERENCE = Annotated[Reference, Option("--reference", help="transformers: compare with its own model as well.")]
+_ENGINE_HELP = "Whose model runs; auto: transformers' own where tpshard has none."
+_ENGINE = Annotated[Engine, Option("--engine", help=_ENGINE_HELP)]
+_PROMPT_HELP = "A text for the model's tokenizer [default: ids by --seed]."
+_PROMPT = Annotated[str | None, Option("--prompt", help=_PROMPT_HELP, metavar="TEXT")]
+_SEED = Annotated[int, opt.number("--seed", "Seed of the prompt's ids.", least=0, expected="0 or more")]
+_NPROC_HELP = "Processes: one for each rank, or 1 for all [default: 1; for each rank on a host with several GPUs]."
+_NPROC = Annotated[int | None, opt.number("--nproc-per-node", _NPROC_HELP, expected="1 or more")]
+_REPORT_HELP = "Also write .json, .xml (JUnit), .md or .html; repeatable."
+_REPORT = Annotated[list[Path] | None, Option("--report", help=_REPORT_HELP, metavar="FILE")]
 
 
 def verify(
@@ -186,8 +144,7 @@ def _writable(path: Path) -> Path:
     from tpshard.verifier.report.write import check_kind
 
     check_kind(path)
-    if not path.absolute().parent.is_dir():
-        raise UsageError("no such directory for a report", path=path, hint="make it, or give another path to --report")
+    opt.check_report(path)
     return path
 
 
@@ -208,8 +165,7 @@ def _print(console: Console, verdict: Verdict, shards: Path, source: str | None,
 
     for path in reports:
         write(verdict, path)
-    for warning in verdict.warnings:
-        console.warn(warning)
+    console.warn(*verdict.warnings)
     if console.as_json:
         console.data(verdict.to_json())
         return

@@ -56,13 +56,9 @@ def read_config(raw: bytes, path: object) -> dict[str, Any]:
 
 
 def _quantised(path: object, found: str) -> UnsupportedError:
-    return UnsupportedError(
-        "the checkpoint is quantised: packed values and scale blocks are not cut yet",
-        path=path,
-        expected="plain floating-point weights",
-        found=found,
-        hint="split the checkpoint that it was made from",
-    )
+    what = "the checkpoint is quantised: packed values and scale blocks are not cut yet"
+    hint = "split the checkpoint that it was made from"
+    return UnsupportedError(what, path=path, expected="plain floating-point weights", found=found, hint=hint)
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
@@ -75,11 +71,8 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pic
     from tpshard.storage import hub
 
     if isinstance(model, Path) or not hub.is_repo_id(model):
-        raise UsageError(
-            "no such file or directory",
-            path=path,
-            hint="give a directory, a .safetensors file, or a Hub repo as org/name",
-        )
+        hint = "give a directory, a .safetensors file, or a Hub repo as org/name"
+        raise UsageError("no such file or directory", path=path, hint=hint)
     snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
     checkpoint = _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
     return replace(checkpoint, warnings=(snapshot.note, *checkpoint.warnings)) if snapshot.note else checkpoint
@@ -105,17 +98,14 @@ def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle
     if CONFIG not in names:
         raise CorruptError("the repo has no config.json", path=model, hint="it tells the architecture")
     _refuse_quantised(names, model)
-    return _open(repo, model, repo.repo_id, repo.revision)
+    return _open(repo, model, repo.repo_id, repo.revision, allow_pickle=False, only=None)
 
 
 def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
     directory = path if path.is_dir() else path.parent
     if (directory / MANIFEST).exists():
-        raise UsageError(
-            "this is a shard set, not an unsharded checkpoint",
-            path=directory,
-            hint="`tpshard merge` makes one of it; `tpshard reshard` splits it for another tp",
-        )
+        hint = "`tpshard merge` makes one of it; `tpshard reshard` splits it for another tp"
+        raise UsageError("this is a shard set, not an unsharded checkpoint", path=directory, hint=hint)
     if repo_id is None:
         repo_id, revision = cached_repo(directory)
     source = Directory(directory)
@@ -129,12 +119,7 @@ def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revi
 
 
 def _open(
-    source: Source,
-    name: str,
-    repo_id: str | None,
-    revision: str | None,
-    allow_pickle: bool = False,
-    only: Path | None = None,
+    source: Source, name: str, repo_id: str | None, revision: str | None, allow_pickle: bool, only: Path | None
 ) -> Checkpoint:
     """Read config and headers of a source that has a config.json. only: the one weight file to read."""
     names, place = source.names(), source.place
@@ -150,11 +135,7 @@ def _open(
     header = partial(source_header, source)
     if listed[0].endswith(".bin"):
         if not allow_pickle:
-            raise UnsafeError(
-                "the weights are pickles, which can run code when they are read",
-                path=f"{place}/{listed[0]}",
-                hint="--allow-pickle reads them with torch's weights_only loader, which runs none",
-            )
+            raise pickles_refused(f"{place}/{listed[0]}")
         header = partial(_pickle_header, source)
     headers = Pool(source.requests).map(header, listed)
     tensors, file_of = _tensors(zip(listed, (parsed for parsed, _ in headers), strict=True), place)
@@ -179,6 +160,12 @@ def _open(
     )
 
 
+def pickles_refused(path: object) -> UnsafeError:
+    """The error for pickled weights that were not allowed."""
+    hint = "--allow-pickle reads them with torch's weights_only loader, which runs none"
+    return UnsafeError("the weights are pickles, which can run code when they are read", path=path, hint=hint)
+
+
 def _pickle_header(source: Source, name: str) -> tuple[Header, SourceFile]:
     from tpshard.storage.torch_pickle import read_pickle
 
@@ -193,29 +180,20 @@ def _tensors(headers: Iterable[tuple[str, Header]], place: str) -> tuple[tuple[T
     file_of: dict[str, str] = {}
     for file, header in headers:
         for tensor in header.tensors:
-            if tensor.name in file_of:
-                raise CorruptError(
-                    f"{tensor.name} is in two files",
-                    path=place,
-                    tensor=tensor.name,
-                    expected="each tensor once",
-                    found=f"in {file_of[tensor.name]} and in {file}",
-                )
-            file_of[tensor.name] = file
+            if (name := tensor.name) in file_of:
+                what, found = f"{name} is in two files", f"in {file_of[name]} and in {file}"
+                raise CorruptError(what, path=place, tensor=name, expected="each tensor once", found=found)
+            file_of[name] = file
         tensors.extend(header.tensors)
     return tuple(tensors), file_of
 
 
 def _of_meta(directory: Path) -> UsageError:
     """The error for Meta's own files where a Hugging Face checkpoint is wanted."""
-    return UsageError(
-        "this is a checkpoint in Meta's own form, cut for its ranks",
-        path=directory,
-        expected="an unsharded Hugging Face checkpoint",
-        found="params.json and consolidated.*.pth",
-        hint=f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
-        f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew",
-    )
+    what, found = "this is a checkpoint in Meta's own form, cut for its ranks", "params.json and consolidated.*.pth"
+    hint = f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
+    hint += f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew"
+    return UsageError(what, path=directory, expected="an unsharded Hugging Face checkpoint", found=found, hint=hint)
 
 
 def _refuse_quantised(names: Collection[str], place: object) -> None:
@@ -225,23 +203,13 @@ def _refuse_quantised(names: Collection[str], place: object) -> None:
 
 def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], place: object) -> None:
     for name, file in weight_map.items():
-        if file_of.get(name) != file:
-            raise CorruptError(
-                f"the index and the files disagree about {name}",
-                path=place,
-                tensor=name,
-                expected=f"in {file}",
-                found=f"in {file_of[name]}" if name in file_of else "nowhere",
-            )
+        if (found := file_of.get(name)) != file:
+            what, where = f"the index and the files disagree about {name}", f"in {found}" if found else "nowhere"
+            raise CorruptError(what, path=place, tensor=name, expected=f"in {file}", found=where)
     for name, file in file_of.items():
         if name not in weight_map:
-            raise CorruptError(
-                f"{file} holds {name}, which the index does not list",
-                path=place,
-                tensor=name,
-                expected=f"{name} in the weight_map",
-                found="no such name",
-            )
+            what, expected = f"{file} holds {name}, which the index does not list", f"{name} in the weight_map"
+            raise CorruptError(what, path=place, tensor=name, expected=expected, found="no such name")
 
 
 def source_digest(files: tuple[SourceFile, ...]) -> str:

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError, UnsafeError
+from tpshard.errors import CorruptError
 from tpshard.formats.meta import ffn_size
 from tpshard.formats.plan import plan_split
 from tpshard.formats.split import Options
+from tpshard.inputs.checkpoint import pickles_refused
 from tpshard.inputs.shard_set import ShardSet
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
@@ -34,11 +35,7 @@ _NEEDED = ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps")
 def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     """Open a published directory. UnsafeError without `allow_pickle`, CorruptError when files and params disagree."""
     if not allow_pickle:
-        raise UnsafeError(
-            "the weights are pickles, which can run code when they are read",
-            path=directory,
-            hint="--allow-pickle reads them with torch's weights_only loader, which runs none",
-        )
+        raise pickles_refused(directory)
     from tpshard.storage.torch_pickle import read_pickle
 
     names = sorted(entry.name for entry in directory.iterdir())
@@ -61,13 +58,10 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     held = {info.name: info for info in files[min(files)][0].tensors}
     tp = max(_width(held, params), max(files) + 1)
     if absent := sorted(set(range(tp)) - set(files)):
-        raise CorruptError(
-            f"consolidated.{absent[0]:02}.pth is missing",
-            path=directory,
-            expected=f"{tp} files, consolidated.00.pth to consolidated.{tp - 1:02}.pth",
-            found=f"{len(files)} of them",
-            hint="copy or download the missing files again",
-        )
+        missing_file, some = f"consolidated.{absent[0]:02}.pth is missing", f"{len(files)} of them"
+        expected = f"{tp} files, consolidated.00.pth to consolidated.{tp - 1:02}.pth"
+        hint = "copy or download the missing files again"
+        raise CorruptError(missing_file, path=directory, expected=expected, found=some, hint=hint)
     config, generation = _config(params, held, tp, path)
     model = _model(directory, config, held)
     split = plan_split(model, Options(tp=tp, format="meta", engine_version=generation))
@@ -86,11 +80,9 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
 
 def _width(held: Mapping[str, TensorInfo], params: Mapping[str, Any]) -> int:
     """For how many ranks the files were cut, as the q projection's rows say; 1 where they say nothing."""
-    query = held.get("layers.0.attention.wq.weight")
-    width = params["dim"]
-    if query is None or type(width) is not int or not query.shape or not query.shape[0] or width % query.shape[0]:
-        return 1
-    return width // query.shape[0]
+    query, width = held.get("layers.0.attention.wq.weight"), params["dim"]
+    rows = query.shape[0] if query and query.shape else 0
+    return width // rows if type(width) is int and rows and width % rows == 0 else 1
 
 
 def _config(
@@ -118,12 +110,9 @@ def _config(
         "tie_word_embeddings": False,
         "torch_dtype": {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(head.dtype),
         "max_position_embeddings": 4096 if generation == "2" else 8192,
+        "bos_token_id": 1 if generation == "2" else 128000,
+        "eos_token_id": 2 if generation == "2" else 128001,
     }
-    config |= (
-        {"bos_token_id": 1, "eos_token_id": 2}
-        if generation == "2"
-        else {"bos_token_id": 128000, "eos_token_id": 128001}
-    )
     if params.get("use_scaled_rope"):
         config["max_position_embeddings"] = 131072
         config["rope_scaling"] = {
@@ -141,24 +130,22 @@ def _model(directory: Path, config: Mapping[str, Any], held: Mapping[str, Tensor
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     dtype = held["output.weight"].dtype
-    infos = [TensorInfo("model.embed_tokens.weight", dtype, (vocab, hidden), "", 0, 0)]
-    for layer in range(config["num_hidden_layers"]):
-        for module, shape in (
-            ("input_layernorm", (hidden,)),
-            ("mlp.down_proj", (hidden, ffn)),
-            ("mlp.gate_proj", (ffn, hidden)),
-            ("mlp.up_proj", (ffn, hidden)),
-            ("post_attention_layernorm", (hidden,)),
-            ("self_attn.k_proj", (kv, hidden)),
-            ("self_attn.o_proj", (hidden, hidden)),
-            ("self_attn.q_proj", (hidden, hidden)),
-            ("self_attn.v_proj", (kv, hidden)),
-        ):
-            infos.append(TensorInfo(f"model.layers.{layer}.{module}.weight", dtype, shape, "", 0, 0))
-    infos += [
-        TensorInfo("model.norm.weight", dtype, (hidden,), "", 0, 0),
-        TensorInfo("lm_head.weight", dtype, (vocab, hidden), "", 0, 0),
-    ]
+    layer_shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "mlp.down_proj": (hidden, ffn),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.v_proj": (kv, hidden),
+    }
+    layers = range(config["num_hidden_layers"])
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (vocab, hidden)}
+    shapes |= {f"model.layers.{layer}.{name}": shape for layer in layers for name, shape in layer_shapes.items()}
+    shapes |= {"model.norm": (hidden,), "lm_head": (vocab, hidden)}
+    infos = [TensorInfo(f"{name}.weight", dtype, shape, "", 0, 0) for name, shape in shapes.items()]
     architecture = builtin("llama")
     classified = classify(architecture, config, infos)
     return Model(
@@ -180,10 +167,6 @@ def _check(rank: int, file: RankFile, expected: Mapping[str, Any]) -> None:
             what = "is not there" if info is None else "is not one of a LLaMA that params.json describes"
             raise CorruptError(f"rank {rank}: {name} {what}", path=file.path, tensor=name)
         if (info.dtype, info.shape) != (stored.dtype, stored.shape):
-            raise CorruptError(
-                f"rank {rank}: {name} contradicts params.json",
-                path=file.path,
-                tensor=name,
-                expected=f"{stored.dtype} {list(stored.shape)}",
-                found=f"{info.dtype} {list(info.shape)}",
-            )
+            said, held = f"{stored.dtype} {list(stored.shape)}", f"{info.dtype} {list(info.shape)}"
+            what = f"rank {rank}: {name} contradicts params.json"
+            raise CorruptError(what, path=file.path, tensor=name, expected=said, found=held)

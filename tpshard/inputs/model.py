@@ -12,36 +12,28 @@ from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.rules.multimodal import find_rules
 
 
-def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: str | None = None) -> Model:
+def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None) -> Model:
     """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
-    subject = find_rules(checkpoint.config, rules, checkpoint.config_path)
+    subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
     classified, text = subject.classify(checkpoint.tensors)
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
         cast = DTYPE_NAMES[dtype] if dtype and info.dtype in CASTABLE and cut.kind != "buffer" else info.dtype
         logical.append(LogicalTensor(info.name, cast, info.shape, cut))
-    files = []
-    for file in checkpoint.files:
-        files.append({"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})})
+    files = [
+        {"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})}
+        for file in checkpoint.files
+    ]
+    source = {"name": checkpoint.name, "repo_id": checkpoint.repo_id, "revision": checkpoint.revision}
+    given = {"rules": subject.architecture.name, "rules_sha256": subject.architecture.digest}
     return Model(
         tensors=tuple(alignment_order(logical)),
         axes=classified.axes,
         tied=classified.tied,
         file_of=checkpoint.file_of,
-        source={
-            "name": checkpoint.name,
-            "repo_id": checkpoint.repo_id,
-            "revision": checkpoint.revision,
-            "headers_sha256": source_digest(checkpoint.files),
-            "files": files,
-        },
-        architecture={
-            "model_type": checkpoint.config.get("model_type"),
-            "rules": subject.architecture.name,
-            "rules_sha256": subject.architecture.digest,
-            **({"text": text} if text else {}),
-        },
+        source={**source, "headers_sha256": source_digest(checkpoint.files), "files": files},
+        architecture={"model_type": checkpoint.config.get("model_type"), **given, **({"text": text} if text else {})},
         dtype=dtype,
         full_names=classified.full_names,
         config=checkpoint.config,
@@ -52,8 +44,5 @@ def from_checkpoint(checkpoint: Checkpoint, rules: Path | None = None, dtype: st
 def placed_in(checkpoint: Checkpoint, model: Model) -> list[Placed]:
     """Where each logical tensor lies in the checkpoint's files, whole and in its own dtype."""
     infos = {info.name: info for info in checkpoint.tensors}
-    placed = []
-    for tensor in model.tensors:
-        info = infos[tensor.name]
-        placed.append(Placed(whole(replace(tensor, dtype=info.dtype)), info.file, info.begin))
-    return placed
+    pairs = ((tensor, infos[tensor.name]) for tensor in model.tensors)
+    return [Placed(whole(replace(tensor, dtype=info.dtype)), info.file, info.begin) for tensor, info in pairs]

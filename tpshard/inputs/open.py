@@ -8,10 +8,6 @@ from tpshard.inputs.shard_set import ShardSet, is_shard_set, open_shards
 from tpshard.storage.names import is_meta
 
 
-def rules_path(rules: str | Path | None) -> Path | None:
-    return None if rules is None else Path(rules)
-
-
 def open_set(directory: Path, allow_pickle: bool) -> ShardSet:
     """A set that tpshard wrote, or files that Meta published."""
     if not is_shard_set(directory) and is_meta(directory):

@@ -5,7 +5,7 @@ Everything is read from the manifest and the files' headers. The rules that made
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from tpshard.storage.safetensors import TensorInfo, nbytes
 from tpshard.storage.source import RankFile
 from tpshard.units import MAX_TP
 
+_ONE_SET = "keep one set in one directory"
 _SAME = "copy it from where the rank files come from: it is the same on every host"
 _REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
 
@@ -83,13 +84,9 @@ class ShardSet:
 
     def placed(self) -> list[Placed]:
         """Every stored tensor of every rank, where it lies."""
-        found = []
-        for rank in range(self.tp):
-            infos = {info.name: info for file in self.files[rank] for info in file.tensors}
-            for stored in self.layout[rank]:
-                info = infos[stored.name]
-                found.append(Placed(stored, info.file, info.begin))
-        return found
+        infos = [{info.name: info for file in self.files[rank] for info in file.tensors} for rank in range(self.tp)]
+        pairs = ((stored, of[stored.name]) for of, rank in zip(infos, self.layout, strict=True) for stored in rank)
+        return [Placed(stored, info.file, info.begin) for stored, info in pairs]
 
 
 def _again(directory: Path, ranks: Iterable[int]) -> str:
@@ -113,25 +110,15 @@ def open_shards(directory: Path) -> ShardSet:
     """Open a shard set; CorruptError when files of another set or width, or a damaged one, are among its files."""
     if not directory.is_dir():
         unfinished = Path(f"{directory}{PARTIAL}")
-        raise UsageError(
-            "no such directory",
-            path=directory,
-            found=f"an unfinished run in {unfinished}" if unfinished.is_dir() else None,
-            hint=_resume(unfinished) or "give the directory that `tpshard split` wrote",
-        )
+        found = f"an unfinished run in {unfinished}" if unfinished.is_dir() else None
+        hint = _resume(unfinished) or "give the directory that `tpshard split` wrote"
+        raise UsageError("no such directory", path=directory, found=found, hint=hint)
     if not is_shard_set(directory):
         if not any(directory.glob("rank-*")):
-            raise UsageError(
-                f"not a shard set: no {MANIFEST} here",
-                path=directory,
-                hint=_resume(directory)
-                or "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint",
-            )
-        raise CorruptError(
-            f"{MANIFEST} is missing",
-            path=directory,
-            hint=_SAME,
-        )
+            hint = "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint"
+            missing = f"not a shard set: no {MANIFEST} here"
+            raise UsageError(missing, path=directory, hint=_resume(directory) or hint)
+        raise CorruptError(f"{MANIFEST} is missing", path=directory, hint=_SAME)
     path = safe_path(directory, MANIFEST)
     raw = read_bytes(path)
     manifest = load_json(raw, path)
@@ -139,23 +126,15 @@ def open_shards(directory: Path) -> ShardSet:
     if type(version) is not int or version < 1 or manifest.get("format") != "tpshard":
         raise CorruptError("not a manifest of tpshard", path=path, expected='"format": "tpshard" and a format_version')
     if version > FORMAT_VERSION:
-        raise UnsupportedError(
-            f"the set was written by a newer tpshard ({manifest.get('tool')})",
-            path=path,
-            expected=f"format_version {FORMAT_VERSION} or below",
-            found=version,
-            hint="upgrade tpshard",
-        )
+        newer = f"the set was written by a newer tpshard ({manifest.get('tool')})"
+        expected = f"format_version {FORMAT_VERSION} or below"
+        raise UnsupportedError(newer, path=path, expected=expected, found=version, hint="upgrade tpshard")
     try:
         digest = digest_of(manifest)
         if manifest.get("set") != digest:
-            raise CorruptError(
-                "the manifest was changed or is damaged: its set is not the digest of its content",
-                path=path,
-                expected=f"set {digest}",
-                found=f"set {manifest.get('set')}",
-                hint=_SAME,
-            )
+            what = "the manifest was changed or is damaged: its set is not the digest of its content"
+            found = f"set {manifest.get('set')}"
+            raise CorruptError(what, path=path, expected=f"set {digest}", found=found, hint=_SAME)
         split = _parse(manifest, raw, directory)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -163,8 +142,8 @@ def open_shards(directory: Path) -> ShardSet:
     names = sorted(entry.name for entry in directory.iterdir())
     _check_derived(directory, split)
     files = _rank_files(directory, names, split)
-    for rank, found in files.items():
-        _check_tensors(rank, found, split.layout[rank])
+    for rank, parts in files.items():
+        _check_tensors(rank, parts, split.layout[rank])
     tp = split.options.tp
     records = {rank: record for rank in files if (record := _record(directory, rank, tp, split.set_id))}
     return ShardSet(directory, manifest, split, files, records, side_paths(directory, names))
@@ -175,67 +154,42 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or type(tp) is not int or not 0 < tp <= MAX_TP:
         raise ValueError(f"mesh {manifest['mesh']}")
     chosen = manifest["options"]
-    if chosen["format"] not in FORMATS:
-        raise CorruptError(
-            "the set is of a format that is not known",
-            path=directory / MANIFEST,
-            expected=", ".join(FORMATS),
-            found=chosen["format"],
-            hint=f"upgrade tpshard, or {_SAME}",
-        )
-    shares = chosen["shares"]
-    options = Options(
-        tp=tp,
-        uneven=chosen["uneven"],
-        shares=None if shares is None else tuple(shares),
-        pad_vocab_to=chosen["pad_vocab_to"],
-        max_file_size=chosen["max_file_size"],
-        format=chosen["format"],
-        engine_version=chosen["engine_version"],
-    )
-    tensors = []
-    ranks: list[list[StoredTensor]] = [[] for _ in range(tp)]
-    file_of, full_names, dropped = {}, {}, {}
-    for entry in manifest["tensors"]:
-        tensor = LogicalTensor(entry["name"], entry["dtype"], tuple(entry["shape"]), cut_from_json(entry))
-        tensors.append(tensor)
-        file_of[tensor.name] = entry["file"]
-        if "full" in entry:
-            full_names[tensor.name] = entry["full"]
-        if "dropped" in entry:
-            dropped[tensor.name] = entry["dropped"]
-        if "stored" not in manifest:
-            for rank in range(tp):
-                held = entry.get("ranks")
-                ranks[rank].append(
-                    stored_from_json(tensor.name, tensor.dtype, held[rank], tensor.name) if held else whole(tensor)
-                )
-    for entry in manifest.get("stored", ()):
-        for rank in range(tp):
-            found = entry["every"] if "every" in entry else entry["ranks"][rank]
-            if found is not None:
-                ranks[rank].append(stored_from_json(entry["name"], entry["dtype"], found))
+    if (format := chosen["format"]) not in FORMATS:
+        what, hint = "the set is of a format that is not known", f"upgrade tpshard, or {_SAME}"
+        raise CorruptError(what, path=directory / MANIFEST, expected=", ".join(FORMATS), found=format, hint=hint)
+    shares = None if chosen["shares"] is None else tuple(chosen["shares"])
+    names = ("pad_vocab_to", "max_file_size", "format", "engine_version")
+    options = Options(tp, chosen["uneven"], shares, *(chosen[name] for name in names))
+    entries = manifest["tensors"]
+    tensors = tuple(LogicalTensor(e["name"], e["dtype"], tuple(e["shape"]), cut_from_json(e)) for e in entries)
+    layout = tuple(tuple(_stored(manifest, tensors, rank)) for rank in range(tp))
     model = Model(
-        tensors=tuple(tensors),
+        tensors=tensors,
         axes={name: Axis(**axis) for name, axis in manifest["axes"].items()},
         tied=manifest["tied"],
-        file_of=file_of,
+        file_of={entry["name"]: entry["file"] for entry in entries},
         source=manifest["source"],
         architecture=manifest["architecture"],
         dtype=chosen["dtype"],
-        full_names=full_names,
+        full_names={entry["name"]: entry["full"] for entry in entries if "full" in entry},
         config=_config(directory),
     )
-    if reason := why_unsound(tensors, tuple(map(tuple, ranks))):
+    if reason := why_unsound(tensors, layout):
         raise ValueError(reason)
-    return Split(
-        model,
-        options,
-        format_of(options.format),
-        RankLayouts(tuple(map(tuple, ranks)), None, dropped),
-        manifest["set"],
-        raw,
-    )
+    dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
+    layouts = RankLayouts(layout, None, dropped)
+    return Split(model, options, format_of(options.format), layouts, manifest["set"], raw)
+
+
+def _stored(manifest: Mapping[str, Any], tensors: Sequence[LogicalTensor], rank: int) -> Iterator[StoredTensor]:
+    """What a rank stores: shares of the model's own tensors, or the tensors that the manifest lists beside those."""
+    if "stored" not in manifest:
+        for tensor, entry in zip(tensors, manifest["tensors"], strict=True):
+            held = entry.get("ranks")
+            yield stored_from_json(tensor.name, tensor.dtype, held[rank], tensor.name) if held else whole(tensor)
+    for entry in manifest.get("stored", ()):
+        if (held := entry["every"] if "every" in entry else entry["ranks"][rank]) is not None:
+            yield stored_from_json(entry["name"], entry["dtype"], held)
 
 
 def _check_derived(directory: Path, split: Split) -> None:
@@ -276,19 +230,15 @@ def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tup
     outputs = split.files(rank) if rank < tp else ()
     output = next((output for output in outputs if output.name == path.name), None)
     if output is None:
-        raise CorruptError(
-            f"{path.name} is no file of this set",
-            path=path,
-            expected=f"the files of ranks 0 to {tp - 1}",
-            hint="keep one set in one directory",
-        )
+        expected = f"the files of ranks 0 to {tp - 1}"
+        raise CorruptError(f"{path.name} is no file of this set", path=path, expected=expected, hint=_ONE_SET)
     with _can_be_written_again(path, rank):
         check_literals(output, path)
-    tensors = []
-    for stored, _, begin in output.tensors:
-        name, dtype, shape = stored.name, stored.dtype, stored.shape
-        tensors.append(TensorInfo(name, dtype, shape, str(path), begin, begin + nbytes(dtype, shape)))
-    return tuple(tensors), len(outputs)
+    tensors = tuple(
+        TensorInfo(of.name, of.dtype, of.shape, str(path), begin, begin + nbytes(of.dtype, of.shape))
+        for of, _, begin in output.tensors
+    )
+    return tensors, len(outputs)
 
 
 def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> tuple[tuple[TensorInfo, ...], int]:
@@ -296,25 +246,16 @@ def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> t
     tp = split.options.tp
     with _can_be_written_again(path, numbers["rank"]):
         header = read_header(path)
-    said = header.metadata
-    if said.get("tpshard.set") != split.set_id or numbers.get("tp", tp) != tp:
-        raise CorruptError(
-            f"{path.name} is not of this set",
-            path=path,
-            expected=f"set {split.set_id}, tp {tp}",
-            found=f"set {said.get('tpshard.set')}, tp {said.get('tpshard.tp')}",
-            hint="keep one set in one directory",
-        )
+    said = {key.removeprefix("tpshard."): value for key, value in header.metadata.items() if key.startswith("tpshard.")}
+    if said.get("set") != split.set_id or numbers.get("tp", tp) != tp:
+        expected, found = f"set {split.set_id}, tp {tp}", f"set {said.get('set')}, tp {said.get('tp')}"
+        raise CorruptError(f"{path.name} is not of this set", path=path, expected=expected, found=found, hint=_ONE_SET)
     for key, value in {"tp": tp, **numbers}.items():
-        if said.get(f"tpshard.{key}") != str(value):
-            raise CorruptError(
-                f"{path.name} does not hold what its name says",
-                path=path,
-                expected=f"{key} {value}",
-                found=f"{key} {said.get(f'tpshard.{key}')}",
-                hint="files may have been exchanged: give each the name that its content says",
-            )
-    parts = said.get("tpshard.parts", "")
+        if said.get(key) != str(value):
+            what, found = f"{path.name} does not hold what its name says", f"{key} {said.get(key)}"
+            hint = "files may have been exchanged: give each the name that its content says"
+            raise CorruptError(what, path=path, expected=f"{key} {value}", found=found, hint=hint)
+    parts = said.get("parts", "")
     return header.tensors, int(parts) if parts.isdecimal() else 0
 
 
@@ -331,13 +272,9 @@ def _refuse_other(directory: Path, name: str, split: Split) -> None:
     """CorruptError for a rank file of another format: an engine would take it for one of this set."""
     for other in FORMATS:
         if other != split.options.format and format_of(other).parse_name(name) is not None:
-            raise CorruptError(
-                f"{name} is a rank's file of another format",
-                path=directory / name,
-                expected=f"files of the format {split.options.format}",
-                found=f"a name of the format {other}",
-                hint="keep one set in one directory",
-            )
+            what, expected = f"{name} is a rank's file of another format", f"files of the format {split.options.format}"
+            found = f"a name of the format {other}"
+            raise CorruptError(what, path=directory / name, expected=expected, found=found, hint=_ONE_SET)
 
 
 def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[StoredTensor, ...]) -> None:
@@ -347,22 +284,14 @@ def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[Store
             raise CorruptError(f"{info.name} is in two files of rank {rank}", path=info.file, tensor=info.name)
         found[info.name] = info
     for stored in expected:
-        if stored.name not in found:
-            raise CorruptError(
-                f"rank {rank} lacks {stored.name}",
-                path=files[0].path,
-                tensor=stored.name,
-                expected=f"{stored.dtype} {list(stored.shape)}",
-            )
-        info = found.pop(stored.name)
-        if (info.dtype, info.shape) != (stored.dtype, stored.shape):
-            raise CorruptError(
-                f"rank {rank}: {stored.name} is not what the manifest says",
-                path=info.file,
-                tensor=stored.name,
-                expected=f"{stored.dtype} {list(stored.shape)}",
-                found=f"{info.dtype} {list(info.shape)}",
-            )
+        held = found.pop(name := stored.name, None)
+        if held and (held.dtype, held.shape) == (stored.dtype, stored.shape):
+            continue
+        listed = f"{stored.dtype} {list(stored.shape)}"
+        if held is None:
+            raise CorruptError(f"rank {rank} lacks {name}", path=files[0].path, tensor=name, expected=listed)
+        what, has = f"rank {rank}: {name} is not what the manifest says", f"{held.dtype} {list(held.shape)}"
+        raise CorruptError(what, path=held.file, tensor=name, expected=listed, found=has)
     for name, info in found.items():
         raise CorruptError(f"rank {rank} holds {name}, which the manifest does not list", path=info.file, tensor=name)
 
@@ -377,20 +306,13 @@ def _record(directory: Path, rank: int, tp: int, set_id: str) -> Mapping[str, An
     if not isinstance(record, dict) or not isinstance(record.get("parts"), list):
         raise CorruptError("not a rank's record", path=path, expected="set, rank, tp and parts", hint=_REMAKE)
     for key, value in {"set": set_id, "rank": rank, "tp": tp}.items():
-        if record.get(key) != value:
-            raise CorruptError(
-                "the record is of another set or rank",
-                path=path,
-                expected=f"{key} {value}",
-                found=f"{key} {record.get(key)}",
-                hint="keep one set in one directory; records may have been exchanged",
-            )
+        if (said := record.get(key)) != value:
+            what, hint = "the record is of another set or rank", f"{_ONE_SET}; records may have been exchanged"
+            raise CorruptError(what, path=path, expected=f"{key} {value}", found=f"{key} {said}", hint=hint)
     for part in record["parts"]:
-        fields = part if isinstance(part, dict) else {}
-        sha256 = fields.get("sha256", 0)
-        whole_size = type(fields.get("size")) is int
-        if not (isinstance(fields.get("file"), str) and whole_size and (sha256 is None or isinstance(sha256, str))):
-            raise CorruptError(
-                "the rank's record is damaged", path=path, expected="file, size and sha256", found=part, hint=_REMAKE
-            )
+        match part:
+            case {"file": str(), "size": int() as size, "sha256": str() | None} if not isinstance(size, bool):
+                continue
+        damaged, expected = "the rank's record is damaged", "file, size and sha256"
+        raise CorruptError(damaged, path=path, expected=expected, found=part, hint=_REMAKE)
     return record

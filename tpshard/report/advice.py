@@ -7,7 +7,7 @@ Made of headers and config alone. Only groups of tensors that are cut alike are 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tpshard.planning.deal import deal, possible_tp, why_not
@@ -15,45 +15,31 @@ from tpshard.planning.layout import shard
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.report.capacity import USABLE, Workload, cache_bytes, fits, ring_bytes, traits
-from tpshard.report.results import SCHEMA_VERSION
+from tpshard.report.results import result
 from tpshard.storage.safetensors import nbytes
 from tpshard.units import human_bytes
 
 
 @dataclass(frozen=True)
 class TpChoice:
-    """One tp. weights, cache: bytes of the fullest rank; None, like `fits`, where the tp is not possible.
+    """One tp. weights, kv_cache: bytes of the fullest rank, and `total` both; None where the tp is not possible.
 
-    short: bytes that the fullest rank has too many, 0 where it fits. sent: bytes that each rank sends for a token.
+    short: bytes that the fullest rank has too many, 0 where it fits. bytes_per_token: what each rank sends for a token.
     """
 
     tp: int
-    reason: str
     possible: bool
     weights: int | None = None
-    cache: int | None = None
+    kv_cache: int | None = None
+    total: int = 0
     fits: bool | None = None
     short: int | None = None
-    sent: int | None = None
-
-    @property
-    def total(self) -> int:
-        """Bytes of weights and cache."""
-        return (self.weights or 0) + (self.cache or 0)
+    bytes_per_token: int | None = None
+    reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """An entry of `choices` in the JSON contract."""
-        return {
-            "tp": self.tp,
-            "possible": self.possible,
-            "weights": self.weights,
-            "kv_cache": self.cache,
-            "total": self.total if self.possible else None,
-            "fits": self.fits,
-            "short": self.short,
-            "bytes_per_token": self.sent,
-            "reason": self.reason,
-        }
+        return {**asdict(self), "total": self.total if self.possible else None}
 
 
 @dataclass(frozen=True)
@@ -72,60 +58,49 @@ class Advice:
 
     def to_json(self) -> dict[str, Any]:
         """The `advise` object of the JSON contract."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "command": "advise",
-            "model_type": self.model_type,
-            "source": self.name,
-            "gpus": self.gpus,
-            "gpu_memory": self.workload.gpu_memory,
-            "usable": USABLE,
-            "batch": self.workload.batch,
-            "seq": self.workload.seq,
-            "choices": [choice.to_json() for choice in self.choices],
-            "take": self.take,
-            "reason": self.reason,
-            "possible_above": list(self.possible_above),
-            "warnings": list(self.warnings),
-        }
+        return result(
+            "advise",
+            model_type=self.model_type,
+            source=self.name,
+            gpus=self.gpus,
+            gpu_memory=self.workload.gpu_memory,
+            usable=USABLE,
+            batch=self.workload.batch,
+            seq=self.workload.seq,
+            choices=[choice.to_json() for choice in self.choices],
+            take=self.take,
+            reason=self.reason,
+            possible_above=list(self.possible_above),
+            warnings=list(self.warnings),
+        )
 
 
 def advice(model: Model, gpus: int, workload: Workload, warnings: tuple[str, ...] = ()) -> Advice:
     """Judge every tp from 1 to `gpus` for a classified model."""
     choices = tuple(_choice(model, tp, workload) for tp in range(1, gpus + 1))
-    take, reason = _verdict(choices, gpus)
-    return Advice(
-        model_type=str(model.architecture["model_type"]),
-        name=str(model.source["repo_id"] or model.source["name"]),
-        gpus=gpus,
-        workload=workload,
-        choices=choices,
-        take=take,
-        reason=reason,
-        possible_above=tuple(tp for tp in possible_tp(model.axes) if tp > gpus),
-        warnings=warnings,
-    )
+    model_type, name = str(model.architecture["model_type"]), str(model.source["repo_id"] or model.source["name"])
+    above = tuple(tp for tp in possible_tp(model.axes) if tp > gpus)
+    return Advice(model_type, name, gpus, workload, choices, *_verdict(choices, gpus), above, warnings)
 
 
 def rank_weights(model: Model, tp: int) -> list[int]:
     """Bytes of tensors that each rank of an even split holds."""
-    groups = Counter((tensor.shape, tensor.cut, tensor.dtype) for tensor in model.tensors)
-    first = {(tensor.shape, tensor.cut, tensor.dtype): tensor for tensor in reversed(model.tensors)}
-    layout = shard([first[key] for key in groups], model.axes, deal(model.axes, Mesh(tp)))
-    return [
-        sum(nbytes(stored.dtype, stored.shape) * count for stored, count in zip(rank, groups.values(), strict=True))
-        for rank in layout
-    ]
+    kinds = Counter((tensor.dtype, tensor.shape, tensor.cut) for tensor in model.tensors)
+    first = {(tensor.dtype, tensor.shape, tensor.cut): tensor for tensor in reversed(model.tensors)}
+    layout = shard([first[kind] for kind in kinds], model.axes, deal(model.axes, Mesh(tp)))
+    counts = kinds.values()
+    return [sum(nbytes(s.dtype, s.shape) * count for s, count in zip(rank, counts, strict=True)) for rank in layout]
 
 
 def _choice(model: Model, tp: int, workload: Workload) -> TpChoice:
     assert workload.gpu_memory is not None
     if cut := [f"{axis.count} {axis.name}" for axis in model.axes.values() if why_not(axis, tp)]:
-        return TpChoice(tp, f"{', '.join(cut)} on {tp} ranks would be cut", possible=False)
+        return TpChoice(tp, possible=False, reason=f"{', '.join(cut)} on {tp} ranks would be cut")
     facts = traits(model)
     weights = max(rank_weights(model, tp))
     cache = max(cache_bytes(model, facts, deal(model.axes, Mesh(tp)), workload))
-    short = max(0, weights + cache - int(USABLE * workload.gpu_memory))
+    total = weights + cache
+    short = max(0, total - int(USABLE * workload.gpu_memory))
     notes = [] if short == 0 else [f"{human_bytes(short)} too much for a device"]
     for axis in model.axes.values():
         if axis.replicate and axis.count < tp:
@@ -134,16 +109,8 @@ def _choice(model: Model, tp: int, workload: Workload) -> TpChoice:
             notes.append(f"{axis.name} padded to {-(-axis.count // tp) * tp}")
     if facts.cache_axis is None and tp > 1:
         notes.append("the latent cache whole on each rank")
-    return TpChoice(
-        tp=tp,
-        reason="; ".join(notes) or "fits",
-        possible=True,
-        weights=weights,
-        cache=cache,
-        fits=fits(weights + cache, workload.gpu_memory),
-        short=short,
-        sent=ring_bytes(facts, tp, 1),
-    )
+    sent, reason = ring_bytes(facts, tp, 1), "; ".join(notes) or "fits"
+    return TpChoice(tp, True, weights, cache, total, fits(total, workload.gpu_memory), short, sent, reason)
 
 
 def _verdict(choices: tuple[TpChoice, ...], gpus: int) -> tuple[int | None, str]:

@@ -46,10 +46,13 @@ class Workload:
     def __post_init__(self) -> None:
         if self.kv_dtype not in (None, *KV_DTYPES):
             raise UsageError(f"unknown kv_dtype {self.kv_dtype!r}", expected=", ".join(KV_DTYPES))
-        given = {"batch": self.batch, "seq": self.seq, "gpu_memory": self.gpu_memory, "bandwidth": self.bandwidth}
-        for name, value in given.items():
-            if value is not None and value <= 0:
+        for name in ("batch", "seq", "gpu_memory", "bandwidth"):
+            if (value := getattr(self, name)) is not None and value <= 0:
                 raise UsageError(f"{name} must be positive", found=value)
+
+    def cache_dtype(self, weights: str) -> str:
+        """What keys and values are kept in, in the terms of safetensors. weights: the dtype of most of these."""
+        return KV_DTYPES[self.kv_dtype] if self.kv_dtype else weights
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,12 @@ def _out(tensor: LogicalTensor) -> int:
 
 def cache_bytes(model: Model, facts: Traits, dealt: Deal, workload: Workload) -> list[int]:
     """What each rank caches of `batch` sequences of `seq` tokens: a key and a value per KV head and layer."""
-    dtype = KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype
-    ranks = range(dealt.mesh.size)
+    bits = workload.batch * workload.seq * facts.layers * DTYPE_BITS[workload.cache_dtype(facts.dtype)]
     if facts.cache_axis is None:
-        elements = [facts.latent for _ in ranks]
-    else:
-        unit = model.axes[facts.cache_axis].unit
-        held = [dealt.of(facts.cache_axis, rank) for rank in ranks]
-        elements = [2 * unit * (last - first) for first, last in held]
-    tokens = workload.batch * workload.seq
-    return [tokens * facts.layers * count * DTYPE_BITS[dtype] // 8 for count in elements]
+        return [bits * facts.latent // 8] * dealt.mesh.size
+    unit = model.axes[facts.cache_axis].unit
+    held = (dealt.of(facts.cache_axis, rank) for rank in range(dealt.mesh.size))
+    return [bits * 2 * unit * (last - first) // 8 for first, last in held]
 
 
 def ring_bytes(facts: Traits, tp: int, tokens: int) -> int:
@@ -133,8 +132,7 @@ def fits(total: int, gpu_memory: int) -> bool:
 
 def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workload) -> dict[str, Any]:
     """The `numbers` object of the plan's JSON. weights: bytes of tensors of each rank."""
-    facts = traits(model)
-    tp = len(weights)
+    facts, tp = traits(model), len(weights)
     ranks = []
     for rank, (held, cached) in enumerate(zip(weights, cache_bytes(model, facts, dealt, workload), strict=True)):
         entry: dict[str, Any] = {"rank": rank, "weights": held, "kv_cache": cached, "total": held + cached}
@@ -142,37 +140,17 @@ def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workloa
             entry["free"] = workload.gpu_memory - held - cached
             entry["fits"] = fits(held + cached, workload.gpu_memory)
         ranks.append(entry)
+    cache = {"layers": facts.layers, "axis": facts.cache_axis, "latent": facts.latent or None}
+    cache |= {"dtype": workload.cache_dtype(facts.dtype), "window": facts.window}
     per_token, per_prompt = ring_bytes(facts, tp, 1), ring_bytes(facts, tp, workload.batch * workload.seq)
-    communication: dict[str, Any] = {
-        "all_reduces": facts.sums if tp > 1 else 0,
-        "hidden": facts.hidden,
-        "dtype": facts.dtype,
-        "bytes_per_token": per_token,
-        "bytes_per_prompt": per_prompt,
-    }
+    sent: dict[str, Any] = {"all_reduces": facts.sums if tp > 1 else 0, "hidden": facts.hidden, "dtype": facts.dtype}
+    sent |= {"bytes_per_token": per_token, "bytes_per_prompt": per_prompt}
     if workload.bandwidth is not None:
-        communication["bandwidth"] = workload.bandwidth
-        communication["seconds_per_token"] = workload.batch * per_token / workload.bandwidth
-        communication["seconds_per_prompt"] = per_prompt / workload.bandwidth
-    return {
-        "batch": workload.batch,
-        "seq": workload.seq,
-        "gpu_memory": workload.gpu_memory,
-        "usable": USABLE,
-        "kv_cache": {
-            "layers": facts.layers,
-            "axis": facts.cache_axis,
-            "latent": facts.latent or None,
-            "dtype": KV_DTYPES[workload.kv_dtype] if workload.kv_dtype else facts.dtype,
-            "window": facts.window,
-        },
-        "ranks": ranks,
-        "communication": communication,
-    }
-
-
-def _but_number(rank: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in rank.items() if key != "rank"}
+        sent["bandwidth"] = workload.bandwidth
+        sent["seconds_per_token"] = workload.batch * per_token / workload.bandwidth
+        sent["seconds_per_prompt"] = per_prompt / workload.bandwidth
+    asked = {"batch": workload.batch, "seq": workload.seq, "gpu_memory": workload.gpu_memory, "usable": USABLE}
+    return {**asked, "kv_cache": cache, "ranks": ranks, "communication": sent}
 
 
 def _room(rank: Mapping[str, Any], memory: int) -> str:
@@ -186,19 +164,15 @@ def _room(rank: Mapping[str, Any], memory: int) -> str:
 def number_lines(found: Mapping[str, Any]) -> list[str]:
     """The `numbers` object for people: a line for ranks that are alike, then what the ranks tell each other."""
     texts = []
-    for equal, ranks in groupby(found["ranks"], key=_but_number):
-        which_ranks = [rank["rank"] for rank in ranks]
-        first, last = which_ranks[0], which_ranks[-1]
-        which = f"rank {first}" if first == last else f"ranks {first}-{last}, each"
-        text = f"{which}: {human_bytes(equal['weights'])} weights"
-        text += f" + {human_bytes(equal['kv_cache'])} KV cache = {human_bytes(equal['total'])}"
-        if "free" in equal:
-            text += ": " + _room(equal, found["gpu_memory"])
-        texts.append(text)
+    for _, ranks in groupby(found["ranks"], key=lambda rank: {**rank, "rank": None}):
+        equal, *others = ranks
+        which = f"ranks {equal['rank']}-{others[-1]['rank']}, each" if others else f"rank {equal['rank']}"
+        room = f": {_room(equal, found['gpu_memory'])}" if "free" in equal else ""
+        weights, cached, total = (human_bytes(equal[key]) for key in ("weights", "kv_cache", "total"))
+        texts.append(f"{which}: {weights} weights + {cached} KV cache = {total}{room}")
     cache, sent = found["kv_cache"], found["communication"]
-    texts.append(
-        f"KV cache: batch {found['batch']} x {found['seq']} tokens, {cache['layers']} layers, {cache['dtype']}"
-    )
+    work = f"batch {found['batch']} x {found['seq']} tokens"
+    texts.append(f"KV cache: {work}, {cache['layers']} layers, {cache['dtype']}")
     if cache["latent"]:
         texts.append(f"latent attention: {cache['latent']} numbers a token and layer, whole on each rank")
     if cache["window"] and cache["window"] < found["seq"]:
@@ -209,8 +183,6 @@ def number_lines(found: Mapping[str, Any]) -> list[str]:
         texts.append(f"each rank sends: {sizes} ({each}, {sent['dtype']}, in a ring)")
     if sent["all_reduces"] and "bandwidth" in sent:
         token, prompt = sent["seconds_per_token"] * 1e6, sent["seconds_per_prompt"] * 1e3
-        texts.append(
-            f"at {human_bytes(sent['bandwidth'])}/s: {prompt:.3g} ms for the prompts, {token:.3g} us a decoding step, "
-            "latency not counted"
-        )
+        times = f"{prompt:.3g} ms for the prompts, {token:.3g} us a decoding step"
+        texts.append(f"at {human_bytes(sent['bandwidth'])}/s: {times}, latency not counted")
     return texts

@@ -10,12 +10,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tpshard.formats.split import Split
 from tpshard.planning.axes import Axis
-from tpshard.planning.box import Box, volume
+from tpshard.planning.box import volume
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor
 from tpshard.report.capacity import number_lines
 from tpshard.report.results import PlanReport
@@ -95,15 +97,12 @@ def _sections(split: Split) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 def _numbered(name: str) -> tuple[str, int | None, str, int | None]:
     """What stands before the layer's number (the whole name where none), the layer, the pattern, the expert."""
-    numbers = list(re.finditer(r"(?<![^.])\d+(?=\.)", name))[:2]
-    if not numbers:
-        return name, None, name, None
-    first = numbers[0]
-    if len(numbers) == 1:
-        return name[: first.start()], int(first[0]), f"{name[: first.start()]}*{name[first.end() :]}", None
-    second = numbers[1]
-    pattern = f"{name[: first.start()]}*{name[first.end() : second.start()]}**{name[second.end() :]}"
-    return name[: first.start()], int(first[0]), pattern, int(second[0])
+    match re.split(r"(?<![^.])(\d+)(?=\.)", name, maxsplit=2):
+        case [start, layer, rest]:
+            return start, int(layer), f"{start}*{rest}", None
+        case [start, layer, middle, expert, rest]:
+            return start, int(layer), f"{start}*{middle}**{rest}", int(expert)
+    return name, None, name, None
 
 
 def _origin(stored: StoredTensor, logical: Mapping[str, LogicalTensor]) -> tuple[object, ...]:
@@ -147,7 +146,7 @@ def _by_segment(part: Part, tensor: LogicalTensor, axes: Mapping[str, Axis]) -> 
     dim = tensor.cut.dim
     assert dim is not None
     low, high = part.box[dim]
-    each = volume(_without(part.box, dim))
+    each = volume((*part.box[:dim], *part.box[dim + 1 :]))
     repeats = axes[tensor.cut.interleave].count if tensor.cut.interleave else 1
     sizes = [axes[name].count * axes[name].unit // repeats for name in tensor.cut.segments]
     found, start = [], 0
@@ -160,17 +159,10 @@ def _by_segment(part: Part, tensor: LogicalTensor, axes: Mapping[str, Axis]) -> 
     return found
 
 
-def _without(box: Box, dim: int) -> Box:
-    return (*box[:dim], *box[dim + 1 :])
-
-
 def _few(slices: Sequence[Slice]) -> list[Slice]:
     """Neighbours that are alike as one; of very many slices the sums."""
-    joined: list[Slice] = []
-    for kind, index, size, count in slices:
-        if joined and (joined[-1][0], joined[-1][1], joined[-1][3]) == (kind, index, count):
-            size += joined.pop()[2]
-        joined.append((kind, index, size, count))
+    alike = groupby(slices, key=itemgetter(0, 1, 3))
+    joined = [(kind, index, sum(size for *_, size, _ in same), count) for (kind, index, count), same in alike]
     if len(joined) <= _MOST_SLICES:
         return joined
     sums: Counter[tuple[str, int, int]] = Counter()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -17,12 +17,16 @@ from tpshard.planning.layout import LogicalTensor
 from tpshard.storage.safetensors import TensorInfo, nbytes
 
 if TYPE_CHECKING:
-    pass
     from tpshard.inputs.shard_set import ShardSet
     from tpshard.report.capacity import Workload
 
 SCHEMA_VERSION = 1
 """Fields are only added within a version."""
+
+
+def result(command: str, **fields: Any) -> dict[str, Any]:
+    """What a command prints as JSON."""
+    return {"schema_version": SCHEMA_VERSION, "command": command, **fields}
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,8 @@ class PlanReport:
     def impossible_tp(self) -> list[tuple[int, str]]:
         """The tp up to the largest possible one that would cut a unit, with the first reason each."""
         axes = self.deal.axes
-        reasons = []
-        for tp in range(2, largest_tp(axes) + 1):
-            reason = next((why for axis in axes.values() if (why := why_not(axis, tp))), None)
-            if reason:
-                reasons.append((tp, reason))
-        return reasons
+        whys = ((tp, [why_not(axis, tp) for axis in axes.values()]) for tp in range(2, largest_tp(axes) + 1))
+        return [(tp, reason) for tp, reasons in whys if (reason := next(filter(None, reasons), None))]
 
     def padding(self) -> list[dict[str, Any]]:
         """Axes that are padded with zeros, as the files have it: formats pad differently, or not at all."""
@@ -80,36 +80,29 @@ class PlanReport:
 
     def to_json(self) -> dict[str, Any]:
         """The `plan` object of the JSON contract."""
-        split = self.split
-        axes = split.model.axes
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "command": "plan",
-            "model_type": split.model.architecture["model_type"],
-            "source": dict(split.model.source),
-            "architecture": dict(split.model.architecture),
-            "mesh": {"tp": split.options.tp, "pp": 1, "ep": 1},
-            "set": split.set_id,
-            "format": split.options.format,
-            "tensors": [
-                tensor_json(tensor, axes, shares, split.layouts.dropped.get(tensor.name))
-                for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True)
+        split, model, tp = self.split, self.split.model, self.split.options.tp
+        return result(
+            "plan",
+            model_type=model.architecture["model_type"],
+            source=dict(model.source),
+            architecture=dict(model.architecture),
+            mesh={"tp": tp, "pp": 1, "ep": 1},
+            set=split.set_id,
+            format=split.options.format,
+            tensors=[
+                tensor_json(tensor, model.axes, shares, split.layouts.dropped.get(tensor.name))
+                for tensor, shares in zip(model.tensors, shares_of(split), strict=True)
             ],
             **({} if split.format.own_names else {"stored": stored_json(split)}),
-            "ranks": [{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
-            "numbers": self.numbers(),
-            "padded": self.padding(),
-            "replicated": replicated_axes(axes, split.options.tp),
-            "tied": dict(split.model.tied),
-            "possible_tp": possible_tp(self.deal.axes),
-            "impossible_tp": [{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
-            "warnings": list(self.warnings),
-        }
-
-
-def replicated_axes(axes: Any, tp: int) -> list[str]:
-    """Axes of which several ranks hold the same unit."""
-    return [axis.name for axis in axes.values() if axis.replicate and axis.count < tp]
+            ranks=[{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
+            numbers=self.numbers(),
+            padded=self.padding(),
+            replicated=[axis.name for axis in model.axes.values() if axis.replicate and axis.count < tp],
+            tied=dict(model.tied),
+            possible_tp=possible_tp(self.deal.axes),
+            impossible_tp=[{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
+            warnings=list(self.warnings),
+        )
 
 
 Share = tuple[tuple[int, ...], int]
@@ -147,29 +140,22 @@ def stored_json(split: Split) -> list[dict[str, Any]]:
     entries = []
     for name in dict.fromkeys(name for rank in by_rank for name in rank):
         held = [(number, rank[name]) for number, rank in enumerate(by_rank) if name in rank]
-        entries.append(
-            {
-                "name": name,
-                "dtype": held[0][1].dtype,
-                "from": list(dict.fromkeys(part.tensor for _, stored in held for part in stored.parts)),
-                "ranks": [
-                    {"rank": number, "shape": list(stored.shape), "bytes": nbytes(stored.dtype, stored.shape)}
-                    for number, stored in held
-                ],
-            }
-        )
+        whence = list(dict.fromkeys(part.tensor for _, stored in held for part in stored.parts))
+        ranks = [_held_json(number, stored.shape, nbytes(stored.dtype, stored.shape)) for number, stored in held]
+        entries.append({"name": name, "dtype": held[0][1].dtype, "from": whence, "ranks": ranks})
     return entries
 
 
+def _held_json(rank: int, shape: tuple[int, ...], size: int) -> dict[str, Any]:
+    return {"rank": rank, "shape": list(shape), "bytes": size}
+
+
 def tensor_json(
-    tensor: LogicalTensor, axes: Any, shares: Sequence[Share], dropped: str | None = None
+    tensor: LogicalTensor, axes: Mapping[str, Axis], shares: Sequence[Share], dropped: str | None
 ) -> dict[str, Any]:
     """One tensor of a plan. dropped: why the format has no room for it."""
     cut = tensor.cut
-
-    def segment(axis: Axis) -> dict[str, Any]:
-        return {"axis": axis.name, "count": axis.count, "unit": axis.unit}
-
+    segments = [axes[name] for name in cut.segments]
     rule = "drop" if dropped is not None else "replicate" if cut.kind == "buffer" else cut.kind
     return {
         "name": tensor.name,
@@ -177,9 +163,9 @@ def tensor_json(
         "shape": list(tensor.shape),
         "rule": rule,
         "dim": cut.dim,
-        "segments": [segment(axes[name]) for name in cut.segments],
+        "segments": [{"axis": axis.name, "count": axis.count, "unit": axis.unit} for axis in segments],
         "interleave": cut.interleave,
-        "ranks": [{"rank": rank, "shape": list(shape), "bytes": size} for rank, (shape, size) in enumerate(shares)],
+        "ranks": [_held_json(rank, *share) for rank, share in enumerate(shares)],
         **({} if dropped is None else {"reason": dropped}),
     }
 
@@ -215,16 +201,15 @@ class WriteReport:
         ranks: dict[int, list[dict[str, Any]]] = {}
         for part in self.parts:
             ranks.setdefault(part.rank, []).append({"file": part.file, "size": part.size, "sha256": part.sha256})
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "command": self.command,
-            "output": str(self.output),
-            "mesh": {"tp": self.tp, "pp": 1, "ep": 1},
-            "set": self.set_id,
-            "bytes": self.nbytes,
-            "ranks": [{"rank": rank, "parts": parts} for rank, parts in sorted(ranks.items())],
-            "warnings": list(self.warnings),
-        }
+        return result(
+            self.command,
+            output=str(self.output),
+            mesh={"tp": self.tp, "pp": 1, "ep": 1},
+            set=self.set_id,
+            bytes=self.nbytes,
+            ranks=[{"rank": rank, "parts": parts} for rank, parts in sorted(ranks.items())],
+            warnings=list(self.warnings),
+        )
 
 
 @dataclass(frozen=True)
@@ -250,18 +235,17 @@ class CheckReport:
 
     def to_json(self) -> dict[str, Any]:
         """The `check` object of the JSON contract."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "command": "check",
-            "path": str(self.shards.directory),
-            "source": self.source,
-            "mesh": {"tp": self.shards.tp, "pp": 1, "ep": 1},
-            "set": self.shards.manifest["set"],
-            "equal": self.equal,
-            "differences": [{"file": d.file, "tensor": d.tensor, "message": d.message} for d in self.differences],
-            "unchecked": list(self.unchecked),
-            "warnings": list(self.warnings),
-        }
+        return result(
+            "check",
+            path=str(self.shards.directory),
+            source=self.source,
+            mesh={"tp": self.shards.tp, "pp": 1, "ep": 1},
+            set=self.shards.manifest["set"],
+            equal=self.equal,
+            differences=[asdict(difference) for difference in self.differences],
+            unchecked=list(self.unchecked),
+            warnings=list(self.warnings),
+        )
 
 
 @dataclass(frozen=True)
@@ -275,17 +259,11 @@ class InspectReport:
 
     def to_json(self) -> dict[str, Any]:
         """The `inspect` object of the JSON contract."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "command": "inspect",
-            "kind": self.kind,
-            "path": str(self.path),
-            **self.facts,
-            "tensors": [
-                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": Path(t.file).name}
-                for t in self.tensors
-            ],
-        }
+        tensors = [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "bytes": t.nbytes, "file": Path(t.file).name}
+            for t in self.tensors
+        ]
+        return result("inspect", kind=self.kind, path=str(self.path), **self.facts, tensors=tensors)
 
 
 @dataclass(frozen=True)

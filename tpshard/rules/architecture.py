@@ -65,40 +65,34 @@ def _is_expression(value: object) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
+def _is(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
 def _table_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(valid, value.values()))
 
 
-# For each key, whether a value is valid, and what to call a valid one in a message.
-_TOP_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+_Keys = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""For each key, whether a value is valid, and what to call a valid one in a message."""
+_TOP_KEYS: _Keys = {
     "model_types": (_is_list, "a list of strings"),
-    "prefix": (lambda value: isinstance(value, str), "a string"),
-    "layers": (_is_expression, "an expression"),
-    "extra_layers": (_is_expression, "an expression"),
-    "experts": (_is_expression, "an expression"),
-    "found": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
-    "conditions": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
-    "tied": (_table_of(lambda value: isinstance(value, str)), "a table of strings"),
-    "defaults": (lambda value: isinstance(value, dict), "a table"),
-    "axes": (_table_of(lambda value: isinstance(value, dict)), "a table of tables"),
+    "prefix": (_is(str), "a string"),
+    **dict.fromkeys(("layers", "extra_layers", "experts"), (_is_expression, "an expression")),
+    **dict.fromkeys(("found", "conditions", "tied"), (_table_of(_is(str)), "a table of strings")),
+    "defaults": (_is(dict), "a table"),
+    "axes": (_table_of(_is(dict)), "a table of tables"),
     "rules": (_table_of(_is_list), "a table of lists of strings"),
     "dims": (_table_of(lambda value: _is_list(value) and set(value) <= set(AXES)), f"lists of {', '.join(AXES)}"),
 }
-_AXIS_KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "count": (_is_expression, "an expression"),
-    "unit": (_is_expression, "an expression"),
-    "replicate": (lambda value: isinstance(value, bool), "true or false"),
-    "pad": (lambda value: isinstance(value, bool), "true or false"),
-    "group": (lambda value: isinstance(value, str), "the name of an axis"),
+_AXIS_KEYS: _Keys = {
+    **dict.fromkeys(("count", "unit"), (_is_expression, "an expression")),
+    **dict.fromkeys(("replicate", "pad"), (_is(bool), "true or false")),
+    "group": (_is(str), "the name of an axis"),
 }
 
 
-def _check_keys(
-    data: Mapping[str, Any],
-    known: Mapping[str, tuple[Callable[[Any], bool], str]],
-    needed: set[str],
-    where: str = "",
-) -> None:
+def _check_keys(data: Mapping[str, Any], known: _Keys, needed: set[str], where: str = "") -> None:
     if unknown := set(data) - set(known):
         raise _InvalidRules(f"{where}unknown keys: {', '.join(sorted(unknown))}")
     if missing := needed - set(data):
@@ -189,9 +183,8 @@ def _check_patterns(data: Mapping[str, Any], rules: Sequence[Rule]) -> None:
     for rule in rules:
         unlayered = [pattern for pattern in rule.patterns if "*" not in pattern.removesuffix("?").split(".")]
         if unlayered and asks_layer(rule.condition):
-            raise _InvalidRules(
-                f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one"
-            )
+            what = f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one"
+            raise _InvalidRules(what)
 
 
 _NAME_OR_STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\b(?P<name>[^\W\d]\w*)""")
@@ -216,20 +209,12 @@ def load_architecture(path: Path) -> Architecture:
     return parse_architecture(text, str(path))
 
 
-def builtin_names() -> list[str]:
-    """The names of the built-in architectures."""
-    return [path.stem for path in _builtin_files()]
-
-
 def all_builtin() -> list[Architecture]:
-    """Every built-in architecture."""
-    return [_builtin_file(path) for path in _builtin_files()]
+    """Every built-in architecture, sorted by name."""
+    return list(map(_builtin_file, _builtin_files()))
 
 
-@cache
-def _builtin_file(path: Path) -> Architecture:
-    """A built-in architecture; parsing takes milliseconds, and a reshard asks twice."""
-    return load_architecture(path)
+_builtin_file = cache(load_architecture)  # parsing takes milliseconds, and a reshard asks twice
 
 
 def _builtin_files() -> list[Path]:
@@ -273,17 +258,12 @@ def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path
     if rules is not None:
         architecture = load_architecture(rules)
         if model_type not in architecture.model_types:
-            raise UsageError(
-                "the rules file is for another architecture",
-                path=rules,
-                expected=f"model_types with {model_type!r}",
-                found=", ".join(architecture.model_types),
-            )
+            what, known = "the rules file is for another architecture", ", ".join(architecture.model_types)
+            raise UsageError(what, path=rules, expected=f"model_types with {model_type!r}", found=known)
         return architecture
     if not isinstance(model_type, str):
-        raise UnsupportedError(
-            "config.json names no model_type", path=config_path, hint="give rules of your own with --rules FILE"
-        )
+        hint = "give rules of your own with --rules FILE"
+        raise UnsupportedError("config.json names no model_type", path=config_path, hint=hint)
     return builtin(model_type)
 
 

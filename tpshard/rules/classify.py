@@ -6,7 +6,8 @@ ranks plays no part in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
-from tpshard.rules.patterns import Matcher
+from tpshard.rules.patterns import Matcher, contradiction
 from tpshard.rules.schemes import Companion
 from tpshard.storage.safetensors import TensorInfo
 
@@ -43,32 +44,32 @@ def classify(
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
     """
-    tensors = tuple(tensors)
-    names = names or {}
-    try:
-        config = _with_found(architecture, config, [names.get(tensor.name, tensor.name) for tensor in tensors])
-        return _classify(architecture, config, tensors, names)
-    except expression.ExpressionError as error:
-        raise _misfit(architecture, error) from None
-
-
-def _classify(
-    architecture: Architecture, config: Mapping[str, Any], tensors: Sequence[TensorInfo], names: Mapping[str, str]
-) -> Classification:
-    matcher = Matcher(architecture, config)
-    matches = [matcher.match(tensor, names.get(tensor.name, tensor.name)) for tensor in tensors]
-    used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
-    used |= {group for name in used if (group := architecture.axes[name].get("group"))}
-    axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
-    cuts: dict[str, Cut] = {}
-    for tensor, (rule, companion, dims) in zip(tensors, matches, strict=True):
-        cut = _cut(tensor, rule, companion, dims)
-        _check_sum(tensor, cut, axes, architecture.name)
-        cuts[tensor.name] = cut
-    matcher.check_complete()
+    tensors, names = tuple(tensors), names or {}
+    known = [names.get(tensor.name, tensor.name) for tensor in tensors]
+    with _fitting(architecture):
+        config = _with_found(architecture, config, known)
+        matcher = Matcher(architecture, config)
+        matches = list(map(matcher.match, tensors, known))
+        used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
+        used |= {group for name in used if (group := architecture.axes[name].get("group"))}
+        axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
+        cuts: dict[str, Cut] = {}
+        for tensor, match in zip(tensors, matches, strict=True):
+            cuts[tensor.name] = _cut(tensor, *match)
+            _check_sum(tensor, cuts[tensor.name], axes, architecture.name)
+        matcher.check_complete()
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
     return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+
+
+@contextmanager
+def _fitting(architecture: Architecture) -> Iterator[None]:
+    """CorruptError where an expression has no value for the config."""
+    try:
+        yield
+    except expression.ExpressionError as error:
+        raise CorruptError(f"the config does not fit the {architecture.name} rules: {error}") from None
 
 
 def recognise(
@@ -79,11 +80,9 @@ def recognise(
     exact: names must have the prefix that a checkpoint may omit.
     """
     names = tuple(names)
-    try:
+    with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
         found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
-    except expression.ExpressionError as error:
-        raise _misfit(architecture, error) from None
     seen = {pattern.text for candidates in found.values() for pattern, _, _ in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
@@ -98,19 +97,9 @@ def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Se
     return config
 
 
-def _misfit(architecture: Architecture, error: Exception) -> CorruptError:
-    return CorruptError(f"the config does not fit the {architecture.name} rules: {error}")
-
-
 def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
-    return Axis(
-        name=name,
-        count=expression.evaluate_count(str(data["count"]), config),
-        unit=expression.evaluate_count(str(data.get("unit", 1)), config),
-        replicate=data.get("replicate", False),
-        pad=data.get("pad", False),
-        group=data.get("group"),
-    )
+    count, unit = (expression.evaluate_count(str(data.get(key, 1)), config) for key in ("count", "unit"))
+    return Axis(name, count, unit, data.get("replicate", False), data.get("pad", False), data.get("group"))
 
 
 def _cut(tensor: TensorInfo, rule: Rule, companion: Companion, dims: tuple[str, ...]) -> Cut:
@@ -143,17 +132,9 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
         expected = -(-expected // cut.ratio)
         terms[-1] += f", {cut.ratio} of them an element"
     if tensor.shape[cut.dim] != expected:
-        raise CorruptError(
-            f"config.json contradicts the tensor {tensor.name}",
-            path=tensor.file,
-            tensor=tensor.name,
-            expected=f"dim {cut.dim} of size {expected} ({' + '.join(terms)}, {architecture} rules)",
-            found=f"shape {list(tensor.shape)}",
-            hint="config.json and the weights are of different models, or these rules do not fit this one",
-        )
+        hint = "config.json and the weights are of different models, or these rules do not fit this one"
+        raise contradiction(tensor, cut.dim, expected, f"{' + '.join(terms)}, {architecture} rules", hint)
     if cut.interleave and any(axes[name].count % axes[cut.interleave].count for name in cut.segments):
-        raise CorruptError(
-            f"{tensor.name}: {' + '.join(terms)} cannot be interleaved per {cut.interleave}",
-            tensor=tensor.name,
-            expected=f"counts that are multiples of {axes[cut.interleave].count}",
-        )
+        what = f"{tensor.name}: {' + '.join(terms)} cannot be interleaved per {cut.interleave}"
+        multiples = f"counts that are multiples of {axes[cut.interleave].count}"
+        raise CorruptError(what, tensor=tensor.name, expected=multiples)

@@ -102,6 +102,14 @@ def evaluate(text: str, config: Mapping[str, Any]) -> Any:
         raise ExpressionError(f"{text!r} has no value for this config: {error}") from None
 
 
+def count_or_none(text: str, config: Mapping[str, Any]) -> int | None:
+    """`evaluate_count`, or None where the config gives no count."""
+    try:
+        return evaluate_count(text, config)
+    except ExpressionError:
+        return None
+
+
 def evaluate_count(text: str, config: Mapping[str, Any], least: int = 1) -> int:
     """The value of an expression that must be an int of at least 1, or of at least 0."""
     value = evaluate(text, config)
@@ -118,13 +126,10 @@ def _value(node: ast.expr, config: Mapping[str, Any]) -> Any:
             return value
         case ast.Name(id=name):
             return config.get(name)
-        case ast.BoolOp(op=ast.Or(), values=values):
-            return next((v for v in (_value(n, config) for n in values[:-1]) if v), None) or _value(values[-1], config)
-        case ast.BoolOp(op=ast.And(), values=values):
-            result: Any = True
+        case ast.BoolOp(op=op, values=values):
             for item in values:
                 result = _value(item, config)
-                if not result:
+                if bool(result) is isinstance(op, ast.Or):  # this one decides: what follows is not looked at
                     break
             return result
         case ast.UnaryOp(op=ast.Not(), operand=operand):

@@ -52,13 +52,9 @@ class ModelRules:
         cuts = {tensor.name: found.cuts.get(tensor.name, Cut("replicate")) for tensor in tensors}
         depth = prefix.count(".") or 1
         others = {".".join(t.name.split(".")[:depth]) for t in tensors if t.name not in names}
-        entry = {
-            "model_type": self.text.model_type,
-            "config": self.text.key,
-            "prefix": prefix,
-            "replicated": sorted(others),
-        }
-        return replace(found, cuts=cuts, tied=_tied(found.tied, names, prefix, self.architecture)), entry
+        entry = {"model_type": self.text.model_type, "config": self.text.key, "prefix": prefix}
+        tied = _tied(found.tied, names, prefix, self.architecture)
+        return replace(found, cuts=cuts, tied=tied), {**entry, "replicated": sorted(others)}
 
 
 def text_config(config: Mapping[str, Any]) -> TextConfig | None:
@@ -121,19 +117,15 @@ def _find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence
             hint="is the checkpoint complete, and does its config name the right text model?",
         )
     if len(inner) > 1:
-        raise UnsupportedError(
-            f"{what} is there {len(inner)} times, under {', '.join(map(repr, sorted(inner)))}",
-            expected="one decoder",
-            hint="write rules for the model as a whole and give them with --rules FILE",
-        )
+        several = f"{what} is there {len(inner)} times, under {', '.join(map(repr, sorted(inner)))}"
+        hint = "write rules for the model as a whole and give them with --rules FILE"
+        raise UnsupportedError(several, expected="one decoder", hint=hint)
     whole = [prefix for prefix in sorted(complete, key=len) if inner[0].startswith(prefix) and not complete[prefix]]
     if not whole:
         name = inner[0] + complete[inner[0]][0]
-        raise UnsupportedError(
-            f"{name} is a part of the text model, and no {architecture.name} rule matches it",
-            tensor=name,
-            hint="a decoder's tensor is never replicated for want of a rule: write one, --rules FILE takes it",
-        )
+        lacking = f"{name} is a part of the text model, and no {architecture.name} rule matches it"
+        hint = "a decoder's tensor is never replicated for want of a rule: write one, --rules FILE takes it"
+        raise UnsupportedError(lacking, tensor=name, hint=hint)
     return whole[0]
 
 

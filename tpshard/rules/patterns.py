@@ -80,26 +80,16 @@ class Matcher:
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
         if not candidates:
-            raise UnsupportedError(
-                f"no {self.architecture.name} rule matches the tensor {name}",
-                path=tensor.file,
-                tensor=name,
-                found=f"shape {list(tensor.shape)}",
-                hint="a tensor is never guessed: write a rule for it and give the file with --rules FILE",
-            )
+            what = f"no {self.architecture.name} rule matches the tensor {name}"
+            hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
+            raise UnsupportedError(what, path=tensor.file, tensor=name, found=f"shape {list(tensor.shape)}", hint=hint)
         if len(candidates) > 1:
-            raise UsageError(
-                f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, _, _ in candidates)}",
-                tensor=name,
-                hint="make the patterns of the rules file disjoint",
-            )
+            what = f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, _, _ in candidates)}"
+            raise UsageError(what, tensor=name, hint="make the patterns of the rules file disjoint")
         if full in self.names:
-            raise CorruptError(
-                f"{name} and {self.names[full]} are one tensor, with the prefix and without",
-                path=tensor.file,
-                tensor=name,
-                expected=f"one of them, with or without {self.architecture.prefix!r}",
-            )
+            what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
+            expected = f"one of them, with or without {self.architecture.prefix!r}"
+            raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
         self.names[full] = name
         pattern, numbers, rest = candidates[0]
         pattern.seen = True
@@ -119,29 +109,19 @@ class Matcher:
 
     def _dims(self, full: str, companion: Companion, tensor: TensorInfo) -> tuple[str, ...]:
         """The axes of a tensor's dims. [dims] is of the companions that have both features, and of bare parameters."""
-        if companion.has("out", "in") or not split_name(full)[1]:
-            for pattern, compiled in self.dims:
-                if compiled.fullmatch(full):
-                    self.seen_dims.add(pattern)
-                    dims = self.architecture.dims[pattern]
-                    if len(dims) != len(tensor.shape):
-                        raise CorruptError(
-                            f"{tensor.name} has {len(tensor.shape)} dims",
-                            tensor=tensor.name,
-                            expected=f"{len(dims)} dims: {', '.join(dims)}",
-                            found=f"shape {list(tensor.shape)}",
-                        )
-                    dim = dims.index("expert") if "expert" in dims and self.architecture.experts else None
-                    if dim is not None and tensor.shape[dim] != self._experts:
-                        raise CorruptError(
-                            f"config.json contradicts the tensor {tensor.name}",
-                            path=tensor.file,
-                            tensor=tensor.name,
-                            expected=f"dim {dim} of size {self._experts} (experts, {self.architecture.name} rules)",
-                            found=f"shape {list(tensor.shape)}",
-                        )
-                    return dims
-        return companion.axes(len(tensor.shape))
+        name, shape = tensor.name, list(tensor.shape)
+        known = self.dims if companion.has("out", "in") or not split_name(full)[1] else []
+        pattern = next((pattern for pattern, compiled in known if compiled.fullmatch(full)), None)
+        if pattern is None:
+            return companion.axes(len(shape))
+        self.seen_dims.add(pattern)
+        dims = self.architecture.dims[pattern]
+        if len(dims) != len(shape):
+            expected = f"{len(dims)} dims: {', '.join(dims)}"
+            raise CorruptError(f"{name} has {len(shape)} dims", tensor=name, expected=expected, found=f"shape {shape}")
+        if "expert" in dims and self.architecture.experts and shape[dims.index("expert")] != self._experts:
+            raise contradiction(tensor, dims.index("expert"), self._experts, f"experts, {self.architecture.name} rules")
+        return dims
 
     @cached_property
     def _experts(self) -> int:
@@ -157,22 +137,18 @@ class Matcher:
         for pattern in sorted(self.patterns, key=lambda pattern: pattern.condition is not None):
             anywhere = not pattern.condition or any(self._holds(pattern, layer) for layer in range(count))
             if pattern.required and not pattern.seen and anywhere:
-                raise CorruptError(
-                    f"no tensor matches {pattern.text}, which every {self.architecture.name} model has",
-                    expected=pattern.text,
-                    hint="is the checkpoint complete, and is model_type in config.json right?",
-                )
+                what = f"no tensor matches {pattern.text}, which every {self.architecture.name} model has"
+                hint = "is the checkpoint complete, and is model_type in config.json right?"
+                raise CorruptError(what, expected=pattern.text, hint=hint)
             for rest, layers in pattern.indices.items():
                 _check_run(rest, "layers", layers, count, partial(self._holds, pattern))
                 for layer, experts in layers.items() if rest.count("*") > 1 else ():
                     _check_run(rest.replace("*", str(layer), 1), "experts", experts, self._experts)
         for text in self.architecture.dims:
             if not text.endswith("?") and text not in self.seen_dims:
-                raise UsageError(
-                    f"[dims] of the {self.architecture.name} rules: no tensor matches {text}",
-                    expected="a tensor that a rule matches and that is no bias",
-                    hint="a pattern that may match nothing ends with `?`",
-                )
+                what = f"[dims] of the {self.architecture.name} rules: no tensor matches {text}"
+                expected = "a tensor that a rule matches and that is no bias"
+                raise UsageError(what, expected=expected, hint="a pattern that may match nothing ends with `?`")
 
 
 def _check_run(
@@ -188,6 +164,13 @@ def _check_run(
             expected=f"{what} 0 to {count - 1}",
             found=f"{len(found)} {what}",
         )
+
+
+def contradiction(tensor: TensorInfo, dim: int, size: int, terms: str, hint: str | None = None) -> CorruptError:
+    """The error for a tensor that has not the size which the config gives it. terms: what makes up the size."""
+    what, expected = f"config.json contradicts the tensor {tensor.name}", f"dim {dim} of size {size} ({terms})"
+    found = f"shape {list(tensor.shape)}"
+    return CorruptError(what, path=tensor.file, tensor=tensor.name, expected=expected, found=found, hint=hint)
 
 
 Match = tuple[Pattern, list[int], str]

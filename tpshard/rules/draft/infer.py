@@ -24,15 +24,15 @@ from tpshard.rules.draft.known import (
     closeness,
     known_patterns,
     layer_stem,
-    modules,
     patterns_like,
     tail,
 )
 from tpshard.rules.schemes import PLAIN, SUFFIXES
-from tpshard.storage.safetensors import TensorInfo
 
 Effect = tuple[str, int | None, int, int]
 """What a rule does to a tensor: its kind and dim, and the count and unit of its axis."""
+_VOCAB = KnownPattern("", (), False, "column", ("vocab",), None, True)
+_FEED_FORWARD = [replace(_VOCAB, layered=True, kind=kind, axes=("ffn",)) for kind in ("column", "row")]
 _NORM = re.compile(r"norm|(^|_)ln(_|$)")
 
 
@@ -86,6 +86,9 @@ class _Reading:
     def effect(self) -> Effect:
         return self.kind, self.dim, self.axis.count, self.axis.unit
 
+    def decide(self, module: Module, candidates: tuple[str, ...] = ()) -> Decision:
+        return Decision(module, f"{self.kind} {self.axis.name}", self.axis, self.conv1d, candidates)
+
 
 def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Sequence[Architecture]) -> Sketch:
     """Decide on every module that names and shapes settle, by comparison with `architectures`."""
@@ -96,7 +99,7 @@ def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Se
     families = sorted(shares, key=lambda family: -shares[family])
     entries.sort(key=lambda entry: families.index(entry.family))
     axes = sorted(axis_definitions(architectures, config), key=lambda axis: families.index(axis.family))
-    reader = _Reader(entries, axes, _width(config), stem, len(set().union(*(m.numbers for m in found))))
+    reader = _Reader(entries, axes, expression.count_or_none(WIDTH, config), stem)
     linear = _orientation(reader, found)
     decisions = {module.name: reader.matrix(module, linear) for module in found}
     decisions |= {c.module.name: c for c in reader.pairs(list(decisions.values()), linear)}
@@ -105,13 +108,6 @@ def sketch(config: Mapping[str, Any], found: Sequence[Module], architectures: Se
     decisions |= {m.name: reader.vector(m, chosen) for m in found if not _is_matrix(m)}
     ordered = tuple(decisions[module.name] for module in found)
     return Sketch(ordered, stem, tuple(families), shares[families[0]] if families else 0.0)
-
-
-def _width(config: Mapping[str, Any]) -> int | None:
-    try:
-        return expression.evaluate_count(WIDTH, config)
-    except expression.ExpressionError:
-        return None
 
 
 def _is_matrix(module: Module) -> bool:
@@ -142,13 +138,12 @@ def _contradicting(decisions: Sequence[Decision]) -> list[Decision]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Interprets modules as the known families have them. width: of the model; layers: their number."""
+    """Interprets modules as the known families have them. width: of the model."""
 
     entries: Sequence[KnownPattern]
     axes: Sequence[AxisDefinition]
     width: int | None
     stem: str
-    layers: int
 
     def votes(self, module: Module, suffix: str = "") -> tuple[list[KnownPattern], bool]:
         """The known patterns for a module's name, and whether they match the whole of it."""
@@ -159,24 +154,14 @@ class _Reader:
         shape, bias = module.shape(), module.shape("bias")
         if shape is None or len(shape) != 2 or ("bias" in module.shapes and bias is None):
             return []
+        kinds = ((vote.kind, vote.axes[0]) for vote in votes if vote.kind in SPLIT_AXIS and len(vote.axes) == 1)
+        ways = ((kind, axis) for kind, name in kinds for axis in self.axes if axis.name == name and axis.size in shape)
         found = []
-        for vote in votes:
-            if vote.kind not in ("column", "row") or len(vote.axes) != 1:
-                continue
-            for axis in self.axes:
-                if axis.name != vote.axes[0] or axis.size not in shape:
-                    continue
-                for conv1d in (False, True):
-                    reading = _Reading(vote.kind, axis, conv1d)
-                    other, out = shape[1 - reading.dim], shape[int(conv1d)]
-                    vocab = bool(axis.keys.get("pad"))
-                    if (
-                        shape[reading.dim] == axis.size
-                        and (other == self.width or vocab)
-                        and bias in (None, (out,))
-                        and not (vocab and conv1d)
-                    ):
-                        found.append(reading)
+        for reading in (_Reading(kind, axis, conv1d) for kind, axis in ways for conv1d in (False, True)):
+            vocab = bool(reading.axis.keys.get("pad"))
+            sizes = shape[reading.dim] == reading.axis.size and (vocab or shape[1 - reading.dim] == self.width)
+            if sizes and bias in (None, (shape[int(reading.conv1d)],)) and not (vocab and reading.conv1d):
+                found.append(reading)
         return found
 
     def matrix(self, module: Module, linear: bool | None) -> Decision:
@@ -189,13 +174,11 @@ class _Reader:
         if len({reading.conv1d for reading in readings}) > 1:
             readings = [reading for reading in readings if linear and not reading.conv1d]
         if not votes and not tail(module.name, self.stem)[1]:
-            vocab = KnownPattern("", (), False, "column", ("vocab",), None, True)
-            readings = [r for r in self.readings(module, [vocab]) if module.shape() == (r.axis.size, self.width)]
+            readings = [r for r in self.readings(module, [_VOCAB]) if module.shape() == (r.axis.size, self.width)]
         candidates = self._candidates(module, votes)
         if open_votes or len({reading.effect for reading in readings}) != 1:
             return Decision(module, candidates=candidates)
-        best = readings[0]
-        return Decision(module, f"{best.kind} {best.axis.name}", best.axis, best.conv1d, candidates)
+        return readings[0].decide(module, candidates)
 
     def pairs(self, decisions: Sequence[Decision], linear: bool | None) -> list[Decision]:
         """Decide on modules of unknown names that form a feed-forward: siblings, from width to ffn and back."""
@@ -207,23 +190,16 @@ class _Reader:
         for parent, group in parents.items():
             if not tail(f"{parent}.x", self.stem)[1] or any(c.rule or self.votes(c.module)[0] for c in group):
                 continue
-            kinds: list[KnownPattern] = [
-                KnownPattern("", (), True, kind, ("ffn",), None, True) for kind in ("column", "row")
-            ]
             read = []
             for decision in group:
-                readings = self.readings(decision.module, kinds)
+                readings = self.readings(decision.module, _FEED_FORWARD)
                 if decision.module.shape("bias") is None:
                     readings = [r for r in readings if linear is not None and r.conv1d is not linear]
                 read.append(readings)
-            effects = [{reading.effect for reading in readings} for readings in read]
-            if all(len(effect) == 1 for effect in effects):
-                kinds_found = sorted(readings[0].kind for readings in read)
-                if kinds_found.count("row") == 1 and len(kinds_found) > 1:
-                    for decision, readings in zip(group, read, strict=True):
-                        best = readings[0]
-                        rule = f"{best.kind} {best.axis.name}"
-                        decided.append(Decision(decision.module, rule, best.axis, best.conv1d))
+            if all(len({reading.effect for reading in readings}) == 1 for readings in read):
+                best = [readings[0] for readings in read]
+                if len(best) > 1 and [reading.kind for reading in best].count("row") == 1:
+                    decided += [reading.decide(d.module) for reading, d in zip(best, group, strict=True)]
         return decided
 
     def vector(self, module: Module, chosen: Sequence[AxisDefinition]) -> Decision:
@@ -269,8 +245,3 @@ class _Reader:
 
         fitting = [entry.rule for entry in self.entries if "vocab" not in entry.axes and fits(entry)]
         return tuple(dict.fromkeys([*(vote.rule for vote in votes), *fitting, "replicate"]))
-
-
-def draft_modules(tensors: Iterable[TensorInfo]) -> list[Module]:
-    """The modules of a checkpoint, sorted by name, whatever the order of its files."""
-    return sorted(modules(tensors), key=lambda module: module.name)

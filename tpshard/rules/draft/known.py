@@ -70,9 +70,14 @@ class AxisDefinition:
         """The number of elements of the whole axis."""
         return self.count * self.unit
 
+    @property
+    def cut(self) -> tuple[str, int, int]:
+        """What tells one axis from another: name, count and unit."""
+        return self.name, self.count, self.unit
+
 
 def modules(tensors: Iterable[TensorInfo]) -> list[Module]:
-    """Group tensors by module, in the order of the first tensor of each."""
+    """The modules of a checkpoint, sorted by name, whatever the order of its files."""
     shapes: dict[str, dict[str, set[tuple[int, ...]]]] = {}
     numbers: dict[str, list[set[int]]] = {}
     for tensor in tensors:
@@ -84,7 +89,7 @@ def modules(tensors: Iterable[TensorInfo]) -> list[Module]:
             seen.add(number)
     return [
         Module(name, {suffix: frozenset(s) for suffix, s in by_suffix.items()}, *map(frozenset, numbers[name]))
-        for name, by_suffix in shapes.items()
+        for name, by_suffix in sorted(shapes.items())
     ]
 
 
@@ -110,17 +115,12 @@ def known_patterns(architectures: Iterable[Architecture]) -> list[KnownPattern]:
     """Every pattern of every architecture."""
     found = []
     for architecture in architectures:
-        patterns = [(rule, pattern) for rule in architecture.rules for pattern in rule.patterns]
-        for rule, pattern in patterns:
+        for rule, pattern in ((each, pattern) for each in architecture.rules for pattern in each.patterns):
             plain = pattern.removesuffix("?")
             stem = plain.partition("*")[0] if "*" in plain.split(".") else ""
-            parts, layered = (
-                tail(plain, stem) if stem else (tuple(plain.removeprefix(architecture.prefix).split(".")), False)
-            )
+            where = tail(plain, stem) if stem else tail(plain.removeprefix(architecture.prefix), "")
             required = plain == pattern and rule.kind != "buffer"
-            found.append(
-                KnownPattern(architecture.name, parts, layered, rule.kind, rule.axes, rule.interleave, required)
-            )
+            found.append(KnownPattern(architecture.name, *where, rule.kind, rule.axes, rule.interleave, required))
     return found
 
 
@@ -128,11 +128,10 @@ def patterns_like(
     entries: Sequence[KnownPattern], parts: tuple[str, ...], layered: bool
 ) -> tuple[list[KnownPattern], bool]:
     """The patterns that have this tail, or else its last component, and whether it was the whole tail."""
-    alike = [entry for entry in entries if entry.layered == layered]
-    whole = [e for e in alike if len(e.tail) == len(parts) and all(map(fnmatchcase, parts, e.tail))]
-    if whole:
+    if whole := [entry for entry in entries if _alike(entry, parts, layered)]:
         return whole, True
-    return [e for e in alike if e.tail[-1] != "*" and fnmatchcase(parts[-1], e.tail[-1])], False
+    alike = (entry for entry in entries if entry.layered == layered and entry.tail[-1] != "*")
+    return [entry for entry in alike if fnmatchcase(parts[-1], entry.tail[-1])], False
 
 
 def closeness(entries: Sequence[KnownPattern], tails: set[tuple[tuple[str, ...], bool]]) -> dict[str, float]:
@@ -155,12 +154,9 @@ def axis_definitions(architectures: Iterable[Architecture], config: Mapping[str,
     found = []
     for architecture in architectures:
         for name, keys in architecture.axes.items():
-            try:
-                count = expression.evaluate_count(str(keys["count"]), config)
-                unit = expression.evaluate_count(str(keys.get("unit", 1)), config)
-            except expression.ExpressionError:
-                continue
-            found.append(AxisDefinition(name, architecture.name, count, unit, keys))
+            count, unit = (expression.count_or_none(str(keys.get(key, 1)), config) for key in ("count", "unit"))
+            if count is not None and unit is not None:
+                found.append(AxisDefinition(name, architecture.name, count, unit, keys))
     return found
 
 
@@ -169,11 +165,4 @@ def count_expressions(
 ) -> list[str]:
     """The distinct expressions for `layers` or `experts` (`key`) that evaluate to `value`."""
     found = dict.fromkeys(str(text) for a in architectures if (text := getattr(a, key)) is not None)
-    result = []
-    for text in found:
-        try:
-            if expression.evaluate_count(text, config) == value:
-                result.append(re.sub(r"\s+", " ", text))
-        except expression.ExpressionError:
-            continue
-    return result
+    return [re.sub(r"\s+", " ", text) for text in found if expression.count_or_none(text, config) == value]

@@ -11,8 +11,8 @@ from tpshard.errors import TpshardError, UnsupportedError
 from tpshard.planning.axes import rule_key
 from tpshard.rules.architecture import Architecture, parse_architecture
 from tpshard.rules.classify import classify
-from tpshard.rules.draft.infer import Decision, Sketch, draft_modules, sketch
-from tpshard.rules.draft.known import AxisDefinition, Module, count_expressions, model_prefix
+from tpshard.rules.draft.infer import Decision, Sketch, sketch
+from tpshard.rules.draft.known import AxisDefinition, Module, count_expressions, model_prefix, modules
 from tpshard.storage.safetensors import TensorInfo
 
 _MOST = 6
@@ -44,11 +44,11 @@ class Draft:
             "share": round(self.share, 3),
             "undecided": [
                 {
-                    "module": decision.module.name,
-                    "shapes": _shapes(decision.module),
-                    "candidates": list(decision.candidates[:_MOST]),
+                    "module": each.module.name,
+                    "shapes": _shapes(each.module),
+                    "candidates": list(each.candidates[:_MOST]),
                 }
-                for decision in self.undecided
+                for each in self.undecided
             ],
             "refusal": self.refusal,
             "text": self.text,
@@ -57,7 +57,7 @@ class Draft:
 
 def make(config: Mapping[str, Any], tensors: Sequence[TensorInfo], architectures: Sequence[Architecture]) -> Draft:
     """Draft rules for a config and its tensors by comparing them with `architectures`."""
-    found = draft_modules(tensors)
+    found = modules(tensors)
     made = sketch(config, found, architectures)
     text = _render(config, made, found, sorted(architectures, key=lambda a: made.families.index(a.name)))
     refusal = None
@@ -82,13 +82,10 @@ def decoder_tensors(config: Mapping[str, Any], tensors: Sequence[TensorInfo]) ->
             found=", ".join(sorted(tables)) or "none",
             hint="write rules for the text model by hand, in the form of `tpshard archs show llama`",
         )
-    found = []
-    for tensor in tensors:
-        if tensor.name.startswith(inside[0]):
-            found.append(replace(tensor, name="model." + tensor.name[len(inside[0]) :]))
-        elif tensor.name in tables:
-            found.append(replace(tensor, name=".".join(tensor.name.split(".")[-2:])))
-    return found
+    names = {name: ".".join(name.split(".")[-2:]) for name in tables}
+    below = (tensor.name for tensor in tensors if tensor.name.startswith(inside[0]))
+    names |= {name: "model." + name.removeprefix(inside[0]) for name in below}
+    return [replace(tensor, name=names[tensor.name]) for tensor in tensors if tensor.name in names]
 
 
 def _render(
@@ -101,10 +98,8 @@ def _render(
         f"# Closest: {closest.name}, with {made.closest:.0%} of the modules in common.",
         "# Read every line. `tpshard plan` and `split` take the file with --rules; `tpshard verify` proves the result.",
     ]
-    if made.undecided:
-        lines.append(
-            f"# UNDECIDED modules below: {len(made.undecided)}. Until each is under a rule, the model is refused."
-        )
+    if count := len(made.undecided):
+        lines.append(f"# UNDECIDED modules below: {count}. Until each is under a rule, the model is refused.")
     lines.append(f"model_types = [{_quoted(str(config['model_type']))}]")
     if prefix := model_prefix(made.stem):
         lines.append(f"prefix = {_quoted(prefix)}")
@@ -121,9 +116,8 @@ def _render(
         names = [_pattern(decision, layers, made.stem, architectures) for decision in decisions]
         lines += [f"{_quoted(rule)} = [", *(f"    {name}," for name in names), "]"]
     for decision in made.undecided:
-        module = decision.module
-        shapes = f"{_described(module)}{_known_sizes(module, config)}"
-        lines += ["", f"# UNDECIDED: {_whole_name(module)}, {shapes}."]
+        shapes = f"{_described(decision.module)}{_known_sizes(decision.module, config)}"
+        lines += ["", f"# UNDECIDED: {_whole_name(decision.module)}, {shapes}."]
         lines += ["# Write it under one of these, if one is right:"]
         for candidate in decision.candidates[:_MOST]:
             families = dict.fromkeys(
@@ -195,15 +189,10 @@ def _axes(decisions: Sequence[Decision]) -> dict[str, AxisDefinition]:
     axes: dict[str, AxisDefinition] = {}
     for decision in decisions:
         if decision.axis:
-            same = [name for name, axis in axes.items() if _same(axis, decision.axis)]
-            if not same:
+            if decision.axis.cut not in (axis.cut for axis in axes.values()):
                 number = sum(axis.name == decision.axis.name for axis in axes.values())
                 axes[decision.axis.name + (f"_{number + 1}" if number else "")] = decision.axis
     return dict(sorted(axes.items()))
-
-
-def _same(a: AxisDefinition, b: AxisDefinition) -> bool:
-    return (a.name, a.count, a.unit) == (b.name, b.count, b.unit)
 
 
 def _axis(name: str, axis: AxisDefinition, axes: Mapping[str, AxisDefinition]) -> str:
@@ -220,14 +209,12 @@ def _value(value: Any) -> str:
 
 
 def _by_rule(decisions: Sequence[Decision], axes: Mapping[str, AxisDefinition]) -> dict[str, list[Decision]]:
+    names = {axis.cut: name for name, axis in axes.items()}
     found: dict[str, list[Decision]] = {}
     for decision in decisions:
-        if decision.rule and decision.axis:
-            axis = decision.axis
-            name = next(name for name, other in axes.items() if _same(other, axis))
-            found.setdefault(f"{decision.rule.split()[0]} {name}", []).append(decision)
-        elif decision.rule:
-            found.setdefault(decision.rule, []).append(decision)
+        if rule := decision.rule:
+            rule = f"{rule.split()[0]} {names[decision.axis.cut]}" if decision.axis else rule
+            found.setdefault(rule, []).append(decision)
     order = ("column", "row", "replicate", "buffer")
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].split()[0])))
 

@@ -20,7 +20,7 @@ from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Processes
-from tpshard.verifier.options import COMPUTED_TIERS, Say, VerifyOptions
+from tpshard.verifier.options import Say, VerifyOptions
 from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_ids, prompt_of, require_one_each
 from tpshard.verifier.ranks.open import (
