@@ -12,9 +12,6 @@ from torch import Tensor
 from tpshard.errors import DifferentError
 from tpshard.verifier.builtin.layers import (
     Cache,
-    ColumnParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
     alibi_bias,
     alibi_slopes,
     attend,
@@ -103,7 +100,8 @@ class Decoder:
     ) -> None:
         self.family = family
         self.group = group
-        self.store = Store(weights, family, dtype, device, group.rank, block_bytes, {} if hold else None)
+        held: dict[str, Tensor] | None = {} if hold and block_bytes is not None else None
+        self.store = Store(weights, family, dtype, device, group.rank, block_bytes, held)
         self.scatter = sequence_parallel
         self.probe = probe or Probe()
         self.vocab_rows = self.store.matrix_shape(family.embed)[0]
@@ -131,12 +129,17 @@ class Decoder:
         """The stream that enters the first layer [B, S, hidden] (this rank's slice of S under sequence parallelism)."""
         family, store = self.family, self.store
         name = store.full(family.embed)
-        lookup = VocabParallelEmbedding(store, family.embed, self.group, self.first_vocab, self.scatter)
+        local: Tensor = ids - self.first_vocab
+
+        def rows(first: int, count: int) -> Tensor:
+            """The summand of some of this rank's rows of the vocabulary; zeros for the ids of others."""
+            mine = (local >= first) & (local < min(first + count, self.vocab_rows))
+            return store.look_up(family.embed, torch.where(mine, local, 0)) * mine.unsqueeze(-1)
 
         def look_up(_: Tensor) -> Tensor:
-            partial = lookup.partial(ids)
-            self.probe.summand(name, partial, lambda i, n: lookup.partial(ids, i, n), self.first_vocab, self.vocab_rows)
-            return lookup.join(partial)
+            partial = rows(0, self.vocab_rows)
+            self.probe.summand(name, partial, rows, self.first_vocab, self.vocab_rows)
+            return self._sum(partial)
 
         x = self.probe.module(name, look_up, ids)
         if family.embed_scale is not None:
@@ -160,8 +163,13 @@ class Decoder:
     def _gather(self, x: Tensor) -> Tensor:
         return self.group.all_gather(x, 1) if self.scatter else x
 
+    def _sum(self, partial: Tensor) -> Tensor:
+        """The sum over ranks: under sequence parallelism, this rank's slice of it."""
+        return self.group.reduce_scatter(partial, 1) if self.scatter else self.group.all_reduce(partial)
+
     def _whole_linear(self, module: str, x: Tensor) -> Tensor:
-        return self.probe.module(self.store.full(module), ColumnParallelLinear(self.store, module), x)
+        linear, store = self.store.linear, self.store
+        return self.probe.module(store.full(module), lambda y: store.biased(module, linear(module, y)), x)
 
     def _norm(self, module: str | None, x: Tensor) -> Tensor:
         if module is None:
@@ -226,37 +234,34 @@ class Decoder:
         return y
 
     def _row(self, module: str, wide: Tensor, first: int) -> Tensor:
-        row = RowParallelLinear(self.store, module, self.group, self.scatter)
         name = self.store.full(module)
         self.probe.share(f"input of {name}", wide, first)
-        partial = row.partial(wide)
+        partial = self.store.linear(module, wide)
 
         def summand(i: int, n: int) -> Tensor:
             only = torch.zeros_like(wide)
             only[..., i : i + n] = wide[..., i : i + n]
-            return row.partial(only)
+            return self.store.linear(module, only)
 
         self.probe.summand(name, partial, summand, first, wide.shape[-1])
         # Every rank adds its own copy of the bias to the sum: look at the copy, since the sum is of all ranks.
         bias = self.store.vector(module, "bias")
         self.probe.share(f"{name}.bias", partial.new_zeros(partial.shape[-1]) if bias is None else bias, 0)
-        return row.join(partial)
+        whole = self._sum(partial)
+        return whole if bias is None else whole + bias
 
     def project(self, i: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's q [B, n_q, S, D], k and v [B, n_kv, S, D] of layer i."""
         family, share, d = self.family, self.shares[i], self.family.head_dim
         names = [family.layer.format(i) + name for name in family.qkv]
-        linears = [ColumnParallelLinear(self.store, name) for name in names]
-        products = [linear.product(x) for linear in linears]
-        told = (
-            [self.store.full(name) for name in names]
-            if family.fused is None
-            else [f"{letter} of {self.store.full(names[0])}" for letter in "qkv"]
-        )
+        products = [self.store.linear(name, x) for name in names]
+        told = [self.store.full(name) for name in names]
+        if family.fused is not None:
+            told = [f"{letter} of {told[0]}" for letter in "qkv"]
         firsts = [share.first_q * d, share.first_kv * d, share.first_kv * d]
         for name, part, first in zip(told, self._parted(share, products), firsts, strict=True):
             self.probe.share(name, part.flatten(-2), first)
-        biased = [linear.add_bias(product) for linear, product in zip(linears, products, strict=True)]
+        biased = list(map(self.store.biased, names, products))
         q, k, v = self._parted(share, biased)
         for name, part, first in zip(told, (q, k, v), firsts, strict=True):
             self.probe.share(f"{name}.bias", part.flatten(-2), first)
@@ -299,10 +304,9 @@ class Decoder:
         return self._row(at + family.down, wide, first)
 
     def _column(self, module: str, x: Tensor, first: int) -> Tensor:
-        linear, name = ColumnParallelLinear(self.store, module), self.store.full(module)
-        product = linear.product(x)
+        name, product = self.store.full(module), self.store.linear(module, x)
         self.probe.share(name, product, first)
-        y = linear.add_bias(product)
+        y = self.store.biased(module, product)
         self.probe.share(f"{name}.bias", y, first)
         return y
 

@@ -1,4 +1,4 @@
-"""The layers of a tensor-parallel decoder: each computes a rank's share, and says where ranks must meet."""
+"""The mathematics of a decoder's layers, of which none needs another rank."""
 
 from __future__ import annotations
 
@@ -11,73 +11,6 @@ from torch import Tensor
 
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.families.family import Rope
-from tpshard.verifier.group import Group
-
-
-@dataclass(frozen=True)
-class ColumnParallelLinear:
-    """The rank's output features, from the whole input: weight [out/tp, in], bias [out/tp]; nothing is exchanged."""
-
-    store: Store
-    module: str
-
-    def product(self, x: Tensor) -> Tensor:
-        """The output before the bias."""
-        return self.store.linear(self.module, x)
-
-    def add_bias(self, product: Tensor) -> Tensor:
-        bias = self.store.vector(self.module, "bias")
-        return product if bias is None else product + bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.add_bias(self.product(x))
-
-
-@dataclass(frozen=True)
-class RowParallelLinear:
-    """The whole output, from the rank's input features: weight [out, in/tp], bias [out].
-
-    `partial` is the rank's summand. Calling sums them over ranks and adds the bias once, after the sum. With `scatter`
-    each rank keeps only its slice of the sequence (dim 1) of that sum.
-    """
-
-    store: Store
-    module: str
-    group: Group
-    scatter: bool = False
-
-    def partial(self, x: Tensor) -> Tensor:
-        return self.store.linear(self.module, x)
-
-    def join(self, partial: Tensor) -> Tensor:
-        y = self.group.reduce_scatter(partial, 1) if self.scatter else self.group.all_reduce(partial)
-        bias = self.store.vector(self.module, "bias")
-        return y if bias is None else y + bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.join(self.partial(x))
-
-
-@dataclass(frozen=True)
-class VocabParallelEmbedding:
-    """Rows of the vocabulary from `first` on: ids of other ranks give zeros, and the sum over ranks gives the row."""
-
-    store: Store
-    module: str
-    group: Group
-    first: int
-    scatter: bool = False
-
-    def partial(self, ids: Tensor, row: int = 0, count: int | None = None) -> Tensor:
-        """This rank's summand, or that of `count` of its rows from `row` on; zeros for ids elsewhere."""
-        rows = self.store.matrix_shape(self.module)[0]
-        local = ids - self.first
-        stop = rows if count is None else min(row + count, rows)
-        mine = (local >= row) & (local < stop)
-        return self.store.look_up(self.module, torch.where(mine, local, 0)) * mine.unsqueeze(-1)
-
-    def join(self, partial: Tensor) -> Tensor:
-        return self.group.reduce_scatter(partial, 1) if self.scatter else self.group.all_reduce(partial)
 
 
 def normalise(store: Store, module: str, x: Tensor) -> Tensor:
@@ -91,11 +24,9 @@ def normalise(store: Store, module: str, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, store.vector(module, "bias"), family.eps)
     wide = x.to(wide_dtype(x.dtype))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + family.eps)
-    if weight is None:
-        return wide.to(x.dtype)
-    if family.norm == "rms_plus_one":
+    if weight is not None and family.norm == "rms_plus_one":
         return (wide * (1.0 + weight.to(wide.dtype))).to(x.dtype)
-    return weight * wide.to(x.dtype)
+    return wide.to(x.dtype) if weight is None else weight * wide.to(x.dtype)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,13 +42,11 @@ def rope_frequencies(rope: Rope, length: int, dtype: torch.dtype, device: torch.
         seen = max(length, rope.max_positions)
         theta = theta * (rope.factor * seen / rope.max_positions - (rope.factor - 1)) ** (dims / (dims - 2))
     frequencies = 1.0 / theta**steps
-    if rope.kind == "linear":
-        return frequencies / rope.factor, 1.0
-    if rope.kind == "llama3":
-        return _llama3_frequencies(rope, frequencies), 1.0
     if rope.kind == "yarn":
         return _yarn_frequencies(rope, frequencies), _yarn_attention_factor(rope)
-    return frequencies, 1.0
+    if rope.kind == "llama3":
+        frequencies = _llama3_frequencies(rope, frequencies)
+    return frequencies / rope.factor if rope.kind == "linear" else frequencies, 1.0
 
 
 def _llama3_frequencies(rope: Rope, frequencies: Tensor) -> Tensor:
@@ -189,12 +118,9 @@ def alibi_bias(kind: str, slopes: Tensor, keys: int, head_dim: int, dtype: torch
 
     "falcon" rounds it to bfloat16 and scales it like the scores, both part of that model's definition.
     """
-    at = torch.arange(keys, device=slopes.device)
-    if kind == "falcon":
-        bias = (slopes.bfloat16()[:, None] * at).to(dtype) / math.sqrt(head_dim)
-    else:
-        bias = (slopes[:, None] * at).to(dtype)
-    return bias[None, :, None, :]
+    at, falcon = torch.arange(keys, device=slopes.device), kind == "falcon"
+    bias = ((slopes.bfloat16() if falcon else slopes)[:, None] * at).to(dtype)
+    return (bias / math.sqrt(head_dim) if falcon else bias)[None, :, None, :]
 
 
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
@@ -233,7 +159,6 @@ class Cache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, the new ones last."""
         if layer in self.layers:
-            old_k, old_v = self.layers[layer]
-            k, v = torch.cat((old_k, k), 2), torch.cat((old_v, v), 2)
+            k, v = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v), strict=True))
         self.layers[layer] = (k, v)
         return k, v

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -30,21 +31,21 @@ class Store:
     rank: int = 0
     block_bytes: int | None = None
     hold: dict[str, Tensor] | None = None
-    prefix: str = field(init=False)
-    transposed: frozenset[str] = field(init=False)
 
-    def __post_init__(self) -> None:
-        family = self.family
-        # Conv1D stores [in, out]; embeddings and the head of the same models do not.
-        ends = (*family.qkv, family.out, family.up, family.down) if family.conv1d else ()
-        matrices = frozenset(family.layer.format(i) + end for i in range(family.layers) for end in ends)
-        object.__setattr__(self, "transposed", matrices)
-        names = self.weights.names()
+    @cached_property
+    def prefix(self) -> str:
+        """The base prefix of the rank's names."""
         for prefix in self.family.prefixes:
-            if f"{prefix}{self.family.embed}.weight" in names:
-                object.__setattr__(self, "prefix", prefix)
-                return
+            if f"{prefix}{self.family.embed}.weight" in self.weights.names():
+                return prefix
         raise self.missing(f"{self.family.prefixes[0]}{self.family.embed}.weight")
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The matrices that Conv1D stores as [in, out]; embeddings and the head of the same models are not."""
+        family = self.family
+        ends = (*family.qkv, family.out, family.up, family.down) if family.conv1d else ()
+        return frozenset(family.layer.format(i) + end for i in range(family.layers) for end in ends)
 
     def missing(self, name: str) -> DifferentError:
         """The error for a tensor that the mathematics cannot do without."""
@@ -56,13 +57,8 @@ class Store:
 
     def head(self) -> str:
         """The module that makes the logits: its own if one is stored, else the embedding (tied)."""
-        for name in self.family.heads_names:
-            if f"{name}.weight" in self.weights.names():
-                return name
-        return self.family.embed
-
-    def has(self, module: str, suffix: str = "weight") -> bool:
-        return f"{self.full(module)}.{suffix}" in self.weights.names()
+        stored = (name for name in self.family.heads_names if f"{name}.weight" in self.weights.names())
+        return next(stored, self.family.embed)
 
     def matrix_shape(self, module: str) -> tuple[int, int]:
         """A weight's stored sizes as (out, in)."""
@@ -97,18 +93,22 @@ class Store:
         name = f"{self.full(module)}.{suffix}"
         if name not in self.weights.names():
             return None
-        if self.hold is None:
-            return move(self.weights.get(name), self.device, self.dtype)
-        if name not in self.hold:
-            self.hold[name] = move(self.weights.get(name), self.device, self.dtype)
-        return self.hold[name]
+        if self.hold is not None and name in self.hold:
+            return self.hold[name]
+        tensor = move(self.weights.get(name), self.device, self.dtype)
+        if self.hold is not None:
+            self.hold[name] = tensor
+        return tensor
+
+    def biased(self, module: str, product: Tensor) -> Tensor:
+        """What a linear module makes of its product: its bias is added, where it has one."""
+        bias = self.vector(module, "bias")
+        return product if bias is None else product + bias
 
     def head_bias(self) -> Tensor | None:
         """The head's bias (GPT-J), which is stored under the head's own name even when its weight is tied."""
-        for name in self.family.heads_names:
-            if (bias := self.vector(name, "bias")) is not None:
-                return bias
-        return None
+        biases = (self.vector(name, "bias") for name in self.family.heads_names)
+        return next((bias for bias in biases if bias is not None), None)
 
     def matrix(self, module: str) -> Tensor:
         """A weight as [out, in]."""

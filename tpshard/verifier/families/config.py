@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.verifier.families.family import Rope
+from tpshard.verifier.families.family import Family, Rope
 
 
 class Config:
@@ -39,6 +39,25 @@ class Config:
                 "config.json: layer_types is not of the model's length", expected=layers, found=len(kinds)
             )
         return tuple(int(window) if kind == "sliding_attention" and window else None for kind in kinds)
+
+
+def sized(
+    config: Config,
+    model_type: str,
+    *,
+    hidden: tuple[str, ...] = ("hidden_size",),
+    layers: tuple[str, ...] = ("num_hidden_layers",),
+    heads: tuple[str, ...] = ("num_attention_heads",),
+    head_dim: int | None = None,
+) -> Family:
+    """A Family of the sizes that stand under these keys: as many KV heads as heads, and no window.
+
+    `head_dim` is the default of the key of that name, 0 for the hidden size by the heads; None where there is no key.
+    """
+    width, depth, count = config.number(*hidden), config.number(*layers), config.number(*heads)
+    head = width // count if head_dim is None else config.number("head_dim", default=head_dim or width // count)
+    vocab, scales = config.number("vocab_size"), (head**-0.5,) * depth
+    return Family(model_type, width, depth, count, count, head, vocab, windows=(None,) * depth, scales=scales)
 
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -33,6 +33,7 @@ class Rope:
 class Family:
     """One model, as its config describes it. Module names are relative to a base prefix, layers' to their layer.
 
+    Names that a family does not give are LLaMA's.
     `fused`: None for q, k and v apart; "segments" for [q; k; v]; "heads" for q, k, v per head; "groups" for the q heads
     of a KV group, its k, its v. `windows` and `scales` have an entry per layer; a window of None sees everything.
     `block`: "sequential" normalises before attention and MLP, "post" after each residual sum, "parallel" adds both to
@@ -46,25 +47,25 @@ class Family:
     kv_heads: int
     head_dim: int
     vocab: int
-    norm: str
-    eps: float
-    activation: str
-    prefixes: tuple[str, ...]
-    embed: str
-    layer: str
-    fused: str | None
-    qkv: tuple[str, ...]
-    attention: str
-    out: str
-    mlp: str
-    gate: str | None
-    up: str
-    down: str
-    attn_norm: str
-    mlp_norm: str | None
-    final_norm: str | None
     windows: tuple[int | None, ...]
     scales: tuple[float, ...]
+    norm: str = "layer"
+    eps: float = 1e-5
+    activation: str = "silu"
+    prefixes: tuple[str, ...] = ("model.", "")
+    embed: str = "embed_tokens"
+    layer: str = "layers.{}."
+    fused: str | None = None
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    attention: str = "self_attn"
+    out: str = "self_attn.o_proj"
+    mlp: str = "mlp"
+    gate: str | None = None
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    attn_norm: str = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    final_norm: str | None = "norm"
     heads_names: tuple[str, ...] = ("lm_head", "embed_out")
     positions: str | None = None
     position_offset: int = 0

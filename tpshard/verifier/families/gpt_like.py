@@ -5,25 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.verifier.families.config import Config, rope_of
+from tpshard.verifier.families.config import Config, rope_of, sized
 from tpshard.verifier.families.family import Family, Rope
 
 
 def gpt2(config: Config, model_type: str) -> Family:
-    hidden = config.number("n_embd", "hidden_size")
-    layers = config.number("n_layer", "num_hidden_layers")
-    heads = config.number("n_head", "num_attention_heads")
-    scale = (hidden // heads) ** -0.5 if config.get("scale_attn_weights", default=True) else 1.0
-    by_layer = config.get("scale_attn_by_inverse_layer_idx", default=False) and model_type == "gpt2"
-    return Family(
-        model_type=model_type,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=config.number("vocab_size"),
-        norm="layer",
+    # GPT-Neo has names of its own for the last two, and these families read the newer ones as well.
+    layers, heads = ("n_layer", "num_layers", "num_hidden_layers"), ("n_head", "num_heads", "num_attention_heads")
+    family = sized(config, model_type, hidden=("n_embd", "hidden_size"), layers=layers, heads=heads)
+    scales = family.scales if config.get("scale_attn_weights", default=True) else (1.0,) * family.layers
+    if config.get("scale_attn_by_inverse_layer_idx", default=False) and model_type == "gpt2":
+        scales = tuple(scale / (i + 1) for i, scale in enumerate(scales))
+    return replace(
+        family,
         eps=float(config.get("layer_norm_epsilon", default=1e-5)),
         activation=config.get("activation_function", default="gelu_new"),
         prefixes=("transformer.", ""),
@@ -34,15 +28,12 @@ def gpt2(config: Config, model_type: str) -> Family:
         qkv=("attn.c_attn",),
         attention="attn",
         out="attn.c_proj",
-        mlp="mlp",
-        gate=None,
         up="mlp.c_fc",
         down="mlp.c_proj",
         attn_norm="ln_1",
         mlp_norm="ln_2",
         final_norm="ln_f",
-        windows=(None,) * layers,
-        scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
+        scales=scales,
         conv1d=model_type == "gpt2",
     )
 
@@ -59,13 +50,7 @@ def gpt_bigcode(config: Config, model_type: str) -> Family:
 
 
 def gpt_neo(config: Config, model_type: str) -> Family:
-    values = {
-        **config.values,
-        "n_embd": config.get("hidden_size"),
-        "n_layer": config.get("num_layers", "num_hidden_layers"),
-        "n_head": config.get("num_heads", "num_attention_heads"),
-    }
-    family = gpt2(Config(values), model_type)
+    family = gpt2(config, model_type)
     kinds = config.get("attention_layers")
     if kinds is None:
         pattern = config.get("attention_types", default=[[["global", "local"], 12]])
@@ -104,57 +89,31 @@ def gptj(config: Config, model_type: str) -> Family:
 
 
 def gpt_neox(config: Config, model_type: str) -> Family:
-    hidden = config.number("hidden_size")
-    layers = config.number("num_hidden_layers")
-    heads = config.number("num_attention_heads")
-    head_dim = hidden // heads
+    family = sized(config, model_type)
     share = float(config.get("rotary_pct", "partial_rotary_factor", default=0.25))
-    return Family(
-        model_type=model_type,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=head_dim,
-        vocab=config.number("vocab_size"),
-        norm="layer",
+    return replace(
+        family,
         eps=float(config.get("layer_norm_eps", default=1e-5)),
         activation=config.get("hidden_act", default="gelu"),
         prefixes=("gpt_neox.", ""),
         heads_names=("embed_out", "lm_head"),
         embed="embed_in",
-        layer="layers.{}.",
         fused="heads",
         qkv=("attention.query_key_value",),
         attention="attention",
         out="attention.dense",
-        mlp="mlp",
-        gate=None,
         up="mlp.dense_h_to_4h",
         down="mlp.dense_4h_to_h",
-        attn_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
         final_norm="final_layer_norm",
-        windows=(None,) * layers,
-        scales=(head_dim**-0.5,) * layers,
         block="parallel" if config.get("use_parallel_residual", default=True) else "sequential",
-        rope=rope_of(config, head_dim, theta_key="rotary_emb_base", share=share),
+        rope=rope_of(config, family.head_dim, theta_key="rotary_emb_base", share=share),
     )
 
 
 def bloom(config: Config, model_type: str) -> Family:
-    hidden = config.number("hidden_size", "n_embed")
-    layers = config.number("n_layer", "num_hidden_layers")
-    heads = config.number("n_head", "num_attention_heads")
-    return Family(
-        model_type=model_type,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=config.number("vocab_size"),
-        norm="layer",
+    layers, heads = ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")
+    return replace(
+        sized(config, model_type, hidden=("hidden_size", "n_embed"), layers=layers, heads=heads),
         eps=float(config.get("layer_norm_epsilon", default=1e-5)),
         activation="gelu_pytorch_tanh",
         prefixes=("transformer.", ""),
@@ -165,15 +124,9 @@ def bloom(config: Config, model_type: str) -> Family:
         qkv=("self_attention.query_key_value",),
         attention="self_attention",
         out="self_attention.dense",
-        mlp="mlp",
-        gate=None,
         up="mlp.dense_h_to_4h",
         down="mlp.dense_4h_to_h",
-        attn_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
         final_norm="ln_f",
-        windows=(None,) * layers,
-        scales=((hidden // heads) ** -0.5,) * layers,
         residual_after_norm=bool(config.get("apply_residual_connection_post_layernorm", default=False)),
         alibi="bloom",
     )
@@ -213,42 +166,23 @@ def falcon(config: Config, model_type: str) -> Family:
 
 
 def opt(config: Config, model_type: str) -> Family:
-    hidden = config.number("hidden_size")
-    layers = config.number("num_hidden_layers")
-    heads = config.number("num_attention_heads")
+    family = sized(config, model_type)
     before = bool(config.get("do_layer_norm_before", default=True))
-    projected = config.number("word_embed_proj_dim", default=hidden) != hidden
+    projected = config.number("word_embed_proj_dim", default=family.hidden) != family.hidden
     final = before and not config.get("_remove_final_layer_norm", default=False)
-    return Family(
-        model_type=model_type,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab=config.number("vocab_size"),
-        norm="layer",
-        eps=1e-5,
+    return replace(
+        family,
         activation=config.get("activation_function", default="relu"),
         prefixes=("model.decoder.", "decoder.", ""),
-        embed="embed_tokens",
         positions="embed_positions",
         position_offset=2,
         project_in="project_in" if projected else None,
         project_out="project_out" if projected else None,
-        layer="layers.{}.",
-        fused=None,
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        attention="self_attn",
         out="self_attn.out_proj",
-        mlp="mlp",
-        gate=None,
         up="fc1",
         down="fc2",
         attn_norm="self_attn_layer_norm",
         mlp_norm="final_layer_norm",
         final_norm="final_layer_norm" if final else None,
-        windows=(None,) * layers,
-        scales=((hidden // heads) ** -0.5,) * layers,
         block="sequential" if before else "post",
     )

@@ -4,43 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tpshard.verifier.families.config import Config, rope_of
+from tpshard.verifier.families.config import Config, rope_of, sized
 from tpshard.verifier.families.family import Family
 
 
 def llama(config: Config, model_type: str) -> Family:
-    hidden = config.number("hidden_size")
-    layers = config.number("num_hidden_layers")
-    heads = config.number("num_attention_heads")
-    head_dim = config.number("head_dim", default=128 if model_type == "qwen3" else hidden // heads)
-    return Family(
-        model_type=model_type,
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=config.number("num_key_value_heads", default=heads),
-        head_dim=head_dim,
-        vocab=config.number("vocab_size"),
+    family = sized(config, model_type, head_dim=128 if model_type == "qwen3" else 0)
+    return replace(
+        family,
+        kv_heads=config.number("num_key_value_heads", default=family.heads),
         norm="rms",
         eps=float(config.get("rms_norm_eps", default=1e-6)),
         activation=config.get("hidden_act", default="silu"),
-        prefixes=("model.", ""),
-        embed="embed_tokens",
-        layer="layers.{}.",
-        fused=None,
-        qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        attention="self_attn",
-        out="self_attn.o_proj",
-        mlp="mlp",
         gate="mlp.gate_proj",
-        up="mlp.up_proj",
-        down="mlp.down_proj",
-        attn_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
-        final_norm="norm",
-        windows=(None,) * layers,
-        scales=(head_dim**-0.5,) * layers,
-        rope=rope_of(config, head_dim),
+        rope=rope_of(config, family.head_dim),
     )
 
 
