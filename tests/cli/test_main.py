@@ -528,18 +528,23 @@ def test_what_to_do_next_works_after_reshard(model: Path) -> None:
     succeeds(*shlex.split(result.err.splitlines()[-1].removeprefix("next: tpshard ")))
 
 
-def test_merge_says_what_it_did_not_compare(model: Path) -> None:
-    """A flipped bit of a part that one rank alone holds goes into the merged checkpoint: only check finds it."""
+@pytest.mark.parametrize("command", [("merge", "set"), ("reshard", "set", "--tp", 2)], ids=["merge", "reshard"])
+def test_a_damaged_set_is_not_passed_on(model: Path, command: tuple[object, ...]) -> None:
+    """A flipped bit of a part that one rank alone holds: nothing but its checksum knows."""
     path = split(model, "set") / "rank-00001-of-00004.safetensors"
     data = path.read_bytes()
     [at] = [info.begin for info in read_header(path).tensors if info.name == "model.layers.0.mlp.up_proj.weight"]
     path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-    last = succeeds("merge", "set", "--no-fsync").err.splitlines()[-1]
-    assert "checksums were not compared" in last and "tpshard inspect" not in last
-    assert tpshard(*shlex.split(last.partition(": tpshard ")[2])).code == 1
+    refused = tpshard(*command, "-o", "out", "--no-fsync", "--json")
+    assert refused.code == 3 and not Path("out").exists()
+    assert refused.json["error"]["path"] == str(path) and refused.json["error"]["expected"].startswith("sha256 ")
     path.write_bytes(data)
-    succeeds(*shlex.split(last.partition(": tpshard ")[2]))
-    assert "checksums are not compared: `tpshard check`" in " ".join(succeeds("merge", "--help").out.split())
+    succeeds(*command, "-o", "out", "--no-fsync", "--overwrite")
+
+
+def test_merge_says_that_no_checksums_were_recorded(model: Path) -> None:
+    split(model, "set", 4, "--checksum", "none")
+    assert "written without checksums" in succeeds("merge", "set", "--no-fsync").err.splitlines()[-1]
 
 
 def test_what_to_do_next_of_some_ranks(model: Path) -> None:

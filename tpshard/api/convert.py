@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, ReshardOptions, SplitOptions, TargetOptions
@@ -157,7 +158,8 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
     size = options.target.max_file_size
-    return _write_split("reshard", planned, source.placed(), _small(source), target, options, size)
+    recorded = source.recorded
+    return _write_split("reshard", planned, source.placed(), _small(source), target, options, size, recorded=recorded)
 
 
 def merge(
@@ -185,8 +187,9 @@ def merge_with(options: MergeOptions) -> WriteReport:
     target = _target(options.out, source.model, "merged")
     _check_distinct(source.directory, target)
     settings = replace(options.settings, checksum=False)
-    made_of, size, unread = source.manifest["set"], options.max_file_size, is_shard_set(source.directory)
-    nbytes = _write_whole(source.model, source.placed(), _small(source), made_of, size, target, settings)
+    made_of, size, recorded = source.manifest["set"], options.max_file_size, source.recorded
+    nbytes = _write_whole(source.model, source.placed(), _small(source), made_of, size, target, settings, recorded)
+    unread = is_shard_set(source.directory) and not recorded
     return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread)
 
 
@@ -199,6 +202,7 @@ def _write_split(
     options: SplitOptions | ReshardOptions,
     max_file_size: int | None,
     warnings: tuple[str, ...] = (),
+    recorded: Mapping[str, str] = MappingProxyType({}),
 ) -> WriteReport:
     """Write a planned split: all ranks, or those of the chosen ones that are not complete at `target`.
 
@@ -206,7 +210,7 @@ def _write_split(
     """
     tp, chosen, set_id = planned.options.tp, options.chosen, planned.set_id
     if not planned.format.has_ranks:
-        nbytes = _write_whole(planned.model, placed, small, set_id, max_file_size, target, options.settings)
+        nbytes = _write_whole(planned.model, placed, small, set_id, max_file_size, target, options.settings, recorded)
         return WriteReport(verb, target, 1, set_id, nbytes, (), warnings)
     writing = list(range(tp)) if chosen is None else [r for r in chosen if not _is_written(target, planned, r)]
     if chosen and not writing:
@@ -221,7 +225,8 @@ def _write_split(
     outputs = [file for _, file in parts]
     plan, identity = join(planned.kept.tensors, placed, outputs), {"set": set_id}
     claims = [f".{rank_stem(rank, tp)}.lock" for rank in writing] if chosen else [LOCK]
-    job = Job(plan, beside, identity, records, _convert(placed, outputs), bool(chosen), claims, verb, writes)
+    convert = _convert(placed, outputs)
+    job = Job(plan, beside, identity, records, convert, bool(chosen), claims, verb, writes, recorded)
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     return WriteReport(verb, target, tp, set_id, plan.nbytes, written, warnings)
@@ -246,12 +251,13 @@ def _write_whole(
     max_file_size: int | None,
     target: Path,
     settings: Settings,
+    recorded: Mapping[str, str],
 ) -> int:
     """Write an ordinary checkpoint of a model. Returns the bytes of its tensors."""
     files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
     plan, convert = join(model.tensors, placed, files), _convert(placed, files)
-    identity = {"set": set_id}
-    job = Job(plan, {**small, **index}, identity, lambda digests: {}, convert, verb="merge", ours=writes)
+    beside, identity = {**small, **index}, {"set": set_id}
+    job = Job(plan, beside, identity, lambda digests: {}, convert, verb="merge", ours=writes, recorded=recorded)
     publish(job, target, settings)
     return plan.nbytes
 

@@ -123,11 +123,10 @@ def merge(
 ) -> None:
     """Make an ordinary Hugging Face checkpoint of a shard set again.
 
-    Names, dtypes, shapes and bits are the source's; ranks that hold the same part must agree. The recorded checksums
-    are not compared: `tpshard check` before it does that.
+    Names, dtypes, shapes and bits are the source's; ranks that hold the same part must agree, and each
+    file must be as it was written, by the checksums that split recorded.
 
     \b
-      tpshard check Llama-3.1-8B-tp4
       tpshard merge Llama-3.1-8B-tp4 -o Llama-3.1-8B-again
     """
     with opened(json, quiet, resumes=True) as console:
@@ -138,8 +137,7 @@ def merge(
             report = merge_with(MergeOptions(shards, out, max_file_size, allow_pickle, how))
         _print_written(console, report)
         if not json and report.unread_checksums:
-            check = shlex.join(["tpshard", "check", str(shards)])
-            console.say(f"the recorded checksums were not compared; this does it: {check}")
+            console.say("this set was written without checksums, so nothing says whether its files are as they were")
 
 
 def reshard(

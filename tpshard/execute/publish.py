@@ -60,6 +60,7 @@ class Job:
 
     records: small files that follow from the checksums, written last. claims: names of the locks.
     ours: whether some format gives its files such a name: only those are replaced with --overwrite.
+    recorded: sha256 of the files that are read, by path, where it is known.
     shared: the directory may be written by several runs at once, one per claim; each claim becomes a record, in order.
     """
 
@@ -72,6 +73,7 @@ class Job:
     claims: Sequence[str] = (LOCK,)
     verb: str = "split"
     ours: Ours = lambda name: False
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_ids(job: Job, settings: Settings) -> dict[str, str]:
@@ -200,6 +202,7 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
         checksum=settings.checksum,
         fsync=settings.fsync,
         progress=settings.progress,
+        recorded=job.recorded,
     )
     needed = writer.remaining() + sum(map(len, job.small.values()))
     fewer = "" if job.verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"

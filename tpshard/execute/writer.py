@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from tpshard.errors import local_error
+from tpshard.errors import CorruptError, local_error
 from tpshard.execute.blocks import FlatStep, operations
 from tpshard.execute.run import Convert, Loader, Progress, run
 from tpshard.planning.box import Box
@@ -41,21 +43,29 @@ _READ = 256 << 10  # stays in a core's own cache
 
 
 @dataclass(eq=False)
-class _File:
-    """One output file in progress. Offsets count from the start of the file."""
+class _Hashed:
+    """A file that is hashed behind the copy, as far as steps are complete. Offsets count from the start of the file."""
 
-    output: OutputFile
-    directory: Path
+    path: str
+    size: int
     ends: list[tuple[int, int]]  # (steps that must be complete, end offset), in file order
     fd: int = -1
-    done: bool = False  # it has its final name
-    durable: int = 0  # the journal vouches for the bytes before this
-    complete: int = 0  # all bytes before this are written
+    complete: int = 0  # all bytes before this are written, or were read
     hashed: int = 0
     hasher: Any = field(default_factory=hashlib.sha256)
     busy: bool = False  # a worker is hashing it
     sha256: str | None = None
     reached: int = 0  # how many of `ends` are complete
+
+
+@dataclass(eq=False)
+class _File(_Hashed):
+    """One output file in progress."""
+
+    output: OutputFile = field(kw_only=True)
+    directory: Path = field(kw_only=True)
+    done: bool = False  # it has its final name
+    durable: int = 0  # the journal vouches for the bytes before this
 
     @property
     def framing(self) -> int:
@@ -68,7 +78,7 @@ class _File:
 
     @property
     def partial(self) -> Path:
-        return self.directory / (self.output.name + PARTIAL)
+        return Path(self.path)
 
     @property
     def journal(self) -> Path:
@@ -103,20 +113,39 @@ class Writer:
         checksum: bool,
         fsync: bool,
         progress: Progress,
+        recorded: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """runs: by output file, the name of the run that a journal must bear to be resumed."""
+        """runs: by output file, the name of the run that a journal must bear to be resumed.
+
+        recorded: sha256 of source files, which they are held against as they are read.
+        """
         self.plan = plan
         self.runs = runs
         self.files = files
         self.checksum = checksum
         self.fsync = fsync
         self.progress = progress
-        last = {
-            (region.file, region.begin): index + 1
-            for index, step in enumerate(plan.steps)
-            for region in (step.targets if isinstance(step, Transfer) else (step.target,))
-        }
-        self.outputs = [_File(output, directory, _ends(output, last)) for output in plan.outputs]
+        last: dict[tuple[str, int], int] = {}
+        read: dict[str, dict[int, int]] = {path: {} for path in recorded}
+        for index, step in enumerate(plan.steps, 1):
+            for region in step.targets if isinstance(step, Transfer) else (step.target,):
+                last[region.file, region.begin] = index
+            for region in (*step.sources, *step.replicas) if isinstance(step, Transfer) else ():
+                if region.file in read:
+                    read[region.file][region.end] = index
+        self.outputs = [
+            _File(
+                str(directory / (output.name + PARTIAL)),
+                output.size,
+                _ends(output, last),
+                output=output,
+                directory=directory,
+            )
+            for output in plan.outputs
+        ]
+        self.recorded = recorded
+        self.sources = [_source(path, ends) for path, ends in read.items() if ends]
+        self.hashed: list[_Hashed] = [*(self.outputs if checksum else ()), *self.sources]
         self._by_name = {file.output.name: file for file in self.outputs}
         self._lock = threading.Lock()
 
@@ -154,6 +183,8 @@ class Writer:
         try:
             for file in self.outputs:
                 self._open(file)
+            for source in self.sources:
+                source.fd = self.files.open_read(source.path)
             self.progress(sum(file.durable or file.framing for file in self.outputs))
             run(
                 self.plan.steps,
@@ -161,18 +192,19 @@ class Writer:
                 self._put,
                 workers=workers,
                 skip=self._is_written,
-                background=_Hasher(self) if self.checksum else None,
+                background=_Hasher(self) if self.hashed else None,
                 on_complete=self._flush,
             )
+            self._check_sources()
             for file in self.outputs:
                 self._finish(file)
         except OSError as error:
             raise local_error(error, "cannot write") from error
         finally:
-            for file in self.outputs:
-                if file.fd >= 0:
-                    self.files.close(file.fd)
-                    file.fd = -1
+            for each in (*self.outputs, *self.sources):
+                if each.fd >= 0:
+                    self.files.close(each.fd)
+                    each.fd = -1
         return {file.output.name: file.sha256 for file in self.outputs}
 
     def _open(self, file: _File) -> None:
@@ -229,7 +261,7 @@ class Writer:
     def advance(self, steps: int) -> None:
         """Note what `steps` complete steps leave behind in every file."""
         with self._lock:
-            for file in self.outputs:
+            for file in (*self.outputs, *self.sources):
                 while file.reached < len(file.ends) and file.ends[file.reached][0] <= steps:
                     file.complete = max(file.complete, file.ends[file.reached][1])
                     file.reached += 1
@@ -265,19 +297,31 @@ class Writer:
         for file in self.outputs:
             unlink_if_there(self.files, file.journal)
 
-    def claim(self, steps: int) -> _File | None:
+    def _check_sources(self) -> None:
+        """CorruptError for a source file that is not what was recorded when it was written."""
+        for source in self.sources:
+            if source.sha256 != self.recorded[source.path]:
+                raise CorruptError(
+                    "the file is not as it was written",
+                    path=source.path,
+                    expected=f"sha256 {self.recorded[source.path]}",
+                    found=source.sha256,
+                    hint="copy it again from where it comes from; `tpshard check` looks at the others",
+                )
+
+    def claim(self, steps: int) -> _Hashed | None:
         """A file with bytes to hash that no other worker is hashing; the one with most of them."""
         self.advance(steps)
         with self._lock:
-            waiting = [f for f in self.outputs if not f.busy and not f.done and self._to_hash(f)]
+            waiting = [file for file in self.hashed if not file.busy and self._to_hash(file)]
             file = max(waiting, key=lambda f: f.complete - f.hashed, default=None)
             if file is not None:
                 file.busy = True
             return file
 
-    def _to_hash(self, file: _File) -> bool:
+    def _to_hash(self, file: _Hashed) -> bool:
         backlog = file.complete - file.hashed
-        return backlog >= _HASH or (backlog > 0 and file.complete == file.output.size)
+        return backlog >= _HASH or (backlog > 0 and file.complete == file.size)
 
 
 class _Hasher:
@@ -294,18 +338,27 @@ class _Hasher:
         stop = min(file.hashed + _HASH, file.complete)
         while file.hashed < stop:
             chunk = buffer[: min(_READ, stop - file.hashed)]
-            with about(file.partial):
-                read_exactly(self.writer.files, file.fd, [chunk], file.hashed, str(file.partial))
+            with about(file.path):
+                read_exactly(self.writer.files, file.fd, [chunk], file.hashed, file.path)
             file.hasher.update(chunk)
             file.hashed += len(chunk)
-        if file.hashed == file.output.size:
+        if file.hashed == file.size:
             file.sha256 = file.hasher.hexdigest()
         file.busy = False
         return True
 
     def finished(self, complete: int) -> bool:
         self.writer.advance(complete)
-        return all(file.hashed == file.output.size for file in self.writer.outputs)
+        return all(file.hashed == file.size for file in self.writer.hashed)
+
+
+def _source(path: str, read: Mapping[int, int]) -> _Hashed:
+    """A source file. read: where tensors end, and how many steps must be complete until one has been read."""
+    ends: list[tuple[int, int]] = []
+    for end in sorted(read):
+        ends.append((max(read[end], ends[-1][0] if ends else 0), end))
+    size = os.stat(path).st_size
+    return _Hashed(path, size, [*ends, (ends[-1][0], size)])
 
 
 def _ends(output: OutputFile, last: dict[tuple[str, int], int]) -> list[tuple[int, int]]:

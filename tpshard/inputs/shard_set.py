@@ -67,6 +67,12 @@ class ShardSet:
         """The number of ranks."""
         return self.options.tp
 
+    @property
+    def recorded(self) -> dict[str, str]:
+        """sha256 of the ranks' files by path, as far as it was recorded when they were written."""
+        parts = (part for record in self.records.values() for part in record["parts"] if part["sha256"])
+        return {str(self.directory / part["file"]): part["sha256"] for part in parts}
+
     def missing(self) -> list[int]:
         """Ranks that are not there, or not complete."""
         return [rank for rank in range(self.tp) if rank not in self.records]

@@ -6,8 +6,8 @@ A prompt meets what it meets; here every element of every parameter counts, bit 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
@@ -69,10 +69,11 @@ class Share:
             return self.source.rows(start, stop)
         order = self.order if self.dim else self.order[start:stop]
         index = order.clamp(min=0)
-        if self.dim:
-            part = self.source.rows(start, stop).index_select(self.dim, index)
-        else:
-            part = rows_at(self.source.rows, index)
+        part = (
+            self.source.rows(start, stop).index_select(self.dim, index)
+            if self.dim
+            else rows_at(self.source.rows, index)
+        )
         padding = (order < 0).nonzero().flatten()
         return part.index_fill(self.dim, padding, 0) if len(padding) else part
 
@@ -211,29 +212,48 @@ def difference(held: Readable, share: Readable) -> Difference | None:
 
 
 @dataclass(frozen=True)
-class CutSource:
-    """The source as weights of one rank: what that rank must hold, read from the source when it is needed."""
+class Readables:
+    """Tensors as one rank's weights, whatever they are made of: all in the same form, so that products are the same.
 
-    shares: dict[str, Share]
+    A product's last bits depend on strides and alignment, too: each tensor is a copy of its own. device: where what was
+    read once is kept; None: it is read anew each time.
+    """
+
+    tensors: Mapping[str, Readable]
+    device: torch.device | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def names(self) -> Collection[str]:
-        return self.shares.keys()
+        return self.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.shares[name].shape
+        return self.tensors[name].shape
 
     def get(self, name: str) -> Tensor:
-        share = self.shares[name]
-        return share.rows(0, _rows(share)).view(share.shape)
+        if name in self.kept:
+            return self.kept[name]
+        tensor = self.tensors[name]
+        found = _own(tensor.rows(0, _rows(tensor))).view(tensor.shape)
+        if self.device is not None:
+            found = self.kept[name] = found.to(self.device)
+        return found
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.shares[name].rows(start, stop)
+        return _own(self.get(name)[start:stop] if name in self.kept else self.tensors[name].rows(start, stop))
 
 
-def cut_source(parameters: Iterable[Parameter], tp: int) -> list[CutSource]:
-    """The source cut for every rank."""
-    ranks: list[dict[str, Share]] = [{} for _ in range(tp)]
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def same_form(
+    parameters: Iterable[Parameter], tp: int, device: torch.device | None
+) -> tuple[list[Readables], list[Readables]]:
+    """The ranks' tensors, and the source cut for each rank, under the same names."""
+    held: list[dict[str, Readable]] = [{} for _ in range(tp)]
+    cut: list[dict[str, Readable]] = [{} for _ in range(tp)]
     for parameter in parameters:
-        for held, share in zip(ranks, parameter.shares(), strict=True):
-            held[parameter.name] = share
-    return [CutSource(held) for held in ranks]
+        for rank, (tensor, share) in enumerate(zip(parameter.ranks, parameter.shares(), strict=True)):
+            if parameter.runs:
+                held[rank][parameter.name], cut[rank][parameter.name] = tensor, share
+    return [Readables(each, device) for each in held], [Readables(each, device) for each in cut]

@@ -60,6 +60,9 @@ class Store:
         stored = (name for name in self.family.heads_names if f"{name}.weight" in self.weights.names())
         return next(stored, self.family.embed)
 
+    def has(self, module: str, suffix: str = "weight") -> bool:
+        return f"{self.full(module)}.{suffix}" in self.weights.names()
+
     def matrix_shape(self, module: str) -> tuple[int, int]:
         """A weight's stored sizes as (out, in)."""
         name = f"{self.full(module)}.weight"
