@@ -42,16 +42,9 @@ def exact(backend: Backend, *, float32: bool = False) -> Tier:
     routed = [finding.error for finding in modules if finding.module in routers]
     if routed:
         metrics["router_error"] = max(routed)
-    return Tier(
-        name="exact",
-        status="fail" if failed else "pass",
-        thresholds={"relative_error": limit},
-        metrics=metrics,
-        worst=place(worst),
-        first=first,
-        findings=tuple(findings),
-        reason=_reason(backend, tables, first, max(errors), limit) if failed else None,
-    )
+    status, reason = ("fail", _reason(backend, tables, first, max(errors), limit)) if failed else ("pass", None)
+    thresholds = {"relative_error": limit}
+    return Tier("exact", status, thresholds, metrics, place(worst), first, tuple(findings), reason)
 
 
 def _reason(backend: Backend, tables: Sequence[Finding], first: Place | None, error: float, limit: float) -> str:
