@@ -28,8 +28,7 @@ from tpshard.verifier.report.verdict import Finding, Place, Tier
 
 def exact(backend: Backend, *, float32: bool = False) -> Tier:
     """Both sides in float64 (or float32): end to end, and every module fed the reference's input."""
-    dtype = torch.float32 if float32 else torch.float64
-    limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
+    dtype, limit = (torch.float32, FLOAT32_LIMIT) if float32 else (torch.float64, EXACT_LIMIT)
     with no_tf32():
         tables = backend.tables(torch.float64)
         errors, modules = backend.feed(dtype, limit, wide=dtype)

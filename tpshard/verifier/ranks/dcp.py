@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,14 @@ from tpshard.storage.names import DCP_METADATA
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, archive_records, info_in_archive
 
+_METADATA = {"BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"}
 _CLASSES = {
     "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
     "pathlib": {"PosixPath"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
+    "torch.distributed.checkpoint.metadata": _METADATA
+    | {"TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
 }
 """What torch's writer puts into `.metadata`; nothing else is built from it, and nothing called."""
 
@@ -192,10 +186,7 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
     tp = len(files)
     for name in dict.fromkeys(name for held in files for name in held):
         dim = _tiled(name, [chunk for held in files for chunk in held.get(name, ())])
-
-        def begin(chunk: Chunk, dim: int = dim) -> tuple[int, ...]:
-            return chunk.at[dim : dim + 1]
-
+        begin = attrgetter("at")
         owned = sorted((sorted(held[name], key=begin) for held in files if name in held), key=lambda c: begin(c[0]))
         most = max(map(len, owned))
         full = [i for i, chunks in enumerate(owned) if len(chunks) == most]

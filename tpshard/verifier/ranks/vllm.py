@@ -73,7 +73,7 @@ def _swiglu(module: str) -> dict[str, tuple[str, ...]]:
     return {f"{module}.gate_up_proj": (f"{module}.gate_proj", f"{module}.up_proj")}
 
 
-_SHARED = "mlp.experts._shared_experts._layer"
+_SHARED, _BIAS = "mlp.experts._shared_experts._layer", "e_score_correction_bias"
 _LLAMA = Names(qkv="self_attn.qkv_proj", halves=_swiglu("mlp"))
 _FUSED_MLP = replace(_LLAMA, halves={})
 _BLOOM = Names(grouped="self_attention.query_key_value")
@@ -116,10 +116,7 @@ VLLM: Mapping[str, Names] = {
     "glm4_moe": replace(
         _SHARED_MOE,
         renamed=_experts("mlp")
-        | {
-            _SHARED: "mlp.shared_experts",
-            "mlp.experts.routed_experts.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
-        },
+        | {_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
     ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
