@@ -95,14 +95,13 @@ def check_sums(shards: ShardSet) -> list[str]:
         if name not in listed:
             raise CorruptError(f"{SUMS} does not list {name}", path=path, hint=_CHANGED)
     for name, expected in listed.items():
-        if name not in weights and not (directory / name).is_file():
-            raise CorruptError(f"{name} is listed in {SUMS} but is not there", path=directory / name, hint=_CHANGED)
+        there = directory / name
+        if name not in weights and not there.is_file():
+            raise CorruptError(f"{name} is listed in {SUMS} but is not there", path=there, hint=_CHANGED)
         found = weights[name] if name in weights else hashlib.sha256(read_bytes(safe_path(directory, name))).hexdigest()
         if found not in (expected, None):  # None: the record has no checksum, which is said elsewhere
             what = f"the record and {SUMS} disagree about {name}" if name in weights else f"{name} was changed"
-            raise CorruptError(
-                what, path=directory / name, expected=f"sha256 {expected}", found=f"sha256 {found}", hint=_CHANGED
-            )
+            raise CorruptError(what, path=there, expected=f"sha256 {expected}", found=f"sha256 {found}", hint=_CHANGED)
     return [f"{side.name} is not listed in {SUMS}" for side in shards.side_files if side.name not in listed]
 
 

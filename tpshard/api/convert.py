@@ -250,8 +250,7 @@ def _write_whole(
     """Write an ordinary checkpoint of a model. Returns the bytes of its tensors."""
     files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
     plan, convert = join(model.tensors, placed, files), _convert(placed, files)
-    identity = {"set": set_id}
-    job = Job(plan, {**small, **index}, identity, lambda digests: {}, convert, verb="merge", ours=writes)
+    job = Job(plan, {**small, **index}, {"set": set_id}, lambda digests: {}, convert, verb="merge", ours=writes)
     publish(job, target, settings)
     return plan.nbytes
 

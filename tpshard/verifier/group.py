@@ -140,11 +140,7 @@ class Threads:
     def __init__(self, size: int) -> None:
         assert size >= 1
         self.size = size
-
-    @property
-    def here(self) -> range:
-        """The ranks that this process runs: all."""
-        return range(self.size)
+        self.here = range(size)  # the ranks that this process runs: all
 
     def together(self, work: Callable[[], T]) -> T:
         """`work()`, without gradients: this is the only process."""
@@ -241,12 +237,8 @@ class Processes:
     def __init__(self) -> None:
         self.group = Distributed()
         self.size = self.group.size
+        self.here = range(self.group.rank, self.group.rank + 1)  # the ranks that this process runs
         self.shared: BaseException | None = None  # an error that all ranks know already
-
-    @property
-    def here(self) -> range:
-        """The ranks that this process runs."""
-        return range(self.group.rank, self.group.rank + 1)
 
     def run(self, work: Callable[[Group], T]) -> list[T]:
         """`work(group)` on this rank; every rank's result, in rank order, on every rank."""

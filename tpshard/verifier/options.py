@@ -69,7 +69,7 @@ class VerifyOptions:
     @property
     def computed(self) -> tuple[str, ...]:
         """The tiers that run the model, as far as they were asked for."""
-        return tuple(tier for tier in COMPUTED_TIERS if self.tiers is None or tier in self.tiers)
+        return tuple(filter(self.runs, COMPUTED_TIERS))
 
     def runs(self, tier: str) -> bool:
         """Whether a tier was asked for."""

@@ -71,17 +71,14 @@ def _tiers(run: EngineRun, opened: OpenedSet, first: Callable[[], Tier] | None) 
     for name, judge in run.begin().items():
         begun = time.monotonic()
         opened.say("transformers as the reference" if name == "transformers" else f"{name} tier")
-        try:
-            tier, injected = _judged(name, opened, judge)
-        except run.unsure as error:
-            tier, injected = Tier(name, "inconclusive", reason=str(error)), []
+        tier, injected = _judged(name, opened, judge, run)
         seconds[name] = time.monotonic() - begun
         done.append(tier)
         canaries += injected
     return done, canaries, seconds
 
 
-def _judged(name: str, opened: OpenedSet, judge: JudgeTier) -> tuple[Tier, list[Canary]]:
+def _judged(name: str, opened: OpenedSet, judge: JudgeTier, run: EngineRun) -> tuple[Tier, list[Canary]]:
     """A tier and its canaries: shards that cannot be run are different, a tier that is blind is inconclusive.
 
     A tier that saw a difference is not blind, and nothing is injected.
@@ -97,6 +94,8 @@ def _judged(name: str, opened: OpenedSet, judge: JudgeTier) -> tuple[Tier, list[
         tier, canaries = opened.team.together(work)
     except DifferentError as error:
         return Tier(name, "fail", reason=str(error)), []
+    except run.unsure as error:
+        return Tier(name, "inconclusive", reason=str(error)), []
     if canaries is None:
         return _named(tier, opened), []
     if missed := ", ".join(canary.name for canary in canaries if canary.status == "missed"):

@@ -36,8 +36,10 @@ class FileWeights:
         self.infos: dict[str, TensorInfo] = {}
         self.cast = cast
         for info in infos:
-            if (other := self.infos.setdefault(info.name, info)) is not info:
-                raise CorruptError("a tensor is in two files", path=info.file, tensor=info.name, found=other.file)
+            if info.name in self.infos:
+                other = self.infos[info.name].file
+                raise CorruptError("a tensor is in two files", path=info.file, tensor=info.name, found=other)
+            self.infos[info.name] = info
 
     def names(self) -> Collection[str]:
         return self.infos.keys()

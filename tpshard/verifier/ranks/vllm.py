@@ -57,8 +57,7 @@ class Names:
 
 def _begun(name: str, table: Mapping[str, str]) -> str:
     """The name with the longest beginning that the table has exchanged."""
-    fits = [old for old in table if name == old or name.startswith(f"{old}.")]
-    old = max(fits, key=len, default=None)
+    old = max((old for old in table if name == old or name.startswith(f"{old}.")), key=len, default=None)
     return name if old is None else table[old] + name.removeprefix(old)
 
 
@@ -256,7 +255,7 @@ def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
             module, _, suffix = name.rpartition(".")
             if suffix in SCALES and bool((weights.get(name) != 1.0).any()):
                 raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
-            if module.endswith(names.whole or ("\n",)) and not equal(weights, ranks[0], name):
+            if module.endswith(names.whole) and not equal(weights, ranks[0], name):
                 raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
-            if rank and names.of(name).endswith(names.once or ("\n",)) and bool(weights.get(name).any()):
+            if rank and names.of(name).endswith(names.once) and bool(weights.get(name).any()):
                 raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")
