@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -270,8 +270,7 @@ class Processes:
 
     def once(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; its result on every rank."""
-        found: list[Any] = self.run(lambda group: work() if group.rank == 0 else None)
-        return found[0]  # type: ignore[no-any-return]
+        return cast(T, self.run(lambda group: work() if group.rank == 0 else None)[0])
 
 
 def _portable(error: Exception, rank: int) -> Exception:

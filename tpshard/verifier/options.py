@@ -11,9 +11,6 @@ from tpshard.errors import UsageError
 COMPUTED_TIERS = ("exact", "native")
 """The tiers that run the model."""
 TIERS = ("bytes", *COMPUTED_TIERS)
-REFERENCES = ("tpshard", "transformers")
-ENGINES = ("auto", "tpshard", "transformers")
-DEVICES = ("auto", "cpu", "cuda")
 Say = Callable[[str], None]
 """Takes lines about the progress."""
 
@@ -54,9 +51,9 @@ class VerifyOptions:
     def __post_init__(self) -> None:
         for what, given, known in (
             ("tier", self.tiers or (), TIERS),
-            ("device", (self.device.partition(":")[0],), DEVICES),
-            ("reference", (self.reference,), REFERENCES),
-            ("engine", (self.engine,), ENGINES),
+            ("device", (self.device.partition(":")[0],), ("auto", "cpu", "cuda")),
+            ("reference", (self.reference,), ("tpshard", "transformers")),
+            ("engine", (self.engine,), ("auto", "tpshard", "transformers")),
         ):
             for value in given:
                 if value not in known:

@@ -183,10 +183,9 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
     there for fewer ranks than there are, neighbours share; so do they where the first of them has more rectangles than
     the others, the last ones: a fused k and v. CorruptError where rectangles do not make the tensor.
     """
-    tp = len(files)
+    tp, begin = len(files), attrgetter("at")
     for name in dict.fromkeys(name for held in files for name in held):
         dim = _tiled(name, [chunk for held in files for chunk in held.get(name, ())])
-        begin = attrgetter("at")
         owned = sorted((sorted(held[name], key=begin) for held in files if name in held), key=lambda c: begin(c[0]))
         most = max(map(len, owned))
         full = [i for i, chunks in enumerate(owned) if len(chunks) == most]
@@ -214,7 +213,8 @@ def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
     ends = sorted((chunk.at[dim : dim + 1], chunk.end[dim : dim + 1]) for chunk in chunks)
     starts = [(0,) if size else (), *(end for _, end in ends[:-1])]
     if [at for at, _ in ends] != starts:
-        message, expected = "a tensor's pieces leave a gap, or overlap", f"pieces of {list(size)} one behind another"
-        expected, found = f"{expected} along dim {dim}", ", ".join(f"{list(at)} to {list(end)}" for at, end in ends)
+        message = "a tensor's pieces leave a gap, or overlap"
+        expected = f"pieces of {list(size)} one behind another along dim {dim}"
+        found = ", ".join(f"{list(at)} to {list(end)}" for at, end in ends)
         raise CorruptError(message, path=chunks[0].info.file, tensor=name, expected=expected, found=found)
     return dim

@@ -85,7 +85,7 @@ CASTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.fl
 class RankSet:
     """A directory of rank files: the ranks in order, the config, and what the manifest says that weights were cast to.
 
-    The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
+    The ranks have the names and shapes of their files, which `translate.translated` turns into the source's; it keeps
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them.
     """
 
