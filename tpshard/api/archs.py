@@ -6,19 +6,17 @@ from pathlib import Path
 
 from tpshard.errors import TargetError, UnsupportedError, UsageError
 from tpshard.inputs.checkpoint import open_headers
-from tpshard.rules.architecture import Architecture, all_builtin, builtin
+from tpshard.rules.architecture import all_builtin, builtin
 from tpshard.rules.draft.render import Draft, decoder_tensors, make
 from tpshard.rules.multimodal import text_config
+
+rules_of = builtin
+"""A built-in architecture by its name or a model_type; UnsupportedError when there is none."""
 
 
 def model_types() -> dict[str, tuple[str, ...]]:
     """The built-in architectures by name, with the model_types that each is for."""
     return {architecture.name: architecture.model_types for architecture in all_builtin()}
-
-
-def rules_of(name: str) -> Architecture:
-    """A built-in architecture by its name or a model_type; UnsupportedError when there is none."""
-    return builtin(name)
 
 
 def draft(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Draft:

@@ -34,9 +34,7 @@ _CHANGED = (
 
 def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference], list[str]]:
     """Files against their records: size and sha256. Returns the differences and what could not be judged."""
-    work: list[tuple[str, str, int]] = []
-    notes = []
-    total = 0
+    work, notes = list[tuple[str, str, int]](), []
     for rank, record in sorted(shards.records.items()):
         listed = {part["file"]: part for part in record["parts"]}
         for file in shards.files[rank]:
@@ -49,10 +47,9 @@ def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference
                 notes.append(f"{file.path.name} has no recorded checksum")
             else:
                 work.append((str(file.path), part["sha256"], file.size))
-                total += file.size
         if listed:
             raise CorruptError(f"{next(iter(listed))} is recorded but not there", path=shards.directory)
-    settings.start(total)
+    settings.start(sum(size for _, _, size in work))
     pool, reader = Pool(settings.workers), Handles(settings.files)
 
     def judge(item: tuple[str, str, int]) -> Difference | None:
@@ -98,14 +95,13 @@ def check_sums(shards: ShardSet) -> list[str]:
         if name not in listed:
             raise CorruptError(f"{SUMS} does not list {name}", path=path, hint=_CHANGED)
     for name, expected in listed.items():
-        if name not in weights and not (directory / name).is_file():
-            raise CorruptError(f"{name} is listed in {SUMS} but is not there", path=directory / name, hint=_CHANGED)
+        there = directory / name
+        if name not in weights and not there.is_file():
+            raise CorruptError(f"{name} is listed in {SUMS} but is not there", path=there, hint=_CHANGED)
         found = weights[name] if name in weights else hashlib.sha256(read_bytes(safe_path(directory, name))).hexdigest()
         if found not in (expected, None):  # None: the record has no checksum, which is said elsewhere
             what = f"the record and {SUMS} disagree about {name}" if name in weights else f"{name} was changed"
-            raise CorruptError(
-                what, path=directory / name, expected=f"sha256 {expected}", found=f"sha256 {found}", hint=_CHANGED
-            )
+            raise CorruptError(what, path=there, expected=f"sha256 {expected}", found=f"sha256 {found}", hint=_CHANGED)
     return [f"{side.name} is not listed in {SUMS}" for side in shards.side_files if side.name not in listed]
 
 
@@ -116,22 +112,19 @@ def check_source(
 
     Returns the differences, one for each tensor and file.
     """
-    differences = []
-    outputs = []
+    differences, outputs = [], []
     for rank in range(shards.tp):
-        infos = {info.name: (info, file) for file in shards.files[rank] for info in file.tensors}
+        infos = {info.name: info for file in shards.files[rank] for info in file.tensors}
         placed = []
         for stored in expected.layout[rank]:
-            found = infos.pop(stored.name, None)
-            if found is None:
+            info = infos.pop(stored.name, None)
+            if info is None:
                 differences.append(Difference(f"rank {rank}", stored.name, "the tensor is not there"))
-                continue
-            info, _ = found
-            if (info.dtype, info.shape) != (stored.dtype, stored.shape):
+            elif (info.dtype, info.shape) != (stored.dtype, stored.shape):
                 message = f"expected {stored.dtype} {list(stored.shape)}, found {info.dtype} {list(info.shape)}"
                 differences.append(Difference(info.file.rpartition("/")[2], stored.name, message))
-                continue
-            placed.append(Placed(stored, info.file, info.begin))
+            else:
+                placed.append(Placed(stored, info.file, info.begin))
         for name in infos:
             differences.append(Difference(f"rank {rank}", name, "the source has no such tensor"))
         outputs.append(OutputFile(f"rank {rank}", b"", 0, tuple(placed)))

@@ -23,8 +23,7 @@ def _errors(backend: Backend, dtype: torch.dtype, reference: Reference) -> list[
 
 def exact_canaries(backend: Backend, *, float32: bool = False) -> list[Canary]:
     """Every applicable canary against the exact tier's end-to-end criterion."""
-    dtype = torch.float32 if float32 else torch.float64
-    limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
+    dtype, limit = (torch.float32, FLOAT32_LIMIT) if float32 else (torch.float64, EXACT_LIMIT)
     small, canaries = backend.with_layers(1), []
     with no_tf32(), torch.no_grad():
         reference = small.run(dtype, small.steps)
@@ -44,9 +43,7 @@ def native_canaries(backend: Backend, dtype: torch.dtype) -> list[Canary]:
         for name, ranks in canaries_of(small.places(), structural=True):
             mutant = small.with_ranks(ranks)
             try:
-                judged = mutant.run_ranks(
-                    dtype, small.steps, wide.choices, lambda logits: native_metrics(r, n, logits, dtype)
-                )
+                judged = mutant.run_ranks(dtype, small.steps, wide.choices, lambda t: native_metrics(r, n, t, dtype))
             except (DifferentError, UnsupportedError):
                 judged = []
             status = "caught"

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from tpshard.verifier.report.verdict import Finding, Place, Tier, layer_of
 
-EXACT_LIMIT = 1e-12
+EXACT_LIMIT, FLOAT32_LIMIT = 1e-12, 1e-5
+NATIVE_LIMITS = {"ratio": 1.5, "token_ratio": 3.0, "kl_ratio": 2.0}
 CHOICE = " (what it chooses from)"
 """Ends the name of a finding that is not of what a module gives."""
-
-
-FLOAT32_LIMIT = 1e-5
 
 
 def place(finding: Finding) -> Place:
@@ -41,9 +40,6 @@ class no_tf32:
 
     def __exit__(self, *_: object) -> None:
         torch.set_float32_matmul_precision(self.before)
-
-
-NATIVE_LIMITS = {"ratio": 1.5, "token_ratio": 3.0, "kl_ratio": 2.0}
 
 
 def native_metrics(reference: Tensor, unsharded: Tensor, sharded: Tensor, dtype: torch.dtype) -> dict[str, float]:
@@ -79,22 +75,13 @@ def native_metrics(reference: Tensor, unsharded: Tensor, sharded: Tensor, dtype:
 
 def native_tier(ranks: Sequence[Mapping[str, float]], worst: Place, findings: Sequence[Finding]) -> Tier:
     """The tier that every rank's metrics, and the worst module of all, come to."""
-    failed = [rank for rank, metrics in enumerate(ranks) if exceeded(metrics)]
-    shown = failed[0] if failed else max(range(len(ranks)), key=lambda rank: ranks[rank]["ratio"])
-    reason = None
+    failed = next((metrics for metrics in ranks if exceeded(metrics)), None)
+    shown, status, reason = failed or max(ranks, key=itemgetter("ratio")), "pass", None
     if failed:
-        name = exceeded(ranks[shown])[0]
-        reason = f"{name} is {ranks[shown][name]:.3g} (limit {NATIVE_LIMITS[name]:g}); worst: {worst.module}"
+        status, name = "fail", exceeded(shown)[0]
+        reason = f"{name} is {shown[name]:.3g} (limit {NATIVE_LIMITS[name]:g}); worst: {worst.module}"
         reason += f" of rank {worst.rank}, {worst.error:.3g} times the unsharded model's error"
-    return Tier(
-        name="native",
-        status="fail" if failed else "pass",
-        thresholds=NATIVE_LIMITS,
-        metrics=ranks[shown],
-        worst=worst,
-        findings=tuple(findings),
-        reason=reason,
-    )
+    return Tier("native", status, NATIVE_LIMITS, shown, worst, findings=tuple(findings), reason=reason)
 
 
 def worst_ratio(

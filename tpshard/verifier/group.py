@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -140,11 +140,7 @@ class Threads:
     def __init__(self, size: int) -> None:
         assert size >= 1
         self.size = size
-
-    @property
-    def here(self) -> range:
-        """The ranks that this process runs: all."""
-        return range(self.size)
+        self.here = range(size)  # the ranks that this process runs: all
 
     def together(self, work: Callable[[], T]) -> T:
         """`work()`, without gradients: this is the only process."""
@@ -241,12 +237,8 @@ class Processes:
     def __init__(self) -> None:
         self.group = Distributed()
         self.size = self.group.size
+        self.here = range(self.group.rank, self.group.rank + 1)  # the ranks that this process runs
         self.shared: BaseException | None = None  # an error that all ranks know already
-
-    @property
-    def here(self) -> range:
-        """The ranks that this process runs."""
-        return range(self.group.rank, self.group.rank + 1)
 
     def run(self, work: Callable[[Group], T]) -> list[T]:
         """`work(group)` on this rank; every rank's result, in rank order, on every rank."""
@@ -278,8 +270,7 @@ class Processes:
 
     def once(self, work: Callable[[], T]) -> T:
         """`work()` on rank 0 alone; its result on every rank."""
-        found: list[Any] = self.run(lambda group: work() if group.rank == 0 else None)
-        return found[0]  # type: ignore[no-any-return]
+        return cast(T, self.run(lambda group: work() if group.rank == 0 else None)[0])
 
 
 def _portable(error: Exception, rank: int) -> Exception:

@@ -142,7 +142,12 @@ def start(worker: str, options: Any, count: int, say: Callable[[str], None]) -> 
             stack.enter_context(workers[-1])
             stack.callback(workers[-1].wait)
             stack.callback(workers[-1].kill)
-        lines = threading.Thread(target=_relay, args=(workers[0], say), daemon=True)
+
+        def relay() -> None:
+            for line in workers[0].stdout or ():
+                say(line.decode().rstrip("\n"))
+
+        lines = threading.Thread(target=relay, daemon=True)
         lines.start()
         bad = _wait(workers)
         if bad is not None:
@@ -164,12 +169,6 @@ def _process(
         stderr=errors,
         env=dict(environment),
     )
-
-
-def _relay(worker: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
-    assert worker.stdout is not None
-    for line in worker.stdout:
-        say(line.decode().rstrip("\n"))
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:

@@ -11,9 +11,6 @@ from tpshard.errors import UsageError
 COMPUTED_TIERS = ("weights", "exact", "native")
 """The tiers that look into tensors; the last two run the model."""
 TIERS = ("bytes", *COMPUTED_TIERS)
-REFERENCES = ("tpshard", "transformers")
-ENGINES = ("auto", "tpshard", "transformers")
-DEVICES = ("auto", "cpu", "cuda")
 Say = Callable[[str], None]
 """Takes lines about the progress."""
 
@@ -56,9 +53,9 @@ class VerifyOptions:
     def __post_init__(self) -> None:
         for what, given, known in (
             ("tier", self.tiers or (), TIERS),
-            ("device", (self.device.partition(":")[0],), DEVICES),
-            ("reference", (self.reference,), REFERENCES),
-            ("engine", (self.engine,), ENGINES),
+            ("device", (self.device.partition(":")[0],), ("auto", "cpu", "cuda")),
+            ("reference", (self.reference,), ("tpshard", "transformers")),
+            ("engine", (self.engine,), ("auto", "tpshard", "transformers")),
         ):
             for value in given:
                 if value not in known:
@@ -71,7 +68,7 @@ class VerifyOptions:
     @property
     def computed(self) -> tuple[str, ...]:
         """The tiers that run the model, as far as they were asked for."""
-        return tuple(tier for tier in COMPUTED_TIERS if self.tiers is None or tier in self.tiers)
+        return tuple(filter(self.runs, COMPUTED_TIERS))
 
     def runs(self, tier: str) -> bool:
         """Whether a tier was asked for."""

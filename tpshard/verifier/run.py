@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
 _LESS = {"tpshard": "--stream needs less, --layers looks at fewer", "transformers": "--layers looks at fewer layers"}
 """By engine, the way out where memory does not suffice."""
+Judged = tuple[list[Tier], list[Canary], dict[str, float]]
+"""Tiers, their canaries, and the seconds that each tier took."""
 
 
 def verify(
@@ -52,16 +54,14 @@ def verify(
     engine = team.together(lambda: library.engine_of(options.engine, config))
     try:
         run = (library.ready if engine == "transformers" else ready)(opened, options)
-        tiers, canaries, seconds = _tiers(run, opened, first)
+        judged = _tiers(run, opened, first)
     except torch.OutOfMemoryError as error:
         raise LocalIOError(f"out of memory: {str(error).splitlines()[0]}", hint=_LESS[engine]) from None
-    return _verdict(run, opened, options, tiers, canaries, seconds, started)
+    return _verdict(run, opened, options, judged, started)
 
 
-def _tiers(
-    run: EngineRun, opened: OpenedSet, first: Callable[[], Tier] | None
-) -> tuple[list[Tier], list[Canary], dict[str, float]]:
-    """All that was asked for, in order, with the seconds that each took."""
+def _tiers(run: EngineRun, opened: OpenedSet, first: Callable[[], Tier] | None) -> Judged:
+    """All that was asked for, in order."""
     team = opened.team
     done, canaries, seconds = list[Tier](), list[Canary](), dict[str, float]()
     if first is not None:
@@ -71,17 +71,14 @@ def _tiers(
     for name, judge in run.begin().items():
         begun = time.monotonic()
         opened.say("transformers as the reference" if name == "transformers" else f"{name} tier")
-        try:
-            tier, injected = _judged(name, opened, judge)
-        except run.unsure as error:
-            tier, injected = Tier(name, "inconclusive", reason=str(error)), []
+        tier, injected = _judged(name, opened, judge, run)
         seconds[name] = time.monotonic() - begun
         done.append(tier)
         canaries += injected
     return done, canaries, seconds
 
 
-def _judged(name: str, opened: OpenedSet, judge: JudgeTier) -> tuple[Tier, list[Canary]]:
+def _judged(name: str, opened: OpenedSet, judge: JudgeTier, run: EngineRun) -> tuple[Tier, list[Canary]]:
     """A tier and its canaries: shards that cannot be run are different, a tier that is blind is inconclusive.
 
     A tier that saw a difference is not blind, and nothing is injected.
@@ -97,6 +94,8 @@ def _judged(name: str, opened: OpenedSet, judge: JudgeTier) -> tuple[Tier, list[
         tier, canaries = opened.team.together(work)
     except DifferentError as error:
         return Tier(name, "fail", reason=str(error)), []
+    except run.unsure as error:
+        return Tier(name, "inconclusive", reason=str(error)), []
     if canaries is None:
         return _named(tier, opened), []
     if missed := ", ".join(canary.name for canary in canaries if canary.status == "missed"):
@@ -117,16 +116,9 @@ def _named(tier: Tier, opened: OpenedSet) -> Tier:
     return tier if stored is None else replace(tier, reason=f"{tier.reason}; it is stored in {stored}")
 
 
-def _verdict(
-    run: EngineRun,
-    opened: OpenedSet,
-    options: VerifyOptions,
-    tiers: list[Tier],
-    canaries: list[Canary],
-    seconds: Mapping[str, float],
-    started: float,
-) -> Verdict:
+def _verdict(run: EngineRun, opened: OpenedSet, options: VerifyOptions, judged: Judged, started: float) -> Verdict:
     shards, team, device = opened.shards, opened.team, opened.device
+    tiers, canaries, seconds = judged
     short = f"{run.tokens} tokens, not {options.tokens}: the model has no more positions"
     return Verdict(
         model_type=run.model_type,

@@ -28,8 +28,7 @@ from tpshard.verifier.report.verdict import Finding, Place, Tier
 
 def exact(backend: Backend, *, float32: bool = False) -> Tier:
     """Both sides in float64 (or float32): end to end, and every module fed the reference's input."""
-    dtype = torch.float32 if float32 else torch.float64
-    limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
+    dtype, limit = (torch.float32, FLOAT32_LIMIT) if float32 else (torch.float64, EXACT_LIMIT)
     with no_tf32():
         tables = backend.tables(torch.float64)
         errors, modules = backend.feed(dtype, limit, wide=dtype)
@@ -42,16 +41,9 @@ def exact(backend: Backend, *, float32: bool = False) -> Tier:
     routed = [finding.error for finding in modules if finding.module in routers]
     if routed:
         metrics["router_error"] = max(routed)
-    return Tier(
-        name="exact",
-        status="fail" if failed else "pass",
-        thresholds={"relative_error": limit},
-        metrics=metrics,
-        worst=place(worst),
-        first=first,
-        findings=tuple(findings),
-        reason=_reason(backend, tables, first, max(errors), limit) if failed else None,
-    )
+    status, reason = ("fail", _reason(backend, tables, first, max(errors), limit)) if failed else ("pass", None)
+    thresholds = {"relative_error": limit}
+    return Tier("exact", status, thresholds, metrics, place(worst), first, tuple(findings), reason)
 
 
 def _reason(backend: Backend, tables: Sequence[Finding], first: Place | None, error: float, limit: float) -> str:

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,14 @@ from tpshard.storage.names import DCP_METADATA
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, archive_records, info_in_archive
 
+_METADATA = {"BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"}
 _CLASSES = {
     "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
     "pathlib": {"PosixPath"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
+    "torch.distributed.checkpoint.metadata": _METADATA
+    | {"TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
 }
 """What torch's writer puts into `.metadata`; nothing else is built from it, and nothing called."""
 
@@ -189,13 +183,9 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
     there for fewer ranks than there are, neighbours share; so do they where the first of them has more rectangles than
     the others, the last ones: a fused k and v. CorruptError where rectangles do not make the tensor.
     """
-    tp = len(files)
+    tp, begin = len(files), attrgetter("at")
     for name in dict.fromkeys(name for held in files for name in held):
         dim = _tiled(name, [chunk for held in files for chunk in held.get(name, ())])
-
-        def begin(chunk: Chunk, dim: int = dim) -> tuple[int, ...]:
-            return chunk.at[dim : dim + 1]
-
         owned = sorted((sorted(held[name], key=begin) for held in files if name in held), key=lambda c: begin(c[0]))
         most = max(map(len, owned))
         full = [i for i, chunks in enumerate(owned) if len(chunks) == most]
@@ -223,7 +213,8 @@ def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
     ends = sorted((chunk.at[dim : dim + 1], chunk.end[dim : dim + 1]) for chunk in chunks)
     starts = [(0,) if size else (), *(end for _, end in ends[:-1])]
     if [at for at, _ in ends] != starts:
-        message, expected = "a tensor's pieces leave a gap, or overlap", f"pieces of {list(size)} one behind another"
-        expected, found = f"{expected} along dim {dim}", ", ".join(f"{list(at)} to {list(end)}" for at, end in ends)
+        message = "a tensor's pieces leave a gap, or overlap"
+        expected = f"pieces of {list(size)} one behind another along dim {dim}"
+        found = ", ".join(f"{list(at)} to {list(end)}" for at, end in ends)
         raise CorruptError(message, path=chunks[0].info.file, tensor=name, expected=expected, found=found)
     return dim

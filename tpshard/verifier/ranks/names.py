@@ -19,8 +19,6 @@ _NAMES = {
     "dcp": re.compile(r"__(?P<rank>\d{1,5})_(?P<part>\d{1,5})\.distcp"),
     "dcp-hf": re.compile(r"shard-(?P<rank>\d{5})-model-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors"),
 }
-_FROM_ONE = ("dcp-hf",)
-"""Formats that count ranks and parts from 1."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def _numbered(directory: Path) -> Iterator[tuple[str, dict[str, int], str]]:
         for kind, pattern in _NAMES.items():
             if match := pattern.fullmatch(path.name):
                 said = {key: int(value) for key, value in match.groupdict().items() if value is not None}
-                first = {"rank": 1, "part": 1} if kind in _FROM_ONE else {}
+                first = {"rank": 1, "part": 1} if kind == "dcp-hf" else {}
                 yield kind, {key: n - first.get(key, 0) for key, n in said.items()}, path.name
 
 

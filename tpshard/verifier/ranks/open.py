@@ -36,8 +36,10 @@ class FileWeights:
         self.infos: dict[str, TensorInfo] = {}
         self.cast = cast
         for info in infos:
-            if (other := self.infos.setdefault(info.name, info)) is not info:
-                raise CorruptError("a tensor is in two files", path=info.file, tensor=info.name, found=other.file)
+            if info.name in self.infos:
+                other = self.infos[info.name].file
+                raise CorruptError("a tensor is in two files", path=info.file, tensor=info.name, found=other)
+            self.infos[info.name] = info
 
     def names(self) -> Collection[str]:
         return self.infos.keys()
@@ -83,7 +85,7 @@ CASTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.fl
 class RankSet:
     """A directory of rank files: the ranks in order, the config, and what the manifest says that weights were cast to.
 
-    The ranks have the names and shapes of their files, which `engines.translated` turns into the source's; it keeps
+    The ranks have the names and shapes of their files, which `translate.translated` turns into the source's; it keeps
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them.
     """
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,31 +25,12 @@ def rows_at(read: Callable[[int, int], Tensor], index: Tensor) -> Tensor:
     return torch.cat([read(first, last) for first, last in runs])[torch.searchsorted(firsts, index)]
 
 
-class RankPiece(Protocol):
-    """A tensor that is made of stored ones."""
-
-    @property
-    def stored(self) -> TensorInfo:
-        """A stored tensor that it is made of."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its own shape."""
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Its rows from `start` to `stop`."""
-
-
 @dataclass(frozen=True)
 class Stored:
     """A stored tensor as it is."""
 
     weights: FileWeights
     name: str
-
-    @property
-    def stored(self) -> TensorInfo:
-        return self.weights.infos[self.name]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,20 +41,10 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What is read out of another piece."""
-
-    piece: RankPiece
-
-    @property
-    def stored(self) -> TensorInfo:
-        return self.piece.stored
-
-
-@dataclass(frozen=True)
-class Rows(_Made):
+class Rows:
     """Rows of another piece, each of `index` [n] once and in that order."""
 
+    piece: RankPiece
     index: Tensor
 
     @property
@@ -86,8 +56,10 @@ class Rows(_Made):
 
 
 @dataclass(frozen=True)
-class Turned(_Made):
+class Turned:
     """A stored tensor with its last two dims exchanged; of a matrix, all is read for any of its rows."""
+
+    piece: RankPiece
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,9 +73,10 @@ class Turned(_Made):
 
 
 @dataclass(frozen=True)
-class Columns(_Made):
+class Columns:
     """Columns `first` to `last` of another piece (its last dim)."""
 
+    piece: RankPiece
     first: int
     last: int
 
@@ -123,10 +96,6 @@ class Joined:
     dim: int = 0
 
     @property
-    def stored(self) -> TensorInfo:
-        return self.pieces[0].stored
-
-    @property
     def shape(self) -> tuple[int, ...]:
         shape = list(self.pieces[0].shape)
         shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
@@ -143,6 +112,17 @@ class Joined:
                 read.append(piece.rows(first - begin, last - begin))
             begin = end
         return torch.cat(read) if read else self.pieces[0].rows(0, 0)
+
+
+RankPiece = Stored | Rows | Turned | Columns | Joined
+"""A tensor that is made of stored ones: it has a shape, and gives its rows from one to another."""
+
+
+def stored(piece: RankPiece) -> TensorInfo:
+    """A stored tensor that a piece is made of."""
+    while not isinstance(piece, Stored):
+        piece = piece.pieces[0] if isinstance(piece, Joined) else piece.piece
+    return piece.weights.infos[piece.name]
 
 
 class PieceWeights(FileWeights):
@@ -164,6 +144,6 @@ class PieceWeights(FileWeights):
 
 
 def _info(name: str, piece: RankPiece) -> TensorInfo:
-    stored = piece.stored
-    nbytes = torch.Size(piece.shape).numel() * DTYPES[stored.dtype].itemsize
-    return TensorInfo(name, stored.dtype, piece.shape, stored.file, 0, nbytes)
+    info = stored(piece)
+    nbytes = torch.Size(piece.shape).numel() * DTYPES[info.dtype].itemsize
+    return TensorInfo(name, info.dtype, piece.shape, info.file, 0, nbytes)

@@ -13,7 +13,7 @@ from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
 from tpshard.verifier.ranks.open import RankSet, parameters, require_floats
-from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored
+from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
@@ -94,7 +94,7 @@ def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
     """The parameter that holds what a report names (a module, its bias, q of it), where that has another name."""
     weights, name = opened.ranks[rank], what.rpartition(" of ")[2]
     pieces, names = weights.pieces if isinstance(weights, PieceWeights) else {}, (f"{name}.weight", name)
-    found = next((pieces[each].stored.name for each in names if each in pieces), None)
+    found = next((stored(pieces[each]).name for each in names if each in pieces), None)
     return None if found in names else found
 
 

@@ -57,8 +57,7 @@ class Names:
 
 def _begun(name: str, table: Mapping[str, str]) -> str:
     """The name with the longest beginning that the table has exchanged."""
-    fits = [old for old in table if name == old or name.startswith(f"{old}.")]
-    old = max(fits, key=len, default=None)
+    old = max((old for old in table if name == old or name.startswith(f"{old}.")), key=len, default=None)
     return name if old is None else table[old] + name.removeprefix(old)
 
 
@@ -73,7 +72,7 @@ def _swiglu(module: str) -> dict[str, tuple[str, ...]]:
     return {f"{module}.gate_up_proj": (f"{module}.gate_proj", f"{module}.up_proj")}
 
 
-_SHARED = "mlp.experts._shared_experts._layer"
+_SHARED, _BIAS = "mlp.experts._shared_experts._layer", "e_score_correction_bias"
 _LLAMA = Names(qkv="self_attn.qkv_proj", halves=_swiglu("mlp"))
 _FUSED_MLP = replace(_LLAMA, halves={})
 _BLOOM = Names(grouped="self_attention.query_key_value")
@@ -116,10 +115,7 @@ VLLM: Mapping[str, Names] = {
     "glm4_moe": replace(
         _SHARED_MOE,
         renamed=_experts("mlp")
-        | {
-            _SHARED: "mlp.shared_experts",
-            "mlp.experts.routed_experts.e_score_correction_bias": "mlp.gate.e_score_correction_bias",
-        },
+        | {_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
     ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
@@ -259,7 +255,7 @@ def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
             module, _, suffix = name.rpartition(".")
             if suffix in SCALES and bool((weights.get(name) != 1.0).any()):
                 raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
-            if module.endswith(names.whole or ("\n",)) and not equal(weights, ranks[0], name):
+            if module.endswith(names.whole) and not equal(weights, ranks[0], name):
                 raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
-            if rank and names.of(name).endswith(names.once or ("\n",)) and bool(weights.get(name).any()):
+            if rank and names.of(name).endswith(names.once) and bool(weights.get(name).any()):
                 raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")

@@ -37,7 +37,7 @@ circle { fill-opacity: .75; }
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in body)
+    lines = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in body)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
@@ -100,13 +100,12 @@ def _plots(verdict: Verdict) -> list[str]:
             continue
         if tier.name == "exact":
             limit = tier.thresholds.get("relative_error")
-            title, note = "exact: relative error of each module", "A dot per module and rank. Dashed: the limit."
+            title, note = "exact: relative error of each module", "Dashed: the limit."
         else:
             limit, title = None, f"{tier.name}: error of each module, in units of the unsharded model's"
-            note = (
-                "A dot per module and rank. 1 is as far from float64 as the unsharded model; only logits have a limit."
-            )
-        parts += [f"<h2>{escape(title)}</h2>{_plot(tier, limit)}<p>{note}</p><p>{key}</p>"]
+            note = "1 is as far from float64 as the unsharded model; only logits have a limit."
+        note = f"<p>A dot per module and rank. {note}</p>"
+        parts.append(f"<h2>{escape(title)}</h2>{_plot(tier, limit)}{note}<p>{key}</p>")
     return parts
 
 

@@ -106,11 +106,9 @@ class Verdict:
     @property
     def reason(self) -> str | None:
         """Why it is not pass: a failed tier's reason, else an unsure one's; bytes, which know no module, come last."""
-        for status in ("fail", "inconclusive"):
-            for tier in sorted(self.tiers, key=lambda tier: tier.name == "bytes"):
-                if tier.status == status and tier.reason is not None:
-                    return tier.reason
-        return None if self.verdict == "pass" else "no tier was run"
+        told = [tier for tier in self.tiers if tier.status in ("fail", "inconclusive") and tier.reason is not None]
+        told.sort(key=lambda tier: (tier.status == "inconclusive", tier.name == "bytes"))
+        return told[0].reason if told else None if self.verdict == "pass" else "no tier was run"
 
     def to_json(self) -> dict[str, Any]:
         """The documented object."""
