@@ -100,9 +100,9 @@ def _render(
     ]
     if count := len(made.undecided):
         lines.append(f"# UNDECIDED modules below: {count}. Until each is under a rule, the model is refused.")
-    lines.append(f"model_types = [{_quoted(str(config['model_type']))}]")
+    lines.append(f"model_types = [{_value(str(config['model_type']))}]")
     if prefix := model_prefix(made.stem):
-        lines.append(f"prefix = {_quoted(prefix)}")
+        lines.append(f"prefix = {_value(prefix)}")
     inside = [module for module in found if made.stem and module.name.startswith(f"{made.stem}*.")]
     layers = 1 + max((max(module.numbers) for module in inside), default=-1)
     lines.append(_count("layers", config, layers, architectures))
@@ -114,27 +114,24 @@ def _render(
     lines += ["", "[axes]", *(_axis(name, axis, axes) for name, axis in axes.items()), "", "[rules]"]
     for rule, decisions in _by_rule(made.decisions, axes).items():
         names = [_pattern(decision, layers, made.stem, architectures) for decision in decisions]
-        lines += [f"{_quoted(rule)} = [", *(f"    {name}," for name in names), "]"]
+        lines += [f"{_value(rule)} = [", *(f"    {name}," for name in names), "]"]
+    keys = {a.name: {rule_key(rule.kind, rule.axes, rule.interleave) for rule in a.rules} for a in architectures}
     for decision in made.undecided:
         shapes = f"{_described(decision.module)}{_known_sizes(decision.module, config)}"
         lines += ["", f"# UNDECIDED: {_whole_name(decision.module)}, {shapes}."]
         lines += ["# Write it under one of these, if one is right:"]
         for candidate in decision.candidates[:_MOST]:
-            families = dict.fromkeys(
-                a.name
-                for a in architectures
-                if any(rule_key(rule.kind, rule.axes, rule.interleave) == candidate for rule in a.rules)
-            )
-            known = f"   (as {', '.join(list(families)[:3])} has it)" if families else ""
-            lines.append(f"#   {_quoted(candidate)}{known}")
-    conv1d = [decision for decision in made.decisions if decision.conv1d]
-    if conv1d:
-        lines += ["", "[dims]", *(f'{_quoted(decision.module.name)} = ["in", "out"]' for decision in conv1d)]
+            families = [name for name, known in keys.items() if candidate in known]
+            whose = f"   (as {', '.join(families[:3])} has it)" if families else ""
+            lines.append(f"#   {_value(candidate)}{whose}")
+    if conv1d := [decision for decision in made.decisions if decision.conv1d]:
+        lines += ["", "[dims]", *(f'{_value(decision.module.name)} = ["in", "out"]' for decision in conv1d)]
     return "\n".join(lines) + "\n"
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _value(value: bool | int | str) -> str:
+    """A value as TOML has it: JSON's form is the same."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _whole_name(module: Module) -> str:
@@ -146,9 +143,8 @@ def _shapes(module: Module) -> dict[str, list[list[int]]]:
 
 
 def _described(module: Module) -> str:
-    return ", ".join(
-        f"{suffix or 'parameter'} {' or '.join(map(str, shapes))}" for suffix, shapes in _shapes(module).items()
-    )
+    shapes = _shapes(module).items()
+    return ", ".join(f"{suffix or 'parameter'} {' or '.join(map(str, known))}" for suffix, known in shapes)
 
 
 def _known_sizes(module: Module, config: Mapping[str, Any]) -> str:
@@ -164,7 +160,7 @@ def _known_sizes(module: Module, config: Mapping[str, Any]) -> str:
 def _count(key: str, config: Mapping[str, Any], value: int, architectures: Sequence[Architecture]) -> str:
     """The line for a count, or a comment when no known expression gives it; without the line no file parses."""
     if fitting := count_expressions(architectures, key, config, value):
-        return f"{key} = {_quoted(fitting[0])}"
+        return f"{key} = {_value(fitting[0])}"
     keys = [name for name, held in config.items() if held == value and not isinstance(held, bool)]
     guess = f"; in the config so many are {', '.join(keys)}" if keys else ""
     return f'# UNDECIDED: {key} = "…", the config\'s key for the number of {key}, which is {value}{guess}'
@@ -178,9 +174,9 @@ def _tied(config: Mapping[str, Any], made: Sketch, closest: Architecture) -> lis
     if len(tables) != 1:
         return []
     head = next(iter(heads), next(iter(closest.tied), "lm_head"))
-    lines = [f"tied = {{ {_quoted(head)} = {_quoted(tables[0])} }}"]
+    lines = [f"tied = {{ {_value(head)} = {_value(tables[0])} }}"]
     if "tie_word_embeddings" not in config:
-        lines += ["", "[defaults]", f"tie_word_embeddings = {str(head not in vocab).lower()}"]
+        lines += ["", "[defaults]", f"tie_word_embeddings = {_value(head not in vocab)}"]
     return lines
 
 
@@ -204,10 +200,6 @@ def _axis(name: str, axis: AxisDefinition, axes: Mapping[str, AxisDefinition]) -
     return f"{name} = {{ {', '.join(f'{key} = {_value(value)}' for key, value in keys.items())} }}"
 
 
-def _value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, int) else _quoted(value)
-
-
 def _by_rule(decisions: Sequence[Decision], axes: Mapping[str, AxisDefinition]) -> dict[str, list[Decision]]:
     names = {axis.cut: name for name, axis in axes.items()}
     found: dict[str, list[Decision]] = {}
@@ -224,4 +216,4 @@ def _pattern(decision: Decision, layers: int, stem: str, architectures: Sequence
     name = _whole_name(decision.module)
     partial = name.startswith(f"{stem}*.") and len(decision.module.numbers) < layers
     head = any(name == known for a in architectures for known in a.tied)
-    return _quoted(name + ("?" if decision.rule != "buffer" and (partial or head) else ""))
+    return _value(name + ("?" if decision.rule != "buffer" and (partial or head) else ""))
