@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from tpshard.verifier.group import Processes, Threads
+from tpshard.verifier.group import Group, Processes, Threads
 from tpshard.verifier.options import Say, silent
 from tpshard.verifier.places import Places
+from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Canary, Finding, Tier
@@ -53,42 +55,71 @@ class Reference:
     choices: Any = None
 
 
-class Backend(Protocol):
+@dataclass(frozen=True)
+class Backend(ABC):
     """Both sides of a comparison, and how to run them: shards (`ranks`) and the unsharded model.
 
-    Methods that give a list give every rank's result, in rank order, in every process.
+    `team` runs the ranks; `progress` counts what is done. Methods that give a list give every rank's result, in rank
+    order, in every process.
     """
 
-    @property
-    def ranks(self) -> Sequence[Weights]: ...
+    source: Weights
+    ranks: Sequence[Weights]
+    team: Threads | Processes
+    prompt: Tensor
+    device: torch.device
+    progress: Progress = field(default_factory=lambda: Progress("", 1), kw_only=True)
 
     @property
     def steps(self) -> list[Tensor]:
         """The prompt alone, as steps of tokens."""
+        return [self.prompt]
 
     def with_ranks(self, ranks: Sequence[Weights]) -> Self:
         """The same with other shards."""
-
-    def with_layers(self, count: int) -> Self:
-        """The same with no layer (0), or with the one (1) in which canaries are put."""
+        return replace(self, ranks=ranks)
 
     def alone(self) -> Self:
         """The source in the ranks' place."""
+        return replace(self, ranks=[self.source], team=Threads(1))
 
+    def findings(self, work: Callable[[Group], list[Finding]]) -> list[Finding]:
+        """The findings of every rank: the first of each, then the second of each, and so on."""
+        return [finding for step in zip(*self.team.run(work), strict=True) for finding in step]
+
+    def counting(self, tier: str, say: Say) -> Self:
+        """The same, which says how much of a tier is done."""
+        steps = steps_of(tier, len(self.compared), len(self.team.here))
+        return replace(self, progress=Progress(f"{tier} tier", steps, say))
+
+    @property
+    @abstractmethod
+    def compared(self) -> Sequence[int]:
+        """The layers that are compared; others are left out of both sides."""
+
+    @abstractmethod
+    def with_layers(self, count: int) -> Self:
+        """The same with no layer (0), or with the one (1) in which canaries are put."""
+
+    @abstractmethod
     def places(self, layer: int | None = None) -> Places:
         """Where parts lie in a layer's stored tensors; None: the first layer that is compared."""
 
+    @abstractmethod
     def run(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any = None) -> Reference:
         """The unsharded model on steps of tokens, which go through its KV cache one after the other."""
 
+    @abstractmethod
     def run_ranks(
         self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Callable[[Tensor], T]
     ) -> list[T]:
         """`judge` of each rank's logits. DifferentError or UnsupportedError where shards cannot be run."""
 
+    @abstractmethod
     def errors(self, dtype: torch.dtype, reference: Reference) -> list[float]:
         """Each rank's end-to-end error on the prompt, of its logits and of what it chose from."""
 
+    @abstractmethod
     def feed(
         self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
     ) -> tuple[list[float], list[Finding]]:
@@ -98,6 +129,7 @@ class Backend(Protocol):
         `always`, a finding says what differs inside.
         """
 
+    @abstractmethod
     def tables(self, dtype: torch.dtype) -> list[Finding]:
         """Every row of the embedding and of learned positions, of which a prompt alone would look up a few."""
 
@@ -106,9 +138,8 @@ class Backend(Protocol):
 class EngineRun:
     """A backend that has decided all that comes before the first number.
 
-    `begin` looks for what is not finite, loads what is kept, and gives the tiers to run in order. `lines` say which
-    tier begins. `unsure` are errors of the backend's own, which say nothing of the shards. `settings` and `volatile`
-    are what this backend adds to those of every verdict.
+    `begin` looks for what is not finite, loads what is kept, and gives the tiers to run in order. `unsure` are the
+    backend's own errors, which say nothing of the shards. It adds `settings` and `volatile` to those of every verdict.
     """
 
     engine: str
@@ -117,7 +148,6 @@ class EngineRun:
     tokens: int
     layers: Sequence[int] | None
     begin: Callable[[], Mapping[str, JudgeTier]]
-    lines: Mapping[str, str]
     streamed: bool = False
     warnings: tuple[str, ...] = ()
     unsure: tuple[type[Exception], ...] = ()

@@ -1,15 +1,16 @@
-"""The prompt, and what is chosen before a run."""
+"""The prompt, and what is chosen and looked at before a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from tpshard.errors import UsageError
+from tpshard.errors import CorruptError, UsageError
+from tpshard.verifier.backend import OpenedSet
 from tpshard.verifier.group import Processes, Threads
-from tpshard.verifier.ranks.open import RankSet
+from tpshard.verifier.ranks.open import FileWeights, RankSet, not_finite
 
 PROMPT = 16
 
@@ -49,6 +50,15 @@ def require_one_each(opened: RankSet, team: Threads | Processes) -> None:
         )
 
 
+def require_finite(opened: OpenedSet, names: Callable[[FileWeights], Iterable[str]]) -> None:
+    """CorruptError where a tensor is NaN or infinite; rank 0 looks at the source, each process at the ranks it runs."""
+    here = opened.team.here
+    for weights in (*([opened.source] if 0 in here else []), *(opened.shards.ranks[rank] for rank in here)):
+        bad = not_finite(weights, names(weights))
+        if bad is not None:
+            raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
+
+
 def another_model(opened: RankSet, model_type: object) -> UsageError:
     """The error for shards that are not of the source, which is of this type."""
     return UsageError(
@@ -66,3 +76,10 @@ def prompt_of(prompt: Tensor | None, vocab: int, seed: int) -> Tensor:
     if not ids.numel() or int(ids.max()) >= vocab or int(ids.min()) < 0:
         raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {vocab}")
     return ids
+
+
+def room(positions: int, length: int, tokens: int) -> int:
+    """How many of `tokens` fit after a prompt of `length`; UsageError where the prompt itself does not."""
+    if length > positions:
+        raise UsageError("the prompt is longer than the model's positions", expected=positions, found=length)
+    return min(tokens, positions - length)

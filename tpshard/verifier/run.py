@@ -75,7 +75,7 @@ def _tiers(
         seconds[done[0].name] = time.monotonic() - begun
     for name, judge in run.begin().items():
         begun = time.monotonic()
-        opened.say(run.lines[name])
+        opened.say("transformers as the reference" if name == "transformers" else f"{name} tier")
         try:
             tier, injected = _judged(name, opened, judge)
         except run.unsure as error:

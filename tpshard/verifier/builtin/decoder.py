@@ -70,7 +70,6 @@ class Decoder:
         family: Family,
         weights: Weights,
         group: Group,
-        *,
         dtype: torch.dtype,
         device: torch.device,
         sequence_parallel: bool = False,

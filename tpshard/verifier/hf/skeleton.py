@@ -229,6 +229,10 @@ class Frame:
             found[self.head] = found[self.embedding]
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
 
+    def stored(self, weights: Weights) -> list[str]:
+        """The stored tensors that the parameters are made of."""
+        return sorted({name for recipe in self.recipes(weights).values() for name in recipe.stored})
+
     def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, RankShares]:
         """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
         whole = self.recipes(source)
