@@ -12,7 +12,7 @@ from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, library_version, model_config, quiet, same_model
+from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, quiet, same_model
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_finite, require_one_each, room
@@ -48,6 +48,8 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
             raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
     quiet()
     sides, tokens = opened.team.together(lambda: _prepare(opened, options))
+    import transformers
+
     left = unused(sides)
     warning = f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …" if left else None
     return EngineRun(
@@ -60,7 +62,7 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         warnings=(warning,) if warning else (),
         # The library's code may stumble over a rank's shapes, which must not pass.
         unsure=(UnsupportedError,),
-        volatile={"transformers": library_version()},
+        volatile={"transformers": str(transformers.__version__)},
     )
 
 
