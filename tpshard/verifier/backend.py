@@ -23,6 +23,10 @@ T = TypeVar("T")
 LoadRank = Callable[[int, torch.device], Mapping[str, Tensor] | None]
 """A rank's tensors on a device, as stored; None where its files are not of the form that the loader knows."""
 Canaries = Callable[[], list[Canary]]
+Judge = Callable[[Tensor], T]
+"""Judges a rank's logits."""
+Fed = tuple[list[float], list[Finding]]
+"""Every rank's end-to-end error, and all findings in the order of computation."""
 JudgeTier = Callable[[], tuple[Tier, Canaries | None]]
 """A tier, and what injects its canaries; None where it has none, and no need of them."""
 
@@ -110,9 +114,7 @@ class Backend(ABC):
         """The unsharded model on steps of tokens, which go through its KV cache one after the other."""
 
     @abstractmethod
-    def run_ranks(
-        self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Callable[[Tensor], T]
-    ) -> list[T]:
+    def run_ranks(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Judge[T]) -> list[T]:
         """`judge` of each rank's logits. DifferentError or UnsupportedError where shards cannot be run."""
 
     @abstractmethod
@@ -120,13 +122,10 @@ class Backend(ABC):
         """Each rank's end-to-end error on the prompt, of its logits and of what it chose from."""
 
     @abstractmethod
-    def feed(
-        self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
-    ) -> tuple[list[float], list[Finding]]:
+    def feed(self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False) -> Fed:
         """The ranks in `dtype` beside the unsharded model in `wide`, every module fed what the unsharded one took.
 
-        Returns every rank's end-to-end error, and its findings in the order of computation. Above `limit`, or with
-        `always`, a finding says what differs inside.
+        Above `limit`, or with `always`, a finding says what differs inside.
         """
 
     @abstractmethod

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from tpshard.verifier.backend import Backend, Reference
+from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.builtin.decoder import Decoder, Probe
 from tpshard.verifier.builtin.layers import Cache
 from tpshard.verifier.builtin.places import DecoderPlaces
@@ -20,8 +20,6 @@ from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, Single
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,9 +66,7 @@ class DecoderBackend(Backend):
     def run(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any = None) -> Reference:
         return Reference(self._through(self.reference(dtype, hold=len(steps) > 1), steps))
 
-    def run_ranks(
-        self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Callable[[Tensor], T]
-    ) -> list[T]:
+    def run_ranks(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Judge[T]) -> list[T]:
         return self.team.run(lambda group: judge(self._through(self.sharded(group, dtype, hold=len(steps) > 1), steps)))
 
     def _through(self, decoder: Decoder, steps: Sequence[Tensor]) -> Tensor:
@@ -98,9 +94,7 @@ class DecoderBackend(Backend):
         changing = self.family.rope is not None and self.family.rope.kind == "dynamic"
         return self.run(torch.float64, steps if changing else [torch.cat(list(steps), 1)])
 
-    def feed(
-        self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
-    ) -> tuple[list[float], list[Finding]]:
+    def feed(self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False) -> Fed:
         layers, team = self.compared, self.team
         recorder = Recorder()
         whole = Pass(self.reference(wide, recorder), [self.prompt], layers)

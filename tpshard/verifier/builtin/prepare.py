@@ -11,23 +11,17 @@ from typing import Any
 
 import torch
 
-from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
+from tpshard.errors import UnsupportedError
+from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet, Reference
 from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
+from tpshard.verifier.criteria import no_tf32
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Processes
 from tpshard.verifier.options import VerifyOptions
-from tpshard.verifier.prompt import (
-    another_model,
-    chosen_layers,
-    prompt_ids,
-    prompt_of,
-    require_finite,
-    require_one_each,
-    room,
-)
+from tpshard.verifier.prompt import decide, prompt_ids, require_finite
 from tpshard.verifier.ranks.open import FileWeights, RankSet, needed, open_shards, open_source, parameters, resident
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Replaced, Weights, move
@@ -36,6 +30,10 @@ from tpshard.verifier.tiers import exact, native
 
 TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
+
+
+# The norms and rotary tables of transformers' models are float32 inside a float64 model, which is 2e-7 off.
+TRANSFORMERS_LIMIT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -59,20 +57,22 @@ def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, 
 
 def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     """Find out whether shards and source are of one model, and decide prompt, layers and tokens."""
-    shards, source, team, device = opened.shards, opened.source, opened.team, opened.device
-    family = describe(opened.config)
-    if describe(shards.config) != family:
-        raise another_model(shards, family.model_type)
-    require_one_each(shards, team)
-    ids = prompt_of(opened.prompt, family.vocab, options.seed)
-    layers, parallel = chosen_layers(options.layers, family.layers), options.sequence_parallel
-    setup = DecoderBackend(
-        source, shards.ranks, team, ids.to(device), device, family, layers, sequence_parallel=parallel
-    )
-    tokens = options.tokens
+    shards, source, team = opened.shards, opened.source, opened.team
+    family, positions = describe(opened.config), None
     if family.positions is not None:
-        table = Store(source, family, torch.float64, torch.device("cpu")).matrix_shape(family.positions)
-        tokens = room(table[0] - family.position_offset, ids.shape[1], tokens)
+        store = Store(source, family, torch.float64, torch.device("cpu"))
+        positions = store.matrix_shape(family.positions)[0] - family.position_offset
+    ids, layers, tokens = decide(
+        opened,
+        options,
+        model_type=family.model_type,
+        same=describe(shards.config) == family,
+        vocab=family.vocab,
+        layers=family.layers,
+        positions=positions,
+    )
+    parallel = options.sequence_parallel
+    setup = DecoderBackend(source, shards.ranks, team, ids, opened.device, family, layers, sequence_parallel=parallel)
     size = load(source, [shards.ranks[rank] for rank in team.here], setup.compared)
     return Case(opened, options, setup, size, tokens)
 
@@ -159,8 +159,6 @@ def _begin(case: Case) -> Mapping[str, JudgeTier]:
         if name in case.options.computed
     }
     if case.options.reference == "transformers":
-        from tpshard.verifier.builtin.against_transformers import against_transformers
-
         judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
     return judges
 
@@ -186,3 +184,32 @@ def _native(case: Case, setup: DecoderBackend) -> tuple[Tier, Canaries]:
         more = prompt_ids(setup.family.vocab, case.options.seed + 1, len(setup.prompt), max(case.tokens, 1))
         steps = [setup.prompt, *(more[:, i : i + 1].to(setup.device) for i in range(case.tokens))]
     return native(setup, dtype, steps, setup.run_wide(steps)), partial(native_canaries, setup, dtype)
+
+
+def against_transformers(setup: DecoderBackend, source: Path) -> Tier:
+    """Logits of the sharded model in float64 against those of transformers' model of the source."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UnsupportedError("this needs transformers", hint="pip install transformers") from None
+    if setup.layers is not None:
+        return Tier("transformers", "inconclusive", reason="transformers runs all layers, and --layers asks for some")
+    # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.
+    attention = "eager" if setup.family.softcap is not None else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float64, attn_implementation=attention, local_files_only=True
+    )
+    model.train(False).to(setup.device)
+    with no_tf32(), torch.no_grad():
+        wanted = model(setup.prompt).logits
+        errors = setup.errors(torch.float64, Reference(wanted))
+    failed = max(errors) > TRANSFORMERS_LIMIT
+    return Tier(
+        name="transformers",
+        status="fail" if failed else "pass",
+        thresholds={"relative_error": TRANSFORMERS_LIMIT},
+        metrics={"relative_error": max(errors)},
+        reason=f"the logits differ from transformers' by {max(errors):.1e} (limit {TRANSFORMERS_LIMIT:.0e})"
+        if failed
+        else None,
+    )

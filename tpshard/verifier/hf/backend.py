@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from tpshard.verifier.backend import Backend, Reference
+from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.criteria import CHOICE, relative
 from tpshard.verifier.group import Group, Single
 from tpshard.verifier.hf.overrides import Pinned
@@ -22,8 +22,6 @@ from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import Frame, RankShares, fill, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding, layer_of
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,9 +78,7 @@ class TransformersBackend(Backend):
         logits = self.reference(torch.float64).run(Single(), steps, pins, more=tokens)
         return steps, Reference(logits, pins)
 
-    def run_ranks(
-        self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Callable[[Tensor], T]
-    ) -> list[T]:
+    def run_ranks(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Judge[T]) -> list[T]:
         models = self.here(dtype)
         return self.team.run(lambda group: judge(models[group.rank].run(group, list(steps), Pinned(choices.made))))
 
@@ -97,9 +93,7 @@ class TransformersBackend(Backend):
 
         return self.team.run(work)
 
-    def feed(
-        self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
-    ) -> tuple[list[float], list[Finding]]:
+    def feed(self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False) -> Fed:
         whole, models = self.reference(wide), self.here(dtype)
         names = blocks(whole, self.frame.layers)
         recorder, pins = ModuleRecorder(whole, names), Pinned()

@@ -98,7 +98,7 @@ def _kv(
     return RankShares(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
 
 
-def tell_recurrent(model: nn.Module, cuts: Mapping[str, RankShares], rank: int) -> None:
+def tell_mixers(model: nn.Module, cuts: Mapping[str, RankShares], rank: int) -> None:
     """Set the numbers that linear attention by a gated delta rule reads, and those that a Mamba 2 mixer reads.
 
     Mixers are told by these numbers: every family names its class anew. DifferentError where a rank holds no whole
@@ -171,11 +171,10 @@ def _cut_buffers(module: Any, first: int, heads: int, first_group: int, groups: 
         module.groups_time_state_size = groups * state
 
 
-def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:
-    """Set the numbers that the module's own code reads, and cut what comes by head.
-
-    `head` is the width of a head's output, `total` the number of q heads in the unsharded model.
-    """
+def tell(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
+    """Set the numbers that an attention module's own code reads, and cut what comes by head."""
+    heads, (total, _) = heads_of(name, module, config, cuts, rank), total_heads(config)
+    head = cuts[f"{name}.{output_of(module)}.weight"].total // total
     for names, value in ((COUNTS, heads.q), (KV_COUNTS, heads.kv)):
         for attribute in names:
             if isinstance(getattr(module, attribute, None), int):
@@ -197,9 +196,7 @@ def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:
         if isinstance(norms, nn.ModuleList):
             getattr(module, leaf).norms = norms[first : first + count]
 
-    def cut_biases(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut_biases(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         for key in BIASES:
             bias = kwargs.get(key)
             if isinstance(bias, Tensor) and bias.shape[0] == total:

@@ -11,16 +11,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.group import Group, Single
-from tpshard.verifier.hf.heads import (
-    LINEAR_NUMBERS,
-    MIXER_NUMBERS,
-    attentions,
-    heads_of,
-    output_of,
-    tell,
-    tell_recurrent,
-    total_heads,
-)
+from tpshard.verifier.hf.heads import LINEAR_NUMBERS, MIXER_NUMBERS, attentions, heads_of, output_of, tell, tell_mixers
 from tpshard.verifier.hf.skeleton import RankShares
 
 BY_CORE, CORES = "CodeGenAttention", 4
@@ -79,7 +70,6 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank:
     DifferentError where parameters are cut in a way that no tensor parallelism has.
     """
     link = Link()
-    heads, _ = total_heads(config)
     attending = attentions(model)
     for name, module in attending.items():
         row = cuts.get(f"{name}.{output_of(module)}.weight")
@@ -87,8 +77,8 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank:
             heads_of(name, module, config, cuts, rank)
             _all_heads(module, row, rank, link)
         elif row is not None:
-            tell(module, heads_of(name, module, config, cuts, rank), row.total // heads, heads)
-    tell_recurrent(model, cuts, rank)
+            tell(name, module, config, cuts, rank)
+    tell_mixers(model, cuts, rank)
     for name, module in model.named_modules():
         mine = {leaf: cuts[f"{name}.{leaf}"] for leaf in module._parameters if f"{name}.{leaf}" in cuts}
         if mine and not _connect(name, module, mine, rank, link, model, name in attending):

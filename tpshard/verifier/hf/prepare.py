@@ -12,10 +12,10 @@ from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, quiet, same_model
+from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, same_model
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.options import VerifyOptions
-from tpshard.verifier.prompt import another_model, chosen_layers, prompt_of, require_finite, require_one_each, room
+from tpshard.verifier.prompt import decide, require_finite
 from tpshard.verifier.ranks.open import elements, require_floats
 from tpshard.verifier.report.verdict import Tier, layer_of
 from tpshard.verifier.tiers import exact, native
@@ -46,7 +46,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     for wanted, option in ((options.stream, "--stream"), (options.sequence_parallel, "--sequence-parallel")):
         if wanted:
             raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
-    quiet()
     sides, tokens = opened.team.together(lambda: _prepare(opened, options))
     import transformers
 
@@ -67,23 +66,25 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
 
 
 def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
-    shards, team, device = opened.shards, opened.team, opened.device
+    shards, device = opened.shards, opened.device
     config = model_config(opened.config)
-    if not same_model(config, model_config(shards.config)):
-        raise another_model(shards, opened.config.get("model_type"))
-    require_one_each(shards, team)
-    ids = prompt_of(opened.prompt, config.vocab_size, options.seed)
-    length = ids.shape[1]
-    positions = getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0) or length
-    tokens = room(int(positions), length, options.tokens)
-    frame = frame_of(config, chosen_layers(options.layers, config.num_hidden_layers))
+    ids, layers, tokens = decide(
+        opened,
+        options,
+        model_type=str(opened.config.get("model_type")),
+        same=same_model(config, model_config(shards.config)),
+        vocab=config.vocab_size,
+        layers=config.num_hidden_layers,
+        positions=int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)),
+    )
+    frame = frame_of(config, layers)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)
     kind = type(config).__name__.removesuffix("Config")
     opened.say(f"transformers' own {kind} model: about {need / 1e9:.1f} GB of memory")
     require_memory(need, free, device, "--layers looks at fewer layers, --float32 --tier exact takes half")
-    return TransformersBackend(opened.source, shards.ranks, team, ids.to(device), device, frame), tokens
+    return TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame), tokens
 
 
 def _memory(opened: OpenedSet, frame: Frame, tokens: int) -> int:

@@ -73,6 +73,7 @@ def model_config(config: Mapping[str, Any]) -> Any:
     config = text_of(config)
     try:
         from transformers import AutoConfig
+        from transformers.utils import logging
     except ImportError:
         hint = "pip install transformers, or --tier bytes"
         raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
@@ -85,6 +86,9 @@ def model_config(config: Mapping[str, Any]) -> Any:
     if config.get("quantization_config"):
         raise UnsupportedError("verify computes with floating-point weights only", found="a quantization_config")
     from huggingface_hub.errors import StrictDataclassError
+
+    # Every rank's model would repeat the library's remarks on the config.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
     settings = {key: _plain(value) for key, value in config.items() if key not in ("model_type", "architectures")}
     try:
@@ -101,15 +105,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
     return value
-
-
-def quiet() -> None:
-    """Keep the library's remarks on configs off the terminal: every rank's model would repeat them."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 def same_model(one: Any, other: Any) -> bool:
