@@ -42,7 +42,7 @@ def opened(model: Path, tp: int, out: Path, **how: Any) -> TransformersBackend:
     ids = prompt_ids(frame.config.vocab_size, 0, 2, 12)
     names = list(source.names())
     ranks = [resident(rank, None, CPU, list(rank.names())) for rank in shards.ranks]
-    return TransformersBackend(frame, resident(source, None, CPU, names), ranks, Threads(tp), ids, CPU)
+    return TransformersBackend(resident(source, None, CPU, names), ranks, Threads(tp), ids, CPU, frame)
 
 
 def reference(sides: TransformersBackend, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Pinned]:

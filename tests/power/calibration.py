@@ -52,7 +52,7 @@ def draw(seed: int, folder: Path) -> Noise | None:
         kind, cpu, native = describe(config), torch.device("cpu"), getattr(torch, dtype)
         ranks = [resident(rank, native, cpu) for rank in opened.ranks]
         prompt = prompt_ids(kind.vocab, seed, 2, 16)
-        setup = DecoderBackend(kind, resident(source, native, cpu), ranks, Threads(tp), prompt, cpu)
+        setup = DecoderBackend(resident(source, native, cpu), ranks, Threads(tp), prompt, cpu, kind)
         steps = setup.teacher_tokens(TOKENS)
         r, n = setup.run_wide(steps).logits, setup.run(native, steps).logits
         metrics = setup.run_ranks(native, steps, None, lambda logits: native_metrics(r, n, logits, native))

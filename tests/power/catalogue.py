@@ -137,7 +137,7 @@ def open_case(variant: str, tp: int, folder: Path) -> DecoderBackend:
     family, cpu = describe(config), torch.device("cpu")
     ranks = [resident(rank, DTYPE, cpu) for rank in opened.ranks]
     return DecoderBackend(
-        family, resident(source, DTYPE, cpu), ranks, Threads(tp), prompt_ids(family.vocab, 0, 2, 16), cpu
+        resident(source, DTYPE, cpu), ranks, Threads(tp), prompt_ids(family.vocab, 0, 2, 16), cpu, family
     )
 
 

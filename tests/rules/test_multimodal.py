@@ -327,7 +327,7 @@ def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, p
 
     config, source = open_source(published(name))
     ids = torch.arange(3, 35).view(2, 16)
-    sides = TransformersBackend(frame_of(model_config(config)), source, (), Threads(1), ids, torch.device("cpu"))
+    sides = TransformersBackend(source, (), Threads(1), ids, torch.device("cpu"), frame_of(model_config(config)))
     with torch.no_grad():
         ours = sides.reference(torch.float64).run(Single(), [ids], Pinned())
         wanted = AutoModelForImageTextToText.from_pretrained(published(name), dtype=torch.float32)(input_ids=ids).logits

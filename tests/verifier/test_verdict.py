@@ -20,7 +20,7 @@ from tests.helpers.cut import cut
 from tests.helpers.small_models import tokens
 from tpshard.errors import CorruptError, LocalIOError, UsageError
 from tpshard.verifier.builtin import prepare as builtin
-from tpshard.verifier.builtin.memory import Load, Need, StoredSize, estimate
+from tpshard.verifier.builtin.memory import Load, Need, estimate
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import prompt_ids
@@ -179,7 +179,7 @@ def test_bad_input(pair: tuple[Path, Path], copy: tuple[Path, Path], tmp_path: P
 
 
 def test_too_little_memory_is_said_before_loading(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.builtin.memory.available", lambda device: 1000)
+    monkeypatch.setattr("tpshard.verifier.memory.available", lambda device: 1000)
     monkeypatch.setattr(builtin, "resident", None)
     with pytest.raises(LocalIOError, match="not enough memory"):
         verify(pair[1], pair[0], device="cpu")
@@ -189,18 +189,17 @@ def test_a_70b_shape_is_streamed_in_4_gb() -> None:
     config = {"model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
     config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256, "hidden_act": "silu"}
     table, body = 128256 * 8192, 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 28672 * 8192)
-    side = StoredSize(2 * (body + 2 * table), body + 2 * table, body)
+    total, layer = body + 2 * table, 2 * body // 80
     need = estimate(
         describe(config | {"rms_norm_eps": 1e-5, "max_position_embeddings": 8192}),
-        Load(side, side, 80, table),
+        Load(2 * total, total, 2 * total, total, layer, table),
         here=8, native=True, positions=2 * (16 + 32), widened=True, apart=False,
     )  # fmt: skip
-    layer = 2 * body // 80
     assert layer < need.streamed <= 4e9 and need.resident > 8 * body
 
 
 def test_memory_decides_whether_to_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tpshard.verifier.builtin.memory.available", lambda device: 1000)
+    monkeypatch.setattr("tpshard.verifier.memory.available", lambda device: 1000)
     cpu = torch.device("cpu")
     assert Need(resident=600, streamed=100).choose(None, cpu) is False
     assert Need(resident=800, streamed=100).choose(None, cpu) is True

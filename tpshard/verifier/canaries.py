@@ -8,9 +8,10 @@ import torch
 
 from tpshard.errors import DifferentError, UnsupportedError
 from tpshard.verifier.backend import Backend, Reference
-from tpshard.verifier.criteria import EXACT_LIMIT, FLOAT32_LIMIT, exceeded, native_metrics, no_tf32, relative
-from tpshard.verifier.fault_catalogue import VISIBLE, canaries_of
+from tpshard.verifier.criteria import EXACT_LIMIT, FLOAT32_LIMIT, no_tf32
+from tpshard.verifier.fault_catalogue import canaries_of
 from tpshard.verifier.report.verdict import Canary
+from tpshard.verifier.tiers import digest
 
 
 def _errors(backend: Backend, dtype: torch.dtype, reference: Reference) -> list[float]:
@@ -27,29 +28,21 @@ def exact_canaries(backend: Backend, *, float32: bool = False) -> list[Canary]:
     small, canaries = backend.with_layers(1), []
     with no_tf32(), torch.no_grad():
         reference = small.run(dtype, small.steps)
-        for name, ranks in canaries_of(small.places(), structural=False):
+        for name, ranks in canaries_of(small.places()):
             error = max(_errors(small.with_ranks(ranks), dtype, reference))
             canaries.append(Canary(name, "exact", "caught" if error > limit else "missed", error))
     return canaries
 
 
 def native_canaries(backend: Backend, dtype: torch.dtype) -> list[Canary]:
-    """Every applicable structural canary against the native tier's criteria on the prompt."""
-    small, canaries = backend.with_layers(1), []
+    """Shards that are loaded under another rank's number; none where there is one rank."""
+    small, _ = backend.with_layers(1).same_form()
+    rolled = small.with_ranks([*small.ranks[1:], small.ranks[0]])
     with torch.no_grad():
-        wide = small.run(torch.float64, small.steps)
-        r, n = wide.logits, small.run(dtype, small.steps, wide.choices).logits
-        noise = relative(n, r)
-        for name, ranks in canaries_of(small.places(), structural=True):
-            mutant = small.with_ranks(ranks)
-            try:
-                judged = mutant.run_ranks(dtype, small.steps, wide.choices, lambda t: native_metrics(r, n, t, dtype))
-            except (DifferentError, UnsupportedError):
-                judged = []
-            status = "caught"
-            if judged and not any(exceeded(rank) for rank in judged):
-                effects = mutant.run_ranks(torch.float64, small.steps, wide.choices, lambda logits: relative(logits, r))
-                status = "missed" if max(effects) > VISIBLE * noise else "too small"
-            worst = max((rank["ratio"] for rank in judged), default=math.inf)
-            canaries.append(Canary(name, "native", status, worst))
-    return canaries
+        wide = backend.with_layers(1).run(torch.float64, small.steps)
+        wanted = small.run_ranks(dtype, small.steps, wide.choices, digest)
+        try:
+            caught = rolled.run_ranks(dtype, small.steps, wide.choices, digest) != wanted
+        except (DifferentError, UnsupportedError):
+            caught = True
+    return [Canary("another-ranks-shard", "native", "caught" if caught else "missed", 0.0)]

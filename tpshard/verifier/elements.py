@@ -55,6 +55,11 @@ class Share:
     dim: int = 0
     order: Tensor | None = None
 
+    @property
+    def padding(self) -> int:
+        """How many of its last rows are no rows of the source."""
+        return 0 if self.dim or self.order is None else int((self.order < 0).sum())
+
     def fits(self, held: Readable) -> bool:
         """Whether a rank's tensor is this."""
         return self.shape == held.shape and difference(held, self) is None
@@ -196,9 +201,12 @@ class Difference:
         return apart if math.isfinite(apart) else math.inf
 
 
-def difference(held: Readable, share: Readable) -> Difference | None:
-    """Where a rank's tensor is not, bit for bit, what it must be; of another dtype, it must hold the same values."""
-    rows = _rows(held)
+def difference(held: Readable, share: Share) -> Difference | None:
+    """Where a rank's tensor is not, bit for bit, what it must be; of another dtype, it must hold the same values.
+
+    What is beyond the model's last row is nobody's business here.
+    """
+    rows = _rows(held) - share.padding
     count = torch.Size(held.shape).numel()
     step = max(1, BLOCK_BYTES * rows // max(1, 8 * count))
     for start in range(0, rows if count else 0, step):

@@ -15,8 +15,6 @@ from torch import Tensor
 from tpshard.verifier.places import DamagedShards, Places, Stretch
 from tpshard.verifier.ranks.weights import Weights
 
-VISIBLE = 3.0
-"""A fault whose true effect is below this many times the dtype's own error cannot be asked of the native tier."""
 Inject = Callable[[DamagedShards, Places], None]
 Pairs = Iterable[tuple[Stretch, Stretch]]
 Change = Callable[[Tensor], Tensor]
@@ -26,15 +24,10 @@ ALL, FIRST, LAST = slice(None), slice(1), slice(-1, None)
 
 @dataclass(frozen=True)
 class Fault:
-    """A kind of damage.
-
-    `structural` ones are large enough for the native tier; `harmless` ones change no logits; `between` ones need a
-    second rank.
-    """
+    """A kind of damage. `harmless` ones change no logits; `between` ones need a second rank."""
 
     name: str
     inject: Inject
-    structural: bool = True
     harmless: bool = False
     between: bool = False
 
@@ -211,11 +204,11 @@ _INJECTED = (
     Fault("out-bias-added-tp-times", _by_tp("out", mul)),
     Fault("down-bias-added-tp-times", _by_tp("down", mul)),
     Fault("up-row-shifted", _shifted("up")),
-    Fault("sign-of-an-element-of-out", _edit("out", _sign_of_the_largest, -1), structural=False),
+    Fault("sign-of-an-element-of-out", _edit("out", _sign_of_the_largest, -1)),
     Fault("convolution-of-another-rank", _borrowed("convolution"), between=True),
-    Fault("decay-of-another-rank", _borrowed("decay"), structural=False, between=True),
+    Fault("decay-of-another-rank", _borrowed("decay"), between=True),
     # Is added to the router's scores only to choose: no logit depends on it where choices are pinned.
-    Fault("choice-bias-shifted", _edit("choice_bias", lambda bias: bias.roll(1, -1), 0), structural=False),
+    Fault("choice-bias-shifted", _edit("choice_bias", lambda bias: bias.roll(1, -1), 0)),
 )
 _OTHERS = (
     Fault("rank-files-rotated", _borrowed(first=None), between=True),
@@ -224,14 +217,14 @@ _OTHERS = (
     Fault("head-shifted-by-a-rank", _borrowed("head", None), between=True),
     Fault("out-of-another-rank", _borrowed("out"), between=True),
     Fault("down-of-another-rank", _borrowed("down"), between=True),
-    Fault("sinks-of-another-rank", _borrowed("sinks"), structural=False, between=True),
-    Fault("qk-norm-of-another-rank", _borrowed("qk_norm"), structural=False, between=True),
+    Fault("sinks-of-another-rank", _borrowed("sinks"), between=True),
+    Fault("qk-norm-of-another-rank", _borrowed("qk_norm"), between=True),
     Fault("kv-swapped-between-ranks", _kv_swapped_between_ranks, between=True),
     Fault("q-and-k-exchanged", _q_k_v("qk")),
     Fault("q-and-v-exchanged", _q_k_v("qv")),
-    Fault("q-and-k-norm-exchanged", _exchanged(_q_and_k_norms, everywhere=True), structural=False),
+    Fault("q-and-k-norm-exchanged", _exchanged(_q_and_k_norms, everywhere=True)),
     Fault("experts-exchanged", _exchanged(lambda places, rank: places.experts())),  # in one rank's down matrices
-    Fault("router-rows-exchanged", _exchanged(_router_rows), structural=False),
+    Fault("router-rows-exchanged", _exchanged(_router_rows)),
     Fault("rope-permuted", _rope_permuted),
     Fault("up-bias-dropped", _edit("up", torch.zeros_like, 0, bias=True)),
     Fault("head-bias-dropped", _edit("head", torch.zeros_like, 0, bias=True)),
@@ -242,17 +235,17 @@ _OTHERS = (
     Fault("embedding-row-shifted", _edit("embed", lambda x: x.roll(1, 0), 0)),
     Fault("down-column-shifted", _shifted("down")),
     Fault("out-column-shifted", _shifted("out")),
-    Fault("padding-is-embedded", _edit("embed", lambda x: torch.cat((x[:1] * 0, x[:-1])), 0), structural=False),
-    Fault("padding-not-zero", _padding_not_zero, structural=False, harmless=True),
-    Fault("norm-of-another-layer", _norm_of_another_layer, structural=False),
-    Fault("norm-of-one-rank-stale", _edit("norm", lambda x: x * 1.01 + 0.01, 0, which=FIRST), structural=False),
-    Fault("latent-of-one-rank-stale", _edit("latent", lambda x: x * 1.01, -1), structural=False),
-    Fault("final-norm-dropped", _edit("final_norm", torch.ones_like), structural=False),
+    Fault("padding-is-embedded", _edit("embed", lambda x: torch.cat((x[:1] * 0, x[:-1])), 0)),
+    Fault("padding-not-zero", _padding_not_zero, harmless=True),
+    Fault("norm-of-another-layer", _norm_of_another_layer),
+    Fault("norm-of-one-rank-stale", _edit("norm", lambda x: x * 1.01 + 0.01, 0, which=FIRST)),
+    Fault("latent-of-one-rank-stale", _edit("latent", lambda x: x * 1.01, -1)),
+    Fault("final-norm-dropped", _edit("final_norm", torch.ones_like)),
     Fault("a-layer-stale", _a_layer_stale),
-    Fault("positions-shifted", _edit("positions", lambda x: x.roll(1, 0)), structural=False),
-    Fault("sign-of-an-element-of-down", _edit("down", _sign_of_the_largest, -1, which=LAST), structural=False),
+    Fault("positions-shifted", _edit("positions", lambda x: x.roll(1, 0))),
+    Fault("sign-of-an-element-of-down", _edit("down", _sign_of_the_largest, -1, which=LAST)),
     Fault("square-transposed", _edit("out", _turned, 0)),
-    Fault("cast-through-a-smaller-dtype", _edit("down", _narrowed, 0, which=LAST), structural=False),
+    Fault("cast-through-a-smaller-dtype", _edit("down", _narrowed, 0, which=LAST)),
 )
 FAULTS = {fault.name: fault for fault in (*_INJECTED, *_OTHERS)}
 """All faults by name."""
@@ -260,9 +253,9 @@ CANARIES = tuple(fault.name for fault in _INJECTED)
 """The faults that a verification injects."""
 
 
-def canaries_of(places: Places, *, structural: bool) -> Iterator[tuple[str, list[Weights]]]:
-    """The canaries that apply, as damaged ranks; `structural` leaves the small ones out."""
+def canaries_of(places: Places) -> Iterator[tuple[str, list[Weights]]]:
+    """The canaries that apply, as damaged ranks."""
     for name in CANARIES:
-        mutant = FAULTS[name].mutant(places) if FAULTS[name].structural or not structural else None
+        mutant = FAULTS[name].mutant(places)
         if mutant is not None:
             yield name, mutant

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tpshard.errors import UsageError
+from tpshard.errors import LocalIOError, UsageError
 
 # Of the memory that is free, how much verify plans to fill; the rest is for everyone else.
 FILL = 0.7
@@ -31,6 +31,18 @@ def available(device: torch.device) -> int:
     except (OSError, ValueError):
         pass  # no container, or one without a limit
     return free
+
+
+def usable(device: torch.device, sharing: int = 1) -> int:
+    """The bytes that one of `sharing` processes may fill on a device."""
+    return int(available(device) * FILL) // sharing
+
+
+def require_memory(need: int, free: int, device: torch.device, hint: str) -> None:
+    """LocalIOError where more bytes are needed than may be filled."""
+    if need > free:
+        found = f"{free:,} bytes to use on {device}"
+        raise LocalIOError("there is not enough memory for this", expected=f"{need:,} bytes", found=found, hint=hint)
 
 
 def pick_device(name: str) -> torch.device:

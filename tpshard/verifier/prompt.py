@@ -1,15 +1,16 @@
-"""The prompt, and what is chosen before a run."""
+"""The prompt, and what is chosen and looked at before a run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from tpshard.errors import UsageError
-from tpshard.verifier.group import Processes, Threads
-from tpshard.verifier.ranks.open import RankSet
+from tpshard.errors import CorruptError, UsageError
+from tpshard.verifier.backend import OpenedSet
+from tpshard.verifier.options import VerifyOptions
+from tpshard.verifier.ranks.open import FileWeights, not_finite
 
 BATCH, PROMPT = 2, 16
 
@@ -33,26 +34,52 @@ def chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] |
     return tuple(sorted({i % count for i in layers}))
 
 
-def require_one_each(opened: RankSet, team: Threads | Processes) -> None:
-    """UsageError unless as many processes run as there are ranks, or one for all of them."""
-    expected, found = len(opened.ranks), team.size
-    if found != expected:
-        message = "one process per rank is needed"
-        hint = "start as many processes as there are ranks, or one for all of them"
-        raise UsageError(message, path=opened.directory, expected=expected, found=found, hint=hint)
+def require_finite(opened: OpenedSet, names: Callable[[FileWeights], Iterable[str]]) -> None:
+    """CorruptError where a tensor is NaN or infinite; rank 0 looks at the source, each process at the ranks it runs."""
+    here = opened.team.here
+    for weights in (*([opened.source] if 0 in here else []), *(opened.shards.ranks[rank] for rank in here)):
+        bad = not_finite(weights, names(weights))
+        if bad is not None:
+            raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
 
 
-def another_model(opened: RankSet, model_type: object) -> UsageError:
-    """The error for shards that are not of the source, which is of this type."""
-    expected = f"the {model_type} that the source holds"
-    found = f"a {opened.config.get('model_type')} of other sizes or settings"
-    message, hint = "the shards are of another model than the source", "give the model that was split with --source"
-    return UsageError(message, path=opened.directory, expected=expected, found=found, hint=hint)
+def decide(
+    opened: OpenedSet,
+    options: VerifyOptions,
+    *,
+    model_type: str,
+    same: bool,
+    vocab: int,
+    layers: int,
+    positions: int | None,
+) -> tuple[Tensor, tuple[int, ...] | None, int]:
+    """The prompt [batch, length], the layers that are asked for, and how many tokens follow the prompt.
 
-
-def prompt_of(prompt: Tensor | None, vocab: int, seed: int) -> Tensor:
-    """The prompt that was given, or ids from the seed; UsageError when its ids are not of the vocabulary."""
-    ids = prompt_ids(vocab, seed, BATCH, PROMPT) if prompt is None else prompt
+    `same` says whether shards and source are of one model, of `model_type`. `positions` None: as many as are wanted;
+    0: the prompt's alone. UsageError for another model, too few processes, and what the model does not have.
+    """
+    shards, team = opened.shards, opened.team
+    if not same:
+        raise UsageError(
+            "the shards are of another model than the source",
+            path=shards.directory,
+            expected=f"the {model_type} that the source holds",
+            found=f"a {shards.config.get('model_type')} of other sizes or settings",
+            hint="give the model that was split with --source",
+        )
+    if team.size != len(shards.ranks):
+        raise UsageError(
+            "one process per rank is needed",
+            path=shards.directory,
+            expected=len(shards.ranks),
+            found=team.size,
+            hint="start as many processes as there are ranks, or one for all of them",
+        )
+    ids = prompt_ids(vocab, options.seed, BATCH, PROMPT) if opened.prompt is None else opened.prompt
     if not ids.numel() or int(ids.max()) >= vocab or int(ids.min()) < 0:
         raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {vocab}")
-    return ids
+    chosen, length = chosen_layers(options.layers, layers), ids.shape[1]
+    most = length + options.tokens if positions is None else positions or length
+    if length > most:
+        raise UsageError("the prompt is longer than the model's positions", expected=most, found=length)
+    return ids.to(opened.device), chosen, min(options.tokens, most - length)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.backend import Backend, Canaries
-from tpshard.verifier.elements import Difference, Parameter, Readable, difference
+from tpshard.verifier.elements import Difference, Parameter, Readable, Share, difference
 from tpshard.verifier.options import Say
 from tpshard.verifier.progress import Progress
 from tpshard.verifier.report.verdict import Canary, Finding, Place, Tier, layer_of
@@ -154,7 +154,7 @@ def _caught(parameter: Parameter, change: Callable[[Tensor], Tensor]) -> bool | 
     """Whether the tier sees a changed tensor of the last rank; None where the change changes nothing."""
     held = parameter.ranks[-1]
     damaged = _Damaged(held, change)
-    if difference(damaged, held) is None:
+    if difference(damaged, Share(held)) is None:
         return None
     changed = replace(parameter, ranks=(*parameter.ranks[:-1], damaged))
     try:

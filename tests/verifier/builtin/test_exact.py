@@ -35,7 +35,7 @@ def setup(
     config, tensors = source(name)
     stored = {key: value.to(dtype) for key, value in tensors.items()}
     held = [InMemory(rank) for rank in (ranks or cut(stored, config, tp))]
-    return DecoderBackend(describe(config), InMemory(stored), held, Threads(tp), tokens(16), CPU)
+    return DecoderBackend(InMemory(stored), held, Threads(tp), tokens(16), CPU, describe(config))
 
 
 OF_OTHER_LAYERS = {"experts-exchanged", "router-rows-exchanged", "choice-bias-shifted", "latent-of-one-rank-stale"}

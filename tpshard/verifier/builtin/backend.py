@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from tpshard.verifier.backend import Reference
+from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.builtin.decoder import Decoder, Probe
 from tpshard.verifier.builtin.layers import Cache
 from tpshard.verifier.builtin.partition import parameters
@@ -18,100 +19,70 @@ from tpshard.verifier.builtin.probes import Recorder, Replayer
 from tpshard.verifier.criteria import relative
 from tpshard.verifier.elements import Parameter
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.group import Group, Processes, Single, Threads
-from tpshard.verifier.progress import Progress
+from tpshard.verifier.group import Group, Single
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class DecoderBackend:
-    """What is compared, and how: source and ranks hold the weights, `team` runs the ranks.
+class DecoderBackend(Backend):
+    """What is compared, and how: source and ranks hold the weights.
 
     `layers` None means all; others are left out of both sides. `block_bytes` bounds what is in memory of a matrix.
     `keep_ranks` says that the ranks are in memory even though the source is streamed. `wide` may hold the source in
-    float64, so that it is not converted at every use. `progress` counts the stages that are done.
+    float64, so that it is not converted at every use.
     """
 
     family: Family
-    source: Weights
-    ranks: Sequence[Weights]
-    team: Threads | Processes
-    prompt: Tensor
-    device: torch.device
     layers: tuple[int, ...] | None = None
     block_bytes: int | None = None
     sequence_parallel: bool = False
     keep_ranks: bool = False
     wide: Weights | None = None
-    progress: Progress = field(default_factory=lambda: Progress("", 1))
 
-    def which(self) -> tuple[int, ...]:
+    @property
+    def compared(self) -> tuple[int, ...]:
         return tuple(range(self.family.layers)) if self.layers is None else self.layers
 
     def reference(self, dtype: torch.dtype, probe: Probe | None = None, *, hold: bool = False) -> Decoder:
         """The unsharded model."""
         source = self.wide if self.wide is not None and dtype == torch.float64 else self.source
-        return self._decoder(source, Single(), dtype, probe, hold, self.block_bytes)
+        blocks = self.block_bytes
+        return Decoder(self.family, source, Single(), dtype, self.device, probe=probe, block_bytes=blocks, hold=hold)
 
     def sharded(self, group: Group, dtype: torch.dtype, probe: Probe | None = None, *, hold: bool = False) -> Decoder:
         """A rank's share of the sharded model; sequence-parallel, if asked for, only where no probe looks on."""
-        block_bytes = None if self.keep_ranks else self.block_bytes
-        return self._decoder(self.ranks[group.rank], group, dtype, probe, hold, block_bytes)
+        parallel = self.sequence_parallel and probe is None and group.size > 1
+        blocks, rank = None if self.keep_ranks else self.block_bytes, self.ranks[group.rank]
+        return Decoder(self.family, rank, group, dtype, self.device, parallel, probe, blocks, hold)
 
-    def _decoder(
-        self,
-        weights: Weights,
-        group: Group,
-        dtype: torch.dtype,
-        probe: Probe | None,
-        hold: bool,
-        block_bytes: int | None,
-    ) -> Decoder:
-        return Decoder(
-            self.family,
-            weights,
-            group,
-            dtype=dtype,
-            device=self.device,
-            sequence_parallel=self.sequence_parallel and probe is None and group.size > 1,
-            probe=probe,
-            block_bytes=block_bytes,
-            hold=hold and block_bytes is not None,
-        )
+    def with_layers(self, count: int) -> Self:
+        return replace(self, layers=self.compared[:count], sequence_parallel=False)
 
     @property
-    def steps(self) -> list[Tensor]:
-        return [self.prompt]
+    def keeps(self) -> torch.device | None:
+        return self.device if self.block_bytes is None or self.keep_ranks else None
 
-    def with_ranks(self, ranks: Sequence[Weights]) -> DecoderBackend:
-        return replace(self, ranks=ranks)
-
-    def with_layers(self, count: int) -> DecoderBackend:
-        return replace(self, layers=self.which()[:count], sequence_parallel=False)
-
-    def alone(self) -> DecoderBackend:
-        return replace(self, ranks=[self.source], team=Threads(1), sequence_parallel=False, keep_ranks=False)
+    def same_form(self) -> tuple[Self, Self]:
+        """With every layer, whose shapes say which heads a rank has; what is not run is not read."""
+        held, cut = super(DecoderBackend, replace(self, layers=None)).same_form()
+        return replace(held, layers=self.layers), replace(cut, layers=self.layers)
 
     def parameters(self) -> Iterator[Parameter]:
-        return parameters(self.family, self.source, self.ranks, self.which())
+        return parameters(self.family, self.source, self.ranks, self.compared)
 
     def places(self, layer: int | None = None) -> DecoderPlaces:
-        return DecoderPlaces(self.family, self.ranks, self.which()[0] if layer is None else layer)
+        return DecoderPlaces(self.family, self.ranks, self.compared[0] if layer is None else layer)
 
     def run(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any = None) -> Reference:
         return Reference(self._through(self.reference(dtype, hold=len(steps) > 1), steps))
 
-    def run_ranks(
-        self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Callable[[Tensor], T]
-    ) -> list[T]:
+    def run_ranks(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Judge[T]) -> list[T]:
         return self.team.run(lambda group: judge(self._through(self.sharded(group, dtype, hold=len(steps) > 1), steps)))
 
     def _through(self, decoder: Decoder, steps: Sequence[Tensor]) -> Tensor:
         """All stages of a decoder; its logits."""
-        moving = Pass(decoder, steps, self.which())
+        moving = Pass(decoder, steps, self.compared)
         for stage in moving.stages:
             moving.advance(stage)
             self.progress.step()
@@ -125,7 +96,7 @@ class DecoderBackend:
         decoder, cache = self.reference(torch.float64), Cache()
         steps = [self.prompt]
         for _ in range(tokens):
-            steps.append(decoder.forward(steps[-1], cache, self.which())[:, -1:].argmax(-1))
+            steps.append(decoder.forward(steps[-1], cache, self.compared)[:, -1:].argmax(-1))
         return steps
 
     def run_wide(self, steps: Sequence[Tensor]) -> Reference:
@@ -134,16 +105,14 @@ class DecoderBackend:
         changing = self.family.rope is not None and self.family.rope.kind == "dynamic"
         return self.run(torch.float64, steps if changing else [torch.cat(list(steps), 1)])
 
-    def feed(
-        self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
-    ) -> tuple[list[float], list[Finding]]:
-        layers, team = self.which(), self.team
+    def feed(self, dtype: torch.dtype, limit: float) -> Fed:
+        layers, team = self.compared, self.team
         recorder = Recorder()
-        whole = Pass(self.reference(wide, recorder), [self.prompt], layers)
+        whole = Pass(self.reference(dtype, recorder), [self.prompt], layers)
 
         def work(group: Group) -> tuple[float, list[Finding]]:
             plain = Pass(self.sharded(group, dtype), [self.prompt], layers)
-            replayer = Replayer(recorder.records, group.rank, limit, always=always)
+            replayer = Replayer(recorder.records, group.rank, limit)
             fed = Pass(self.sharded(group, dtype, replayer), [self.prompt], layers)
             for stage in whole.stages:
                 if group.rank == team.here[0]:  # once in a process
@@ -161,26 +130,6 @@ class DecoderBackend:
         findings = [finding for step in zip(*(rank[1] for rank in ranks), strict=True) for finding in step]
         return [rank[0] for rank in ranks], findings
 
-    def tables(self, dtype: torch.dtype) -> list[Finding]:
-        family = self.family
-
-        def work(group: Group) -> list[Finding]:
-            whole, mine = self.reference(dtype), self.sharded(group, dtype)
-            rows = min(mine.vocab_rows, family.vocab - mine.first_vocab)
-            tables = [(family.embed, mine.first_vocab, rows)]
-            if family.positions is not None:
-                tables.append((family.positions, 0, whole.store.matrix_shape(family.positions)[0]))
-            findings = []
-            for module, first, count in tables:
-                pairs = zip(
-                    whole.store.table(module, first, first + count), mine.store.table(module, 0, count), strict=True
-                )
-                apart = max((relative(rows, wanted) for wanted, rows in pairs), default=0.0)
-                findings.append(Finding(f"{mine.store.full(module)} (every row)", group.rank, apart))
-            return findings
-
-        return [finding for step in zip(*self.team.run(work), strict=True) for finding in step]
-
 
 class Pass:
     """A decoder on its way through the model, stage by stage, with one or several steps of tokens in each.
@@ -192,25 +141,22 @@ class Pass:
     def __init__(self, decoder: Decoder, steps: Sequence[Tensor], layers: Sequence[int]) -> None:
         self.decoder = decoder
         self.layers = layers
-        self.steps = steps
         self.cache = Cache()
-        ends = [sum(s.shape[1] for s in steps[: i + 1]) for i in range(len(steps))]
+        self.streams = list(steps)
+        ends = accumulate(ids.shape[1] for ids in steps)
         self.positions = [
-            torch.arange(end - s.shape[1], end, device=s.device) for s, end in zip(steps, ends, strict=True)
+            torch.arange(end - ids.shape[1], end, device=ids.device) for ids, end in zip(steps, ends, strict=True)
         ]
-        self.streams: list[Tensor] = []
 
     def advance(self, stage: int) -> None:
         """Run stage 0 (embedding), 1 … n (the layers), or n + 1 (head)."""
         if self.decoder.store.hold is not None:
             self.decoder.store.hold.clear()
+        pairs = zip(self.streams, self.positions, strict=True)
         if stage == 0:
-            pairs = zip(self.steps, self.positions, strict=True)
             self.streams = [self.decoder.embed(ids, at) for ids, at in pairs]
         elif stage <= len(self.layers):
-            i = self.layers[stage - 1]
-            pairs = zip(self.streams, self.positions, strict=True)
-            self.streams = [self.decoder.layer(i, x, at, self.cache) for x, at in pairs]
+            self.streams = [self.decoder.layer(self.layers[stage - 1], x, at, self.cache) for x, at in pairs]
         else:
             # Steps are joined: the head looks at each position alone. Under sequence parallelism they cannot be,
             # since each step was cut along the sequence for itself.

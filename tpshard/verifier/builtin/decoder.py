@@ -21,8 +21,7 @@ from tpshard.verifier.builtin.layers import (
     visible,
 )
 from tpshard.verifier.builtin.store import Store
-from tpshard.verifier.families.activations import ACTIVATIONS
-from tpshard.verifier.families.family import Family
+from tpshard.verifier.families.family import ACTIVATIONS, Family
 from tpshard.verifier.group import Group, slice_of
 from tpshard.verifier.ranks.weights import Weights
 
@@ -90,7 +89,6 @@ class Decoder:
         family: Family,
         weights: Weights,
         group: Group,
-        *,
         dtype: torch.dtype,
         device: torch.device,
         sequence_parallel: bool = False,
@@ -171,18 +169,16 @@ class Decoder:
         linear, store = self.store.linear, self.store
         return self.probe.module(store.full(module), lambda y: store.biased(module, linear(module, y)), x)
 
-    def _norm(self, module: str | None, x: Tensor) -> Tensor:
-        if module is None:
+    def _norm(self, norm: str | None, x: Tensor, at: str = "") -> Tensor:
+        """A norm of the layer `at`, or outside of layers; x where there is none."""
+        if norm is None:
             return x
-        return self.probe.module(self.store.full(module), lambda y: normalise(self.store, module, y), x)
+        return self.probe.module(self.store.full(at + norm), lambda y: normalise(self.store, at + norm, y), x)
 
     def layer(self, i: int, x: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """One transformer block on the stream."""
         family = self.family
         at = family.layer.format(i)
-
-        def named(norm: str | None) -> str | None:
-            return None if norm is None else at + norm
 
         def attention(y: Tensor) -> Tensor:
             name = self.store.full(at + family.attention)
@@ -192,15 +188,15 @@ class Decoder:
             return self.probe.module(self.store.full(at + family.mlp), lambda z: self.mlp(i, z), self._gather(y))
 
         if family.block == "post":
-            x = self._norm(named(family.attn_norm), x + attention(x))
-            return self._norm(named(family.mlp_norm), x + mlp(x))
-        normed = self._norm(named(family.attn_norm), x)
+            x = self._norm(family.attn_norm, x + attention(x), at)
+            return self._norm(family.mlp_norm, x + mlp(x), at)
+        normed = self._norm(family.attn_norm, x, at)
         if family.block == "parallel":
             attended = attention(normed)
-            return x + attended + mlp(normed if family.mlp_norm is None else self._norm(named(family.mlp_norm), x))
-        x = (normed if family.residual_after_norm else x) + self._norm(named(family.attn_out_norm), attention(normed))
-        normed = self._norm(named(family.mlp_norm), x)
-        return (normed if family.residual_after_norm else x) + self._norm(named(family.mlp_out_norm), mlp(normed))
+            return x + attended + mlp(normed if family.mlp_norm is None else self._norm(family.mlp_norm, x, at))
+        x = (normed if family.residual_after_norm else x) + self._norm(family.attn_out_norm, attention(normed), at)
+        normed = self._norm(family.mlp_norm, x, at)
+        return (normed if family.residual_after_norm else x) + self._norm(family.mlp_out_norm, mlp(normed), at)
 
     def attention(self, i: int, x: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Self-attention of layer i on the whole input; its sum over ranks."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from tpshard.errors import LocalIOError
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.memory import FILL, available
+from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.ranks.open import FileWeights, elements, needed
 from tpshard.verifier.report.verdict import layer_of
 
@@ -28,54 +27,45 @@ class Need:
 
         `sharing` processes use this device's memory at once.
         """
-        free = int(available(device) * FILL) // sharing
+        free = usable(device, sharing)
         stream = self.resident > free if stream is None else stream
-        if (self.streamed if stream else self.resident) > free:
-            raise LocalIOError(
-                "there is not enough memory for this",
-                expected=f"{self.streamed if stream else self.resident:,} bytes",
-                found=f"{free:,} bytes to use on {device}",
-                hint="free memory, or use another machine" if stream else "--stream needs less",
-            )
+        hint = "free memory, or use another machine" if stream else "--stream needs less"
+        require_memory(self.streamed if stream else self.resident, free, device, hint)
         return stream
 
 
 @dataclass(frozen=True)
-class StoredSize:
-    """The source, or the ranks that a process runs: stored bytes, elements, and how many of these are in layers."""
-
-    nbytes: int
-    elements: int
-    body: int
-
-
-@dataclass(frozen=True)
 class Load:
-    """What a process has to go through, of so many layers. `largest`: elements of the largest matrix."""
+    """What a process has to go through: stored bytes and elements of the source, and of the ranks that it runs.
 
-    source: StoredSize
-    shards: StoredSize
-    layers: int
+    `layer` is a layer of the source in bytes, `largest` its largest matrix in elements.
+    """
+
+    source_bytes: int
+    source_elements: int
+    rank_bytes: int
+    rank_elements: int
+    layer: int
     largest: int
 
 
-def load(source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int], here: range) -> Load:
-    """The load of the ranks `here`, of these layers."""
+def load(source: FileWeights, ranks: Sequence[FileWeights], layers: Collection[int]) -> Load:
+    """The load of these ranks, of these layers."""
+    names = needed(source, layers)
+    nbytes, total = _nbytes(source, names), elements(source, names)
+    body = elements(source, [name for name in names if layer_of(name) is not None])
     return Load(
-        source=_size([source], layers),
-        shards=_size([ranks[i] for i in here], layers),
-        layers=max(1, len(layers)),
-        largest=max(elements(source, [name]) for name in needed(source, layers)),
+        source_bytes=nbytes,
+        source_elements=total,
+        rank_bytes=sum(_nbytes(rank, needed(rank, layers)) for rank in ranks),
+        rank_elements=sum(elements(rank, needed(rank, layers)) for rank in ranks),
+        layer=nbytes * body // max(1, total) // max(1, len(layers)),
+        largest=max(elements(source, [name]) for name in names),
     )
 
 
-def _size(files: Sequence[FileWeights], layers: Collection[int]) -> StoredSize:
-    named = [(weights, name) for weights in files for name in needed(weights, layers)]
-    return StoredSize(
-        nbytes=sum(weights.infos[name].nbytes for weights, name in named),
-        elements=sum(elements(weights, [name]) for weights, name in named),
-        body=sum(elements(weights, [name]) for weights, name in named if layer_of(name) is not None),
-    )
+def _nbytes(weights: FileWeights, names: Iterable[str]) -> int:
+    return sum(weights.infos[name].nbytes for name in names)
 
 
 def estimate(
@@ -89,14 +79,12 @@ def estimate(
     # The native criteria take eight temporaries of the size of all logits, whatever the number of ranks.
     logits = 8 * positions * family.vocab * (here + 8)
     # Streaming keeps a layer of one side in the checkpoint's dtype for decoding, and records its activations.
-    source = load.source
-    layer = source.nbytes * source.body // max(1, source.elements) // load.layers if native else 0
-    streamed = 8 * BLOCK_BYTES + layer + logits
+    streamed = 8 * BLOCK_BYTES + (load.layer if native else 0) + logits
     if apart:
-        return Need(load.shards.nbytes + 16 * load.largest + streamed, streamed)
+        return Need(2 * load.rank_bytes + 16 * load.largest + streamed, streamed)
+    stored = load.source_bytes + load.rank_bytes
     if not widened:
-        return Need(load.source.nbytes + load.shards.nbytes + 16 * load.largest + logits, streamed)
-    kept = 8 * (load.source.elements + load.shards.elements)
-    if native:
-        kept = max(kept, 8 * load.source.elements + load.source.nbytes + load.shards.nbytes)
-    return Need(kept + logits, streamed)
+        return Need(stored + load.rank_bytes + 16 * load.largest + logits, streamed)
+    kept = 8 * (load.source_elements + load.rank_elements)
+    # Native keeps the ranks twice: what they hold, and the source cut for them.
+    return Need((max(kept, 8 * load.source_elements + stored + load.rank_bytes) if native else kept) + logits, streamed)

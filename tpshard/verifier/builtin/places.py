@@ -33,9 +33,6 @@ class DecoderPlaces:
     def _at(self, module: str | None) -> tuple[str, ...]:
         return () if module is None else (self.family.layer.format(self.layer) + module,)
 
-    def _name(self, module: str, suffix: str = "weight") -> str:
-        return f"{self.stores[0].full(module)}.{suffix}"
-
     def _modules(self, role: str, bias: bool) -> tuple[str | None, ...]:
         family = self.family
         outside = {"embed": family.embed, "positions": family.positions, "final_norm": family.final_norm}
@@ -47,11 +44,11 @@ class DecoderPlaces:
 
     def tensors(self, role: str, *, bias: bool = False) -> list[str]:
         suffix = "bias" if bias else "weight"
-        found = [self._name(module, suffix) for module in self._modules(role, bias) if module is not None]
+        found = [self.stores[0].name(module, suffix) for module in self._modules(role, bias) if module is not None]
         return [name for name in found if name in self.names]
 
     def axis(self, role: str, name: str) -> int:
-        turned = any(self._name(module) == name for module in self.stores[0].transposed)
+        turned = any(self.stores[0].name(module) == name for module in self.stores[0].transposed)
         return int((role in ("out", "down")) is not turned)
 
     def heads(self, rank: int) -> list[list[Stretch]]:
@@ -62,7 +59,11 @@ class DecoderPlaces:
     def _stored(self) -> list[bool]:
         """Whether there is a weight (False), and a bias (True), of q."""
         modules = self._at(self.family.qkv[0])
-        return [bias for bias in (False, True) if self._name(modules[0], "bias" if bias else "weight") in self.names]
+        return [
+            bias
+            for bias in (False, True)
+            if self.stores[0].name(modules[0], "bias" if bias else "weight") in self.names
+        ]
 
     def part(self, rank: int, kind: str, *, bias: bool = False) -> list[Stretch]:
         """The rows of each head."""
@@ -78,7 +79,7 @@ class DecoderPlaces:
                 group, within = divmod(head, per) if kind == "q" else (head, per + "kv".index(kind))
                 first = group * (per + 2) + within
             (module,) = self._at(module)
-            name = self._name(module, "bias" if bias else "weight")
+            name = self.stores[0].name(module, "bias" if bias else "weight")
             dim = int(not bias and module in self.stores[0].transposed)
             if name in self.names:
                 found.append(Stretch(name, dim, slice(first * d, (first + 1) * d)))

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tpshard.errors import CorruptError, UsageError
-from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, LoadRank, OpenedSet
+from tpshard.errors import UnsupportedError
+from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet, Reference
 from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
+from tpshard.verifier.criteria import no_tf32
 from tpshard.verifier.families.configs import describe
-from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Processes
-from tpshard.verifier.options import Say, VerifyOptions
-from tpshard.verifier.progress import Progress, steps_of
-from tpshard.verifier.prompt import another_model, chosen_layers, prompt_ids, prompt_of, require_one_each
-from tpshard.verifier.ranks.open import (
-    FileWeights,
-    RankSet,
-    needed,
-    not_finite,
-    open_shards,
-    open_source,
-    parameters,
-    resident,
-)
+from tpshard.verifier.options import VerifyOptions
+from tpshard.verifier.prompt import decide, prompt_ids, require_finite
+from tpshard.verifier.ranks.open import FileWeights, RankSet, needed, open_shards, open_source, parameters, resident
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Weights, move, replaced
 from tpshard.verifier.report.verdict import Tier
@@ -43,35 +34,23 @@ TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
 
 
-def _finite(weights: FileWeights, layers: Sequence[int]) -> None:
-    bad = not_finite(weights, needed(weights, layers))
-    if bad is not None:
-        raise CorruptError("a weight is NaN or infinite", tensor=bad[0], path=bad[1])
-
-
-def _room(family: Family, source: Weights, length: int, tokens: int) -> int:
-    """How many of `tokens` fit after a prompt of `length`, in a model with learned positions."""
-    if family.positions is None:
-        return tokens
-    store = Store(source, family, torch.float64, torch.device("cpu"))
-    positions = store.matrix_shape(family.positions)[0] - family.position_offset
-    if length > positions:
-        raise UsageError("the prompt is longer than the model's positions", expected=positions, found=length)
-    return min(tokens, positions - length)
+# The norms and rotary tables of transformers' models are float32 inside a float64 model, which is 2e-7 off.
+TRANSFORMERS_LIMIT = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
     """Shards and source, opened and found to be of one model, and all that was decided before a number is computed."""
 
-    opened: RankSet
+    opened: OpenedSet
+    options: VerifyOptions
     setup: DecoderBackend
     load: Load
     tokens: int
-    seed: int
-    float32: bool
     taught: bool = True
     """Whether the tokens to decode are the reference's own choices, else they come from the seed."""
+    decoded: list[Tensor] = field(default_factory=list)
+    """The steps of tokens, once they are chosen."""
 
 
 def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
@@ -82,37 +61,30 @@ def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, 
 
 def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     """Find out whether shards and source are of one model, and decide prompt, layers and tokens."""
-    found, weights, team = opened.shards, opened.source, opened.team
-    family = describe(opened.config)
-    if describe(found.config) != family:
-        raise another_model(found, family.model_type)
-    require_one_each(found, team)
-    ids = prompt_of(opened.prompt, family.vocab, options.seed)
-    setup = DecoderBackend(
-        family=family,
-        source=weights,
-        ranks=found.ranks,
-        team=team,
-        prompt=ids.to(opened.device),
-        device=opened.device,
-        layers=chosen_layers(options.layers, family.layers),
-        sequence_parallel=options.sequence_parallel,
+    shards, source, team = opened.shards, opened.source, opened.team
+    family, positions = describe(opened.config), None
+    if family.positions is not None:
+        store = Store(source, family, torch.float64, torch.device("cpu"))
+        positions = store.matrix_shape(family.positions)[0] - family.position_offset
+    ids, layers, tokens = decide(
+        opened,
+        options,
+        model_type=family.model_type,
+        same=describe(shards.config) == family,
+        vocab=family.vocab,
+        layers=family.layers,
+        positions=positions,
     )
-    return Case(
-        opened=found,
-        setup=setup,
-        load=load(weights, found.ranks, setup.which(), team.here),
-        tokens=_room(family, weights, ids.shape[1], options.tokens),
-        seed=options.seed,
-        float32=options.float32,
-    )
+    parallel = options.sequence_parallel
+    setup = DecoderBackend(source, shards.ranks, team, ids, opened.device, family, layers, sequence_parallel=parallel)
+    size = load(source, [shards.ranks[rank] for rank in team.here], setup.compared)
+    return Case(opened, options, setup, size, tokens)
 
 
-def choose(case: Case, opened: OpenedSet, options: VerifyOptions) -> Case:
+def choose(case: Case) -> Case:
     """Decide what is kept in memory, the same on all ranks, and say how much that is."""
-    setup = case.setup
-    team, where, source = setup.team, setup.device, setup.source
-    assert isinstance(source, FileWeights)
+    setup, opened, options = case.setup, case.opened, case.options
+    team, where = setup.team, setup.device
     apart = isinstance(team, Processes)
     batch, length = setup.prompt.shape
     need = estimate(
@@ -128,65 +100,46 @@ def choose(case: Case, opened: OpenedSet, options: VerifyOptions) -> Case:
     amount = need.streamed if streamed else need.resident
     how = "streaming all weights" if streamed else "keeping the shards" if apart else "keeping all weights"
     opened.say(f"{how}: about {amount / 1e9:.1f} GB of memory on {where.type} in each process (an estimate)")
-    setup = replace(
-        setup,
-        block_bytes=BLOCK_BYTES if streamed or apart else None,
-        keep_ranks=apart and not streamed,
-    )
-    taught = (not streamed and not apart) or case.load.source.nbytes <= TAUGHT_BYTES
+    setup = replace(setup, block_bytes=BLOCK_BYTES if streamed or apart else None, keep_ranks=apart and not streamed)
+    taught = (not streamed and not apart) or case.load.source_bytes <= TAUGHT_BYTES
     return replace(case, setup=setup, taught=taught)
 
 
-def all_finite(case: Case) -> None:
-    """The source is looked at by rank 0 alone, shards by the process that runs them."""
-    setup = case.setup
-    here = setup.team.here
-    if 0 in here:
-        assert isinstance(setup.source, FileWeights)
-        _finite(setup.source, setup.which())
-    for rank in here:
-        _finite(case.opened.ranks[rank], setup.which())
+def _kept(case: Case, weights: FileWeights, dtype: torch.dtype | None) -> Weights:
+    return resident(weights, dtype, case.setup.device, needed(weights, case.setup.compared))
 
 
-def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None, load_rank: LoadRank | None) -> Weights:
-    """A rank's weights in memory on the device; by the caller's loader on a GPU, where that saves a copy."""
-    weights, setup = case.opened.ranks[rank], case.setup
-    names = needed(weights, setup.which())
-    loaded = None
+def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None) -> Weights:
+    opened, device = case.opened, case.setup.device
+    weights, loaded = opened.shards.ranks[rank], None
     # The loader takes whole files as they are, so not when some layers are enough, nor under an engine's names.
-    native = case.opened.format == "native"
-    if load_rank is not None and native and setup.device.type == "cuda" and setup.layers is None:
-        loaded = load_rank(rank, setup.device)
+    whole = opened.shards.format == "native" and case.setup.layers is None
+    if opened.load_rank is not None and whole and device.type == "cuda":
+        loaded = opened.load_rank(rank, device)
     if loaded is None:
-        return resident(weights, dtype, setup.device, names)
-    return replaced(weights, {name: move(loaded[name], setup.device, dtype) for name in names})
+        return _kept(case, weights, dtype)
+    names = needed(weights, case.setup.compared)
+    return replaced(weights, {name: move(loaded[name], device, dtype) for name in names})
 
 
-def keep(case: Case, load_rank: LoadRank | None) -> Case:
+def keep(case: Case) -> Case:
     """The rank of this process loaded as it is stored, the others left in their files."""
-    here = case.setup.team.here
-    ranks = [_kept_rank(case, r, None, load_rank) if r in here else w for r, w in enumerate(case.setup.ranks)]
-    return replace(case, setup=replace(case.setup, ranks=ranks))
-
-
-def all_kept(case: Case, dtype: torch.dtype, load_rank: LoadRank | None) -> DecoderBackend:
-    """Source and all ranks in memory: in `dtype` on a CPU, as stored on a GPU, where widening them costs nothing."""
     setup = case.setup
-    source = setup.source
-    assert isinstance(source, FileWeights)
+    ranks = [_kept_rank(case, r, None) if r in setup.team.here else w for r, w in enumerate(setup.ranks)]
+    return replace(case, setup=setup.with_ranks(ranks))
+
+
+def all_kept(case: Case, setup: DecoderBackend, dtype: torch.dtype) -> DecoderBackend:
+    """Source and all ranks in memory: in `dtype` on a CPU, as stored on a GPU, where widening them costs nothing."""
     held = None if setup.device.type == "cuda" else dtype
-    return replace(
-        setup,
-        source=resident(source, held, setup.device, needed(source, setup.which())),
-        ranks=[_kept_rank(case, rank, held, load_rank) for rank in setup.team.here],
-    )
+    ranks = [_kept_rank(case, rank, held) for rank in setup.team.here]
+    return replace(setup, source=_kept(case, case.opened.source, held), ranks=ranks)
 
 
 def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     """Decide prompt, layers, tokens and what is kept in memory, the same on all ranks."""
-    team = opened.team
-    case = team.together(lambda: prepare(opened, options))
-    case = team.together(lambda: choose(case, opened, options))
+    case = opened.team.together(lambda: prepare(opened, options))
+    case = opened.team.together(lambda: choose(case))
     setup = case.setup
     return EngineRun(
         engine="tpshard",
@@ -194,58 +147,83 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         prompt_tokens=setup.prompt.numel(),
         tokens=case.tokens,
         layers=setup.layers,
-        begin=lambda: _begin(case, opened, options),
+        begin=lambda: _begin(case),
         streamed=setup.block_bytes is not None and not setup.keep_ranks,
         settings={"tokens_from": "the reference" if case.taught else "the seed"},
     )
 
 
-def _begin(case: Case, opened: OpenedSet, options: VerifyOptions) -> Mapping[str, JudgeTier]:
-    team = opened.team
-    team.together(lambda: all_finite(case))
-    kept = team.together(lambda: keep(case, opened.load_rank)) if case.setup.keep_ranks else case
+def _begin(case: Case) -> Mapping[str, JudgeTier]:
+    opened, team = case.opened, case.opened.team
+    team.together(lambda: require_finite(opened, lambda weights: needed(weights, case.setup.compared)))
+    kept = team.together(lambda: keep(case)) if case.setup.keep_ranks else case
     judges: dict[str, JudgeTier] = {
-        name: partial(judge, _counting(kept, name, opened.say), opened.load_rank)
+        name: partial(judge, kept, kept.setup.counting(name, opened.say))
         for name, judge in (("exact", _exact), ("native", _native))
-        if name in options.computed
+        if name in case.options.computed
     }
-    if "weights" in options.computed:
-        judges = {"weights": partial(judge_weights, case.setup, options.allow_not_run, opened.say), **judges}
-    if options.reference == "transformers":
-        from tpshard.verifier.builtin.against_transformers import against_transformers
-
+    if "weights" in case.options.computed:
+        judges = {"weights": partial(judge_weights, case.setup, case.options.allow_not_run, opened.say), **judges}
+    if case.options.reference == "transformers":
         judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
     return judges
 
 
-def _counting(case: Case, tier: str, say: Say) -> Case:
-    """The case, whose progress in a tier is told."""
-    setup = case.setup
-    progress = Progress(f"{tier} tier", steps_of(tier, len(setup.which()), len(setup.team.here)), say)
-    return replace(case, setup=replace(setup, progress=progress))
-
-
-def _exact(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
-    dtype = torch.float32 if case.float32 else torch.float64
-    setup = case.setup if case.setup.block_bytes is not None else all_kept(case, dtype, load_rank)
-    return exact(setup, float32=case.float32), partial(exact_canaries, setup, float32=case.float32)
-
-
-def _native(case: Case, load_rank: LoadRank | None) -> tuple[Tier, Canaries]:
-    setup, weights = case.setup, case.opened.ranks[0]
-    dtype = Counter(weights.dtype(name) for name in parameters(weights)).most_common(1)[0][0]
+def _exact(case: Case, setup: DecoderBackend) -> tuple[Tier, Canaries]:
+    float32 = case.options.float32
     if setup.block_bytes is None:
-        source = setup.source
-        assert isinstance(source, FileWeights)
-        setup = all_kept(case, dtype, load_rank)
-        if setup.device.type == "cpu":
-            wide = resident(source, torch.float64, setup.device, needed(source, setup.which()))
-            setup = replace(setup, wide=wide)
-    if case.taught:
+        setup = all_kept(case, setup, torch.float32 if float32 else torch.float64)
+    return exact(setup, _steps(case, setup), float32=float32), partial(exact_canaries, setup, float32=float32)
+
+
+def _steps(case: Case, setup: DecoderBackend) -> list[Tensor]:
+    """The prompt and the tokens after it, as steps; chosen once."""
+    if not case.decoded and case.taught:
         # One process chooses: on another kind of GPU, logits that are nearly equal may change places.
         chosen = setup.team.once(lambda: [step.tolist() for step in setup.teacher_tokens(case.tokens)])
-        steps = [torch.tensor(step, device=setup.device) for step in chosen]
-    else:
-        more = prompt_ids(setup.family.vocab, case.seed + 1, len(setup.prompt), max(case.tokens, 1))
-        steps = [setup.prompt, *(more[:, i : i + 1].to(setup.device) for i in range(case.tokens))]
-    return native(setup, dtype, steps, setup.run_wide(steps)), partial(native_canaries, setup, dtype)
+        case.decoded.extend(torch.tensor(step, device=setup.device) for step in chosen)
+    elif not case.decoded:
+        more = prompt_ids(setup.family.vocab, case.options.seed + 1, len(setup.prompt), max(case.tokens, 1))
+        case.decoded.extend((setup.prompt, *(more[:, i : i + 1].to(setup.device) for i in range(case.tokens))))
+    return case.decoded
+
+
+def _native(case: Case, setup: DecoderBackend) -> tuple[Tier, Canaries | None]:
+    weights = case.opened.shards.ranks[0]
+    dtype = Counter(weights.dtype(name) for name in parameters(weights)).most_common(1)[0][0]
+    if setup.block_bytes is None:
+        source, cpu = case.opened.source, setup.device.type == "cpu"
+        kept, wide = (_kept(case, source, each if cpu else None) for each in (dtype, torch.float64))
+        setup = replace(setup, source=kept, wide=wide if cpu else None)
+    steps = _steps(case, setup)
+    tier = native(setup, dtype, steps, setup.run_wide(steps))
+    return tier, partial(native_canaries, setup, dtype) if len(setup.ranks) > 1 else None
+
+
+def against_transformers(setup: DecoderBackend, source: Path) -> Tier:
+    """Logits of the sharded model in float64 against those of transformers' model of the source."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UnsupportedError("this needs transformers", hint="pip install transformers") from None
+    if setup.layers is not None:
+        return Tier("transformers", "inconclusive", reason="transformers runs all layers, and --layers asks for some")
+    # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.
+    attention = "eager" if setup.family.softcap is not None else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float64, attn_implementation=attention, local_files_only=True
+    )
+    model.train(False).to(setup.device)
+    with no_tf32(), torch.no_grad():
+        wanted = model(setup.prompt).logits
+        errors = setup.errors(torch.float64, Reference(wanted))
+    failed = max(errors) > TRANSFORMERS_LIMIT
+    return Tier(
+        name="transformers",
+        status="fail" if failed else "pass",
+        thresholds={"relative_error": TRANSFORMERS_LIMIT},
+        metrics={"relative_error": max(errors)},
+        reason=f"the logits differ from transformers' by {max(errors):.1e} (limit {TRANSFORMERS_LIMIT:.0e})"
+        if failed
+        else None,
+    )

@@ -47,14 +47,12 @@ class Replayer(Probe):
     """Feeds every module the reference's input and compares its output, and for those above `limit`, what is inside.
 
     What is inside belongs to this rank alone (its heads, its features, its summand), so it tells whose fault it is.
-    With `always` it is looked at in every module: a sum over ranks is right also where they are in the wrong order.
     """
 
-    def __init__(self, records: Mapping[str, Record], rank: int, limit: float, *, always: bool = False) -> None:
+    def __init__(self, records: Mapping[str, Record], rank: int, limit: float) -> None:
         self.records = records
         self.rank = rank
         self.limit = limit
-        self.always = always
         self.findings: list[Finding] = []
         self.inside: list[tuple[str, Callable[[Record], float]]] = []
 
@@ -64,7 +62,7 @@ class Replayer(Probe):
         y = work(record.input.to(x.dtype) if record.input.is_floating_point() else record.input)
         error = relative(y, record.output)
         culprit = None
-        if self.always or error > self.limit:
+        if error > self.limit:
             culprit = next((what for what, judge in self.inside if judge(record) > self.limit), None)
         self.findings.append(Finding(name, self.rank, error, culprit))
         return y

@@ -55,6 +55,10 @@ class Store:
         """A module's stored name, base prefix included."""
         return module if module in self.family.heads_names else self.prefix + module
 
+    def name(self, module: str, suffix: str = "weight") -> str:
+        """The stored name of a module's parameter."""
+        return f"{self.full(module)}.{suffix}"
+
     def head(self) -> str:
         """The module that makes the logits: its own if one is stored, else the embedding (tied)."""
         stored = (name for name in self.family.heads_names if f"{name}.weight" in self.weights.names())
@@ -65,7 +69,7 @@ class Store:
 
     def matrix_shape(self, module: str) -> tuple[int, int]:
         """A weight's stored sizes as (out, in)."""
-        name = f"{self.full(module)}.weight"
+        name = self.name(module)
         if name not in self.weights.names():
             raise self.missing(name)
         shape = self.weights.shape(name)
@@ -82,7 +86,7 @@ class Store:
         rows = sum(self.matrix_shape(at + name)[0] for name in family.qkv)
         kv_rows = rows - q_in
         if q_in % family.head_dim or kv_rows < 0 or kv_rows % (2 * family.head_dim):
-            name = self.full(at + family.qkv[0]) + ".weight"
+            name = self.name(at + family.qkv[0])
             raise DifferentError(
                 f"rank {self.rank}: {name} does not hold whole heads that fit {family.out}",
                 tensor=name,
@@ -93,7 +97,7 @@ class Store:
 
     def vector(self, module: str, suffix: str = "weight") -> Tensor | None:
         """A parameter as it is stored, or None when there is none of that name."""
-        name = f"{self.full(module)}.{suffix}"
+        name = self.name(module, suffix)
         if name not in self.weights.names():
             return None
         if self.hold is not None and name in self.hold:
@@ -124,35 +128,27 @@ class Store:
         """x W^T, without a bias."""
         if self.block_bytes is None or (self.hold is not None and module != self.head()):
             return F.linear(x, self.matrix(module))
-        blocks = self._blocks(module)
+        rows, width = self.weights.shape(self.name(module))
+        step = max(1, self.block_bytes // (max(1, width) * self.dtype.itemsize))
+        blocks = self.table(module, 0, rows, step)
         if module in self.transposed:
-            total = x.new_zeros((*x.shape[:-1], self.matrix_shape(module)[0]))
-            for start, block in blocks:
+            total = x.new_zeros((*x.shape[:-1], width))
+            for start, block in zip(range(0, rows, step), blocks, strict=True):
                 total += x[..., start : start + len(block)] @ block
             return total
-        return torch.cat([F.linear(x, block) for _, block in blocks], -1)
-
-    def _blocks(self, module: str) -> Iterator[tuple[int, Tensor]]:
-        assert self.block_bytes is not None
-        name = f"{self.full(module)}.weight"
-        rows, width = self.weights.shape(name)
-        step = max(1, self.block_bytes // (max(1, width) * self.dtype.itemsize))
-        for start in range(0, rows, step):
-            block = self.weights.rows(name, start, min(start + step, rows))
-            yield start, move(block, self.device, self.dtype)
+        return torch.cat([F.linear(x, block) for block in blocks], -1)
 
     def table(self, module: str, start: int, stop: int, step: int = 1024) -> Iterator[Tensor]:
-        """Rows of an embedding from `start` to `stop`, `step` at a time."""
-        name = f"{self.full(module)}.weight"
+        """Stored rows of a matrix from `start` to `stop`, `step` at a time."""
         for at in range(start, stop, step):
-            yield move(self.weights.rows(name, at, min(at + step, stop)), self.device, self.dtype)
+            rows = self.weights.rows(self.name(module), at, min(at + step, stop))
+            yield move(rows, self.device, self.dtype)
 
     def look_up(self, module: str, ids: Tensor) -> Tensor:
         """Rows of an embedding [*ids.shape, width]; every id must be one of this rank's rows."""
         if self.block_bytes is None:
             return F.embedding(ids, self.matrix(module))
-        name = f"{self.full(module)}.weight"
-        wanted = sorted(set(ids.flatten().tolist()))
+        name, wanted = self.name(module), sorted(set(ids.flatten().tolist()))
         rows = torch.cat([self.weights.rows(name, i, i + 1) for i in wanted])
         where = torch.searchsorted(torch.tensor(wanted, device=ids.device), ids)
         return move(rows, self.device, self.dtype)[where]

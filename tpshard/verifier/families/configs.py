@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.verifier.families.activations import ACTIVATIONS
 from tpshard.verifier.families.config import Config
-from tpshard.verifier.families.family import Family
+from tpshard.verifier.families.family import ACTIVATIONS, Family
 from tpshard.verifier.families.gpt_like import bloom, falcon, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, opt
 from tpshard.verifier.families.llama_like import gemma2, internlm2, llama, mistral, qwen
 

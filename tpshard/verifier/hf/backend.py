@@ -3,96 +3,78 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tpshard.verifier.backend import Reference
+from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.criteria import CHOICE, relative
 from tpshard.verifier.elements import Parameter
-from tpshard.verifier.group import Group, Processes, Single, Threads
+from tpshard.verifier.group import Group, Single
 from tpshard.verifier.hf.overrides import Pinned
-from tpshard.verifier.hf.parallel import connect, is_experts
+from tpshard.verifier.hf.parallel import Link, connect, is_experts
 from tpshard.verifier.hf.partition import parameters
 from tpshard.verifier.hf.places import StoredPlaces
 from tpshard.verifier.hf.probes import Feeder, ModuleRecorder, blocks, every_expert
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import Frame, RankShares, fill, skeleton, skip_layers
-from tpshard.verifier.progress import Progress
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding, layer_of
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
-class TransformersBackend:
+class TransformersBackend(Backend):
     """Both sides of a comparison, from which models are built."""
 
     frame: Frame
-    source: Weights
-    ranks: Sequence[Weights]
-    team: Threads | Processes
-    prompt: Tensor
-    device: torch.device
-    progress: Progress = field(default_factory=lambda: Progress("", 1))
+
+    @property
+    def compared(self) -> tuple[int, ...]:
+        return self.frame.layers
+
+    def _side(self, weights: Weights, dtype: torch.dtype, cuts: Mapping[str, RankShares], rank: int | None) -> Side:
+        """The unsharded model, or a rank's with its collectives."""
+        model = skeleton(self.frame.config, dtype, self.device)
+        fill(model, self.frame, weights, dtype, self.device, rank)
+        link = Link() if rank is None else connect(model, self.frame.config, cuts, rank)
+        skip_layers(model, self.frame.layers)
+        return Side(model, dtype, cuts, rank, link, partial(self.progress.step, len(self.frame.layers) + 2))
 
     def reference(self, dtype: torch.dtype) -> Side:
         """The unsharded model."""
-        model = skeleton(self.frame.config, dtype, self.device)
-        fill(model, self.frame, self.source, dtype, self.device)
-        skip_layers(model, self.frame.layers)
-        return Side(model, dtype, {}, progress=self._pass)
-
-    def _pass(self) -> None:
-        """Count a pass of one side."""
-        self.progress.step(len(self.frame.layers) + 2)
+        return self._side(self.source, dtype, {}, None)
 
     def cuts(self) -> dict[str, RankShares]:
         return self.frame.cuts(self.source, self.ranks)
 
-    def sharded(self, rank: int, dtype: torch.dtype, cuts: Mapping[str, RankShares]) -> Side:
-        """One rank's model, with its collectives."""
-        model = skeleton(self.frame.config, dtype, self.device)
-        fill(model, self.frame, self.ranks[rank], dtype, self.device, rank)
-        link = connect(model, self.frame.config, cuts, rank)
-        skip_layers(model, self.frame.layers)
-        return Side(model, dtype, cuts, rank, link, self._pass)
-
     def here(self, dtype: torch.dtype) -> dict[int, Side]:
         """The models of the ranks that this process runs."""
         cuts = self.cuts()
-        return {rank: self.sharded(rank, dtype, cuts) for rank in self.team.here}
+        return {rank: self._side(self.ranks[rank], dtype, cuts, rank) for rank in self.team.here}
 
-    @property
-    def steps(self) -> list[Tensor]:
-        return [self.prompt]
-
-    def with_ranks(self, ranks: Sequence[Weights]) -> TransformersBackend:
-        return replace(self, ranks=ranks)
-
-    def with_layers(self, count: int) -> TransformersBackend:
+    def with_layers(self, count: int) -> Self:
         """Of its layers, the first of those that hold the most tensors: experts, say."""
         counts = Counter(layer_of(key) for key in self.frame.shapes)
         return self.only(*sorted(self.frame.layers, key=lambda layer: -counts[layer])[:count])
 
-    def only(self, *layers: int) -> TransformersBackend:
+    def only(self, *layers: int) -> Self:
         """The same with these layers alone."""
         return replace(self, frame=replace(self.frame, layers=layers))
 
-    def alone(self) -> TransformersBackend:
-        return replace(self, ranks=[self.source], team=Threads(1))
+    @property
+    def keeps(self) -> None:
+        """Nowhere: each run builds its models."""
 
     def parameters(self) -> Iterator[Parameter]:
         return parameters(self.frame, self.source, self.ranks)
 
     def places(self, layer: int | None = None) -> StoredPlaces:
-        names = sorted({name for recipe in self.frame.recipes(self.source).values() for name in recipe.stored})
         at = self.frame.layers[0] if layer is None else layer
-        return StoredPlaces(self.frame.config, self.source, self.ranks, at, names)
+        return StoredPlaces(self.frame.config, self.source, self.ranks, at, self.frame.stored(self.source))
 
     def run(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any = None) -> Reference:
         pins = Pinned(None if choices is None else choices.made)
@@ -105,9 +87,7 @@ class TransformersBackend:
         logits = self.reference(torch.float64).run(Single(), steps, pins, more=tokens)
         return steps, Reference(logits, pins)
 
-    def run_ranks(
-        self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Callable[[Tensor], T]
-    ) -> list[T]:
+    def run_ranks(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Judge[T]) -> list[T]:
         models = self.here(dtype)
         return self.team.run(lambda group: judge(models[group.rank].run(group, list(steps), Pinned(choices.made))))
 
@@ -122,10 +102,8 @@ class TransformersBackend:
 
         return self.team.run(work)
 
-    def feed(
-        self, dtype: torch.dtype, limit: float, *, wide: torch.dtype, always: bool = False
-    ) -> tuple[list[float], list[Finding]]:
-        whole, models = self.reference(wide), self.here(dtype)
+    def feed(self, dtype: torch.dtype, limit: float) -> Fed:
+        whole, models = self.reference(dtype), self.here(dtype)
         names = blocks(whole, self.frame.layers)
         recorder, pins = ModuleRecorder(whole, names), Pinned()
         with recorder.looking():
@@ -137,7 +115,7 @@ class TransformersBackend:
 
         def work(group: Group) -> list[Finding]:
             side, mine = models[group.rank], Pinned(pins.made)
-            feeder = Feeder(whole, recorder.records, side, names, limit, always)
+            feeder = Feeder(whole, recorder.records, side, names, limit)
             with feeder.looking():
                 side.run(group, [self.prompt], mine)
             differences = mine.differences(pins, side.routers)
@@ -146,29 +124,7 @@ class TransformersBackend:
             return [*feeder.findings, *chosen, *more]
 
         errors = self._errors(models, pins, wanted)
-        findings = [finding for step in zip(*self.team.run(work), strict=True) for finding in step]
-        return errors, findings
-
-    def tables(self, dtype: torch.dtype) -> list[Finding]:
-        model, cuts, source = (
-            skeleton(self.frame.config, dtype, self.device),
-            self.cuts(),
-            self.frame.recipes(self.source),
-        )
-        keys = {name: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-
-        def work(group: Group) -> list[Finding]:
-            mine, found = self.ranks[group.rank], []
-            recipes = self.frame.recipes(mine)
-            for name, key in keys.items():
-                if key in source:
-                    first = cuts[key].first(group.rank) if key in cuts else 0
-                    rows = recipes[key].tensor(mine).to(self.device).to(dtype)
-                    wanted = source[key].tensor(self.source)[first : first + len(rows)].to(self.device).to(dtype)
-                    found.append(Finding(f"{name} (every row)", group.rank, relative(rows[: len(wanted)], wanted)))
-            return found
-
-        return [finding for step in zip(*self.team.run(work), strict=True) for finding in step]
+        return errors, self.findings(work)
 
 
 def _experts(side: Side, group: Group, name: str, args: tuple[Tensor, ...], wanted: Tensor) -> Finding:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,19 +98,29 @@ def _kv(
     return RankShares(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
 
 
-def linear_attentions(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of linear attention by a gated delta rule, by name."""
-    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("GatedDeltaNet")}
+def tell_mixers(model: nn.Module, cuts: Mapping[str, RankShares], rank: int) -> None:
+    """Set the numbers that linear attention by a gated delta rule reads, and those that a Mamba 2 mixer reads.
 
-
-def tell_linear(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
-    """Set the numbers of heads and features that a module of linear attention reads.
-
-    DifferentError where a rank does not hold whole key heads with all of their value heads.
+    Mixers are told by these numbers: every family names its class anew. DifferentError where a rank holds no whole
+    heads, or heads without what they read.
     """
-    if f"{name}.out_proj.weight" not in cuts:
-        return
-    conv, *numbers = (_held(cuts.get(f"{name}.{leaf}"), rank) for leaf in ("conv1d.weight", *LINEAR_NUMBERS))
+    for name, module in model.named_modules():
+        if f"{name}.out_proj.weight" not in cuts:
+            continue
+        if type(module).__name__.endswith("GatedDeltaNet"):
+            _tell_linear(name, module, cuts, rank)
+        elif all(hasattr(module, leaf) for leaf in ("num_heads", "n_groups", "ssm_state_size", "conv_dim")):
+            _tell_mixer(name, module, cuts, rank)
+
+
+def _held(name: str, leaves: Sequence[str], cuts: Mapping[str, RankShares], rank: int) -> list[int | None]:
+    """How much a rank has of a module's parameters; None of those that are not cut."""
+    found = (cuts.get(f"{name}.{leaf}") for leaf in leaves)
+    return [None if cut is None else cut.sizes[rank] for cut in found]
+
+
+def _tell_linear(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
+    conv, *numbers = _held(name, ("conv1d.weight", *LINEAR_NUMBERS), cuts, rank)
     each, v = module.num_v_heads // module.num_k_heads, numbers[0] or 0
     k = v // each
     wide = 2 * k * module.head_k_dim + v * module.head_v_dim
@@ -125,22 +135,8 @@ def tell_linear(name: str, module: Any, cuts: Mapping[str, RankShares], rank: in
     module.key_dim, module.value_dim = k * module.head_k_dim, v * module.head_v_dim
 
 
-def mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of Mamba 2, by name, told by the numbers that they read: every family names its class anew."""
-    read = ("num_heads", "n_groups", "ssm_state_size", "conv_dim")
-    return {name: module for name, module in model.named_modules() if all(hasattr(module, leaf) for leaf in read)}
-
-
-def tell_mixer(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
-    """Set the numbers of heads, groups and features that a mixer reads.
-
-    DifferentError where a rank does not hold whole heads, or heads without the groups that they read.
-    """
-    if f"{name}.out_proj.weight" not in cuts:
-        return
-    conv, rows, *numbers = (
-        _held(cuts.get(f"{name}.{leaf}"), rank) for leaf in ("conv1d.weight", "in_proj.weight", *MIXER_NUMBERS)
-    )
+def _tell_mixer(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
+    conv, rows, *numbers = _held(name, ("conv1d.weight", "in_proj.weight", *MIXER_NUMBERS), cuts, rank)
     each, h = module.num_heads // module.n_groups, numbers[0] or 0
     first = sum(cuts[f"{name}.A_log"].sizes[:rank]) if h else 0
     g = (first + h - 1) // each - first // each + 1 if h else 0
@@ -175,15 +171,10 @@ def _cut_buffers(module: Any, first: int, heads: int, first_group: int, groups: 
         module.groups_time_state_size = groups * state
 
 
-def _held(cut: RankShares | None, rank: int) -> int | None:
-    return None if cut is None else cut.sizes[rank]
-
-
-def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:
-    """Set the numbers that the module's own code reads, and cut what comes by head.
-
-    `head` is the width of a head's output, `total` the number of q heads in the unsharded model.
-    """
+def tell(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
+    """Set the numbers that an attention module's own code reads, and cut what comes by head."""
+    heads, (total, _) = heads_of(name, module, config, cuts, rank), total_heads(config)
+    head = cuts[f"{name}.{output_of(module)}.weight"].total // total
     for names, value in ((COUNTS, heads.q), (KV_COUNTS, heads.kv)):
         for attribute in names:
             if isinstance(getattr(module, attribute, None), int):
@@ -205,9 +196,7 @@ def tell(module: nn.Module, heads: Heads, head: int, total: int) -> None:
         if isinstance(norms, nn.ModuleList):
             getattr(module, leaf).norms = norms[first : first + count]
 
-    def cut_biases(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cut_biases(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         for key in BIASES:
             bias = kwargs.get(key)
             if isinstance(bias, Tensor) and bias.shape[0] == total:

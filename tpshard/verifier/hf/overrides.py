@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -30,9 +30,7 @@ class Wide(TorchFunctionMode):
     conversion to float32, a `dtype=torch.float32` and a new tensor of the default dtype are float64 instead.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         func = Tensor.double if func is Tensor.float else func
         named = {key: _wider(value) for key, value in (kwargs or {}).items()}
         if func is torch.full and isinstance(args[-1], float):
@@ -57,9 +55,7 @@ class Pinned(TorchFunctionMode):
         self.offered: dict[str, list[Tensor]] = {}
         self.router: str | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.router is None or func not in CHOICES or isinstance(out, Tensor):
             return out
@@ -87,17 +83,14 @@ class Pinned(TorchFunctionMode):
     def watching(self, routers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Choices are pinned within these modules alone: attention has maxima of its own."""
 
-        def enter(name: str) -> Any:
+        def at(name: str | None) -> Callable[..., None]:
             return lambda *_: setattr(self, "router", name)
 
-        hooks = [module.register_forward_pre_hook(enter(name)) for name, module in routers.items()]
-        hooks += [module.register_forward_hook(lambda *_: setattr(self, "router", None)) for module in routers.values()]
-        try:
-            with self:
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, self:
+            for name, module in routers.items():
+                hooks.enter_context(module.register_forward_pre_hook(at(name)))
+                hooks.enter_context(module.register_forward_hook(at(None)))
+            yield
 
 
 def _difference(x: Tensor, wanted: Tensor) -> float:

@@ -11,22 +11,9 @@ from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.group import Group, Single
-from tpshard.verifier.hf.heads import (
-    LINEAR_NUMBERS,
-    MIXER_NUMBERS,
-    attentions,
-    heads_of,
-    linear_attentions,
-    mixers,
-    output_of,
-    tell,
-    tell_linear,
-    tell_mixer,
-    total_heads,
-)
+from tpshard.verifier.hf.heads import LINEAR_NUMBERS, MIXER_NUMBERS, attentions, heads_of, output_of, tell, tell_mixers
 from tpshard.verifier.hf.skeleton import RankShares
 
-EXPERTS = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 BY_CORE, CORES = "CodeGenAttention", 4
 """A class that reads q, v and k by core of the machine that trained CodeGen, and needs heads for each of them."""
 QK_NORMS = ("q_norm", "k_norm")
@@ -83,7 +70,6 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank:
     DifferentError where parameters are cut in a way that no tensor parallelism has.
     """
     link = Link()
-    heads, _ = total_heads(config)
     attending = attentions(model)
     for name, module in attending.items():
         row = cuts.get(f"{name}.{output_of(module)}.weight")
@@ -91,15 +77,11 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank:
             heads_of(name, module, config, cuts, rank)
             _all_heads(module, row, rank, link)
         elif row is not None:
-            tell(module, heads_of(name, module, config, cuts, rank), row.total // heads, heads)
-    for name, module in linear_attentions(model).items():
-        tell_linear(name, module, cuts, rank)
-    for name, module in mixers(model).items():
-        tell_mixer(name, module, cuts, rank)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+            tell(name, module, config, cuts, rank)
+    tell_mixers(model, cuts, rank)
     for name, module in model.named_modules():
         mine = {leaf: cuts[f"{name}.{leaf}"] for leaf in module._parameters if f"{name}.{leaf}" in cuts}
-        if mine and not _connect(name, module, mine, rank, link, ends, config.vocab_size, name in attending):
+        if mine and not _connect(name, module, mine, rank, link, model, name in attending):
             leaf, cut = next(iter(mine.items()))
             raise DifferentError(
                 f"{name}.{leaf} is cut, which no tensor parallelism does",
@@ -111,22 +93,16 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank:
 
 
 def _connect(
-    name: str,
-    module: nn.Module,
-    cuts: Mapping[str, RankShares],
-    rank: int,
-    link: Link,
-    ends: tuple[nn.Module, nn.Module],
-    vocab: int,
-    attends: bool,
+    name: str, module: nn.Module, cuts: Mapping[str, RankShares], rank: int, link: Link, model: Any, attends: bool
 ) -> bool:
     """Whether a module, some of whose parameters are cut, could be made to compute its share."""
     whole = {f"{name}.{leaf}": cut for leaf, cut in cuts.items()}
+    vocab = model.config.vocab_size
     weight = cuts.get("weight")
-    if module is ends[0] and weight is not None and weight.dim == 0:
+    if module is model.get_input_embeddings() and weight is not None and weight.dim == 0:
         _adds_up(name, weight, vocab)
         module.forward = _vocab_parallel(name, module, weight, rank, link)
-    elif module is ends[1] and all(cut.dim == 0 for cut in cuts.values()):
+    elif module is model.get_output_embeddings() and all(cut.dim == 0 for cut in cuts.values()):
         _adds_up(name, cuts["weight"], vocab)
         module.forward = _gathered(module, vocab, link)
     elif is_row(name, module, whole) and cuts.keys() == {"weight"}:

@@ -28,8 +28,7 @@ RENAMED = (
     ("text_model.", ""),
 )
 """Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
-Nemotron-H, GPT-NeoX; and the
-text model inside of a larger one, which is run as if it were alone."""
+Nemotron-H, GPT-NeoX; and the text model inside of a larger one, which is run as if it were alone."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
 )

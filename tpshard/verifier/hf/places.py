@@ -20,11 +20,7 @@ IN_LAYER: dict[str, tuple[re.Pattern[str], bool | None]] = {
     role: (re.compile(pattern), cut)
     for role, pattern, cut in (
         ("out", r"(att(ention|n)\w*|mamba|mixer)\.(o_proj|out_proj|c_proj|dense)\.", True),
-        (
-            "down",
-            r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b",
-            True,
-        ),
+        ("down", r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b", True),
         ("up", r"\b(up_proj|w3|fc1|fc_in|c_fc|gate_up_proj|input_linear|dense_h_to_4h)(_bias)?\b", True),
         ("q", r"\.q_proj\.", None),
         ("k", r"\.k_proj\.", None),
@@ -70,13 +66,14 @@ class StoredPlaces:
         self.layer = layer
         wanted = source.names() if names is None else names
         self.names: Collection[str] = [name for name in wanted if all(name in rank.names() for rank in ranks)]
+        near = [name for name in self.names if layer_of(name) in (None, layer)]
+        self.cuts = {name: cut for name in near if (cut := self._cut(name)) is not None}
         self.kv_heads, self.vocab = total_heads(config)[1], int(config.vocab_size)
         self.rope_order: Tensor | None = None
 
-    def cut(self, name: str) -> RankShares | None:
+    def _cut(self, name: str) -> RankShares | None:
         """How a stored tensor is spread over the ranks; None if each has all of it."""
-        full = self.source.shape(name)
-        shapes = [rank.shape(name) for rank in self.ranks]
+        full, shapes = self.source.shape(name), [rank.shape(name) for rank in self.ranks]
         dims = [dim for dim in range(len(full)) if any(shape[dim] != full[dim] for shape in shapes)]
         return RankShares(dims[0], tuple(shape[dims[0]] for shape in shapes), full[dims[0]]) if dims else None
 
@@ -84,39 +81,26 @@ class StoredPlaces:
         if role in OUTSIDE:
             mine = [name for name in self.names if layer_of(name) is None and name.split(".")[-2] in OUTSIDE[role]]
             return [name for name in mine if is_bias(name) == bias]
-        pattern, cut = IN_LAYER.get(role, (None, None))
-        if pattern is None:
+        if role not in IN_LAYER:
             return []
+        pattern, cut = IN_LAYER[role]
+        mine = [name for name in self.names if layer_of(name) == self.layer and pattern.search(name)]
         # A bias behind a sum is whole on every rank.
-        wanted = None if bias else cut
-        return [
-            name
-            for name in self.names
-            if layer_of(name) == self.layer
-            and pattern.search(name)
-            and is_bias(name) == bias
-            and (wanted is None or (self.cut(name) is not None) == wanted)
-        ]
+        return [name for name in mine if is_bias(name) == bias and (bias or cut in (None, name in self.cuts))]
 
     def axis(self, role: str, name: str) -> int:
-        cut = self.cut(name)
-        assert cut is not None
-        return cut.dim
+        return self.cuts[name].dim
 
-    def _out(self) -> tuple[str, RankShares, int] | None:
-        """The layer's projection behind the heads, its cut, and the width of a head there."""
-        for name in self.tensors("out"):
-            cut = self.cut(name)
-            assert cut is not None
-            return name, cut, cut.total // total_heads(self.config)[0]
-        return None
+    def _out(self) -> tuple[str, RankShares] | None:
+        """The layer's projection behind the heads, and its cut."""
+        return next(((name, self.cuts[name]) for name in self.tensors("out")), None)
 
     def heads(self, rank: int) -> list[list[Stretch]]:
         """The inputs of the projection behind the heads: every kind of attention has one."""
-        out = self._out()
-        if out is None:
+        if (out := self._out()) is None:
             return []
-        name, cut, head = out
+        name, cut = out
+        head = cut.total // total_heads(self.config)[0]
         starts = range(0, cut.sizes[rank] - head + 1, head)
         return [[Stretch(name, cut.dim, slice(start, start + head))] for start in starts]
 
@@ -124,27 +108,24 @@ class StoredPlaces:
         found = [Stretch(name) for name in self.tensors(kind, bias=bias)]
         out = self._out()
         for name in self.tensors("fused") if out is not None and not bias else ():
-            cut = self.cut(name)
-            assert cut is not None and out is not None
-            q = out[1].sizes[rank]
+            assert out is not None
+            cut, q = self.cuts[name], out[1].sizes[rank]
             kv = (cut.sizes[rank] - q) // 2
-            first = {"q": 0, "k": q, "v": q + kv}[kind]
-            found.append(Stretch(name, cut.dim, slice(first, first + (q if kind == "q" else kv))))
+            start, stop = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}[kind]
+            found.append(Stretch(name, cut.dim, slice(start, stop)))
         return found
 
     def gates(self, rank: int) -> list[tuple[Stretch, Stretch]]:
-        found = []
-        for gate, up in PAIRS.items():
-            for name in self.names:
-                other = name.replace(f".{gate}.", f".{up}.")
-                # An attention's gate has no other (AFMoE).
-                if other == name or layer_of(name) != self.layer or other not in self.names or is_bias(name):
-                    continue
-                if self.cut(name) is not None:
-                    found.append((Stretch(name), Stretch(other)))
+        # An attention's gate has no other (AFMoE).
+        found = [
+            (Stretch(name), Stretch(other))
+            for gate, up in PAIRS.items()
+            for name in self.cuts
+            if (other := name.replace(f".{gate}.", f".{up}.")) != name and other in self.names
+            if layer_of(name) == self.layer and not is_bias(name)
+        ]
         for name in [*self.tensors("gate_up"), *self.tensors("gate_up", bias=True)]:
-            cut = self.cut(name)
-            if cut is not None:
+            if (cut := self.cuts.get(name)) is not None:
                 half = cut.sizes[rank] // 2
                 two = (slice(0, half), slice(half, None))
                 if self.config.model_type in INTERLEAVED:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tpshard.verifier.criteria import relative
 from tpshard.verifier.hf.heads import FUSED
@@ -25,25 +27,23 @@ STREAM = ("hidden_states", "residual")
 
 @dataclass
 class ModuleRecord:
-    """What a module of the unsharded model took and gave: all of it, the stream in it, and its first output."""
+    """What a module of the unsharded model took, and its first output."""
 
-    args: tuple[Tensor | None, ...]
-    kwargs: dict[str, Tensor]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     output: Tensor
-    all_args: tuple[Any, ...]
-    all_kwargs: dict[str, Any]
 
     @property
     def input(self) -> Tensor:
-        return next(x for x in (*self.args, *self.kwargs.values()) if x is not None)
+        """The stream that it took."""
+        named = (x for key, x in self.kwargs.items() if key in STREAM)
+        stream: Tensor = next(x for x in (*self.args, *named) if _carries(x))
+        return stream
 
 
-def _stream(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
-    def carries(x: Any) -> bool:
-        return isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 3)
-
-    named = {key: x for key, x in kwargs.items() if key in STREAM and carries(x)}
-    return tuple(x if carries(x) else None for x in args), named
+def _carries(x: Any) -> bool:
+    """Whether an argument may be the stream [B, S, hidden], or its tokens [B * S, hidden]."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() in (2, 3)
 
 
 def _first(output: Any) -> Tensor:
@@ -79,33 +79,23 @@ class ModuleRecorder:
     names: Sequence[str]
     records: dict[str, ModuleRecord] = field(default_factory=dict)
 
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        watched = dict.fromkeys([*self.names, *(name for name, m in self.side.modules.items() if m._parameters)])
-        hooks = [
-            self.side.modules[name].register_forward_hook(self._keep(name), with_kwargs=True)
-            for name in watched
-            if name
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def looking(self) -> ExitStack:
+        """What keeps records for the time of a `with`."""
+        hooks = ExitStack()
+        for name, module in self.side.modules.items():
+            if name and (module._parameters or name in self.names):
+                hooks.enter_context(module.register_forward_hook(partial(self._keep, name), with_kwargs=True))
+        return hooks
 
-    def _keep(self, name: str) -> Callable[..., None]:
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.records[name] = ModuleRecord(*_stream(args, kwargs), _first(output), args, kwargs)
-
-        return keep
+    def _keep(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.records[name] = ModuleRecord(args, kwargs, _first(output))
 
 
 @dataclass
 class Feeder:
     """Feeds a rank's modules what the unsharded ones took, and compares what they give; and inside, whose fault it is.
 
-    Inside a module the rank's own features, heads and summand are compared with the same part of the whole; `always`
-    does so in modules that agree, too.
+    Inside a module the rank's own features, heads and summand are compared with the same part of the whole.
     """
 
     whole: Side
@@ -113,7 +103,6 @@ class Feeder:
     side: Side
     names: Sequence[str]
     limit: float
-    always: bool = False
     findings: list[Finding] = field(default_factory=list)
     inside: list[tuple[str, Callable[[], float]]] = field(default_factory=list)
 
@@ -121,25 +110,23 @@ class Feeder:
     def rank(self) -> int:
         return self.side.rank or 0
 
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        hooks = []
+    def looking(self) -> ExitStack:
+        """What feeds and compares for the time of a `with`."""
+        hooks, cuts = ExitStack(), self.side.cuts
         for name in self.names:
-            hooks.append(self.side.modules[name].register_forward_pre_hook(self._feed(name), with_kwargs=True))
+            hook = partial(self._feed, name)
+            hooks.enter_context(self.side.modules[name].register_forward_pre_hook(hook, with_kwargs=True))
         for name, module in self.side.modules.items():
             if name in self.records and name not in self.names:
-                if is_row(name, module, self.side.cuts):
-                    hooks.append(module.register_forward_pre_hook(self._share(name)))
+                if is_row(name, module, cuts):
+                    hooks.enter_context(module.register_forward_pre_hook(partial(self._share, name)))
                 elif is_linear(module):
-                    hooks.append(module.register_forward_hook(self._part(name, module)))
-        hooks += [self.side.modules[name].register_forward_hook(self._judge(name)) for name in self.names]
+                    hooks.enter_context(module.register_forward_hook(partial(self._part, name)))
+        for name in self.names:
+            hooks.enter_context(self.side.modules[name].register_forward_hook(partial(self._judge, name)))
+        hooks.callback(setattr, self.side.link, "show", self.side.link.show)
         self.side.link.show = self._summand
-        try:
-            yield
-        finally:
-            self.side.link.show = lambda name, partial: None
-            for hook in hooks:
-                hook.remove()
+        return hooks
 
     def _mine(self, name: str, x: Tensor) -> Tensor:
         """The rank's features (last dim) of what goes through a cut linear module; padding is nobody's."""
@@ -147,55 +134,37 @@ class Feeder:
         first = min(cut.first(self.rank), x.shape[-1])
         return x.narrow(-1, first, min(cut.sizes[self.rank], x.shape[-1] - first))
 
-    def _feed(self, name: str) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
-        record = self.records[name]
-        row = is_row(name, self.side.modules[name], self.side.cuts)
+    def _feed(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        record, row = self.records[name], is_row(name, module, self.side.cuts)
+        self.inside = []
 
-        def instead(given: Any, recorded: Tensor | None) -> Any:
-            if recorded is None:
+        def instead(given: Any, recorded: Any) -> Any:
+            if not _carries(recorded):
                 return given
             return (self._mine(name, recorded) if row else recorded).to(given.dtype)
 
-        def feed(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            self.inside = []
-            positional = tuple(instead(x, was) for x, was in zip(args, record.args, strict=True))
-            return positional, {key: instead(x, record.kwargs.get(key)) for key, x in kwargs.items()}
+        positional = tuple(instead(x, was) for x, was in zip(args, record.args, strict=True))
+        return positional, {k: instead(x, record.kwargs.get(k)) if k in STREAM else x for k, x in kwargs.items()}
 
-        return feed
-
-    def _judge(self, name: str) -> Callable[..., None]:
+    def _judge(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         wanted = self.records[name].output
-        if is_column(name, self.side.modules[name], self.side.cuts) and not self.side.is_head(name):
+        if is_column(name, module, self.side.cuts) and not self.side.is_head(name):
             wanted = self._mine(name, wanted)
+        error, culprit = relative(_first(output), wanted), None
+        if error > self.limit:
+            culprit = next((what for what, error_of in self.inside if error_of() > self.limit), None)
+        self.findings.append(Finding(name, self.rank, error, culprit))
 
-        def judge(_: nn.Module, __: Any, output: Any) -> None:
-            error = relative(_first(output), wanted)
-            culprit = None
-            if error > self.limit or self.always:
-                culprit = next((what for what, error_of in self.inside if error_of() > self.limit), None)
-            self.findings.append(Finding(name, self.rank, error, culprit))
-
-        return judge
-
-    def _part(self, name: str, module: nn.Module) -> Callable[..., None]:
+    def _part(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         """What a linear module inside of a compared one gives: the rank's features, or, of one not cut, all."""
-        column = is_column(name, module, self.side.cuts)
-        wanted = self.records[name].output
-        wanted = self._mine(name, wanted) if column else wanted
+        column, whole = is_column(name, module, self.side.cuts), self.records[name].output
+        if not column or not name.endswith(BLOCKS):
+            wanted = self._mine(name, whole) if column else whole
+            self.inside.append((name, lambda: relative(_first(output), wanted)))
 
-        def look(_: nn.Module, __: Any, output: Any) -> None:
-            if not column or not name.endswith(BLOCKS):
-                self.inside.append((name, lambda: relative(_first(output), wanted)))
-
-        return look
-
-    def _share(self, name: str) -> Callable[..., None]:
+    def _share(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         wanted = self._mine(name, self.records[name].input)
-
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            self.inside.append((f"input of {name}", lambda: relative(args[0], wanted)))
-
-        return look
+        self.inside.append((f"input of {name}", lambda: relative(args[0], wanted)))
 
     def _summand(self, name: str, partial: Tensor) -> None:
         """A rank's summand of a sum over ranks, which is what the rank's part of the weights makes of the input."""
@@ -214,38 +183,27 @@ class Feeder:
         """The unsharded experts' output with the rank's features, or experts, alone."""
         cut, record = self.side.cuts[f"{name}.down_proj"], self.records[name]
         if cut.dim == 0:
-            x, chosen, weights = record.all_args
+            x, chosen, weights = record.args
             return _first(whole(x, chosen, own_weights(cut, self.rank, chosen, weights)))
-        with _part_of_experts(whole, cut, self.rank):
-            return _first(whole(*record.all_args, **record.all_kwargs))
+        part = _part_of_experts(whole, cut, self.rank)
+        return _first(functional_call(whole, part, record.args, record.kwargs))
 
 
-@contextmanager
-def _part_of_experts(whole: nn.Module, down: RankShares, rank: int) -> Iterator[None]:
-    """The unsharded experts reduced to a rank's features, for a time."""
-    first, size, tp = down.first(rank), down.sizes[rank], len(down.sizes)
-    kept = dict(whole._parameters)
+def _part_of_experts(whole: nn.Module, down: RankShares, rank: int) -> dict[str, Tensor]:
+    """A rank's features of the unsharded experts' parameters, and its summand of their last bias."""
+    first, size = down.first(rank), down.sizes[rank]
 
-    def both(weight: Tensor, dim: int) -> Tensor:
+    def part(leaf: str, weight: Tensor) -> Tensor:
+        if leaf == "down_proj_bias":
+            return weight / len(down.sizes)
+        dim = down.dim if leaf == "down_proj" else 1 if leaf.endswith("bias") else 3 - down.dim
+        if leaf in ("down_proj", "up_proj"):
+            return weight.narrow(dim, first, size)
         if not getattr(whole, "is_concatenated", True):
             return weight.narrow(dim, 2 * first, 2 * size)
         return torch.cat([weight.narrow(dim, first, size), weight.narrow(dim, down.total + first, size)], dim)
 
-    try:
-        for leaf, weight in kept.items():
-            assert weight is not None
-            if leaf == "down_proj":
-                part = weight.narrow(down.dim, first, size)
-            elif leaf == "up_proj":
-                part = weight.narrow(3 - down.dim, first, size)
-            elif leaf == "down_proj_bias":
-                part = weight / tp
-            else:
-                part = both(weight, 1 if leaf.endswith("bias") else 3 - down.dim)
-            whole._parameters[leaf] = nn.Parameter(part, requires_grad=False)
-        yield
-    finally:
-        whole._parameters.update(kept)
+    return {leaf: part(leaf, weight) for leaf, weight in whole._parameters.items() if weight is not None}
 
 
 def every_expert(whole: Side, record: ModuleRecord, name: str) -> tuple[tuple[Any, ...], Tensor]:
@@ -260,7 +218,7 @@ def every_expert(whole: Side, record: ModuleRecord, name: str) -> tuple[tuple[An
     tokens = record.input.flatten(0, -2)
     tokens = tokens[tokens.any(-1)]
     x = tokens[torch.arange(count, device=tokens.device) % len(tokens)]
-    if len(record.all_args) + len(record.all_kwargs) == 1:
+    if len(record.args) + len(record.kwargs) == 1:
         return (x,), _first(module(x))
     chosen = torch.arange(count, device=tokens.device).unsqueeze(1)
     args = (x, chosen, x.new_ones(count, 1))

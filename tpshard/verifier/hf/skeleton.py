@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tpshard.errors import DifferentError, UnsupportedError
 from tpshard.verifier.hf.overrides import Wide
 from tpshard.verifier.hf.parameters import StoredParts, recipes
-from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
 
 # Those that were tried: other classes may read sizes from places that nobody here knows of.
@@ -33,7 +33,6 @@ MODEL_TYPES = frozenset(
 SEEING = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text models that have positions in three dimensions, which are one for text: then they compute as these do."""
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
-HINT = "pip install transformers, or --tier bytes"
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
 TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
@@ -74,8 +73,10 @@ def model_config(config: Mapping[str, Any]) -> Any:
     config = text_of(config)
     try:
         from transformers import AutoConfig
+        from transformers.utils import logging
     except ImportError:
-        raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=HINT) from None
+        hint = "pip install transformers, or --tier bytes"
+        raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
     if not covers(config):
         raise UnsupportedError(
             f"--engine transformers was not tried with {config.get('model_type')}",
@@ -85,6 +86,9 @@ def model_config(config: Mapping[str, Any]) -> Any:
     if config.get("quantization_config"):
         raise UnsupportedError("verify computes with floating-point weights only", found="a quantization_config")
     from huggingface_hub.errors import StrictDataclassError
+
+    # Every rank's model would repeat the library's remarks on the config.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
     settings = {key: _plain(value) for key, value in config.items() if key not in ("model_type", "architectures")}
     try:
@@ -101,21 +105,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
     return value
-
-
-def quiet() -> None:
-    """Keep the library's remarks on configs off the terminal: every rank's model would repeat them."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
-def library_version() -> str:
-    import transformers
-
-    return str(transformers.__version__)
 
 
 def same_model(one: Any, other: Any) -> bool:
@@ -229,6 +218,10 @@ class Frame:
             found[self.head] = found[self.embedding]
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
 
+    def stored(self, weights: Weights) -> list[str]:
+        """The stored tensors that the parameters are made of."""
+        return sorted({name for recipe in self.recipes(weights).values() for name in recipe.stored})
+
     def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, RankShares]:
         """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
         whole = self.recipes(source)
@@ -242,14 +235,10 @@ class Frame:
             shapes = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
             if recipe.stacked:
                 _experts_in_order(key, [found[key] for found in held], shapes, full[0])
-            dims = {dim for shape in shapes for dim in _unlike(shape, full)}
+            dims = {dim for shape in shapes for dim, (n, m) in enumerate(zip(shape, full, strict=False)) if n != m}
             if len(dims) > 1 or any(len(shape) != len(full) for shape in shapes):
-                raise DifferentError(
-                    f"{name} does not have the model's shape",
-                    tensor=name,
-                    expected=full,
-                    found=", ".join(map(str, shapes)),
-                )
+                shown = ", ".join(map(str, shapes))
+                raise DifferentError(f"{name} does not have the model's shape", tensor=name, expected=full, found=shown)
             for dim in dims:
                 cuts[key] = RankShares(dim, tuple(shape[dim] for shape in shapes), full[dim])
         return cuts
@@ -282,10 +271,6 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers)
 
 
-def _unlike(shape: Sequence[int], full: Sequence[int]) -> list[int]:
-    return [dim for dim, (mine, whole) in enumerate(zip(shape, full, strict=False)) if mine != whole]
-
-
 def fill(
     model: nn.Module, frame: Frame, weights: Weights, dtype: torch.dtype, device: torch.device, rank: int | None = None
 ) -> None:
@@ -299,15 +284,14 @@ def fill(
             raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
-        tensor = recipe.tensor(weights).to(device=device)
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensor = recipe.tensor(weights)
+        tensor = move(tensor, device, dtype if tensor.is_floating_point() else None)
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             module._buffers[leaf] = tensor
-    parameters = {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    for key in frame.shapes:
-        if key in parameters and key not in found and frame.needed(key):
+    for key, _ in model.named_parameters(remove_duplicate=False):
+        if key in frame.shapes and key not in found and frame.needed(key):
             if rank is None:
                 raise UnsupportedError("the source has not all that transformers' model needs", tensor=key)
             raise DifferentError(f"rank {rank} has no tensor {key}", tensor=key)
