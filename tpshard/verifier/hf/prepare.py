@@ -17,7 +17,7 @@ from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, require_finite
 from tpshard.verifier.ranks.open import elements, require_floats
-from tpshard.verifier.report.verdict import Tier, layer_of
+from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
 
@@ -50,8 +50,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     sides, tokens = opened.team.together(lambda: _prepare(opened, options))
     import transformers
 
-    left = unused(sides)
-    warning = f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …" if left else None
     return EngineRun(
         engine="transformers",
         model_type=str(opened.config.get("model_type")),
@@ -59,7 +57,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         tokens=tokens,
         layers=sides.compared,
         begin=lambda: _begin(sides, tokens, opened, options),
-        warnings=(warning,) if warning else (),
         # The library's code may stumble over a rank's shapes, which must not pass.
         unsure=(UnsupportedError,),
         volatile={"transformers": str(transformers.__version__)},
@@ -118,13 +115,3 @@ def _begin(
     judge_elements = partial(judge_weights, sides, options.allow_not_run, opened.say)
     judges: dict[str, JudgeTier] = {"weights": judge_elements, "exact": judge_exact, "native": judge_native}
     return {name: judge for name, judge in judges.items() if name in options.computed}
-
-
-def unused(sides: TransformersBackend) -> list[str]:
-    """Stored weights of the source that transformers' model has no place for, and that nothing here looks at."""
-    looked_at = set(sides.frame.stored(sides.source))
-    return [
-        name
-        for name in sides.source.names()
-        if name not in looked_at and name.endswith((".weight", ".bias")) and layer_of(name) in (None, *sides.compared)
-    ]
