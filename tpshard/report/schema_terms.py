@@ -66,6 +66,7 @@ _TOKEN = re.compile(r"'[^']*'|[\w-]+\??:|@?\w+|\[\]|\{\}|[{}?|]")
 
 def read(text: str, description: str | None = None) -> Schema:
     """The schema that a text in this notation stands for."""
+    assert not _TOKEN.sub("", text).strip(", \n"), f"{text!r} has what is not of the notation"
     tokens = deque(_TOKEN.findall(text))
     schema = _union(tokens)
     assert not tokens, f"{text!r} goes on with {tokens[0]!r}"
