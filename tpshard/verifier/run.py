@@ -135,7 +135,7 @@ def _verdict(
     shards, team, device = opened.shards, opened.team, opened.device
     short = f"{run.tokens} tokens, not {options.tokens}: the model has no more positions"
     return Verdict(
-        model_type=run.model_type,
+        model_type=str(opened.config.get("model_type")),
         tp=team.size,
         source=opened.path.name,
         shards=shards.directory.name,

@@ -96,17 +96,15 @@ class Decoder:
     def _share(self, layer: int, ranks: list[tuple[int, int, int]]) -> Share:
         family, rank, size = self.family, self.group.rank, self.group.size
         firsts = [[0, *accumulate(column)] for column in zip(*ranks, strict=True)]
-        if firsts[0][-1] != family.heads:
-            raise DifferentError(
-                f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=firsts[0][-1]
-            )
+        heads, kv_heads, _ = (column[-1] for column in firsts)
+        if heads != family.heads:
+            raise DifferentError(f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=heads)
         first_kv = firsts[1][rank]
-        if firsts[1][-1] != family.kv_heads:
+        if kv_heads != family.kv_heads:
             # Fewer KV heads than ranks: neighbouring ranks hold copies, by the config and not by what is stored.
             if size % family.kv_heads or any(count != 1 for _, count, _ in ranks):
-                raise DifferentError(
-                    f"layer {layer}: the ranks' KV heads do not add up", expected=family.kv_heads, found=firsts[1][-1]
-                )
+                what = f"layer {layer}: the ranks' KV heads do not add up"
+                raise DifferentError(what, expected=family.kv_heads, found=kv_heads)
             first_kv = rank * family.kv_heads // size
         q, kv, ffn = ranks[rank]
         return Share(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
@@ -280,11 +278,12 @@ class Decoder:
         group = self.family.heads // self.family.kv_heads
         wanted = [(share.first_q + q) // group - share.first_kv for q in range(share.q)]
         if any(not 0 <= head < share.kv for head in wanted):
-            raise DifferentError(
+            what, held = (
                 f"rank {self.group.rank} holds q heads without their k and v",
-                expected=f"KV heads of q heads {share.first_q} to {share.first_q + share.q - 1}",
-                found=f"{share.kv} KV heads from {share.first_kv} on",
+                f"{share.kv} KV heads from {share.first_kv} on",
             )
+            asked = f"KV heads of q heads {share.first_q} to {share.first_q + share.q - 1}"
+            raise DifferentError(what, expected=asked, found=held)
         return x if wanted == list(range(share.kv)) else x[:, wanted]
 
     def mlp(self, i: int, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
@@ -25,20 +25,22 @@ class Config:
     def number(self, *keys: str, default: int | None = None) -> int:
         value = self.get(*keys, default=default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CorruptError(
-                f"config.json: {keys[0]} must be a whole number above 0", expected="a number", found=repr(value)
-            )
+            what = f"config.json: {keys[0]} must be a whole number above 0"
+            raise CorruptError(what, expected="a number", found=repr(value))
         return value
 
     def layer_windows(self, layers: int, window: Any, sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
         kinds = self.get("layer_types")
         if kinds is None:
             kinds = ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
-        if len(kinds) != layers:
-            raise CorruptError(
-                "config.json: layer_types is not of the model's length", expected=layers, found=len(kinds)
-            )
+        require_length("layer_types", kinds, layers)
         return tuple(int(window) if kind == "sliding_attention" and window else None for kind in kinds)
+
+
+def require_length(key: str, kinds: Sequence[Any], layers: int) -> None:
+    """CorruptError unless there is a kind for each layer."""
+    if len(kinds) != layers:
+        raise CorruptError(f"config.json: {key} is not of the model's length", expected=layers, found=len(kinds))
 
 
 def sized(
@@ -68,9 +70,8 @@ def rope_of(config: Config, head_dim: int, *, theta_key: str = "rope_theta", sha
     options = dict(config.get("rope_parameters", "rope_scaling", default={}))
     kind = options.get("rope_type") or options.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise UnsupportedError(
-            f"rotary scaling {kind!r} is not supported by verify", hint="supported: " + ", ".join(ROPE_KINDS)
-        )
+        hint = f"supported: {', '.join(ROPE_KINDS)}"
+        raise UnsupportedError(f"rotary scaling {kind!r} is not supported by verify", hint=hint)
     max_positions = config.number("max_position_embeddings", default=2048)
     original = config.get("original_max_position_embeddings") or options.get("original_max_position_embeddings")
     original = int(original or max_positions)

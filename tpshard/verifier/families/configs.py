@@ -38,22 +38,17 @@ def describe(config: Mapping[str, Any]) -> Family:
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"verify does not know the model type {model_type!r}", hint="known: " + ", ".join(sorted(FAMILIES))
-        )
+        hint = f"known: {', '.join(sorted(FAMILIES))}"
+        raise UnsupportedError(f"verify does not know the model type {model_type!r}", hint=hint)
     try:
         family = FAMILIES[model_type](Config(config), model_type)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError(f"config.json does not describe a {model_type}", found=reason) from None
     if family.heads % family.kv_heads:
-        raise CorruptError(
-            "config.json: the KV heads do not divide the heads",
-            expected=f"{family.heads} heads",
-            found=f"{family.kv_heads} KV heads",
-        )
+        heads, found = f"{family.heads} heads", f"{family.kv_heads} KV heads"
+        raise CorruptError("config.json: the KV heads do not divide the heads", expected=heads, found=found)
     if str(family.activation) not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"verify does not know the activation {family.activation!r}", hint="known: " + ", ".join(ACTIVATIONS)
-        )
+        hint = f"known: {', '.join(ACTIVATIONS)}"
+        raise UnsupportedError(f"verify does not know the activation {family.activation!r}", hint=hint)
     return family

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.verifier.families.config import Config, rope_of, sized
+from tpshard.errors import UnsupportedError
+from tpshard.verifier.families.config import Config, require_length, rope_of, sized
 from tpshard.verifier.families.family import Family, Rope
 
 
@@ -55,10 +55,7 @@ def gpt_neo(config: Config, model_type: str) -> Family:
     if kinds is None:
         pattern = config.get("attention_types", default=[[["global", "local"], 12]])
         kinds = [kind for names, count in pattern for _ in range(count) for kind in names]
-    if len(kinds) != family.layers:
-        raise CorruptError(
-            "config.json: attention_types is not of the model's length", expected=family.layers, found=len(kinds)
-        )
+    require_length("attention_types", kinds, family.layers)
     window = config.number("window_size", default=256)
     return replace(
         family,
@@ -140,10 +137,8 @@ def falcon(config: Config, model_type: str) -> Family:
     parallel = bool(config.get("parallel_attn", default=True))
     norms = config.get("num_ln_in_parallel_attn", default=2 if new else 1)
     if (new and not parallel) or (norms == 2 and not new):
-        raise UnsupportedError(
-            "this Falcon config describes no model that transformers can run",
-            found=f"new_decoder_architecture {new}, parallel_attn {parallel}, num_ln_in_parallel_attn {norms}",
-        )
+        found = f"new_decoder_architecture {new}, parallel_attn {parallel}, num_ln_in_parallel_attn {norms}"
+        raise UnsupportedError("this Falcon config describes no model that transformers can run", found=found)
     two = parallel and norms == 2
     alibi = bool(config.get("alibi", default=False))
     if new:

@@ -83,12 +83,8 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank:
         mine = {leaf: cuts[f"{name}.{leaf}"] for leaf in module._parameters if f"{name}.{leaf}" in cuts}
         if mine and not _connect(name, module, mine, rank, link, model, name in attending):
             leaf, cut = next(iter(mine.items()))
-            raise DifferentError(
-                f"{name}.{leaf} is cut, which no tensor parallelism does",
-                tensor=f"{name}.{leaf}",
-                expected=cut.total,
-                found=", ".join(map(str, cut.sizes)),
-            )
+            what, sizes = f"{name}.{leaf} is cut, which no tensor parallelism does", ", ".join(map(str, cut.sizes))
+            raise DifferentError(what, tensor=f"{name}.{leaf}", expected=cut.total, found=sizes)
     return link
 
 
