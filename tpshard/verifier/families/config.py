@@ -37,6 +37,10 @@ class Config:
         return tuple(int(window) if kind == "sliding_attention" and window else None for kind in kinds)
 
 
+SIZES = (("hidden_size",), ("num_hidden_layers",), ("num_attention_heads",))
+"""The keys of hidden size, layers and heads, each under its names in the order in which they are looked for."""
+
+
 def require_length(key: str, kinds: Sequence[Any], layers: int) -> None:
     """CorruptError unless there is a kind for each layer."""
     if len(kinds) != layers:
@@ -44,19 +48,13 @@ def require_length(key: str, kinds: Sequence[Any], layers: int) -> None:
 
 
 def sized(
-    config: Config,
-    model_type: str,
-    *,
-    hidden: tuple[str, ...] = ("hidden_size",),
-    layers: tuple[str, ...] = ("num_hidden_layers",),
-    heads: tuple[str, ...] = ("num_attention_heads",),
-    head_dim: int | None = None,
+    config: Config, model_type: str, keys: Sequence[Sequence[str]] = SIZES, head_dim: int | None = None
 ) -> Family:
     """A Family of the sizes that stand under these keys: as many KV heads as heads, and no window.
 
     `head_dim` is the default of the key of that name, 0 for the hidden size by the heads; None where there is no key.
     """
-    width, depth, count = config.number(*hidden), config.number(*layers), config.number(*heads)
+    width, depth, count = (config.number(*names) for names in keys)
     head = width // count if head_dim is None else config.number("head_dim", default=head_dim or width // count)
     vocab, scales = config.number("vocab_size"), (head**-0.5,) * depth
     return Family(model_type, width, depth, count, count, head, vocab, windows=(None,) * depth, scales=scales)

@@ -11,24 +11,12 @@ from tpshard.verifier.families.family import ACTIVATIONS, Family
 from tpshard.verifier.families.gpt_like import bloom, falcon, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, opt
 from tpshard.verifier.families.llama_like import gemma2, internlm2, llama, mistral, qwen
 
+_NAMED_SO = (llama, internlm2, mistral, gemma2, gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, bloom, falcon, opt)
 FAMILIES: Mapping[str, Callable[[Config, str], Family]] = {
-    "llama": llama,
-    "internlm2": internlm2,
-    "mistral": mistral,
-    "qwen2": qwen,
-    "qwen3": qwen,
-    "gemma2": gemma2,
-    "gpt2": gpt2,
-    "gpt_bigcode": gpt_bigcode,
-    "gpt_neo": gpt_neo,
-    "gptj": gptj,
-    "gpt_neox": gpt_neox,
-    "bloom": bloom,
-    "falcon": falcon,
-    "RefinedWeb": falcon,
-    "RefinedWebModel": falcon,
-    "opt": opt,
+    **{family.__name__: family for family in _NAMED_SO},
+    **{"qwen2": qwen, "qwen3": qwen, "RefinedWeb": falcon, "RefinedWebModel": falcon},
 }
+"""What describes a model, by its model type."""
 
 
 def describe(config: Mapping[str, Any]) -> Family:
