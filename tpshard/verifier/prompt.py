@@ -12,10 +12,7 @@ from tpshard.verifier.backend import OpenedSet
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.open import FileWeights, not_finite
 
-PROMPT = 16
-
-
-BATCH = 2
+BATCH, PROMPT = 2, 16
 
 
 def prompt_ids(vocab: int, seed: int, batch: int, length: int) -> Tensor:
@@ -32,9 +29,8 @@ def chosen_layers(layers: Sequence[int] | None, count: int) -> tuple[int, ...] |
     """The layers asked for, of `count`, in order and without the negative numbers; UsageError when there is none."""
     if layers is None:
         return None
-    for i in layers:
-        if not -count <= i < count:
-            raise UsageError(f"there is no layer {i}", expected=f"{-count} to {count - 1}")
+    if (bad := next((i for i in layers if not -count <= i < count), None)) is not None:
+        raise UsageError(f"there is no layer {bad}", expected=f"{-count} to {count - 1}")
     return tuple(sorted({i % count for i in layers}))
 
 

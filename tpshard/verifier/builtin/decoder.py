@@ -141,18 +141,13 @@ class Decoder:
         if family.project_in is not None:
             x = self._whole_linear(family.project_in, x)
         if family.positions is not None:
+            start, stop = slice_of(len(positions), self.group.size, self.group.rank)
+            at = (positions[start:stop] if self.scatter else positions) + family.position_offset
             table = store.matrix(family.positions)
-            at = self._my_slice(positions, 0) + family.position_offset
             x = self.probe.module(store.full(family.positions), lambda y: y + table[at], x)
         if family.embed_norm is not None:
             x = self._norm(family.embed_norm, x)
         return x
-
-    def _my_slice(self, x: Tensor, dim: int) -> Tensor:
-        if not self.scatter:
-            return x
-        start, stop = slice_of(x.shape[dim], self.group.size, self.group.rank)
-        return x.narrow(dim, start, stop - start)
 
     def _gather(self, x: Tensor) -> Tensor:
         return self.group.all_gather(x, 1) if self.scatter else x

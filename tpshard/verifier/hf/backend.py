@@ -102,7 +102,7 @@ class TransformersBackend(Backend):
         names = [name for name in recorder.records if name in set(names)]
         experts = [name for name in recorder.records if is_experts(whole.modules[name])]
         with precision(wide):
-            reached = {name: every_expert(whole, recorder.records[name], name) for name in experts}
+            reached = {name: every_expert(whole.modules[name], recorder.records[name]) for name in experts}
 
         def work(group: Group) -> list[Finding]:
             side, mine = models[group.rank], Pinned(pins.made)

@@ -52,17 +52,16 @@ def is_bias(name: str) -> bool:
 
 
 class StoredPlaces:
-    """The places of one layer in the stored tensors `names`, all by default; see `Places`."""
+    """The places of one layer in the stored tensors `names`; see `Places`."""
 
     def __init__(
-        self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int, names: Sequence[str] | None = None
+        self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int, names: Sequence[str]
     ) -> None:
         self.config = config
         self.source = source
         self.ranks = ranks
         self.layer = layer
-        wanted = source.names() if names is None else names
-        self.names: Collection[str] = [name for name in wanted if all(name in rank.names() for rank in ranks)]
+        self.names: Collection[str] = [name for name in names if all(name in rank.names() for rank in ranks)]
         near = [name for name in self.names if layer_of(name) in (None, layer)]
         self.cuts = {name: cut for name in near if (cut := self._cut(name)) is not None}
         self.kv_heads, self.vocab = total_heads(config)[1], int(config.vocab_size)
