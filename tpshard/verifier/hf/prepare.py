@@ -52,7 +52,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
 
     return EngineRun(
         engine="transformers",
-        model_type=str(opened.config.get("model_type")),
         prompt_tokens=sides.prompt.numel(),
         tokens=tokens,
         layers=sides.compared,
@@ -66,15 +65,9 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
 def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
     shards, device = opened.shards, opened.device
     config = model_config(opened.config)
-    ids, layers, tokens = decide(
-        opened,
-        options,
-        model_type=str(opened.config.get("model_type")),
-        same=same_model(config, model_config(shards.config)),
-        vocab=config.vocab_size,
-        layers=config.num_hidden_layers,
-        positions=int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)),
-    )
+    same, depth = same_model(config, model_config(shards.config)), config.num_hidden_layers
+    positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
+    ids, layers, tokens = decide(opened, options, same=same, vocab=config.vocab_size, layers=depth, positions=positions)
     frame = frame_of(config, layers)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
