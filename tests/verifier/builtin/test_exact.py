@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.checkpoints import DECODED
 from tests.helpers.cut import cut
+from tests.helpers.grids import in_turn, some
 from tests.helpers.small_models import CPU, Tensors, source, tokens
 from tpshard.verifier.backend import Reference
 from tpshard.verifier.builtin.backend import DecoderBackend
@@ -43,21 +44,39 @@ OF_OTHER_LAYERS |= {f"{what}-of-another-rank" for what in ("sinks", "convolution
 """Faults of experts, latents and layers without attention, which the decoder does not have."""
 
 
-@pytest.mark.parametrize("name", DECODED)
-def test_every_fault_is_caught_by_the_exact_criterion_and_no_correct_split(name: str) -> None:
-    for tp in (2, 4):
-        case = setup(name, tp)
-        wanted = case.run(torch.float64, case.steps).logits
+# Every place where heads, biases, norms and embeddings are stored; at 4 ranks the KV heads of a few are replicated.
+AT_TWO = ("llama-mqa", "llama-mha-bias", "llama-tied", "qwen2-tied", "gpt2-untied-inner", "gpt_bigcode-mha", "gpt_neox")
+AT_TWO += ("gpt_neox-tied-nobias", "gptj-tied-inner", "falcon-new-one-norm", "falcon-mha-alibi", "opt-350m-like")
+AT_TWO += ("opt-nobias", "gpt_neo")
+AT_FOUR = ("llama-gqa", "qwen2-bias", "qwen3-tied-bias", "gemma2", "gpt2", "gpt_bigcode-mqa", "gptj", "bloom")
+AT_FOUR += ("falcon-new", "falcon-mqa", "opt")
+FAULTY = some(
+    [(name, tp) for name in DECODED for tp in (2, 4)],
+    [*((name, 2) for name in AT_TWO), *((name, 4) for name in AT_FOUR)],
+)
 
-        def error(case: DecoderBackend, wanted: torch.Tensor = wanted) -> float:
-            return max(case.errors(torch.float64, Reference(wanted)))
 
-        assert error(case) <= 1e-12
-        for fault in FAULTS.values():
-            mutant = fault.mutant(case.places(case.family.layers - 1))
-            if mutant is not None:
-                caught = error(replace(case, ranks=mutant)) > 1e-12
-                assert caught is not fault.harmless, f"{fault.name} at tp {tp}"
+def test_faults_are_put_into_every_family() -> None:
+    assert {DECODED[name].model_type for name, _ in FAULTY} >= {v.model_type for v in DECODED.values()} - {
+        "mistral",
+        "qwen3",
+    }
+
+
+@pytest.mark.parametrize(("name", "tp"), FAULTY)
+def test_every_fault_is_caught_by_the_exact_criterion_and_no_correct_split(name: str, tp: int) -> None:
+    case = setup(name, tp)
+    wanted = case.run(torch.float64, case.steps).logits
+
+    def error(case: DecoderBackend) -> float:
+        return max(case.errors(torch.float64, Reference(wanted)))
+
+    assert error(case) <= 1e-12
+    for fault in FAULTS.values():
+        mutant = fault.mutant(case.places(case.family.layers - 1))
+        if mutant is not None:
+            caught = error(replace(case, ranks=mutant)) > 1e-12
+            assert caught is not fault.harmless, fault.name
 
 
 def test_most_faults_apply_to_some_model() -> None:
@@ -70,8 +89,10 @@ def test_most_faults_apply_to_some_model() -> None:
     assert len(FAULTS) >= 30
 
 
-@pytest.mark.parametrize("block_bytes", [None, 3000])
-@pytest.mark.parametrize("name", ["llama-gqa", "gemma2", "gpt2", "falcon-new", "opt-350m-like", "bloom"])
+BOTH_TIERS = ["llama-gqa", "gemma2", "gpt2", "falcon-new", "opt-350m-like", "bloom"]
+
+
+@pytest.mark.parametrize(("name", "block_bytes"), in_turn(BOTH_TIERS, (None, 3000)))
 def test_correct_splits_pass_both_tiers(name: str, block_bytes: int | None) -> None:
     for tp, dtype in ((2, torch.bfloat16), (4, torch.float32)):
         case = replace(setup(name, tp, dtype), block_bytes=block_bytes)
@@ -207,8 +228,10 @@ def test_native_metrics_by_hand() -> None:
     assert native_metrics(r, r + noise, one, torch.bfloat16)["worst_token"] == 5
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "gpt_neox", "falcon-mqa", "opt", "gpt_bigcode-mha"])
-@pytest.mark.parametrize("tp", [1, 2, 4])
+WATCHED = ["gpt2", "gpt_neox", "llama-gqa", "opt", "gpt_bigcode-mha", "falcon-mqa"]
+
+
+@pytest.mark.parametrize(("name", "tp"), in_turn(WATCHED, (1, 2, 4)))
 def test_canaries_are_caught(name: str, tp: int) -> None:
     case = setup(name, tp, torch.bfloat16)
     found = exact_canaries(case)
