@@ -66,16 +66,17 @@ def _reason(first: Place | None, error: float, limit: float) -> str:
 def native(backend: Backend, dtype: torch.dtype, steps: Sequence[Tensor], wide: Reference) -> Tier:
     """In the checkpoint's dtype, through the KV cache: bit for bit what the source gives, cut and run the same way.
 
-    `wide` is the unsharded model in float64 on all steps: how far it is from both is reported, and judges nothing.
+    Each side chooses for itself (experts). `wide` is the unsharded model in float64 on all steps: how far it is from
+    both is reported, and judges nothing.
     """
-    plain = backend.run(dtype, steps, wide.choices).logits
+    plain = backend.run(dtype, steps).logits
     held, cut = backend.same_form()
 
     def judge(logits: Tensor) -> tuple[str, dict[str, float]]:
         return digest(logits), distances(wide.logits, plain, logits)
 
-    judged = held.run_ranks(dtype, steps, wide.choices, judge)
-    wanted, again = (cut.run_ranks(dtype, steps, wide.choices, digest) for _ in range(2))
+    judged = held.run_ranks(dtype, steps, None, judge)
+    wanted, again = (cut.run_ranks(dtype, steps, None, digest) for _ in range(2))
     differing = [rank for rank, (bits, _) in enumerate(judged) if bits != wanted[rank]]
     metrics = max((each for _, each in judged), key=lambda each: each["sharded_error"])
     tier = Tier("native", "pass", {"differences": 0}, {"differences": len(differing), **metrics})
