@@ -7,7 +7,7 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check fuzz test-crash test-engines bench bench-others power power-engine gpu-check docs dist \
+.PHONY: demo test test-all check fuzz test-crash test-engines bench bench-others power power-engine gpu-check docs dist \
 	test-signing test-action clean
 
 demo: $(VENV)/.base
@@ -15,6 +15,10 @@ demo: $(VENV)/.base
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup $(ARGS)
+
+# The same with every case of every grid: each family at each width, with each fault and each format. About 15 minutes.
+test-all:
+	TPSHARD_TEST_ALL=1 $(MAKE) test
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

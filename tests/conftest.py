@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.helpers import warm as server
 from tests.helpers.checkpoints import make, published
 from tpshard.execute.publish import Settings
 
@@ -63,3 +65,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Get:
 def quick() -> Settings:
     """Settings for outputs that need not survive a crash."""
     return Settings(workers=2, fsync=False)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Path]:
+    """The folder of a `python` and a `tpshard` that start with torch imported; see `tests.helpers.warm`."""
+    with server.start() as folder:
+        yield folder
+
+
+@pytest.fixture
+def warm_processes(warm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts Python in a process of its own starts one that has imported torch."""
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))

@@ -27,6 +27,7 @@ class Job:
     """What a job of a workflow has: a workspace, the action's inputs, and what its steps have said so far."""
 
     place: Path
+    commands: Path
     inputs: dict[str, str]
     outputs: dict[str, dict[str, str]] = field(default_factory=dict)
     log: str = ""
@@ -64,7 +65,7 @@ class Job:
         environment = {
             **os.environ,
             **{key: self.fill(text) for key, text in step["env"].items()},
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(map(str, [self.commands, Path(sys.executable).parent, os.environ["PATH"]])),
             "PYTHONPATH": str(ROOT),
             "GITHUB_OUTPUT": str(said),
             "GITHUB_STEP_SUMMARY": str(self.place / "summary.md"),
@@ -90,7 +91,7 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path, made: Callable[..., Path]) -> Callable[..., Job]:
+def job(tmp_path: Path, made: Callable[..., Path], warm: Path) -> Callable[..., Job]:
     """A job on a small LLaMA, in bf16 with 2 KV heads, for 2 ranks."""
 
     def start(**inputs: str) -> Job:
@@ -98,7 +99,7 @@ def job(tmp_path: Path, made: Callable[..., Path]) -> Callable[..., Job]:
         required = {name for name, entry in ACTION["inputs"].items() if entry.get("required")}
         given = {"model": str(made("llama-bf16")), "tp": "2", "tiers": "bytes,exact", **inputs}
         assert required <= set(given) <= set(defaults)
-        return Job(tmp_path, {**defaults, **given})
+        return Job(tmp_path, warm, {**defaults, **given})
 
     return start
 

@@ -83,9 +83,9 @@ def script(found: list[Block], kind: Callable[[str | None], bool]) -> str:
     return "".join(parts)
 
 
-def run(commands: str, place: Path) -> str:
-    """Run a script as in a terminal that ends at the first failure; what it printed."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+def run(commands: str, place: Path, *before: Path) -> str:
+    """Run a script as in a terminal that ends at the first failure; what it printed. `before` come first in PATH."""
+    path = os.pathsep.join(map(str, [*before, Path(sys.executable).parent, os.environ["PATH"]]))
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     done = subprocess.run(
         ["bash", "-eo", "pipefail", "-c", commands], cwd=place, env=environment, text=True, capture_output=True
@@ -137,8 +137,8 @@ RUN = [page for page in PAGES if any(b.what == "run" and b.detail != "signing" f
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_the_commands_of_a_page_run(page: Path, place: Path) -> None:
-    printed = run(script(list(blocks(page)), lambda kind: kind != "signing"), place)
+def test_the_commands_of_a_page_run(page: Path, place: Path, warm: Path) -> None:
+    printed = run(script(list(blocks(page)), lambda kind: kind != "signing"), place, warm)
     assert printed.startswith("# ")
     if page.name == "tutorial.md":
         assert "equal to every byte of tiny" in printed and "PASS: tiny-tp2" in printed

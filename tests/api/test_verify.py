@@ -252,7 +252,9 @@ def test_two_processes_started_here_agree_with_one(pair: tuple[Path, Path]) -> N
     assert found == {(f.module, f.rank) for f in one.tiers[0].findings}
 
 
-def test_several_processes_name_what_differs_and_end_with_one_ranks_error(pair: tuple[Path, Path], copy: Path) -> None:
+def test_several_processes_name_what_differs_and_end_with_one_ranks_error(
+    pair: tuple[Path, Path], copy: Path, warm_processes: None
+) -> None:
     exchange(copy)
     verdict = verify(copy, pair[0], nproc=2, device="cpu", tiers=("exact",))
     assert (verdict.exit_code, verdict.reason) == (1, "the files of ranks 0 and 1 are exchanged")
@@ -263,7 +265,9 @@ def test_several_processes_name_what_differs_and_end_with_one_ranks_error(pair: 
     assert caught.value.tensor == "model.norm.weight" and "rank-00001" in (caught.value.path or "")
 
 
-def test_a_rank_that_lacks_a_tensor_fails_in_every_process(pair: tuple[Path, Path], copy: Path) -> None:
+def test_a_rank_that_lacks_a_tensor_fails_in_every_process(
+    pair: tuple[Path, Path], copy: Path, warm_processes: None
+) -> None:
     tensors = load_file(rank_file(copy, 1))
     del tensors["model.layers.1.input_layernorm.weight"]
     del tensors["model.layers.1.mlp.down_proj.weight"]

@@ -163,7 +163,9 @@ def torchrun(*arguments: object) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def test_torchruns_processes_take_a_rank_each_and_one_of_them_speaks(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_torchruns_processes_take_a_rank_each_and_one_of_them_speaks(
+    pair: tuple[Path, Path], tmp_path: Path, warm_processes: None
+) -> None:
     good = torchrun(pair[1], *CPU, "--json")
     assert good.code == 0, good.err
     assert good.json["verdict"] == "pass" and good.json["settings"]["processes"] == 2
@@ -176,7 +178,7 @@ def test_torchruns_processes_take_a_rank_each_and_one_of_them_speaks(pair: tuple
     assert worse.code != 0 and worse.json["error"]["code"] == "corrupt"
 
 
-def test_slurms_tasks_find_each_other(pair: tuple[Path, Path]) -> None:
+def test_slurms_tasks_find_each_other(pair: tuple[Path, Path], warm_processes: None) -> None:
     import socket
 
     with socket.socket() as free:

@@ -52,7 +52,7 @@ def test_exchanged_files_are_named(pair: tuple[Path, Path], tmp_path: Path) -> N
     assert result.out.splitlines()[0].endswith("the files of ranks 0 and 1 are exchanged")
 
 
-def test_several_processes_and_some_layers(pair: tuple[Path, Path]) -> None:
+def test_several_processes_and_some_layers(pair: tuple[Path, Path], warm_processes: None) -> None:
     found = tpshard(
         "verify", pair[1], *CPU, "--tier", "exact,native", "--layers", "0,-1", "--nproc-per-node", "2", "--json"
     ).json

@@ -134,6 +134,20 @@ def test_the_way_out_of_a_lost_file_works(lost: str, size: tuple[object, ...]) -
     succeeds("check", "set", "--source", "model")
 
 
+def test_whether_a_rank_is_there_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another host may complete it meanwhile: what is written and what is reported follow from one look."""
+    asked, look = [], api._is_written
+
+    def spy(target: Path, planned: Any, rank: int) -> bool:
+        asked.append(rank)
+        return look(target, planned, rank)
+
+    monkeypatch.setattr(api, "_is_written", spy)
+    weights(1).unlink()
+    done = succeeds("split", "model", "--tp", 4, "-o", "set", "--ranks", "0,1", "--no-fsync", "--json")
+    assert asked == [0, 1] and [rank["rank"] for rank in done.json["ranks"]] == [1]
+
+
 def test_a_part_of_a_rank_is_missing() -> None:
     shutil.rmtree("set")
     split(Path("model"), "set", 4, "--max-file-size", "1kB")

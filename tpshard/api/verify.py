@@ -54,6 +54,7 @@ def verify(
     rules: str | Path | None = None,
     allow_pickle: bool = False,
     nproc: int | None = None,
+    allow_not_run: Sequence[str] = (),
     say: Say = silent,
 ) -> Verdict:
     """Judge whether shards, run tensor-parallel, compute the function of the unsharded model.
@@ -64,7 +65,9 @@ def verify(
     source, rules = None if source is None else str(source), None if rules is None else Path(rules)
     chosen, kept = None if tiers is None else tuple(tiers), None if layers is None else tuple(layers)
     how = (device, tokens, seed, float32, kept, stream, sequence_parallel, reference, engine, prompt)
-    options = VerifyOptions(Path(shards), source, chosen, *how, revision, rules, allow_pickle, nproc)
+    options = VerifyOptions(
+        Path(shards), source, chosen, *how, revision, rules, allow_pickle, nproc, tuple(allow_not_run)
+    )
     return verify_with(options, say)
 
 

@@ -33,10 +33,10 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
 
 _SOURCE_HELP = "The unsharded model [default: found by the name that SHARDS record]."
 _SOURCE = Annotated[str | None, Option("--source", help=_SOURCE_HELP, metavar="MODEL")]
-_TIER_HELP = "Any of bytes,exact,native [default: all that can run here]."
+_TIER_HELP = "Any of bytes,weights,exact,native [default: all that can run here]."
 _TIER = Annotated[str | None, Option("--tier", help=_TIER_HELP, metavar="TIERS")]
 _DEVICE = Annotated[Device, Option("--device", help="Where to compute; auto: on GPUs where there are any.")]
-_TOKENS_HELP = "Tokens decoded after the prompt in the native tier."
+_TOKENS_HELP = "Tokens decoded after the prompt."
 _TOKENS = Annotated[int, opt.number("--tokens", _TOKENS_HELP, least=0, expected="0 or more")]
 _FLOAT32 = Annotated[bool, Option("--float32", help="The exact tier in float32, with a limit of 1e-5.")]
 _LAYERS_HELP = "Only these layers, as in 0,1,-1 [default: all]."
@@ -53,6 +53,8 @@ _PROMPT = Annotated[str | None, Option("--prompt", help=_PROMPT_HELP, metavar="T
 _SEED = Annotated[int, opt.number("--seed", "Seed of the prompt's ids.", least=0, expected="0 or more")]
 _NPROC_HELP = "Processes: one for each rank, or 1 for all [default: 1; for each rank on a host with several GPUs]."
 _NPROC = Annotated[int | None, opt.number("--nproc-per-node", _NPROC_HELP, expected="1 or more")]
+_IDLE_HELP = "Cut tensors whose names begin so need not be run; repeatable."
+_IDLE = Annotated[list[str] | None, Option("--allow-not-run", help=_IDLE_HELP, metavar="PREFIX")]
 _REPORT_HELP = "Also write .json, .xml (JUnit), .md or .html; repeatable."
 _REPORT = Annotated[list[Path] | None, Option("--report", help=_REPORT_HELP, metavar="FILE")]
 
@@ -71,6 +73,7 @@ def verify(
     sequence_parallel: _SEQUENCE = False,
     reference: _REFERENCE = "tpshard",
     engine: _ENGINE = "auto",
+    allow_not_run: _IDLE = None,
     nproc_per_node: _NPROC = None,
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
@@ -116,6 +119,7 @@ def verify(
                 rules=rules,
                 allow_pickle=allow_pickle,
                 nproc=nproc_per_node,
+                allow_not_run=tuple(allow_not_run or ()),
             )
             verdict = verifying.verify_with(options, console.say)
         except TpshardError as error:

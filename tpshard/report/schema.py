@@ -24,8 +24,7 @@ Schema = dict[str, Any]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 METRICS = (
-    "differences", "relative_error", "worst_module_error", "router_error",
-    "ratio", "token_ratio", "worst_token", "kl_ratio",
+    "differences", "tensors", "elements", "relative_error", "worst_module_error", "router_error",
     "unsharded_error", "sharded_error", "kl_unsharded", "kl_sharded", "top1_unsharded", "top1_sharded",
 )  # fmt: skip
 """What a tier of verify measures, and has limits for."""
@@ -64,7 +63,7 @@ _TERMS: dict[str, Schema] = {
     "limits": _by_name(_NUMBER, **_METRIC),
     "metrics": _by_name(_FIGURE, **_METRIC),
 }
-_VALUES = {"schema_version": SCHEMA_VERSION, "format_version": FORMAT_VERSION, "one": 1}
+_VALUES = {"schema_version": SCHEMA_VERSION, "format_version": FORMAT_VERSION}
 _SUFFIX = r"\[\]|\{\}|\|null"
 
 
@@ -93,7 +92,8 @@ def _meant(said: Any) -> Schema:
     if word.startswith("@"):
         schema: Schema = {"$ref": f"#/$defs/{word[1:]}"}
     elif word.startswith("= "):
-        schema = {"const": _VALUES.get(word[2:], word[2:])}
+        value = word[2:]
+        schema = {"const": int(value) if value.isdigit() else _VALUES.get(value, value)}
     else:
         schema = {"enum": word.split(", ")} if ", " in word else _TERMS[word]
     return _suffixed(schema, suffixes)

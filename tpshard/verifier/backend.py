@@ -149,7 +149,6 @@ class EngineRun:
     """
 
     engine: str
-    model_type: str
     prompt_tokens: int
     tokens: int
     layers: Sequence[int] | None

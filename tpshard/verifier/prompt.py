@@ -44,37 +44,23 @@ def require_finite(opened: OpenedSet, names: Callable[[FileWeights], Iterable[st
 
 
 def decide(
-    opened: OpenedSet,
-    options: VerifyOptions,
-    *,
-    model_type: str,
-    same: bool,
-    vocab: int,
-    layers: int,
-    positions: int | None,
+    opened: OpenedSet, options: VerifyOptions, *, same: bool, vocab: int, layers: int, positions: int | None
 ) -> tuple[Tensor, tuple[int, ...] | None, int]:
     """The prompt [batch, length], the layers that are asked for, and how many tokens follow the prompt.
 
-    `same` says whether shards and source are of one model, of `model_type`. `positions` None: as many as are wanted;
-    0: the prompt's alone. UsageError for another model, too few processes, and what the model does not have.
+    `same` says whether shards and source are of one model. `positions` None: as many as are wanted; 0: the prompt's
+    alone. UsageError for another model, too few processes, and what the model does not have.
     """
     shards, team = opened.shards, opened.team
     if not same:
-        raise UsageError(
-            "the shards are of another model than the source",
-            path=shards.directory,
-            expected=f"the {model_type} that the source holds",
-            found=f"a {shards.config.get('model_type')} of other sizes or settings",
-            hint="give the model that was split with --source",
-        )
+        what, hint = "the shards are of another model than the source", "give the model that was split with --source"
+        wanted = f"the {opened.config.get('model_type')} that the source holds"
+        other = f"a {shards.config.get('model_type')} of other sizes or settings"
+        raise UsageError(what, path=shards.directory, expected=wanted, found=other, hint=hint)
     if team.size != len(shards.ranks):
-        raise UsageError(
-            "one process per rank is needed",
-            path=shards.directory,
-            expected=len(shards.ranks),
-            found=team.size,
-            hint="start as many processes as there are ranks, or one for all of them",
-        )
+        what, ranks = "one process per rank is needed", len(shards.ranks)
+        hint = "start as many processes as there are ranks, or one for all of them"
+        raise UsageError(what, path=shards.directory, expected=ranks, found=team.size, hint=hint)
     ids = prompt_ids(vocab, options.seed, BATCH, PROMPT) if opened.prompt is None else opened.prompt
     if not ids.numel() or int(ids.max()) >= vocab or int(ids.min()) < 0:
         raise UsageError("the prompt's tokens are not of this model", expected=f"ids below {vocab}")

@@ -121,7 +121,7 @@ def _verdict(run: EngineRun, opened: OpenedSet, options: VerifyOptions, judged: 
     tiers, canaries, seconds = judged
     short = f"{run.tokens} tokens, not {options.tokens}: the model has no more positions"
     return Verdict(
-        model_type=run.model_type,
+        model_type=str(opened.config.get("model_type")),
         tp=team.size,
         source=opened.path.name,
         shards=shards.directory.name,

@@ -25,8 +25,12 @@ from tpshard.verifier.report.verdict import Place, Tier
 from tpshard.verifier.weights_tier import compare_weights
 
 
-def exact(backend: Backend, steps: Sequence[Tensor], *, float32: bool = False) -> Tier:
-    """Both sides in float64 (or float32): through the KV cache, and every module fed the unsharded one's input."""
+def exact(backend: Backend, steps: Sequence[Tensor] | None = None, *, float32: bool = False) -> Tier:
+    """Both sides in float64 (or float32): through the KV cache, and every module fed the unsharded one's input.
+
+    steps: of tokens; None: the prompt alone.
+    """
+    steps = backend.steps if steps is None else steps
     dtype = torch.float32 if float32 else torch.float64
     limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
     with no_tf32():

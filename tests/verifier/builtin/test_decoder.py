@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.checkpoints import DECODED, make, published
+from tests.helpers.grids import some
 from tests.helpers.small_models import can_be_uneven, reference, relative, run, shards, source, tokens
 from tpshard.errors import DifferentError
 
@@ -30,8 +31,15 @@ def test_unsharded_equals_transformers(name: str) -> None:
     assert relative(decoded, torch.cat(wanted, 1)) <= 1e-5
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
-@pytest.mark.parametrize("name", DECODED)
+# Tensor parallelism of every variant; of every family also with what lies between blocks divided by tokens.
+ONE_OF_EACH = {variant.model_type: name for name, variant in reversed(DECODED.items())}.values()
+SHARDED = some(
+    [(name, sequence) for name in DECODED for sequence in (False, True)],
+    [*((name, False) for name in DECODED), *((name, True) for name in ONE_OF_EACH)],
+)
+
+
+@pytest.mark.parametrize(("name", "sequence_parallel"), SHARDED)
 def test_sharded_equals_unsharded(name: str, sequence_parallel: bool) -> None:
     config, tensors = source(name)
     ids = tokens()

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import tpshard
 from tests.helpers import transformers_runs as library
 from tests.helpers.checkpoints import VARIANTS, build, make
+from tests.helpers.grids import in_turn, some, without
 from tests.helpers.newer_checkpoints import NEWER
 from tpshard.errors import DifferentError, UnsupportedError, UsageError
 from tpshard.verifier.builtin.decoder import Decoder
@@ -50,6 +51,13 @@ TYPICAL = (
     "sign-of-an-element-of-out",
     "sign-of-an-element-of-down",
 )
+# Their modules have names and shapes of another family's, so that a fault lies where it lies in that one.
+LIKE_LLAMA = {"mistral", "gemma", "smollm3", "ministral", "ministral3", "cwm", "internlm3", "iquestcoder"}
+LIKE_ANOTHER = LIKE_LLAMA | {"cohere2", "exaone4", "granite", "olmo3", "olmoe", "seed_oss"}
+# Variants that differ from another one in how positions are computed, which is the same on every rank.
+SAME_CUTS = [name for name in library.VARIANTS if any(part in name for part in ("-rope-", "-sliding", "-scaled"))]
+SPLITS = [*((name, 2) for name in library.ONE_OF_EACH), *((name, 4) for name in library.VARIANTS)]
+OTHERS = [name for name in library.VARIANTS if name not in (*library.ONE_OF_EACH, *SAME_CUTS)]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,7 @@ def test_the_reference_is_the_librarys_model(name: str, sides: Callable[..., Tra
 
 
 @pytest.mark.parametrize(
-    ("name", "tp"), [*((name, 2) for name in library.ONE_OF_EACH), *((name, 4) for name in library.VARIANTS)]
+    ("name", "tp"), some(SPLITS, [*in_turn(library.ONE_OF_EACH, (2, 4)), *((name, 4) for name in OTHERS)])
 )
 def test_a_correct_split_is_equal(name: str, tp: int, sides: Callable[..., TransformersBackend]) -> None:
     tier = exact(sides(name, tp))
@@ -85,8 +93,7 @@ def test_a_correct_split_is_equal(name: str, tp: int, sides: Callable[..., Trans
     assert ranks == set(range(tp)) and len(tier.findings) >= 7 * tp
 
 
-@pytest.mark.parametrize("tp", library.WIDTHS)
-@pytest.mark.parametrize("name", library.ONE_OF_EACH)
+@pytest.mark.parametrize(("name", "tp"), in_turn(without(library.ONE_OF_EACH, LIKE_ANOTHER), library.WIDTHS))
 def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., TransformersBackend]) -> None:
     one = sides(name, tp)
     wanted, pins = library.reference(one)
@@ -115,8 +122,7 @@ def test_every_architecture_has_a_variant() -> None:
 @pytest.mark.parametrize(
     ("name", "fault", "module"),
     [
-        ("phi3", "rank-files-exchanged", "the files of ranks 0 and 1 are exchanged"),
-        ("phi4-mini", "vocab-shifted-by-a-rank", "model.embed_tokens (every row) of rank 0"),
+        ("phi4-mini", "vocab-shifted-by-a-rank", "model.embed_tokens of rank 0"),
         ("phi3", "k-and-v-exchanged", "input of model.layers.1.self_attn.o_proj of rank 0"),
         ("phi3", "gate-and-up-exchanged", "input of model.layers.1.mlp.down_proj of rank 0"),
         ("opt", "up-bias-dropped", "model.decoder.layers.1.fc1 of rank 0"),
@@ -126,7 +132,7 @@ def test_every_architecture_has_a_variant() -> None:
         ("gpt_oss", "router-rows-exchanged", "model.layers.2.mlp.router of rank 0"),
         ("gpt_oss", "v-bias-dropped", "model.layers.2.self_attn.v_proj of rank 0"),
         ("deepseek_v3", "latent-of-one-rank-stale", "model.layers.2.self_attn.kv_a_proj_with_mqa of rank 1"),
-        ("deepseek_v3", "vocab-shifted-by-a-rank", "model.embed_tokens (every row) of rank 0"),
+        ("deepseek_v3", "vocab-shifted-by-a-rank", "model.embed_tokens of rank 0"),
         ("deepseek_v3", "norm-of-one-rank-stale", "model.layers.2.input_layernorm of rank 0"),
     ],
 )

@@ -60,20 +60,17 @@ class HeadShare:
 
 def share_of(family: Family, layer: int, ranks: Sequence[tuple[int, int, int]], rank: int) -> HeadShare:
     """A rank's share of a layer, by what every rank holds of it; DifferentError where that does not add up."""
-    size = len(ranks)
     firsts = [[0, *accumulate(column)] for column in zip(*ranks, strict=True)]
-    if firsts[0][-1] != family.heads:
-        raise DifferentError(
-            f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=firsts[0][-1]
-        )
+    heads, kv_heads, _ = (column[-1] for column in firsts)
+    if heads != family.heads:
+        raise DifferentError(f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=heads)
     first_kv = firsts[1][rank]
-    if firsts[1][-1] != family.kv_heads:
+    if kv_heads != family.kv_heads:
         # Fewer KV heads than ranks: neighbouring ranks hold copies, by the config and not by what is stored.
-        if size % family.kv_heads or any(count != 1 for _, count, _ in ranks):
-            raise DifferentError(
-                f"layer {layer}: the ranks' KV heads do not add up", expected=family.kv_heads, found=firsts[1][-1]
-            )
-        first_kv = rank * family.kv_heads // size
+        if len(ranks) % family.kv_heads or any(count != 1 for _, count, _ in ranks):
+            what = f"layer {layer}: the ranks' KV heads do not add up"
+            raise DifferentError(what, expected=family.kv_heads, found=kv_heads)
+        first_kv = rank * family.kv_heads // len(ranks)
     q, kv, ffn = ranks[rank]
     return HeadShare(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
 
@@ -145,18 +142,13 @@ class Decoder:
         if family.project_in is not None:
             x = self._whole_linear(family.project_in, x)
         if family.positions is not None:
+            start, stop = slice_of(len(positions), self.group.size, self.group.rank)
+            at = (positions[start:stop] if self.scatter else positions) + family.position_offset
             table = store.matrix(family.positions)
-            at = self._my_slice(positions, 0) + family.position_offset
             x = self.probe.module(store.full(family.positions), lambda y: y + table[at], x)
         if family.embed_norm is not None:
             x = self._norm(family.embed_norm, x)
         return x
-
-    def _my_slice(self, x: Tensor, dim: int) -> Tensor:
-        if not self.scatter:
-            return x
-        start, stop = slice_of(x.shape[dim], self.group.size, self.group.rank)
-        return x.narrow(dim, start, stop - start)
 
     def _gather(self, x: Tensor) -> Tensor:
         return self.group.all_gather(x, 1) if self.scatter else x
@@ -282,11 +274,12 @@ class Decoder:
         group = self.family.heads // self.family.kv_heads
         wanted = [(share.first_q + q) // group - share.first_kv for q in range(share.q)]
         if any(not 0 <= head < share.kv for head in wanted):
-            raise DifferentError(
+            what, held = (
                 f"rank {self.group.rank} holds q heads without their k and v",
-                expected=f"KV heads of q heads {share.first_q} to {share.first_q + share.q - 1}",
-                found=f"{share.kv} KV heads from {share.first_kv} on",
+                f"{share.kv} KV heads from {share.first_kv} on",
             )
+            asked = f"KV heads of q heads {share.first_q} to {share.first_q + share.q - 1}"
+            raise DifferentError(what, expected=asked, found=held)
         return x if wanted == list(range(share.kv)) else x[:, wanted]
 
     def mlp(self, i: int, x: Tensor) -> Tensor:

@@ -30,21 +30,18 @@ class DecoderPlaces:
             order = torch.arange(family.rope.dims).view(2, -1).T.flatten()
             self.rope_order = order.argsort() if family.rope.interleaved else order
 
-    def _at(self, module: str | None) -> tuple[str, ...]:
-        return () if module is None else (self.family.layer.format(self.layer) + module,)
-
-    def _modules(self, role: str, bias: bool) -> tuple[str | None, ...]:
-        family = self.family
-        outside = {"embed": family.embed, "positions": family.positions, "final_norm": family.final_norm}
+    def tensors(self, role: str, *, bias: bool = False) -> list[str]:
+        family, store = self.family, self.stores[0]
         inside = {"out": family.out, "down": family.down, "up": family.up, "norm": family.attn_norm}
         inside |= {"gate": family.gate or "", "q_norm": family.q_norm or "", "k_norm": family.k_norm or ""}
-        if role == "head":
-            return family.heads_names if bias else (self.stores[0].head(),)
-        return (outside[role],) if role in outside else self._at(inside.get(role) or None)
-
-    def tensors(self, role: str, *, bias: bool = False) -> list[str]:
-        suffix = "bias" if bias else "weight"
-        found = [self.stores[0].name(module, suffix) for module in self._modules(role, bias) if module is not None]
+        modules: dict[str, tuple[str | None, ...]] = {
+            **{each: (family.layer.format(self.layer) + module,) for each, module in inside.items() if module},
+            "embed": (family.embed,),
+            "positions": (family.positions,),
+            "final_norm": (family.final_norm,),
+            "head": family.heads_names if bias else (store.head(),),
+        }
+        found = [store.name(module, "bias" if bias else "weight") for module in modules.get(role, ()) if module]
         return [name for name in found if name in self.names]
 
     def axis(self, role: str, name: str) -> int:
@@ -53,17 +50,8 @@ class DecoderPlaces:
 
     def heads(self, rank: int) -> list[list[Stretch]]:
         """The rows of each q head, and its biases."""
-        parts = zip(*(self.part(rank, "q", bias=bias) for bias in self._stored()), strict=True)
-        return [list(part) for part in parts]
-
-    def _stored(self) -> list[bool]:
-        """Whether there is a weight (False), and a bias (True), of q."""
-        modules = self._at(self.family.qkv[0])
-        return [
-            bias
-            for bias in (False, True)
-            if self.stores[0].name(modules[0], "bias" if bias else "weight") in self.names
-        ]
+        parts = filter(None, (self.part(rank, "q", bias=bias) for bias in (False, True)))
+        return [list(part) for part in zip(*parts, strict=True)]
 
     def part(self, rank: int, kind: str, *, bias: bool = False) -> list[Stretch]:
         """The rows of each head."""
@@ -78,7 +66,7 @@ class DecoderPlaces:
                 per = q // kv
                 group, within = divmod(head, per) if kind == "q" else (head, per + "kv".index(kind))
                 first = group * (per + 2) + within
-            (module,) = self._at(module)
+            module = family.layer.format(self.layer) + module
             name = self.stores[0].name(module, "bias" if bias else "weight")
             dim = int(not bias and module in self.stores[0].transposed)
             if name in self.names:
@@ -93,8 +81,6 @@ class DecoderPlaces:
 
     def twin(self, name: str) -> str | None:
         """The next layer's, or the first layer's in place of one after the last."""
-        mine, other = (
-            self.stores[0].full(self.family.layer.format(i))
-            for i in (self.layer, (self.layer + 1) % self.family.layers)
-        )
+        store, layer = self.stores[0], self.family.layer
+        mine, other = (store.full(layer.format(i)) for i in (self.layer, (self.layer + 1) % self.family.layers))
         return other + name.removeprefix(mine) if name.startswith(mine) and mine != other else None

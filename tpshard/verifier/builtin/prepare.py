@@ -66,14 +66,9 @@ def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     if family.positions is not None:
         store = Store(source, family, torch.float64, torch.device("cpu"))
         positions = store.matrix_shape(family.positions)[0] - family.position_offset
+    same = describe(shards.config) == family
     ids, layers, tokens = decide(
-        opened,
-        options,
-        model_type=family.model_type,
-        same=describe(shards.config) == family,
-        vocab=family.vocab,
-        layers=family.layers,
-        positions=positions,
+        opened, options, same=same, vocab=family.vocab, layers=family.layers, positions=positions
     )
     parallel = options.sequence_parallel
     setup = DecoderBackend(source, shards.ranks, team, ids, opened.device, family, layers, sequence_parallel=parallel)
@@ -87,14 +82,10 @@ def choose(case: Case) -> Case:
     team, where = setup.team, setup.device
     apart = isinstance(team, Processes)
     batch, length = setup.prompt.shape
+    computed, widened = "native" in options.computed, where.type == "cpu" and not apart
+    here, positions = len(team.here), batch * (length + case.tokens)
     need = estimate(
-        setup.family,
-        case.load,
-        here=len(team.here),
-        native="native" in options.computed,
-        positions=batch * (length + case.tokens),
-        widened=where.type == "cpu" and not apart,
-        apart=apart,
+        setup.family, case.load, here=here, native=computed, positions=positions, widened=widened, apart=apart
     )
     streamed = any(team.run(lambda group: need.choose(options.stream, where, opened.sharing)))
     amount = need.streamed if streamed else need.resident
@@ -143,7 +134,6 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     setup = case.setup
     return EngineRun(
         engine="tpshard",
-        model_type=setup.family.model_type,
         prompt_tokens=setup.prompt.numel(),
         tokens=case.tokens,
         layers=setup.layers,

@@ -87,12 +87,9 @@ class Store:
         kv_rows = rows - q_in
         if q_in % family.head_dim or kv_rows < 0 or kv_rows % (2 * family.head_dim):
             name = self.name(at + family.qkv[0])
-            raise DifferentError(
-                f"rank {self.rank}: {name} does not hold whole heads that fit {family.out}",
-                tensor=name,
-                expected=f"heads of {family.head_dim}",
-                found=f"{rows} rows for {q_in} inputs of {family.out}",
-            )
+            what = f"rank {self.rank}: {name} does not hold whole heads that fit {family.out}"
+            wanted, held = f"heads of {family.head_dim}", f"{rows} rows for {q_in} inputs of {family.out}"
+            raise DifferentError(what, tensor=name, expected=wanted, found=held)
         return q_in // family.head_dim, kv_rows // (2 * family.head_dim), ffn
 
     def vector(self, module: str, suffix: str = "weight") -> Tensor | None:

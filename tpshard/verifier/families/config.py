@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
@@ -25,36 +25,36 @@ class Config:
     def number(self, *keys: str, default: int | None = None) -> int:
         value = self.get(*keys, default=default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CorruptError(
-                f"config.json: {keys[0]} must be a whole number above 0", expected="a number", found=repr(value)
-            )
+            what = f"config.json: {keys[0]} must be a whole number above 0"
+            raise CorruptError(what, expected="a number", found=repr(value))
         return value
 
     def layer_windows(self, layers: int, window: Any, sliding: Callable[[int], bool]) -> tuple[int | None, ...]:
         kinds = self.get("layer_types")
         if kinds is None:
             kinds = ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
-        if len(kinds) != layers:
-            raise CorruptError(
-                "config.json: layer_types is not of the model's length", expected=layers, found=len(kinds)
-            )
+        require_length("layer_types", kinds, layers)
         return tuple(int(window) if kind == "sliding_attention" and window else None for kind in kinds)
 
 
+SIZES = (("hidden_size",), ("num_hidden_layers",), ("num_attention_heads",))
+"""The keys of hidden size, layers and heads, each under its names in the order in which they are looked for."""
+
+
+def require_length(key: str, kinds: Sequence[Any], layers: int) -> None:
+    """CorruptError unless there is a kind for each layer."""
+    if len(kinds) != layers:
+        raise CorruptError(f"config.json: {key} is not of the model's length", expected=layers, found=len(kinds))
+
+
 def sized(
-    config: Config,
-    model_type: str,
-    *,
-    hidden: tuple[str, ...] = ("hidden_size",),
-    layers: tuple[str, ...] = ("num_hidden_layers",),
-    heads: tuple[str, ...] = ("num_attention_heads",),
-    head_dim: int | None = None,
+    config: Config, model_type: str, keys: Sequence[Sequence[str]] = SIZES, head_dim: int | None = None
 ) -> Family:
     """A Family of the sizes that stand under these keys: as many KV heads as heads, and no window.
 
     `head_dim` is the default of the key of that name, 0 for the hidden size by the heads; None where there is no key.
     """
-    width, depth, count = config.number(*hidden), config.number(*layers), config.number(*heads)
+    width, depth, count = (config.number(*names) for names in keys)
     head = width // count if head_dim is None else config.number("head_dim", default=head_dim or width // count)
     vocab, scales = config.number("vocab_size"), (head**-0.5,) * depth
     return Family(model_type, width, depth, count, count, head, vocab, windows=(None,) * depth, scales=scales)
@@ -68,9 +68,8 @@ def rope_of(config: Config, head_dim: int, *, theta_key: str = "rope_theta", sha
     options = dict(config.get("rope_parameters", "rope_scaling", default={}))
     kind = options.get("rope_type") or options.get("type") or "default"
     if kind not in ROPE_KINDS:
-        raise UnsupportedError(
-            f"rotary scaling {kind!r} is not supported by verify", hint="supported: " + ", ".join(ROPE_KINDS)
-        )
+        hint = f"supported: {', '.join(ROPE_KINDS)}"
+        raise UnsupportedError(f"rotary scaling {kind!r} is not supported by verify", hint=hint)
     max_positions = config.number("max_position_embeddings", default=2048)
     original = config.get("original_max_position_embeddings") or options.get("original_max_position_embeddings")
     original = int(original or max_positions)

@@ -11,24 +11,12 @@ from tpshard.verifier.families.family import ACTIVATIONS, Family
 from tpshard.verifier.families.gpt_like import bloom, falcon, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, opt
 from tpshard.verifier.families.llama_like import gemma2, internlm2, llama, mistral, qwen
 
+_NAMED_SO = (llama, internlm2, mistral, gemma2, gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, bloom, falcon, opt)
 FAMILIES: Mapping[str, Callable[[Config, str], Family]] = {
-    "llama": llama,
-    "internlm2": internlm2,
-    "mistral": mistral,
-    "qwen2": qwen,
-    "qwen3": qwen,
-    "gemma2": gemma2,
-    "gpt2": gpt2,
-    "gpt_bigcode": gpt_bigcode,
-    "gpt_neo": gpt_neo,
-    "gptj": gptj,
-    "gpt_neox": gpt_neox,
-    "bloom": bloom,
-    "falcon": falcon,
-    "RefinedWeb": falcon,
-    "RefinedWebModel": falcon,
-    "opt": opt,
+    **{family.__name__: family for family in _NAMED_SO},
+    **{"qwen2": qwen, "qwen3": qwen, "RefinedWeb": falcon, "RefinedWebModel": falcon},
 }
+"""What describes a model, by its model type."""
 
 
 def describe(config: Mapping[str, Any]) -> Family:
@@ -38,22 +26,17 @@ def describe(config: Mapping[str, Any]) -> Family:
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        raise UnsupportedError(
-            f"verify does not know the model type {model_type!r}", hint="known: " + ", ".join(sorted(FAMILIES))
-        )
+        hint = f"known: {', '.join(sorted(FAMILIES))}"
+        raise UnsupportedError(f"verify does not know the model type {model_type!r}", hint=hint)
     try:
         family = FAMILIES[model_type](Config(config), model_type)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError(f"config.json does not describe a {model_type}", found=reason) from None
     if family.heads % family.kv_heads:
-        raise CorruptError(
-            "config.json: the KV heads do not divide the heads",
-            expected=f"{family.heads} heads",
-            found=f"{family.kv_heads} KV heads",
-        )
+        heads, found = f"{family.heads} heads", f"{family.kv_heads} KV heads"
+        raise CorruptError("config.json: the KV heads do not divide the heads", expected=heads, found=found)
     if str(family.activation) not in ACTIVATIONS:
-        raise UnsupportedError(
-            f"verify does not know the activation {family.activation!r}", hint="known: " + ", ".join(ACTIVATIONS)
-        )
+        hint = f"known: {', '.join(ACTIVATIONS)}"
+        raise UnsupportedError(f"verify does not know the activation {family.activation!r}", hint=hint)
     return family

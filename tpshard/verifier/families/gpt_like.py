@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.verifier.families.config import Config, rope_of, sized
+from tpshard.errors import UnsupportedError
+from tpshard.verifier.families.config import Config, require_length, rope_of, sized
 from tpshard.verifier.families.family import Family, Rope
+
+# GPT-Neo has names of its own for layers and heads.
+GPT2_SIZES = (
+    ("n_embd", "hidden_size"),
+    ("n_layer", "num_layers", "num_hidden_layers"),
+    ("n_head", "num_heads", "num_attention_heads"),
+)
+BLOOM_SIZES = (("hidden_size", "n_embed"), ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads"))
 
 
 def gpt2(config: Config, model_type: str) -> Family:
-    # GPT-Neo has names of its own for the last two, and these families read the newer ones as well.
-    layers, heads = ("n_layer", "num_layers", "num_hidden_layers"), ("n_head", "num_heads", "num_attention_heads")
-    family = sized(config, model_type, hidden=("n_embd", "hidden_size"), layers=layers, heads=heads)
+    family = sized(config, model_type, GPT2_SIZES)
     scales = family.scales if config.get("scale_attn_weights", default=True) else (1.0,) * family.layers
     if config.get("scale_attn_by_inverse_layer_idx", default=False) and model_type == "gpt2":
         scales = tuple(scale / (i + 1) for i, scale in enumerate(scales))
@@ -55,10 +61,7 @@ def gpt_neo(config: Config, model_type: str) -> Family:
     if kinds is None:
         pattern = config.get("attention_types", default=[[["global", "local"], 12]])
         kinds = [kind for names, count in pattern for _ in range(count) for kind in names]
-    if len(kinds) != family.layers:
-        raise CorruptError(
-            "config.json: attention_types is not of the model's length", expected=family.layers, found=len(kinds)
-        )
+    require_length("attention_types", kinds, family.layers)
     window = config.number("window_size", default=256)
     return replace(
         family,
@@ -111,9 +114,8 @@ def gpt_neox(config: Config, model_type: str) -> Family:
 
 
 def bloom(config: Config, model_type: str) -> Family:
-    layers, heads = ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads")
     return replace(
-        sized(config, model_type, hidden=("hidden_size", "n_embed"), layers=layers, heads=heads),
+        sized(config, model_type, BLOOM_SIZES),
         eps=float(config.get("layer_norm_epsilon", default=1e-5)),
         activation="gelu_pytorch_tanh",
         prefixes=("transformer.", ""),
@@ -140,10 +142,8 @@ def falcon(config: Config, model_type: str) -> Family:
     parallel = bool(config.get("parallel_attn", default=True))
     norms = config.get("num_ln_in_parallel_attn", default=2 if new else 1)
     if (new and not parallel) or (norms == 2 and not new):
-        raise UnsupportedError(
-            "this Falcon config describes no model that transformers can run",
-            found=f"new_decoder_architecture {new}, parallel_attn {parallel}, num_ln_in_parallel_attn {norms}",
-        )
+        found = f"new_decoder_architecture {new}, parallel_attn {parallel}, num_ln_in_parallel_attn {norms}"
+        raise UnsupportedError("this Falcon config describes no model that transformers can run", found=found)
     two = parallel and norms == 2
     alibi = bool(config.get("alibi", default=False))
     if new:

@@ -15,7 +15,7 @@ from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.criteria import CHOICE, relative
 from tpshard.verifier.elements import Parameter
 from tpshard.verifier.group import Group, Single
-from tpshard.verifier.hf.overrides import Pinned
+from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link, connect, is_experts
 from tpshard.verifier.hf.partition import parameters
 from tpshard.verifier.hf.places import StoredPlaces
@@ -110,8 +110,8 @@ class TransformersBackend(Backend):
             wanted = whole.run(Single(), self.steps, pins)
         names = [name for name in recorder.records if name in set(names)]
         experts = [name for name in recorder.records if is_experts(whole.modules[name])]
-        with whole.precision():
-            reached = {name: every_expert(whole, recorder.records[name], name) for name in experts}
+        with precision(dtype):
+            reached = {name: every_expert(whole.modules[name], recorder.records[name]) for name in experts}
 
         def work(group: Group) -> list[Finding]:
             side, mine = models[group.rank], Pinned(pins.made)
@@ -129,5 +129,5 @@ class TransformersBackend(Backend):
 
 def _experts(side: Side, group: Group, name: str, args: tuple[Tensor, ...], wanted: Tensor) -> Finding:
     given = tuple(x.to(side.dtype) if x.is_floating_point() else x for x in args)
-    with side.precision():
+    with precision(side.dtype):
         return Finding(f"{name} (every expert)", group.rank, relative(side.modules[name](*given), wanted))

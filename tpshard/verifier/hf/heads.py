@@ -59,24 +59,17 @@ def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankS
     row = f"{name}.{output_of(module)}.weight"
     out = cuts[row]
     if sum(out.sizes) != out.total or any(size * heads % out.total for size in out.sizes):
-        raise DifferentError(
-            f"the ranks' {row} are not {heads} whole heads",
-            tensor=row,
-            expected=f"heads of {out.total // heads}",
-            found=", ".join(map(str, out.sizes)),
-        )
+        wanted, sizes = f"heads of {out.total // heads}", ", ".join(map(str, out.sizes))
+        raise DifferentError(f"the ranks' {row} are not {heads} whole heads", tensor=row, expected=wanted, found=sizes)
     counts = [size * heads // out.total for size in out.sizes]
     q, first_q = counts[rank], sum(counts[:rank])
     kv = _kv(name, module, config, cuts, counts, out.total // heads)
     held, first, group = kv.sizes[rank], kv.first(rank), heads // kv.total
     # Global q head h attends to KV head h // group; the model's own code deals a rank's KV heads to its q heads evenly.
     if held < 1 or q % held or any((first_q + i) // group - first != i // (q // held) for i in range(q)):
-        raise DifferentError(
-            f"rank {rank}: {name} has q heads without their k and v",
-            tensor=row,
-            expected=f"KV heads of q heads {first_q} to {first_q + q - 1}",
-            found=f"{held} KV heads from {first} on",
-        )
+        wanted, kept = f"KV heads of q heads {first_q} to {first_q + q - 1}", f"{held} KV heads from {first} on"
+        what = f"rank {rank}: {name} has q heads without their k and v"
+        raise DifferentError(what, tensor=row, expected=wanted, found=kept)
     return Heads(q, held, first_q, first)
 
 
@@ -125,12 +118,10 @@ def _tell_linear(name: str, module: Any, cuts: Mapping[str, RankShares], rank: i
     k = v // each
     wide = 2 * k * module.head_k_dim + v * module.head_v_dim
     if not v or v % each or conv != wide or set(numbers) != {v}:
-        raise DifferentError(
-            f"rank {rank}: {name} does not hold whole key heads with their value heads",
-            tensor=f"{name}.conv1d.weight",
-            expected=f"heads of {module.head_k_dim}, {each} of {module.head_v_dim} for each",
-            found=f"{conv} features, and numbers of {numbers} heads",
-        )
+        what = f"rank {rank}: {name} does not hold whole key heads with their value heads"
+        wanted = f"heads of {module.head_k_dim}, {each} of {module.head_v_dim} for each"
+        held = f"{conv} features, and numbers of {numbers} heads"
+        raise DifferentError(what, tensor=f"{name}.conv1d.weight", expected=wanted, found=held)
     module.num_k_heads, module.num_v_heads, module.conv_dim = k, v, wide
     module.key_dim, module.value_dim = k * module.head_k_dim, v * module.head_v_dim
 
@@ -145,12 +136,10 @@ def _tell_mixer(name: str, module: Any, cuts: Mapping[str, RankShares], rank: in
     # The module's own code deals a rank's groups to its heads evenly.
     even = h > 0 and h % g == 0 and all((first + i) // each - first // each == i // (h // g) for i in range(h))
     if not even or conv != features or rows != wide + features + h or set(numbers) != {h}:
-        raise DifferentError(
-            f"rank {rank}: {name} does not hold whole heads with their groups",
-            tensor=f"{name}.in_proj.weight",
-            expected=f"heads of {module.head_dim}, {each} to a group of {module.ssm_state_size}",
-            found=f"{rows} rows, {conv} features, and numbers of {numbers} heads",
-        )
+        what = f"rank {rank}: {name} does not hold whole heads with their groups"
+        wanted = f"heads of {module.head_dim}, {each} to a group of {module.ssm_state_size}"
+        held = f"{rows} rows, {conv} features, and numbers of {numbers} heads"
+        raise DifferentError(what, tensor=f"{name}.in_proj.weight", expected=wanted, found=held)
     _cut_buffers(module, first, h, first // each, g)
     module.num_heads, module.n_groups, module.intermediate_size, module.conv_dim = h, g, wide, features
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ class Wide(TorchFunctionMode):
             named.setdefault("dtype", torch.float64)
         out = func(*(_wider(value) for value in args), **named)
         return out.double() if isinstance(out, Tensor) and out.dtype == torch.float32 else out
+
+
+def precision(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """What makes a model's dtype hold in all its parts: only float64 is not already what its code computes in."""
+    return Wide() if dtype == torch.float64 else nullcontext()
 
 
 class Pinned(TorchFunctionMode):

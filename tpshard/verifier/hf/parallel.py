@@ -57,10 +57,8 @@ def is_experts(module: nn.Module) -> bool:
     return "down_proj" in module._parameters and not module._parameters.keys().isdisjoint(("gate_up_proj", "up_proj"))
 
 
-def product(module: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x times a linear module's weight, or times another in its place; no bias."""
-    weight = module._parameters["weight"] if weight is None else weight
-    assert weight is not None
+def product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """x times a weight in the place of a linear module's; no bias."""
     return F.linear(x, weight if isinstance(module, nn.Linear) else weight.T)
 
 
@@ -83,12 +81,8 @@ def connect(model: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank:
         mine = {leaf: cuts[f"{name}.{leaf}"] for leaf in module._parameters if f"{name}.{leaf}" in cuts}
         if mine and not _connect(name, module, mine, rank, link, model, name in attending):
             leaf, cut = next(iter(mine.items()))
-            raise DifferentError(
-                f"{name}.{leaf} is cut, which no tensor parallelism does",
-                tensor=f"{name}.{leaf}",
-                expected=cut.total,
-                found=", ".join(map(str, cut.sizes)),
-            )
+            what, sizes = f"{name}.{leaf} is cut, which no tensor parallelism does", ", ".join(map(str, cut.sizes))
+            raise DifferentError(what, tensor=f"{name}.{leaf}", expected=cut.total, found=sizes)
     return link
 
 
@@ -174,7 +168,7 @@ def _gathered(module: nn.Module, vocab: int, link: Link) -> Callable[[Tensor], T
 
 def _row_parallel(name: str, module: nn.Module, link: Link) -> Callable[[Tensor], Tensor]:
     def sum_over_ranks(x: Tensor) -> Tensor:
-        total = link.reduce(name, product(module, x))
+        total = link.reduce(name, product(module, x, _weight(module)))
         bias = module._parameters.get("bias")
         return total if bias is None else total + bias
 

@@ -14,30 +14,27 @@ from tpshard.verifier.places import Stretch
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import layer_of
 
-CHOICE_BIAS = re.compile(r"(correction_bias|expert_bias)$")
+CHOICE_BIAS = r"(correction_bias|expert_bias)$"
 # By role: the names, and whether the ranks have parts of these tensors, all of them, or either.
-IN_LAYER: dict[str, tuple[re.Pattern[str], bool | None]] = {
-    role: (re.compile(pattern), cut)
-    for role, pattern, cut in (
-        ("out", r"(att(ention|n)\w*|mamba|mixer)\.(o_proj|out_proj|c_proj|dense)\.", True),
-        ("down", r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b", True),
-        ("up", r"\b(up_proj|w3|fc1|fc_in|c_fc|gate_up_proj|input_linear|dense_h_to_4h)(_bias)?\b", True),
-        ("q", r"\.q_proj\.", None),
-        ("k", r"\.k_proj\.", None),
-        ("v", r"\.v_proj\.", None),
-        ("fused", r"\.(qkv_proj|c_attn|Wqkv)\.", True),
-        ("gate_up", r"\b(gate_up_proj|input_linear)(_bias)?\b", True),
-        ("first_expert", r"\.experts\.0\.(down_proj|w2)\.", True),
-        ("router", r"\.(gate|router)(\.layer)?\.weight$", False),
-        ("choice_bias", CHOICE_BIAS.pattern, False),
-        ("sinks", r"\.sinks$", None),
-        ("convolution", r"\.conv1d\.", True),
-        ("decay", r"\.A_log$", True),
-        ("qk_norm", r"\.[qk]_norm\.", True),
-        ("k_norm", r"\.k_norm\.", True),
-        ("norm", r"norm|\.ln_", False),
-        ("latent", r"\.kv_a_proj", False),
-    )
+IN_LAYER: dict[str, tuple[str, bool | None]] = {
+    "out": (r"(att(ention|n)\w*|mamba|mixer)\.(o_proj|out_proj|c_proj|dense)\.", True),
+    "down": (r"(?<!attn\.)\b(down_proj|w2|fc2|fc_out|c_proj|output_linear|dense_4h_to_h)(_bias)?\b", True),
+    "up": (r"\b(up_proj|w3|fc1|fc_in|c_fc|gate_up_proj|input_linear|dense_h_to_4h)(_bias)?\b", True),
+    "q": (r"\.q_proj\.", None),
+    "k": (r"\.k_proj\.", None),
+    "v": (r"\.v_proj\.", None),
+    "fused": (r"\.(qkv_proj|c_attn|Wqkv)\.", True),
+    "gate_up": (r"\b(gate_up_proj|input_linear)(_bias)?\b", True),
+    "first_expert": (r"\.experts\.0\.(down_proj|w2)\.", True),
+    "router": (r"\.(gate|router)(\.layer)?\.weight$", False),
+    "choice_bias": (CHOICE_BIAS, False),
+    "sinks": (r"\.sinks$", None),
+    "convolution": (r"\.conv1d\.", True),
+    "decay": (r"\.A_log$", True),
+    "qk_norm": (r"\.[qk]_norm\.", True),
+    "k_norm": (r"\.k_norm\.", True),
+    "norm": (r"norm|\.ln_", False),
+    "latent": (r"\.kv_a_proj", False),
 }
 PAIRS = {"gate_proj": "up_proj", "w1": "w3"}
 OUTSIDE = {
@@ -51,21 +48,20 @@ INTERLEAVED = {"gpt_oss"}
 
 
 def is_bias(name: str) -> bool:
-    return name.endswith("bias") and not CHOICE_BIAS.search(name)
+    return name.endswith("bias") and not re.search(CHOICE_BIAS, name)
 
 
 class StoredPlaces:
-    """The places of one layer in the stored tensors `names`, all by default; see `Places`."""
+    """The places of one layer in the stored tensors `names`; see `Places`."""
 
     def __init__(
-        self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int, names: Sequence[str] | None = None
+        self, config: Any, source: Weights, ranks: Sequence[Weights], layer: int, names: Sequence[str]
     ) -> None:
         self.config = config
         self.source = source
         self.ranks = ranks
         self.layer = layer
-        wanted = source.names() if names is None else names
-        self.names: Collection[str] = [name for name in wanted if all(name in rank.names() for rank in ranks)]
+        self.names: Collection[str] = [name for name in names if all(name in rank.names() for rank in ranks)]
         near = [name for name in self.names if layer_of(name) in (None, layer)]
         self.cuts = {name: cut for name in near if (cut := self._cut(name)) is not None}
         self.kv_heads, self.vocab = total_heads(config)[1], int(config.vocab_size)
@@ -84,7 +80,7 @@ class StoredPlaces:
         if role not in IN_LAYER:
             return []
         pattern, cut = IN_LAYER[role]
-        mine = [name for name in self.names if layer_of(name) == self.layer and pattern.search(name)]
+        mine = [name for name in self.names if layer_of(name) == self.layer and re.search(pattern, name)]
         # A bias behind a sum is whole on every rank.
         return [name for name in mine if is_bias(name) == bias and (bias or cut in (None, name in self.cuts))]
 

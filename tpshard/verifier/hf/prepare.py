@@ -17,7 +17,7 @@ from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, require_finite
 from tpshard.verifier.ranks.open import elements, require_floats
-from tpshard.verifier.report.verdict import Tier, layer_of
+from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
 
@@ -50,16 +50,12 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     sides, tokens = opened.team.together(lambda: _prepare(opened, options))
     import transformers
 
-    left = unused(sides)
-    warning = f"{len(left)} tensors that transformers' model does not use were not run: {left[0]}, …" if left else None
     return EngineRun(
         engine="transformers",
-        model_type=str(opened.config.get("model_type")),
         prompt_tokens=sides.prompt.numel(),
         tokens=tokens,
         layers=sides.compared,
         begin=lambda: _begin(sides, tokens, opened, options),
-        warnings=(warning,) if warning else (),
         # The library's code may stumble over a rank's shapes, which must not pass.
         unsure=(UnsupportedError,),
         volatile={"transformers": str(transformers.__version__)},
@@ -69,15 +65,9 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
 def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
     shards, device = opened.shards, opened.device
     config = model_config(opened.config)
-    ids, layers, tokens = decide(
-        opened,
-        options,
-        model_type=str(opened.config.get("model_type")),
-        same=same_model(config, model_config(shards.config)),
-        vocab=config.vocab_size,
-        layers=config.num_hidden_layers,
-        positions=int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0)),
-    )
+    same, depth = same_model(config, model_config(shards.config)), config.num_hidden_layers
+    positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
+    ids, layers, tokens = decide(opened, options, same=same, vocab=config.vocab_size, layers=depth, positions=positions)
     frame = frame_of(config, layers)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
@@ -118,13 +108,3 @@ def _begin(
     judge_elements = partial(judge_weights, sides, options.allow_not_run, opened.say)
     judges: dict[str, JudgeTier] = {"weights": judge_elements, "exact": judge_exact, "native": judge_native}
     return {name: judge for name, judge in judges.items() if name in options.computed}
-
-
-def unused(sides: TransformersBackend) -> list[str]:
-    """Stored weights of the source that transformers' model has no place for, and that nothing here looks at."""
-    looked_at = set(sides.frame.stored(sides.source))
-    return [
-        name
-        for name in sides.source.names()
-        if name not in looked_at and name.endswith((".weight", ".bias")) and layer_of(name) in (None, *sides.compared)
-    ]

@@ -206,12 +206,11 @@ def _part_of_experts(whole: nn.Module, down: RankShares, rank: int) -> dict[str,
     return {leaf: part(leaf, weight) for leaf, weight in whole._parameters.items() if weight is not None}
 
 
-def every_expert(whole: Side, record: ModuleRecord, name: str) -> tuple[tuple[Any, ...], Tensor]:
+def every_expert(module: nn.Module, record: ModuleRecord) -> tuple[tuple[Any, ...], Tensor]:
     """Arguments that send one token to each expert, and what the unsharded experts give: a prompt alone reaches few.
 
     Experts that are not told whom a token is for (Llama 4) get as many for each, one behind the other.
     """
-    module = whole.modules[name]
     down = module._parameters["down_proj"]
     assert down is not None
     count = len(down)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import UnsupportedError
 from tpshard.verifier.group import Group
-from tpshard.verifier.hf.overrides import Pinned, Wide
+from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link
 from tpshard.verifier.hf.skeleton import RankShares
 
@@ -45,10 +44,6 @@ class Side:
     def _named(self, ending: str) -> dict[str, nn.Module]:
         return {name: module for name, module in self.modules.items() if type(module).__name__.endswith(ending)}
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """What makes the model's dtype hold in all its parts: only float64 is not already what its code computes in."""
-        return Wide() if self.dtype == torch.float64 else nullcontext()
-
     def is_head(self, name: str) -> bool:
         """Whether a module makes the logits, which are gathered."""
         return self.modules[name] is self.model.get_output_embeddings()  # type: ignore[operator]
@@ -63,7 +58,7 @@ class Side:
         cached = len(steps) + more > 1
         logits: list[Tensor] = []
         cache: Any = None
-        with self.precision(), pins.watching(self.routers | self.indexers):
+        with precision(self.dtype), pins.watching(self.routers | self.indexers):
             for i in range(len(steps) + more):
                 if i == len(steps):
                     steps.append(logits[-1][:, -1:].argmax(-1))
@@ -80,7 +75,5 @@ class Side:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             where = "the model" if self.rank is None else f"rank {self.rank}"
-            raise UnsupportedError(
-                f"transformers could not run {where}: {str(error).splitlines()[0]}",
-                hint="--tier bytes compares the files",
-            ) from error
+            what = f"transformers could not run {where}: {str(error).splitlines()[0]}"
+            raise UnsupportedError(what, hint="--tier bytes compares the files") from error

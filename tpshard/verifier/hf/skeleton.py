@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError, UnsupportedError
-from tpshard.verifier.hf.overrides import Wide
+from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
@@ -78,11 +78,11 @@ def model_config(config: Mapping[str, Any]) -> Any:
         hint = "pip install transformers, or --tier bytes"
         raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
     if not covers(config):
-        raise UnsupportedError(
+        what, tried = (
             f"--engine transformers was not tried with {config.get('model_type')}",
-            expected=", ".join(sorted(MODEL_TYPES)),
-            hint="--tier bytes compares the files",
+            ", ".join(sorted(MODEL_TYPES)),
         )
+        raise UnsupportedError(what, expected=tried, hint="--tier bytes compares the files")
     if config.get("quantization_config"):
         raise UnsupportedError("verify computes with floating-point weights only", found="a quantization_config")
     from huggingface_hub.errors import StrictDataclassError
@@ -140,7 +140,7 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
 
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"
-    with _empty_parameters(), Wide() if dtype == torch.float64 else nullcontext():
+    with _empty_parameters(), precision(dtype):
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, attn_implementation="eager"
         )
@@ -250,12 +250,9 @@ def _experts_in_order(key: str, recipes: Sequence[StoredParts], shapes: Sequence
     expected = 0
     for rank, (recipe, shape) in enumerate(zip(recipes, shapes, strict=True)):
         if recipe.first != expected:
-            raise DifferentError(
-                f"rank {rank} has other experts of {key} than are its own",
-                tensor=recipe.stored[0],
-                expected=f"those from {expected} on",
-                found=f"{recipe.first} to {recipe.first + shape[0] - 1}",
-            )
+            what = f"rank {rank} has other experts of {key} than are its own"
+            wanted, held = f"those from {expected} on", f"{recipe.first} to {recipe.first + shape[0] - 1}"
+            raise DifferentError(what, tensor=recipe.stored[0], expected=wanted, found=held)
         expected += shape[0] if some else 0
 
 

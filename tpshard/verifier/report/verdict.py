@@ -60,7 +60,7 @@ def layer_of(module: str) -> int | None:
 
 @dataclass(frozen=True)
 class Canary:
-    """One fault as judged by a tier: caught, missed, or too small to be seen in the tier's dtype."""
+    """One fault as judged by a tier: caught or missed."""
 
     name: str
     tier: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from tpshard.verifier.report.verdict import Place, Verdict
@@ -36,16 +37,29 @@ def rows(verdict: Verdict) -> list[tuple[str, str, str, str]]:
 
 
 def reasons(verdict: Verdict) -> list[str]:
-    """What each tier that did not pass says, unless it is the verdict's own reason."""
-    return [f"{t.name}: {t.reason}" for t in verdict.tiers if t.reason is not None and t.reason != verdict.reason]
+    """What each tier that did not pass says, unless it is the verdict's own reason; and what was proved in part."""
+    said = [f"{t.name}: {t.reason}" for t in verdict.tiers if t.reason is not None and t.reason != verdict.reason]
+    return said + _notes(verdict)
 
 
 def caught(verdict: Verdict) -> str:
     """How many canaries were noticed."""
     counts = [canary.status for canary in verdict.canaries]
-    small = counts.count("too small")
-    rest = f", {small} {'is' if small == 1 else 'are'} too small for the dtype" if small else ""
-    return f"{counts.count('caught')} of {len(counts)} faults injected on purpose were noticed{rest}"
+    return f"{counts.count('caught')} of {len(counts)} faults injected on purpose were noticed"
+
+
+def _notes(verdict: Verdict) -> list[str]:
+    """What was proved in part: tensors that nothing computes with, and those whose order only a run can judge."""
+    running = [name for tier in verdict.tiers for name in tier.by_running]
+    said = (
+        (verdict.not_run, "compared, and nothing here computes with"),
+        (running, "held by the ranks together; that each holds its own is proved by running"),
+    )
+    return [f"{len(names)} tensors are {what}: {_some(names)}" for names, what in said if names]
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def plain(value: Any) -> str:
