@@ -1,4 +1,4 @@
-"""Every fault of the catalogue in real shards of every family: who notices, who names it, who lets it through.
+"""Every fault of the catalogue in real shards of every family: which tier notices, which fault is named by its tensor.
 
 Checkpoints are small, random and bf16, split by `tpshard.split` and judged by what `tpshard verify` is made of.
 """
@@ -6,8 +6,8 @@ Checkpoints are small, random and bf16, split by `tpshard.split` and judged by w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,20 +17,20 @@ import tpshard
 from tests.helpers import checkpoints
 from tpshard.execute.publish import Settings
 from tpshard.verifier.builtin.backend import DecoderBackend
-from tpshard.verifier.builtin.store import Store
-from tpshard.verifier.criteria import NATIVE_LIMITS, exceeded, native_metrics
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.fault_catalogue import FAULTS
 from tpshard.verifier.group import Threads
+from tpshard.verifier.options import silent
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
-from tpshard.verifier.tiers import exact
+from tpshard.verifier.tiers import digest, exact
+from tpshard.verifier.weights_tier import compare_weights
 
 WIDTHS = (2, 4)
 DTYPE = torch.bfloat16
-TOKENS = 8
+TOKENS = 2
 COSINE, TOP = 0.99, 5
 # All of every family but those that differ in dtype alone. Their 251 tokens are padded at both widths, and two KV heads
 # are replicated at tp 4.
@@ -39,26 +39,23 @@ VARIANTS = tuple(name for name, variant in checkpoints.DECODED.items() if varian
 
 @dataclass(frozen=True)
 class Case:
-    """One fault in one shard set. `named` is module, block (attention or MLP around it) or no.
+    """One fault in one shard set: whether each tier noticed it, and whether the verdict named what was changed.
 
-    `error` is the exact tier's end-to-end error, `excess` the largest of the native criteria in units of its limit,
-    `cosine` and `top` what the usual tests would have looked at.
+    `error` is the exact tier's end-to-end error, `reason` the verdict's; `cosine` and `top` are what the usual tests
+    would have looked at.
     """
 
     fault: str
     variant: str
     tp: int
-    error: float
+    weights: bool
     exact: bool
-    named: str
+    native: bool
+    named: bool
+    error: float
     reason: str
-    excess: float
     cosine: float
     top: bool
-
-    @property
-    def native(self) -> bool:
-        return self.excess > 1
 
 
 def cosine(x: Tensor, y: Tensor) -> float:
@@ -75,55 +72,26 @@ def top_contained(x: Tensor, y: Tensor, count: int = TOP) -> bool:
     return inside(x, y) and inside(y, x)
 
 
-def changed(clean: Sequence[Weights], mutant: Sequence[Weights]) -> dict[str, set[int]]:
-    """What differs, and in which ranks: modules by their names, biases by their own as well."""
-    found: dict[str, set[int]] = {}
-    for rank, (before, after) in enumerate(zip(clean, mutant, strict=True)):
-        for name in before.names():
-            if not torch.equal(after.get(name), before.get(name)):
-                found.setdefault(name.removesuffix(".weight"), set()).add(rank)
-                found.setdefault(name.rpartition(".")[0], set()).add(rank)
-    return found
+def changed(clean: Sequence[Weights], mutant: Sequence[Weights]) -> set[tuple[str, int]]:
+    """The stored tensors that differ, each with the rank in which it does."""
+    pairs = enumerate(zip(clean, mutant, strict=True))
+    return {
+        (name, rank)
+        for rank, (before, after) in pairs
+        for name in before.names()
+        if not torch.equal(after.get(name), before.get(name))
+    }
 
 
-def named(setup: DecoderBackend, mutant: Sequence[Weights], tier: Tier) -> str:
-    """How well a failed exact tier names the fault: the changed module of a changed rank, its block, or not."""
+def named(clean: Sequence[Weights], mutant: Sequence[Weights], tier: Tier) -> bool:
+    """Whether a failed tier says what was changed: a tensor of a rank, or two ranks' files."""
     files = re.fullmatch(r"the files of ranks (\d+) and (\d+) are exchanged", tier.reason or "")
     if files is not None:
-        order = list(range(len(mutant)))
+        order = list(range(len(clean)))
         one, other = int(files[1]), int(files[2])
         order[one], order[other] = other, one
-        same = all(
-            torch.equal(weights.get(name), setup.ranks[source].get(name))
-            for weights, source in zip(mutant, order, strict=True)
-            for name in weights.names()
-        )
-        return "module" if same else "no"
-    if tier.first is None:
-        return "no"
-    modules = changed(setup.ranks, mutant)
-    core = re.sub(r"^(input|[qkv]) of ", "", tier.first.module).removesuffix(" (every row)")
-    if core in modules and tier.first.rank in modules[core] and not tier.first.module.startswith("input of "):
-        return "module"
-    around = blocks(setup)
-    core = core.removesuffix(".bias")
-    return "block" if around.get(core, core) in {around.get(module) for module in modules} else "no"
-
-
-def blocks(setup: DecoderBackend) -> Mapping[str, str]:
-    """The attention or MLP that each matrix, and each norm inside attention, belongs to, by full names."""
-    family = setup.family
-    store = Store(setup.source, family, DTYPE, setup.device)
-    found = {}
-    for i in range(family.layers):
-        at = family.layer.format(i)
-        inside = {
-            family.attention: [*family.qkv, family.out, family.q_norm, family.k_norm],
-            family.mlp: [family.gate, family.up, family.down],
-        }
-        for block, modules in inside.items():
-            found |= {store.full(at + module): store.full(at + block) for module in modules if module is not None}
-    return found
+        return not changed([clean[rank] for rank in order], mutant)
+    return tier.first is not None and (tier.first.module, tier.first.rank) in changed(clean, mutant)
 
 
 def open_case(variant: str, tp: int, folder: Path) -> DecoderBackend:
@@ -145,41 +113,42 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
     """All faults that apply to one variant at one width; the correct split must pass first."""
     setup = open_case(variant, tp, folder)
     steps = setup.teacher_tokens(TOKENS)
-    r, n = setup.run_wide(steps).logits, setup.run(DTYPE, steps).logits
     plain = setup.run(DTYPE, setup.steps).logits
+    wanted = setup.same_form()[1].run_ranks(DTYPE, steps, None, digest)
 
-    def run(ranks: Sequence[Weights]) -> tuple[Tier, float, Tensor]:
-        held = replace(setup, ranks=ranks)
-        logits = held.run_ranks(DTYPE, steps, None, lambda each: each)
-        metrics = [native_metrics(r, n, each, DTYPE) for each in logits]
-        excess = max(each[name] / limit for each in metrics for name, limit in NATIVE_LIMITS.items())
-        assert any(map(exceeded, metrics)) is (excess > 1)
-        return exact(held), excess, logits[0][:, : setup.prompt.shape[1]]
+    def run(ranks: Sequence[Weights]) -> tuple[list[Tier], bool, Tensor]:
+        held = setup.with_ranks(ranks)
+        logits = held.same_form()[0].run_ranks(DTYPE, steps, None, lambda each: each)
+        tiers = [compare_weights(held, (), silent), exact(held, steps)]
+        return tiers, [digest(each) for each in logits] != wanted, logits[0][:, : setup.prompt.shape[1]]
 
-    tier, excess, logits = run(setup.ranks)
-    assert tier.status == "pass" and excess <= 1, f"{variant} at tp {tp} is refused: {tier.reason}"
+    tiers, differs, logits = run(setup.ranks)
+    refused = [tier.reason for tier in tiers if tier.status != "pass"] + ["native"] * differs
+    assert not refused, f"{variant} at tp {tp} is refused: {refused}"
     assert cosine(logits, plain) >= COSINE
     cases = []
     for fault in FAULTS.values():
         mutant = fault.mutant(setup.places(setup.family.layers // 2))
         if mutant is None:
             continue
-        tier, excess, logits = run(mutant)
+        tiers, differs, logits = run(mutant)
+        first = next((tier for tier in tiers if tier.status == "fail"), None)
         case = Case(
             fault=fault.name,
             variant=variant,
             tp=tp,
-            error=tier.metrics["relative_error"],
-            exact=tier.status == "fail",
-            named=named(setup, mutant, tier) if tier.status == "fail" else "no",
-            reason=tier.reason or "",
-            excess=excess,
+            weights=tiers[0].status == "fail",
+            exact=tiers[1].status == "fail",
+            native=differs,
+            named=first is not None and named(setup.ranks, mutant, first),
+            error=tiers[1].metrics["relative_error"],
+            reason=first.reason or "" if first is not None else "",
             cosine=cosine(logits, plain),
             top=top_contained(logits, plain),
         )
         cases.append(case)
-    missed = sum(not case.exact for case in cases)
-    say(f"{variant} tp {tp}: {len(cases)} faults, {missed} not noticed by the exact tier")
+    missed = sum(not case.weights or not case.exact for case in cases)
+    say(f"{variant} tp {tp}: {len(cases)} faults, {missed} not noticed by both the weights and the exact tier")
     return cases
 
 

@@ -1,7 +1,6 @@
 """`make power`: how much verify notices, measured; writes docs/benchmarks/power.md and power.json.
 
-Three parts, each on its own with --part: the catalogue of faults in every family, correct splits of random models, and
-the noise of correct splits, above which the native tier's limits lie.
+Two parts, each on its own with --part: the catalogue of faults in every family, and correct splits of random models.
 A part that is not run anew keeps the figures, and the date, of the run that is in the JSON.
 """
 
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,14 @@ import torch
 
 import tpshard
 from tests.helpers import checkpoints
-from tests.power.calibration import TOKENS as NOISE_TOKENS
-from tests.power.calibration import WIDTHS as HIDDEN
-from tests.power.calibration import measure as measure_noise
-from tests.power.calibration import summary as noise_summary
 from tests.power.catalogue import COSINE, TOKENS, TOP, VARIANTS, WIDTHS, Case, measure
+from tests.power.splits import Drawn
 from tests.power.splits import measure as measure_splits
-from tpshard.verifier.criteria import NATIVE_LIMITS
 from tpshard.verifier.fault_catalogue import FAULTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks" / "power"
+PARTS = ("catalogue", "splits")
+TIERS = ("weights", "exact", "native")
 
 
 def conditions(begun: float) -> dict[str, Any]:
@@ -70,21 +67,16 @@ def judged(cases: Sequence[Case], variants: Sequence[str], ran: dict[str, Any]) 
         **ran,
         "variants": list(variants),
         "faults": faults,
-        "missed_by_exact": [asdict(case) for case in harmful if not case.exact],
-        "misnamed": [asdict(case) for case in harmful if case.exact and case.named == "no"],
-        "missed_by_native": [asdict(case) for case in harmful if FAULTS[case.fault].structural and not case.native],
+        "missed": {tier: [asdict(case) for case in harmful if not getattr(case, tier)] for tier in TIERS},
+        "misnamed": [asdict(case) for case in harmful if not case.named],
     }
 
 
-def counted(cases: list[Case]) -> dict[str, Any]:
-    """How many cases of one fault each test noticed, and how many were named; `least`: the smallest native excess."""
+def counted(cases: list[Case]) -> dict[str, int]:
+    """How many cases of one fault each test noticed, and how many the verdict named."""
     return {
-        "least": round(min((case.excess for case in cases), default=0.0), 3),
         "cases": len(cases),
-        "exact": sum(case.exact for case in cases),
-        "module": sum(case.named == "module" for case in cases),
-        "block": sum(case.named == "block" for case in cases),
-        "native": sum(case.native for case in cases),
+        **{key: sum(getattr(case, key) for case in cases) for key in (*TIERS, "named")},
         "cosine": sum(case.cosine < COSINE for case in cases),
         "top": sum(not case.top for case in cases),
     }
@@ -97,13 +89,6 @@ def splits(count: int) -> dict[str, Any]:
     return {**conditions(begun), "drawn": [asdict(each) for each in drawn]}
 
 
-def noise(count: int) -> dict[str, Any]:
-    begun = time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure_noise(Path(folder), count, say)
-    return {**conditions(begun), **noise_summary(found)}
-
-
 def versions(part: dict[str, Any]) -> str:
     return (
         f"{part['date']}, CPU ({part['machine']}), tpshard {part['tpshard']}, torch {part['torch']}, "
@@ -111,122 +96,88 @@ def versions(part: dict[str, Any]) -> str:
     )
 
 
-def summary(faults: dict[str, dict[str, Any]]) -> list[str]:
+def summary(faults: dict[str, dict[str, int]]) -> list[str]:
     """What each test noticed of the cases that change the function."""
-    harmful = {name: counts for name, counts in faults.items() if not FAULTS[name].harmless}
-    large = {name: counts for name, counts in harmful.items() if FAULTS[name].structural}
+    harmful = [counts for name, counts in faults.items() if not FAULTS[name].harmless]
 
-    def line(title: str, key: str, of: dict[str, dict[str, Any]]) -> str:
-        total, noticed = (sum(counts[what] for counts in of.values()) for what in ("cases", key))
-        never = sum(counts["cases"] > 0 and counts[key] == 0 for counts in of.values())
-        partly = sum(0 < counts[key] < counts["cases"] for counts in of.values())
+    def line(title: str, key: str) -> str:
+        total, noticed = (sum(counts[what] for counts in harmful) for what in ("cases", key))
+        never = sum(counts["cases"] > 0 and counts[key] == 0 for counts in harmful)
+        partly = sum(0 < counts[key] < counts["cases"] for counts in harmful)
         return f"| {title} | {noticed} of {total} | {total - noticed} | {never} | {partly} |"
 
     silent = sum(counts["cases"] for name, counts in faults.items() if FAULTS[name].harmless)
     return [
         "| test | noticed | let through | faults never noticed | faults noticed in some models only |",
         "|---|---|---|---|---|",
-        line("exact tier", "exact", harmful),
-        line("native tier", "native", harmful),
-        line("native tier, structural faults alone", "native", large),
-        line(f"cosine ≥ {COSINE}", "cosine", harmful),
-        line(f"top-{TOP} containment", "top", harmful),
+        *(line(f"{tier} tier", tier) for tier in TIERS),
+        line(f"cosine ≥ {COSINE}", "cosine"),
+        line(f"top-{TOP} containment", "top"),
         "",
-        f"Left out here: {silent} cases in which the vocabulary's padding is not zero. No logit sees that, so no tier",
-        "of arithmetic may refuse it; `check --source` does, which is the bytes tier.",
+        f"Left out here: {silent} cases in which the vocabulary's padding is not zero. No logit sees that, and the",
+        "source has no such rows, so these tiers let it pass; `check --source` does not, which is the bytes tier.",
     ]
 
 
-def table(faults: dict[str, dict[str, Any]]) -> list[str]:
+def table(faults: dict[str, dict[str, int]]) -> list[str]:
     """A row per fault."""
     lines = [
-        "| fault | cases | exact | module and rank named | block named | native | least excess "
-        f"| cosine lets through | top-{TOP} lets through |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| fault | cases | weights | exact | native | named | cosine lets through | top-{TOP} lets through |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, counts in sorted(faults.items()):
-        mark = " (changes nothing)" if FAULTS[name].harmless else "" if FAULTS[name].structural else " (small)"
-        cells = [counts[key] for key in ("cases", "exact", "module", "block", "native")]
-        cells += [f"{counts['least']:.3g}"]
+        mark = " (changes nothing)" if FAULTS[name].harmless else ""
+        cells = [counts[key] for key in ("cases", *TIERS, "named")]
         cells += [counts["cases"] - counts[key] for key in ("cosine", "top")]
         lines.append(f"| {name}{mark} | " + " | ".join(map(str, cells)) + " |")
     return lines
 
 
 def exceptions(part: dict[str, Any]) -> list[str]:
-    """Every case that the exact tier missed or misnamed, and every structural one that the native tier missed."""
+    """Every case that a tier missed or that the verdict did not name."""
     lines = [""]
-    for title, cases in [
-        ("Faults that change the function and that the exact tier did not notice", part["missed_by_exact"]),
-        ("Structural faults that the native tier did not notice", part["missed_by_native"]),
-    ]:
-        lines += [f"{title}: {len(cases) or 'none'}.", ""]
+    for tier, cases in part["missed"].items():
+        lines += [f"Faults that change the function and that the {tier} tier did not notice: {len(cases) or 'none'}."]
+        lines += [""]
         lines += [
             f"- {case['fault']} in {case['variant']} at tp {case['tp']}; it changes the logits by {case['error']:.1e}"
             for case in cases
         ]
         lines += [""] * bool(cases)
     wrong = part["misnamed"]
-    lines += [f"Noticed by the exact tier, but under another name than what was changed: {len(wrong) or 'none'}."]
+    lines += [f"Not named, or under another name than what was changed: {len(wrong) or 'none'}."]
     lines += [""] * bool(wrong)
-    grouped = Counter((case["fault"], case["reason"].split(", by ")[0]) for case in wrong)
+    grouped = Counter((case["fault"], case["reason"]) for case in wrong)
     return lines + [f"- {fault}, {count} times: “{reason}”" for (fault, reason), count in sorted(grouped.items())]
 
 
-def split_lines(part: dict[str, Any]) -> list[str]:
-    drawn = part["drawn"]
-    verdicts = Counter(each["verdict"] for each in drawn)
-    shares = Counter("even" if each["shares"] == "even" else "uneven" for each in drawn)
-    dtypes = Counter(each["dtype"] for each in drawn)
-    widths = Counter(each["tp"] for each in drawn)
+def split_lines(drawn: Sequence[Drawn]) -> list[str]:
+    def counts(values: Iterable[object]) -> str:
+        return ", ".join(f"{value} ({count})" for value, count in sorted(Counter(values).items()))
+
+    shares = counts("even" if each.shares == "even" else "uneven" for each in drawn)
+    outliers = [each.outliers for each in drawn if each.outliers > 1]
     lines = [
-        f"{len(drawn)} random models of {len({each['family'] for each in drawn})} families: random heads, KV heads, "
+        f"{len(drawn)} random models of {len({each.family for each in drawn})} families: random heads, KV heads, "
         "head sizes, MLP, vocabulary and layers;",
-        "tp "
-        + ", ".join(f"{tp} ({count})" for tp, count in sorted(widths.items()))
-        + "; "
-        + ", ".join(f"{name} ({count})" for name, count in sorted(dtypes.items()))
-        + "; "
-        + ", ".join(f"{name} shares ({count})" for name, count in sorted(shares.items()))
-        + ";",
+        f"tp {counts(each.tp for each in drawn)}; {counts(each.dtype for each in drawn)}; shares {shares};",
         "weights and prompt from the seed; with and without sequence parallelism, streaming and `--float32`.",
-        "Exact and native tier with all their canaries, 4 tokens decoded.",
+        f"In {len(outliers)} of them, 3 rows and 3 columns of every matrix are multiplied by {counts(outliers)}.",
+        "Weights, exact and native tier with all their canaries, 4 tokens decoded.",
         "",
-        "| verdict | splits |",
-        "|---|---|",
-        *(f"| {name} | {verdicts[name]} |" for name in ("pass", "fail", "inconclusive")),
+        "| verdict | splits | of them with outliers |",
+        "|---|---|---|",
     ]
-    bad = [each for each in drawn if each["verdict"] != "pass"]
-    if bad:
+    for name in ("pass", "fail", "inconclusive"):
+        of = [each for each in drawn if each.verdict == name]
+        lines.append(f"| {name} | {len(of)} | {sum(each.outliers > 1 for each in of)} |")
+    if bad := [each for each in drawn if each.verdict != "pass"]:
         lines += ["", "Not passed, though the split is correct:", ""]
         lines += [
-            f"- seed {each['seed']} ({each['family']}, {each['dtype']}, tp {each['tp']}, shares {each['shares']}): "
-            f"{each['verdict']}, {each['reason']}"
+            f"- seed {each.seed} ({each.family}, {each.dtype}, tp {each.tp}, shares {each.shares}, "
+            f"outliers × {each.outliers}): {each.verdict}, {each.reason}"
             for each in bad
         ]
-    return lines
-
-
-def noise_lines(part: dict[str, Any]) -> list[str]:
-    """The distribution of each native criterion among correct splits, by hidden size, beside its limit."""
-    lines = [
-        f"{part['splits']} correct splits of random models, drawn like those above with other seeds; prompts of 2 × 16 "
-        f"tokens, {NOISE_TOKENS} decoded.",
-        "The limits have to lie above all of this, with room for what was not drawn.",
-        "",
-        "| criterion | limit | hidden size | splits | median | 95th of 100 | 99th of 100 | largest |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, limit in NATIVE_LIMITS.items():
-        for hidden in HIDDEN:
-            row = part["criteria"][hidden]
-            cells = [f"{row[name][key]:.2f}" for key in ("median", "95th", "99th", "largest")] if name in row else [""]
-            lines.append(f"| {name} | {limit:g} | {hidden} | {row['splits']} | " + " | ".join(cells) + " |")
-    lines += ["", "Nearest to a limit:", ""]
-    for each in part["worst"]:
-        figures = ", ".join(f"{name} {each[name]:.2f}" for name in NATIVE_LIMITS)
-        model = f"{each['family']}, {each['dtype']}, hidden size {each['hidden']}, tp {each['tp']}"
-        lines.append(f"- seed {each['seed']} ({model}): {figures}")
     return lines
 
 
@@ -246,7 +197,10 @@ def markdown(result: dict[str, Any]) -> str:
             f"{len(part['faults'])} faults × {len(part['variants'])} models of {len(families)} families × tp "
             f"{' and '.join(map(str, WIDTHS))}: {total} cases, those that apply.",
             "Small random models in bfloat16, shards by `tpshard split`, one layer damaged, a prompt of 2 × 16 tokens.",
-            f"*exact* compares in float64. *native* runs in bfloat16, the prompt and {TOKENS} decoded tokens.",
+            "*weights* compares every stored element. *exact* compares in float64, the prompt and "
+            f"{TOKENS} decoded tokens.",
+            "*native* runs the same in bfloat16 and compares all bits. *named* counts the cases in which the verdict",
+            "names the tensor and the rank that were changed, or the ranks whose files were exchanged.",
             f"*cosine* (of all logits of the prompt as one vector, ≥ {COSINE}) and *top-{TOP}* (at every position each "
             "side's first choice",
             f"is among the other's first {TOP}) compare the sharded bfloat16 logits with the unsharded bfloat16 ones.",
@@ -254,29 +208,24 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             *summary(part["faults"]),
             "",
-            "*Small* faults, such as one element's sign, are not asked of the native tier: rounding is its yardstick.",
-            "*Least excess* is, of the fault's least visible case, the largest native criterion in units of its limit:",
-            "above 1 is noticed.",
-            "",
             *table(part["faults"]),
             *exceptions(part),
             "",
         ]
     lines += ["## Correct splits", ""]
     part = result.get("splits")
-    lines += ["Not measured."] if part is None else [versions(part), "", *split_lines(part)]
-    lines += ["", "## The native tier's limits", ""]
-    part = result.get("noise")
-    lines += ["Not measured."] if part is None else [versions(part), "", *noise_lines(part)]
+    if part is None:
+        lines += ["Not measured."]
+    else:
+        lines += [versions(part), "", *split_lines([Drawn(**each) for each in part["drawn"]])]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", choices=("catalogue", "splits", "noise"), help="run only this one [default: all]")
+    parser.add_argument("--part", choices=PARTS, help="run only this one [default: all]")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated names of test checkpoints")
     parser.add_argument("--count", type=int, default=200, help="number of random splits")
-    parser.add_argument("--noise", type=int, default=900, help="number of splits for the native limits")
     parser.add_argument("--output", type=Path, default=DOCS, help="write PREFIX.md and PREFIX.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -285,17 +234,15 @@ def main() -> None:
         new["catalogue"] = catalogue(options.variants.split(","))
     if options.part in (None, "splits"):
         new["splits"] = splits(options.count)
-    if options.part in (None, "noise"):
-        new["noise"] = noise(options.noise)
     stored = options.output.with_suffix(".json")
     result = (json.loads(stored.read_text()) if stored.exists() else {}) | new
     stored.write_text(json.dumps(result, separators=(",", ":"), sort_keys=True) + "\n")
     text = markdown(result)
     options.output.with_suffix(".md").write_text(text)
     print(text)
-    missed = result.get("catalogue", {}).get("missed_by_exact")
-    refused = any(each["verdict"] != "pass" for each in result.get("splits", {}).get("drawn", []))
-    sys.exit(1 if missed or refused else 0)
+    missed = result.get("catalogue", {}).get("missed", {})
+    refused = [each for each in result.get("splits", {}).get("drawn", []) if not Drawn(**each).right]
+    sys.exit(bool(missed.get("weights") or missed.get("exact") or refused))
 
 
 if __name__ == "__main__":
