@@ -7,6 +7,7 @@ their arguments, directory, environment and open files to the server, and end as
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -20,10 +21,15 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
+PRELOADED = (
+    "tpshard.cli.main", "tpshard.api.verify", "tpshard.verifier.run", "tpshard.verifier.builtin.prepare",
+    "tpshard.verifier.hf.prepare", "torch.distributed", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -60,9 +66,9 @@ def start() -> Iterator[Path]:
 
 def serve(address: str) -> None:
     """Fork for every connection, until one comes that asks for nothing."""
-    import torch.distributed  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
-
+    for name in PRELOADED:
+        import_module(name)
+    gc.freeze()  # what a collection touches a forked process would have to copy
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()
