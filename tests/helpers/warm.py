@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -58,14 +59,12 @@ def start() -> Iterator[Path]:
         assert server.stdin is not None and server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
         yield folder
-        with socket.socket(socket.AF_UNIX) as last:
-            last.connect(address)
-        server.communicate()
+        server.communicate()  # the end of its input is the end of it, also when this process is killed
     shutil.rmtree(folder)
 
 
 def serve(address: str) -> None:
-    """Fork for every connection, until one comes that asks for nothing."""
+    """Fork for every connection, until stdin ends."""
     for name in PRELOADED:
         import_module(name)
     gc.freeze()  # what a collection touches a forked process would have to copy
@@ -73,12 +72,10 @@ def serve(address: str) -> None:
         listening.bind(address)
         listening.listen()
         print("ready", flush=True)
-        while True:
+        while 0 not in select.select([listening, 0], [], [])[0]:
             asking, _ = listening.accept()
             with asking:
                 size, files, _, _ = socket.recv_fds(asking, 8, 3)
-                if not size:
-                    break
                 if not os.fork():
                     listening.close()
                     _tend(asking, int.from_bytes(size, "little"), files, Path(address).with_name("python"))
