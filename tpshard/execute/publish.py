@@ -173,7 +173,11 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
         for name, data in job.small.items():
             write_small(files, work / name, data, fsync=fsync, tag=tag)
-        digests = writer.write(job.convert, settings.workers)
+        try:
+            digests = writer.write(job.convert, settings.workers)
+        except CorruptError:
+            _withdraw(job, work, files, locks, made)
+            raise
         if run_ids(job, settings) != runs:
             raise CorruptError(
                 "the source was changed while it was read", hint="start anew when nothing writes to it any more"
@@ -256,8 +260,10 @@ def _only_in_place(out: Path) -> bool:
 
 
 def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: bool) -> None:
-    """Leave nothing behind of a run that was refused before it wrote anything."""
+    """Leave nothing behind of a run that was refused before it wrote anything, or whose source is damaged."""
     with contextlib.suppress(OSError):  # another run has come in, or has just finished
+        for name in () if job.shared else job.small:
+            unlink_if_there(files, work / name)
         if job.shared or names_in(work) <= set(job.claims):
             for lock in locks:
                 lock.remove()

@@ -328,7 +328,7 @@ def test_exchanged_files(format: str, version: str | None, files: str, splits: S
     model, good = splits("llama-gqa", 2, format, version)
     shards = Path(shutil.copytree(good, tmp_path / "shards"))
     library.exchange(shards / files.format(0), shards / files.format(1))
-    verdict = judged(model, shards)
+    verdict = verifying.verify(shards, model, tiers=("weights",), device="cpu")
     assert (verdict.exit_code, verdict.reason) == (1, "the files of ranks 0 and 1 are exchanged")
 
 
