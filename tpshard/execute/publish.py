@@ -5,8 +5,6 @@ directory (`--ranks`), or OUT cannot be renamed over, are files written into OUT
 its name. With checksums, a run that writes the whole of an output also writes SHA256SUMS.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

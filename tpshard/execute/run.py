@@ -4,8 +4,6 @@ Workers take blocks in plan order, so at most a few tensors are in flight; every
 every output file. That prefix is what is flushed, journalled and hashed behind the copy, and what a resumed run skips.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What stands where an output shall go: is it ours to resume, ours to replace, or somebody's to leave alone?"""
 
-from __future__ import annotations
-
 import json
 import os
 import re

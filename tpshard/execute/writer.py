@@ -4,8 +4,6 @@ Every file grows under a partial name beside its final one. A journal beside it 
 much of it is safely on disk; the same command picks up there. A final name is only ever given to a complete file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ ranks hold is stored once, by the lowest of them, as torch's writer may do it: i
 Source: torch/distributed/checkpoint/{filesystem,metadata,planner_helpers}.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache

@@ -4,8 +4,6 @@ Attention, shared experts and vocabulary are cut evenly; routed experts stay who
 them. Source: inference/convert.py of deepseek-ai/DeepSeek-V3.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

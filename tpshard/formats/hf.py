@@ -1,7 +1,5 @@
 """The ordinary Hugging Face layout: one safetensors file, or several with an index."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 

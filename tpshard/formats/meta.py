@@ -5,8 +5,6 @@ embedding is cut along the hidden size up to Llama 2 and along the vocabulary fr
 the vocabulary. Source: meta-llama/llama and meta-llama/llama-models, their ParallelEmbedding and ColumnParallelLinear.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -5,8 +5,6 @@ The files say nothing of the width, and the engines load those of another one wi
 stands before them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import struct

@@ -6,8 +6,6 @@ other file. The layout follows torch's caffe2/serialize (PyTorchStreamWriter): e
 `torch.serialization.set_crc32_options(False)`: torch does not look at them, and they would cost reading everything.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

@@ -3,8 +3,6 @@
 A *deal* gives each rank a range of units of each axis; a layout follows from the deal and the tensors' cuts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -5,8 +5,6 @@ names alone and must be the only one below which the decoder is complete. Every 
 part of the decoder is ever taken for a part of the rest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

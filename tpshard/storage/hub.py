@@ -4,8 +4,6 @@ Here and in `hub_errors` alone huggingface_hub is imported, and only when a repo
 Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Collection, Iterator

@@ -1,7 +1,5 @@
 """What went wrong between this machine and the Hub, in the user's words, and what is worth another attempt."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Files of a directory: what may be read, and read safely."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Weights that torch pickled: where the bytes of each tensor lie in the file, without loading them."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import re

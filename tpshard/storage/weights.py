@@ -1,7 +1,5 @@
 """Which of a checkpoint's files hold its weights: one selection, whether they are to be read or to be downloaded."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Mapping

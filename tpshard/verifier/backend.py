@@ -1,7 +1,5 @@
 """What runs a model for a verification: tpshard's own decoder, or transformers' classes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

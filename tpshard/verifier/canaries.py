@@ -1,7 +1,5 @@
 """Faults put into the loaded shards on purpose: a tier that would not notice them may not say pass."""
 
-from __future__ import annotations
-
 import math
 
 import torch

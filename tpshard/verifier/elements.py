@@ -3,8 +3,6 @@
 A prompt meets what it meets; here every element of every parameter counts, bit for bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Ranks that exchange tensors: alone, as threads in lock-step, or as processes of torch.distributed."""
 
-from __future__ import annotations
-
 import pickle
 import threading
 from abc import ABC, abstractmethod

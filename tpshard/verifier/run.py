@@ -1,7 +1,5 @@
 """One call from files to a verdict, whoever runs the model."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The exact and the native tier, over any backend."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The weights tier: every element that a rank holds is the source's, whatever a prompt would meet."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

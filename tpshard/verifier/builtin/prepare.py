@@ -1,7 +1,5 @@
 """What is decided and loaded before a number is computed: prompt, layers, memory, memory."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """transformers' classes as a backend: the unsharded model and the ranks' models, built from stored tensors."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Which elements of the source each rank must hold of the parameters of transformers' classes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A model of transformers, given the parameters of one rank, or of the whole model; no collectives yet."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A verdict as one HTML page that needs no network: figures, a plot per tier, ranks, canaries, environment."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from html import escape
