@@ -116,12 +116,7 @@ def check_leftovers(
 
 
 def check_shared(
-    work: Path,
-    expected: set[str],
-    ours: Ours,
-    manifest: bytes,
-    runs: Mapping[str, str],
-    records: Mapping[str, bytes],
+    work: Path, expected: set[str], ours: Ours, manifest: bytes, runs: Mapping[str, str], records: Mapping[str, bytes]
 ) -> None:
     """A directory that several hosts write into is of this very set, and our ranks in it of these runs.
 

@@ -117,8 +117,7 @@ def _tied_head(embedding: StoredTensor, generation: str) -> StoredTensor:
     """Meta's files always have a head; here it is the embedding once more."""
     if generation != "3":
         raise UnsupportedError(
-            "a tied head cannot be said where the embedding is cut along the hidden size",
-            hint="use --engine-version 3",
+            "a tied head cannot be said where the embedding is cut along the hidden size", hint="use --engine-version 3"
         )
     return embedding._replace(name=_HEAD)
 

@@ -37,10 +37,7 @@ class Deal:
 
 
 def deal(
-    axes: Mapping[str, Axis],
-    mesh: Mesh,
-    shares: Sequence[Fraction | int] | None = None,
-    pad_to: int | None = None,
+    axes: Mapping[str, Axis], mesh: Mesh, shares: Sequence[Fraction | int] | None = None, pad_to: int | None = None
 ) -> Deal:
     """Give each rank its range of units of each axis.
 
