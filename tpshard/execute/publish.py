@@ -148,11 +148,8 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise TargetError("the output exists and is not a directory", path=work, hint="give another with -o")
     if not in_place and work.exists() and not is_empty(work) and not (work / LOCK).exists():
-        raise TargetError(
-            "no run of tpshard left this directory, which the output would grow in",
-            path=work,
-            hint="move it away, or give another output with -o",
-        )
+        what = "no run of tpshard left this directory, which the output would grow in"
+        raise TargetError(what, path=work, hint="move it away, or give another output with -o")
     made = make_directory(files, work, fsync=fsync)
     locks: list[Lock] = []
     with ExitStack() as stack:
@@ -296,11 +293,8 @@ def _check_target(job: Job, out: Path, settings: Settings) -> None:
     check_target(out, _expected(job), job.ours, models=job.verb == "merge", overwrite=settings.overwrite)
     old = _replaced(out)
     if settings.overwrite and out.exists() and old.exists() and not _is_replaced(job, old):
-        raise TargetError(
-            "this name is needed for the old output until the new one has its own",
-            path=old,
-            hint="move it away, or give another output with -o",
-        )
+        what = "this name is needed for the old output until the new one has its own"
+        raise TargetError(what, path=old, hint="move it away, or give another output with -o")
 
 
 def _swap(job: Job, work: Path, out: Path, settings: Settings) -> None:

@@ -66,13 +66,9 @@ class Loader:
 
     def _compare(self, step: FlatStep, flat: Flat, block: Box, buffer: memoryview) -> None:
         if first_difference(self.reader, flat, block, buffer) is not None:
-            raise DifferentError(
-                f"{step.name}: ranks that hold the same part of it differ",
-                path=flat.file,
-                tensor=step.name,
-                expected="equal replicas",
-                hint="`tpshard check` names the file whose checksum is wrong",
-            )
+            what = f"{step.name}: ranks that hold the same part of it differ"
+            hint = "`tpshard check` names the file whose checksum is wrong"
+            raise DifferentError(what, path=flat.file, tensor=step.name, expected="equal replicas", hint=hint)
 
 
 def first_difference(reader: Reader, flat: Flat, block: Box, buffer: memoryview) -> int | None:
