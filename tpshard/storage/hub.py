@@ -201,10 +201,8 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
 
 def _check_repo_id(repo_id: str) -> None:
     if not is_repo_id(repo_id):
-        raise UsageError(
-            f"{repo_id!r} is not the name of a Hub repository",
-            hint="name a directory or a file that exists, or a repository as owner/name",
-        )
+        what = f"{repo_id!r} is not the name of a Hub repository"
+        raise UsageError(what, hint="name a directory or a file that exists, or a repository as owner/name")
 
 
 @contextmanager
