@@ -99,18 +99,19 @@ CASES = {
     "verify": Case(
         f"s --source x {MODEL_TEXT} --allow-pickle --tier exact,bytes --device cpu --tokens 7 --prompt text --seed 9 "
         "--layers 0,-1 --float32 --stream --sequence-parallel --reference transformers --engine tpshard "
-        "--nproc-per-node 4",
+        "--nproc-per-node 4 --allow-not-run mtp --allow-not-run model.mtp",
         (Path("s"), "x"),
         {
             **{**MODEL_WORDS, "allow_pickle": True, "tiers": ["exact", "bytes"], "device": "cpu", "tokens": 7},
             **{"prompt": "text", "seed": 9, "layers": [0, -1], "float32": True, "stream": True, "nproc": 4},
             **{"sequence_parallel": True, "reference": "transformers", "engine": "tpshard"},
+            "allow_not_run": ["mtp", "model.mtp"],
         },
         VerifyOptions(
             **{"shards": Path("s"), "source": "x", "tiers": ("exact", "bytes"), "device": "cpu", "tokens": 7},
             **{"seed": 9, "float32": True, "layers": (0, -1), "stream": True, "sequence_parallel": True},
             **{"reference": "transformers", "engine": "tpshard", "prompt": "text", "revision": "branch"},
-            **{"rules": Path("r.toml"), "allow_pickle": True, "nproc": 4},
+            **{"rules": Path("r.toml"), "allow_pickle": True, "nproc": 4, "allow_not_run": ("mtp", "model.mtp")},
         ),
     ),
 }

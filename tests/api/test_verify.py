@@ -70,7 +70,9 @@ def exchange(shards: Path) -> None:
 def test_all_tiers_with_the_source_beside_the_shards(pair: tuple[Path, Path]) -> None:
     lines: list[str] = []
     verdict = verify(pair[1], say=lines.append, device="cpu", tokens=4)
-    assert [(tier.name, tier.status) for tier in verdict.tiers] == [(n, "pass") for n in ("bytes", "exact", "native")]
+    assert [(tier.name, tier.status) for tier in verdict.tiers] == [
+        (name, "pass") for name in ("bytes", "weights", "exact", "native")
+    ]
     assert (verdict.exit_code, verdict.source, verdict.shards, verdict.tp) == (0, "model", "model-tp2", 2)
     assert lines[0] == f"source: {pair[0]}"
     estimate = next(i for i, line in enumerate(lines) if "GB of memory" in line and "estimate" in line)
@@ -132,9 +134,9 @@ def test_exchanged_ranks_are_named_by_all_tiers_together_and_refused_by_bytes_al
     pair: tuple[Path, Path], copy: Path
 ) -> None:
     exchange(copy)
-    verdict = verify(copy, pair[0], device="cpu", tiers=("bytes", "exact"))
+    verdict = verify(copy, pair[0], device="cpu", tiers=("bytes", "weights", "exact"))
     assert (verdict.exit_code, verdict.reason) == (1, "the files of ranks 0 and 1 are exchanged")
-    assert [tier.status for tier in verdict.tiers] == ["fail", "fail"]
+    assert [tier.status for tier in verdict.tiers] == ["fail", "fail", "fail"]
     assert verify(copy, pair[0], device="cpu", tiers=("exact",)).exit_code == 1
     with pytest.raises(CorruptError, match="does not hold what its name says"):
         verify(copy, pair[0], tiers=("bytes",))
@@ -143,8 +145,9 @@ def test_exchanged_ranks_are_named_by_all_tiers_together_and_refused_by_bytes_al
 def test_a_changed_tensor_is_named_by_module_and_rank(pair: tuple[Path, Path], copy: Path) -> None:
     rewrite(copy, 1, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.roll(1, 0).contiguous())
     verdict = verify(copy, pair[0], device="cpu", tokens=2)
-    assert verdict.exit_code == 1 and [tier.status for tier in verdict.tiers] == ["fail"] * 3
-    assert verdict.reason is not None and "model.layers.1.mlp.up_proj of rank 1" in verdict.reason
+    assert verdict.exit_code == 1 and [tier.status for tier in verdict.tiers] == ["fail"] * 4
+    assert verdict.reason is not None and "model.layers.1.mlp.up_proj.weight[0, 0] of rank 1" in verdict.reason
+    assert "model.layers.1.mlp.up_proj of rank 1" in (verdict.tiers[2].reason or "")
     assert "rank-00001" in (verdict.tiers[0].reason or "") and "up_proj" in (verdict.tiers[0].reason or "")
     only = verify(copy, pair[0], tiers=("bytes",))
     assert (only.exit_code, only.model_type, only.tp) == (1, "llama", 2)
@@ -176,6 +179,7 @@ def test_a_tier_that_cannot_run_is_left_out_unless_it_was_asked_for(
     verdict = verify(pair[1], pair[0])
     assert [(t.name, t.status) for t in verdict.tiers] == [
         ("bytes", "pass"),
+        ("weights", "inconclusive"),
         ("exact", "inconclusive"),
         ("native", "inconclusive"),
     ]
@@ -195,7 +199,7 @@ def test_a_family_that_nothing_runs_is_inconclusive(pair: tuple[Path, Path], tmp
     quick = Settings(fsync=False, workers=1)
     api.split(model, 2, tmp_path / "out", rules=tmp_path / "novel.toml", settings=quick)
     verdict = verify(tmp_path / "out", model, device="cpu", rules=tmp_path / "novel.toml")
-    assert [tier.status for tier in verdict.tiers] == ["pass", "inconclusive", "inconclusive"]
+    assert [tier.status for tier in verdict.tiers] == ["pass", "inconclusive", "inconclusive", "inconclusive"]
     assert verdict.exit_code == 8 and "novel" in str(verdict.reason)
     assert verify(tmp_path / "out", model, tiers=("bytes",), rules=tmp_path / "novel.toml").exit_code == 0
 
@@ -243,11 +247,11 @@ def test_two_processes_started_here_agree_with_one(pair: tuple[Path, Path]) -> N
     several = verify(pair[1], pair[0], nproc=2, device="cpu", tokens=2, say=lines.append)
     assert several.verdict == "pass" and several.settings["processes"] == 2
     assert several.settings["tokens_from"] == "the reference"
-    assert [tier.name for tier in several.tiers] == ["bytes", "exact", "native"]
+    assert [tier.name for tier in several.tiers] == ["bytes", "weights", "exact", "native"]
     assert any(line.startswith("keeping the shards: about") for line in lines)
     assert sum(line.startswith("exact tier") for line in lines) == 1
     one = verify(pair[1], pair[0], device="cpu", tiers=("exact",))
-    found = {(f.module, f.rank) for f in several.tiers[1].findings}
+    found = {(f.module, f.rank) for f in several.tiers[2].findings}
     assert found == {(f.module, f.rank) for f in one.tiers[0].findings}
 
 
@@ -255,7 +259,7 @@ def test_several_processes_name_what_differs_and_end_with_one_ranks_error(
     pair: tuple[Path, Path], copy: Path, warm_processes: None
 ) -> None:
     exchange(copy)
-    verdict = verify(copy, pair[0], nproc=2, device="cpu", tiers=("exact",))
+    verdict = verify(copy, pair[0], nproc=2, device="cpu", tiers=("weights", "exact"))
     assert (verdict.exit_code, verdict.reason) == (1, "the files of ranks 0 and 1 are exchanged")
     exchange(copy)
     rewrite(copy, 1, "model.norm.weight", lambda weight: weight * float("nan"))

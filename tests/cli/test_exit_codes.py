@@ -30,6 +30,9 @@ EXAMPLES = {
     "ranks missing or mixed": "test_shard_set.py::test_two_sets_in_one_directory",
     "a small file that `SHA256SUMS` contradicts": "test_checksums.py::test_check_compares_the_small_files_with_it",
     "config and tensors contradict each other": "test_checkpoint.py::test_config_that_contradicts_the_tensors",
+    "`merge` or `reshard` reads a file that is not what its recorded checksum says": (
+        "test_main.py::test_a_damaged_set_is_not_passed_on"
+    ),
     "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
     "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
     "a quantised checkpoint": "test_checkpoint.py::test_quantised_by_its_config",
@@ -44,6 +47,10 @@ EXAMPLES = {
     "offline and not in the cache": "test_hub_repositories.py::test_offline_without_a_copy",
     "a tier of `verify` could not run": "test_verify_command.py::test_a_reference_that_was_asked_for_and_cannot_judge",
     "a fault injected on purpose was not noticed": "test_verdict.py::test_a_tier_that_misses_a_canary",
+    "a tensor that nothing computes with is cut": "test_weights_tier.py::test_what_nothing_runs_and_is_cut",
+    "the device does not repeat itself: [inconclusive](../explanation/verdict.md#what-inconclusive-means)": (
+        "test_weights_tier.py::test_a_device_that_does_not_repeat_itself"
+    ),
     "the output exists": "test_main.py::test_the_output_exists",
     "another run is writing it": "test_main.py::test_a_second_run_on_the_same_target",
     "an unfinished run with other options left it": "test_main.py::test_ctrl_c_leaves_a_state_that_resumes",

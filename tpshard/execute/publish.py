@@ -171,7 +171,10 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         try:
             digests = writer.write(job.convert, settings.workers)
         except CorruptError:
-            _withdraw(job, work, files, locks, made)
+            if writer.discarded:
+                for name in () if job.shared else job.small:
+                    unlink_if_there(files, work / name)
+                _withdraw(job, work, files, locks, made)
             raise
         if run_ids(job, settings) != runs:
             raise CorruptError(
@@ -255,10 +258,8 @@ def _only_in_place(out: Path) -> bool:
 
 
 def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: bool) -> None:
-    """Leave nothing behind of a run that was refused before it wrote anything, or whose source is damaged."""
+    """Leave nothing behind of a run that was refused before it wrote anything, or of which nothing is kept."""
     with contextlib.suppress(OSError):  # another run has come in, or has just finished
-        for name in () if job.shared else job.small:
-            unlink_if_there(files, work / name)
         if job.shared or names_in(work) <= set(job.claims):
             for lock in locks:
                 lock.remove()

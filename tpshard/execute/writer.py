@@ -141,7 +141,7 @@ class Writer:
             )
             for output in plan.outputs
         ]
-        self.recorded = recorded
+        self.recorded, self.discarded = recorded, False
         self.sources = [_source(path, ends) for path, ends in read.items() if ends]
         self.hashed: list[_Hashed] = [*(self.outputs if checksum else ()), *self.sources]
         self._by_name = {file.output.name: file for file in self.outputs}
@@ -299,6 +299,7 @@ class Writer:
         """CorruptError for a source file that is not what was recorded when it was written; nothing of it is kept."""
         for source in self.sources:
             if source.sha256 != self.recorded[source.path]:
+                self.discarded = True
                 for file in self.outputs:
                     unlink_if_there(self.files, file.journal)
                     unlink_if_there(self.files, file.partial)

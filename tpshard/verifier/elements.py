@@ -16,6 +16,7 @@ from torch import Tensor
 from tpshard.errors import DifferentError
 from tpshard.verifier.ranks.pieces import rows_at
 from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import layer_of
 
 BLOCK_BYTES = 1 << 24
 """Bytes of a tensor that are compared at a time."""
@@ -166,6 +167,21 @@ class Parameter:
 
     def _differs(self, message: str, expected: object, found: object) -> DifferentError:
         return DifferentError(f"{self.name} {message}", tensor=self.name, expected=expected, found=found)
+
+
+def idle(
+    source: Weights, ranks: Sequence[Weights], used: Collection[str], layers: Collection[int], count: int
+) -> Iterator[Parameter]:
+    """The tensors beside the `used` ones, as far as every rank has them: of `layers`, and outside of layers.
+
+    Where these are all `count` layers, those of layers that follow as well, which predict further tokens.
+    """
+    for name in source.names():
+        layer = layer_of(name)
+        asked = layer is None or layer in layers or layer >= count == len(layers)
+        if asked and name not in used and all(name in rank.names() for rank in ranks):
+            sides = [Held(rank, name) for rank in ranks]
+            yield Parameter(name, Held(source, name), sides, padded=True, runs=False, known=False)
 
 
 def _slices(tensor: Readable, dim: int) -> Iterator[bytes]:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from tpshard.verifier.builtin.decoder import HeadShare, share_of
 from tpshard.verifier.builtin.store import Store
-from tpshard.verifier.elements import Held, Parameter
+from tpshard.verifier.elements import Held, Parameter, idle
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.weights import Weights
-from tpshard.verifier.report.verdict import layer_of
 
 
 def parameters(family: Family, source: Weights, ranks: Sequence[Weights], layers: Sequence[int]) -> Iterator[Parameter]:
@@ -36,9 +35,7 @@ def parameters(family: Family, source: Weights, ranks: Sequence[Weights], layers
             padded = module in (family.embed, *family.heads_names)
             seen.add(f"{whole.full(module)}.{suffix}")
             yield Parameter(f"{whole.full(module)}.{suffix}", sides[0], sides[1:], orders, padded)
-    for name in source.names():
-        if name not in seen and layer_of(name) in (None, *layers) and all(name in each.names() for each in ranks):
-            yield Parameter(name, Held(source, name), [Held(each, name) for each in ranks], runs=False, known=False)
+    yield from idle(source, ranks, seen, layers, family.layers)
 
 
 def _modules(family: Family, layers: Sequence[int]) -> Iterator[tuple[str, int | None]]:

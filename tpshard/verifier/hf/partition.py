@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.elements import Held, Parameter
+from tpshard.verifier.elements import Held, Parameter, idle
 from tpshard.verifier.hf.parameters import StoredParts
 from tpshard.verifier.hf.skeleton import Frame
 from tpshard.verifier.ranks.weights import Weights
-from tpshard.verifier.report.verdict import layer_of
 
 _PLAIN = re.compile(
     r"\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w[123]|fc1|fc2|q_b_proj|kv_b_proj)(\.(weight|bias))?$"
@@ -54,9 +53,7 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
         yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded)
-    for name in source.names():
-        if name not in used and layer_of(name) in (None, *frame.layers) and all(name in r.names() for r in ranks):
-            yield Parameter(name, Held(source, name), [Held(r, name) for r in ranks], runs=False, known=False)
+    yield from idle(source, ranks, used, frame.layers, frame.config.num_hidden_layers)
 
 
 def _held(weights: Weights, parts: StoredParts) -> Held | HeldParts:
