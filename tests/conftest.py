@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers import warm as server
 from tests.helpers.checkpoints import make, published
+from tests.helpers.grids import ALL
 from tpshard.execute.publish import Settings
 
 # Before anything imports torch: small models are not worth its threads, and sums then have one order.
@@ -22,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 FUZZ = int(os.environ.get("TPSHARD_FUZZ", "0"))
 settings.register_profile(
     "tpshard",
-    max_examples=FUZZ or 50,
+    max_examples=FUZZ or (50 if ALL else 30),
     derandomize=not FUZZ,
     database=None,
     deadline=None,

@@ -1,7 +1,5 @@
 """tpshard: cut a checkpoint for tensor parallelism, put it back together, and prove that both are right."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"

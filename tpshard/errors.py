@@ -1,7 +1,5 @@
 """Errors that the user can act on. A bug of ours is an `assert`, never one of these."""
 
-from __future__ import annotations
-
 import errno
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Sizes as people read them, and the largest tp."""
 
-from __future__ import annotations
-
 MAX_TP = 99_999
 """As many ranks as the names of files have digits for."""
 

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import tpshard as package
@@ -321,12 +320,3 @@ def test_width_is_read_from_the_names(pair: tuple[Path, Path], tmp_path: Path) -
     assert width(pair[1]) == 2 and width(tmp_path) == 1
     (tmp_path / "rank-00000-of-00007-part-00000-of-00002.safetensors").touch()
     assert width(tmp_path) == 7
-
-
-def test_a_loader_that_refuses_the_set_leaves_it_to_the_tiers(copy: Path) -> None:
-    loaded = verifying._load_rank(copy, 1, torch.device("cpu"))
-    assert loaded is not None and torch.equal(
-        loaded["model.norm.weight"], load_file(rank_file(copy, 1))["model.norm.weight"]
-    )
-    exchange(copy)
-    assert verifying._load_rank(copy, 1, torch.device("cpu")) is None

@@ -44,8 +44,8 @@ def test_the_script_on_a_cpu(tmp_path: Path) -> None:
     assert "nothing here is a figure of one" in text and "GB/s" not in text and "NCCL was not run" in text
 
 
-def test_no_figures_without_a_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, str(CHECK), "--device", "cpu", "--output", str(tmp_path / "out")]
+def test_no_figures_without_a_gpu(tmp_path: Path, warm: Path) -> None:
+    command = [str(warm / "python"), str(CHECK), "--device", "cpu", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "models of real size need a GPU" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -144,21 +144,20 @@ def logits(path: Path) -> Tensor:
     return result
 
 
-def there_and_back(model: Path, folder: Path, settings: Settings) -> None:
+def there_and_back(model: Path, folder: Path, settings: Settings, widths: tuple[int, int]) -> None:
     """Split at two widths, every rank by hand; merged it is the source, resharded it is the other split."""
     import torch
 
-    for tp in (2, 4):
-        out = folder / f"{tp}"
-        tpshard.split(model, tp, out, settings=settings)
-        compare(model, out, tp)
-        assert tpshard.check(out, model, tp=tp, settings=settings).equal
-        tpshard.merge(out, folder / f"merged-{tp}", settings=settings)
-        assert read_all(folder / f"merged-{tp}") == read_all(model)
-    for a, b in ((2, 4), (4, 2)):
-        tpshard.reshard(folder / f"{a}", b, folder / f"{a}-{b}", settings=settings)
-        assert contents(folder / f"{a}-{b}") == contents(folder / f"{b}")
-    assert torch.equal(logits(folder / "merged-4"), logits(model))
+    for tp in widths:
+        tpshard.split(model, tp, folder / f"{tp}", settings=settings)
+        compare(model, folder / f"{tp}", tp)
+    out, other = (folder / f"{tp}" for tp in widths)
+    assert tpshard.check(out, model, tp=widths[0], settings=settings).equal
+    tpshard.merge(out, folder / "merged", settings=settings)
+    assert read_all(folder / "merged") == read_all(model)
+    tpshard.reshard(out, widths[1], folder / "resharded", settings=settings)
+    assert contents(folder / "resharded") == contents(other)
+    assert torch.equal(logits(folder / "merged"), logits(model))
 
 
 def with_one_more(model: Path, out: Path, without: str = "", **changes: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -35,3 +36,7 @@ def work(rank: int, size: int, folder: str) -> None:
                 results[f"{name} {parallel}"] = decoder.forward(ids)
     torch.save(results, here / f"rank-{rank}.pt")
     dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -7,9 +7,11 @@ their arguments, directory, environment and open files to the server, and end as
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
+import select
 import shutil
 import signal
 import socket
@@ -20,10 +22,15 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).parents[2]
+PRELOADED = (
+    "tpshard.cli.main", "tpshard.api.verify", "tpshard.verifier.run", "tpshard.verifier.builtin.prepare",
+    "tpshard.verifier.hf.prepare", "torch.distributed", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -52,27 +59,23 @@ def start() -> Iterator[Path]:
         assert server.stdin is not None and server.stdout is not None
         assert server.stdout.readline() == b"ready\n"
         yield folder
-        with socket.socket(socket.AF_UNIX) as last:
-            last.connect(address)
-        server.communicate()
+        server.communicate()  # the end of its input is the end of it, also when this process is killed
     shutil.rmtree(folder)
 
 
 def serve(address: str) -> None:
-    """Fork for every connection, until one comes that asks for nothing."""
-    import torch.distributed  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
-
+    """Fork for every connection, until stdin ends."""
+    for name in PRELOADED:
+        import_module(name)
+    gc.freeze()  # what a collection touches a forked process would have to copy
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen()
         print("ready", flush=True)
-        while True:
+        while 0 not in select.select([listening, 0], [], [])[0]:
             asking, _ = listening.accept()
             with asking:
                 size, files, _, _ = socket.recv_fds(asking, 8, 3)
-                if not size:
-                    break
                 if not os.fork():
                     listening.close()
                     _tend(asking, int.from_bytes(size, "little"), files, Path(address).with_name("python"))

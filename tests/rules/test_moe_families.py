@@ -12,6 +12,7 @@ import pytest
 import tpshard
 from tests.bench.synthetic import DEEPSEEK_V3, deepseek_tensors
 from tests.helpers.by_hand import compare, config_of, tensors_of, tensors_of_file, there_and_back, with_one_more
+from tests.helpers.grids import in_turn
 from tests.helpers.moe_checkpoints import MOE, STACKED
 from tests.helpers.toys import read_all, write_checkpoint
 from tpshard.errors import CorruptError, UnsupportedError
@@ -30,9 +31,9 @@ EXPERT = re.compile(r"experts\.\d+\.")
 PREDICTS_MORE = ["deepseek_v3", "glm4_moe"]
 
 
-@pytest.mark.parametrize("name", MOE)
-def test_there_and_back(name: str, made: Made, quick: Settings, tmp_path: Path) -> None:
-    there_and_back(made(name), tmp_path, quick)
+@pytest.mark.parametrize(("name", "widths"), in_turn(list(MOE), ((4, 2), (2, 4))))
+def test_there_and_back(name: str, widths: tuple[int, int], made: Made, quick: Settings, tmp_path: Path) -> None:
+    there_and_back(made(name), tmp_path, quick, widths)
 
 
 def test_the_variants_have_what_they_are_for(made: Made) -> None:

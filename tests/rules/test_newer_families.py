@@ -12,6 +12,7 @@ import pytest
 
 import tpshard
 from tests.helpers.by_hand import compare, config_of, there_and_back, with_one_more
+from tests.helpers.grids import in_turn
 from tests.helpers.newer_checkpoints import AS_THEY_ARE, NEWER
 from tests.helpers.toys import read_all
 from tpshard.errors import CorruptError, UnsupportedError
@@ -36,9 +37,9 @@ def classified(model: Path, tensors: Iterable[TensorInfo] | None = None, **chang
     return classify(builtin(config["model_type"]), config, checkpoint.tensors if tensors is None else tensors)
 
 
-@pytest.mark.parametrize("name", NEWER)
-def test_there_and_back(name: str, made: Made, quick: Settings, tmp_path: Path) -> None:
-    there_and_back(made(name), tmp_path, quick)
+@pytest.mark.parametrize(("name", "widths"), in_turn(list(NEWER), ((4, 2), (2, 4))))
+def test_there_and_back(name: str, widths: tuple[int, int], made: Made, quick: Settings, tmp_path: Path) -> None:
+    there_and_back(made(name), tmp_path, quick, widths)
 
 
 @pytest.mark.parametrize("name", NEWER)

@@ -1,7 +1,5 @@
 """`advise`: which tp fits the given devices."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tpshard.api.options import AdviseOptions, ModelOptions

@@ -1,7 +1,5 @@
 """`archs`: the built-in architectures, and rules to start from for others."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tpshard.errors import TargetError, UnsupportedError, UsageError

@@ -1,7 +1,5 @@
 """Judge a shard set: recorded checksums, or every byte against the source."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from itertools import chain

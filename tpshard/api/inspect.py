@@ -1,7 +1,5 @@
 """`inspect`: what a path is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The progress bar of the Python functions, drawn by tqdm: a widget in a notebook, a line on stderr elsewhere."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

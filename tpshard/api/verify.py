@@ -156,20 +156,9 @@ def _computed(
         prompt=None if text is None else _together(team, lambda: prompt_tokens(text, source)),
         team=team,
         sharing=sharing,
-        load_rank=lambda rank, device: _load_rank(options.shards, rank, device),
         first=compare if options.runs("bytes") else None,
         say=say,
     )
-
-
-def _load_rank(shards: Path, rank: int, device: Any) -> Mapping[str, Tensor] | None:
-    """A rank's tensors on a device; None where the set is not as its manifest says, which is for the tiers to judge."""
-    from tpshard.api.load import load_rank
-
-    try:
-        return load_rank(shards, rank, device)
-    except (CorruptError, UsageError):
-        return None
 
 
 def find_source(options: VerifyOptions, say: Say) -> Path:

@@ -1,7 +1,5 @@
 """One of the processes that `verify` starts on a host: a rank of its own, and the end of its parent is its end."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import sys

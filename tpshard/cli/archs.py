@@ -1,7 +1,5 @@
 """The commands `archs`, `archs list`, `archs show` and `archs draft`."""
 
-from __future__ import annotations
-
 import shlex
 from typing import Annotated
 

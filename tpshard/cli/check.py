@@ -1,7 +1,5 @@
 """The commands `check` and `inspect`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -3,8 +3,6 @@
 Nothing here needs torch. Where it is installed it is asked what it sees, and that alone takes more than a moment.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """The command line: the app, its commands in the order of `--help`, and what becomes of errors. No logic lives here."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

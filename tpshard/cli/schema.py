@@ -1,7 +1,5 @@
 """The command `schema`: prints the schemas of all JSON that tpshard prints and writes."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

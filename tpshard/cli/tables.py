@@ -1,7 +1,5 @@
 """Plans and inspections as tables for a terminal; layers that are alike become one row."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from itertools import islice

@@ -6,8 +6,6 @@ slices of the buffer (`preadv`, `pwritev`), so strided copies cost a list, not a
 stored in another order of dims goes through a second buffer in that order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import product, zip_longest
 from math import gcd, isqrt, prod

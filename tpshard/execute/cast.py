@@ -1,7 +1,5 @@
 """Casts of floating-point weights, by torch."""
 
-from __future__ import annotations
-
 from tpshard.storage.torch_pickle import DTYPES  # first: it says what to do when torch is missing
 
 import torch  # isort: skip  # noqa: E402

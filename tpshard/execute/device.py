@@ -1,7 +1,5 @@
 """Files onto a device: each byte read once, reads overlapped with copies to the device."""
 
-from __future__ import annotations
-
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ directory (`--ranks`), or OUT cannot be renamed over, are files written into OUT
 its name. With checksums, a run that writes the whole of an output also writes SHA256SUMS.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -150,11 +148,8 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise TargetError("the output exists and is not a directory", path=work, hint="give another with -o")
     if not in_place and work.exists() and not is_empty(work) and not (work / LOCK).exists():
-        raise TargetError(
-            "no run of tpshard left this directory, which the output would grow in",
-            path=work,
-            hint="move it away, or give another output with -o",
-        )
+        what = "no run of tpshard left this directory, which the output would grow in"
+        raise TargetError(what, path=work, hint="move it away, or give another output with -o")
     made = make_directory(files, work, fsync=fsync)
     locks: list[Lock] = []
     with ExitStack() as stack:
@@ -173,7 +168,11 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
         for name, data in job.small.items():
             write_small(files, work / name, data, fsync=fsync, tag=tag)
-        digests = writer.write(job.convert, settings.workers)
+        try:
+            digests = writer.write(job.convert, settings.workers)
+        except CorruptError:
+            _withdraw(job, work, files, locks, made)
+            raise
         if run_ids(job, settings) != runs:
             raise CorruptError(
                 "the source was changed while it was read", hint="start anew when nothing writes to it any more"
@@ -256,8 +255,10 @@ def _only_in_place(out: Path) -> bool:
 
 
 def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: bool) -> None:
-    """Leave nothing behind of a run that was refused before it wrote anything."""
+    """Leave nothing behind of a run that was refused before it wrote anything, or whose source is damaged."""
     with contextlib.suppress(OSError):  # another run has come in, or has just finished
+        for name in () if job.shared else job.small:
+            unlink_if_there(files, work / name)
         if job.shared or names_in(work) <= set(job.claims):
             for lock in locks:
                 lock.remove()
@@ -292,11 +293,8 @@ def _check_target(job: Job, out: Path, settings: Settings) -> None:
     check_target(out, _expected(job), job.ours, models=job.verb == "merge", overwrite=settings.overwrite)
     old = _replaced(out)
     if settings.overwrite and out.exists() and old.exists() and not _is_replaced(job, old):
-        raise TargetError(
-            "this name is needed for the old output until the new one has its own",
-            path=old,
-            hint="move it away, or give another output with -o",
-        )
+        what = "this name is needed for the old output until the new one has its own"
+        raise TargetError(what, path=old, hint="move it away, or give another output with -o")
 
 
 def _swap(job: Job, work: Path, out: Path, settings: Settings) -> None:

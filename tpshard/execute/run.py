@@ -4,8 +4,6 @@ Workers take blocks in plan order, so at most a few tensors are in flight; every
 every output file. That prefix is what is flushed, journalled and hashed behind the copy, and what a resumed run skips.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -68,13 +66,9 @@ class Loader:
 
     def _compare(self, step: FlatStep, flat: Flat, block: Box, buffer: memoryview) -> None:
         if first_difference(self.reader, flat, block, buffer) is not None:
-            raise DifferentError(
-                f"{step.name}: ranks that hold the same part of it differ",
-                path=flat.file,
-                tensor=step.name,
-                expected="equal replicas",
-                hint="`tpshard check` names the file whose checksum is wrong",
-            )
+            what = f"{step.name}: ranks that hold the same part of it differ"
+            hint = "`tpshard check` names the file whose checksum is wrong"
+            raise DifferentError(what, path=flat.file, tensor=step.name, expected="equal replicas", hint=hint)
 
 
 def first_difference(reader: Reader, flat: Flat, block: Box, buffer: memoryview) -> int | None:

@@ -1,7 +1,5 @@
 """What stands where an output shall go: is it ours to resume, ours to replace, or somebody's to leave alone?"""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -68,18 +66,11 @@ def check_target(out: Path, expected: set[str], ours: Ours, *, models: bool, ove
             "the output exists", path=out, hint="replace it with --overwrite, or give another directory with -o"
         )
     if not replaceable(out):
-        raise TargetError(
-            "the output cannot be replaced as a whole: a disk is mounted there, or its parent is read-only",
-            path=out,
-            hint="remove what is in it, or give another directory with -o",
-        )
+        what = "the output cannot be replaced as a whole: a disk is mounted there, or its parent is read-only"
+        raise TargetError(what, path=out, hint="remove what is in it, or give another directory with -o")
     if found := strangers(out, expected, ours, models=models):
-        raise TargetError(
-            "the output holds files that tpshard did not write, and is not replaced",
-            path=out,
-            found=found[0],
-            hint="move them away, or give another directory with -o",
-        )
+        message = "the output holds files that tpshard did not write, and is not replaced"
+        raise TargetError(message, path=out, found=found[0], hint="move them away, or give another directory with -o")
 
 
 def check_leftovers(
@@ -100,30 +91,18 @@ def check_leftovers(
     if not others:
         return
     if found := strangers(work, expected, ours, models=True):
-        raise TargetError(
-            "the directory for unfinished output holds files that tpshard did not write",
-            path=work,
-            found=found[0],
-            hint="move them away, or give another output with -o",
-        )
+        what = "the directory for unfinished output holds files that tpshard did not write"
+        raise TargetError(what, path=work, found=found[0], hint="move them away, or give another output with -o")
     if not overwrite:
-        raise TargetError(
-            "an unfinished run with other options, or of another source, left its files here",
-            path=work,
-            found=others[0],
-            hint="repeat that command to finish it, or start anew with --overwrite",
-        )
+        message = "an unfinished run with other options, or of another source, left its files here"
+        hint = "repeat that command to finish it, or start anew with --overwrite"
+        raise TargetError(message, path=work, found=others[0], hint=hint)
     for name in sorted(names_in(work) - keep):  # journals first, so that none vouches for what is gone
         files.unlink(str(work / name))
 
 
 def check_shared(
-    work: Path,
-    expected: set[str],
-    ours: Ours,
-    manifest: bytes,
-    runs: Mapping[str, str],
-    records: Mapping[str, bytes],
+    work: Path, expected: set[str], ours: Ours, manifest: bytes, runs: Mapping[str, str], records: Mapping[str, bytes]
 ) -> None:
     """A directory that several hosts write into is of this very set, and our ranks in it of these runs.
 
@@ -131,12 +110,8 @@ def check_shared(
     """
     path = work / MANIFEST
     if not path.exists() and (found := strangers(work, expected, ours, models=False)):
-        raise TargetError(
-            "the directory holds other files and no shard set",
-            path=work,
-            found=found[0],
-            hint="give an empty directory, or one that does not exist, with -o",
-        )
+        hint = "give an empty directory, or one that does not exist, with -o"
+        raise TargetError("the directory holds other files and no shard set", path=work, found=found[0], hint=hint)
     if path.exists() and path.read_bytes() != manifest:
         raise TargetError(
             "this directory holds another set",
@@ -144,11 +119,8 @@ def check_shared(
             hint="every host must give the same model, revision and options; or give another directory with -o",
         )
     if done := [name for name, expected in records.items() if is_written(work / name, expected)]:
-        raise TargetError(
-            "another run has just finished here",
-            path=work / done[0],
-            hint="give the command again if ranks are missing",
-        )
+        what = "another run has just finished here"
+        raise TargetError(what, path=work / done[0], hint="give the command again if ranks are missing")
     if others := other_runs(work, runs):
         raise TargetError(
             "an unfinished run with other options, or of another source, left its files here",

@@ -4,8 +4,6 @@ Every file grows under a partial name beside its final one. A journal beside it 
 much of it is safely on disk; the same command picks up there. A final name is only ever given to a complete file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -298,9 +296,12 @@ class Writer:
             unlink_if_there(self.files, file.journal)
 
     def _check_sources(self) -> None:
-        """CorruptError for a source file that is not what was recorded when it was written."""
+        """CorruptError for a source file that is not what was recorded when it was written; nothing of it is kept."""
         for source in self.sources:
             if source.sha256 != self.recorded[source.path]:
+                for file in self.outputs:
+                    unlink_if_there(self.files, file.journal)
+                    unlink_if_there(self.files, file.partial)
                 raise CorruptError(
                     "the file is not as it was written",
                     path=source.path,

@@ -1,7 +1,5 @@
 """One module per on-disk format, each a `Format`: which tensors a rank has, and the files that hold them."""
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from tpshard.errors import UsageError

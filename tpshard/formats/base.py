@@ -1,7 +1,5 @@
 """What all formats share: options, the planned split, and the interface of a format."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ ranks hold is stored once, by the lowest of them, as torch's writer may do it: i
 Source: torch/distributed/checkpoint/{filesystem,metadata,planner_helpers}.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -30,11 +28,9 @@ _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
 def even_or_less(model: Model, options: Options) -> Deal:
     """The deal of a model without padding; UnsupportedError when padding is asked for."""
     if options.pad_vocab_to is not None:
-        raise UnsupportedError(
-            "torch.distributed.checkpoint describes the model's own tensors: it has no place for padding",
-            found=f"--pad-vocab-to {options.pad_vocab_to}",
-            hint="leave it out: the last ranks get less, as torch's DTensor does it; or use --format native",
-        )
+        what = "torch.distributed.checkpoint describes the model's own tensors: it has no place for padding"
+        hint = "leave it out: the last ranks get less, as torch's DTensor does it; or use --format native"
+        raise UnsupportedError(what, found=f"--pad-vocab-to {options.pad_vocab_to}", hint=hint)
     return deal(model.axes, Mesh(options.tp), options.weights())
 
 

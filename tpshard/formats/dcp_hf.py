@@ -5,8 +5,6 @@ for a share of several boxes, nor for padding. What several ranks hold is stored
 Source: torch/distributed/checkpoint/{hf_storage,_hf_utils,_consolidate_hf_safetensors}.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -4,8 +4,6 @@ So its bytes are the same whichever version of torch a host has, or none. The cl
 pickles them: torch/distributed/checkpoint/metadata.py, the same from 2.6 on.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Attention, shared experts and vocabulary are cut evenly; routed experts stay who
 them. Source: inference/convert.py of deepseek-ai/DeepSeek-V3.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 
@@ -74,11 +72,8 @@ class DeepSeek(Format):
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """Rank and width; a rank is never in several files."""
         if parts > 1:
-            raise UsageError(
-                "DeepSeek's code takes one file for one rank",
-                found="a rank larger than --max-file-size",
-                hint="give a larger --max-file-size",
-            )
+            what = "DeepSeek's code takes one file for one rank"
+            raise UsageError(what, found="a rank larger than --max-file-size", hint="give a larger --max-file-size")
         return f"model{rank}-mp{tp}.safetensors"
 
     def parse_name(self, name: str) -> Mapping[str, int] | None:

@@ -1,7 +1,5 @@
 """A rank's share of a tensor as an engine has it: cut its way, transposed, fused with others, stacked over experts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain

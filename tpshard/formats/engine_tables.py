@@ -3,8 +3,6 @@
 The comment at the head of `vllm.toml` explains the language. A pattern fits a tensor, or a module and all in it.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Mapping

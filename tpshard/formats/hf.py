@@ -1,7 +1,5 @@
 """The ordinary Hugging Face layout: one safetensors file, or several with an index."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 
@@ -48,12 +46,8 @@ class HuggingFace(Format):
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every tensor whole; UsageError for more than one rank."""
         if options.tp != 1:
-            raise UsageError(
-                "the ordinary layout has no ranks",
-                expected="--tp 1",
-                found=f"--tp {options.tp}",
-                hint="give --tp 1, or another --format",
-            )
+            what, hint = "the ordinary layout has no ranks", "give --tp 1, or another --format"
+            raise UsageError(what, expected="--tp 1", found=f"--tp {options.tp}", hint=hint)
         return RankLayouts((tuple(map(whole, model.tensors)),), deal(model.axes, Mesh(1)))
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:

@@ -5,8 +5,6 @@ embedding is cut along the hidden size up to Llama 2 and along the vocabulary fr
 the vocabulary. Source: meta-llama/llama and meta-llama/llama-models, their ParallelEmbedding and ColumnParallelLinear.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -106,12 +104,8 @@ def _name(full_name: str, tensor: LogicalTensor) -> str:
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
     name = _TOP.get(module) if layer is None else _LAYER.get(layer[2])
     if name is None or suffix != "weight":
-        raise UnsupportedError(
-            f"Meta's layout has no place for {tensor.name}",
-            tensor=tensor.name,
-            expected="a LLaMA without biases",
-            hint="use --format native",
-        )
+        what = f"Meta's layout has no place for {tensor.name}"
+        raise UnsupportedError(what, tensor=tensor.name, expected="a LLaMA without biases", hint="use --format native")
     return f"{name}.weight" if layer is None else f"layers.{layer[1]}.{name}.weight"
 
 
@@ -119,8 +113,7 @@ def _tied_head(embedding: StoredTensor, generation: str) -> StoredTensor:
     """Meta's files always have a head; here it is the embedding once more."""
     if generation != "3":
         raise UnsupportedError(
-            "a tied head cannot be said where the embedding is cut along the hidden size",
-            hint="use --engine-version 3",
+            "a tied head cannot be said where the embedding is cut along the hidden size", hint="use --engine-version 3"
         )
     return embedding._replace(name=_HEAD)
 
@@ -128,12 +121,9 @@ def _tied_head(embedding: StoredTensor, generation: str) -> StoredTensor:
 def _generation(model: Model, options: Options) -> str:
     if options.engine_version is not None:
         if options.engine_version not in GENERATIONS:
-            raise UnsupportedError(
-                f"no Llama {options.engine_version} of Meta's is known",
-                expected=", ".join(GENERATIONS),
-                found=options.engine_version,
-                hint="the generation decides how the embedding is cut",
-            )
+            what = f"no Llama {options.engine_version} of Meta's is known"
+            hint = "the generation decides how the embedding is cut"
+            raise UnsupportedError(what, expected=", ".join(GENERATIONS), found=options.engine_version, hint=hint)
         return options.engine_version
     return "3" if model.axes["vocab"].count >= _LARGE_VOCAB else "2"
 
@@ -141,12 +131,8 @@ def _generation(model: Model, options: Options) -> str:
 def _deal(model: Model, options: Options) -> Deal:
     """Even ranges of all axes; the embedding may be cut along its hidden size."""
     if model.architecture.get("model_type") != "llama":
-        raise UnsupportedError(
-            "Meta's layout holds LLaMA models alone",
-            expected="model_type llama",
-            found=model.architecture.get("model_type"),
-            hint="use --format native",
-        )
+        what, hint = "Meta's layout holds LLaMA models alone", "use --format native"
+        raise UnsupportedError(what, expected="model_type llama", found=model.architecture.get("model_type"), hint=hint)
     axes = {name: bare(axis) for name, axis in model.axes.items()}
     axes["hidden"] = Axis("hidden", model.config["hidden_size"], unit=1)
     return options.even_deal("Meta's code", axes)

@@ -1,7 +1,5 @@
 """tpshard's own format: one safetensors file per rank under the source's tensor names."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """From a model and options to a planned split."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from tpshard.formats import format_of

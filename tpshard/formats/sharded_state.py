@@ -5,8 +5,6 @@ The files say nothing of the width, and the engines load those of another one wi
 stands before them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import struct
@@ -80,12 +78,9 @@ class ShardedState(Format):
         table = load_table(self.path)
         model_type = str(model.architecture.get("model_type"))
         if options.engine_version is not None and options.engine_version not in table.versions:
-            raise UnsupportedError(
-                f"the names of {self.engine} {options.engine_version} are not known",
-                expected=", ".join(table.versions),
-                found=options.engine_version,
-                hint=f"names change between versions: split for {self.engine} {table.versions[0]} and load with that",
-            )
+            what = f"the names of {self.engine} {options.engine_version} are not known"
+            hint = f"names change between versions: split for {self.engine} {table.versions[0]} and load with that"
+            raise UnsupportedError(what, expected=", ".join(table.versions), found=options.engine_version, hint=hint)
         if reason := table.refused_models.get(model_type):
             raise self._unsupported(f"{self.engine} {table.versions[0]} does not load {model_type}: {reason}")
         if model.architecture.get("text"):
@@ -144,11 +139,8 @@ class ShardedState(Format):
         if not family.head and "lm_head.weight" in stored:
             raise self._unsupported(f"{self.engine}'s class has no head of its own, and this one is not tied")
         if family.head and head not in stored:
-            raise CorruptError(
-                "the checkpoint has no head, and its config does not say that it is tied to the embedding",
-                tensor=head,
-                hint="use --format native, or complete the checkpoint",
-            )
+            what = "the checkpoint has no head, and its config does not say that it is tied to the embedding"
+            raise CorruptError(what, tensor=head, hint="use --format native, or complete the checkpoint")
         return names
 
 

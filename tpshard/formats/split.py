@@ -51,11 +51,9 @@ class Options:
         UsageError when something else is asked for, UnsupportedError when an axis does not divide.
         """
         if self.uneven or self.shares is not None or self.pad_vocab_to is not None:
-            raise UsageError(
-                f"{who} takes even shares only, and no padding but its own",
-                found="--uneven, --shares or --pad-vocab-to",
-                hint="leave them out, or use --format native",
-            )
+            what = f"{who} takes even shares only, and no padding but its own"
+            hint = "leave them out, or use --format native"
+            raise UsageError(what, found="--uneven, --shares or --pad-vocab-to", hint=hint)
         mesh = Mesh(self.tp, ep=ep)
         require_even(axes, mesh, f"{who} takes even shares only: use one of those")
         return deal(axes, mesh)

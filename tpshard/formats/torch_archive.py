@@ -6,8 +6,6 @@ other file. The layout follows torch's caffe2/serialize (PyTorchStreamWriter): e
 `torch.serialization.set_crc32_options(False)`: torch does not look at them, and they would cost reading everything.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib
@@ -149,12 +147,9 @@ def tensor_archive(dtype: str, shape: Shape, note: bytes) -> TensorArchive:
 def require_storage(name: str, dtype: str) -> None:
     """UnsupportedError for a dtype that torch's pickles have no storage class for."""
     if dtype not in TORCH_NAMES:
-        raise UnsupportedError(
-            f"{name} has the dtype {dtype}, which this format cannot hold",
-            tensor=name,
-            expected=", ".join(TORCH_NAMES),
-            hint="cast it with --dtype, or use --format native",
-        )
+        what = f"{name} has the dtype {dtype}, which this format cannot hold"
+        hint = "cast it with --dtype, or use --format native"
+        raise UnsupportedError(what, tensor=name, expected=", ".join(TORCH_NAMES), hint=hint)
 
 
 def check_literals(output: OutputFile, path: Path) -> None:
@@ -166,11 +161,9 @@ def check_literals(output: OutputFile, path: Path) -> None:
         for offset, data in ((0, output.header), *output.literals):
             file.seek(offset)
             if file.read(len(data)) != data:
-                raise CorruptError(
-                    "the archive is not the one of this set: its directory or its pickle differs",
-                    path=path,
-                    hint="copy it again from where it comes from, or write the rank again",
-                )
+                what = "the archive is not the one of this set: its directory or its pickle differs"
+                hint = "copy it again from where it comes from, or write the rank again"
+                raise CorruptError(what, path=path, hint=hint)
 
 
 def _pickle(tensors: Sequence[StoredTensor]) -> bytes:

@@ -3,8 +3,6 @@
 Everything that a published directory can get wrong is found here, before a byte is moved.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Nothing is inverted: the model that params.json describes is laid out as if it w
 just that.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

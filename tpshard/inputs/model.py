@@ -1,7 +1,5 @@
 """From a checkpoint to a model: its tensors classified, and where they lie."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is at this path: a set that tpshard wrote, or files that Meta published?"""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tpshard.inputs.shard_set import ShardSet, is_shard_set, open_shards

@@ -3,8 +3,6 @@
 Everything is read from the manifest and the files' headers. The rules that made the set are not needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Boxes: n-dimensional half-open ranges of a tensor, and their coarsest form in bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from math import prod
 

@@ -37,10 +37,7 @@ class Deal:
 
 
 def deal(
-    axes: Mapping[str, Axis],
-    mesh: Mesh,
-    shares: Sequence[Fraction | int] | None = None,
-    pad_to: int | None = None,
+    axes: Mapping[str, Axis], mesh: Mesh, shares: Sequence[Fraction | int] | None = None, pad_to: int | None = None
 ) -> Deal:
     """Give each rank its range of units of each axis.
 
@@ -69,11 +66,8 @@ def _deal_axis(
     group = axes[axis.group] if axis.group else None
     if axis.replicate and count < tp:
         if tp % count:
-            raise UnsupportedError(
-                f"{count} {axis.name} units cannot be repeated evenly on {tp} ranks",
-                expected=f"a tp of at most {count}, or a multiple of it",
-                found=f"tp {tp}",
-            )
+            what = f"{count} {axis.name} units cannot be repeated evenly on {tp} ranks"
+            raise UnsupportedError(what, expected=f"a tp of at most {count}, or a multiple of it", found=f"tp {tp}")
         return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))  # ranks 0 and 1 hold unit 0
     if shares is None:
         return tuple((r * count // tp, (r + 1) * count // tp) for r in range(tp))
@@ -94,11 +88,8 @@ def _deal_axis(
 def _apportion(axis: Axis, count: int, shares: Sequence[Fraction | int]) -> list[int]:
     """Divide `count` units by weight: each rank at least one, largest remainder first, then the lower rank."""
     if count < len(shares):
-        raise UnsupportedError(
-            f"{count} {axis.name} on {len(shares)} ranks: a unit is never cut",
-            expected=f"tp of at most {count}",
-            found=f"tp {len(shares)}",
-        )
+        what = f"{count} {axis.name} on {len(shares)} ranks: a unit is never cut"
+        raise UnsupportedError(what, expected=f"tp of at most {count}", found=f"tp {len(shares)}")
     total = sum(shares)
     ideal = [count * share for share in shares]  # in units of 1 / total, so that it is exact
     sizes = [max(1, int(value // total)) for value in ideal]
@@ -122,12 +113,9 @@ def padded(axis: Axis, tp: int, pad_to: int | None) -> int:
     if pad_to is None:
         return -(-axis.count // tp) * tp
     if pad_to < axis.count or pad_to % tp:
-        raise UsageError(
-            f"cannot pad {axis.name} of {axis.count} to {pad_to}",
-            expected=f"a multiple of tp {tp} that is at least {axis.count}",
-            found=pad_to,
-            hint=f"for example --pad-vocab-to {-(-max(axis.count, pad_to) // tp) * tp}",
-        )
+        what = f"cannot pad {axis.name} of {axis.count} to {pad_to}"
+        hint = f"for example --pad-vocab-to {-(-max(axis.count, pad_to) // tp) * tp}"
+        raise UsageError(what, expected=f"a multiple of tp {tp} that is at least {axis.count}", found=pad_to, hint=hint)
     return pad_to
 
 

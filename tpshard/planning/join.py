@@ -4,8 +4,6 @@ Split, merge and reshard are the same function with other layouts. A plan is mad
 every element of every output comes from exactly one place and that every source tensor is used.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

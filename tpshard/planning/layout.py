@@ -3,8 +3,6 @@
 A *deal* gives each rank a range of units of each axis; a layout follows from the deal and the tensors' cuts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -210,9 +208,5 @@ def _check_bytes(tensor: LogicalTensor, dim: int, ranges: Sequence[tuple[int, in
     row = bits * tensor.shape[dim]
     for start, stop in ranges:
         if (start * bits) % 8 or (stop * bits) % 8 or row % 8:
-            raise UnsupportedError(
-                f"{tensor.name}: a cut at {start}:{stop} of dim {dim} falls inside a byte of {tensor.dtype}",
-                tensor=tensor.name,
-                expected="cuts where bytes end",
-                hint="use a smaller tp",
-            )
+            what = f"{tensor.name}: a cut at {start}:{stop} of dim {dim} falls inside a byte of {tensor.dtype}"
+            raise UnsupportedError(what, tensor=tensor.name, expected="cuts where bytes end", hint="use a smaller tp")

@@ -1,7 +1,5 @@
 """The mesh of ranks: how many there are along each kind of parallelism, and where each of them stands."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

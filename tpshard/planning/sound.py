@@ -1,7 +1,5 @@
 """Whether a layout that was read, not planned, can be one: a manifest may say anything."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import prod

@@ -4,8 +4,6 @@ A part says where a box lies; a piece says the same as an offset and strides, so
 a reordering inside a head are one thing to the executor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple

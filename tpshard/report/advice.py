@@ -4,8 +4,6 @@ Made of headers and config alone. Only groups of tensors that are cut alike are 
 46,000 tensors takes no longer than one of 300.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Everything follows from headers, rules and config. Formulas and their sources: d
 in bytes, bandwidth in bytes per second, times in seconds.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ The page (`plan_page.html`) draws from data that hold a row for each *kind* of t
 experts in them, share theirs, so that the page of a model of 46,000 tensors stays small. Opening a layer is the page's.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -7,8 +7,6 @@ An object has exactly its fields, and the tests hold every object that a command
 it writes, against them: a field without a schema fails.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache

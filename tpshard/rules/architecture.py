@@ -3,8 +3,6 @@
 They are `architectures/*.toml`, or a file of the user's own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import tomllib

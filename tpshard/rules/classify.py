@@ -4,8 +4,6 @@ It evaluates an architecture's rules for one config and gives every tensor of a 
 ranks plays no part in it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

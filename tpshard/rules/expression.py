@@ -1,7 +1,5 @@
 """Expressions over config values, as the architecture files use them: parsed, never evaluated as Python."""
 
-from __future__ import annotations
-
 import ast
 import operator
 from collections.abc import Callable, Mapping

@@ -5,8 +5,6 @@ names alone and must be the only one below which the decoder is complete. Every 
 part of the decoder is ever taken for a part of the rest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,11 +82,9 @@ def find_rules(config: Mapping[str, Any], rules: Path | None, config_path: objec
         return ModelRules(of_text, config, text)
     if text.key is None:
         return ModelRules(find_architecture(config, None, config_path), config)
-    raise UnsupportedError(
-        f"no rules for model_type {config.get('model_type')!r}, nor for its text model {text.model_type!r}",
-        path=config_path,
-        hint="`tpshard archs draft MODEL` writes rules for the text model to start from; --rules FILE takes them",
-    )
+    what = f"no rules for model_type {config.get('model_type')!r}, nor for its text model {text.model_type!r}"
+    hint = "`tpshard archs draft MODEL` writes rules for the text model to start from; --rules FILE takes them"
+    raise UnsupportedError(what, path=config_path, hint=hint)
 
 
 def _find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence[TensorInfo]) -> str:

@@ -4,8 +4,6 @@ A rule cuts a module along one feature axis, by one list of boundaries. Each ten
 companion: it says which axes its dims are, and how many elements of an axis one of its own elements stands for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

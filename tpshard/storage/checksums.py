@@ -1,7 +1,5 @@
 """SHA256SUMS: a line for every file of an output, as `sha256sum -c` reads them."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

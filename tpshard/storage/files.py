@@ -3,8 +3,6 @@
 Tests replace it to fail or stop at the n-th call; nothing else in the package opens, writes, renames or syncs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -4,8 +4,6 @@ Here and in `hub_errors` alone huggingface_hub is imported, and only when a repo
 Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Collection, Iterator
@@ -93,12 +91,9 @@ class RemoteRepo:
         def read() -> bytes:
             with _get(self, name, {"Range": f"bytes={begin}-{end - 1}"}) as (status, headers, chunks):
                 if status != 206:
-                    raise HubError(
-                        f"the Hub does not serve byte ranges of {name}",
-                        expected="HTTP 206",
-                        found=f"HTTP {status}",
-                        hint=f"download the repository first: hf download {self.repo_id} --revision {self.revision}",
-                    )
+                    what = f"the Hub does not serve byte ranges of {name}"
+                    hint = f"download the repository first: hf download {self.repo_id} --revision {self.revision}"
+                    raise HubError(what, expected="HTTP 206", found=f"HTTP {status}", hint=hint)
                 expected = f"bytes {begin}-{end - 1}/{size}"
                 found = headers.get("Content-Range")
                 if found not in (expected, f"bytes {begin}-{end - 1}/*"):
@@ -112,12 +107,9 @@ class RemoteRepo:
         file = self._file(name)
         limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
         if file.size > limit:
-            raise HubError(
-                f"{name} in {self.repo_id} is too large to be what its name says",
-                expected=f"at most {limit} bytes",
-                found=f"{file.size} bytes",
-                hint="look at the repository: this may be another file under that name",
-            )
+            what = f"{name} in {self.repo_id} is too large to be what its name says"
+            hint = "look at the repository: this may be another file under that name"
+            raise HubError(what, expected=f"at most {limit} bytes", found=f"{file.size} bytes", hint=hint)
 
         def read() -> bytes:
             with _get(self, name, {}) as (_, _, chunks):
@@ -199,12 +191,8 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
         attempt(lambda: fetch(side), repo_id, revision)
         path = attempt(lambda: fetch(weights), repo_id, revision)
     if path.name != repo.revision:
-        raise HubError(
-            f"{repo_id} changed while it was downloaded",
-            expected=repo.revision,
-            found=path.name,
-            hint="run the command again",
-        )
+        what = f"{repo_id} changed while it was downloaded"
+        raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
     for file in repo.files:
         if file.name in side or file.name in weights:
             _check_cached(path / file.name, file, repo_id)
@@ -213,10 +201,8 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
 
 def _check_repo_id(repo_id: str) -> None:
     if not is_repo_id(repo_id):
-        raise UsageError(
-            f"{repo_id!r} is not the name of a Hub repository",
-            hint="name a directory or a file that exists, or a repository as owner/name",
-        )
+        what = f"{repo_id!r} is not the name of a Hub repository"
+        raise UsageError(what, hint="name a directory or a file that exists, or a repository as owner/name")
 
 
 @contextmanager
@@ -249,12 +235,8 @@ def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
         if len(content) > length:
             raise HubError(f"the Hub sent more of {name} than was asked for", expected=f"{length} bytes")
     if len(content) < length:
-        raise TransientError(
-            f"the Hub broke off while sending {name}",
-            expected=f"{length} bytes",
-            found=f"{len(content)} bytes",
-            hint="run the command again",
-        )
+        what, hint = f"the Hub broke off while sending {name}", "run the command again"
+        raise TransientError(what, expected=f"{length} bytes", found=f"{len(content)} bytes", hint=hint)
     return bytes(content)
 
 
@@ -266,12 +248,9 @@ def _select(
     if not weights:
         found = sorted(name for name in names if not name.startswith("."))
         if any(fits(name, [PICKLE_PATTERN]) for name in names):
-            raise UnsafeError(
-                f"{repo_id} has only pickle weights, and unpickling can run code",
-                expected="*.safetensors",
-                found=PICKLE_PATTERN,
-                hint="--allow-pickle reads them with weights_only=True, which refuses code",
-            )
+            what = f"{repo_id} has only pickle weights, and unpickling can run code"
+            hint = "--allow-pickle reads them with weights_only=True, which refuses code"
+            raise UnsafeError(what, expected="*.safetensors", found=PICKLE_PATTERN, hint=hint)
         raise UnsupportedError(
             f"{repo_id} has no weights in a format that is read here",
             expected="*.safetensors",
@@ -353,13 +332,9 @@ def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
         return
     if found is None:
         raise HubError(f"{file.name} of {repo_id} was not downloaded", path=path, hint="run the command again")
-    raise HubError(
-        f"{file.name} of {repo_id} is damaged in the cache",
-        path=path,
-        expected=f"{file.size} bytes",
-        found=f"{found} bytes",
-        hint=f"delete {path.resolve()} and run the command again",
-    )
+    what = f"{file.name} of {repo_id} is damaged in the cache"
+    hint = f"delete {path.resolve()} and run the command again"
+    raise HubError(what, path=path, expected=f"{file.size} bytes", found=f"{found} bytes", hint=hint)
 
 
 @contextmanager

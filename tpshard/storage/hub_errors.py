@@ -1,7 +1,5 @@
 """What went wrong between this machine and the Hub, in the user's words, and what is worth another attempt."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -74,20 +72,14 @@ def failure(error: BaseException, repo_id: str, revision: str | None) -> Tpshard
     if "LocalEntryNotFoundError" in kinds and error.__cause__ is not None:
         return failure(error.__cause__, repo_id, revision)
     if "OfflineModeIsEnabled" in kinds:
-        return UnreachableError(
-            f"HF_HUB_OFFLINE is set, so the Hub is not asked for {repo_id}",
-            hint=f"unset HF_HUB_OFFLINE, or download while online: hf download {repo_id}",
-        )
+        what = f"HF_HUB_OFFLINE is set, so the Hub is not asked for {repo_id}"
+        return UnreachableError(what, hint=f"unset HF_HUB_OFFLINE, or download while online: hf download {repo_id}")
     if "GatedRepoError" in kinds:
-        return HubError(
-            f"{repo_id} is gated, and this login has no access to it (HTTP {status})",
-            hint=f"ask for access at {endpoint}/{repo_id}, then {LOGIN}",
-        )
+        message = f"{repo_id} is gated, and this login has no access to it (HTTP {status})"
+        return HubError(message, hint=f"ask for access at {endpoint}/{repo_id}, then {LOGIN}")
     if "RepositoryNotFoundError" in kinds:
-        return HubError(
-            f"there is no repository {repo_id} at {endpoint}, or it is private (HTTP {status})",
-            hint=f"check the spelling, for a path that it exists; for a private repository {LOGIN}",
-        )
+        hint = f"check the spelling, for a path that it exists; for a private repository {LOGIN}"
+        return HubError(f"there is no repository {repo_id} at {endpoint}, or it is private (HTTP {status})", hint=hint)
     if "RevisionNotFoundError" in kinds:
         return HubError(
             f"{repo_id} has no revision {revision or 'main'}", hint="--revision takes a branch, a tag or a commit hash"

@@ -1,7 +1,5 @@
 """Files of a directory: what may be read, and read safely."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -135,13 +133,9 @@ def safe_path(directory: Path, name: str) -> Path:
     if root.parent.name == "snapshots":  # of a cache elsewhere: its files are symlinks into the blobs beside it
         allowed.append(root.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
-        raise UnsafeError(
-            f"{name} is a symlink that leaves the model's directory",
-            path=path,
-            expected="a file of the model or of the Hub's cache",
-            found=real,
-            hint="copy the file into the model's directory if you trust it",
-        )
+        what = f"{name} is a symlink that leaves the model's directory"
+        hint = "copy the file into the model's directory if you trust it"
+        raise UnsafeError(what, path=path, expected="a file of the model or of the Hub's cache", found=real, hint=hint)
     if not real.is_file():
         found = "something else" if real.exists() else f"a symlink to nothing: {real}" if path.is_symlink() else None
         raise CorruptError(f"{name} is not there", path=path, expected="a file", found=found)

@@ -27,11 +27,9 @@ class Lock:
             try:
                 self._fd = self.files.open_write(str(self.path))
             except FileNotFoundError:
-                raise TargetError(
-                    "another run has just given this directory its final name, or removed it",
-                    path=self.path.parent,
-                    hint="look whether the output is there; if not, give the command again",
-                ) from None
+                what = "another run has just given this directory its final name, or removed it"
+                hint = "look whether the output is there; if not, give the command again"
+                raise TargetError(what, path=self.path.parent, hint=hint) from None
             except OSError as error:
                 raise local_error(error, "cannot write here", self.path.parent) from error
             if self._take():
@@ -44,11 +42,8 @@ class Lock:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.files.close(self._fd)
-            raise TargetError(
-                "another run is writing here",
-                path=self.path.parent,
-                hint="wait until it ends, or give another output with -o",
-            ) from None
+            what, hint = "another run is writing here", "wait until it ends, or give another output with -o"
+            raise TargetError(what, path=self.path.parent, hint=hint) from None
         except OSError:
             return True
         # The holder before us may have removed or renamed what we opened: then lock the new one.

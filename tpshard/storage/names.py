@@ -1,7 +1,5 @@
 """Names of files, every one of them once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One pool of threads, for everything that reads, copies or hashes side by side."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar

@@ -6,8 +6,6 @@ guesses: a name written twice, unknown keys, `__metadata__: null` and a header t
 The library's reader tells no byte offsets and needs the file on this machine; its writer needs all tensors in memory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -3,8 +3,6 @@
 Nothing that plans, or knows a format, may tell them apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Weights that torch pickled: where the bytes of each tensor lie in the file, without loading them."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import re
@@ -145,13 +143,9 @@ def info_in_archive(name: str, tensor: torch.Tensor, path: Path, records: Mappin
     """
     plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
     if not plain or tensor.dtype not in _NAMES:
-        raise UnsupportedError(
-            f"{name} is not a plain tensor of a dtype that safetensors has",
-            path=path,
-            tensor=name,
-            found=f"{tensor.dtype}, {tensor.layout}",
-            hint="save the checkpoint as safetensors",
-        )
+        what = f"{name} is not a plain tensor of a dtype that safetensors has"
+        hint = "save the checkpoint as safetensors"
+        raise UnsupportedError(what, path=path, tensor=name, found=f"{tensor.dtype}, {tensor.layout}", hint=hint)
     if not tensor.is_contiguous():
         raise UnsupportedError(
             f"{name} is stored as a strided view", path=path, tensor=name, hint="save the checkpoint as safetensors"

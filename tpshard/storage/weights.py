@@ -1,7 +1,5 @@
 """Which of a checkpoint's files hold its weights: one selection, whether they are to be read or to be downloaded."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -78,19 +76,11 @@ def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
     for name in sorted(set(weight_map.values())):
         pure = PurePosixPath(name.replace("\\", "/"))
         if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", name):
-            raise UnsafeError(
-                "the index points outside the model",
-                path=path,
-                found=repr(name),
-                expected="file names inside the model's directory",
-            )
+            what = "the index points outside the model"
+            raise UnsafeError(what, path=path, found=repr(name), expected="file names inside the model's directory")
         if len(pure.parts) != 1:
-            raise CorruptError(
-                "the index names a file in a subdirectory",
-                path=path,
-                expected="names of files beside it",
-                found=repr(name),
-            )
+            message = "the index names a file in a subdirectory"
+            raise CorruptError(message, path=path, expected="names of files beside it", found=repr(name))
     metadata = data.get("metadata")
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
@@ -109,10 +99,5 @@ def _no_weights(names: Collection[str], place: object) -> TpshardError:
     others = sorted(name for name in names if name.endswith(_OTHERS))
     if not others:
         return CorruptError("no weights found", path=place, expected=expected, found="no weight file")
-    return UnsupportedError(
-        "no weights in a form that is read here",
-        path=place,
-        expected=expected,
-        found=", ".join(others[:4]),
-        hint="name a .safetensors file to use just that",
-    )
+    what, hint = "no weights in a form that is read here", "name a .safetensors file to use just that"
+    return UnsupportedError(what, path=place, expected=expected, found=", ".join(others[:4]), hint=hint)

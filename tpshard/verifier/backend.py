@@ -1,7 +1,5 @@
 """What runs a model for a verification: tpshard's own decoder, or transformers' classes."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +19,6 @@ from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Canary, Finding, Tier
 
 T = TypeVar("T")
-LoadRank = Callable[[int, torch.device], Mapping[str, Tensor] | None]
-"""A rank's tensors on a device, as stored; None where its files are not of the form that the loader knows."""
 Canaries = Callable[[], list[Canary]]
 Judge = Callable[[Tensor], T]
 """Judges a rank's logits."""
@@ -36,8 +32,8 @@ JudgeTier = Callable[[], tuple[Tier, Canaries | None]]
 class OpenedSet:
     """Shards and source, opened; who runs the ranks, and where.
 
-    `prompt` [batch, length] replaces ids from the seed. `sharing` processes share the device. `load_rank` loads what is
-    kept on a GPU. `say` takes lines about the progress.
+    `prompt` [batch, length] replaces ids from the seed. `sharing` processes share the device. `say` takes
+    lines about the progress.
     """
 
     shards: RankSet
@@ -48,7 +44,6 @@ class OpenedSet:
     device: torch.device
     prompt: Tensor | None = None
     sharing: int = 1
-    load_rank: LoadRank | None = None
     say: Say = silent
 
 

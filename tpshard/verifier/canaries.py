@@ -1,7 +1,5 @@
 """Faults put into the loaded shards on purpose: a tier that would not notice them may not say pass."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -39,10 +37,9 @@ def native_canaries(backend: Backend, dtype: torch.dtype) -> list[Canary]:
     small, _ = backend.with_layers(1).same_form()
     rolled = small.with_ranks([*small.ranks[1:], small.ranks[0]])
     with torch.no_grad():
-        wide = backend.with_layers(1).run(torch.float64, small.steps)
-        wanted = small.run_ranks(dtype, small.steps, wide.choices, digest)
+        wanted = small.run_ranks(dtype, small.steps, None, digest)
         try:
-            caught = rolled.run_ranks(dtype, small.steps, wide.choices, digest) != wanted
+            caught = rolled.run_ranks(dtype, small.steps, None, digest) != wanted
         except (DifferentError, UnsupportedError):
             caught = True
     return [Canary("another-ranks-shard", "native", "caught" if caught else "missed", 0.0)]

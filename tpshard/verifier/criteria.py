@@ -1,7 +1,5 @@
 """What counts as equal."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

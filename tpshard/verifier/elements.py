@@ -3,8 +3,6 @@
 A prompt meets what it meets; here every element of every parameter counts, bit for bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -187,7 +185,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Apart:
     """The first element of a rank's tensor that is not the source's, and the values of both."""
 
     element: tuple[int, ...]
@@ -201,7 +199,7 @@ class Difference:
         return apart if math.isfinite(apart) else math.inf
 
 
-def difference(held: Readable, share: Share) -> Difference | None:
+def difference(held: Readable, share: Share) -> Apart | None:
     """Where a rank's tensor is not, bit for bit, what it must be; of another dtype, it must hold the same values.
 
     What is beyond the model's last row is nobody's business here.
@@ -215,7 +213,7 @@ def difference(held: Readable, share: Share) -> Difference | None:
             found, wanted = found.double(), wanted.double()
         if not torch.equal(_bits(found), _bits(wanted)):
             first = (_bits(found) != _bits(wanted)).any(-1).nonzero()[0].tolist()
-            return Difference((start + first[0], *first[1:]), float(wanted[tuple(first)]), float(found[tuple(first)]))
+            return Apart((start + first[0], *first[1:]), float(wanted[tuple(first)]), float(found[tuple(first)]))
     return None
 
 

@@ -3,8 +3,6 @@
 Each changes one layer (or the embedding, or the head) of a sharded model, and gives nothing where it does not apply.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import mul, truediv

@@ -1,7 +1,5 @@
 """Ranks that exchange tensors: alone, as threads in lock-step, or as processes of torch.distributed."""
 
-from __future__ import annotations
-
 import pickle
 import threading
 from abc import ABC, abstractmethod
@@ -192,8 +190,8 @@ class Distributed(Group):
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.native = dist.get_backend() == "nccl"
-        self.where = torch.device("cuda", torch.cuda.current_device()) if self.native else torch.device("cpu")
+        gpu = dist.get_backend() == "nccl"
+        self.where = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
 
     def announce(self, shape: Sequence[int] | None) -> list[tuple[int, ...]]:
         """Every rank's shape. None says that this rank failed, which ends the collective on all of them."""
@@ -221,14 +219,6 @@ class Distributed(Group):
     def exchange_object(self, value: Any) -> list[Any]:
         raw = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         return [pickle.loads(bytes(each.tolist())) for each in self.exchange(raw)]
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        if not self.native:
-            return super().all_reduce(x)
-        self.announce(x.shape)
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
 
 
 class Processes:

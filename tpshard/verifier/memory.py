@@ -1,7 +1,5 @@
 """Devices and their memory."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The options of a verification, as the command line and the library take them. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

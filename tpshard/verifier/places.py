@@ -1,7 +1,5 @@
 """Where the parts of a model lie in each rank's stored tensors, and shards that are damaged there on purpose."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import repeat

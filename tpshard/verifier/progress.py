@@ -1,7 +1,5 @@
 """How much of a tier is done, and how long the rest will take at the pace so far."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

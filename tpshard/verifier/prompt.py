@@ -1,7 +1,5 @@
 """The prompt, and what is chosen and looked at before a run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """One call from files to a verdict, whoever runs the model."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Callable
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError, LocalIOError
-from tpshard.verifier.backend import EngineRun, JudgeTier, LoadRank, OpenedSet
+from tpshard.verifier.backend import EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.builtin.prepare import open_both, ready
 from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.memory import pick_device
@@ -33,7 +31,6 @@ def verify(
     prompt: Tensor | None = None,
     team: Threads | Processes | None = None,
     sharing: int = 1,
-    load_rank: LoadRank | None = None,
     first: Callable[[], Tier] | None = None,
     say: Say = silent,
 ) -> Verdict:
@@ -48,7 +45,7 @@ def verify(
     group = team or Threads(1)
     shards, config, weights = group.together(lambda: open_both(options.shards, source, options.allow_pickle))
     team = team or Threads(len(shards.ranks))
-    opened = OpenedSet(shards, config, weights, source, team, where, prompt, sharing, load_rank, say)
+    opened = OpenedSet(shards, config, weights, source, team, where, prompt, sharing, say)
     from tpshard.verifier.hf import prepare as library
 
     engine = team.together(lambda: library.engine_of(options.engine, config))

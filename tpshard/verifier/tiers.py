@@ -1,7 +1,5 @@
 """The exact and the native tier, over any backend."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,8 +23,12 @@ from tpshard.verifier.report.verdict import Place, Tier
 from tpshard.verifier.weights_tier import compare_weights
 
 
-def exact(backend: Backend, steps: Sequence[Tensor], *, float32: bool = False) -> Tier:
-    """Both sides in float64 (or float32): through the KV cache, and every module fed the unsharded one's input."""
+def exact(backend: Backend, steps: Sequence[Tensor] | None = None, *, float32: bool = False) -> Tier:
+    """Both sides in float64 (or float32): through the KV cache, and every module fed the unsharded one's input.
+
+    steps: of tokens; None: the prompt alone.
+    """
+    steps = backend.steps if steps is None else steps
     dtype = torch.float32 if float32 else torch.float64
     limit = FLOAT32_LIMIT if float32 else EXACT_LIMIT
     with no_tf32():
@@ -62,16 +64,17 @@ def _reason(first: Place | None, error: float, limit: float) -> str:
 def native(backend: Backend, dtype: torch.dtype, steps: Sequence[Tensor], wide: Reference) -> Tier:
     """In the checkpoint's dtype, through the KV cache: bit for bit what the source gives, cut and run the same way.
 
-    `wide` is the unsharded model in float64 on all steps: how far it is from both is reported, and judges nothing.
+    Each side chooses for itself (experts). `wide` is the unsharded model in float64 on all steps: how far it is from
+    both is reported, and judges nothing.
     """
-    plain = backend.run(dtype, steps, wide.choices).logits
+    plain = backend.run(dtype, steps).logits
     held, cut = backend.same_form()
 
     def judge(logits: Tensor) -> tuple[str, dict[str, float]]:
         return digest(logits), distances(wide.logits, plain, logits)
 
-    judged = held.run_ranks(dtype, steps, wide.choices, judge)
-    wanted, again = (cut.run_ranks(dtype, steps, wide.choices, digest) for _ in range(2))
+    judged = held.run_ranks(dtype, steps, None, judge)
+    wanted, again = (cut.run_ranks(dtype, steps, None, digest) for _ in range(2))
     differing = [rank for rank, (bits, _) in enumerate(judged) if bits != wanted[rank]]
     metrics = max((each for _, each in judged), key=lambda each: each["sharded_error"])
     tier = Tier("native", "pass", {"differences": 0}, {"differences": len(differing), **metrics})

@@ -1,7 +1,5 @@
 """The weights tier: every element that a rank holds is the source's, whatever a prompt would meet."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.backend import Backend, Canaries
-from tpshard.verifier.elements import Difference, Parameter, Readable, Share, difference
+from tpshard.verifier.elements import Apart, Parameter, Readable, Share, difference
 from tpshard.verifier.options import Say
 from tpshard.verifier.progress import Progress
 from tpshard.verifier.report.verdict import Canary, Finding, Place, Tier, layer_of
@@ -48,7 +46,7 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
     cut = [parameter.name for parameter in idle if parameter.dim is not None]
     cut = [name for name in cut if not name.startswith(tuple(allowed) or (" ",))]
     if any(ranks):
-        return backend.team.once(lambda: _blamed(tier, parameters, ranks))
+        return backend.team.once(lambda: _blamed(backend, tier, parameters, ranks))
     if cut:
         more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
         reason = f"{cut[0]}{more} is cut, and nothing here runs it; --allow-not-run {cut[0]} accepts that"
@@ -56,7 +54,7 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
     return tier
 
 
-_Found = list[tuple[int, Difference]]
+_Found = list[tuple[int, Apart]]
 """By the number of a parameter, where a rank's tensor differs first."""
 
 
@@ -69,18 +67,17 @@ def _compared(parameters: Sequence[Parameter], rank: int, progress: Progress) ->
     return found
 
 
-def _blamed(tier: Tier, parameters: Sequence[Parameter], ranks: Sequence[_Found]) -> Tier:
+def _blamed(backend: Backend, tier: Tier, parameters: Sequence[Parameter], ranks: Sequence[_Found]) -> Tier:
     """The failed tier: what differs first in the order of computation, and whose it is instead."""
     number, rank = min((found[0][0], rank) for rank, found in enumerate(ranks) if found)
     parameter, apart = parameters[number], ranks[rank][0][1]
     where = f"{parameter.name}{list(apart.element)} of rank {rank}"
     reason = f"{where} is {apart.found:g} where the source has {apart.expected:g}"
-    for other in range(len(ranks)):
+    for other in (other for other in range(len(ranks)) if other != rank):
         if parameter.shares()[other].fits(parameter.ranks[rank]):
-            cut = [each for each in parameters if each.dim is not None]
-            whole = all(_is_of(each, rank, other) and _is_of(each, other, rank) for each in cut)
             reason = f"{parameter.name} of rank {rank} is the one of rank {other}"
-            reason = f"the files of ranks {rank} and {other} are exchanged" if whole else reason
+        if _exchanged(backend, rank, other):
+            reason = f"the files of ranks {rank} and {other} are exchanged"
             break
     findings = [
         Finding(parameters[number].name, at, each.size) for at, found in enumerate(ranks) for number, each in found
@@ -89,9 +86,15 @@ def _blamed(tier: Tier, parameters: Sequence[Parameter], ranks: Sequence[_Found]
     return replace(tier, status="fail", reason=reason, first=first, worst=first, findings=tuple(findings))
 
 
-def _is_of(parameter: Parameter, rank: int, other: int) -> bool:
-    """Whether what a rank holds is another rank's."""
-    return parameter.shares()[other].fits(parameter.ranks[rank])
+def _exchanged(backend: Backend, rank: int, other: int) -> bool:
+    """Whether all that is cut is right once two ranks are put in each other's place."""
+    ranks = list(backend.ranks)
+    ranks[rank], ranks[other] = ranks[other], ranks[rank]
+    cut = (each for each in backend.with_ranks(ranks).parameters() if each.dim is not None)
+    try:
+        return all(each.shares()[at].fits(each.ranks[at]) for each in cut for at in (rank, other))
+    except DifferentError:
+        return False
 
 
 @dataclass(frozen=True)

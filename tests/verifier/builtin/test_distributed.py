@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import torch
-from torch import multiprocessing
 
-from tests.helpers import gloo_worker
 from tests.helpers.small_models import relative, run, shards, source, tokens
 
 
-def test_two_gloo_processes_equal_one(tmp_path: Path) -> None:
+def test_two_gloo_processes_equal_one(tmp_path: Path, warm: Path) -> None:
     names = ["llama-gqa", "falcon-new"]
     ids = tokens(11)
     torch.save({name: (source(name)[0], shards(name, 2), ids) for name in names}, tmp_path / "cases.pt")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=gloo_worker.work, args=(rank, 2, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        assert worker.exitcode == 0
+    command = [str(warm / "python"), "-m", "tests.helpers.gloo_worker"]
+    workers = [subprocess.Popen([*command, str(rank), "2", str(tmp_path)]) for rank in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
     results = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2)]
     for result in results:
         assert result["half"].dtype == torch.bfloat16 and result["half"].tolist() == [3.0] * 3

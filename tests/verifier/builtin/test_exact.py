@@ -16,12 +16,14 @@ from tpshard.verifier.backend import Reference
 from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.builtin.decoder import Probe
 from tpshard.verifier.canaries import exact_canaries, native_canaries
-from tpshard.verifier.criteria import native_metrics
+from tpshard.verifier.criteria import distances
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.fault_catalogue import FAULTS
 from tpshard.verifier.group import Threads
-from tpshard.verifier.ranks.weights import InMemory
+from tpshard.verifier.options import silent
+from tpshard.verifier.ranks.weights import InMemory, replaced
 from tpshard.verifier.tiers import exact, native
+from tpshard.verifier.weights_tier import compare_weights, weights_canaries
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +115,7 @@ def test_correct_splits_pass_both_tiers(name: str, block_bytes: int | None) -> N
         ("sign-of-an-element-of-down", 1, "model.layers.1.mlp.down_proj", 3),
         ("sign-of-an-element-of-out", 0, "model.layers.0.self_attn.o_proj", 3),
         ("norm-of-one-rank-stale", 1, "model.layers.1.input_layernorm", 0),
-        ("embedding-row-shifted", 0, "model.embed_tokens (every row)", 0),
+        ("embedding-row-shifted", 0, "model.embed_tokens", 0),
         ("head-shifted-by-a-rank", 0, "lm_head", 0),
     ],
 )
@@ -160,10 +162,9 @@ def test_a_bias_that_one_rank_lacks_is_named(suffix: str) -> None:
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "opt"])
 def test_exchanged_rank_files_are_named(name: str) -> None:
     case = setup(name, 4)
-    ranks = [case.ranks[rank] for rank in (0, 3, 2, 1)]
-    result = exact(replace(case, ranks=ranks))
-    assert result.status == "fail"
-    assert result.reason == "the files of ranks 1 and 3 are exchanged"
+    exchanged = case.with_ranks([case.ranks[rank] for rank in (0, 3, 2, 1)])
+    assert exact(exchanged).status == "fail"
+    assert compare_weights(exchanged, (), silent).reason == "the files of ranks 1 and 3 are exchanged"
 
 
 @pytest.mark.parametrize("fault", ["vocab-shifted-by-a-rank", "head-shifted-by-a-rank"])
@@ -172,8 +173,8 @@ def test_an_embedding_in_another_ranks_file_is_no_exchange_of_files(name: str, f
     case = setup(name, 2)
     mutant = FAULTS[fault].mutant(case.places(1))
     assert mutant is not None
-    result = exact(replace(case, ranks=mutant))
-    assert result.reason is not None and " of rank 0 differs first" in result.reason
+    result = compare_weights(case.with_ranks(mutant), (), silent)
+    assert result.reason is not None and " of rank 0 is the one of rank 1" in result.reason
     assert "lm_head" in result.reason or "model.embed_tokens" in result.reason
 
 
@@ -184,8 +185,8 @@ def test_files_of_unlike_ranks_are_exchanged_whole(name: str) -> None:
     case = setup(name, 2, ranks=cut(tensors, config, 2, [3, 1]))
     assert exact(case).status == "pass"
     assert {c.name: c.status for c in exact_canaries(case)}["rank-files-exchanged"] == "caught"
-    assert {c.name: c.status for c in native_canaries(case, torch.float32)}["rank-files-exchanged"] == "caught"
-    result = exact(replace(case, ranks=[case.ranks[1], case.ranks[0]]))
+    assert {c.name: c.status for c in native_canaries(case, torch.float32)}["another-ranks-shard"] == "caught"
+    result = compare_weights(case.with_ranks([case.ranks[1], case.ranks[0]]), (), silent)
     assert result.reason == "the files of ranks 0 and 1 are exchanged"
 
 
@@ -194,8 +195,9 @@ def test_an_embedding_row_that_no_prompt_looks_up_is_judged() -> None:
     unused = next(i for i in range(3, 120) if i not in case.prompt)
     damaged = {name: case.ranks[0].get(name).clone() for name in case.ranks[0].names()}
     damaged["model.embed_tokens.weight"][unused, 0] *= -1
-    result = exact(replace(case, ranks=[InMemory(damaged), case.ranks[1]]))
+    result = compare_weights(case.with_ranks([InMemory(damaged), case.ranks[1]]), (), silent)
     assert result.status == "fail" and result.first is not None and result.first.rank == 0
+    assert result.reason is not None and f"model.embed_tokens.weight[{unused}, 0] of rank 0" in result.reason
 
 
 def test_only_some_layers_are_compared_when_asked() -> None:
@@ -211,21 +213,45 @@ def test_native_sees_a_swap_of_heads_and_where() -> None:
     case = setup("llama-gqa", 4, torch.bfloat16)
     mutant = FAULTS["heads-swapped-between-ranks"].mutant(case.places(1))
     assert mutant is not None
-    result = native(replace(case, ranks=mutant), torch.bfloat16, steps := case.teacher_tokens(4), case.run_wide(steps))
-    assert result.status == "fail" and result.worst is not None
-    assert result.worst.module == "model.layers.1.self_attn" and result.worst.error > 10
-    assert result.reason is not None and "model.layers.1.self_attn" in result.reason
+    result = native(case.with_ranks(mutant), torch.bfloat16, steps := case.teacher_tokens(4), case.run_wide(steps))
+    assert result.status == "fail" and result.first is not None and result.metrics["differences"] == 4
+    assert result.first.module == "model.layers.1.self_attn.q_proj.weight"
+    assert result.reason is not None and "rank 0 gives other bits" in result.reason
 
 
-def test_native_metrics_by_hand() -> None:
+def test_the_last_bit_of_an_element_is_seen() -> None:
+    """In float32, where it is far below the exact tier's limit."""
+    case = setup("llama-gqa", 2)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = case.ranks[1].get(name).clone()
+    weight.view(torch.int32)[0, 0] ^= 1
+    bad = case.with_ranks([case.ranks[0], replaced(case.ranks[1], {name: weight})])
+    result = compare_weights(bad, (), silent)
+    assert result.status == "fail" and result.reason is not None
+    assert result.reason.startswith(f"{name}[0, 0] of rank 1 is ")
+
+
+def test_values_that_are_not_finite_are_the_models_own() -> None:
+    """A float16 model that overflows unsharded is no failure of its shards."""
+    config, tensors = source("llama-gqa")
+    scaled = {key: value * (1e5 if "lm_head" in key else 1) for key, value in tensors.items()}
+    case = setup("llama-gqa", 2, torch.float16)
+    held = [InMemory({k: v.half() for k, v in rank.items()}) for rank in cut(scaled, config, 2)]
+    case = replace(case, source=InMemory({k: v.half() for k, v in scaled.items()}), ranks=held)
+    assert compare_weights(case, (), silent).status == "pass"
+    result = native(case, torch.float16, case.steps, case.run_wide(case.steps))
+    assert result.status == "inconclusive" and result.reason is not None
+    assert result.reason.startswith("the unsharded model itself gives values that are not finite in float16")
+
+
+def test_distances_by_hand() -> None:
     r = torch.randn(2, 8, 100, dtype=torch.float64)
     noise = torch.randn_like(r) * 0.1
-    metrics = native_metrics(r, r + noise, r + 2 * noise, torch.bfloat16)
-    assert 1.9 < metrics["ratio"] < 2.0 and 3.5 < metrics["kl_ratio"] < 4.2
-    assert native_metrics(r, r + noise, r * float("nan"), torch.bfloat16)["ratio"] == float("inf")
-    one = r + noise
-    one[0, 5] = r[0, 5] + 9 * noise[0, 5]
-    assert native_metrics(r, r + noise, one, torch.bfloat16)["worst_token"] == 5
+    found = distances(r, r + noise, r + 2 * noise)
+    assert found["sharded_error"] == pytest.approx(2 * found["unsharded_error"], rel=1e-6)
+    assert 3.5 < found["kl_sharded"] / found["kl_unsharded"] < 4.2
+    assert distances(r, r, r * float("nan"))["sharded_error"] == float("inf")
+    assert distances(r, r, r)["top1_sharded"] == 1
 
 
 WATCHED = ["gpt2", "gpt_neox", "llama-gqa", "opt", "gpt_bigcode-mha", "falcon-mqa"]
@@ -236,9 +262,10 @@ def test_canaries_are_caught(name: str, tp: int) -> None:
     case = setup(name, tp, torch.bfloat16)
     found = exact_canaries(case)
     assert len(found) >= 4 and all(canary.status == "caught" for canary in found)
-    found = native_canaries(case, torch.bfloat16)
-    assert len(found) >= 3 and all(canary.status == "caught" for canary in found)
-    assert "sign-of-an-element-of-out" not in {canary.name for canary in found}
+    found = weights_canaries(case)
+    assert len(found) == 3 and all(canary.status == "caught" for canary in found)
+    if tp > 1:
+        assert [canary.status for canary in native_canaries(case, torch.bfloat16)] == ["caught"]
 
 
 def test_canaries_that_change_nothing_are_left_out() -> None:

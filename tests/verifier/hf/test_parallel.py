@@ -90,7 +90,7 @@ def test_a_correct_split_is_equal(name: str, tp: int, sides: Callable[..., Trans
     assert (tier.status, tier.reason) == ("pass", None)
     assert max(finding.error for finding in tier.findings) <= EXACT_LIMIT
     ranks = {finding.rank for finding in tier.findings}
-    assert ranks == set(range(tp)) and len(tier.findings) >= 7 * tp
+    assert ranks == set(range(tp)) and len(tier.findings) >= 6 * tp
 
 
 @pytest.mark.parametrize(("name", "tp"), in_turn(without(library.ONE_OF_EACH, LIKE_ANOTHER), library.WIDTHS))
@@ -122,8 +122,7 @@ def test_every_architecture_has_a_variant() -> None:
 @pytest.mark.parametrize(
     ("name", "fault", "module"),
     [
-        ("phi3", "rank-files-exchanged", "the files of ranks 0 and 1 are exchanged"),
-        ("phi4-mini", "vocab-shifted-by-a-rank", "model.embed_tokens (every row) of rank 0"),
+        ("phi4-mini", "vocab-shifted-by-a-rank", "model.embed_tokens of rank 0"),
         ("phi3", "k-and-v-exchanged", "input of model.layers.1.self_attn.o_proj of rank 0"),
         ("phi3", "gate-and-up-exchanged", "input of model.layers.1.mlp.down_proj of rank 0"),
         ("opt", "up-bias-dropped", "model.decoder.layers.1.fc1 of rank 0"),
@@ -133,7 +132,7 @@ def test_every_architecture_has_a_variant() -> None:
         ("gpt_oss", "router-rows-exchanged", "model.layers.2.mlp.router of rank 0"),
         ("gpt_oss", "v-bias-dropped", "model.layers.2.self_attn.v_proj of rank 0"),
         ("deepseek_v3", "latent-of-one-rank-stale", "model.layers.2.self_attn.kv_a_proj_with_mqa of rank 1"),
-        ("deepseek_v3", "vocab-shifted-by-a-rank", "model.embed_tokens (every row) of rank 0"),
+        ("deepseek_v3", "vocab-shifted-by-a-rank", "model.embed_tokens of rank 0"),
         ("deepseek_v3", "norm-of-one-rank-stale", "model.layers.2.input_layernorm of rank 0"),
     ],
 )

@@ -1,7 +1,5 @@
 """What the built-in architectures say about a module with a given name: what a draft of new rules is compared with."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Drafts for `tpshard archs draft`: the text of a rules file, and whether classification accepts it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The built-in decoder as a backend: the sharded model beside the unsharded one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate

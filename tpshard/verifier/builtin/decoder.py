@@ -1,7 +1,5 @@
 """One decoder for all families, computing one rank's share of the model and meeting the other ranks in a group."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate

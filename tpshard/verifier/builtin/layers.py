@@ -1,7 +1,5 @@
 """The mathematics of a decoder's layers, of which none needs another rank."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

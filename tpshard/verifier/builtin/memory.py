@@ -1,7 +1,5 @@
 """What this machine has, and what a verification needs of it."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 

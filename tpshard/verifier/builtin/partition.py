@@ -1,7 +1,5 @@
 """The built-in decoder's own partition: which elements of the source a rank must hold, by the family's mathematics."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

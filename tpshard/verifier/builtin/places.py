@@ -1,7 +1,5 @@
 """Where heads and biases lie in shards that the built-in decoder runs, by the family's names and stored shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import torch

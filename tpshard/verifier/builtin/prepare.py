@@ -1,7 +1,5 @@
 """What is decided and loaded before a number is computed: prompt, layers, memory, memory."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +23,7 @@ from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
 from tpshard.verifier.ranks.open import FileWeights, RankSet, needed, open_shards, open_source, parameters, resident
 from tpshard.verifier.ranks.translate import translated
-from tpshard.verifier.ranks.weights import Weights, move, replaced
+from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
@@ -100,30 +98,18 @@ def _kept(case: Case, weights: FileWeights, dtype: torch.dtype | None) -> Weight
     return resident(weights, dtype, case.setup.device, needed(weights, case.setup.compared))
 
 
-def _kept_rank(case: Case, rank: int, dtype: torch.dtype | None) -> Weights:
-    opened, device = case.opened, case.setup.device
-    weights, loaded = opened.shards.ranks[rank], None
-    # The loader takes whole files as they are, so not when some layers are enough, nor under an engine's names.
-    whole = opened.shards.format == "native" and case.setup.layers is None
-    if opened.load_rank is not None and whole and device.type == "cuda":
-        loaded = opened.load_rank(rank, device)
-    if loaded is None:
-        return _kept(case, weights, dtype)
-    names = needed(weights, case.setup.compared)
-    return replaced(weights, {name: move(loaded[name], device, dtype) for name in names})
-
-
 def keep(case: Case) -> Case:
     """The rank of this process loaded as it is stored, the others left in their files."""
     setup = case.setup
-    ranks = [_kept_rank(case, r, None) if r in setup.team.here else w for r, w in enumerate(setup.ranks)]
+    files = enumerate(case.opened.shards.ranks)
+    ranks = [_kept(case, rank, None) if number in setup.team.here else rank for number, rank in files]
     return replace(case, setup=setup.with_ranks(ranks))
 
 
 def all_kept(case: Case, setup: DecoderBackend, dtype: torch.dtype) -> DecoderBackend:
     """Source and all ranks in memory: in `dtype` on a CPU, as stored on a GPU, where widening them costs nothing."""
     held = None if setup.device.type == "cuda" else dtype
-    ranks = [_kept_rank(case, rank, held) for rank in setup.team.here]
+    ranks = [_kept(case, case.opened.shards.ranks[rank], held) for rank in setup.team.here]
     return replace(setup, source=_kept(case, case.opened.source, held), ranks=ranks)
 
 

@@ -1,7 +1,5 @@
 """Record what each module of a reference run takes and gives, and replay it through a rank, module by module."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Weights as the built-in decoder asks for them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """config.json under the old and new spellings of its keys, and the rotary positions that it asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """From config.json to the Family that its model_type names."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

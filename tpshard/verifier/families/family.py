@@ -1,7 +1,5 @@
 """A model family as mathematics: what one config.json describes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Families after GPT-2, and OPT: from config.json, with its old keys and its defaults, to a Family."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from tpshard.errors import UnsupportedError

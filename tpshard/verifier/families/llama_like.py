@@ -1,7 +1,5 @@
 """Families after LLaMA: from config.json, with its defaults, to a Family."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from tpshard.verifier.families.config import Config, rope_of, sized

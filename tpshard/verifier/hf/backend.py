@@ -1,7 +1,5 @@
 """transformers' classes as a backend: the unsharded model and the ranks' models, built from stored tensors."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,7 +75,7 @@ class TransformersBackend(Backend):
         return StoredPlaces(self.frame.config, self.source, self.ranks, at, self.frame.stored(self.source))
 
     def run(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any = None) -> Reference:
-        pins = Pinned(None if choices is None else choices.made)
+        pins = _pinned(choices)
         logits = self.reference(dtype).run(Single(), list(steps), pins)
         return Reference(logits, pins)
 
@@ -89,7 +87,7 @@ class TransformersBackend(Backend):
 
     def run_ranks(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any, judge: Judge[T]) -> list[T]:
         models = self.here(dtype)
-        return self.team.run(lambda group: judge(models[group.rank].run(group, list(steps), Pinned(choices.made))))
+        return self.team.run(lambda group: judge(models[group.rank].run(group, list(steps), _pinned(choices))))
 
     def errors(self, dtype: torch.dtype, reference: Reference) -> list[float]:
         return self._errors(self.here(dtype), reference.choices, reference.logits)
@@ -125,6 +123,10 @@ class TransformersBackend(Backend):
 
         errors = self._errors(models, pins, wanted)
         return errors, self.findings(work)
+
+
+def _pinned(choices: Any) -> Pinned:
+    return Pinned(None if choices is None else choices.made)
 
 
 def _experts(side: Side, group: Group, name: str, args: tuple[Tensor, ...], wanted: Tensor) -> Finding:

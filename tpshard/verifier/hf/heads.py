@@ -1,7 +1,5 @@
 """Which heads a rank has, from the shapes of its attention's parameters, and the module told so."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Collectives put into a model of transformers from outside, where the shapes of a rank's parameters ask for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

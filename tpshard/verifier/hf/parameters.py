@@ -1,7 +1,5 @@
 """Stored names as parameters of transformers' classes, which stack the experts that most files hold one by one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from dataclasses import dataclass

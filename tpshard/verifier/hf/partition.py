@@ -1,7 +1,5 @@
 """Which elements of the source each rank must hold of the parameters of transformers' classes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,12 +41,13 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
     """
     whole, held = frame.recipes(source), [frame.recipes(rank) for rank in ranks]
     used = {name for recipe in whole.values() for name in recipe.stored}
+    ends = {key.rpartition(".")[0] for key in (frame.head, frame.embedding)}
     for key in (key for key in frame.shapes if key in whole):
         for rank, found in enumerate(held):
             if key not in found:
                 name = whole[key].stored[0]
                 raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
-        padded, known = key in (frame.head, frame.embedding), _PLAIN.search(key) is not None
+        padded, known = key.rpartition(".")[0] in ends, _PLAIN.search(key) is not None
         if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
             for name in whole[key].stored:
                 yield Parameter(name, Held(source, name), [Held(rank, name) for rank in ranks])

@@ -1,7 +1,5 @@
 """Where heads, biases and experts lie in the stored tensors of any architecture, by names and by how shapes are cut."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache, partial

@@ -1,7 +1,5 @@
 """Module by module: what the unsharded model takes and gives, put before a rank's modules one at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field

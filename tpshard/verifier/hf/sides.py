@@ -1,7 +1,5 @@
 """The unsharded model and the ranks' models, built from stored tensors and run on a prompt."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """A model of transformers, given the parameters of one rank, or of the whole model; no collectives yet."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -233,7 +231,7 @@ class Frame:
                 if key not in found:
                     raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
             shapes = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
-            if recipe.stacked:
+            if recipe.stacked and all(found[key].stacked for found in held):
                 _experts_in_order(key, [found[key] for found in held], shapes, full[0])
             dims = {dim for shape in shapes for dim, (n, m) in enumerate(zip(shape, full, strict=False)) if n != m}
             if len(dims) > 1 or any(len(shape) != len(full) for shape in shapes):

@@ -3,8 +3,6 @@
 A set holds every rectangle once, and says nothing of ranks but by its files. `dealt` makes ranks of it.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Meta's and DeepSeek's own files: a rank's tensors in the source's names and order."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Which files of a directory are ranks, told by their names alone; no file is opened here, and torch not needed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Shard sets and unsharded checkpoints on disk as weights that are read when they are needed, and no earlier."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shards in engines' formats, read as the source names and orders them. Fused modules are mathematics, not layouts."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any

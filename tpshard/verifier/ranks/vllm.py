@@ -4,8 +4,6 @@ What a fused parameter holds follows from stored shapes: the inputs of the outpu
 and k and v are equal halves of the rest. Only names are a table.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Where the decoder's tensors come from: stored names resolved, shapes read as out and in, values cast."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """A verdict as one HTML page that needs no network: figures, a plot per tier, ranks, canaries, environment."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from html import escape
@@ -98,12 +96,9 @@ def _plots(verdict: Verdict) -> list[str]:
     for tier in verdict.tiers:
         if not tier.findings:
             continue
-        if tier.name == "exact":
-            limit = tier.thresholds.get("relative_error")
-            title, note = "exact: relative error of each module", "Dashed: the limit."
-        else:
-            limit, title = None, f"{tier.name}: error of each module, in units of the unsharded model's"
-            note = "1 is as far from float64 as the unsharded model; only logits have a limit."
+        limit = tier.thresholds.get("relative_error")
+        note = "Dashed: the limit." if limit else "Of each tensor that differs, the first element that does."
+        title = f"{tier.name}: " + ("relative error of each module" if limit else "how far apart elements are")
         note = f"<p>A dot per module and rank. {note}</p>"
         parts.append(f"<h2>{escape(title)}</h2>{_plot(tier, limit)}{note}<p>{key}</p>")
     return parts

@@ -1,7 +1,5 @@
 """What verify finds and concludes, and its JSON contract. Needs no torch."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A verdict in words and short figures, as the terminal and every report put them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A verdict, or the error in its place, as JSON, JUnit XML, Markdown and HTML."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from html import escape
