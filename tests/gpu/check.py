@@ -107,17 +107,11 @@ def summary(verdict: dict[str, Any]) -> dict[str, Any]:
 def judge(
     place: str, name: str, tp: int, device: str, team: Processes | None = None, sharing: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """One verdict as a row, with the peak of the GPU's memory; shards are loaded as the command loads them."""
+    """One verdict as a row, with the peak of the GPU's memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     shards = Path(place) / f"{name}-tp{tp}"
-
-    def load(rank: int, where: torch.device) -> dict[str, torch.Tensor]:
-        return tpshard.load_rank(shards, rank, where)
-
-    verdict = verify(
-        VerifyOptions(shards, device=device, **options), Path(place) / name, team=team, sharing=sharing, load_rank=load
-    )
+    verdict = verify(VerifyOptions(shards, device=device, **options), Path(place) / name, team=team, sharing=sharing)
     row = summary(verdict.to_json())
     if device == "cuda":
         row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()

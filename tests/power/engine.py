@@ -62,7 +62,6 @@ def judge(name: str, tp: int, folder: Path) -> list[Case]:
     sides = library.opened(model, tp, folder / f"{name}-tp{tp}")
     kind = checkpoints.VARIANTS[name].model_type
     wanted, pins = library.reference(sides)
-    bits = sides.same_form()[1].run_ranks(torch.bfloat16, sides.steps, None, digest)
     faults: dict[str, Any] = {"": sides.ranks}
     last = sides.frame.config.num_hidden_layers - 1
     for fault in FAULTS.values():
@@ -76,7 +75,9 @@ def judge(name: str, tp: int, folder: Path) -> list[Case]:
         weights = compare_weights(held, (), silent).status == "fail"
         try:
             error = library.error(held, wanted, pins)
-            native = held.same_form()[0].run_ranks(torch.bfloat16, sides.steps, None, digest) != bits
+            # Both forms anew for each fault: of a cut that nobody knows, the source is cut as the shards are.
+            mine, cut = (side.run_ranks(torch.bfloat16, sides.steps, None, digest) for side in held.same_form())
+            native = mine != cut
         except DifferentError:
             pass  # shards that cannot be run at all are noticed
         cases.append(Case(fault_name, kind, tp, weights, error, native))
@@ -141,7 +142,7 @@ def markdown(cases: Sequence[Case], drawn: Sequence[Drawn], part: Mapping[str, A
         "tokens. *weights* compares every stored element, *exact* the logits in float64, *native* all their bits in",
         "bfloat16. *Least error*: of the fault's least visible case, the relative error of the logits in float64; the",
         f"limit is {EXACT_LIMIT:.0e}. Where a class cuts a fused matrix, *weights* only says that the ranks together",
-        "hold all of it.",
+        "hold all of it, and *native* cuts the source as the shards are cut.",
         "",
         f"Noticed: {sum(case.noticed for case in faulty)} of {len(faulty)}. Correct splits refused: "
         f"{sum(case.noticed for case in correct)} of {len(correct)}; the largest error of a correct split is "
