@@ -89,7 +89,7 @@ class Check:
 
 
 def summary(verdict: dict[str, Any]) -> dict[str, Any]:
-    """The row of a verdict: outcome, figures of both tiers, canaries, times."""
+    """The row of a verdict: outcome, figures of the tiers, canaries, times."""
     tiers = {tier["name"]: tier for tier in verdict["tiers"]}
     caught = [canary["status"] for canary in verdict["canaries"]]
     return {
@@ -107,17 +107,11 @@ def summary(verdict: dict[str, Any]) -> dict[str, Any]:
 def judge(
     place: str, name: str, tp: int, device: str, team: Processes | None = None, sharing: int = 1, **options: Any
 ) -> dict[str, Any]:
-    """One verdict as a row, with the peak of the GPU's memory; shards are loaded as the command loads them."""
+    """One verdict as a row, with the peak of the GPU's memory."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     shards = Path(place) / f"{name}-tp{tp}"
-
-    def load(rank: int, where: torch.device) -> dict[str, torch.Tensor]:
-        return tpshard.load_rank(shards, rank, where)
-
-    verdict = verify(
-        VerifyOptions(shards, device=device, **options), Path(place) / name, team=team, sharing=sharing, load_rank=load
-    )
+    verdict = verify(VerifyOptions(shards, device=device, **options), Path(place) / name, team=team, sharing=sharing)
     row = summary(verdict.to_json())
     if device == "cuda":
         row["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
@@ -205,8 +199,9 @@ def control(check: Check, name: str, tp: int) -> dict[str, Any]:
     renamed = {ranks[0]: ranks[1], ranks[1]: ranks[0]}
     for file in files:
         (damaged / renamed.get(file.name, file.name)).hardlink_to(file)
-    verdict = verify(VerifyOptions(damaged, tiers=("exact",), device=check.device.type), check.place / name)
-    right = verdict.exit_code == 1 and verdict.reason == "the files of ranks 0 and 1 are exchanged"
+    verdict = verify(VerifyOptions(damaged, tiers=("weights", "exact"), device=check.device.type), check.place / name)
+    seen = all(tier.status == "fail" for tier in verdict.tiers)
+    right = seen and verdict.reason == "the files of ranks 0 and 1 are exchanged"
     return {"status": "pass" if right else "fail", "reason": verdict.reason}
 
 

@@ -55,9 +55,10 @@ class Drawn:
 
     @property
     def right(self) -> bool:
-        """Whether verify passed it, or said that the model itself overflows."""
-        blamed = self.verdict == "inconclusive" and "the unsharded model itself gives" in self.reason
-        return self.verdict == "pass" or blamed
+        """Whether verify passed it, or said that the model itself overflows, or that float32 is blind to outliers."""
+        blamed = "the unsharded model itself gives" in self.reason
+        coarse = self.outliers > 1 and self.options.get("float32", False)
+        return self.verdict == "pass" or (self.verdict == "inconclusive" and (blamed or coarse))
 
 
 def config(rng: random.Random, family: str, unit: int) -> tuple[str, dict[str, Any]]:

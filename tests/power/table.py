@@ -61,7 +61,8 @@ def catalogue(variants: Sequence[str]) -> dict[str, Any]:
 
 def judged(cases: Sequence[Case], variants: Sequence[str], ran: dict[str, Any]) -> dict[str, Any]:
     """What is kept of all cases."""
-    faults = {name: counted([case for case in cases if case.fault == name]) for name in FAULTS}
+    applied = sorted({case.fault for case in cases})
+    faults = {name: counted([case for case in cases if case.fault == name]) for name in applied}
     harmful = [case for case in cases if not FAULTS[case.fault].harmless]
     return {
         **ran,
@@ -102,7 +103,7 @@ def summary(faults: dict[str, dict[str, int]]) -> list[str]:
 
     def line(title: str, key: str) -> str:
         total, noticed = (sum(counts[what] for counts in harmful) for what in ("cases", key))
-        never = sum(counts["cases"] > 0 and counts[key] == 0 for counts in harmful)
+        never = sum(counts[key] == 0 for counts in harmful)
         partly = sum(0 < counts[key] < counts["cases"] for counts in harmful)
         return f"| {title} | {noticed} of {total} | {total - noticed} | {never} | {partly} |"
 
@@ -136,7 +137,8 @@ def table(faults: dict[str, dict[str, int]]) -> list[str]:
 def exceptions(part: dict[str, Any]) -> list[str]:
     """Every case that a tier missed or that the verdict did not name."""
     lines = [""]
-    for tier, cases in part["missed"].items():
+    for tier in TIERS:
+        cases = part["missed"][tier]
         lines += [f"Faults that change the function and that the {tier} tier did not notice: {len(cases) or 'none'}."]
         lines += [""]
         lines += [

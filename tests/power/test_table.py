@@ -7,70 +7,80 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.power import calibration, engine, splits
+from tests.power import engine, splits
 from tests.power.catalogue import Case, cosine, measure, top_contained
-from tests.power.table import conditions, counted, markdown, noise_lines
+from tests.power.table import conditions, counted, judged, markdown, split_lines
 from tpshard.verifier.fault_catalogue import FAULTS
 
 
 def test_faults_are_noticed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.power.catalogue.WIDTHS", (4,))
+    monkeypatch.setattr("tests.power.catalogue.WIDTHS", (2,))
     cases = measure(tmp_path, ["opt"])
     assert len({case.fault for case in cases}) >= 30
-    assert all(case.exact is not FAULTS[case.fault].harmless for case in cases)
-    by_name = {case.fault: case for case in cases}
-    assert by_name["up-row-shifted"].named == "module" and by_name["up-row-shifted"].native
-    assert by_name["up-bias-dropped"].cosine > 0.99
-    part = {"variants": ["opt"], "missed_by_exact": [], "misnamed": [], "missed_by_native": [], **conditions(0)}
-    faults = {name: counted([case for case in cases if case.fault == name]) for name in FAULTS}
-    text = markdown({"catalogue": part | {"faults": faults}})
-    assert (
-        f"| up-row-shifted | 1 | 1 | 1 | 0 | 1 | {by_name['up-row-shifted'].excess:.3g} |" in text
-        and "## Correct splits\n\nNot measured." in text
-    )
+    for case in cases:
+        assert {case.weights, case.exact, case.native, case.named} == {not FAULTS[case.fault].harmless}, case
+    assert {case.fault: case for case in cases}["up-bias-dropped"].cosine > 0.99
+    text = markdown({"catalogue": judged(cases, ["opt"], conditions(0))})
+    assert "| up-row-shifted | 1 | 1 | 1 | 1 | 1 | 0 |" in text and "did not notice: none" in text
+    assert "| padding-not-zero (changes nothing) | 1 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "## Correct splits\n\nNot measured." in text
 
 
-def test_a_module_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.power.catalogue.changed", lambda clean, mutant: {"model.elsewhere": {0}})
+def test_a_tensor_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.power.catalogue.changed", lambda clean, mutant: {("model.elsewhere.weight", 0)})
     monkeypatch.setattr("tests.power.catalogue.WIDTHS", (2,))
-    monkeypatch.setattr("tests.power.catalogue.FAULTS", {"up-row-shifted": FAULTS["up-row-shifted"]})
-    assert [case.named for case in measure(tmp_path, ["opt"])] == ["no"]
+    kept = {name: FAULTS[name] for name in ("up-row-shifted", "rank-files-exchanged")}
+    monkeypatch.setattr("tests.power.catalogue.FAULTS", kept)
+    cases = measure(tmp_path, ["opt"])
+    assert [case.named for case in cases] == [False, False]
+    text = markdown({"catalogue": judged(cases, ["opt"], conditions(0))})
+    assert "other name than what was changed: 2." in text and "- up-row-shifted, 1 times: “" in text
 
 
 def test_what_is_counted() -> None:
-    case = Case("a", "opt", 2, 0.1, True, "module", "", 0.9, 0.995, True)
-    other = Case("a", "opt", 4, 0.1, True, "block", "", 1.1, 0.5, False)
-    counts = {"least": 0.9, "cases": 2, "exact": 2, "module": 1, "block": 1, "native": 1, "cosine": 1, "top": 1}
+    case = Case("out-bias-dropped", "opt", 2, True, True, True, True, 0.1, "", 0.995, True)
+    other = replace(case, tp=4, native=False, named=False, cosine=0.5, top=False)
+    counts = {"cases": 2, "weights": 2, "exact": 2, "native": 1, "named": 1, "cosine": 1, "top": 1}
     assert counted([case, other]) == counts
+    kept = judged([case, other], ["opt"], {})
+    assert {tier: len(cases) for tier, cases in kept["missed"].items()} == {"weights": 0, "exact": 0, "native": 1}
     logits = torch.arange(10.0).view(1, 1, 10)
     assert top_contained(logits, logits) and not top_contained(logits, -logits)
     assert cosine(logits, logits) > 0.99 > cosine(logits, -logits)
 
 
-def test_the_noise_of_correct_splits(tmp_path: Path) -> None:
-    found = calibration.measure(tmp_path, 3)
-    assert len(found) == 3 and not list(tmp_path.iterdir())
-    assert all(0 < noise.ratio <= 1.5 and 0 < noise.kl_ratio <= 2 for noise in found)
-    kept = calibration.summary([*found, replace(found[0], seed=99, hidden=5000, token_ratio=2.5)])
-    assert kept["worst"][0]["seed"] == 99 and kept["criteria"]["all"]["token_ratio"]["largest"] == 2.5
-    text = "\n".join(noise_lines(kept | conditions(0)))
-    assert "| token_ratio | 3 |" in text and "seed 99" in text
-    assert sum(kept["criteria"][hidden]["splits"] for hidden in calibration.WIDTHS) == 2 * 4
-
-
 def test_random_splits_pass(tmp_path: Path) -> None:
     found = splits.measure(tmp_path, 4)
-    assert len(found) == 4 and all(each.verdict != "fail" for each in found)
+    outlying = [each for each in found if each.outliers > 1]
+    assert [each.right for each in found] == [True] * 4 and len(outlying) == 1
     assert not list(tmp_path.iterdir())
+    refused = replace(found[0], verdict="fail", reason="rank 1 differs")
+    reason = "the unsharded model itself gives values that are not finite in float16"
+    overflow = replace(outlying[0], verdict="inconclusive", reason=reason)
+    assert not refused.right and overflow.right and not replace(overflow, reason="faults were not noticed").right
+    text = "\n".join(split_lines([*found, refused, overflow]))
+    assert "| fail | 1 | 0 |" in text and "| inconclusive | 1 | 1 |" in text and "rank 1 differs" in text
 
 
-def test_the_engines_table_counts_what_it_finds(tmp_path: Path) -> None:
-    with torch.no_grad():
-        cases = engine.measure(tmp_path, ["phi3"], lambda line: None)
+def test_outliers_are_in_three_rows_and_columns(tmp_path: Path) -> None:
+    values = {"matrix": torch.ones(8, 9, dtype=torch.float16), "vector": torch.ones(8, dtype=torch.float16)}
+    save_file(values, tmp_path / "model.safetensors")
+    splits.with_outliers(tmp_path, 100, 0)
+    found = load_file(tmp_path / "model.safetensors")
+    assert sorted((found["matrix"] == 100).sum(0).tolist()) == [3] * 6 + [8] * 3
+    assert (found["matrix"] == 1).sum() == 30 and (found["vector"] == 1).all()
+
+
+def test_the_engines_table_counts_what_it_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.helpers.transformers_runs.WIDTHS", (2,))
+    cases, drawn = engine.measure(tmp_path, ["phi3"])
     faults = {case.fault for case in cases} - {""}
-    assert len(faults) >= 15 and {case.noticed for case in cases if case.fault} == {True}
-    assert [case.noticed for case in cases if not case.fault] == [False, False]
-    missed = replace(cases[1], error=0.0)
-    text = engine.markdown([*cases, missed], conditions(0))
-    assert f"Noticed: {len(cases) - 2} of {len(cases) - 1}." in text and "refused: 0 of 2" in text
+    assert len(faults) >= 15 and {case.exact for case in cases if case.fault} == {True}
+    assert {case.fault: case.native for case in cases}["down-column-shifted"]
+    assert [case.noticed for case in cases if not case.fault] == [False]
+    assert [each.right for each in drawn] == [True] and drawn[0].outliers in splits.OUTLIERS
+    missed = replace(cases[1], weights=False, error=0.0, native=False)
+    text = engine.markdown([*cases, missed], drawn, conditions(0))
+    assert f"Noticed: {len(cases) - 1} of {len(cases)}." in text and "refused: 0 of 1" in text

@@ -231,6 +231,18 @@ def test_the_last_bit_of_an_element_is_seen() -> None:
     assert result.reason.startswith(f"{name}[0, 0] of rank 1 is ")
 
 
+def test_float32_refuses_no_correct_split_whose_weights_lie_far_apart() -> None:
+    """Large scores of attention: the last bits of a sum over ranks decide what is attended to."""
+    config, tensors = source("qwen2-bias")
+    scaled = {key: value * (22 if "q_proj" in key or "k_proj" in key else 1) for key, value in tensors.items()}
+    case = replace(setup("qwen2-bias", 4, ranks=cut(scaled, config, 4)), source=InMemory(scaled))
+    result = exact(case, float32=True)
+    assert result.status == "inconclusive" and result.reason is not None and "leave out --float32" in result.reason
+    assert result.metrics["relative_error"] > 1e-5 and exact(case).status == "pass"
+    mutant = FAULTS["norm-of-one-rank-stale"].mutant(case.places(1))
+    assert mutant is not None and exact(case.with_ranks(mutant), float32=True).status == "fail"
+
+
 def test_values_that_are_not_finite_are_the_models_own() -> None:
     """A float16 model that overflows unsharded is no failure of its shards."""
     config, tensors = source("llama-gqa")
