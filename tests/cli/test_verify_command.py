@@ -59,26 +59,28 @@ def test_a_pass_on_a_terminal(pair: tuple[Path, Path]) -> None:
     first, head, *rows = result.out.splitlines()
     assert first == "PASS: model-tp2 (tp 2) against model"
     assert head.split() == ["tier", "status", "figures", "worst"]
-    assert [row.split()[:2] for row in rows[:3]] == [["bytes", "pass"], ["exact", "pass"], ["native", "pass"]]
-    assert "model." in rows[1] and "rank " in rows[1]
-    assert rows[3].endswith("faults injected on purpose were noticed")
+    tiers = ("bytes", "weights", "exact", "native")
+    assert [row.split()[:2] for row in rows[:4]] == [[name, "pass"] for name in tiers]
+    assert "model." in rows[2] and "rank " in rows[2]
+    assert rows[4].endswith("faults injected on purpose were noticed")
     assert "GB of memory" in result.err and "estimate" in result.err
     assert tpshard("verify", pair[1], *CPU, "--tier", "exact", "-q").err == ""
 
 
 def test_a_failure_names_the_ranks_first_and_the_next_command_last(pair: tuple[Path, Path], tmp_path: Path) -> None:
     shards = exchanged(pair[1], tmp_path / "shards")
-    result = tpshard("verify", shards, "--source", pair[0], *CPU, "--tier", "bytes,exact")
+    result = tpshard("verify", shards, "--source", pair[0], *CPU, "--tier", "bytes,weights,exact")
     assert result.code == 1
     assert result.out.splitlines()[0] == ("FAIL: shards (tp 2) against model: the files of ranks 0 and 1 are exchanged")
-    assert result.out.splitlines()[-1].startswith("bytes: ")  # what the verdict's first line left out
+    # What the verdict's first line left out.
+    assert [line.split(":")[0] for line in result.out.splitlines()[-2:]] == ["bytes", "exact"]
     assert result.err.splitlines()[-1] == f"next: tpshard check {shards} --source {pair[0]}"
 
 
 def test_json_is_sorted_and_says_the_same_twice(pair: tuple[Path, Path]) -> None:
     found = [tpshard("verify", pair[1], *CPU, "--json").json for _ in range(2)]
     assert list(found[0]) == sorted(found[0]) and found[0]["verdict"] == "pass"
-    assert [tier["name"] for tier in found[0]["tiers"]] == ["bytes", "exact", "native"]
+    assert [tier["name"] for tier in found[0]["tiers"]] == ["bytes", "weights", "exact", "native"]
     assert found[0].pop("volatile") and found[1].pop("volatile") and found[0] == found[1]
 
 
@@ -171,7 +173,7 @@ def test_torchruns_processes_take_a_rank_each_and_one_of_them_speaks(
     assert good.json["verdict"] == "pass" and good.json["settings"]["processes"] == 2
     assert good.err.count("exact tier\n") == 1
     shards = exchanged(pair[1], tmp_path / "shards")
-    bad = torchrun(shards, "--source", pair[0], *CPU, "--tier", "exact", "--json")
+    bad = torchrun(shards, "--source", pair[0], *CPU, "--tier", "weights,exact", "--json")
     assert bad.code != 0 and bad.json["reason"] == "the files of ranks 0 and 1 are exchanged"
     (shards / "config.json").write_text("{")
     worse = torchrun(shards, "--source", pair[0], *CPU, "--json")

@@ -30,12 +30,13 @@ def test_a_model_that_the_decoder_lacks_passes_in_all_tiers(pair: tuple[Path, Pa
     assert found["verdict"] == "pass", found["reason"]
     assert [(tier["name"], tier["status"]) for tier in found["tiers"]] == [
         ("bytes", "pass"),
+        ("weights", "pass"),
         ("exact", "pass"),
         ("native", "pass"),
     ]
     assert found["settings"]["engine"] == "transformers" and "transformers" in found["volatile"]
     assert {canary["status"] for canary in found["canaries"]} == {"caught"} and len(found["canaries"]) >= 10
-    exact = found["tiers"][1]
+    exact = found["tiers"][2]
     assert exact["metrics"]["router_error"] <= 1e-12 and exact["worst"]["layer"] is not None
     assert any(module["module"] == "model.layers.0.mlp.gate" for module in exact["modules"])
     assert found["warnings"] == []
@@ -47,7 +48,7 @@ def test_exchanged_files_are_named(pair: tuple[Path, Path], tmp_path: Path) -> N
     one.rename(shards / "x")
     two.rename(one)
     (shards / "x").rename(two)
-    result = tpshard("verify", shards, "--source", pair[0], *CPU, "--tier", "exact")
+    result = tpshard("verify", shards, "--source", pair[0], *CPU, "--tier", "weights,exact")
     assert result.code == 1
     assert result.out.splitlines()[0].endswith("the files of ranks 0 and 1 are exchanged")
 
@@ -117,5 +118,5 @@ def test_models_as_they_are_published(variant: str, tmp_path: Path) -> None:
     succeeds("split", model, "--tp", 2, "-o", shards, "-q", "--no-fsync")
     result = succeeds("verify", shards, "--source", model, "--tokens", 1, "--json")
     assert [(tier["name"], tier["status"]) for tier in result.json["tiers"]] == [
-        ("bytes", "pass"), ("exact", "pass"), ("native", "pass")
+        ("bytes", "pass"), ("weights", "pass"), ("exact", "pass"), ("native", "pass")
     ]  # fmt: skip

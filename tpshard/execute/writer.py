@@ -47,7 +47,6 @@ class _Hashed:
     path: str
     size: int
     ends: list[tuple[int, int]]  # (steps that must be complete, end offset), in file order
-    fd: int = -1
     complete: int = 0  # all bytes before this are written, or were read
     hashed: int = 0
     hasher: Any = field(default_factory=hashlib.sha256)
@@ -62,6 +61,7 @@ class _File(_Hashed):
 
     output: OutputFile = field(kw_only=True)
     directory: Path = field(kw_only=True)
+    fd: int = -1
     done: bool = False  # it has its final name
     durable: int = 0  # the journal vouches for the bytes before this
 
@@ -141,6 +141,7 @@ class Writer:
             )
             for output in plan.outputs
         ]
+        self.reader = Handles(files)
         self.recorded, self.discarded = recorded, False
         self.sources = [_source(path, ends) for path, ends in read.items() if ends]
         self.hashed: list[_Hashed] = [*(self.outputs if checksum else ()), *self.sources]
@@ -181,12 +182,10 @@ class Writer:
         try:
             for file in self.outputs:
                 self._open(file)
-            for source in self.sources:
-                source.fd = self.files.open_read(source.path)
             self.progress(sum(file.durable or file.framing for file in self.outputs))
             run(
                 self.plan.steps,
-                Loader(Handles(self.files), convert),
+                Loader(self.reader, convert),
                 self._put,
                 workers=workers,
                 skip=self._is_written,
@@ -199,10 +198,10 @@ class Writer:
         except OSError as error:
             raise local_error(error, "cannot write") from error
         finally:
-            for each in (*self.outputs, *self.sources):
-                if each.fd >= 0:
-                    self.files.close(each.fd)
-                    each.fd = -1
+            for file in self.outputs:
+                if file.fd >= 0:
+                    self.files.close(file.fd)
+                    file.fd = -1
         return {file.output.name: file.sha256 for file in self.outputs}
 
     def _open(self, file: _File) -> None:
@@ -340,8 +339,11 @@ class _Hasher:
         stop = min(file.hashed + _HASH, file.complete)
         while file.hashed < stop:
             chunk = buffer[: min(_READ, stop - file.hashed)]
-            with about(file.path):
-                read_exactly(self.writer.files, file.fd, [chunk], file.hashed, file.path)
+            if isinstance(file, _File):
+                with about(file.path):
+                    read_exactly(self.writer.files, file.fd, [chunk], file.hashed, file.path)
+            else:
+                self.writer.reader.read_into(file.path, [chunk], file.hashed)
             file.hasher.update(chunk)
             file.hashed += len(chunk)
         if file.hashed == file.size:

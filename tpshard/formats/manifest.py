@@ -4,25 +4,20 @@ It follows from headers and options alone, so every host of a cluster writes the
 documents it; what is written today stays readable in later versions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tpshard import __version__
-from tpshard.formats.split import FORMAT_VERSION
+from tpshard.formats.split import FORMAT_VERSION, Options, RankLayouts
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, volume
 from tpshard.planning.layout import Layout, Part, StoredTensor
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
-
-if TYPE_CHECKING:
-    from tpshard.formats.split import Options, RankLayouts
 
 
 def manifest_of(model: Model, options: Options, layouts: RankLayouts, *, own_names: bool) -> tuple[str, bytes]:

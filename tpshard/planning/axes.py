@@ -1,12 +1,12 @@
 """Axes of features, and how a tensor is cut along them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from tpshard.planning.mesh import Along
+
+Kind = Literal["column", "row", "replicate", "buffer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,5 @@ def rule_key(kind: str, axes: Iterable[str], interleave: str | None) -> str:
     return " ".join([kind, *axes, *(["/", interleave] if interleave else [])])
 
 
-Kind = Literal["column", "row", "replicate", "buffer"]
 SPLIT_AXIS = {"column": "out", "row": "in"}
 """The feature axis along which a module is cut."""

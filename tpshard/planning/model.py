@@ -3,11 +3,9 @@
 A checkpoint and a shard set both give one, so split and reshard differ in nothing but where the bytes are read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from tpshard.errors import UnsupportedError
 from tpshard.planning.axes import Axis
@@ -45,7 +43,7 @@ class Model:
         """A tensor's name as the architecture's rules have it."""
         return self.full_names.get(name, name)
 
-    def without(self, names: Collection[str]) -> Model:
+    def without(self, names: Collection[str]) -> Self:
         """The model without some tensors."""
         if not names:
             return self

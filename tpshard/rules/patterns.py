@@ -1,7 +1,5 @@
 """Matching of tensor names with an architecture's patterns: the one rule of each, and whether any tensor is missing."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +28,10 @@ class Pattern:
     condition: str | None
     seen: bool = False
     indices: dict[str, dict[int, set[int]]] = field(default_factory=dict)
+
+
+Match = tuple[Pattern, list[int], str]
+"""A pattern that matches a name, the numbers of layer and expert in the name, and the name with `*` for them."""
 
 
 class Matcher:
@@ -171,10 +173,6 @@ def contradiction(tensor: TensorInfo, dim: int, size: int, terms: str, hint: str
     what, expected = f"config.json contradicts the tensor {tensor.name}", f"dim {dim} of size {size} ({terms})"
     found = f"shape {list(tensor.shape)}"
     return CorruptError(what, path=tensor.file, tensor=tensor.name, expected=expected, found=found, hint=hint)
-
-
-Match = tuple[Pattern, list[int], str]
-"""A pattern that matches a name, the numbers of layer and expert in the name, and the name with `*` for them."""
 
 
 def _numbers(pattern: Pattern, full: str) -> tuple[list[int], str]:

@@ -1,7 +1,5 @@
 """A lock on a name in a directory, so that two runs never write the same files."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from pathlib import Path
@@ -22,7 +20,7 @@ class Lock:
         self.path = path
         self._fd = -1
 
-    def __enter__(self) -> Lock:
+    def __enter__(self) -> "Lock":
         while True:
             try:
                 self._fd = self.files.open_write(str(self.path))

@@ -149,7 +149,6 @@ class EngineRun:
     layers: Sequence[int] | None
     begin: Callable[[], Mapping[str, JudgeTier]]
     streamed: bool = False
-    warnings: tuple[str, ...] = ()
     unsure: tuple[type[Exception], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     volatile: Mapping[str, Any] = field(default_factory=dict)

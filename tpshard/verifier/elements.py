@@ -7,7 +7,6 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -83,6 +82,27 @@ class Share:
 
 
 @dataclass(frozen=True)
+class RankShares:
+    """How a parameter is spread over the ranks: along which dim, how much each rank has, how much there is.
+
+    `alike` says that every rank has all of it.
+    """
+
+    dim: int
+    sizes: tuple[int, ...]
+    total: int
+    alike: bool = False
+
+    def first(self, rank: int) -> int:
+        """Where a rank's share begins in the unsharded parameter; neighbours hold the same where there are too few."""
+        size, tp = self.sizes[0], len(self.sizes)
+        groups, rest = divmod(self.total, size) if size else (0, 0)
+        if groups and not rest and set(self.sizes) == {size} and tp > groups and tp % groups == 0:
+            return rank * groups // tp * size
+        return 0 if self.alike else sum(self.sizes[:rank])
+
+
+@dataclass(frozen=True)
 class Parameter:
     """A tensor of the model: the source's, and what each rank has in its place.
 
@@ -154,12 +174,10 @@ class Parameter:
 
     def _ranges(self, dim: int, parts: int) -> list[Tensor]:
         """One range after another of each part; where ranks hold more than there is, neighbours hold the same."""
-        sizes = [rank.shape[dim] // parts for rank in self.ranks]
+        sizes = tuple(rank.shape[dim] // parts for rank in self.ranks)
         total = self.source.shape[dim] // parts
-        firsts = [0, *accumulate(sizes)]
-        groups, rest = divmod(total, max(1, sizes[0]))
-        if not self.padded and set(sizes) == {sizes[0]} and sum(sizes) > total and not rest and groups:
-            firsts = [rank * groups // len(sizes) * sizes[0] for rank in range(len(sizes))]
+        shares = RankShares(dim, sizes, total)
+        firsts = [sum(sizes[:rank]) if self.padded else shares.first(rank) for rank in range(len(sizes))]
         ranges = [torch.arange(first, first + size) for first, size in zip(firsts, sizes, strict=False)]
         return [
             torch.cat([torch.where(each < total, each + part * total, -1) for part in range(parts)]) for each in ranges

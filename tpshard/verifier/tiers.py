@@ -19,7 +19,7 @@ from tpshard.verifier.criteria import (
     relative,
 )
 from tpshard.verifier.options import silent
-from tpshard.verifier.report.verdict import Place, Tier
+from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.weights_tier import compare_weights
 
 
@@ -44,30 +44,18 @@ def exact(backend: Backend, steps: Sequence[Tensor] | None = None, *, float32: b
     routers = {finding.module.removesuffix(CHOICE) for finding in modules if finding.module.endswith(CHOICE)}
     if routed := [finding.error for finding in modules if finding.module in routers]:
         metrics["router_error"] = max(routed)
-    tier = Tier(
-        name="exact",
-        status="fail" if failed else "pass",
-        thresholds={"relative_error": limit},
-        metrics=metrics,
-        worst=place(worst),
-        first=first,
-        findings=tuple(modules),
-        reason=_reason(first, error, limit) if failed else None,
-    )
-    if failed and float32:
+    tier = Tier("exact", "pass", {"relative_error": limit}, metrics, place(worst), first, tuple(modules))
+    if not failed:
+        return tier
+    status, reason = "fail", f"the logits differ by {error:.1e} (limit {limit:.0e}), though every module alone agrees"
+    if first is not None:
+        reason = f"{first.module} of rank {first.rank} differs first, by {first.error:.1e} (limit {limit:.0e})"
+    if float32:
         weights = compare_weights(backend, (), silent)
         if weights.status == "pass" and not weights.by_running:
-            reason = (
-                f"{tier.reason}; every weight is the source's, so float32 rounds too much here: leave out --float32"
-            )
-            return replace(tier, status="inconclusive", reason=reason)
-    return tier
-
-
-def _reason(first: Place | None, error: float, limit: float) -> str:
-    if first is None:
-        return f"the logits differ by {error:.1e} (limit {limit:.0e}), though every module alone agrees"
-    return f"{first.module} of rank {first.rank} differs first, by {first.error:.1e} (limit {limit:.0e})"
+            status = "inconclusive"
+            reason += "; every weight is the source's, so float32 rounds too much here: leave out --float32"
+    return replace(tier, status=status, reason=reason)
 
 
 def native(backend: Backend, dtype: torch.dtype, steps: Sequence[Tensor], wide: Reference) -> Tier:

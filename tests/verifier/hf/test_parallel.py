@@ -22,6 +22,7 @@ from tpshard.errors import DifferentError, UnsupportedError, UsageError
 from tpshard.verifier.builtin.decoder import Decoder
 from tpshard.verifier.canaries import exact_canaries
 from tpshard.verifier.criteria import EXACT_LIMIT, relative
+from tpshard.verifier.elements import RankShares
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.fault_catalogue import FAULTS
 from tpshard.verifier.group import Single
@@ -30,7 +31,7 @@ from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.heads import heads_of
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
-from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, RankShares, model_config
+from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, model_config
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.weights import InMemory, replaced
 from tpshard.verifier.tiers import exact, native

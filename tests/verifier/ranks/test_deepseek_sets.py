@@ -16,8 +16,8 @@ from tests.helpers.checkpoints import make
 from tpshard.api import convert as api
 from tpshard.api import verify as verifying
 from tpshard.execute.publish import Settings
+from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.parallel import own_weights
-from tpshard.verifier.hf.skeleton import RankShares
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.report.verdict import Verdict
 from tpshard.verifier.run import verify

@@ -5,8 +5,6 @@ left without a rule, and a tensor without a rule is refused: a draft is never si
 is replicated and no fused matrix is cut by a guess.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -114,7 +112,7 @@ def _is_matrix(module: Module) -> bool:
     return any(len(shape) > 1 for shape in module.shapes.get("weight", ())) or "weight" not in module.shapes
 
 
-def _orientation(reader: _Reader, found: Iterable[Module]) -> bool | None:
+def _orientation(reader: "_Reader", found: Iterable[Module]) -> bool | None:
     """Whether matrices are stored `[out, in]` as in nn.Linear; None when no matrix shows it or they disagree."""
     seen = set()
     for module in found:

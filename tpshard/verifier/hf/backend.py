@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.criteria import CHOICE, relative
-from tpshard.verifier.elements import Parameter
+from tpshard.verifier.elements import Parameter, RankShares
 from tpshard.verifier.group import Group, Single
 from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link, connect, is_experts
@@ -19,7 +19,7 @@ from tpshard.verifier.hf.partition import parameters
 from tpshard.verifier.hf.places import StoredPlaces
 from tpshard.verifier.hf.probes import Feeder, ModuleRecorder, blocks, every_expert
 from tpshard.verifier.hf.sides import Side
-from tpshard.verifier.hf.skeleton import Frame, RankShares, fill, skeleton, skip_layers
+from tpshard.verifier.hf.skeleton import Frame, fill, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding, layer_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.hf.skeleton import RankShares
+from tpshard.verifier.elements import RankShares
 
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads")

@@ -1,7 +1,5 @@
 """What is changed about torch while a model of transformers runs: float32 means float64, and routing is pinned."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -76,7 +74,7 @@ class Pinned(TorchFunctionMode):
             return type(out)((args[0].gather(dim, indices), indices))
         return type(out)((args[0].gather(dim, indices.unsqueeze(dim)).squeeze(dim), indices))
 
-    def differences(self, reference: Pinned, routers: Container[str]) -> dict[str, float]:
+    def differences(self, reference: "Pinned", routers: Container[str]) -> dict[str, float]:
         """By router, the largest relative error of what it chose from; infinite where other values are masked."""
         return {
             name: max(_difference(*pair) for pair in zip(offered, reference.offered[name], strict=True))

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
+from tpshard.verifier.elements import RankShares
 from tpshard.verifier.group import Group, Single
 from tpshard.verifier.hf.heads import LINEAR_NUMBERS, MIXER_NUMBERS, attentions, heads_of, output_of, tell, tell_mixers
-from tpshard.verifier.hf.skeleton import RankShares
 
 BY_CORE, CORES = "CodeGenAttention", 4
 """A class that reads q, v and k by core of the machine that trained CodeGen, and needs heads for each of them."""

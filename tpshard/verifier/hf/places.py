@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.heads import total_heads
-from tpshard.verifier.hf.skeleton import RankShares
 from tpshard.verifier.places import Stretch
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import layer_of

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tpshard.verifier.criteria import relative
+from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.heads import FUSED
 from tpshard.verifier.hf.parallel import in_dim, is_column, is_experts, is_linear, is_row, own_weights, product
 from tpshard.verifier.hf.sides import Side
-from tpshard.verifier.hf.skeleton import RankShares, layers_of
+from tpshard.verifier.hf.skeleton import layers_of
 from tpshard.verifier.report.verdict import Finding
 
 # Their rows are several blocks, so that a rank's are no stretch of the whole's.

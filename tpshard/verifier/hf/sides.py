@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import UnsupportedError
+from tpshard.verifier.elements import RankShares
 from tpshard.verifier.group import Group
 from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link
-from tpshard.verifier.hf.skeleton import RankShares
 
 
 @dataclass

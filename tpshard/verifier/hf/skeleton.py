@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError, UnsupportedError
+from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.ranks.weights import Weights, move
@@ -159,35 +160,6 @@ def layers_of(model: Any) -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
     raise AssertionError("no list of layers")
-
-
-@dataclass(frozen=True)
-class RankShares:
-    """How a parameter is spread over the ranks: along which dim, how much each rank has, how much there is.
-
-    `alike` says that every rank has all of it.
-    """
-
-    dim: int
-    sizes: tuple[int, ...]
-    total: int
-    alike: bool = False
-
-    @property
-    def replicated(self) -> bool:
-        """Whether equal shares, fewer than ranks, are held by several neighbouring ranks each (KV heads)."""
-        size, tp = self.sizes[0], len(self.sizes)
-        if set(self.sizes) != {size} or not size or size * tp <= self.total or self.total % size:
-            return False
-        return tp % (self.total // size) == 0
-
-    def first(self, rank: int) -> int:
-        """Where a rank's share begins in the unsharded parameter."""
-        if self.alike:
-            return 0
-        if self.replicated:
-            return rank * (self.total // self.sizes[0]) // len(self.sizes) * self.sizes[0]
-        return sum(self.sizes[:rank])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Tensors that are read out of others as they are needed: chosen rows, transposed ones, chosen columns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -44,7 +42,7 @@ class Stored:
 class Rows:
     """Rows of another piece, each of `index` [n] once and in that order."""
 
-    piece: RankPiece
+    piece: "RankPiece"
     index: Tensor
 
     @property
@@ -59,7 +57,7 @@ class Rows:
 class Turned:
     """A stored tensor with its last two dims exchanged; of a matrix, all is read for any of its rows."""
 
-    piece: RankPiece
+    piece: "RankPiece"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,7 +74,7 @@ class Turned:
 class Columns:
     """Columns `first` to `last` of another piece (its last dim)."""
 
-    piece: RankPiece
+    piece: "RankPiece"
     first: int
     last: int
 
@@ -92,7 +90,7 @@ class Columns:
 class Joined:
     """Pieces one behind another along a dim."""
 
-    pieces: Sequence[RankPiece]
+    pieces: Sequence["RankPiece"]
     dim: int = 0
 
     @property
