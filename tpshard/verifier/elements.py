@@ -71,14 +71,11 @@ class Share:
         if self.order is None:
             return self.source.rows(start, stop)
         order = self.order if self.dim else self.order[start:stop]
-        index = order.clamp(min=0)
-        part = (
-            self.source.rows(start, stop).index_select(self.dim, index)
-            if self.dim
-            else rows_at(self.source.rows, index)
-        )
-        padding = (order < 0).nonzero().flatten()
-        return part.index_fill(self.dim, padding, 0) if len(padding) else part
+        at: tuple[slice | Tensor, ...] = (slice(None),) * self.dim
+        index, read = order.clamp(min=0), self.source.rows
+        part = read(start, stop)[(*at, index)] if self.dim else rows_at(read, index)
+        part[(*at, order < 0)] = 0
+        return part
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ def _rows(tensor: Readable) -> int:
 
 def _bits(tensor: Tensor) -> Tensor:
     """A tensor's bytes, with the bytes of an element in the last dim."""
-    return tensor.contiguous().unsqueeze(-1).view(torch.uint8)
+    return tensor.cpu().contiguous().unsqueeze(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)
