@@ -13,7 +13,7 @@ from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.rules.architecture import Architecture, all_builtin, builtin, find_architecture, parse_architecture
 from tpshard.rules.classify import Classification, classify
-from tpshard.rules.schemes import PLAIN
+from tpshard.rules.quantisation.schemes import PLAIN
 from tpshard.storage.safetensors import TensorInfo
 
 RULES = """

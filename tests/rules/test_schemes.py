@@ -14,7 +14,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import Cut
 from tpshard.rules.architecture import parse_architecture
 from tpshard.rules.classify import classify
-from tpshard.rules.schemes import PLAIN, Companion, companion_of, split_name
+from tpshard.rules.quantisation.schemes import PLAIN, Companion, companion_of, split_name
 from tpshard.storage.safetensors import TensorInfo
 
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.planning.axes import SPLIT_AXIS, Kind
 from tpshard.rules import expression
-from tpshard.rules.schemes import AXES, SUFFIXES
+from tpshard.rules.quantisation.schemes import AXES, SUFFIXES
 
 _DIRECTORY = Path(__file__).parent / "architectures"
 

@@ -14,7 +14,7 @@ from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher, contradiction
-from tpshard.rules.schemes import Companion
+from tpshard.rules.quantisation.schemes import Companion
 from tpshard.storage.safetensors import TensorInfo
 
 

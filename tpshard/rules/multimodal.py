@@ -14,7 +14,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import Cut
 from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
 from tpshard.rules.classify import Classification, classify, recognise
-from tpshard.rules.schemes import split_name
+from tpshard.rules.quantisation.schemes import split_name
 from tpshard.storage.safetensors import TensorInfo
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")

@@ -10,7 +10,7 @@ from typing import Any
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
 from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, compile_pattern
-from tpshard.rules.schemes import Companion, companion_of, split_name
+from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name
 from tpshard.storage.safetensors import TensorInfo
 
 

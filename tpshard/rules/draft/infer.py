@@ -25,7 +25,7 @@ from tpshard.rules.draft.known import (
     patterns_like,
     tail,
 )
-from tpshard.rules.schemes import PLAIN, SUFFIXES
+from tpshard.rules.quantisation.schemes import PLAIN, SUFFIXES
 
 Effect = tuple[str, int | None, int, int]
 """What a rule does to a tensor: its kind and dim, and the count and unit of its axis."""

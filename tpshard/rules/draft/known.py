@@ -9,7 +9,7 @@ from typing import Any
 from tpshard.planning.axes import Kind, rule_key
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture
-from tpshard.rules.schemes import split_name
+from tpshard.rules.quantisation.schemes import split_name
 from tpshard.storage.safetensors import TensorInfo
 
 WIDTH = "hidden_size or n_embd or n_embed or d_model"
