@@ -153,7 +153,7 @@ def test_power_lost_without_fsync(stage: dict[str, Scene], tmp_path: Path) -> No
                 scene.again(root, replace(QUICK, fsync=not n % 2, files=Watched()))
 
 
-@pytest.mark.parametrize("name", ["split", "ranks", "overwrite"])
+@pytest.mark.parametrize("name", without(["split", "ranks", "overwrite"], {"split"}))
 def test_the_same_command_during_another(stage: dict[str, Scene], tmp_path: Path, name: str) -> None:
     """At any call of the first the second is refused, unless it comes before the first has its lock."""
     scene, root, ends = stage[name], tmp_path / "root", []
