@@ -35,7 +35,7 @@ def test_unsharded_equals_transformers(name: str) -> None:
 ONE_OF_EACH = {variant.model_type: name for name, variant in reversed(DECODED.items())}.values()
 SHARDED = some(
     [(name, sequence) for name in DECODED for sequence in (False, True)],
-    [*((name, False) for name in DECODED), *((name, True) for name in ONE_OF_EACH)],
+    [*((name, False) for name in list(DECODED)[::2]), *((name, True) for name in ONE_OF_EACH)],
 )
 
 
