@@ -33,7 +33,7 @@ def exact_canaries(backend: Backend, *, float32: bool = False) -> list[Canary]:
 
 
 def native_canaries(backend: Backend, dtype: torch.dtype) -> list[Canary]:
-    """Shards that are loaded under another rank's number; none where there is one rank."""
+    """Shards that are loaded under another rank's number: not to be asked for where there is one rank."""
     small, _ = backend.with_layers(1).same_form()
     rolled = small.with_ranks([*small.ranks[1:], small.ranks[0]])
     with torch.no_grad():

@@ -216,7 +216,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Apart:
+class FirstDifference:
     """The first element of a rank's tensor that is not the source's, and the values of both."""
 
     element: tuple[int, ...]
@@ -230,7 +230,7 @@ class Apart:
         return apart if math.isfinite(apart) else math.inf
 
 
-def difference(held: Readable, share: Share) -> Apart | None:
+def difference(held: Readable, share: Share) -> FirstDifference | None:
     """Where a rank's tensor is not, bit for bit, what it must be; of another dtype, it must hold the same values.
 
     What is beyond the model's last row is nobody's business here.
@@ -244,7 +244,9 @@ def difference(held: Readable, share: Share) -> Apart | None:
             found, wanted = found.double(), wanted.double()
         if not torch.equal(_bits(found), _bits(wanted)):
             first = (_bits(found) != _bits(wanted)).any(-1).nonzero()[0].tolist()
-            return Apart((start + first[0], *first[1:]), float(wanted[tuple(first)]), float(found[tuple(first)]))
+            return FirstDifference(
+                (start + first[0], *first[1:]), float(wanted[tuple(first)]), float(found[tuple(first)])
+            )
     return None
 
 

@@ -1,5 +1,6 @@
 """The weights tier: every element that a rank holds is the source's, whatever a prompt would meet."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.backend import Backend, Canaries
-from tpshard.verifier.elements import Apart, Parameter, Readable, Share, difference
+from tpshard.verifier.elements import FirstDifference, Parameter, Readable, Share, difference
 from tpshard.verifier.options import Say
 from tpshard.verifier.progress import Progress
 from tpshard.verifier.report.verdict import Canary, Finding, Place, Tier, layer_of
@@ -31,7 +32,7 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
         progress = Progress("weights tier", len(parameters) * len(backend.team.here), say)
         ranks = backend.team.run(lambda group: _compared(parameters, group.rank, progress))
     except DifferentError as error:
-        place = Place(error.tensor or "", layer_of(error.tensor or ""), None, 1.0)
+        place = Place(error.tensor or "", layer_of(error.tensor or ""), None, math.inf)  # as of shapes that differ
         return Tier("weights", "fail", first=place, reason=str(error))
     elements = sum(torch.Size(parameter.source.shape).numel() for parameter in parameters)
     idle = [parameter for parameter in parameters if not parameter.runs]
@@ -43,8 +44,7 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
         not_run=tuple(parameter.name for parameter in idle),
         by_running=tuple(each.name for each in parameters if each.runs and not each.known and each.dim is not None),
     )
-    cut = [parameter.name for parameter in idle if parameter.dim is not None]
-    cut = [name for name in cut if not name.startswith(tuple(allowed) or (" ",))]
+    cut = [each.name for each in idle if each.dim is not None and not each.name.startswith(tuple(allowed))]
     if any(ranks):
         return backend.team.once(lambda: _blamed(backend, tier, parameters, ranks))
     if cut:
@@ -54,7 +54,7 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
     return tier
 
 
-_Found = list[tuple[int, Apart]]
+_Found = list[tuple[int, FirstDifference]]
 """By the number of a parameter, where a rank's tensor differs first."""
 
 
@@ -73,7 +73,7 @@ def _blamed(backend: Backend, tier: Tier, parameters: Sequence[Parameter], ranks
     parameter, apart = parameters[number], ranks[rank][0][1]
     where = f"{parameter.name}{list(apart.element)} of rank {rank}"
     reason = f"{where} is {apart.found:g} where the source has {apart.expected:g}"
-    for other in (other for other in range(len(ranks)) if other != rank):
+    for other in [*range(rank), *range(rank + 1, len(ranks))]:
         if parameter.shares()[other].fits(parameter.ranks[rank]):
             reason = f"{parameter.name} of rank {rank} is the one of rank {other}"
         if _exchanged(backend, rank, other):

@@ -1,4 +1,4 @@
-"""What is decided and loaded before a number is computed: prompt, layers, memory, memory."""
+"""What is decided and loaded before a number is computed: prompt, layers, tokens, memory."""
 
 from collections import Counter
 from collections.abc import Mapping
