@@ -1,7 +1,8 @@
 """`make bench`: tpshard beside the tools that do part of its job, in one run, as ratios of medians.
 
 The page cache is warm, free memory was touched just before, command start-up is included, outputs are removed and
-written back before each command.
+written back before each command. `shards` has recorded checksums, which merge and reshard hold what they read against;
+`unsummed` has none. A reshard that reads and records checksums hashes twice what a split hashes.
 Timings never decide a test; this prints them, with the machine and the date, and writes JSON and Markdown.
 """
 
@@ -78,10 +79,13 @@ def commands(tp: int, workers: int) -> dict[str, Command]:
         "split, none, no fsync": Command(f"{TPSHARD} split model --tp {tp} -o out {fast}", ("out",)),
         "split, sha256": Command(f"{TPSHARD} split model --tp {tp} -o out {flags}", ("out",)),
         "usual way": Command(f"{sys.executable} {Path(__file__).parent}/usual_way.py model {tp} out", ("out",)),
-        "merge, no fsync": Command(
-            f"{TPSHARD} merge shards -o out --no-fsync --workers {workers} -q > /dev/null", ("out",)
+        "split, sha256, no fsync": Command(f"{TPSHARD} split model --tp {tp} -o out --no-fsync {flags}", ("out",)),
+        "merge, none, no fsync": Command(f"{TPSHARD} merge unsummed -o out --no-fsync {flags}", ("out",)),
+        "merge, sha256, no fsync": Command(f"{TPSHARD} merge shards -o out --no-fsync {flags}", ("out",)),
+        "reshard, none, no fsync": Command(f"{TPSHARD} reshard unsummed --tp {other} -o out {fast}", ("out",)),
+        "reshard, sha256, no fsync": Command(
+            f"{TPSHARD} reshard shards --tp {other} -o out --no-fsync {flags}", ("out",)
         ),
-        "reshard, none, no fsync": Command(f"{TPSHARD} reshard shards --tp {other} -o out {fast}", ("out",)),
         "check --source": Command(f"{TPSHARD} check shards --source model --workers {workers} -q > /dev/null"),
         "cmp": Command("cmp model/model.safetensors twin/model.safetensors"),
         "tpshard --help": Command(f"{TPSHARD} --help > /dev/null"),
@@ -113,8 +117,10 @@ PAIRS = [
     ("split, none, no fsync", "cp", 1.1),
     ("split, sha256", "cp, sync", 1.5),
     ("split, none, no fsync", "usual way", 0.3),
-    ("merge, no fsync", "split, none, no fsync", 1.3),
+    ("merge, none, no fsync", "split, none, no fsync", 1.3),
+    ("merge, sha256, no fsync", "split, sha256, no fsync", 1.3),
     ("reshard, none, no fsync", "split, none, no fsync", 1.3),
+    ("reshard, sha256, no fsync", "split, sha256, no fsync", 2.0),
     *(
         (f"split, {name}, none, no fsync", "split, none, no fsync", 1.3)
         for name, (model, _) in splits(4).items()
@@ -178,7 +184,7 @@ def loaders(shards: Path) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dir", type=Path, help="where to work; 10 GB, 42 GB with --memory [default: a temporary one]")
+    parser.add_argument("--dir", type=Path, help="where to work; 12 GB, 44 GB with --memory [default: a temporary one]")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", action="append", help=f"a command by name, or {LOADERS}; may be given several times")
     parser.add_argument("--memory", action="store_true", help="also measure memory, on a model 8 times as large")
@@ -191,8 +197,8 @@ def main() -> None:
         write(place / "gpt2", GPT2_LARGE, gpt2_tensors(GPT2_LARGE), data=True, shard_bytes=1 << 60)
         write_llama(place / "model405", LLAMA_405B, data=False)
         write(place / "deepseek", DEEPSEEK_V3, deepseek_tensors(DEEPSEEK_V3), data=False)
-        split = f"{TPSHARD} split model --tp 4 -o shards -q > /dev/null"
-        subprocess.run(split, shell=True, cwd=place, check=True)
+        for split in ("-o shards", "-o unsummed --checksum none"):
+            subprocess.run(f"{TPSHARD} split model --tp 4 {split} -q > /dev/null", shell=True, cwd=place, check=True)
         os.sync()
         chosen = {n: c for n, c in commands(4, 2).items() if not options.only or n in options.only}
         seconds: dict[str, list[float]] = {name: [] for name in chosen}

@@ -544,6 +544,15 @@ def test_a_source_that_changes_during_the_run(changing: tuple[Path, Callable[[],
     assert files.seen > 30 and not (tmp_path / "out").exists()
 
 
+def test_a_source_that_is_cut_short_during_the_run(changing: tuple[Path, Callable[[], None]], tmp_path: Path) -> None:
+    """What is being written anew is first empty: the read that fails then has the same words."""
+    source, _ = changing
+    files = Meanwhile(30, lambda: os.truncate(source / "model-00002-of-00002.safetensors", 8))
+    with pytest.raises(CorruptError, match="changed while it was read") as raised:
+        tpshard.split(source, 2, tmp_path / "out", settings=replace(QUICK, files=files))
+    assert "ends before its data does" in str(raised.value.__cause__)
+
+
 def test_a_source_that_was_copied_elsewhere_and_linked_resumes(source: Path, whole: Tree, tmp_path: Path) -> None:
     """Another spelling of the same files is the same source."""
     begun(source, tmp_path / "out")

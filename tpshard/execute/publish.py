@@ -170,16 +170,15 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
             write_small(files, work / name, data, fsync=fsync, tag=tag)
         try:
             digests = writer.write(job.convert, settings.workers)
-        except CorruptError:
+        except CorruptError as error:
             if writer.discarded:
                 for name in () if job.shared else job.small:
                     unlink_if_there(files, work / name)
                 _withdraw(job, work, files, locks, made)
+            else:
+                _check_unchanged(job, settings, runs, error)
             raise
-        if run_ids(job, settings) != runs:
-            raise CorruptError(
-                "the source was changed while it was read", hint="start anew when nothing writes to it any more"
-            )
+        _check_unchanged(job, settings, runs)
         if not in_place:
             _check_target(job, out, settings)  # who knows what was put there meanwhile
         records = job.records(digests)
@@ -187,6 +186,13 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
             records = {SUMS: sums(digests, {**job.small, **records}), **records}
         _finish(job, work, out, locks, writer, records, settings)
     return digests
+
+
+def _check_unchanged(job: Job, settings: Settings, runs: Mapping[str, str], cause: Exception | None = None) -> None:
+    """CorruptError when the source is not what it was when the run began; `cause` is what that made of the run."""
+    if run_ids(job, settings) != runs:
+        message = "the source was changed while it was read"
+        raise CorruptError(message, hint="start anew when nothing writes to it any more") from cause
 
 
 def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) -> Writer:
