@@ -67,7 +67,11 @@ def reference(name: str) -> None:
 
 
 def fixture(
-    name: str, model_type: str = "llama", config: Mapping[str, Any] = SMALL, dtype: torch.dtype = torch.float16, **how: Any
+    name: str,
+    model_type: str = "llama",
+    config: Mapping[str, Any] = SMALL,
+    dtype: torch.dtype = torch.float16,
+    **how: Any,
 ) -> None:
     if sys.argv[1:] and name not in sys.argv[1:]:
         return
@@ -90,7 +94,7 @@ def main() -> None:
     fixture("gptq-int8", desc_act=False, bits=8)
     fixture("gptq-int4-asym", "qwen3", desc_act=False, sym=False)
     fixture("gptq-int4-desc-act", desc_act=True, act_group_aware=False)
-    fixture("gptq-int4-channel", desc_act=False, group_size=-1)
+    fixture("gptq-int4-channel", desc_act=False, act_group_aware=False, group_size=-1)
     fixture("gptq-int4-v2", desc_act=False, sym=False, format="gptq_v2")
     rules = {r"+:.*\.down_proj$": {"bits": 8, "group_size": 64}, r"-:.*\.0\.self_attn\.o_proj$": {}}
     fixture("gptq-dynamic", desc_act=False, dynamic=rules)
