@@ -1,6 +1,5 @@
 """What is decided and loaded before a number is computed: prompt, layers, tokens, memory."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,11 +16,22 @@ from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.criteria import no_tf32
+from tpshard.verifier.dequantise.sides import dequantised
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Processes
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
-from tpshard.verifier.ranks.open import FileWeights, RankSet, needed, open_shards, open_source, parameters, resident
+from tpshard.verifier.ranks.open import (
+    FileWeights,
+    RankSet,
+    main_dtype,
+    needed,
+    open_shards,
+    open_source,
+    parameters,
+    require_floats,
+    resident,
+)
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
@@ -52,8 +62,12 @@ class Case:
 
 
 def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
+    """Shards under the source's names, its config and its tensors; of quantised modules, the weights that they make."""
     opened = open_shards(Path(shards))
     config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
+    opened, weights = dequantised(opened, weights, config, source)
+    for each in (weights, *opened.ranks):
+        require_floats(each, parameters(each))
     return translated(opened, weights.names()), config, weights
 
 
@@ -166,7 +180,7 @@ def _steps(case: Case, setup: DecoderBackend) -> list[Tensor]:
 
 def _native(case: Case, setup: DecoderBackend) -> tuple[Tier, Canaries | None]:
     weights = case.opened.shards.ranks[0]
-    dtype = Counter(weights.dtype(name) for name in parameters(weights)).most_common(1)[0][0]
+    dtype = main_dtype(weights, parameters(weights))
     if setup.block_bytes is None:
         source, cpu = case.opened.source, setup.device.type == "cpu"
         kept, wide = (_kept(case, source, each if cpu else None) for each in (dtype, torch.float64))

@@ -1,5 +1,6 @@
 """Shard sets and unsharded checkpoints on disk as weights that are read when they are needed, and no earlier."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ class FileWeights:
     closed, and reads no torch archives.
     `cast` rounds every floating tensor to another dtype first, for a source whose shards were cast when split.
     """
+
+    dequantised: Collection[str] = ()
+    """The tensors that are not stored as they are read here."""
 
     def __init__(self, infos: Iterable[TensorInfo], cast: torch.dtype | None = None) -> None:
         self.infos: dict[str, TensorInfo] = {}
@@ -165,9 +169,7 @@ def _open_rank(
         if sizes.get(file, size) != size:
             warnings.append(f"{file} has {sizes[file]} bytes, its record says {size}")
     named = _numbered(chunks)
-    weights = FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)])
-    require_floats(weights, parameters(weights))
-    return weights, named
+    return FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)]), named
 
 
 def _recorded(record: Path) -> list[tuple[str, int]]:
@@ -208,9 +210,14 @@ def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
 def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False) -> tuple[Any, FileWeights]:
     """Config and weights of an unsharded checkpoint, rounded to `cast` where the shards were."""
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
-    weights = FileWeights(checkpoint.tensors, cast)
-    require_floats(weights, parameters(weights))
-    return checkpoint.config, weights
+    return checkpoint.config, FileWeights(checkpoint.tensors, cast)
+
+
+def main_dtype(weights: FileWeights, names: Iterable[str]) -> torch.dtype:
+    """The dtype of most of the named tensors, as far as they are stored as they are read."""
+    every = list(names)
+    stored = [name for name in every if name not in weights.dequantised] or every
+    return Counter(weights.dtype(name) for name in stored).most_common(1)[0][0]
 
 
 def needed(weights: FileWeights, layers: Collection[int]) -> list[str]:

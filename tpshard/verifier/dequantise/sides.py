@@ -1,0 +1,68 @@
+"""Source and shards of a quantised model, both read as the weights that they make."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tpshard.errors import DifferentError, UnsupportedError
+from tpshard.storage.local import load_json, read_bytes
+from tpshard.verifier.dequantise.find import QUANTISATION, Recipe, recipes
+from tpshard.verifier.dequantise.view import DequantisedWeights
+from tpshard.verifier.ranks.open import FileWeights, RankSet
+
+_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+"""Where tools say what they did, if not in config.json."""
+
+
+def dequantised(
+    opened: RankSet, source: FileWeights, config: Mapping[str, Any], path: Path
+) -> tuple[RankSet, FileWeights]:
+    """Shards and source, both as they were given where nothing is quantised.
+
+    How a module is quantised is read off the source; what a rank has of it, off the rank's own files alone.
+    UnsupportedError for shards in a format in which the modules have other names.
+    """
+    found = recipes(source, settings(config, path if path.is_dir() else path.parent))
+    if not found:
+        return opened, source
+    if opened.format != "native":
+        hint = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
+        what = f"verify does not dequantise sets in the format {opened.format}"
+        raise UnsupportedError(what, path=opened.directory, expected="the format native", hint=hint)
+    ranks = [DequantisedWeights(rank, _held(found, rank)) for rank in opened.ranks]
+    for number, (rank, files) in enumerate(zip(ranks, opened.ranks, strict=True)):
+        _require_shapes(number, rank, files, found, source)
+    return replace(opened, ranks=tuple(ranks), stored=opened.ranks), DequantisedWeights(source, found)
+
+
+def _held(found: Mapping[str, Recipe], rank: FileWeights) -> dict[str, Recipe]:
+    """Those of the source's weights that a rank has values of."""
+    return {name: recipe for name, recipe in found.items() if recipe.stored["values"] in rank.names()}
+
+
+def settings(config: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    """What a checkpoint says of its quantisation: in config.json, there for its text model, or in a file beside it."""
+    for place in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in QUANTISATION:
+            if isinstance(stated := place.get(key), Mapping):
+                return stated
+    for name in _FILES:
+        if (directory / name).exists():
+            stated = load_json(read_bytes(directory / name), directory / name)
+            return stated if isinstance(stated, Mapping) else {}
+    return {}
+
+
+def _require_shapes(
+    number: int, rank: DequantisedWeights, files: FileWeights, found: Mapping[str, Recipe], source: FileWeights
+) -> None:
+    """DifferentError where the shape that a rank states of a weight is neither the source's nor that of its own."""
+    for name, recipe in rank.recipes.items():
+        stated = recipe.stored.get("shape")
+        if stated is None or stated not in files.names():
+            continue
+        mine, whole = files.get(stated).tolist(), source.get(found[name].stored["shape"]).tolist()
+        if mine not in (whole, list(rank.shape(name))):
+            expected = f"{whole} or {list(rank.shape(name))}"
+            raise DifferentError(f"rank {number} states another shape", tensor=stated, expected=expected, found=mine)
