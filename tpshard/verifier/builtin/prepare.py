@@ -19,6 +19,7 @@ from tpshard.verifier.criteria import no_tf32
 from tpshard.verifier.dequantise.sides import dequantised
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Processes
+from tpshard.verifier.hf.skeleton import fill, frame_of, model_config, skeleton
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
 from tpshard.verifier.ranks.open import (
@@ -155,7 +156,7 @@ def _begin(case: Case) -> Mapping[str, JudgeTier]:
     if "weights" in case.options.computed:
         judges = {"weights": partial(judge_weights, case.setup, case.options.allow_not_run, opened.say), **judges}
     if case.options.reference == "transformers":
-        judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
+        judges["transformers"] = lambda: (against_transformers(kept.setup, opened), None)
     return judges
 
 
@@ -190,20 +191,29 @@ def _native(case: Case, setup: DecoderBackend) -> tuple[Tier, Canaries | None]:
     return tier, partial(native_canaries, setup, dtype) if len(setup.ranks) > 1 else None
 
 
-def against_transformers(setup: DecoderBackend, source: Path) -> Tier:
-    """Logits of the sharded model in float64 against those of transformers' model of the source."""
+def against_transformers(setup: DecoderBackend, opened: OpenedSet) -> Tier:
+    """Logits of the sharded model in float64 against those of transformers' model of the source.
+
+    The class of a quantised model is that of the unquantised one, with the weights that its modules make.
+    """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UnsupportedError("this needs transformers", hint="pip install transformers") from None
     if setup.layers is not None:
         return Tier("transformers", "inconclusive", reason="transformers runs all layers, and --layers asks for some")
-    # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.
-    attention = "eager" if setup.family.softcap is not None else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float64, attn_implementation=attention, local_files_only=True
-    )
-    model.train(False).to(setup.device)
+    wide = torch.float64
+    if opened.source.dequantised:
+        frame = frame_of(model_config(opened.config))
+        model: Any = skeleton(frame.config, wide, setup.device)
+        fill(model, frame, opened.source, wide, setup.device)
+    else:
+        # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.
+        attention = "eager" if setup.family.softcap is not None else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(
+            opened.path, dtype=wide, attn_implementation=attention, local_files_only=True
+        )
+        model.train(False).to(setup.device)
     with no_tf32(), torch.no_grad():
         wanted = model(setup.prompt).logits
         errors = setup.errors(torch.float64, Reference(wanted))

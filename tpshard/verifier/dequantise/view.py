@@ -31,6 +31,10 @@ class DequantisedWeights(FileWeights):
     def nbytes(self) -> int:
         return self.plain.nbytes
 
+    def with_companions(self, companions: Weights) -> "DequantisedWeights":
+        """The same with other tensors in place of what is stored of quantised modules."""
+        return DequantisedWeights(self.plain, self.recipes, companions)
+
     def module(self, name: str) -> Quantised:
         """The stored tensors of a quantised weight."""
         return Quantised(self.companions, name, self.recipes[name].stored)
