@@ -45,7 +45,7 @@ def e2m1(packed: Tensor) -> Tensor:
 def e8m0(exponents: Tensor) -> Tensor:
     """The powers of two that bytes stand for."""
     unsigned = exponents.view(torch.uint8)
-    powers = torch.ldexp(torch.ones((), dtype=torch.float64), unsigned.long() - 127)
+    powers = torch.ldexp(torch.ones(unsigned.shape, dtype=torch.float64), unsigned.long() - 127)
     return torch.where(unsigned == NAN, torch.nan, powers)
 
 
