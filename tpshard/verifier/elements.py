@@ -17,7 +17,10 @@ from tpshard.verifier.ranks.pieces import rows_at
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import layer_of
 
-ACTIVATION_SCALES = ("input_scale", "input_global_scale", "input_zero_point", "k_scale", "v_scale", "q_scale")
+ACTIVATION_SCALES = (
+    *("input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "activation_scale", "output_scale"),
+    *(f"{kind}_{what}" for kind in "qkv" for what in ("scale", "zero_point")),
+)
 """How the names end of what scales activations and the KV cache: one for all, or one a head, and these in order."""
 BLOCK_BYTES = 1 << 24
 """Bytes of a tensor that are compared at a time."""

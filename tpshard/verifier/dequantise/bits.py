@@ -17,12 +17,16 @@ def stream(words: Tensor, bits: int, count: int) -> Tensor:
     >>> stream(torch.tensor([0b011_010_001]), 3, 3).tolist()
     [1, 2, 3]
     """
+    mask = (1 << bits) - 1
+    if 32 % bits == 0:  # no number lies in two words
+        apart = words.unsqueeze(-1) >> torch.arange(0, 32, bits, dtype=words.dtype)
+        return (apart & mask).flatten(-2)[..., :count]
     unsigned = words.long() & 0xFFFFFFFF
     starts = torch.arange(count) * bits
     word, shift = starts // 32, starts % 32
     low = unsigned[..., word] >> shift
     high = unsigned[..., (word + 1).clamp(max=words.shape[-1] - 1)] << (32 - shift)
-    return (low | high) & ((1 << bits) - 1)
+    return (low | high) & mask
 
 
 def awq_stream(words: Tensor) -> Tensor:

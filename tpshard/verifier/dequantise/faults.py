@@ -73,7 +73,7 @@ def _other_order(mine: DequantisedWeights, name: str, _: DequantisedWeights) -> 
             return {}
     values = mine.module(name).get("values")
     each = stream(values, 4, 8 * values.shape[-1]).view(*values.shape, 8)[..., order]
-    words = (each << 4 * torch.arange(8)).sum(-1)
+    words = (each.long() << 4 * torch.arange(8)).sum(-1)
     return {_stored(mine, name, "values"): words.to(torch.int32)}
 
 

@@ -107,7 +107,7 @@ def _sides(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
     stated = [each.get("block_structure") for each in weights if isinstance(each, Mapping)]
     for block in (settings.get("weight_block_size"), *stated):
-        match block:
+        match [int(side) for side in block.split("x")] if isinstance(block, str) else block:
             case [int(rows), int(columns)] if rows > 0 and columns > 0:
                 yield rows, columns
 

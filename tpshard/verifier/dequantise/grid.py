@@ -54,7 +54,7 @@ class Grid:
         if module.has("input"):
             module.require("input", shape[-1:])
             weight = weight * module.get("input").double()
-        return weight.mT.contiguous() if self.form == MX_BLOCKS else weight
+        return weight.mT if self.form == MX_BLOCKS else weight
 
     def _values(self, module: Quantised, start: int, stop: int) -> Tensor:
         if self.form == INT4:

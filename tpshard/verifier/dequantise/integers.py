@@ -112,4 +112,4 @@ class Awq:
         )
         scale = module.get("scale")[:, start:stop].double()
         groups = groups_of(module, columns, self.group, held)
-        return ((values - zeros[groups]) * scale[groups]).T.contiguous()
+        return ((values - zeros[groups]) * scale[groups]).T

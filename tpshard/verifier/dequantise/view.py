@@ -45,7 +45,7 @@ class DequantisedWeights(FileWeights):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if name not in self.recipes:
             return self.plain.rows(name, start, stop)
-        return self.recipes[name].scheme.rows(self.module(name), start, stop)
+        return self.recipes[name].scheme.rows(self.module(name), start, stop).contiguous()
 
     def _infos(self) -> list[TensorInfo]:
         weights = {recipe.stored["values"]: name for name, recipe in self.recipes.items()}
