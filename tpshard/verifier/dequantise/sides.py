@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.errors import DifferentError, UnsupportedError
-from tpshard.storage.local import load_json, read_bytes
-from tpshard.verifier.dequantise.find import QUANTISATION, Recipe, recipes
+from tpshard.inputs.checkpoint import read_quantisation
+from tpshard.storage.local import Directory
+from tpshard.storage.names import CONFIG
+from tpshard.verifier.dequantise.find import Recipe, recipes
 from tpshard.verifier.dequantise.view import DequantisedWeights
 from tpshard.verifier.ranks.open import FileWeights, RankSet
-
-_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
-"""Where tools say what they did, if not in config.json."""
 
 
 def dequantised(
@@ -23,7 +22,8 @@ def dequantised(
     How a module is quantised is read off the source; what a rank has of it, off the rank's own files alone.
     UnsupportedError for shards in a format in which the modules have other names.
     """
-    found = recipes(source, settings(config, path if path.is_dir() else path.parent))
+    directory = path if path.is_dir() else path.parent
+    found = recipes(source, read_quantisation(config, directory / CONFIG, Directory(directory)) or {})
     if not found:
         return opened, source
     if opened.format != "native":
@@ -39,19 +39,6 @@ def dequantised(
 def _held(found: Mapping[str, Recipe], rank: FileWeights) -> dict[str, Recipe]:
     """Those of the source's weights that a rank has values of."""
     return {name: recipe for name, recipe in found.items() if recipe.stored["values"] in rank.names()}
-
-
-def settings(config: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
-    """What a checkpoint says of its quantisation: in config.json, there for its text model, or in a file beside it."""
-    for place in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        for key in QUANTISATION:
-            if isinstance(stated := place.get(key), Mapping):
-                return stated
-    for name in _FILES:
-        if (directory / name).exists():
-            stated = load_json(read_bytes(directory / name), directory / name)
-            return stated if isinstance(stated, Mapping) else {}
-    return {}
 
 
 def _require_shapes(
