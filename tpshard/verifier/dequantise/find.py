@@ -97,6 +97,8 @@ def _block(weights: FileWeights, name: str, scale: str, settings: Mapping[str, A
     for rows, columns in (*_sides(settings), (BLOCK, BLOCK)):
         if grid == (-(-shape[-2] // rows), -(-shape[-1] // columns)):
             return rows, columns
+    if len(grid) == 2 and not (shape[-2] % grid[0] or shape[-1] % grid[1]):
+        return shape[-2] // grid[0], shape[-1] // grid[1]
     what, expected = f"verify does not know what the scales of {name} stand for", f"blocks of {BLOCK} by {BLOCK}"
     raise UnsupportedError(what, path=weights.infos[name].file, tensor=scale, expected=expected, found=list(held))
 
