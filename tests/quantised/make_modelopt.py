@@ -20,7 +20,7 @@ from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor
 
-from tests.quantised.common import DENSE, EXPERTS, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import DENSE, EXPERTS, FIXTURES, keep_fixture, random_model, tensors_of, write_reference
 
 ONE_LAYER = DENSE | {"num_hidden_layers": 1}
 
