@@ -23,7 +23,7 @@ from tpshard.execute.target import is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
-from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
+from tpshard.inputs.checkpoint import QUANTISED_KEYS, Checkpoint, open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
 from tpshard.inputs.shard_set import ShardSet, is_shard_set
@@ -72,7 +72,8 @@ def plan_with(options: PlanOptions) -> PlanReport:
     model = options.model
     checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
     built = from_checkpoint(checkpoint, model.rules, model.dtype)
-    return PlanReport(plan_split(built, options.target.layout), checkpoint.warnings, options.workload)
+    warnings = (*checkpoint.warnings, *built.notes)
+    return PlanReport(plan_split(built, options.target.layout), warnings, options.workload)
 
 
 def split(
@@ -117,7 +118,8 @@ def split_with(options: SplitOptions) -> WriteReport:
     small = _small(checkpoint)
     if model.dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
-    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, checkpoint.warnings
+    placed, size = placed_in(checkpoint, built), layout.max_file_size
+    warnings = (*checkpoint.warnings, *built.notes)
     return _write_split("split", planned, placed, small, target, options, size, warnings)
 
 
@@ -296,7 +298,7 @@ def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = dtype
     for name, inner in config.items():
-        if isinstance(inner, dict):
+        if isinstance(inner, dict) and name not in QUANTISED_KEYS:
             config[name] = inner | {k: dtype for k in ("torch_dtype", "dtype") if isinstance(inner.get(k), str)}
     return (json.dumps(config, indent=2) + "\n").encode()
 

@@ -84,7 +84,8 @@ def _body(model: Model, options: Options, layouts: RankLayouts, own_names: bool)
 
 def _axis(axis: Axis) -> dict[str, Any]:
     """An axis; along what it is dealt is said where that is not tp, and by how many units where not one by one."""
-    return {key: value for key, value in asdict(axis).items() if (key, value) not in (("along", "tp"), ("step", 1))}
+    usual = {"along": "tp", "step": 1, "step_of": ""}
+    return {key: value for key, value in asdict(axis).items() if usual.get(key) != value}
 
 
 def _cut(cut: Cut) -> str:

@@ -44,6 +44,10 @@ class Checkpoint:
     quantisation: Mapping[str, Any] | None = None
 
 
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+"""The keys under which configs say how weights are quantised."""
+
+
 def read_config(raw: bytes, path: object) -> dict[str, Any]:
     """config.json as a dict."""
     config = load_json(raw, path)
@@ -55,7 +59,7 @@ def read_config(raw: bytes, path: object) -> dict[str, Any]:
 def read_quantisation(config: Mapping[str, Any], config_path: object, source: Source) -> dict[str, Any] | None:
     """What a checkpoint says of its quantisation, with the method under `quant_method`; None where it says nothing."""
     for each in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTISED_KEYS:
             if said := each.get(key):
                 return _object(said, key, config_path)
     names = source.names()

@@ -90,7 +90,8 @@ class Matcher:
         """
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
-        if not candidates:
+        stands_in = name not in self.quantised and any(not p.compiled.fullmatch(full) for p, _, _ in candidates)
+        if not candidates or stands_in:
             what = f"no {self.architecture.name} rule matches the tensor {name}"
             hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
             raise UnsupportedError(what, path=tensor.file, tensor=name, found=f"shape {list(tensor.shape)}", hint=hint)

@@ -34,9 +34,12 @@ class Quantisation:
         """What the manifest says of it; nothing where nothing is quantised."""
         if not self.companions:
             return {}
-        return {"method": self.method, "modules": dict(self.schemes), "kv_cache": self.cache}
+        kept = sorted({suffix for _, suffix in map(split_name, self.companions)} & _OF_WHOLE)
+        return {"method": self.method, "modules": dict(self.schemes), "kv_cache": self.cache, "of_whole": kept}
 
 
+_OF_WHOLE = {"g_idx", "weight_g_idx", "weight_shape"}
+"""Companions whose numbers count rows, groups or features of the unsharded weight, in the ranks' files as well."""
 _METHODS = {
     "fp8": "fp8",
     "fbgemm_fp8": "fbgemm_fp8",
@@ -174,6 +177,8 @@ def _is_values(suffix: str, info: TensorInfo) -> bool:
     return len(info.shape) > 1 and (narrow or suffix == "weight")
 
 
+_USUAL = 128
+"""The size of groups and blocks where a tool that has no other does not say it."""
 _SCALES = {
     "weight": ("weight_scale_inv", "weight_scale", "scale"),
     "": ("scale_inv", "block_scales"),
@@ -227,7 +232,9 @@ def _needed(values: TensorInfo, scales: list[TensorInfo]) -> tuple[str, ...]:
 @lru_cache(maxsize=256)
 def _companion(suffix: str, sizes: tuple[int, ...], apart: bool) -> Companion:
     """A row of the table for one module. apart: scales of groups that are in no order have no input feature."""
-    row = replace(QUANTISED[suffix], sizes=sizes)
+    row = QUANTISED[suffix]
+    if "scale" in row.ratio.values():
+        row = replace(row, sizes=sizes)
     if apart and row.ratio.get("in") == "scale":
         return replace(row, forms=tuple(tuple("group" if a == "in" else a for a in form) for form in row.forms))
     return row
@@ -238,13 +245,15 @@ def _sizes(info: TensorInfo, stored: _Stored, declared: tuple[int, ...]) -> tupl
     if len(info.shape) < 2:
         return ()
     values = next(info for suffix, info in stored.items() if _is_values(suffix, info))
-    if "blocks" in stored or (info.dtype in ("U8", "F8_E8M0") and values.dtype in ("U8", "I8")):
-        return (32,)
-    if info.dtype == "U8":
+    if "blocks" in stored or info.dtype == "U8" or (info.dtype == "F8_E8M0" and values.dtype in ("U8", "I8")):
         return (32,)
     if info.dtype == "F8_E4M3" and values.dtype == "U8":
         return (16,)
-    return (128,) if len(info.shape) == 4 else declared
+    if declared or len(info.shape) != 4:
+        return declared or (_USUAL,)
+    # ModelOpt's FP8_PB_WO does not say the size of its blocks; [out / block, 1, in / block, 1] does.
+    pairs = zip(values.shape, info.shape[::2], strict=False)
+    return (_USUAL, *sorted({size // blocks for size, blocks in pairs if blocks and size % blocks == 0}))
 
 
 def _scheme(values: TensorInfo, stored: _Stored) -> str:
