@@ -25,7 +25,7 @@ DENSE: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "vocab_size": 128,
+    "vocab_size": 64,
     "max_position_embeddings": 128,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -33,6 +33,8 @@ DENSE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 """Groups, blocks and packs of 32 divide at tp 2 and 4."""
+SMALL = DENSE | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+"""One layer with the same heads, for formats of 8 bits and for the second and third fixture of a format."""
 WIDE = DENSE | {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 128}
 """One layer whose blocks of 128 rows and columns divide at tp 2."""
 EXPERTS = DENSE | {

@@ -21,12 +21,13 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tests.quantised.common import DENSE, EXPERTS, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of, write_reference
 
-ONE_LAYER = DENSE | {"num_hidden_layers": 1}
 EXPERTS_AS_THEY_ARE = ["lm_head", "re:.*mlp.gate$"]
 
 
@@ -44,8 +45,16 @@ def linears(scheme: QuantizationArgs, targets: str | list[str] = "Linear", **mor
 
 
 def calibration() -> Dataset:
-    ids = torch.randint(3, 128, (16, 32), generator=torch.Generator().manual_seed(2)).tolist()
+    ids = torch.randint(3, 64, (16, 32), generator=torch.Generator().manual_seed(2)).tolist()
     return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 32] * 16})
+
+
+def numbers_as_words() -> PreTrainedTokenizerFast:
+    """A tokenizer, which llm-compressor asks for whenever it gets a data set."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0")),
+        pad_token="0",
+    )
 
 
 def dequantised(module: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:
@@ -64,7 +73,7 @@ def fixture(
     name: str,
     recipe: QuantizationModifier | GPTQModifier,
     model_type: str = "llama",
-    config: Mapping[str, Any] = ONE_LAYER,
+    config: Mapping[str, Any] = SMALL,
     calibrated: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
@@ -74,7 +83,14 @@ def fixture(
     random_model(model_type, config, dtype).save_pretrained(source.name)
     model = AutoModelForCausalLM.from_pretrained(source.name, dtype=dtype)
     if calibrated:
-        oneshot(model=model, recipe=recipe, dataset=calibration(), num_calibration_samples=16, max_seq_length=32)
+        oneshot(
+            model=model,
+            recipe=recipe,
+            dataset=calibration(),
+            processor=numbers_as_words(),
+            num_calibration_samples=16,
+            max_seq_length=32,
+        )
     else:
         oneshot(model=model, recipe=recipe, pipeline="datafree")
     with tempfile.TemporaryDirectory() as folder:

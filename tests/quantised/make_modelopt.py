@@ -20,13 +20,10 @@ from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor
 
-from tests.quantised.common import DENSE, EXPERTS, FIXTURES, keep_fixture, random_model, tensors_of, write_reference
-
-ONE_LAYER = DENSE | {"num_hidden_layers": 1}
-
+from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of, write_reference
 
 def calibrate(model: torch.nn.Module) -> None:
-    ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         model(input_ids=ids)
 
@@ -62,7 +59,7 @@ def fixture(
     name: str,
     scheme: Mapping[str, Any],
     model_type: str = "llama",
-    config: Mapping[str, Any] = ONE_LAYER,
+    config: Mapping[str, Any] = SMALL,
     older: bool = False,
 ) -> None:
     """`older`: the quantisation stands in hf_quant_config.json alone, as older exports have it."""
@@ -116,7 +113,7 @@ def main() -> None:
     fixture("modelopt-nvfp4-kv", with_kv(mtq.NVFP4_DEFAULT_CFG))
     fixture("modelopt-w4a16-nvfp4", mtq.W4A16_NVFP4_CFG)
     fixture("modelopt-mxfp8", mtq.MXFP8_DEFAULT_CFG)
-    wide = ONE_LAYER | {"hidden_size": 256, "head_dim": 64}
+    wide = DENSE | {"num_hidden_layers": 1, "hidden_size": 256, "head_dim": 64}
     fixture("modelopt-w4a8-awq", mtq.W4A8_AWQ_BETA_CFG, config=wide)
     fixture("modelopt-nvfp4-qwen3-moe", mtq.NVFP4_DEFAULT_CFG, "qwen3_moe", EXPERTS)
 

@@ -19,16 +19,16 @@ from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from tests.quantised.common import DENSE, EXPERTS, WIDE, config_of, random_model, saved_names, write_fixture
+from tests.quantised.common import DENSE, EXPERTS, SMALL, WIDE, config_of, random_model, saved_names, write_fixture
 from tests.quantised.common import write_reference as keep
 
 LINEAR = re.compile(r"(?<!eh)_proj(_with_mqa)?\.weight$")
 DEEPSEEK: dict[str, Any] = {
-    "vocab_size": 128,
+    "vocab_size": 64,
     "hidden_size": 128,
     "intermediate_size": 256,
     "moe_intermediate_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "n_shared_experts": 1,
@@ -36,7 +36,7 @@ DEEPSEEK: dict[str, Any] = {
     "n_group": 2,
     "topk_group": 1,
     "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
+    "first_k_dense_replace": 0,
     "q_lora_rank": 128,
     "kv_lora_rank": 128,
     "qk_rope_head_dim": 64,
@@ -49,6 +49,8 @@ DEEPSEEK: dict[str, Any] = {
 }
 """kv_a_proj_with_mqa has 192 rows: one and a half blocks."""
 SMALL_DEEPSEEK = DEEPSEEK | {
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
     "hidden_size": 64,
     "intermediate_size": 128,
     "moe_intermediate_size": 64,
@@ -162,9 +164,9 @@ def main() -> None:
     skipped = ("model.layers.1.self_attn.o_proj",)
     fp8_blocks("fp8-block-qwen3", "qwen3", DENSE, 32, torch.bfloat16, skipped, listed=True)
     ue8m0 = {"scale_fmt": "ue8m0"}
-    fp8_blocks("fp8-block-ue8m0", "llama", DENSE | {"num_hidden_layers": 1}, 32, torch.float8_e8m0fnu, **ue8m0)
-    sizes = {"moe_intermediate_size": 256, "num_attention_heads": 2, "head_dim": 128}
-    fp8_blocks("fp8-block-qwen3-moe", "qwen3_moe", EXPERTS | sizes, 128, torch.bfloat16, listed=True)
+    fp8_blocks("fp8-block-ue8m0", "llama", SMALL, 32, torch.float8_e8m0fnu, **ue8m0)
+    sizes = {"moe_intermediate_size": 128, "head_dim": 64}
+    fp8_blocks("fp8-block-qwen3-moe", "qwen3_moe", EXPERTS | sizes, 64, torch.bfloat16, listed=True)
     stacked_experts("fp8-block-stacked-experts")
 
 
