@@ -32,7 +32,7 @@ def seen(
 ) -> DequantisedWeights:
     """Tensors as the verifier reads them; of a rank, by what was `found` in the source."""
     weights = files(path, tensors)
-    return DequantisedWeights(weights, recipes(weights, settings) if found is None else found)
+    return DequantisedWeights(weights, recipes(weights, settings) if found is None else found, weights)
 
 
 def weight(path: Path, tensors: Tensors, name: str = "m.weight", **settings: Any) -> Tensor:

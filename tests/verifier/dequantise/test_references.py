@@ -28,7 +28,7 @@ def dequantised(name: str) -> DequantisedWeights:
         # What inputs are multiplied by, the verifier takes into the weight; the quantisers' code does not.
         stored = {role: name for role, name in recipe.stored.items() if role != "input"}
         found[weight] = replace(recipe, stored=stored)
-    return DequantisedWeights(weights, found)
+    return DequantisedWeights(weights, found, weights)
 
 
 def stored_form(weight: Tensor, shape: list[int]) -> Tensor:

@@ -16,7 +16,7 @@ from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.criteria import no_tf32
-from tpshard.verifier.dequantise.sides import dequantised
+from tpshard.verifier.dequantise.sides import dequantised, quantised
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Processes
 from tpshard.verifier.hf.skeleton import fill, frame_of, model_config, skeleton
@@ -66,10 +66,13 @@ def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, 
     """Shards under the source's names, its config and its tensors; of quantised modules, the weights that they make."""
     opened = open_shards(Path(shards))
     config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
-    opened, weights = dequantised(opened, weights, config, source)
+    found = quantised(opened, weights, config, source)
+    opened = translated(opened, weights.names())
+    if found:
+        opened, weights = dequantised(opened, weights, found)
     for each in (weights, *opened.ranks):
         require_floats(each, parameters(each))
-    return translated(opened, weights.names()), config, weights
+    return opened, config, weights
 
 
 def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:

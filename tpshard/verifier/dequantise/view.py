@@ -16,15 +16,14 @@ class DequantisedWeights(FileWeights):
     """The tensors of a model, or of a rank, with one float64 `weight` in place of a quantised module's tensors.
 
     `infos` have the weights' own shapes and sizes, and the file of the values; a place in that file they do not have.
-    What is not quantised is read as `plain` reads it, which may cast it; `companions` reads the rest (by default all
-    that is stored) as it is.
+    What is not quantised is read from `plain`, which may cast it, and what is, from `companions`, which does not.
     """
 
-    def __init__(self, plain: FileWeights, recipes: Mapping[str, Recipe], companions: Weights | None = None) -> None:
+    def __init__(self, plain: FileWeights, recipes: Mapping[str, Recipe], companions: Weights) -> None:
         self.plain = plain
         self.recipes = recipes
         self.dequantised = recipes.keys()
-        self.companions = companions or FileWeights(plain.infos.values())
+        self.companions = companions
         super().__init__(self._infos())
 
     @property
