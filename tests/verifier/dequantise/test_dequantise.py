@@ -1,4 +1,4 @@
-"""Each format's formula, against transformers' code where it has one, else against its definition, number by number."""
+"""Each format's formula against its definition, number by number; test_references has what quantisers' code says."""
 
 from __future__ import annotations
 
@@ -72,43 +72,6 @@ def exponents(*shape: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.mark.parametrize(
-    ("values", "scale", "suffix"),
-    [
-        (e4m3(256, 384), torch.rand(2, 3), "weight_scale_inv"),
-        (e4m3(256, 384), torch.rand(2, 3).bfloat16(), "weight_scale_inv"),
-        (e4m3(256, 128), exponents(2, 1).view(torch.float8_e8m0fnu), "weight_scale_inv"),
-        (e4m3(12, 64), exponents(12, 2), "weight_scale"),
-        (torch.randint(-128, 128, (12, 32), dtype=torch.int8), exponents(12, 2).view(torch.float8_e8m0fnu), "scale"),
-        (torch.randint(-128, 128, (12, 32), dtype=torch.int8), torch.rand(12, 1).bfloat16(), "weight_scale"),
-    ],
-)
-def test_what_transformers_dequantises(values: Tensor, scale: Tensor, suffix: str, tmp_path: Path) -> None:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
-    found = weight(tmp_path / "x", {"m.weight": values, f"m.{suffix}": scale})
-    if values.dtype == torch.int8 and suffix == "weight_scale":  # which transformers would take for FP4
-        values = values.float()
-    theirs = Fp8Dequantize(None)._dequantize_one(values, scale, torch.float32)
-    assert same(found.float(), theirs)
-
-
-def test_stacked_experts(tmp_path: Path) -> None:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
-    values, scale = e4m3(7, 256, 128), torch.rand(7, 2, 1)
-    found = weight(tmp_path / "x", {"experts.up": values, "experts.up_scale_inv": scale}, "experts.up")
-    assert same(found.float(), Fp8Dequantize(None)._dequantize_one(values, scale, torch.float32))
-
-
-def test_the_experts_of_gpt_oss(tmp_path: Path) -> None:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    blocks, scales = torch.randint(0, 256, (6, 8, 3, 16), dtype=torch.uint8), exponents(6, 8, 3)
-    found = weight(tmp_path / "x", {"experts.up_blocks": blocks, "experts.up_scales": scales}, "experts.up")
-    assert same(found, convert_moe_packed_tensors(blocks, scales, dtype=torch.float64))
 
 
 def test_a_partial_last_block(tmp_path: Path) -> None:
