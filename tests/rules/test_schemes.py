@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tpshard.planning.axes import Cut
 from tpshard.rules.architecture import parse_architecture
 from tpshard.rules.classify import Classification, classify
 from tpshard.rules.quantisation.recognise import recognise
-from tpshard.rules.quantisation.schemes import PLAIN, WHOLE, companion_of, ratio_of, split_name
+from tpshard.rules.quantisation.schemes import PLAIN, QUANTISED, WHOLE, Companion, companion_of, ratio_of, split_name
 from tpshard.storage.safetensors import TensorInfo
 
 
@@ -71,7 +72,15 @@ def test_a_name_tells_module_and_companion(name: str, module: str, suffix: str, 
 def test_a_ratio_follows_from_sizes(
     kind: str | None, dtype: str, expected: int, found: int, sizes: tuple[int, ...], ratio: object
 ) -> None:
-    assert ratio_of(kind, dtype, expected, found, sizes, unit=32) == ratio
+    companion = Companion((), {"in": kind} if kind else {}, sizes=sizes)
+    assert ratio_of(companion, "in", dtype, expected, found, unit=32) == ratio
+
+
+def test_bits_that_the_config_names_come_first() -> None:
+    """Two words of 16 values are of 3 bits or of 4."""
+    packed = QUANTISED["weight_packed"]
+    assert ratio_of(packed, "in", "I32", 16, 2) == Fraction(32, 3)
+    assert ratio_of(replace(packed, bits=(4, 2, 3)), "in", "I32", 16, 2) == 8
 
 
 RULES = """

@@ -85,7 +85,7 @@ def _body(model: Model, options: Options, layouts: RankLayouts, own_names: bool)
 def _axis(axis: Axis) -> dict[str, Any]:
     """An axis; along what it is dealt is said where that is not tp, and by how many units where not one by one."""
     usual = {"along": "tp", "step": 1, "step_of": ""}
-    return {key: value for key, value in asdict(axis).items() if usual.get(key) != value}
+    return {key: value for key, value in asdict(axis).items() if key not in usual or value != usual[key]}
 
 
 def _cut(cut: Cut) -> str:

@@ -68,7 +68,8 @@ def read_quantisation(config: Mapping[str, Any], config_path: object, source: So
             path = source.path(name) or f"{source.place}/{name}"
             said = _object(load_json(source.read_small(name), path), name, path)
             said = said.get("quantization", said) if name == "hf_quant_config.json" else said
-            return {"quant_method": method, **_object(said, name, path)}
+            said = _object(said, name, path)
+            return {**said, "quant_method": said.get("quant_method") or method}
     return None
 
 

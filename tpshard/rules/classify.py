@@ -155,7 +155,7 @@ def _ratio(
     expected = sum(each.count * each.unit for each in segments)
     if companion.role == "scale" and len(tensor.shape) == 1 and found == len(segments) != expected:
         return WHOLE  # a scale for each of the modules that are stored as one
-    return ratio_of(companion.ratio.get(axis), tensor.dtype, expected, found, companion.sizes, segments[0].unit)
+    return ratio_of(companion, axis, tensor.dtype, expected, found, segments[0].unit)
 
 
 def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str, companion: Companion) -> None:

@@ -64,6 +64,7 @@ _REFUSED = {
     "gguf": "its blocks are those of a container of its own",
 }
 _SIZE_KEYS = ("group_size", "q_group_size", "weight_block_size", "block_structure", "block_size", "awq_block_size")
+_BIT_KEYS = ("bits", "num_bits", "w_bit")
 _WITHOUT = "split the checkpoint that it was made from"
 
 
@@ -77,6 +78,8 @@ def recognise(declared: Mapping[str, Any] | None, tensors: Iterable[TensorInfo],
     declared = declared or {}
     scattered = "True" in map(str, _values(declared, ("desc_act",)))
     sizes = tuple(sorted({size for value in _values(declared, _SIZE_KEYS) for size in _numbers(value) if size > 1}))
+    said = {number for value in _values(declared, _BIT_KEYS) for number in _numbers(value) if 2 <= number <= 8}
+    bits = (*sorted(said), *(number for number in range(2, 9) if number not in said))
     companions: dict[str, Companion] = {}
     schemes: Counter[str] = Counter()
     for module, stored in _modules(tensors).items():
@@ -88,7 +91,8 @@ def recognise(declared: Mapping[str, Any] | None, tensors: Iterable[TensorInfo],
         apart = "weight_g_idx" in stored or (scattered and "g_idx" in stored)
         for suffix, info in stored.items():
             if suffix != "bias":
-                companions[info.name] = _companion(suffix or "weight", _sizes(info, stored, sizes), apart)
+                companions[info.name] = _companion(suffix or "weight", _sizes(info, stored, sizes), bits, apart)
+                _check_experts(values, info, companions[info.name])
         _check_shapes(stored, companions)
     if method and not companions:
         what = f"the checkpoint says that it is quantised by {method}, and no tensor is"
@@ -192,9 +196,9 @@ _SCALES = {
 def _pair(module: str, stored: _Stored) -> TensorInfo | None:
     """The values of a module; None where only its outputs are quantised. CorruptError for values without scales."""
     values = [suffix for suffix, info in stored.items() if _is_values(suffix, info)]
-    rest = [suffix for suffix in stored if suffix not in values and QUANTISED.get(suffix, _PLAIN).role != "plain"]
     if not values:
-        for suffix in rest:
+        rest = [suffix for suffix in stored if suffix != "weight" and suffix in QUANTISED]
+        for suffix in sorted(rest, key=lambda suffix: QUANTISED[suffix].role != "scale"):
             if not suffix.startswith(("q_", "k_", "v_", "output_")):
                 plain = stored.get("weight", stored.get(""))
                 what = f"{stored[suffix].name} is there without a quantised weight"
@@ -230,9 +234,9 @@ def _needed(values: TensorInfo, scales: list[TensorInfo]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=256)
-def _companion(suffix: str, sizes: tuple[int, ...], apart: bool) -> Companion:
+def _companion(suffix: str, sizes: tuple[int, ...], bits: tuple[int, ...], apart: bool) -> Companion:
     """A row of the table for one module. apart: scales of groups that are in no order have no input feature."""
-    row = QUANTISED[suffix]
+    row = replace(QUANTISED[suffix], bits=bits)
     if "scale" in row.ratio.values():
         row = replace(row, sizes=sizes)
     if apart and row.ratio.get("in") == "scale":
@@ -250,7 +254,7 @@ def _sizes(info: TensorInfo, stored: _Stored, declared: tuple[int, ...]) -> tupl
     if info.dtype == "F8_E4M3" and values.dtype == "U8":
         return (16,)
     if declared or len(info.shape) != 4:
-        return declared or (_USUAL,)
+        return declared or ((_USUAL,) if values.dtype == "U8" else ())
     # ModelOpt's FP8_PB_WO does not say the size of its blocks; [out / block, 1, in / block, 1] does.
     pairs = zip(values.shape, info.shape[::2], strict=False)
     return (_USUAL, *sorted({size // blocks for size, blocks in pairs if blocks and size % blocks == 0}))
@@ -278,6 +282,18 @@ def _scheme(values: TensorInfo, stored: _Stored) -> str:
     return f"{name} per channel" if scales.shape[-1] == 1 or len(scales.shape) == 1 else f"{name} in blocks"
 
 
+def _check_experts(values: TensorInfo, info: TensorInfo, row: Companion) -> None:
+    """CorruptError for a scale of stacked experts beside a weight that is not, or for another number of them."""
+    axes = row.axes(len(info.shape))
+    if axes is None or "expert" not in axes:
+        return
+    stacked = len(values.shape) > 2
+    if not stacked or info.shape[0] != values.shape[0]:
+        what, found = f"{info.name} does not fit {values.name}", f"shapes {list(info.shape)} and {list(values.shape)}"
+        expected = f"{values.shape[0]} experts" if stacked else "as many dims as the weight has"
+        raise CorruptError(what, path=info.file, tensor=info.name, expected=expected, found=found)
+
+
 def _check_shapes(stored: _Stored, companions: Mapping[str, Companion]) -> None:
     """CorruptError where a scale is not of the shape that the module's values have."""
     rows = [(info, companions[info.name]) for suffix, info in stored.items() if suffix != "bias"]
@@ -298,7 +314,7 @@ def _check_shapes(stored: _Stored, companions: Mapping[str, Companion]) -> None:
                 known.setdefault(axis, (size, info.name))
             places.append((info, row, axis, size))
     for info, row, axis, size in places:
-        if axis in known and ratio_of(row.ratio.get(axis), info.dtype, known[axis][0], size, row.sizes) is None:
+        if axis in known and ratio_of(row, axis, info.dtype, known[axis][0], size) is None:
             what = f"{info.name} does not fit {known[axis][1]}"
             units = f", in groups or blocks of {' or '.join(map(str, row.sizes))}" if row.sizes else ""
             raise CorruptError(
