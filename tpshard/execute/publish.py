@@ -2,7 +2,8 @@
 
 An output appears whole: it is written into `OUT.partial` and renamed. Only where several hosts write into one
 directory (`--ranks`), or OUT cannot be renamed over, are files written into OUT itself, each complete before it gets
-its name. With checksums, a run that writes the whole of an output also writes SHA256SUMS.
+its name. SHA256SUMS lists the small files before any of them is written; a run that writes the whole of an output
+replaces it at the end by one that lists the records too, and the weights where their checksums are recorded.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError, local_error
@@ -28,7 +30,7 @@ from tpshard.execute.target import (
 )
 from tpshard.execute.writer import Writer
 from tpshard.planning.join import OutputFile, Plan, Transfer
-from tpshard.storage.checksums import sums
+from tpshard.storage.checksums import read_sums, sums
 from tpshard.storage.files import Files, make_directory, require_space, sync_directory, unlink_if_there, write_small
 from tpshard.storage.lock import Lock
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, REPLACED, SUMS, journal_path
@@ -59,6 +61,7 @@ class Job:
     records: small files that follow from the checksums, written last. claims: names of the locks.
     ours: whether some format gives its files such a name: only those are replaced with --overwrite.
     recorded: sha256 of the files that are read, by path, where it is known.
+    sums: whether the output has SHA256SUMS.
     shared: the directory may be written by several runs at once, one per claim; each claim becomes a record, in order.
     """
 
@@ -67,6 +70,7 @@ class Job:
     identity: Mapping[str, object]
     records: Callable[[Mapping[str, str | None]], Mapping[str, bytes]]
     convert: Convert | None = None
+    sums: bool = True
     shared: bool = False
     claims: Sequence[str] = (LOCK,)
     verb: str = "split"
@@ -166,13 +170,14 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         settings.start(job.plan.nbytes)
         # Hosts that share a directory write the same small files, each under temporary names of its own.
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
-        for name, data in job.small.items():
+        listed = {SUMS: sums({}, job.small)} if job.sums and not (job.shared and _is_listed(job.small, work)) else {}
+        for name, data in chain(listed.items(), job.small.items()):
             write_small(files, work / name, data, fsync=fsync, tag=tag)
         try:
             digests = writer.write(job.convert, settings.workers)
         except CorruptError as error:
             if writer.discarded:
-                for name in () if job.shared else job.small:
+                for name in () if job.shared else (*listed, *job.small):
                     unlink_if_there(files, work / name)
                 _withdraw(job, work, files, locks, made)
             else:
@@ -182,7 +187,7 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         if not in_place:
             _check_target(job, out, settings)  # who knows what was put there meanwhile
         records = job.records(digests)
-        if _has_sums(job, settings):  # the records come after it: where all of them are, an output is complete
+        if job.sums and not job.shared:  # the records come after it: where all of them are, an output is complete
             records = {SUMS: sums(digests, {**job.small, **records}), **records}
         _finish(job, work, out, locks, writer, records, settings)
     return digests
@@ -273,9 +278,13 @@ def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: b
             files.rmdir(str(work))
 
 
-def _has_sums(job: Job, settings: Settings) -> bool:
-    """Whether SHA256SUMS is written: where several hosts write one directory, none knows the checksums of all."""
-    return settings.checksum and not job.shared
+def _is_listed(small: Mapping[str, bytes], work: Path) -> bool:
+    """Whether a directory has a SHA256SUMS that lists these files, and maybe others: that of a whole output."""
+    try:
+        there = (work / SUMS).read_bytes()
+        return read_sums(sums({}, small)).items() <= read_sums(there).items()
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _records(job: Job) -> Mapping[str, bytes]:
