@@ -53,7 +53,9 @@ def test_hosts_that_share_a_directory_leave_it_to_one_command_with_the_same_resu
         shared = api.split(model, 2, tmp_path / "shared", ranks=[rank], settings=QUICK).output
         assert judged(shared)[0] == 0
         assert read_sums((shared / SUMS).read_bytes()).keys() == {"config.json", "tpshard.json"}, "the small files"
-    command = "find . -type f ! -name SHA256SUMS -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum -- > ../sums"
+    command = (
+        "find . -type f ! -name SHA256SUMS -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum -- > ../sums"
+    )
     assert command in (DOCS / "reference/manifest.md").read_text()
     subprocess.run(["bash", "-c", f"{command}; mv ../sums SHA256SUMS"], cwd=shared, check=True)
     assert (shared / SUMS).read_bytes() == (whole / SUMS).read_bytes()
