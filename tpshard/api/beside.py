@@ -7,22 +7,22 @@ from typing import Any
 from tpshard.formats.split import Split
 from tpshard.inputs.checkpoint import Checkpoint
 from tpshard.inputs.shard_set import ShardSet
-from tpshard.storage.local import read_bytes
+from tpshard.storage.local import Content
 from tpshard.storage.names import CONFIG
 
 
-def small_files(source: Checkpoint | ShardSet) -> dict[str, bytes]:
+def small_files(source: Checkpoint | ShardSet) -> dict[str, Content]:
     """The files beside the weights, of Meta's form as they are made of it."""
     made = source.made if isinstance(source, ShardSet) else {}
-    return {**made, **{path.name: read_bytes(path) for path in source.side_files}}
+    return {**made, **source.side_files}
 
 
-def written_beside(planned: Split, checkpoint: Checkpoint) -> Mapping[str, bytes]:
+def written_beside(planned: Split, checkpoint: Checkpoint) -> Mapping[str, Content]:
     """The small files that a split of this checkpoint has beside its ranks, without the manifest."""
     return planned.format.side_files(planned, cast_files(checkpoint, planned.model.dtype))
 
 
-def cast_files(checkpoint: Checkpoint, dtype: str | None) -> dict[str, bytes]:
+def cast_files(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Content]:
     """A checkpoint's small files, with a config that names the dtype to which the weights are cast, if any."""
     small = small_files(checkpoint)
     if dtype is not None:

@@ -23,7 +23,7 @@ from tpshard.report.results import CheckReport, Difference
 from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Handles
 from tpshard.storage.json_differences import KeyDifference, key_differences
-from tpshard.storage.local import load_json, read_bytes, read_range, safe_path
+from tpshard.storage.local import Content, content_of, load_json, read_bytes, read_range, safe_path
 from tpshard.storage.names import CONFIG, MANIFEST, SUMS, record_name
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
@@ -148,15 +148,14 @@ def _first_difference(one: bytes | bytearray, other: bytes) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def check_beside(shards: ShardSet, expected: Mapping[str, bytes]) -> tuple[list[Difference], list[str]]:
+def check_beside(shards: ShardSet, expected: Mapping[str, Content]) -> tuple[list[Difference], list[str]]:
     """The small files against those that a split of the source writes: config.json key by key, others whole.
 
     Returns the differences and what is not there: an earlier version may have left it out.
     """
-    there = {side.name: side for side in shards.side_files}
     differences, absent = [], []
-    for name, data in expected.items():
-        path = there.get(name, shards.directory / name)
+    for name, content in expected.items():
+        path, data = shards.directory / name, content_of(content)
         if not path.is_file():
             if name == CONFIG:
                 differences.append(Difference(name, None, "the file is not there"))
@@ -256,7 +255,7 @@ def check_with(options: CheckOptions) -> CheckReport:
     if listed is not None:
         check_sums(found, listed)
     why = f"there is no {SUMS}" if listed is None else f"it is not listed in {SUMS}"
-    unjudged = {side.name: f"{side.name} was not compared: {why}" for side in found.side_files if ours}
+    unjudged = {name: f"{name} was not compared: {why}" for name in found.side_files if ours}
     unjudged = {name: note for name, note in unjudged.items() if name not in (listed or ())}
     if options.source is None:
         differences, unchecked = check_records(found, options.settings)

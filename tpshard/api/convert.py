@@ -30,7 +30,7 @@ from tpshard.inputs.shard_set import is_shard_set
 from tpshard.planning.join import OutputFile, Placed, join
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
-from tpshard.storage.local import load_json, read_bytes
+from tpshard.storage.local import Content, load_json, read_bytes
 from tpshard.storage.names import LOCK, MANIFEST, rank_stem, record_name
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def plan_with(options: PlanOptions) -> PlanReport:
     model = options.model
     checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
     built = from_checkpoint(checkpoint, model.rules, model.dtype)
-    return PlanReport(plan_split(built, options.target.layout), checkpoint.warnings, options.workload)
+    planned = plan_split(built, options.target.layout)
+    return PlanReport(planned, checkpoint.warnings, options.workload, checkpoint.left_out)
 
 
 def split(
@@ -116,7 +117,8 @@ def split_with(options: SplitOptions) -> WriteReport:
     planned = plan_split(built, layout)
     small = cast_files(checkpoint, model.dtype)
     placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, checkpoint.warnings
-    return _write_split("split", planned, placed, small, target, options, size, warnings)
+    report = _write_split("split", planned, placed, small, target, options, size, warnings)
+    return replace(report, left_out=checkpoint.left_out)
 
 
 def reshard(
@@ -156,10 +158,9 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
     size = options.target.max_file_size
-    recorded = source.recorded
-    return _write_split(
-        "reshard", planned, source.placed(), small_files(source), target, options, size, recorded=recorded
-    )
+    small, recorded = small_files(source), source.recorded
+    report = _write_split("reshard", planned, source.placed(), small, target, options, size, recorded=recorded)
+    return replace(report, left_out=source.left_out)
 
 
 def merge(
@@ -192,14 +193,15 @@ def merge_with(options: MergeOptions) -> WriteReport:
         source.model, source.placed(), small_files(source), made_of, size, target, settings, recorded, sums=False
     )
     unread = is_shard_set(source.directory) and not recorded
-    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread)
+    left_out = source.left_out
+    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread, left_out=left_out)
 
 
 def _write_split(
     verb: str,
     planned: Split,
     placed: Sequence[Placed],
-    small: Mapping[str, bytes],
+    small: Mapping[str, Content],
     target: Path,
     options: SplitOptions | ReshardOptions,
     max_file_size: int | None,
@@ -251,7 +253,7 @@ def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> 
 def _write_whole(
     model: Model,
     placed: Sequence[Placed],
-    small: Mapping[str, bytes],
+    small: Mapping[str, Content],
     set_id: str,
     max_file_size: int | None,
     target: Path,
