@@ -18,7 +18,6 @@ from tpshard.units import human_bytes
 if TYPE_CHECKING:
     from tpshard.api.options import PlanOptions
     from tpshard.report.results import PlanReport, WriteReport
-    from tpshard.storage.carried import LeftOut
 
 _SHOWN = 8
 """Names in a line of files that are left out; `--json` has all."""
@@ -199,7 +198,7 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")
     console.warn(*report.warnings)
-    _say_left_out(console, report.left_out)
+    _say_left_out(console, report)
     if console.as_json:
         console.data(report.to_json())
     else:
@@ -208,10 +207,10 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
         print_plan(report, every)
 
 
-def _say_left_out(console: Console, left_out: Sequence[LeftOut]) -> None:
+def _say_left_out(console: Console, report: PlanReport | WriteReport) -> None:
     """A line for each reason: the files that do not travel."""
     reasons: dict[str, list[str]] = {}
-    for each in left_out:
+    for each in report.left_out:
         reasons.setdefault(each.reason, []).append(each.file)
     for reason, names in reasons.items():
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
@@ -230,7 +229,7 @@ def _write_drawing(path: Path, report: PlanReport) -> None:
 
 def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
     console.warn(*report.warnings)
-    _say_left_out(console, report.left_out)
+    _say_left_out(console, report)
     if console.as_json:
         console.data(report.to_json())
         return
