@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import tpshard
 from tests.helpers.checkpoints import make
 from tests.helpers.command import llama, succeeds
 from tests.helpers.command import tpshard as command
-from tests.helpers.grids import ALL
+from tests.helpers.grids import ALL, some
 from tpshard.api.check import check_framing
 from tpshard.errors import TpshardError
 from tpshard.execute.publish import Settings
@@ -62,19 +63,21 @@ def flipped(path: Path, places: range) -> Iterator[int]:
     assert path.read_bytes() == kept
 
 
-@pytest.mark.parametrize("settings", [QUICK, PLAIN], ids=["sha256", "none"])
-@pytest.mark.parametrize("form", FORMATS)
-def test_a_flipped_byte_is_noticed(form: str, settings: Settings, models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "checksum"),
+    some(product(FORMATS, (True, False)), [("native", True), ("native", False), ("meta", True), ("dcp", False)]),
+)
+def test_a_flipped_byte_is_noticed(form: str, checksum: bool, models: dict[str, Path], tmp_path: Path) -> None:
     """With the source always, and without it where checksums were recorded: a sample, or all of them."""
     model = models["deepseek" if form == "deepseek" else "llama"]
-    tpshard.split(model, 2, tmp_path / "set", format=form, settings=settings)
+    tpshard.split(model, 2, tmp_path / "set", format=form, settings=QUICK if checksum else PLAIN)
     for path in sorted((tmp_path / "set").iterdir()):
         size = path.stat().st_size
         weights = path.suffix in (".safetensors", ".pth", ".distcp")
         for source in (model, None):
-            if source is None and weights and not settings.checksum:
+            if source is None and weights and not checksum:
                 continue
-            step = 1 if ALL else max(1, size // 3)
+            step = 1 if ALL else max(1, size // 2)
             missed = [
                 at for at in flipped(path, range(size % 7, size, step)) if not is_noticed(tmp_path / "set", source)
             ]
@@ -94,7 +97,7 @@ def test_every_byte_around_the_tensors_is_compared(form: str, models: dict[str, 
     inside = {at for info in file.tensors for at in range(info.begin, info.end)}
     outside = sorted(set(range(file.size)) - inside)
     assert outside
-    places = [at for at in outside if ALL or form == "native" or at % 11 == 0]
+    places = [at for at in outside if ALL or form == "native" or at % 53 == 0]
     kept = file.path.read_bytes()
     with file.path.open("r+b", buffering=0) as out:
         for at in places:
@@ -125,14 +128,14 @@ CHANGES: dict[str, Callable[[dict[str, object]], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", ["none", "ranks", "no-sums"])
+@pytest.mark.parametrize("how", some(["none", "ranks", "no-sums"], ["none", "ranks"]))
 def test_a_changed_config_is_told_key_by_key(how: str, models: dict[str, Path], tmp_path: Path) -> None:
     """Whatever `--checksum` was; and SHA256SUMS, which a set always has, knows it without the source."""
     options = {"none": ("--checksum", "none"), "ranks": ("--ranks", "0,1"), "no-sums": ()}[how]
     out, model = tmp_path / "set", models["llama"]
     succeeds("split", model, "--tp", 2, "-o", out, "-q", "--no-fsync", *options)
     kept = (out / "config.json").read_bytes()
-    for says, change in CHANGES.items():
+    for says, change in list(CHANGES.items())[:: 1 if ALL or how == "none" else 3]:
         written(out / "config.json", change)
         if (out / SUMS).exists():
             assert "config.json was changed" in command("check", out).err
@@ -155,7 +158,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     return {tied: make("llama-gqa", root / str(tied), tie_word_embeddings=tied, **sizes) for tied in (True, False)}
 
 
-@pytest.mark.parametrize("form", ["native", "vllm"])
+@pytest.mark.parametrize("form", some(["native", "vllm"], ["vllm"]))
 def test_every_tier_of_verify_sees_a_changed_config(form: str, trained: dict[bool, Path], tmp_path: Path) -> None:
     out, model = tmp_path / "set", trained[False]
     succeeds("split", model, "--tp", 2, "-o", out, "--format", form, "--checksum", "none", "-q", "--no-fsync")
@@ -175,8 +178,13 @@ def test_every_tier_of_verify_sees_a_changed_config(form: str, trained: dict[boo
     succeeds("verify", out, "--source", model, "--tier", "weights")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("form", ["native", "vllm", "sglang", "dcp"])
+@pytest.mark.parametrize(
+    ("form", "tied"),
+    some(
+        product(("native", "vllm", "sglang", "dcp"), (True, False)),
+        [("native", True), ("vllm", True), ("sglang", False)],
+    ),
+)
 def test_what_split_changes_in_a_config_is_no_difference(
     form: str, tied: bool, trained: dict[bool, Path], tmp_path: Path
 ) -> None:
