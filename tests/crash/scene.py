@@ -27,9 +27,12 @@ Tree = dict[str, bytes]
 
 
 def tiny(root: Path, seed: int = 0) -> Path:
-    """A LLaMA of 13 kB in two files: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
+    """A LLaMA of 13 kB in two files, beside them a folder: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
     made = make("llama-gqa", root / f"made-{seed}", seed, **SMALL)
-    return sharded(made, root / f"tiny-{seed}", max_shard_size=7_000)
+    model = sharded(made, root / f"tiny-{seed}", max_shard_size=7_000)
+    (model / f"folder-{seed}").mkdir()
+    (model / f"folder-{seed}" / "more.txt").write_text("more")
+    return model
 
 
 def tree(directory: Path) -> Tree:

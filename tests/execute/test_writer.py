@@ -197,7 +197,7 @@ def test_every_file_is_synced_before_its_name(source: Path, tmp_path: Path) -> N
     tpshard.split(source, 2, out, settings=Settings(workers=2, files=files))
     renamed = [path for kind, path in files.order if kind == "rename"]
     # rank files, records, small files with SHA256SUMS twice (of these, then of all), the directory
-    assert len(renamed) == 2 + 2 + 5 + 1
+    assert len(renamed) == 2 + 2 + 6 + 1
     for path in renamed[:-1]:
         last = max(i for i, entry in enumerate(files.order) if entry == ("write", path))
         named = max(i for i, entry in enumerate(files.order) if entry == ("rename", path))

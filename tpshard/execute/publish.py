@@ -22,6 +22,7 @@ from tpshard.execute.target import (
     check_leftovers,
     check_shared,
     check_target,
+    folders_of,
     is_empty,
     names_in,
     remove_all,
@@ -312,7 +313,8 @@ def _expected(job: Job) -> set[str]:
     small = {SUMS, *job.small, *_records(job)}
     journals = {journal_path(Path(), name).name for name in finals}
     names = finals | {name + PARTIAL for name in finals} | journals | small | set(job.claims)
-    return names | {str(Path(name).with_name(f".{Path(name).name}.tmp")) for name in small}
+    temporary = {str(Path(name).with_name(f".{Path(name).name}.tmp")) for name in small}
+    return names | temporary | folders_of(small)
 
 
 def _check_target(job: Job, out: Path, settings: Settings) -> None:

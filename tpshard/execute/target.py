@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ def is_empty(directory: Path) -> bool:
 
 
 def names_in(directory: Path) -> set[str]:
-    """The files in a directory and its folders, and the empty folders as `NAME/`; not what the system keeps there."""
+    """The files in a directory and its folders, and empty folders; not what the system keeps there."""
     found = set()
     for name in set(os.listdir(directory)) - _MOUNTED:
         path = directory / name
         if path.is_dir() and not path.is_symlink():
-            found |= {f"{name}/{below}" for below in names_in(path)} or {f"{name}/"}
+            found |= {f"{name}/{below}" for below in names_in(path)} or {name}
         else:
             found.add(name)
     return found
@@ -42,14 +42,21 @@ def names_in(directory: Path) -> set[str]:
 
 def remove_all(files: Files, directory: Path, names: set[str]) -> None:
     """Remove files of a directory, and the folders that held nothing else; the mark of a run of ours goes last."""
+    folders = folders_of(names)
     for name in sorted(names, key=lambda name: (name == LOCK, name)):
-        if not name.endswith("/"):
-            files.unlink(str(directory / name))
-    folders = {folder for name in names for folder in Path(name).parents}
-    folders |= {Path(name) for name in names if name.endswith("/")}
-    for folder in sorted(folders - {Path()}, reverse=True):
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            folders.add(name)
+        else:
+            files.unlink(str(path))
+    for folder in sorted(folders, reverse=True):
         with contextlib.suppress(OSError):  # something else is in it
             files.rmdir(str(directory / folder))
+
+
+def folders_of(names: Iterable[str]) -> set[str]:
+    """The folders in which files of these names lie, without the directory itself."""
+    return {str(folder) for name in names for folder in Path(name).parents} - {"."}
 
 
 def replaceable(directory: Path) -> bool:
@@ -76,7 +83,8 @@ def strangers(directory: Path, expected: set[str], ours: Ours, *, models: bool) 
             return True
         return ours(name)  # last of all: it looks into every format
 
-    return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or is_ours(n)))
+    found = names_in(directory) - folders_of({*expected, *listed})  # which a run that was killed may have left empty
+    return sorted(n for n in found if (directory / n).is_dir() or not (n in expected or is_ours(n)))
 
 
 def _listed(directory: Path) -> Collection[str]:
