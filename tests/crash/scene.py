@@ -27,7 +27,7 @@ Tree = dict[str, bytes]
 
 
 def tiny(root: Path, seed: int = 0) -> Path:
-    """A LLaMA of 13 kB in two files, beside them a folder: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
+    """A LLaMA of 13 kB in two files, with a folder: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
     made = make("llama-gqa", root / f"made-{seed}", seed, **SMALL)
     model = sharded(made, root / f"tiny-{seed}", max_shard_size=7_000)
     (model / f"folder-{seed}").mkdir()

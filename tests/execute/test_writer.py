@@ -349,7 +349,8 @@ def test_a_source_that_ends_early(source: Path, tmp_path: Path) -> None:
     class Cutting(Files):
         def mkdir(self, path: str) -> None:
             super().mkdir(path)
-            os.truncate(file, 2000)
+            if path.endswith(".partial"):
+                os.truncate(file, 2000)
 
     with pytest.raises(CorruptError, match="ends before its data does") as raised:
         tpshard.split(copy, 2, tmp_path / "out", settings=replace(QUICK, files=Cutting()))
