@@ -97,7 +97,9 @@ def gpt_oss(name: str) -> None:
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     how = {"modules_to_not_convert": skipped, "quant_method": "mxfp4"}
     write_fixture(name, config | {"quantization_config": how}, written)
-    write_reference(name, "transformers.integrations.mxfp4.convert_moe_packed_tensors, float32, [expert, out, in]", found)
+    write_reference(
+        name, "transformers.integrations.mxfp4.convert_moe_packed_tensors, float32, [expert, out, in]", found
+    )
 
 
 def fp4_experts(name: str) -> None:

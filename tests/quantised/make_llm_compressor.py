@@ -107,7 +107,11 @@ def fixture(
             found[module] = dequantised(local, scheme)
             kinds.add(scheme.format.value)
     tolerance = 3e-7 if "nvfp4-pack-quantized" in kinds else 0.0
-    why = "theirs, run in float32, divides the block's scale by the global scale first: two roundings" if tolerance else ""
+    why = (
+        "theirs, run in float32, divides the block's scale by the global scale first: two roundings"
+        if tolerance
+        else ""
+    )
     code = f"compressed_tensors decompress ({', '.join(sorted(kinds))}), float32"
     write_reference(name, code, found, tolerance=tolerance, why=why)
     print(name, sorted({key.rpartition(".")[2] for key in tensors}), flush=True)

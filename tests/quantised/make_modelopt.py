@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of, write_reference
 
+
 def calibrate(model: torch.nn.Module) -> None:
     ids = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
