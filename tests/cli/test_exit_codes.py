@@ -26,6 +26,9 @@ EXAMPLES = {
     "a damaged header": "test_checkpoint.py::test_damaged_weights",
     "a shard missing": "test_checkpoint.py::test_listed_shards_missing",
     "an index that disagrees": "test_checkpoint.py::test_index_lists_a_tensor_in_another_shard",
+    "two sets of the same weights": (
+        "test_checkpoint.py::test_a_single_file_beside_an_index_that_does_not_name_it_is_a_second_set"
+    ),
     "a Git-LFS pointer": "test_checkpoint.py::test_damaged_weights",
     "ranks missing or mixed": "test_shard_set.py::test_two_sets_in_one_directory",
     "a small file that `SHA256SUMS` contradicts": "test_checksums.py::test_check_compares_the_small_files_with_it",

@@ -145,7 +145,7 @@ def test_split_fetches_what_is_wanted_and_writes_it(server: HubServer, source: P
     result = succeeds("split", REPO, "--tp", 2, "--no-fsync")
     assert result.out == "tiny-tp2\n"
     side = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"}
-    side |= {"chat_template.jinja"}
+    side |= {"chat_template.jinja", "README.md", "modeling_tiny.py"}
     index = "model.safetensors.index.json"
     assert fetched(server) == side | {index} | {path.name for path in source.glob("*.safetensors")}
     ranks = {f"rank-0000{rank}-of-00002.{end}" for rank in range(2) for end in ("safetensors", "json")}

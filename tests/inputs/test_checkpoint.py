@@ -239,12 +239,19 @@ def test_wrong_total_size_is_a_warning() -> None:
     assert succeeds("plan", llama(Path("right"), parts=2), "--tp", 2).err == ""
 
 
-def test_the_single_file_wins_over_the_index() -> None:
+def test_a_single_file_beside_an_index_that_does_not_name_it_is_a_second_set() -> None:
+    """Whichever is newer; the file alone can be named, and counts where the files of the index are gone."""
     model = llama(Path("model"), parts=2)
     wanted = llama_tensors(seed=5)
     write(model / "model.safetensors", wanted)
+    for verb in ("plan", "split"):
+        error = fails(3, verb, model, "--tp", 1)
+        assert "two sets of the same weights" in error["message"] and "model/model.safetensors" in error["hint"]
+    succeeds("split", model / "model.safetensors", "--tp", 1, "-o", "named", "--no-fsync")
+    for part in model.glob("model-0000*"):
+        part.unlink()
     succeeds("split", model, "--tp", 1, "-o", "out", "--no-fsync")
-    assert read_all(Path("out")) == wanted
+    assert read_all(Path("out")) == read_all(Path("named")) == wanted
 
 
 # --- config ---
@@ -383,7 +390,7 @@ def test_code_from_the_repo_is_never_imported(monkeypatch: pytest.MonkeyPatch) -
     succeeds("check", "model-tp2", "--source", model)
     succeeds("merge", "model-tp2", "--no-fsync")
     assert not list(Path().rglob("ran"))
-    assert not list(Path("model-tp2").glob("*.py")) and not list(Path("model-merged").glob("*.py"))
+    assert len(list(Path("model-tp2").glob("*.py"))) == len(list(Path("model-merged").glob("*.py"))) == 4, "copied"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "LICENSE"])

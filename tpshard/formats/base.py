@@ -11,6 +11,7 @@ from tpshard.planning.box import corner
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.model import Model
+from tpshard.storage.local import Content
 
 
 class Format(ABC):
@@ -56,7 +57,7 @@ class Format(ABC):
             for index, tensors in enumerate(parts)
         )
 
-    def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
+    def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """The small files beside the ranks': the source's, and what the engine wants of its own."""
         return {**small, **self.derived(split)}
 

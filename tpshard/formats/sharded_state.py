@@ -20,6 +20,7 @@ from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor, StoredTensor
 from tpshard.planning.model import Model
+from tpshard.storage.local import Content, content_of
 from tpshard.storage.safetensors import DTYPE_BITS
 
 VOCAB_MULTIPLE = 64
@@ -64,13 +65,13 @@ class ShardedState(Format):
         found = _NAME.fullmatch(name)
         return {"rank": int(found[1]), "part": int(found[2])} if found else None
 
-    def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
+    def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """config.json says whether the head is tied as the files have it, whatever the class's default is."""
         files = dict(small)
         if split.model.tied and "config.json" in files:
             head, embedding = next(iter(split.model.tied.items()))
             stored = {split.kept.full_name(tensor.name) for tensor in split.kept.tensors}
-            config = json.loads(files["config.json"])
+            config = json.loads(content_of(files["config.json"]))
             config["tie_word_embeddings"] = not {f"{head}.weight", f"{embedding}.weight"} <= stored
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
