@@ -177,8 +177,8 @@ def _is_values(suffix: str, info: TensorInfo) -> bool:
     """Whether a tensor is a weight with values that nothing computes with as they are."""
     if suffix not in ("weight", "") or info.dtype in COMPUTED:
         return suffix in QUANTISED and QUANTISED[suffix].role == "values" and suffix != "weight"
-    narrow = DTYPE_BITS[info.dtype] <= 8 and info.dtype != "BOOL"
-    return len(info.shape) > 1 and (narrow or suffix == "weight")
+    numbers = info.dtype not in ("BOOL", "C64") and (suffix == "weight" or DTYPE_BITS[info.dtype] <= 8)
+    return len(info.shape) > 1 and numbers
 
 
 _USUAL = 128
