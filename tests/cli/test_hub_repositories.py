@@ -287,10 +287,10 @@ def test_a_repository_without_a_config(server: HubServer, source: Path) -> None:
 
 
 def test_quantised_on_the_hub(server: HubServer, source: Path) -> None:
-    (source / "hf_quant_config.json").write_text("{}")
+    (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     server.add(REPO, source)
     for verb in ("plan", "split"):
-        assert "quantised" in fails(4, verb, REPO, "--tp", 2)["message"]
+        assert "quantised by modelopt" in fails(3, verb, REPO, "--tp", 2)["message"]
 
 
 def test_another_kind_of_repository(server: HubServer, tmp_path: Path) -> None:

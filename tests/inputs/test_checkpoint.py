@@ -373,29 +373,6 @@ def test_a_tp_that_cuts_a_unit(tp: int, works: str) -> None:
     assert error["expected"] == f"tp {works}" and error["found"] == f"tp {tp}" and "--uneven" in error["hint"]
 
 
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
-        ({"quantization_config": {"load_in_8bit": True}}, "None"),
-        ({"quantization_config": "awq"}, "quantization_config"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-    ],
-)
-def test_quantised_by_its_config(config: dict[str, Any], says: str) -> None:
-    error = fails(4, "split", llama(Path("model"), **config), "--tp", 2)
-    assert "quantised" in error["message"] and says in error["found"] and error["path"] == "model/config.json"
-
-
-@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
-def test_quantised_by_a_file_of_its_own(name: str) -> None:
-    model = llama(Path("model"))
-    (model / name).write_text("{}")
-    error = fails(4, "split", model, "--tp", 2)
-    assert "quantised" in error["message"] and error["path"] == f"model/{name}"
-
-
 @pytest.mark.parametrize("config", [None, {}, False])
 def test_an_empty_quantization_config_is_none(config: object) -> None:
     succeeds("plan", llama(Path("model"), quantization_config=config), "--tp", 2)

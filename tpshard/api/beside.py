@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpshard.formats.split import Split
-from tpshard.inputs.checkpoint import Checkpoint
+from tpshard.inputs.checkpoint import QUANTISED_KEYS, Checkpoint
 from tpshard.inputs.shard_set import ShardSet
 from tpshard.storage.local import Content
 from tpshard.storage.names import CONFIG
@@ -36,6 +36,6 @@ def config_with_dtype(source: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     config = dict(source)
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     for name, inner in config.items():
-        if isinstance(inner, dict):
+        if isinstance(inner, dict) and name not in QUANTISED_KEYS:
             config[name] = inner | {k: dtype for k in ("torch_dtype", "dtype") if isinstance(inner.get(k), str)}
     return config

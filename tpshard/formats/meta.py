@@ -51,6 +51,7 @@ class Meta(Format):
 
     side_names = frozenset({META_PARAMS})
     container = True
+    no_quantised = "params.json has no field for a quantisation"
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Meta's names, cuts and rotary order; UnsupportedError for what its code cannot hold."""

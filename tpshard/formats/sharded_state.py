@@ -33,8 +33,9 @@ _NAME = re.compile(r"model-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
 class ShardedState(Format):
     """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
 
-    def __init__(self, engine: str, table: str) -> None:
+    def __init__(self, engine: str, table: str, no_quantised: str) -> None:
         self.engine = engine
+        self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
     def lay(self, model: Model, options: Options) -> RankLayouts:

@@ -101,6 +101,7 @@ class PlanReport:
             padded=self.padding(),
             replicated=[axis.name for axis in model.axes.values() if axis.replicate and axis.count < tp],
             tied=dict(model.tied),
+            **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
             possible_tp=possible_tp(self.deal.axes),
             impossible_tp=[{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
             left_out=[asdict(each) for each in self.left_out],
@@ -110,6 +111,13 @@ class PlanReport:
 
 Share = tuple[tuple[int, ...], int]
 """What a rank holds of a logical tensor: shape, and bytes with padding."""
+
+
+def quantisation_line(quantisation: Mapping[str, Any]) -> str:
+    """How a model is quantised, for people: `fp8, 12 modules FP8 in blocks`."""
+    modules = (f"{count} module{'s' if count > 1 else ''} {name}" for name, count in quantisation["modules"].items())
+    cache = [f"KV cache {quantisation['kv_cache']}"] if quantisation["kv_cache"] else []
+    return ", ".join([quantisation["method"], *modules, *cache])
 
 
 def shares_of(split: Split) -> list[list[Share]]:

@@ -1,9 +1,11 @@
-"""SHA256SUMS: a line for every file of an output, as `sha256sum -c` reads them."""
+"""Recorded checksums. SHA256SUMS has a line for every file of an output, as `sha256sum -c` reads them."""
 
 import hashlib
 import os
 import re
 from collections.abc import Mapping
+
+from tpshard.errors import CorruptError
 
 _LINE = re.compile(rb"\\?([0-9a-f]{64}) [ *]([^\r\n]+)")
 _ESCAPED = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
@@ -31,6 +33,14 @@ def read_sums(data: bytes) -> dict[str, str]:
             raise ValueError(os.fsdecode(line))
         known[os.fsdecode(name)] = found[1].decode()
     return known
+
+
+def require_digest(path: str, *, expected: str, found: str | None) -> None:
+    """CorruptError for a file of another sha256 than was recorded when it was written."""
+    if found != expected:
+        hint = "copy it again from where it comes from; `tpshard check` looks at the others"
+        message = "the file is not as it was written"
+        raise CorruptError(message, path=path, expected=f"sha256 {expected}", found=found, hint=hint)
 
 
 def _line(name: bytes, digest: str) -> bytes:
