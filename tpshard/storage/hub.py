@@ -216,15 +216,9 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
             raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
         return path
 
-<<<<<<< HEAD
-    with _without_bars():
+    with _quiet():
         chosen, weights = attempt(lambda: _select(repo_id, repo.listing(), allow_pickle, index), repo_id, revision)
         side = chosen.carried
-=======
-    with _quiet():
-        names = [file.name for file in repo.files]
-        side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
->>>>>>> t4
         _require_space(repo, {*side, *weights})
         # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
         attempt(lambda: fetch(side), repo_id, revision)
@@ -353,10 +347,6 @@ def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
     require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
 
 
-<<<<<<< HEAD
-def _recorded_listing(repo_id: str, commit: str) -> Listing | None:
-    """The repository's files at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
-=======
 def _cached(repo: RemoteRepo, name: str) -> Path:
     """Where the cache has a file of the repository, once it is there."""
     from huggingface_hub import constants
@@ -401,9 +391,8 @@ def _damaged(name: str, repo_id: str, expected: str, found: str) -> HubError:
     return HubError(f"{name} of {repo_id} is not what the Hub says it is", expected=expected, found=found, hint=hint)
 
 
-def _recorded_names(repo_id: str, commit: str) -> list[str] | None:
-    """The names in the repository's root at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
->>>>>>> t4
+def _recorded_listing(repo_id: str, commit: str) -> Listing | None:
+    """The repository's files at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
     import huggingface_hub
 
     listing = getattr(huggingface_hub, "get_cached_repo_tree", None)
