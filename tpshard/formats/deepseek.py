@@ -37,7 +37,7 @@ _MODULES = {
 }
 _EXPERTS = "routed experts"
 """Dealt whole: of the axis of experts, and not of their width, each rank has a range."""
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.(?:weight|weight_scale_inv)")
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 
 
@@ -85,10 +85,10 @@ class DeepSeek(Format):
 def _name(full_name: str, tensor: LogicalTensor) -> str:
     """As convert.py renames: `self_attn` and `mlp` anywhere, then the module that owns the tensor."""
     name = full_name.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
-    name = name.replace("e_score_correction_bias", "bias")
+    name = name.replace("e_score_correction_bias", "bias").replace("weight_scale_inv", "scale")
     before, _, last = name.rpartition(".")
     path, _, module = before.rpartition(".")
-    if module not in _MODULES:
+    if module not in _MODULES or last not in ("weight", "bias", "scale"):
         raise UnsupportedError(
             f"DeepSeek's layout has no place for {tensor.name}", tensor=tensor.name, hint="use --format native"
         )
