@@ -1,6 +1,6 @@
 """The fixtures, one row each: README.md holds this table, and the test holds the files against it.
 
-`python -m tests.quantised.table` prints the table for README.md.
+`python -m tests.quantised.fixture_table` prints the table for README.md.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ TABLE = (
         LLM_COMPRESSOR,
         "llama",
         (PACKED, ASYMMETRIC),
-        remark="attention 8 bits in groups of 64, gate and up 4 bits asymmetric in groups of 32, down 8 bits per channel",
+        remark="attention 8 bits in groups of 64; gate and up 4 bits, asymmetric, in groups of 32; down 8 bits",
     ),
     Fixture("ct-int4-actorder-weight", "CT pack-quantized INT4, actorder weight", LLM_COMPRESSOR, "llama", (PACKED,)),
     Fixture(
@@ -126,6 +126,14 @@ TABLE = (
         (PACKED | {".weight_g_idx": "I32"},),
         remark="llm-compressor 0.14 writes it no more",
     ),
+    Fixture(
+        "ct-int4-nested-text-config",
+        "CT pack-quantized INT4, groups of 32",
+        LLM_COMPRESSOR,
+        "mistral3: vision tower not quantised",
+        (PACKED,),
+        remark="quantization_config moved by hand from config.json's top into its text_config",
+    ),
     Fixture("ct-int4-qwen3-moe", "CT pack-quantized INT4, groups of 32", LLM_COMPRESSOR, "qwen3_moe", (PACKED,)),
     Fixture("ct-fp8-channel", "CT float-quantized, channel, dynamic", LLM_COMPRESSOR, "llama", (CHANNEL,)),
     Fixture(
@@ -135,6 +143,22 @@ TABLE = (
         "llama",
         (CHANNEL | {".input_scale": "BF16"},),
         {".k_scale": "BF16", ".v_scale": "BF16"},
+    ),
+    Fixture(
+        "ct-fp8-kv-per-head",
+        "CT float-quantized, channel, dynamic; CT KV cache per head",
+        LLM_COMPRESSOR,
+        "llama",
+        (CHANNEL,),
+        {".k_scale": "BF16", ".v_scale": "BF16"},
+    ),
+    Fixture(
+        "ct-fp8-static-phi3",
+        "CT float-quantized, per tensor, static",
+        LLM_COMPRESSOR,
+        "phi3",
+        (CHANNEL | {".input_scale": "BF16"},),
+        remark="qkv_proj and gate_up_proj fused on disk, one scale each",
     ),
     Fixture("ct-fp8-block", "CT float-quantized, block, 32×32", LLM_COMPRESSOR, "llama", (CHANNEL,)),
     Fixture(
@@ -154,6 +178,14 @@ TABLE = (
     Fixture("ct-nvfp4", "CT nvfp4-pack-quantized, W4A4", LLM_COMPRESSOR, "llama", (NVFP4_BOTH,)),
     Fixture("ct-nvfp4-weights-only", "CT nvfp4-pack-quantized, W4A16", LLM_COMPRESSOR, "llama", (NVFP4,)),
     Fixture("ct-nvfp4-qwen3-moe", "CT nvfp4-pack-quantized, W4A4", LLM_COMPRESSOR, "qwen3_moe", (NVFP4_BOTH,)),
+    Fixture(
+        "ct-nvfp4-unequal-scales",
+        "CT nvfp4-pack-quantized, W4A4",
+        HAND_MADE,
+        "qwen3_moe",
+        (NVFP4_BOTH,),
+        remark="each matrix has global scales of its own; the tools give q, k, v one, and gate, up one",
+    ),
     Fixture(
         "ct-fp8-nvfp4-mixed-precision",
         "CT mixed-precision: float-quantized and nvfp4-pack-quantized",
@@ -214,16 +246,9 @@ TABLE = (
         "ModelOpt W4A8_AWQ",
         MODELOPT,
         "llama",
-        (
-            {
-                ".weight": "U8",
-                ".weight_scale": "F32",
-                ".weight_scale_2": "F32",
-                ".input_scale": "F32",
-                ".pre_quant_scale": "BF16",
-            },
-        ),
-        remark="the reference leaves pre_quant_scale out",
+        ({".weight": "U8", ".weight_scale": "F32", ".weight_scale_2": "F32", ".input_scale": "F32"},),
+        {".pre_quant_scale": "BF16"},
+        remark="pre_quant_scale at o_proj and down_proj alone (elsewhere in the norm), left out of the reference",
     ),
     Fixture(
         "mxfp4-gpt-oss",
@@ -254,7 +279,6 @@ TABLE = (
         (GPTQ,),
         remark="down_proj 8 bits in groups of 64, o_proj not quantised",
     ),
-    Fixture("awq-gemm", "AWQ gemm", GPTQMODEL, "llama", (AWQ,)),
     Fixture("autoround-gptq", "GPTQ, 4 bits, `quant_method: gptq`", AUTO_ROUND, "llama", (GPTQ,)),
     Fixture("autoround-awq", "AWQ gemm, `quant_method: awq`", AUTO_ROUND, "llama", (AWQ,)),
     Fixture(
@@ -274,16 +298,17 @@ def reference_of(fixture: Fixture) -> dict[str, Any]:
     return content
 
 
+def _dtypes(kind: dict[str, str]) -> str:
+    return ", ".join(f"`{suffix.lstrip('.') or 'the weight'}` {dtype}" for suffix, dtype in kind.items())
+
+
 def markdown() -> str:
     """The table of README.md."""
     lines = ["| fixture | format | written by | model | on disk | reference |", "|---|---|---|---|---|---|"]
     for fixture in TABLE:
         reference = reference_of(fixture)
         how = f"rows within {reference['relative_tolerance']}" if reference["relative_tolerance"] else "exact"
-        kinds = " or ".join(
-            ", ".join(f"`{name.lstrip('.') or 'the weight'}` {dtype}" for name, dtype in kind.items())
-            for kind in (*fixture.kinds, *([fixture.besides] if fixture.besides else []))
-        ).replace(" or `k_scale`", "; `k_scale`")
+        kinds = " or ".join(map(_dtypes, fixture.kinds)) + (f"; {_dtypes(fixture.besides)}" if fixture.besides else "")
         model = fixture.model + (f"; {fixture.remark}" if fixture.remark else "")
         cells = (f"`{fixture.name}`", fixture.format, fixture.tool, model, kinds, f"{how}: {reference['code']}")
         lines.append(f"| {' | '.join(cells)} |")
