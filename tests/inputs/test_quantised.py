@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.command import fails, llama, succeeds, tpshard
+from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds, tpshard
 from tests.helpers.grids import ALL, some
 from tests.helpers.paths import TESTS
 from tests.helpers.quantised import FORMATS, GPTQ4, SMALL, fp8, gptq, make, quantised_tensors
@@ -152,14 +152,26 @@ def test_scales_of_the_cache(where: str, shape: tuple[int, ...]) -> None:
         for layer in (0, 1)
         for x in "kv"
     }
+    for layer in (0, 1):
+        scales[f"model.layers.{layer}.self_attn.k_proj.bias"] = random_tensor(np.random.default_rng(0), "F32", (8,))
     config = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
     model = llama(Path("model"), tensors=scales, quantization_config=config)
     rank = there_and_back(model, 2)
-    assert {rank[name].shape for name in scales} == {(1, 1, 1) if len(shape) == 3 else shape}
+    assert {rank[name].shape for name in scales if not name.endswith("bias")} == {
+        (1, 1, 1) if len(shape) == 3 else shape
+    }
     plan = succeeds("plan", model, "--tp", 2, "--json").json
     assert plan["numbers"]["kv_cache"]["dtype"] == "F8_E4M3" == plan["quantisation"]["kv_cache"]
     plan = succeeds("plan", model, "--tp", 2, "--kv-dtype", "bfloat16", "--json").json
     assert plan["numbers"]["kv_cache"]["dtype"] == "BF16"
+
+
+def test_a_scale_is_no_sign_that_the_weight_is_there() -> None:
+    name = "model.layers.1.self_attn.k_proj"
+    tensors = llama_tensors() | {f"{name}.k_scale": random_tensor(np.random.default_rng(0), "F32", ())}
+    del tensors[f"{name}.weight"]
+    model = write_checkpoint(Path("model"), LLAMA | {"quantization_config": {"quant_method": "modelopt"}}, tensors)
+    assert fails(3, "plan", model, "--tp", 2)["tensor"] == f"{name}.weight"
 
 
 def test_modules_that_are_left_out_are_cut_as_ever() -> None:
@@ -260,6 +272,11 @@ def test_narrow_weights_of_which_nothing_is_known(dtype: str) -> None:
 def test_a_config_without_quantised_tensors(said: dict[str, Any]) -> None:
     error = fails(3, "plan", llama(Path("model"), quantization_config=said), "--tp", 2)
     assert str(said["quant_method"]) in error["message"] and error["path"] == "model/config.json"
+
+
+def test_quantised_tensors_without_a_config() -> None:
+    error = fails(3, "plan", make(Path("model"), "gptq one group", quantization_config=None), "--tp", 2)
+    assert "no config names a quantisation" in error["message"] and "quantization_config" in error["expected"]
 
 
 def test_what_is_no_object() -> None:

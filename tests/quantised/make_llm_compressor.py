@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 
 from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of, write_reference
 
+NVFP4_TOLERANCE = 1.2e-7
+NVFP4_REASON = "theirs, run in float32, divides the block's scale by the global scale first: two roundings"
 EXPERTS_AS_THEY_ARE = ["lm_head", "re:.*mlp.gate$"]
 
 
@@ -108,12 +110,8 @@ def fixture(
             local = {key.removeprefix(prefix): t for key, t in tensors.items() if key.rpartition(".")[0] == module}
             found[module] = dequantised(local, scheme)
             kinds.add(CompressionFormat(scheme.format).value)
-    tolerance = 1.2e-7 if "nvfp4-pack-quantized" in kinds else 0.0
-    why = (
-        "theirs, run in float32, divides the block's scale by the global scale first: two roundings"
-        if tolerance
-        else ""
-    )
+    rounds = "nvfp4-pack-quantized" in kinds
+    tolerance, why = (NVFP4_TOLERANCE, NVFP4_REASON) if rounds else (0.0, "")
     code = f"compressed_tensors decompress ({', '.join(sorted(kinds))}), float32"
     write_reference(name, code, found, tolerance=tolerance, why=why)
     print(name, sorted({key.rpartition(".")[2] for key in tensors}), flush=True)

@@ -179,6 +179,14 @@ TABLE = (
     Fixture("ct-nvfp4-weights-only", "CT nvfp4-pack-quantized, W4A16", LLM_COMPRESSOR, "llama", (NVFP4,)),
     Fixture("ct-nvfp4-qwen3-moe", "CT nvfp4-pack-quantized, W4A4", LLM_COMPRESSOR, "qwen3_moe", (NVFP4_BOTH,)),
     Fixture(
+        "ct-nvfp4-unequal-scales",
+        "CT nvfp4-pack-quantized, W4A4",
+        HAND_MADE,
+        "qwen3_moe",
+        (NVFP4_BOTH,),
+        remark="each matrix has global scales of its own; the tools give q, k, v one, and gate, up one",
+    ),
+    Fixture(
         "ct-fp8-nvfp4-mixed-precision",
         "CT mixed-precision: float-quantized and nvfp4-pack-quantized",
         LLM_COMPRESSOR,

@@ -72,7 +72,8 @@ def plan_with(options: PlanOptions) -> PlanReport:
     model = options.model
     checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
     built = from_checkpoint(checkpoint, model.rules, model.dtype)
-    planned, warnings = plan_split(built, options.target.layout), (*checkpoint.warnings, *built.notes)
+    warnings = (*checkpoint.warnings, *built.notes)
+    planned = plan_split(built, options.target.layout)
     return PlanReport(planned, warnings, options.workload, checkpoint.left_out)
 
 
@@ -116,7 +117,8 @@ def split_with(options: SplitOptions) -> WriteReport:
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
     small = cast_files(checkpoint, model.dtype)
-    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, (*checkpoint.warnings, *built.notes)
+    placed, size = placed_in(checkpoint, built), layout.max_file_size
+    warnings = (*checkpoint.warnings, *built.notes)
     report = _write_split("split", planned, placed, small, target, options, size, warnings)
     return replace(report, left_out=checkpoint.left_out)
 

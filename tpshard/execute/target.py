@@ -79,9 +79,9 @@ def strangers(directory: Path, expected: set[str], ours: Ours, *, models: bool) 
             name = match[1]
         name = folder + slash + name
         name = name.removesuffix(PARTIAL)
-        if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}) or name in listed:
+        if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}):
             return True
-        return ours(name)  # last of all: it looks into every format
+        return name in expected or name in listed or ours(name)  # last of all: it looks into every format
 
     found = names_in(directory) - folders_of({*expected, *listed})  # which a run that was killed may have left empty
     return sorted(n for n in found if (directory / n).is_dir() or not (n in expected or is_ours(n)))
