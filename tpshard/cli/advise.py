@@ -27,6 +27,7 @@ def advise(
     dtype: opt.DTYPE = None,
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
+    follow_symlinks: opt.FOLLOW = False,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -45,7 +46,7 @@ def advise(
         from tpshard.api.advise import advise_with
         from tpshard.api.options import AdviseOptions, ModelOptions
 
-        source = ModelOptions(model, revision, rules, dtype)
+        source = ModelOptions(model, revision, rules, dtype, follow_symlinks=follow_symlinks)
         found = advise_with(AdviseOptions(source, gpus, workload(batch, seq, kv_dtype, gpu_memory, None)))
         console.warn(*found.warnings)
         if console.as_json:
@@ -55,7 +56,9 @@ def advise(
         if found.take is None:
             raise typer.Exit(1)
         following = ["tpshard", "plan", model, "--tp", str(found.take)]
-        console.say(f"next: {shlex.join([*following, *again(revision, rules, dtype)])}")
+        console.say(
+            f"next: {shlex.join([*following, *again(revision, rules, dtype, follow_symlinks=follow_symlinks)])}"
+        )
 
 
 def env(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:

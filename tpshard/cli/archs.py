@@ -64,6 +64,7 @@ def draft(
     out: opt.DRAFT_OUT = None,
     revision: opt.REVISION = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -83,7 +84,7 @@ def draft(
         from tpshard.api.archs import draft as make
         from tpshard.api.archs import save
 
-        made = make(model, revision, allow_pickle=allow_pickle)
+        made = make(model, revision, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)
         if out is not None:
             save(made, out)
         if console.as_json:
@@ -96,4 +97,6 @@ def draft(
         elif made.refusal:
             console.warn(f"the rules are refused as they stand: {made.refusal}")
         following = ["tpshard", "plan", model, "--tp", "2", "--rules", str(out or "FILE")]
-        console.say(f"next: read it, then {shlex.join([*following, *again(revision)])}")
+        console.say(
+            f"next: read it, then {shlex.join([*following, *again(revision, follow_symlinks=follow_symlinks)])}"
+        )

@@ -78,6 +78,7 @@ def verify(
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     report: _REPORT = None,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
@@ -118,6 +119,7 @@ def verify(
                 revision=revision,
                 rules=rules,
                 allow_pickle=allow_pickle,
+                follow_symlinks=follow_symlinks,
                 nproc=nproc_per_node,
                 allow_not_run=tuple(allow_not_run or ()),
             )

@@ -3,17 +3,22 @@
 from dataclasses import replace
 from pathlib import Path
 
+from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.inputs.checkpoint import Checkpoint, source_digest
 from tpshard.planning.join import Placed, alignment_order
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.rules.multimodal import find_rules
+from tpshard.storage.foreign import wrapped
 
 
 def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None) -> Model:
     """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
     subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
-    classified, text = subject.classify(checkpoint.tensors)
+    try:
+        classified, text = subject.classify(checkpoint.tensors)
+    except (CorruptError, UnsupportedError) as error:
+        raise wrapped((info.name for info in checkpoint.tensors), checkpoint.directory) or error from None
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]

@@ -19,6 +19,7 @@ from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.planning.sound import why_unsound
+from tpshard.storage.foreign import recognised
 from tpshard.storage.local import load_json, read_bytes, read_header, safe_path, side_paths
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, record_name
 from tpshard.storage.safetensors import TensorInfo, nbytes
@@ -119,6 +120,8 @@ def open_shards(directory: Path) -> ShardSet:
         raise UsageError("no such directory", path=directory, found=found, hint=hint)
     if not is_shard_set(directory):
         if not any(directory.glob("rank-*")):
+            if error := recognised({entry.name for entry in directory.iterdir()}, directory, "a set of tpshard"):
+                raise error
             hint = "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint"
             missing = f"not a shard set: no {MANIFEST} here"
             raise UsageError(missing, path=directory, hint=_resume(directory) or hint)

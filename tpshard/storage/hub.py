@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.files import require_space
-from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
+from tpshard.storage.foreign import recognised
+from tpshard.storage.hub_errors import NoRepositoryError, TransientError, UnreachableError, attempt, not_a_hub
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
 from tpshard.storage.weights import ReadFile, files_to_download
 
@@ -128,6 +129,19 @@ def is_repo_id(text: str) -> bool:
         return False
     parts = text.split("/")
     return len(parts) <= 2 and all(_PART.fullmatch(part) for part in parts)
+
+
+@contextmanager
+def named(text: str) -> Iterator[None]:
+    """For a text that no path has, and may be a misspelt one: that is said first where the Hub does not know it either.
+
+    So it is where the Hub does not answer.
+    """
+    try:
+        yield
+    except (UnreachableError, NoRepositoryError) as error:
+        error.message = f"there is no file or directory {text}; as a repository on the Hub: {error.message}"
+        raise
 
 
 def describe(repo_id: str, revision: str | None) -> RemoteRepo:
@@ -246,6 +260,8 @@ def _select(
     """The files to have: the side files, and the weights in one form. `index` reads an index file."""
     weights = files_to_download(names, allow_pickle, index)
     if not weights:
+        if error := recognised(names, repo_id, "an ordinary Hugging Face checkpoint"):
+            raise error
         found = sorted(name for name in names if not name.startswith("."))
         if any(fits(name, [PICKLE_PATTERN]) for name in names):
             what = f"{repo_id} has only pickle weights, and unpickling can run code"

@@ -205,9 +205,11 @@ def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
             raise UnsupportedError(message, path=info.file, tensor=name, expected=expected, found=info.dtype)
 
 
-def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False) -> tuple[Any, FileWeights]:
+def open_source(
+    model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False, follow_symlinks: bool = False
+) -> tuple[Any, FileWeights]:
     """Config and weights of an unsharded checkpoint, rounded to `cast` where the shards were."""
-    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)
     weights = FileWeights(checkpoint.tensors, cast)
     require_floats(weights, parameters(weights))
     return checkpoint.config, weights
@@ -234,7 +236,7 @@ def not_finite(weights: FileWeights, names: Iterable[str], block_bytes: int = 1 
 
 
 def _is_finite(block: torch.Tensor) -> bool:
-    """Whether it holds neither NaN nor Inf. Both show in the extremes, which are found 30 times as fast as by isfinite."""
+    """Whether it holds neither NaN nor Inf: both show in its extremes, found 30 times as fast as by isfinite."""
     return not block.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(block))
 
 
