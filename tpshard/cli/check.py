@@ -46,13 +46,13 @@ def check(
                 console.different(report.summary)
         else:
             for difference in report.differences[:DIFFERENCES]:
-                print(difference)
+                console.show(difference)
             if (more := len(report.differences) - DIFFERENCES) > 0:
-                print(f"and {more} more (--json lists them)")
+                console.show(f"and {more} more (--json lists them)")
             against = report.source or "its recorded checksums"
             every = "every byte of " if report.source else ""
             verdict = f"equal to {every}{against}" if report.equal else f"DIFFERENT from {against}"
-            print(f"{shards}: {report.shards.tp} ranks, {verdict}")
+            console.show(f"{shards}: {report.shards.tp} ranks, {verdict}")
         if not report.equal:
             raise typer.Exit(1)
 

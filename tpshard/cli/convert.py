@@ -224,7 +224,7 @@ def _print_written(console: Console, report: WriteReport, following: Sequence[st
     if console.as_json:
         console.data(report.to_json())
         return
-    print(report.output)
+    console.path(report.output)
     console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
     ranks = {part.rank for part in report.parts}
     when = "next, when all ranks are there" if report.parts and len(ranks) < report.tp else "next"

@@ -153,6 +153,13 @@ def again(
     return options + [name for name, value in flags.items() if value]
 
 
+def _formats(incomplete: str) -> list[str]:
+    """The formats that begin with what was typed, for the shell's completion."""
+    from tpshard.formats import FORMATS
+
+    return [name for name in FORMATS if name.startswith(incomplete)]
+
+
 MODEL = Annotated[str, Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")]
 SHARDS = Annotated[Path, Argument(help="The directory that `tpshard split` wrote.", metavar="SHARDS")]
 PATH = Annotated[Path, Argument(help="A checkpoint, a shard set, or one safetensors file.", metavar="PATH")]
@@ -174,7 +181,7 @@ PAD = Annotated[int | None, number("--pad-vocab-to", _PAD_HELP, metavar="SIZE")]
 SIZE = Annotated[int | None, _file_size("50GB")]
 MERGE_SIZE = Annotated[int | None, _file_size("as in the source")]
 _FORMAT_HELP = "How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, hf."
-FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT")]
+FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT", autocompletion=_formats)]
 _VERSION_HELP = "Whose names the files have, as in 0.32 [default: the newest known]."
 ENGINE_VERSION = Annotated[str | None, Option("--engine-version", help=_VERSION_HELP, metavar="VERSION")]
 PICKLE = Annotated[bool, _allow_pickle("pytorch_model*.bin")]
