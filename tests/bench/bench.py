@@ -131,8 +131,9 @@ PAIRS = [
     *((f"plan DeepSeek-V3, {name}", "plan DeepSeek-V3, native", 2.0) for name in PLANNED[1:]),
     ("check --source", "cmp", 1.3),
     ("verify --tier bytes", "check --source", 1.5),
-    ("tpshard.load_rank", "safetensors load_file", 1.0),
-    ("tpshard.load_rank", "fastsafetensors", 1.0),
+    ("tpshard.load_rank, check=False", "safetensors load_file", 1.0),
+    ("tpshard.load_rank, check=False", "fastsafetensors", 1.0),
+    ("tpshard.load_rank", "sha256 of the file", 1.1),
 ]
 
 

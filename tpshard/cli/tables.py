@@ -13,7 +13,7 @@ from rich.table import Table
 from tpshard.cli.console import Console
 from tpshard.planning.deal import why_not
 from tpshard.report.capacity import number_lines
-from tpshard.report.results import InspectReport, PlanReport, shares_of, stored_json
+from tpshard.report.results import InspectReport, PlanReport, quantisation_line, shares_of, stored_json
 from tpshard.units import human_bytes
 
 _WIDE = 100_000
@@ -94,6 +94,8 @@ def print_plan(report: PlanReport, every: bool) -> None:
         rule = rule if shares else f"drop: {split.layouts.dropped[tensor.name]}"
         rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
     _print_table(console, ("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every)
+    if split.model.quantisation:
+        console.print(f"quantised: {quantisation_line(split.model.quantisation)}")
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
     if not split.format.own_names:
@@ -155,6 +157,8 @@ def _fact(key: str, value: Any) -> str:
         return ", ".join(f"{name} {size}" for name, size in value.items())
     if key == "source":
         return " at ".join(text for text in (value["name"], value["revision"]) if text)
+    if key == "quantisation":
+        return quantisation_line(value)
     if key == "files":
         return ", ".join(f"{file['name']} ({human_bytes(file['size'])})" for file in value)
     if key == "metadata":

@@ -6,20 +6,21 @@ Everything that a published directory can get wrong is found here, before a byte
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError, UsageError
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UsageError
+from tpshard.storage.carried import LeftOut, Selection, select
 from tpshard.storage.foreign import recognised
 from tpshard.storage.local import Directory, cached_repo, load_json
 from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, is_meta, side_files
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.source import Source, SourceFile, source_header
-from tpshard.storage.weights import no_weights, preferred, weight_files, wrong_index
+from tpshard.storage.weights import USUAL, no_weights, preferred, weight_files, wrong_index
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Checkpoint:
     """An unsharded checkpoint. `directory` is None for a Hub repo of which only headers were read.
 
     tensors are in file order; `TensorInfo.file` is the path to read, `file_of` the name of the weight file.
+    side_files: what travels with the weights, by name. left_out: the files that do not, weights as well.
+    quantisation: what config.json, a config nested in it, or a quantisation tool's own file says of that; None where
+    nothing does.
     """
 
     name: str
@@ -38,26 +42,45 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     tensors: tuple[TensorInfo, ...]
     file_of: Mapping[str, str]
-    side_files: tuple[Path, ...]
+    side_files: Mapping[str, Path]
+    left_out: tuple[LeftOut, ...] = ()
     warnings: tuple[str, ...] = ()
+    quantisation: Mapping[str, Any] | None = None
+
+
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+"""The keys under which configs say how weights are quantised."""
 
 
 def read_config(raw: bytes, path: object) -> dict[str, Any]:
-    """config.json as a dict; a `quantization_config` is refused."""
+    """config.json as a dict."""
     config = load_json(raw, path)
     if not isinstance(config, dict):
         raise CorruptError("config.json is not an object", path=path, found=type(config).__name__)
-    for key in ("quantization_config", "compression_config"):
-        if quantization := config.get(key):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise _quantised(path, f"{key} with quant_method {method}")
     return config
 
 
-def _quantised(path: object, found: str) -> UnsupportedError:
-    what = "the checkpoint is quantised: packed values and scale blocks are not cut yet"
-    hint = "split the checkpoint that it was made from"
-    return UnsupportedError(what, path=path, expected="plain floating-point weights", found=found, hint=hint)
+def read_quantisation(config: Mapping[str, Any], config_path: object, source: Source) -> dict[str, Any] | None:
+    """What a checkpoint says of its quantisation, with the method under `quant_method`; None where it says nothing."""
+    for each in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in QUANTISED_KEYS:
+            if said := each.get(key):
+                return _object(said, key, config_path)
+    names = source.names()
+    for name, method in QUANTISED.items():
+        if name in names:
+            path = source.path(name) or f"{source.place}/{name}"
+            said = _object(load_json(source.read_small(name), path), name, path)
+            said = said.get("quantization", said) if name == "hf_quant_config.json" else said
+            said = _object(said, name, path)
+            return {**said, "quant_method": said.get("quant_method") or method}
+    return None
+
+
+def _object(said: object, what: str, path: object) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise CorruptError(f"{what} is not an object", path=path, found=type(said).__name__)
+    return said
 
 
 def open_checkpoint(
@@ -80,6 +103,9 @@ def open_checkpoint(
     with hub.named(model):
         snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
     checkpoint = _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
+    known = {each.file for each in checkpoint.left_out}
+    left_out = (*checkpoint.left_out, *(each for each in snapshot.left_out if each.file not in known))
+    checkpoint = replace(checkpoint, left_out=left_out)
     return replace(checkpoint, warnings=(snapshot.note, *checkpoint.warnings)) if snapshot.note else checkpoint
 
 
@@ -105,7 +131,6 @@ def open_headers(
         return open_checkpoint(model, revision, allow_pickle=True)
     if CONFIG not in names:
         raise _no_config(names, model)
-    _refuse_quantised(names, model)
     return _open(repo, model, repo.repo_id, repo.revision, allow_pickle=False, only=None)
 
 
@@ -135,7 +160,7 @@ def _open(
     names, place = source.names(), source.place
     config_path = str(source.path(CONFIG) or f"{place}/{CONFIG}")
     config = read_config(source.read_small(CONFIG), config_path)
-    _refuse_quantised(names, place)
+    quantisation = read_quantisation(config, config_path, source)
     if only is not None and not only.name.endswith((".safetensors", ".bin")):
         raise UsageError("not a weight file", path=only, hint="give a directory or a .safetensors file")
     if only is None:
@@ -148,6 +173,7 @@ def _open(
         if not allow_pickle:
             raise pickles_refused(f"{place}/{listed[0]}")
         header = partial(_pickle_header, source)
+    carried, left_out = _beside(source, listed, names, only)
     headers = Pool(source.requests).map(header, listed)
     tensors, file_of = _tensors(zip(listed, (parsed for parsed, _ in headers), strict=True), place)
     warnings: tuple[str, ...] = ()
@@ -168,9 +194,26 @@ def _open(
         files=tuple(file for _, file in headers),
         tensors=tensors,
         file_of=file_of,
-        side_files=tuple(path for path in map(source.path, side_files(names)) if path is not None),
+        side_files=carried,
+        left_out=left_out,
         warnings=warnings,
+        quantisation=quantisation,
     )
+
+
+def _beside(
+    source: Source, weights: Sequence[str], names: Collection[str], only: Path | None
+) -> tuple[dict[str, Path], tuple[LeftOut, ...]]:
+    """The files that travel with the weights, as far as they are on this machine, and those that do not.
+
+    Beside a file that was named alone may lie anything: of that, what a checkpoint usually has travels.
+    """
+    if only is not None:
+        chosen = Selection(tuple(side_files(names)), ())
+    else:
+        set_ = preferred(names, source.read_small, source.place) or weights[0]
+        chosen = select(source.listing(), {*weights, set_}, set_)
+    return {name: path for name in chosen.carried if (path := source.path(name)) is not None}, chosen.left_out
 
 
 def pickles_refused(path: object) -> UnsafeError:
@@ -209,14 +252,9 @@ def _of_meta(directory: Path) -> UsageError:
     return UsageError(what, path=directory, expected="an unsharded Hugging Face checkpoint", found=found, hint=hint)
 
 
-def _refuse_quantised(names: Collection[str], place: object) -> None:
-    if found := sorted(set(QUANTISED).intersection(names)):
-        raise _quantised(f"{place}/{found[0]}", found[0])
-
-
 def _no_config(names: Collection[str], place: object) -> TpshardError:
     others = any(name.endswith((".safetensors", ".bin")) for name in names) and not recognised(names, place, "")
-    if preferred(names) or others:
+    if others or not USUAL.isdisjoint(names):
         hint = "take it from where the weights come from: it tells the architecture"
         return CorruptError("no config.json beside the weights", path=place, hint=hint)
     return no_weights(names, place)
