@@ -246,7 +246,7 @@ def test_pickle_weights_are_refused_unless_asked_for(server: HubServer, tmp_path
     assert names(hub.download(REPO, None, allow_pickle=True).path) == set(files)
 
 
-@pytest.mark.parametrize(("content", "named"), [({"a.gguf": b"x"}, "a.gguf"), ({"README.md": b"x"}, "README.md")])
+@pytest.mark.parametrize(("content", "named"), [({"a.onnx": b"x"}, "a.onnx"), ({"README.md": b"x"}, "README.md")])
 def test_repository_without_weights(server: HubServer, tmp_path: Path, content: dict[str, bytes], named: str) -> None:
     server.add(REPO, write(tmp_path / "other", content))
     with pytest.raises(UnsupportedError, match="no weights") as caught:

@@ -18,9 +18,11 @@ def model_types() -> dict[str, tuple[str, ...]]:
     return {architecture.name: architecture.model_types for architecture in all_builtin()}
 
 
-def draft(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Draft:
+def draft(
+    model: str | Path, revision: str | None = None, *, allow_pickle: bool = False, follow_symlinks: bool = False
+) -> Draft:
     """Draft rules for a model whose model_type has none. Of a Hub repo only config and headers are read."""
-    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
+    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)
     if recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path).companions:
         what, hint = "rules are drafted from plain weights", "give the checkpoint that this one was made from"
         raise UnsupportedError(what, path=checkpoint.config_path, found="quantised modules", hint=hint)

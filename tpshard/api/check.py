@@ -228,6 +228,7 @@ def check(
     revision: str | None = None,
     rules: str | Path | None = None,
     allow_pickle: bool = False,
+    follow_symlinks: bool = False,
     settings: Settings | None = None,
     progress: bool = False,
 ) -> CheckReport:
@@ -235,11 +236,12 @@ def check(
 
     Small files are compared with SHA256SUMS where the set has one.
 
-    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
-    the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
+    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle,
+    follow_symlinks: of the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be
+    judged raises.
     """
     with followed("check", settings, progress) as how:
-        return check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how))
+        return check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how, follow_symlinks))
 
 
 def check_with(options: CheckOptions) -> CheckReport:
@@ -262,7 +264,8 @@ def check_with(options: CheckOptions) -> CheckReport:
         if ours:
             differences = check_framing(found, found.split) + differences
         return CheckReport(found, None, differences, [*unjudged.values(), *unchecked])
-    checkpoint = open_checkpoint(options.source, options.revision, allow_pickle=options.allow_pickle)
+    how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
+    checkpoint = open_checkpoint(options.source, options.revision, **how)
     model = from_checkpoint(checkpoint, options.rules, found.model.dtype)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)

@@ -51,6 +51,7 @@ def plan(
     format: str = "native",
     engine_version: str | None = None,
     allow_pickle: bool = False,
+    follow_symlinks: bool = False,
     workload: Workload | None = None,
 ) -> PlanReport:
     """Plan a split and write nothing. Of a Hub repo only config and headers are read.
@@ -62,7 +63,7 @@ def plan(
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     return plan_with(PlanOptions(source, target, workload))
 
@@ -70,7 +71,7 @@ def plan(
 def plan_with(options: PlanOptions) -> PlanReport:
     """The plan that the options ask for."""
     model = options.model
-    checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
+    checkpoint = open_headers(model.path, model.revision, **model.reading)
     built = from_checkpoint(checkpoint, model.rules, model.dtype)
     warnings = (*checkpoint.warnings, *built.notes)
     planned = plan_split(built, options.target.layout)
@@ -92,6 +93,7 @@ def split(
     format: str = "native",
     engine_version: str | None = None,
     allow_pickle: bool = False,
+    follow_symlinks: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
     progress: bool = False,
@@ -102,7 +104,7 @@ def split(
     ranks into. progress: show a bar. TargetError when `out` exists and `settings` do not say `overwrite`; after an
     error or a kill the same call resumes.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     with followed("split", settings, progress) as how:
         return split_with(SplitOptions(model=source, target=target, out=out, ranks=ranks, settings=how))
@@ -111,7 +113,7 @@ def split(
 def split_with(options: SplitOptions) -> WriteReport:
     """Split as the options ask for it."""
     model, layout = options.model, options.target.layout
-    checkpoint = open_checkpoint(model.path, model.revision, allow_pickle=model.allow_pickle)
+    checkpoint = open_checkpoint(model.path, model.revision, **model.reading)
     built = from_checkpoint(checkpoint, model.rules, model.dtype)
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)

@@ -10,7 +10,7 @@ from tpshard.storage.local import read_header
 from tpshard.storage.safetensors import element_count
 
 
-def inspect(path: str | Path) -> InspectReport:
+def inspect(path: str | Path, *, follow_symlinks: bool = False) -> InspectReport:
     """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
 
     UsageError for a path that is not there, CorruptError for a damaged file.
@@ -39,7 +39,7 @@ def inspect(path: str | Path) -> InspectReport:
             **_quantised(shards.model.quantisation),
         }
         return InspectReport("shards", path, facts, tensors)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, follow_symlinks=follow_symlinks)
     facts = {
         "model_type": checkpoint.config.get("model_type"),
         "repo_id": checkpoint.repo_id,

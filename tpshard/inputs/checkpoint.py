@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError, UnsafeError, UsageError
+from tpshard.errors import CorruptError, TpshardError, UnsafeError, UsageError
 from tpshard.storage.carried import LeftOut, Selection, select
+from tpshard.storage.foreign import recognised
 from tpshard.storage.local import Directory, cached_repo, load_json
 from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, is_meta, side_files
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.source import Source, SourceFile, source_header
-from tpshard.storage.weights import preferred, weight_files
+from tpshard.storage.weights import USUAL, no_weights, preferred, weight_files, wrong_index
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,25 @@ def _object(said: object, what: str, path: object) -> dict[str, Any]:
     return said
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
-    """Open a model for reading its bytes; a Hub repo is downloaded into the shared cache first."""
+def open_checkpoint(
+    model: str | Path, revision: str | None = None, *, allow_pickle: bool = False, follow_symlinks: bool = False
+) -> Checkpoint:
+    """Open a model for reading its bytes; a Hub repo is downloaded into the shared cache first.
+
+    follow_symlinks: files of a directory may be symlinks to anywhere.
+    """
     path = Path(model)
     if path.exists():
         if revision is not None:
             raise UsageError("--revision is for a Hub repo", path=path, hint="leave it out for a local path")
-        return _open_local(path, allow_pickle)
+        return _open_local(path, allow_pickle, follow=follow_symlinks)
     from tpshard.storage import hub
 
     if isinstance(model, Path) or not hub.is_repo_id(model):
         hint = "give a directory, a .safetensors file, or a Hub repo as org/name"
         raise UsageError("no such file or directory", path=path, hint=hint)
-    snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
+    with hub.named(model):
+        snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
     checkpoint = _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
     known = {each.file for each in checkpoint.left_out}
     left_out = (*checkpoint.left_out, *(each for each in snapshot.left_out if each.file not in known))
@@ -102,7 +109,9 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pic
     return replace(checkpoint, warnings=(snapshot.note, *checkpoint.warnings)) if snapshot.note else checkpoint
 
 
-def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
+def open_headers(
+    model: str | Path, revision: str | None = None, *, allow_pickle: bool = False, follow_symlinks: bool = False
+) -> Checkpoint:
     """Open a model for planning only: of a Hub repo, just config and headers are read, over HTTP ranges.
 
     A Hub that cannot be reached, or has only pickles, leaves the cache and the download that `open_checkpoint` makes.
@@ -111,31 +120,34 @@ def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle
     from tpshard.storage.hub_errors import UnreachableError
 
     if Path(model).exists() or isinstance(model, Path) or not hub.is_repo_id(model):
-        return open_checkpoint(model, revision, allow_pickle=allow_pickle)
+        return open_checkpoint(model, revision, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)
     try:
-        repo = hub.describe(model, revision)
+        with hub.named(model):
+            repo = hub.describe(model, revision)
     except UnreachableError:
         return open_checkpoint(model, revision, allow_pickle=allow_pickle)
     names = repo.names()
     if allow_pickle and not any(name.endswith(".safetensors") for name in names):
         return open_checkpoint(model, revision, allow_pickle=True)
     if CONFIG not in names:
-        raise CorruptError("the repo has no config.json", path=model, hint="it tells the architecture")
+        raise _no_config(names, model)
     return _open(repo, model, repo.repo_id, repo.revision, allow_pickle=False, only=None)
 
 
-def _open_local(path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None) -> Checkpoint:
+def _open_local(
+    path: Path, allow_pickle: bool, repo_id: str | None = None, revision: str | None = None, *, follow: bool = False
+) -> Checkpoint:
     directory = path if path.is_dir() else path.parent
     if (directory / MANIFEST).exists():
         hint = "`tpshard merge` makes one of it; `tpshard reshard` splits it for another tp"
         raise UsageError("this is a shard set, not an unsharded checkpoint", path=directory, hint=hint)
     if repo_id is None:
         repo_id, revision = cached_repo(directory)
-    source = Directory(directory)
+    source = Directory(directory, follow)
     if is_meta(directory) and not any(name.endswith((".safetensors", ".bin")) for name in source.names()):
         raise _of_meta(directory)
     if CONFIG not in source.names():
-        raise CorruptError("no config.json beside the weights", path=directory, hint="it tells the architecture")
+        raise _no_config(source.names() if path.is_dir() else [path.name], directory)
     name = repo_id or Path(os.path.abspath(directory)).name
     only = None if path.is_dir() else path
     return replace(_open(source, name, repo_id, revision, allow_pickle, only), directory=directory)
@@ -152,7 +164,8 @@ def _open(
     if only is not None and not only.name.endswith((".safetensors", ".bin")):
         raise UsageError("not a weight file", path=only, hint="give a directory or a .safetensors file")
     if only is None:
-        listed, weight_map, total = weight_files(names, source.read_small, place)
+        published = source.path(CONFIG) is None
+        listed, weight_map, total = weight_files(names, source.read_small, place, published=published)
     else:
         listed, weight_map, total = [only.name], None, None
     header = partial(source_header, source)
@@ -164,8 +177,10 @@ def _open(
     headers = Pool(source.requests).map(header, listed)
     tensors, file_of = _tensors(zip(listed, (parsed for parsed, _ in headers), strict=True), place)
     warnings: tuple[str, ...] = ()
-    if weight_map is not None:
-        _check_index(weight_map, file_of, place)
+    if weight_map is None and len(listed) > 1:
+        warnings = (f"there is no index: all of {listed[0]} to {listed[-1]} are read",)
+    elif weight_map is not None:
+        _check_index(weight_map, file_of, place, wrong_index(names))
         size = sum(tensor.nbytes for tensor in tensors)
         if total not in (None, size):
             warnings = (f"the index says total_size {total}, the tensors have {size} bytes",)
@@ -237,11 +252,19 @@ def _of_meta(directory: Path) -> UsageError:
     return UsageError(what, path=directory, expected="an unsharded Hugging Face checkpoint", found=found, hint=hint)
 
 
-def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], place: object) -> None:
+def _no_config(names: Collection[str], place: object) -> TpshardError:
+    others = any(name.endswith((".safetensors", ".bin")) for name in names) and not recognised(names, place, "")
+    if others or not USUAL.isdisjoint(names):
+        hint = "take it from where the weights come from: it tells the architecture"
+        return CorruptError("no config.json beside the weights", path=place, hint=hint)
+    return no_weights(names, place)
+
+
+def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], place: object, hint: str) -> None:
     for name, file in weight_map.items():
         if (found := file_of.get(name)) != file:
             what, where = f"the index and the files disagree about {name}", f"in {found}" if found else "nowhere"
-            raise CorruptError(what, path=place, tensor=name, expected=f"in {file}", found=where)
+            raise CorruptError(what, path=place, tensor=name, expected=f"in {file}", found=where, hint=hint)
     for name, file in file_of.items():
         if name not in weight_map:
             what, expected = f"{file} holds {name}, which the index does not list", f"{name} in the weight_map"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from tpshard.errors import CorruptError
+from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.inputs.checkpoint import Checkpoint, source_digest
 from tpshard.planning.axes import Cut
 from tpshard.planning.join import Placed, alignment_order
@@ -12,6 +12,7 @@ from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.rules.multimodal import find_rules
 from tpshard.rules.quantisation.recognise import Quantisation, recognise
+from tpshard.storage.foreign import wrapped
 from tpshard.storage.local import read_range
 
 
@@ -19,7 +20,10 @@ def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dty
     """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
     subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
     quantised = recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path)
-    classified, text = subject.classify(checkpoint.tensors, quantised.companions)
+    try:
+        classified, text = subject.classify(checkpoint.tensors, quantised.companions)
+    except (CorruptError, UnsupportedError) as error:
+        raise wrapped((info.name for info in checkpoint.tensors), checkpoint.directory) or error from None
     _check_order(checkpoint, quantised, classified.cuts)
     logical = []
     for info in checkpoint.tensors:

@@ -20,6 +20,7 @@ from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.planning.sound import why_unsound
 from tpshard.storage.carried import LeftOut, select
+from tpshard.storage.foreign import recognised
 from tpshard.storage.local import Directory, load_json, read_bytes, read_header, safe_path
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, record_name
 from tpshard.storage.safetensors import TensorInfo, nbytes
@@ -122,6 +123,8 @@ def open_shards(directory: Path) -> ShardSet:
         raise UsageError("no such directory", path=directory, found=found, hint=hint)
     if not is_shard_set(directory):
         if not any(directory.glob("rank-*")):
+            if error := recognised({entry.name for entry in directory.iterdir()}, directory, "a set of tpshard"):
+                raise error
             hint = "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint"
             missing = f"not a shard set: no {MANIFEST} here"
             raise UsageError(missing, path=directory, hint=_resume(directory) or hint)

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, ClassVar
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.carried import LeftOut, Listing, Selection, listing_of, select
 from tpshard.storage.files import require_space
-from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
+from tpshard.storage.foreign import recognised
+from tpshard.storage.hub_errors import NoRepositoryError, TransientError, UnreachableError, attempt, not_a_hub
 from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
 from tpshard.storage.pool import Pool
@@ -156,6 +157,19 @@ def is_repo_id(text: str) -> bool:
     return len(parts) <= 2 and all(_PART.fullmatch(part) for part in parts)
 
 
+@contextmanager
+def named(text: str) -> Iterator[None]:
+    """For a text that no path has, and may be a misspelt one: that is said first where the Hub does not know it either.
+
+    So it is where the Hub does not answer.
+    """
+    try:
+        yield
+    except (UnreachableError, NoRepositoryError) as error:
+        error.message = f"there is no file or directory {text}; as a repository on the Hub: {error.message}"
+        raise
+
+
 def describe(repo_id: str, revision: str | None) -> RemoteRepo:
     """The files of a repository at the commit that `revision` (branch, tag, hash; None: `main`) is now: one request.
 
@@ -275,6 +289,8 @@ def _select(repo_id: str, listing: Listing, allow_pickle: bool, index: ReadFile)
     names = [name for name in listing.sizes if "/" not in name]
     weights = files_to_download(names, allow_pickle, index, repo_id)
     if not weights:
+        if error := recognised(names, repo_id, "an ordinary Hugging Face checkpoint"):
+            raise error
         found = sorted(name for name in names if not name.startswith("."))
         if any(fits(name, [PICKLE_PATTERN]) for name in names):
             what = f"{repo_id} has only pickle weights, and unpickling can run code"

@@ -22,9 +22,13 @@ Content = bytes | Path
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory as a source: an unsharded checkpoint, or a snapshot in the Hub's cache."""
+    """A directory as a source: an unsharded checkpoint, or a snapshot in the Hub's cache.
+
+    follow: its files may be symlinks to anywhere.
+    """
 
     root: Path
+    follow: bool = False
     requests: ClassVar[int] = 1
     _paths: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
 
@@ -46,7 +50,7 @@ class Directory:
     def path(self, name: str) -> Path:
         """The file's path, which may be read: see `safe_path`."""
         if name not in self._paths:
-            self._paths[name] = safe_path(self.root, name)
+            self._paths[name] = safe_path(self.root, name, self.follow)
         return self._paths[name]
 
     def size(self, name: str) -> int:
@@ -164,16 +168,21 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
         raise LocalIOError(f"cannot read the file: {reason}", path=path, hint=hint) from error
 
 
-def safe_path(directory: Path, name: str) -> Path:
-    """A file of the model; UnsafeError when a symlink leads out of the model's directory and the Hub's cache."""
+def safe_path(directory: Path, name: str, follow: bool | None = None) -> Path:
+    """A file of the model; UnsafeError when a symlink leads out of the model's directory and the Hub's cache.
+
+    follow: it may lead anywhere; None: it may not, and no option allows it.
+    """
     path = directory / name
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
     allowed = [root, hub_cache()]
     if root.parent.name == "snapshots":  # of a cache elsewhere: its files are symlinks into the blobs beside it
         allowed.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
+    if not follow and not any(real.is_relative_to(place) for place in allowed):
         what = f"{name} is a symlink that leaves the model's directory"
         hint = "copy the file into the model's directory if you trust it"
+        if follow is not None:
+            hint = "if you trust where it leads, --follow-symlinks reads it"
         raise UnsafeError(what, path=path, expected="a file of the model or of the Hub's cache", found=real, hint=hint)
     if not real.is_file():
         found = "something else" if real.exists() else f"a symlink to nothing: {real}" if path.is_symlink() else None

@@ -44,7 +44,7 @@ def verify(
     started = time.monotonic()
     where = pick_device(options.device)
     group = team or Threads(1)
-    shards, config, weights = group.together(lambda: open_both(options.shards, source, options.allow_pickle))
+    shards, config, weights = group.together(lambda: open_both(options, source))
     team = team or Threads(len(shards.ranks))
     opened = OpenedSet(shards, config, weights, source, team, where, prompt, sharing, say)
     from tpshard.verifier.hf import prepare as library

@@ -62,10 +62,11 @@ class Case:
     """The steps of tokens, once they are chosen."""
 
 
-def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
+def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
     """Shards under the source's names, its config and its tensors; of quantised modules, the weights that they make."""
-    opened = open_shards(Path(shards))
-    config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
+    opened = open_shards(options.shards)
+    how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
+    config, weights = open_source(source, cast=opened.cast, **how)
     found = quantised(opened, weights, config, source)
     opened = translated(opened, weights.names())
     if found:

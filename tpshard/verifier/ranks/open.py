@@ -218,9 +218,11 @@ def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
             raise UnsupportedError(message, path=info.file, tensor=name, expected=expected, found=info.dtype)
 
 
-def open_source(model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False) -> tuple[Any, FileWeights]:
+def open_source(
+    model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False, follow_symlinks: bool = False
+) -> tuple[Any, FileWeights]:
     """Config and weights of an unsharded checkpoint, rounded to `cast` where the shards were."""
-    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle)
+    checkpoint = open_checkpoint(model, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)
     return checkpoint.config, FileWeights(checkpoint.tensors, cast)
 
 
