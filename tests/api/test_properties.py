@@ -320,8 +320,8 @@ def module_lists(draw: st.DrawFn, axes: tuple[Axis, ...], both: tuple[Width, Wid
             shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3)))
         if BITS[dtype] * prod(shape) % 8:
             dtype = "U8"
-        if len(shape) > 1 and (BITS[dtype] <= 8 or dtype in ("I32", "U32")):
-            dtype = "BOOL"  # matrices of narrow numbers are quantised, and refused without their scales
+        if len(shape) > 1 and dtype not in ("F64", "F32", "F16", "BF16", "C64"):
+            dtype = "BOOL"  # matrices of narrow or whole numbers are quantised, and refused without their scales
         module = Module(
             f"m{number}", rule, segments, interleave, names, written, shape, dtype, bias if names else None, layered
         )

@@ -38,7 +38,10 @@ EXAMPLES = {
     ),
     "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
     "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
-    "a quantised checkpoint": "test_quantised.py::test_a_method_that_is_refused",
+    "a quantised weight without its scale": (
+        "test_quantised.py::test_values_without_a_scale_and_a_scale_without_values"
+    ),
+    "a method of quantisation that is not known": "test_quantised.py::test_a_method_that_is_refused",
     "an index or symlink that leaves the model": "test_checkpoint.py::test_a_symlink_that_leaves_the_model",
     "pickle without `--allow-pickle`": "test_torch_pickle.py::test_without_the_flag",
     "a pickle that calls functions": "test_torch_pickle.py::test_a_pickle_that_calls",

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.helpers.command import fails, llama, succeeds, tpshard
-from tests.helpers.grids import some
+from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds, tpshard
+from tests.helpers.grids import ALL, some
+from tests.helpers.paths import TESTS
 from tests.helpers.quantised import FORMATS, GPTQ4, SMALL, fp8, gptq, make, quantised_tensors
 from tests.helpers.toys import Tensor, random_tensor, read, read_all, read_rank, write_checkpoint
 
@@ -24,16 +25,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def there_and_back(model: Path, tp: int, *options: object) -> dict[str, Tensor]:
+def there_and_back(model: Path, tp: int, *options: object, out: str = "out") -> dict[str, Tensor]:
     """Split, check and merge, to the same bytes; the tensors of rank 1."""
-    succeeds("split", model, "--tp", tp, "-o", "out", *options)
-    succeeds("check", "out", "--source", model)
-    succeeds("merge", "out", "-o", "back")
-    assert read_all(Path("back")) == read_all(model)
+    succeeds("split", model, "--tp", tp, "-o", out, *options)
+    succeeds("check", out, "--source", model)
+    succeeds("merge", out, "-o", f"{out}-back")
+    back = Path(f"{out}-back")
+    assert read_all(back) == read_all(model)
     for file in model.glob("*.json"):
         if not file.name.endswith(".index.json"):
-            assert (Path("back") / file.name).read_bytes() == file.read_bytes()
-    return read_rank(Path("out"), 1, tp)
+            assert (back / file.name).read_bytes() == file.read_bytes()
+    return read_rank(Path(out), 1, tp)
 
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -58,11 +60,38 @@ SHARES = {
 """What a rank of two has of the down projection, [128, 128] and cut along `in`."""
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", some(FORMATS, SHARES.keys()))
 def test_split_check_and_merge(name: str) -> None:
     rank = there_and_back(make(Path("model"), name, num_hidden_layers=1), 2)
     held = {suffix: rank[f"{DOWN}.{suffix}"].shape for suffix in SHARES.get(name, ())}
     assert held == SHARES.get(name, {})
+
+
+FIXTURES = TESTS / "quantised/fixtures"
+PUBLISHED = sorted(path.name for path in FIXTURES.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    some(
+        PUBLISHED,
+        ["autoround-mixed-bits", "ct-fp8-nvfp4-mixed-precision", "ct-int-mixed-groups", "fp8-block-deepseek-mtp",
+         "fp8-block-stacked-experts", "fp4-experts-deepseek", "modelopt-nvfp4-kv", "mxfp4-gpt-oss"],
+    ),
+)  # fmt: skip
+def test_what_the_tools_wrote(name: str) -> None:
+    """At tp 2 everything can be cut; at tp 4 too, or it is refused, with what bounds it and what can be."""
+    model = FIXTURES / name
+    there_and_back(model, 2)
+    result = tpshard("plan", model, "--tp", 4, "--json")
+    if result.code:
+        error = result.json["error"]
+        assert result.code == 4 and error["expected"].startswith("tp 1 or 2")
+        assert (
+            " at a time end where groups or blocks do in " in error["message"] or "heads on 4 ranks" in error["message"]
+        )
+    elif ALL:
+        there_and_back(model, 4, out="four")
 
 
 @pytest.mark.parametrize("name", some(FORMATS, ["gptq 4", "ct int3"]))
@@ -123,14 +152,26 @@ def test_scales_of_the_cache(where: str, shape: tuple[int, ...]) -> None:
         for layer in (0, 1)
         for x in "kv"
     }
+    for layer in (0, 1):
+        scales[f"model.layers.{layer}.self_attn.k_proj.bias"] = random_tensor(np.random.default_rng(0), "F32", (8,))
     config = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
     model = llama(Path("model"), tensors=scales, quantization_config=config)
     rank = there_and_back(model, 2)
-    assert {rank[name].shape for name in scales} == {(1, 1, 1) if len(shape) == 3 else shape}
+    assert {rank[name].shape for name in scales if not name.endswith("bias")} == {
+        (1, 1, 1) if len(shape) == 3 else shape
+    }
     plan = succeeds("plan", model, "--tp", 2, "--json").json
     assert plan["numbers"]["kv_cache"]["dtype"] == "F8_E4M3" == plan["quantisation"]["kv_cache"]
     plan = succeeds("plan", model, "--tp", 2, "--kv-dtype", "bfloat16", "--json").json
     assert plan["numbers"]["kv_cache"]["dtype"] == "BF16"
+
+
+def test_a_scale_is_no_sign_that_the_weight_is_there() -> None:
+    name = "model.layers.1.self_attn.k_proj"
+    tensors = llama_tensors() | {f"{name}.k_scale": random_tensor(np.random.default_rng(0), "F32", ())}
+    del tensors[f"{name}.weight"]
+    model = write_checkpoint(Path("model"), LLAMA | {"quantization_config": {"quant_method": "modelopt"}}, tensors)
+    assert fails(3, "plan", model, "--tp", 2)["tensor"] == f"{name}.weight"
 
 
 def test_modules_that_are_left_out_are_cut_as_ever() -> None:
@@ -231,6 +272,11 @@ def test_narrow_weights_of_which_nothing_is_known(dtype: str) -> None:
 def test_a_config_without_quantised_tensors(said: dict[str, Any]) -> None:
     error = fails(3, "plan", llama(Path("model"), quantization_config=said), "--tp", 2)
     assert str(said["quant_method"]) in error["message"] and error["path"] == "model/config.json"
+
+
+def test_quantised_tensors_without_a_config() -> None:
+    error = fails(3, "plan", make(Path("model"), "gptq one group", quantization_config=None), "--tp", 2)
+    assert "no config names a quantisation" in error["message"] and "quantization_config" in error["expected"]
 
 
 def test_what_is_no_object() -> None:
@@ -358,3 +404,23 @@ def test_what_is_said_of_it() -> None:
     axes = json.loads(Path("out/tpshard.json").read_text())["axes"]
     assert axes["ffn"]["step"] == 16 and "step" not in axes["vocab"]
     assert len(read(Path("out") / "rank-00000-of-00002.safetensors")) == len(read_all(model))
+
+
+def test_deepseeks_own_layout() -> None:
+    """As its convert.py: a scale is cut as its weight is, along the same dim, and called `scale`; experts are whole."""
+    model = FIXTURES / "fp8-block-deepseek"
+    succeeds("split", model, "--tp", 2, "--format", "deepseek", "-o", "out")
+    succeeds("check", "out", "--source", model)
+    succeeds("merge", "out", "-o", "back")
+    source = read_all(model)
+    assert read_all(Path("back")) == source
+    rank = read(Path("out/model1-mp2.safetensors"))
+    for there, here, dim in (("o_proj", "wo", 1), ("q_b_proj", "wq_b", 0), ("kv_a_proj_with_mqa", "wkv_a", None)):
+        for suffix, renamed in (("weight", "weight"), ("weight_scale_inv", "scale")):
+            shape = list(source[f"model.layers.0.self_attn.{there}.{suffix}"].shape)
+            if dim is not None:
+                shape[dim] //= 2
+            assert list(rank[f"layers.0.attn.{here}.{renamed}"].shape) == shape
+    for name, lacking in (("fp4-experts-deepseek", ".scale"), ("ct-nvfp4-qwen3-moe", "DeepSeek-V2 and V3 alone")):
+        error = fails(4, "split", FIXTURES / name, "--tp", 2, "--format", "deepseek")
+        assert lacking in error["message"] and "native" in error["hint"]

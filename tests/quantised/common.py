@@ -46,13 +46,15 @@ EXPERTS = DENSE | {
 """One layer of four Qwen3 experts."""
 
 
-def random_model(model_type: str, config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def random_model(
+    model_type: str, config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16, kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
     """A model whose matrices are normal with deviation about 0.08 and whose norms are near 1, the same at every call.
 
     Each tile of 32 rows and 32 columns has a width of its own, so that no two blocks' scales are alike.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=dtype)
+    model = kind.from_config(AutoConfig.for_model(model_type, **config), dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -84,7 +86,9 @@ def write_fixture(name: str, config: Mapping[str, Any], tensors: Mapping[str, Te
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     return folder
 
 

@@ -18,6 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of
+from tests.quantised.make_gptqmodel import reference
 
 GROUPS = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int", "act_bits": 16}
 
@@ -50,6 +51,7 @@ def fixture(
         rounding.quantize_and_save(folder, format=packing)
         saved = next(Path(folder).rglob("config.json")).parent
         kept = keep_fixture(name, saved)
+    reference(name)
     print(name, sorted({key.rpartition(".")[2] for key in tensors_of(kept)}), flush=True)
 
 

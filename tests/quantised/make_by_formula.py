@@ -16,7 +16,17 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tests.quantised.common import DENSE, SMALL, config_of, random_model, saved_names, write_fixture, write_reference
+from tests.quantised.common import (
+    DENSE,
+    EXPERTS,
+    SMALL,
+    config_of,
+    random_model,
+    saved_names,
+    write_fixture,
+    write_reference,
+)
+from tests.quantised.make_llm_compressor import NVFP4_REASON, NVFP4_TOLERANCE, dequantised
 from tests.quantised.make_transformers import CODE, LINEAR, SMALL_DEEPSEEK, fp8_config, in_blocks, quantizer
 
 FP8_MAX = 448.0
@@ -97,7 +107,9 @@ def gpt_oss(name: str) -> None:
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     how = {"modules_to_not_convert": skipped, "quant_method": "mxfp4"}
     write_fixture(name, config | {"quantization_config": how}, written)
-    write_reference(name, "transformers.integrations.mxfp4.convert_moe_packed_tensors, float32, [expert, out, in]", found)
+    write_reference(
+        name, "transformers.integrations.mxfp4.convert_moe_packed_tensors, float32, [expert, out, in]", found
+    )
 
 
 def fp4_experts(name: str) -> None:
@@ -158,12 +170,44 @@ def group_order(name: str) -> None:
     write_reference(name, "compressed_tensors decompress (pack-quantized) of the sorted columns, float32", found)
 
 
+def unequal_global_scales(name: str) -> None:
+    """NVFP4 whose matrices have a global scale each: llm-compressor and ModelOpt give q, k, v and gate, up one."""
+    tensors, config = tensors_and_config("qwen3_moe", EXPERTS)
+    written, found = dict(tensors), {}
+    group = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+    inputs = group | {"dynamic": "local"}
+    scheme = QuantizationScheme(
+        targets=["Linear"], weights=group, input_activations=inputs, format="nvfp4-pack-quantized"
+    )
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    for number, key in enumerate(filter(LINEAR.search, tensors)):
+        module, weight = key.removesuffix(".weight"), written.pop(key).float()
+        divisor = FP8_MAX * E2M1[-1] / weight.abs().max().reshape(1)
+        largest = weight.unflatten(1, (-1, 16)).abs().amax(2)
+        scale = (largest / E2M1[-1] * divisor).to(torch.float8_e4m3fn).float()
+        local = {"weight": weight, "weight_scale": scale, "weight_global_scale": divisor}
+        local = compressor.compress(local, scheme) | {"input_global_scale": torch.tensor([300.0 + number])}
+        written |= {f"{module}.{companion}": tensor for companion, tensor in local.items()}
+        found[module] = dequantised(local, scheme)
+    how = {
+        "config_groups": {"group_0": {"input_activations": inputs, "targets": ["Linear"], "weights": group}},
+        "format": "nvfp4-pack-quantized",
+        "ignore": ["lm_head", "model.layers.0.mlp.gate"],
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+    write_fixture(name, config | {"quantization_config": how}, written)
+    code = "compressed_tensors decompress (nvfp4-pack-quantized), float32"
+    write_reference(name, code, found, tolerance=NVFP4_TOLERANCE, why=NVFP4_REASON)
+
+
 def main() -> None:
     fp8_per_tensor("fp8-tensor-static")
     fbgemm("fbgemm-fp8")
     gpt_oss("mxfp4-gpt-oss")
     fp4_experts("fp4-experts-deepseek")
     group_order("ct-int4-g-idx")
+    unequal_global_scales("ct-nvfp4-unequal-scales")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,10 @@ def next_token_layer(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
     """DeepSeek-V3's further layer, which transformers does not build: the last layer's tensors and five of its own."""
     last, further = (f"model.layers.{config['num_hidden_layers'] + step}." for step in (-1, 0))
     layer = {further + name.removeprefix(last): t.flip(0) for name, t in tensors.items() if name.startswith(last)}
-    layer |= {further + f"{norm}.weight": tensors["model.norm.weight"].clone() for norm in ("enorm", "hnorm", "shared_head.norm")}
+    layer |= {
+        further + f"{norm}.weight": tensors["model.norm.weight"].clone()
+        for norm in ("enorm", "hnorm", "shared_head.norm")
+    }
     layer[further + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
     layer[further + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
     halves = [tensors["model.layers.0.self_attn.o_proj.weight"][:, : config["hidden_size"]]] * 2
@@ -148,7 +151,9 @@ def stacked_experts(name: str) -> None:
     """Experts as transformers 5 holds them, [expert, out, in], with the scales of each."""
     model = random_model("qwen3_moe", EXPERTS)
     tensors = {key: value.clone() for key, value in model.state_dict().items()}
-    chosen = [key for key in tensors if LINEAR.search(key) or key.endswith(("experts.gate_up_proj", "experts.down_proj"))]
+    chosen = [
+        key for key in tensors if LINEAR.search(key) or key.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    ]
     written, back = in_blocks(tensors, chosen, [32, 32], torch.float32)
     skipped = ["lm_head", "model.layers.0.mlp.gate"]
     write_fixture(

@@ -782,7 +782,7 @@ def test_read_small_is_whole_bounded_and_checked(
     monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
     assert (caught.value.found, server.log) == ("15 bytes", [])
     (source / "tokenizer.model").write_bytes(b"sentence  pieces"[:15])
-    with pytest.raises(HubError, match="arrived damaged"):
+    with pytest.raises(HubError, match="is not what the Hub says it is"):
         repo.read_small("tokenizer.model")
     with pytest.raises(HubError, match="org/tiny has no file model.safetensors.index.json"):
         repo.read_small("model.safetensors.index.json")

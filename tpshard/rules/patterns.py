@@ -104,10 +104,11 @@ class Matcher:
             raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
         self.names[full] = name
         pattern, numbers, rest = candidates[0]
-        pattern.seen = True
-        if pattern.required and numbers:
-            pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
         companion = self.quantised.get(name) or companion_of(full)
+        if companion.role in ("plain", "values"):  # a scale is no sign that the weight is there
+            pattern.seen = True
+            if pattern.required and numbers:
+                pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
         return pattern.rule, companion, self._dims(full, companion, tensor)
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:

@@ -5,12 +5,14 @@ Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, 
 """
 
 import hashlib
+import io
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.carried import LeftOut, Listing, Selection, listing_of, select
@@ -18,6 +20,7 @@ from tpshard.storage.files import require_space
 from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
 from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
+from tpshard.storage.pool import Pool
 from tpshard.storage.weights import ReadFile, files_to_download
 
 SMALL_LIMIT = 20_000_000
@@ -45,11 +48,26 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository: bytes, and its digest where the Hub stores it as a large file."""
+    """A file of a repository: bytes, its digest where the Hub stores it as a large file, else git's name of it."""
 
     name: str
     size: int
     sha256: str | None
+    blob_id: str | None = None
+
+    def why_not(self, content: BinaryIO, size: int) -> tuple[str, str] | None:
+        """What was expected and what was found, where content is not that of the file; None where it is."""
+        if size != self.size:
+            return f"{self.size} bytes", f"{size} bytes"
+        if self.sha256 is not None:
+            kind, expected, digest = "sha256", self.sha256, hashlib.sha256()
+        elif self.blob_id is not None:
+            kind, expected, digest = "git blob", self.blob_id, hashlib.sha1(b"blob %d\0" % size)
+        else:
+            return None
+        while piece := content.read(1 << 20):
+            digest.update(piece)
+        return None if digest.hexdigest() == expected else (f"{kind} {expected}", digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -112,7 +130,7 @@ class RemoteRepo:
         return attempt(read, self.repo_id, self.revision)
 
     def read_small(self, name: str) -> bytes:
-        """A whole file, checked against the Hub's digest where there is one."""
+        """A whole file, checked against the Hub's digest."""
         file = self._file(name)
         limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
         if file.size > limit:
@@ -125,9 +143,8 @@ class RemoteRepo:
                 return _exactly(chunks, file.size, name)
 
         content = attempt(read, self.repo_id, self.revision)
-        digest = hashlib.sha256(content).hexdigest()
-        if file.sha256 not in (None, digest):
-            raise HubError(f"{name} in {self.repo_id} arrived damaged", expected=f"sha256 {file.sha256}", found=digest)
+        if differs := file.why_not(io.BytesIO(content), len(content)):
+            raise _damaged(name, self.repo_id, *differs)
         return content
 
 
@@ -158,7 +175,8 @@ def describe(repo_id: str, revision: str | None) -> RemoteRepo:
         for entry in info.siblings or ():
             if entry.size is None:
                 raise not_a_hub()
-            files.append(RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None))
+            of_large, of_small = (entry.lfs.sha256, None) if entry.lfs else (None, entry.blob_id)
+            files.append(RemoteFile(entry.rfilename, entry.size, of_large, of_small))
         if info.sha is None:
             raise not_a_hub()
         return RemoteRepo(repo_id, info.sha, tuple(files))
@@ -171,6 +189,7 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
 
     Pickle weights are fetched only with `allow_pickle`, and only where there are no safetensors. Files that the cache
     has already are not fetched again. When the Hub cannot be reached, a complete snapshot in the cache is taken.
+    What is fetched is held against the Hub's sizes and digests, and taken out of the cache where it differs.
     Raises HubError, UnsafeError (only pickle weights), UnsupportedError (no weights), LocalIOError: also, before the
     weights are asked for, when the cache's disk has no room for them.
     """
@@ -184,22 +203,26 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
         return _from_cache(repo_id, revision, allow_pickle, error)
 
     def index(name: str) -> bytes:
-        return Path(hf_hub_download(repo_id, name, revision=repo.revision)).read_bytes()
+        with _checked(repo, (name,)):
+            path = Path(hf_hub_download(repo_id, name, revision=repo.revision))
+        return path.read_bytes()
 
     def fetch(part: tuple[str, ...]) -> Path:
         # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
+        with _checked(repo, part):
+            path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
+        if path.name != repo.revision:
+            what = f"{repo_id} changed while it was downloaded"
+            raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
+        return path
 
-    with _without_bars():
+    with _quiet():
         chosen, weights = attempt(lambda: _select(repo_id, repo.listing(), allow_pickle, index), repo_id, revision)
         side = chosen.carried
         _require_space(repo, {*side, *weights})
         # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
         attempt(lambda: fetch(side), repo_id, revision)
         path = attempt(lambda: fetch(weights), repo_id, revision)
-    if path.name != repo.revision:
-        what = f"{repo_id} changed while it was downloaded"
-        raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
     for file in repo.files:
         if file.name in side or file.name in weights:
             _check_cached(path / file.name, file, repo_id)
@@ -311,17 +334,61 @@ def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    stored = cache / f"models--{repo.repo_id.replace('/', '--')}"
 
     def held(file: RemoteFile) -> int:
-        places = [stored / "snapshots" / repo.revision / file.name]
+        places = [_cached(repo, file.name)]
         if file.sha256:  # of another commit, or begun by a version of huggingface_hub that goes on with it
-            places += [stored / "blobs" / f"{file.sha256}{ending}" for ending in ("", ".incomplete")]
+            blobs = places[0].parents[2] / "blobs"
+            places += [blobs / f"{file.sha256}{ending}" for ending in ("", ".incomplete")]
         return max(place.stat().st_size if place.exists() else 0 for place in places)
 
     needed = sum(max(0, file.size - held(file)) for file in repo.files if file.name in names)
     hint = "free some space, or set HF_HOME to a directory on another disk"
     require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
+
+
+def _cached(repo: RemoteRepo, name: str) -> Path:
+    """Where the cache has a file of the repository, once it is there."""
+    from huggingface_hub import constants
+
+    folder = f"models--{repo.repo_id.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / folder / "snapshots" / repo.revision / name
+
+
+@contextmanager
+def _checked(repo: RemoteRepo, names: Collection[str]) -> Iterator[None]:
+    """Hold what is fetched in the `with` block, also by one that fails, against what the Hub said of it.
+
+    HubError for a file that is not so; it is taken out of the cache. What the cache had before is not read again.
+    """
+    fetched = [file for file in repo.files if file.name in names and not _cached(repo, file.name).exists()]
+
+    def differs(file: RemoteFile) -> tuple[str, str] | None:
+        path = _cached(repo, file.name)
+        if not path.exists():
+            return None
+        with path.open("rb") as content:
+            return file.why_not(content, os.fstat(content.fileno()).st_size)
+
+    def check() -> None:
+        found = [(file.name, why) for file, why in zip(fetched, Pool(4).map(differs, fetched), strict=True) if why]
+        for name, _ in found:
+            _cached(repo, name).resolve().unlink()
+            _cached(repo, name).unlink(missing_ok=True)
+        for name, why in found:
+            raise _damaged(name, repo.repo_id, *why)
+
+    try:
+        yield
+    except Exception:
+        check()
+        raise
+    check()
+
+
+def _damaged(name: str, repo_id: str, expected: str, found: str) -> HubError:
+    hint = "run the command again; if that does not help, the Hub's copy is damaged, or a proxy changes it"
+    return HubError(f"{name} of {repo_id} is not what the Hub says it is", expected=expected, found=found, hint=hint)
 
 
 def _recorded_listing(repo_id: str, commit: str) -> Listing | None:
@@ -349,16 +416,19 @@ def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """huggingface_hub's own progress bars switched off."""
+def _quiet() -> Iterator[None]:
+    """huggingface_hub's own progress bars and warnings switched off; what it fails of is told in the end."""
     from huggingface_hub import constants, utils
 
-    bars: Any = utils  # these names are public, but not declared so
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or bars.are_progress_bars_disabled():
-        yield
-        return
-    bars.disable_progress_bars()
+    hub: Any = utils  # these names are public, but not declared so
+    verbosity = hub.logging.get_verbosity()
+    bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not hub.are_progress_bars_disabled()
+    if bars:
+        hub.disable_progress_bars()
+    hub.logging.set_verbosity_error()
     try:
         yield
     finally:
-        bars.enable_progress_bars()
+        hub.logging.set_verbosity(verbosity)
+        if bars:
+            hub.enable_progress_bars()

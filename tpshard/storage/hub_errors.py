@@ -111,7 +111,7 @@ def _network_failure(error: BaseException, kinds: set[str], endpoint: str, detai
         return UnreachableError(f"cannot connect to {endpoint}: {detail}", hint=hint)
     if kinds & {"NetworkError", "ProtocolError", "ChunkedEncodingError", "XetDownloadError"}:
         return TransientError(f"the connection to {endpoint} broke: {detail}", hint="run the command again")
-    if "JSONDecodeError" in kinds or "FileMetadataError" in kinds:
+    if kinds & {"JSONDecodeError", "FileMetadataError", "TooManyRedirects", "DecodingError", "ContentDecodingError"}:
         return not_a_hub()
     if isinstance(error, OSError) and error.errno is not None:
         return LocalIOError(f"cannot use the cache: {error.strerror}", path=error.filename)

@@ -40,6 +40,8 @@ class Quantisation:
 
 _OF_WHOLE = {"g_idx", "weight_g_idx", "weight_shape"}
 """Companions whose numbers count rows, groups or features of the unsharded weight, in the ranks' files as well."""
+_Stored = Mapping[str, TensorInfo]
+"""The tensors of one module by suffix; the weight of stacked experts has none."""
 _METHODS = {
     "fp8": "fp8",
     "fbgemm_fp8": "fbgemm_fp8",
@@ -82,26 +84,42 @@ def recognise(declared: Mapping[str, Any] | None, tensors: Iterable[TensorInfo],
     bits = (*sorted(said), *(number for number in range(2, 9) if number not in said))
     companions: dict[str, Companion] = {}
     schemes: Counter[str] = Counter()
+    known: dict[object, tuple[str | None, dict[str, Companion]]] = {}  # layers are alike
     for module, stored in _modules(tensors).items():
-        values = _pair(module, stored)
-        if values is None:
-            companions |= {info.name: QUANTISED[suffix] for suffix, info in stored.items()}
-            continue
-        schemes[_scheme(values, stored)] += 1
-        apart = "weight_g_idx" in stored or (scattered and "g_idx" in stored)
-        for suffix, info in stored.items():
-            if suffix != "bias":
-                companions[info.name] = _companion(suffix or "weight", _sizes(info, stored, sizes), bits, apart)
-                _check_experts(values, info, companions[info.name])
-        _check_shapes(stored, companions)
-    if method and not companions:
-        what = f"the checkpoint says that it is quantised by {method}, and no tensor is"
+        key = tuple((suffix, info.dtype, info.shape) for suffix, info in stored.items())
+        if key not in known:
+            known[key] = _judged(module, stored, sizes, bits, scattered)
+        scheme, rows = known[key]
+        companions.update((stored[suffix].name, row) for suffix, row in rows.items())
+        if scheme is not None:
+            schemes[scheme] += 1
+    if bool(method) != bool(companions):
+        says = f"the checkpoint says that it is quantised by {method}" if method else "no config names a quantisation"
+        what = f"{says}, and {'no tensor is' if method else f'{next(iter(companions))} is quantised'}"
         hint = "are config and weights of the same model? A config without the entry is that of unquantised weights"
-        expected = "weights of 8 bits and fewer, with their scales"
-        raise CorruptError(what, path=path, expected=expected, found="plain weights only", hint=hint)
-    return Quantisation(
-        method or ("unnamed" if companions else ""), companions, dict(schemes), _cache(declared), scattered
-    )
+        expected = "weights of 8 bits and fewer, with their scales" if method else "a quantization_config"
+        found = "plain weights only" if method else "no quantization_config"
+        raise CorruptError(what, path=path, expected=expected, found=found, hint=hint)
+    return Quantisation(method, companions, dict(schemes), _cache(declared), scattered)
+
+
+def _judged(
+    module: str, stored: _Stored, sizes: tuple[int, ...], bits: tuple[int, ...], scattered: bool
+) -> tuple[str | None, dict[str, Companion]]:
+    """The scheme of a module and what its tensors are to it, by suffix; no scheme where only its outputs have one."""
+    values = _pair(module, stored)
+    if values is None:
+        return None, {s: QUANTISED[s] for s in stored if s not in ("weight", "scale") and s in QUANTISED}
+    apart = "weight_g_idx" in stored or (scattered and "g_idx" in stored)
+    rows = {
+        suffix: _companion(suffix or "weight", _sizes(info, stored, sizes), bits, apart)
+        for suffix, info in stored.items()
+        if suffix != "bias"
+    }
+    for suffix, row in rows.items():
+        _check_experts(values, stored[suffix], row)
+    _check_shapes(stored, rows)
+    return _scheme(values, stored), rows
 
 
 def _method(declared: Mapping[str, Any], path: object) -> str:
@@ -154,10 +172,6 @@ def _cache(declared: Mapping[str, Any]) -> str | None:
     return "F8_E4M3" if eight else None
 
 
-_Stored = Mapping[str, TensorInfo]
-"""The tensors of one module by suffix; the weight of stacked experts has none."""
-
-
 def _modules(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """The modules of which anything is quantised. A bias or a plain weight is listed where it stands beside that."""
     plain: dict[str, list[tuple[str, TensorInfo]]] = {}
@@ -177,8 +191,8 @@ def _is_values(suffix: str, info: TensorInfo) -> bool:
     """Whether a tensor is a weight with values that nothing computes with as they are."""
     if suffix not in ("weight", "") or info.dtype in COMPUTED:
         return suffix in QUANTISED and QUANTISED[suffix].role == "values" and suffix != "weight"
-    narrow = DTYPE_BITS[info.dtype] <= 8 and info.dtype != "BOOL"
-    return len(info.shape) > 1 and (narrow or suffix == "weight")
+    numbers = info.dtype not in ("BOOL", "C64") and (suffix == "weight" or DTYPE_BITS[info.dtype] <= 8)
+    return len(info.shape) > 1 and numbers
 
 
 _USUAL = 128
@@ -296,31 +310,21 @@ def _check_experts(values: TensorInfo, info: TensorInfo, row: Companion) -> None
 
 def _check_shapes(stored: _Stored, companions: Mapping[str, Companion]) -> None:
     """CorruptError where a scale is not of the shape that the module's values have."""
-    rows = [(info, companions[info.name]) for suffix, info in stored.items() if suffix != "bias"]
     known: dict[str, tuple[int, str]] = {}
     places = []
-    for info, row in rows:
+    for suffix, row in companions.items():
+        info = stored[suffix]
         axes = row.axes(len(info.shape))
         if row.whole or axes is None or "expert" in axes or (len(axes) == 1 and row.role == "scale"):
             continue
         for axis, size in zip(axes, info.shape, strict=True):
-            kind = row.ratio.get(axis)
-            if (
-                kind is None or (kind == "packed" and DTYPE_BITS[info.dtype] == 8 and info.dtype[0] == "F")
-            ) and axis in (
-                "out",
-                "in",
-            ):
+            if (kind := row.ratio.get(axis)) is None or (kind == "packed" and info.dtype.startswith("F")):
                 known.setdefault(axis, (size, info.name))
             places.append((info, row, axis, size))
     for info, row, axis, size in places:
-        if axis in known and ratio_of(row, axis, info.dtype, known[axis][0], size) is None:
-            what = f"{info.name} does not fit {known[axis][1]}"
+        count, of = known.get(axis, (0, ""))
+        if of and ratio_of(row, axis, info.dtype, count, size) is None:
             units = f", in groups or blocks of {' or '.join(map(str, row.sizes))}" if row.sizes else ""
-            raise CorruptError(
-                what,
-                path=info.file,
-                tensor=info.name,
-                expected=f"a shape for {known[axis][0]} {axis} features{units}",
-                found=f"shape {list(info.shape)}",
-            )
+            what, expected = f"{info.name} does not fit {of}", f"a shape for {count} {axis} features{units}"
+            found = f"shape {list(info.shape)}"
+            raise CorruptError(what, path=info.file, tensor=info.name, expected=expected, found=found)

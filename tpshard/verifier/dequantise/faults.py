@@ -14,7 +14,7 @@ from tpshard.verifier.ranks.weights import replaced
 
 Change = Callable[[DequantisedWeights, str, DequantisedWeights], Mapping[str, Tensor]]
 """What to put in place of a rank's own tensors, for one of its weights; the last argument is another rank."""
-_TWINS = (("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj"))
+_TWINS = (("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def _scales_shifted(mine: DequantisedWeights, name: str, _: DequantisedWeights) -> Mapping[str, Tensor]:
