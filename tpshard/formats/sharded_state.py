@@ -8,13 +8,24 @@ stands before them.
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import ParameterParts, joined, shares_of
+from tpshard.formats.engine_quantised import (
+    completed,
+    constants,
+    counted_last,
+    engine_name,
+    fused,
+    in_shapes,
+    method_of,
+    refusal,
+    unplaced,
+)
 from tpshard.formats.engine_tables import EngineFamily, fits_any, load_table, match
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
@@ -33,25 +44,36 @@ _NAME = re.compile(r"model-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
 class ShardedState(Format):
     """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
 
-    def __init__(self, engine: str, table: str, no_quantised: str) -> None:
+    def __init__(self, engine: str, table: str, no_quantised: str = "") -> None:
         self.engine = engine
         self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
-        family = self._family(model, options)
+        family, quantised = self._family(model, options), load_table(self.path).quantised
+        method = method_of(quantised, model, self.engine)
         dealt = self._deal(family, model, options)
-        dropped = _dropped(family, model, self.engine)
+        last = counted_last(quantised, model)
+        dropped = {**_dropped(family, model, self.engine), **unplaced(quantised, family, model, last)}
         tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
         for tensor in tensors:
-            if reason := family.refusal(model.full_name(tensor.name)):
+            name = model.full_name(tensor.name)
+            reason = family.refusal(name)
+            if model.quantisation and reason is None:
+                reason = refusal(quantised, family, tensor, name)
+            if reason:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
         shares = shares_of(family, model, tensors, dealt)
+        if model.quantisation:
+            named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
+            shares = in_shapes(quantised, family, named, shares, last)
+        recipes = {into: fused(quantised, named, shares, each) for into, each in _recipes(family, named, last).items()}
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        constants = tuple(_scales(family, named.values()))
-        rows = [row + constants for row in joined(_recipes(family, named), shares, shapes, options.tp)]
+        buffers = tuple(_scales(family, named.values()))
+        rows = [row + buffers for row in joined(recipes, shares, shapes, options.tp)]
+        rows = [(*row, *constants(method, family, model, row)) for row in rows]
         return RankLayouts(
             tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dealt, dropped
         )
@@ -66,13 +88,17 @@ class ShardedState(Format):
         return {"rank": int(found[1]), "part": int(found[2])} if found else None
 
     def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
-        """config.json says whether the head is tied as the files have it, whatever the class's default is."""
+        """config.json says whether the head is tied as the files have it, and which modules are quantised."""
         files = dict(small)
-        if split.model.tied and "config.json" in files:
+        if "config.json" not in files:
+            return files
+        config = given = json.loads(content_of(files["config.json"]))
+        if split.model.tied:
             head, embedding = next(iter(split.model.tied.items()))
             stored = {split.kept.full_name(tensor.name) for tensor in split.kept.tensors}
-            config = json.loads(content_of(files["config.json"]))
-            config["tie_word_embeddings"] = not {f"{head}.weight", f"{embedding}.weight"} <= stored
+            config = {**config, "tie_word_embeddings": not {f"{head}.weight", f"{embedding}.weight"} <= stored}
+        config = completed(method_of(load_table(self.path).quantised, split.model, self.engine), split.model, config)
+        if config != given or split.model.tied:
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
@@ -162,8 +188,11 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
     return dropped
 
 
-def _recipes(family: EngineFamily, named: Mapping[str, str]) -> dict[str, ParameterParts]:
-    """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name."""
+def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[str]) -> dict[str, ParameterParts]:
+    """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name.
+
+    alone: tensors that count for all that are fused with theirs.
+    """
     found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
         for target, patterns in family.fused.items():
@@ -174,7 +203,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str]) -> dict[str, Parame
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
-        lacking = [group for group in groups.values() if len(group) < len(family.fused[target])]
+        whole = len(family.fused[target])
+        lacking = [
+            group for group in groups.values() if len(group) < whole and not any(n in alone for n in group.values())
+        ]
         if lacking and target.endswith("?"):
             continue
         if lacking:

@@ -1,0 +1,221 @@
+"""The companions of quantised modules as an engine has them: scalars in slots, constants, names, and its config.
+
+What becomes of which companion is data, `[quantised]` of the engine's table.
+"""
+
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any
+
+from tpshard.errors import UnsupportedError
+from tpshard.formats.engine_layout import ParameterParts, Share
+from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, fits_any, match
+from tpshard.planning.box import full
+from tpshard.planning.layout import LogicalTensor, StoredTensor
+from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
+
+_HINT = "use --format native"
+
+
+def suffix_of(name: str) -> str:
+    """What a companion's name ends with; of stacked experts, what follows the last underscore.
+
+    >>> suffix_of("mlp.up_proj.weight_scale"), suffix_of("mlp.experts.down_proj_blocks")
+    ('weight_scale', 'blocks')
+    """
+    suffix = name.rpartition(".")[2]
+    return "blocks" if suffix.endswith("_blocks") else suffix
+
+
+def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
+    """What the engine has of the model's method. UnsupportedError where it does not load it, with its reason."""
+    if not model.quantisation:
+        return Method()
+    name = str(model.quantisation["method"])
+    if name not in quantised.methods:
+        what = f"{engine} is not known to load what is quantised by {name}"
+        raise UnsupportedError(what, expected=", ".join(quantised.methods), found=name, hint=_HINT)
+    method = quantised.methods[name]
+    declared = model.config.get("quantization_config") or {}
+    for need in method.needs:
+        value = declared.get(need.key, need.values[0])
+        if value not in need.values and not any(declared.get(key) == each for key, each in need.unless.items()):
+            expected = " or ".join(f"{need.key} {_text(each)}" for each in need.values)
+            what = f"{engine} does not load {need.key} {_text(value)}: {need.reason}"
+            raise UnsupportedError(what, expected=expected, found=f"{need.key} {_text(value)}", hint=_HINT)
+    return method
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTensor, name: str) -> str | None:
+    """Why the engine cannot take a tensor of a quantised model. name: its full name."""
+    module = f"{name.rpartition('.')[0]}.weight"
+    turned = fits_any(family.transposed, module) or family.cut(module) not in (None, "replicate")
+    if turned and tensor.dtype not in CASTABLE:
+        return "how the engine cuts or turns it where it is quantised is not known"
+    return quantised.refused.get(suffix_of(name))
+
+
+def counted_last(quantised: QuantisedModules, model: Model) -> dict[str, str]:
+    """Companions that count for all that are fused with theirs if they are the last of them, with the reason."""
+    names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
+    dtypes = {names[tensor.name]: tensor.dtype for tensor in model.tensors if tensor.name in names}
+    found = {}
+    for name, full_name in names.items():
+        suffix = suffix_of(full_name)
+        integers = dtypes.get(f"{full_name.rpartition('.')[0]}.weight") == "I8"
+        if suffix in quantised.last or (integers and suffix in quantised.last_of_integers):
+            found[name] = quantised.last.get(suffix) or quantised.last_of_integers[suffix]
+    return found
+
+
+def unplaced(
+    quantised: QuantisedModules, family: EngineFamily, model: Model, last: Mapping[str, str]
+) -> dict[str, str]:
+    """Companions that the engine has no place for, with the reason. last: those that are only if others follow."""
+    found = {}
+    for tensor in model.tensors if model.quantisation else ():
+        name = model.full_name(tensor.name)
+        if reason := quantised.dropped.get(suffix_of(name)):
+            found[tensor.name] = reason
+        elif tensor.name in last and any(
+            match(pattern, name) for patterns in family.fused.values() for pattern in patterns[:-1]
+        ):
+            found[tensor.name] = last[tensor.name]
+    return found
+
+
+def engine_name(quantised: QuantisedModules, family: EngineFamily, name: str) -> str:
+    """A tensor's full name, with scales of the KV cache where the engine has them, whatever module stores them."""
+    suffix, fit = suffix_of(name), match(family.layer, name)
+    if suffix not in quantised.cache or fit is None or not family.scales:
+        return name
+    return f"{family.scales[0].replace('*', fit.components[0])}.{suffix}"
+
+
+def in_shapes(
+    quantised: QuantisedModules, family: EngineFamily, names: Mapping[str, str], shares: Mapping[str, tuple[Share, ...]]
+) -> dict[str, tuple[Share, ...]]:
+    """The shares in the shapes that the engine has: a scalar as one slot, the bytes of a block or the heads in one dim.
+
+    names: tensor → full name. Shares that are alike stay one object.
+    """
+    known: dict[object, tuple[Share, ...]] = {}
+    found = {}
+    for name, held in shares.items():
+        suffix, ndim = suffix_of(names[name]), len(held[0].shape)
+        slots = next((n for pattern, n in family.slots.items() if match(pattern, names[name])), 1)
+        reshape: Callable[[Share], Share] | None = None
+        if suffix in quantised.scalars and held[0].shape in ((), (1,)) and name not in last:
+            reshape = partial(_in_slots, slots)
+        elif suffix in quantised.bytes:
+            reshape = _last_dims_joined
+        elif suffix in quantised.cache and ndim > 1:
+            reshape = _flat
+        if reshape is not None:
+            key = (id(held), suffix, slots)
+            held = known.setdefault(key, tuple(map(reshape, held)))
+        found[name] = held
+    return found
+
+
+def _in_slots(slots: int, share: Share) -> Share:
+    """A scalar as a vector, of one for each matrix that is stored as one with others."""
+    view = None if share.shape else (1,)
+    parts = [part._replace(box=((0, 1),), at=(slot,), view=view) for part in share.parts for slot in range(slots)]
+    return share._replace(shape=(slots,), parts=tuple(parts))
+
+
+def _last_dims_joined(share: Share) -> Share:
+    *before, blocks, size = share.shape
+    return share._replace(shape=(*before, blocks * size), view=share.shape)
+
+
+def _flat(share: Share) -> Share:
+    return share._replace(shape=(prod(share.shape),), view=share.shape)
+
+
+def fused(
+    quantised: QuantisedModules,
+    names: Mapping[str, str],
+    shares: Mapping[str, tuple[Share, ...]],
+    recipe: ParameterParts,
+) -> ParameterParts:
+    """A recipe with the dim along which companions are fused. UnsupportedError where vLLM has less than there is."""
+    first = recipe.tensors[0]
+    suffix = suffix_of(names[first])
+    beside = quantised.experts_beside.get(suffix)
+    if recipe.stacked and beside and f"{names[first].rpartition('.')[0]}.{beside}" not in names.values():
+        what = f"the engine has one {suffix} for gate and up of an expert, and the checkpoint two"
+        raise UnsupportedError(what, tensor=first, expected=f"experts with {beside}", hint=_HINT)
+    if suffix in quantised.second:
+        return replace(recipe, dim=1)
+    scalar = suffix in quantised.scalars and all(shares[tensor][0].shape == (1,) for tensor in recipe.tensors)
+    return replace(recipe, flat=scalar and recipe.stacked and all(len(group) == 1 for group in recipe.groups))
+
+
+def constants(
+    method: Method, family: EngineFamily, model: Model, row: Sequence[StoredTensor]
+) -> Iterator[StoredTensor]:
+    """What the engine wants beside a rank's tensors, where the checkpoint has none of it."""
+    there = {each.name: each for each in row}
+    layers = sorted({int(fit.components[0]) for name in there if (fit := match(family.layer, name))})
+    for layer in layers:
+        for pattern in family.scales:
+            for buffer in method.buffers:
+                module = pattern.replace("*", str(layer))
+                like = there.get(f"{module}.{buffer.like}")
+                for name in (f"{module}.{name}" for name in buffer.names):
+                    if name not in there:
+                        yield _constant(name, buffer, like.shape if like else buffer.shape, model)
+    for each in method.experts:
+        for like in row:
+            before = like.name.removesuffix(f"_{each.like}")
+            if before.endswith((".w13", ".w2")):
+                shape = tuple(size for dim, size in enumerate(like.shape) if dim != each.without)
+                for name in (f"{before}_{name}" for name in each.names):
+                    if name not in there:
+                        yield _constant(name, each, shape, model)
+
+
+def _constant(name: str, constant: Constant, shape: tuple[int, ...], model: Model) -> StoredTensor:
+    dtype = constant.dtype or _dtype_of(model)
+    value = _bytes_of(constant.value, dtype) if constant.value else b""
+    return StoredTensor(name, dtype, shape, (), (full(shape),), None, value)
+
+
+def _dtype_of(model: Model) -> str:
+    """The dtype that the engine computes the model in."""
+    named = model.dtype or model.config.get("dtype") or model.config.get("torch_dtype")
+    found = DTYPE_NAMES.get(str(named).removeprefix("torch."), "F32")
+    return found if found in CASTABLE else "F32"
+
+
+def _bytes_of(value: float, dtype: str) -> bytes:
+    """A number's bytes, one that all dtypes have exactly."""
+    if dtype == "BF16":
+        return struct.pack("<f", value)[2:]
+    return struct.pack({"F64": "<d", "F32": "<f", "F16": "<e"}[dtype], value)
+
+
+def completed(method: Method, model: Model, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the lists of modules that the engine else reads off the names in the files, which are fused."""
+    declared = config.get("quantization_config")
+    if not method.lists or not isinstance(declared, dict):
+        return config
+    modules: dict[str, bool] = {}
+    for tensor in model.tensors:
+        module = model.full_name(tensor.name).rpartition(".")[0]
+        modules[module] = modules.get(module, False) or tensor.dtype not in CASTABLE
+    added = {
+        key: sorted(module for module, quantised in modules.items() if quantised == (which == "quantised"))
+        for key, which in method.lists.items()
+        if not declared.get(key)
+    }
+    return {**config, "quantization_config": {**declared, **added}} if added else config
