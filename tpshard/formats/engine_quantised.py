@@ -100,11 +100,15 @@ def engine_name(quantised: QuantisedModules, family: EngineFamily, name: str) ->
 
 
 def in_shapes(
-    quantised: QuantisedModules, family: EngineFamily, names: Mapping[str, str], shares: Mapping[str, tuple[Share, ...]]
+    quantised: QuantisedModules,
+    family: EngineFamily,
+    names: Mapping[str, str],
+    shares: Mapping[str, tuple[Share, ...]],
+    last: Collection[str],
 ) -> dict[str, tuple[Share, ...]]:
     """The shares in the shapes that the engine has: a scalar as one slot, the bytes of a block or the heads in one dim.
 
-    names: tensor → full name. Shares that are alike stay one object.
+    names: tensor → full name. last: scalars that have one slot whatever is fused. Shares that are alike stay one object.
     """
     known: dict[object, tuple[Share, ...]] = {}
     found = {}

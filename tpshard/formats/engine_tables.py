@@ -111,8 +111,9 @@ class QuantisedModules:
 
     Those that are not named are fused along their first dim. scalars: one number, or a first dim like any. second:
     fused along the second dim. bytes: the last two dims are one. cache: scales of the attention's keys and values.
-    last: of the tensors to fuse the last counts, with the reason; last_of_integers: if the weight is INT8. dropped, refused: with the reason. experts_beside:
-    which other companion experts must have beside one, so that it is one for each of their matrices.
+    last: of the tensors to fuse the last counts, with the reason; last_of_integers: where the weight is INT8.
+    dropped, refused: with the reason. experts_beside: which companion experts must have beside one, so that it is one
+    for each of their matrices.
     """
 
     scalars: tuple[str, ...] = ()
