@@ -52,7 +52,7 @@ _BACKENDS = {
     "wna16": "MARLIN",
 }
 """Which kernels of experts a quantised model is taken to have, by vLLM's module that chooses."""
-_OWN_VALUES = re.compile(r".*attn\.[qkv]_(scale|zero_point)|.*\.w(13|2)_(bias|input_global_scale)")
+_OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(bias|input_global_scale)")
 """Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
 
 
@@ -75,8 +75,9 @@ class NoKernel:
 def without_kernels() -> None:
     """Let quantised models be made and loaded on a machine that cannot run them; what they hold then is the same."""
     import vllm.model_executor.kernels.linear as linear
+    import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
 
-    stubs: dict[object, object] = {}
+    stubs: dict[object, object] = {marlin.verify_marlin_supported: lambda *_, **__: None}
     for name, chooser in vars(linear).items():
         if re.fullmatch(r"init_\w+_linear_kernel", name):
             stubs[chooser] = NoKernel
@@ -142,9 +143,10 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     if fresh != set(held):
         raise RuntimeError(f"loading adds or removes {sorted(fresh ^ set(held))}")
     unset = [name for name in made if name in held and (held[name].double() == UNSET).all()]
-    for name in filter(_OWN_VALUES.fullmatch, unset):
+    own = {name for name in unset if _OWN_VALUES.fullmatch(name) or made[name].double().isnan().all()}
+    for name in own:
         held[name] = made[name]
-    unset = [name for name in unset if held[name].numel() > 1 and not _OWN_VALUES.fullmatch(name)]
+    unset = [name for name in unset if held[name].numel() > 1 and name not in own]
     if unset:
         raise RuntimeError(f"not loaded: {unset}")
     complaints.lines = [line for line in complaints.lines if "dtype" not in line]

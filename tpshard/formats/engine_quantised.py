@@ -18,6 +18,8 @@ from tpshard.planning.layout import LogicalTensor, StoredTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 
 _HINT = "use --format native"
+_BLOCK = 128
+"""The one size of blocks that engines know where the scales have four dims (ModelOpt's FP8_PB_WO)."""
 
 
 def suffix_of(name: str) -> str:
@@ -59,6 +61,8 @@ def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTe
     turned = fits_any(family.transposed, module) or family.cut(module) not in (None, "replicate")
     if turned and tensor.dtype not in CASTABLE:
         return "how the engine cuts or turns it where it is quantised is not known"
+    if len(tensor.shape) == 4 and suffix_of(name) in quantised.scalars and tensor.cut.ratio not in (1, _BLOCK):
+        return f"it takes blocks of {_BLOCK} only"
     return quantised.refused.get(suffix_of(name))
 
 
@@ -108,7 +112,7 @@ def in_shapes(
 ) -> dict[str, tuple[Share, ...]]:
     """The shares in the shapes that the engine has: a scalar as one slot, the bytes of a block or the heads in one dim.
 
-    names: tensor → full name. last: scalars that have one slot whatever is fused. Shares that are alike stay one object.
+    names: tensor → full name. last: scalars that have one slot. Shares that are alike stay one object.
     """
     known: dict[object, tuple[Share, ...]] = {}
     found = {}
@@ -178,13 +182,13 @@ def constants(
                 for name in (f"{module}.{name}" for name in buffer.names):
                     if name not in there:
                         yield _constant(name, buffer, like.shape if like else buffer.shape, model)
-    for each in method.experts:
-        for like in row:
-            before = like.name.removesuffix(f"_{each.like}")
-            if before.endswith((".w13", ".w2")):
+    for joint, beside in ((".", method.modules), ("_", method.experts)):
+        for each in beside:
+            for like in row:
+                before = like.name.removesuffix(f"{joint}{each.like}")
                 shape = tuple(size for dim, size in enumerate(like.shape) if dim != each.without)
-                for name in (f"{before}_{name}" for name in each.names):
-                    if name not in there:
+                for name in (f"{before}{joint}{name}" for name in each.names):
+                    if before != like.name and name not in there:
                         yield _constant(name, each, shape, model)
 
 
@@ -213,13 +217,14 @@ def completed(method: Method, model: Model, config: dict[str, Any]) -> dict[str,
     declared = config.get("quantization_config")
     if not method.lists or not isinstance(declared, dict):
         return config
-    modules: dict[str, bool] = {}
-    for tensor in model.tensors:
-        module = model.full_name(tensor.name).rpartition(".")[0]
-        modules[module] = modules.get(module, False) or tensor.dtype not in CASTABLE
-    added = {
-        key: sorted(module for module, quantised in modules.items() if quantised == (which == "quantised"))
-        for key, which in method.lists.items()
-        if not declared.get(key)
-    }
+    quantised = {model.full_name(each.name).rpartition(".")[0] for each in model.tensors if each.dtype not in CASTABLE}
+    matrices = {model.full_name(each.name).rpartition(".")[0] for each in model.tensors if len(each.shape) > 1}
+    added = {}
+    for key, which in method.lists.items():
+        listed = [str(each) for each in declared.get(key) or ()]
+        if which == "plain":
+            added[key] = [m for m in sorted(matrices - quantised) if not any(each in m for each in listed)]
+        elif not listed:
+            added[key] = sorted(quantised)
+    added = {key: [*(declared.get(key) or ()), *modules] for key, modules in added.items() if modules}
     return {**config, "quantization_config": {**declared, **added}} if added else config

@@ -95,12 +95,13 @@ class Need:
 class Method:
     """What an engine has of one quantisation method.
 
-    buffers: of every attention layer. experts: of every layer's stacked experts. lists: a key of quantization_config
-    that must name the "quantised" or the "plain" modules of the checkpoint.
+    buffers: of every attention layer. modules, experts: of every module, and of stacked experts, that has a companion
+    `like`. lists: a key of quantization_config that must name the "quantised" or the "plain" modules.
     """
 
     needs: tuple[Need, ...] = ()
     buffers: tuple[Constant, ...] = ()
+    modules: tuple[Constant, ...] = ()
     experts: tuple[Constant, ...] = ()
     lists: Mapping[str, str] = field(default_factory=dict)
 
@@ -183,9 +184,11 @@ def _quantised(entry: Mapping[str, Any]) -> QuantisedModules:
     methods = {
         name: Method(
             tuple(Need(**_frozen(each)) for each in method.get("needs", ())),
-            tuple(Constant(**_frozen(each)) for each in method.get("buffers", ())),
-            tuple(Constant(**_frozen(each)) for each in method.get("experts", ())),
-            method.get("lists", {}),
+            **{
+                key: tuple(Constant(**_frozen(each)) for each in method.get(key, ()))
+                for key in ("buffers", "modules", "experts")
+            },
+            lists=method.get("lists", {}),
         )
         for name, method in entry.get("methods", {}).items()
     }
