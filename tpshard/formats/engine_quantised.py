@@ -179,7 +179,8 @@ def constants(
             for buffer in method.buffers:
                 module = pattern.replace("*", str(layer))
                 like = there.get(f"{module}.{buffer.like}")
-                for name in (f"{module}.{name}" for name in buffer.names):
+                wanted = () if buffer.not_in and module.endswith(f".{buffer.not_in}") else buffer.names
+                for name in (f"{module}.{name}" for name in wanted):
                     if name not in there:
                         yield _constant(name, buffer, like.shape if like else buffer.shape, model)
     for joint, beside in ((".", method.modules), ("_", method.experts)):

@@ -70,7 +70,8 @@ class Fit:
 class Constant:
     """Parameters that the engine wants where a checkpoint has none: their names, dtype ("" for the model's), value.
 
-    shape: of each, where there is no companion `like` that has their shape; all of it but dim `without`.
+    shape: of each, where there is no companion `like` that has their shape; all of it but dim `without`. not_in: how
+    the modules are called that want none.
     """
 
     names: tuple[str, ...]
@@ -79,6 +80,7 @@ class Constant:
     shape: tuple[int, ...] = ()
     like: str = ""
     without: int | None = None
+    not_in: str = ""
 
 
 @dataclass(frozen=True)
