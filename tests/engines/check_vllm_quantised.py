@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tpshard.api.convert as tpshard
+import tpshard
 from tests.engines.check_vllm import Engine, differences, everything, written
 from tests.quantised.fixture_table import FIXTURES, TABLE
 from tpshard.errors import UnsupportedError
