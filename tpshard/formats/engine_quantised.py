@@ -44,6 +44,7 @@ def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
     declared = model.config.get("quantization_config") or {}
     for need in method.needs:
         value = declared.get(need.key, need.values[0])
+        value = value.upper() if isinstance(value, str) else value
         if value not in need.values and not any(declared.get(key) == each for key, each in need.unless.items()):
             expected = " or ".join(f"{need.key} {_text(each)}" for each in need.values)
             what = f"{engine} does not load {need.key} {_text(value)}: {need.reason}"
