@@ -15,6 +15,7 @@ import pytest
 from tests.helpers.command import fails, succeeds
 from tests.helpers.toys import read, read_all
 from tests.quantised.fixture_table import FIXTURES
+from tpshard import load_rank
 
 TABLE: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "vllm_quantised.json").read_text())
 CAST = {("BF16", "F32"), ("F32", "BF16"), ("F16", "BF16")}
@@ -50,10 +51,15 @@ def test_and_back(name: str) -> None:
     succeeds("check", "one", "--source", FIXTURES / name)
 
 
-def test_what_vllm_has_no_place_for_is_named_in_the_plan() -> None:
-    rows = succeeds("plan", FIXTURES / "gptq-int4", "--tp", 2, "--format", "vllm", "--json").json["tensors"]
-    dropped = {row["name"]: row["reason"] for row in rows if row["rule"] == "drop"}
-    assert dropped and all(name.endswith(".g_idx") and "groups in order" in why for name, why in dropped.items())
+@pytest.mark.parametrize(("name", "suffix"), [("gptq-int4", "g_idx"), ("ct-int8-static", "input_zero_point")])
+def test_what_vllm_has_no_place_for_lies_beside_its_files(name: str, suffix: str) -> None:
+    split(name)
+    beside = read(Path("out/source-rank-0-part-1.safetensors"))
+    assert any(key.endswith(f"q_proj.{suffix}") for key in beside) and len(list(Path("out").glob("source-*"))) == 1
+    assert not beside.keys() & load_rank("out", 0).keys()
+    succeeds("check", "out", "--source", FIXTURES / name)
+    succeeds("merge", "out", "-o", "whole")
+    assert read_all(Path("whole")) == read_all(FIXTURES / name)
 
 
 @pytest.mark.parametrize(

@@ -67,33 +67,27 @@ def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTe
     return quantised.refused.get(suffix_of(name))
 
 
-def counted_last(quantised: QuantisedModules, model: Model) -> dict[str, str]:
-    """Companions that count for all that are fused with theirs if they are the last of them, with the reason."""
+def counted_last(quantised: QuantisedModules, model: Model) -> frozenset[str]:
+    """Companions of which the engine has one for all that are fused, the last."""
     names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
     dtypes = {names[tensor.name]: tensor.dtype for tensor in model.tensors if tensor.name in names}
-    found = {}
-    for name, full_name in names.items():
-        suffix = suffix_of(full_name)
-        integers = dtypes.get(f"{full_name.rpartition('.')[0]}.weight") == "I8"
-        if suffix in quantised.last or (integers and suffix in quantised.last_of_integers):
-            found[name] = quantised.last.get(suffix) or quantised.last_of_integers[suffix]
-    return found
+
+    def counts(name: str) -> bool:
+        integers = dtypes.get(f"{name.rpartition('.')[0]}.weight") == "I8"
+        return suffix_of(name) in (*quantised.last, *(quantised.last_of_integers if integers else ()))
+
+    return frozenset(name for name, full_name in names.items() if counts(full_name))
 
 
-def unplaced(
-    quantised: QuantisedModules, family: EngineFamily, model: Model, last: Mapping[str, str]
-) -> dict[str, str]:
-    """Companions that the engine has no place for, with the reason. last: those that are only if others follow."""
-    found = {}
-    for tensor in model.tensors if model.quantisation else ():
-        name = model.full_name(tensor.name)
-        if reason := quantised.dropped.get(suffix_of(name)):
-            found[tensor.name] = reason
-        elif tensor.name in last and any(
-            match(pattern, name) for patterns in family.fused.values() for pattern in patterns[:-1]
-        ):
-            found[tensor.name] = last[tensor.name]
-    return found
+def unplaced(quantised: QuantisedModules, family: EngineFamily, model: Model, last: Collection[str]) -> frozenset[str]:
+    """Companions that the engine has no place for. last: those that count only where they are the last to be fused."""
+    before = tuple(pattern for patterns in family.fused.values() for pattern in patterns[:-1])
+    names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
+    return frozenset(
+        name
+        for name, full_name in names.items()
+        if suffix_of(full_name) in quantised.unplaced or (name in last and fits_any(before, full_name))
+    )
 
 
 def engine_name(quantised: QuantisedModules, family: EngineFamily, name: str) -> str:

@@ -114,8 +114,8 @@ class QuantisedModules:
 
     Those that are not named are fused along their first dim. scalars: one number, or a first dim like any. second:
     fused along the second dim. bytes: the last two dims are one. cache: scales of the attention's keys and values.
-    last: of the tensors to fuse the last counts, with the reason; last_of_integers: where the weight is INT8.
-    dropped, refused: with the reason. experts_beside: which companion experts must have beside one, so that it is one
+    last: of the tensors to fuse the last counts; last_of_integers: where the weight is INT8. unplaced: of no use to the
+    engine. refused: with the reason. experts_beside: which companion experts must have beside one, so that it is one
     for each of their matrices.
     """
 
@@ -123,9 +123,9 @@ class QuantisedModules:
     second: tuple[str, ...] = ()
     bytes: tuple[str, ...] = ()
     cache: tuple[str, ...] = ()
-    last: Mapping[str, str] = field(default_factory=dict)
-    last_of_integers: Mapping[str, str] = field(default_factory=dict)
-    dropped: Mapping[str, str] = field(default_factory=dict)
+    last: tuple[str, ...] = ()
+    last_of_integers: tuple[str, ...] = ()
+    unplaced: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     experts_beside: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, Method] = field(default_factory=dict)

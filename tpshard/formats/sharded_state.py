@@ -29,16 +29,18 @@ from tpshard.formats.engine_quantised import (
 from tpshard.formats.engine_tables import EngineFamily, fits_any, load_table, match
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
-from tpshard.planning.layout import LogicalTensor, StoredTensor
+from tpshard.planning.join import OutputFile, output_file, parts_by_size
+from tpshard.planning.layout import LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content, content_of
+from tpshard.storage.names import NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
 _SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 _ONE = struct.pack("<f", 1.0)
-_NAME = re.compile(r"model-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
+_NAME = re.compile(rf"(?:model|{NOT_LOADED})-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
 
 
 class ShardedState(Format):
@@ -55,8 +57,8 @@ class ShardedState(Format):
         method = method_of(quantised, model, self.engine)
         dealt = self._deal(family, model, options)
         last = counted_last(quantised, model)
-        dropped = {**_dropped(family, model, self.engine), **unplaced(quantised, family, model, last)}
-        tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
+        dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
+        tensors = [tensor for tensor in model.tensors if tensor.name not in {*dropped, *beside}]
         for tensor in tensors:
             name = model.full_name(tensor.name)
             reason = family.refusal(name)
@@ -74,8 +76,24 @@ class ShardedState(Format):
         buffers = tuple(_scales(family, named.values()))
         rows = [row + buffers for row in joined(recipes, shares, shapes, options.tp)]
         rows = [(*row, *constants(method, family, model, row)) for row in rows]
-        return RankLayouts(
-            tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dealt, dropped
+        rows = [tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows]
+        kept = [whole(tensor) for tensor in model.tensors if tensor.name in beside - dropped.keys()]
+        rows[0] += tuple(stored._replace(name=f"{NOT_LOADED}.{stored.name}") for stored in kept)
+        return RankLayouts(tuple(rows), dealt, dropped)
+
+    def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
+        """The engine's files of one rank, and behind them those with what it has no place for."""
+        row, limit = split.layout[rank], split.options.max_file_size
+        loaded = sum(not stored.name.startswith(f"{NOT_LOADED}.") for stored in row)
+        parts = parts_by_size(row[:loaded], limit)
+        names = [self.file_name(rank, split.options.tp, part, 0) for part in range(len(parts))]
+        if loaded < len(row):
+            beside = parts_by_size(row[loaded:], limit)
+            names += [f"{NOT_LOADED}-rank-{rank}-part-{len(parts) + part}.safetensors" for part in range(len(beside))]
+            parts += beside
+        return tuple(
+            output_file(name, tensors, split.metadata(rank, part, len(parts)))
+            for part, (name, tensors) in enumerate(zip(names, parts, strict=True))
         )
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
