@@ -4,7 +4,7 @@ It evaluates an architecture's rules for one config and gives every tensor of a 
 ranks plays no part in it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher, contradiction
+from tpshard.rules.presence import check_biases, float32_on_purpose
 from tpshard.rules.quantisation.schemes import Companion
 from tpshard.storage.safetensors import TensorInfo
 
@@ -22,13 +23,15 @@ from tpshard.storage.safetensors import TensorInfo
 class Classification:
     """An architecture's rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
 
-    tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it.
+    tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it. float32: the tensors
+    that are float32 on purpose.
     """
 
     axes: Mapping[str, Axis]
     cuts: Mapping[str, Cut]
     tied: Mapping[str, str]
     full_names: Mapping[str, str]
+    float32: Collection[str] = ()
 
 
 def classify(
@@ -56,9 +59,12 @@ def classify(
             cuts[tensor.name] = _cut(tensor, *match)
             _check_sum(tensor, cuts[tensor.name], axes, architecture.name)
         matcher.check_complete()
+        rule_names = {name: full for full, name in matcher.names.items()}
+        check_biases(architecture, config, (rule_names[name] for name, cut in cuts.items() if cut.kind != "buffer"))
+        float32 = float32_on_purpose(architecture, config, tensors, rule_names)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32)
 
 
 @contextmanager
