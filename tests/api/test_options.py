@@ -61,16 +61,20 @@ class Case:
 RANKS = {"out": "o", "ranks": [1]}
 CASES = {
     "plan": Case(
-        f"x {MODEL_TEXT} --dtype float16 --allow-pickle {TARGET_TEXT} {WORK_TEXT} --bandwidth 450",
+        f"x {MODEL_TEXT} --dtype float16 --cast-all --allow-pickle {TARGET_TEXT} {WORK_TEXT} --bandwidth 450",
         ("x", 2),
-        {**MODEL_WORDS, **TARGET_WORDS, "dtype": "float16", "allow_pickle": True, "workload": WORK},
-        PlanOptions(MODEL, TARGET, WORK),
+        {**MODEL_WORDS, **TARGET_WORDS, "dtype": "float16", "cast_all": True, "allow_pickle": True, "workload": WORK},
+        PlanOptions(replace(MODEL, cast_all=True), TARGET, WORK),
     ),
     "split": Case(
-        f"x {MODEL_TEXT} --dtype float16 --allow-pickle {TARGET_TEXT} -o o --ranks 1 {HOW_TEXT} --checksum none",
+        f"x {MODEL_TEXT} --dtype float16 --cast-all --allow-overflow --allow-pickle {TARGET_TEXT} -o o --ranks 1 "
+        f"{HOW_TEXT} --checksum none",
         ("x", 2),
-        {**MODEL_WORDS, **TARGET_WORDS, **RANKS, "dtype": "float16", "allow_pickle": True, "settings": HOW},
-        SplitOptions(model=MODEL, target=TARGET, out=Path("o"), ranks=[1], settings=HOW),
+        {
+            **{**MODEL_WORDS, **TARGET_WORDS, **RANKS, "dtype": "float16", "allow_pickle": True, "settings": HOW},
+            **{"cast_all": True, "allow_overflow": True},
+        },
+        SplitOptions(model=replace(MODEL, cast_all=True, allow_overflow=True), target=TARGET, out=Path("o"), ranks=[1], settings=HOW),
     ),
     "reshard": Case(
         f"s {TARGET_TEXT} --allow-pickle -o o --ranks 1 {HOW_TEXT} --checksum none",

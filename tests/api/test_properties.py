@@ -468,11 +468,12 @@ def test_a_cast_is_torchs_and_survives_merge_and_reshard(
         with patch.object(Toy, "tensors", lambda self: source):
             model, rules = toy.write(place)
         with running(block, 2) as how:
-            tpshard.split(model, **toy.a.options(), out=place / "a", rules=rules, dtype=dtype, settings=how)
+            asked = {"rules": rules, "dtype": dtype, "allow_overflow": True, "settings": how}
+            tpshard.split(model, **toy.a.options(), out=place / "a", **asked)
             tpshard.merge(place / "a", place / "merged", settings=how)
         with running(1 << 20, 1) as how:
             assert tpshard.check(place / "a", model, rules=rules, settings=how).equal
-            tpshard.split(model, **toy.b.options(), out=place / "direct", rules=rules, dtype=dtype, settings=how)
+            tpshard.split(model, **toy.b.options(), out=place / "direct", **asked | {"settings": how})
             tpshard.reshard(place / "a", **toy.b.options(), out=place / "b", settings=how)
         assert read_all(place / "merged") == {name: tensor for name, (tensor, _, _) in wanted.items()}
         with patch.object(Toy, "tensors", lambda self: wanted):

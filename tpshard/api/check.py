@@ -185,7 +185,7 @@ def check_with(options: CheckOptions) -> CheckReport:
         differences, unchecked = check_records(found, options.settings)
         return CheckReport(found, None, differences, unlisted + unchecked)
     checkpoint = open_checkpoint(options.source, options.revision, allow_pickle=options.allow_pickle)
-    model = from_checkpoint(checkpoint, options.rules, found.model.dtype)
+    model = from_checkpoint(checkpoint, options.rules, found.model.dtype, cast_all=found.model.cast_all)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))

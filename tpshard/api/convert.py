@@ -52,17 +52,19 @@ def plan(
     engine_version: str | None = None,
     allow_pickle: bool = False,
     workload: Workload | None = None,
+    cast_all: bool = False,
 ) -> PlanReport:
     """Plan a split and write nothing. Of a Hub repo only config and headers are read.
 
     model: a directory, a .safetensors file, or a Hub repo (`org/name`, at `revision`). rules: an architecture file.
-    dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. uneven: deal units
-    that do not divide. shares: a weight for each rank, as `["0.5", "0.3", "0.2"]`. pad_vocab_to: the vocab's size after
-    padding; None is the next multiple of tp. max_file_size: bytes (default: 50 GB). format: as `--format` takes it.
+    dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. cast_all: those as well
+    that are float32 on purpose. uneven: deal units that do not divide. shares: a weight for each rank, as `["0.5",
+    "0.3", "0.2"]`. pad_vocab_to: the vocab's size after padding; None is the next multiple of tp. max_file_size: bytes
+    (default: 50 GB). format: as `--format` takes it.
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     return plan_with(PlanOptions(source, target, workload))
 
@@ -71,8 +73,9 @@ def plan_with(options: PlanOptions) -> PlanReport:
     """The plan that the options ask for."""
     model = options.model
     checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
-    built = from_checkpoint(checkpoint, model.rules, model.dtype)
-    return PlanReport(plan_split(built, options.target.layout), checkpoint.warnings, options.workload)
+    built = from_checkpoint(checkpoint, model.rules, model.dtype, cast_all=model.cast_all)
+    warnings = (*checkpoint.warnings, *_kept(built))
+    return PlanReport(plan_split(built, options.target.layout), warnings, options.workload)
 
 
 def split(
@@ -93,14 +96,17 @@ def split(
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
     progress: bool = False,
+    cast_all: bool = False,
+    allow_overflow: bool = False,
 ) -> WriteReport:
     """Split a checkpoint for `tp` ranks into `out` (default: MODEL-tpN in the current directory).
 
     The model's options are those of `plan`. ranks: write only these, into a directory that other hosts write the other
-    ranks into. progress: show a bar. TargetError when `out` exists and `settings` do not say `overwrite`; after an
+    ranks into. progress: show a bar. allow_overflow: write infinity where a value is beyond `dtype`, which is otherwise
+    an UnsupportedError. TargetError when `out` exists and `settings` do not say `overwrite`; after an
     error or a kill the same call resumes.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all, allow_overflow)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     with followed("split", settings, progress) as how:
         return split_with(SplitOptions(model=source, target=target, out=out, ranks=ranks, settings=how))
@@ -110,15 +116,24 @@ def split_with(options: SplitOptions) -> WriteReport:
     """Split as the options ask for it."""
     model, layout = options.model, options.target.layout
     checkpoint = open_checkpoint(model.path, model.revision, allow_pickle=model.allow_pickle)
-    built = from_checkpoint(checkpoint, model.rules, model.dtype)
+    built = from_checkpoint(checkpoint, model.rules, model.dtype, cast_all=model.cast_all)
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
     small = _small(checkpoint)
     if model.dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
-    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, checkpoint.warnings
-    return _write_split("split", planned, placed, small, target, options, size, warnings)
+    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, (*checkpoint.warnings, *_kept(built))
+    refuse = not model.allow_overflow
+    return _write_split("split", planned, placed, small, target, options, size, warnings, refuse=refuse)
+
+
+def _kept(model: Model) -> tuple[str, ...]:
+    """What is said of tensors that a cast leaves as they are."""
+    if not model.float32:
+        return ()
+    count = f"{len(model.float32)} tensors that are" if len(model.float32) > 1 else "1 tensor that is"
+    return (f"{count} float32 on purpose stays so, as {model.float32[0]}; --cast-all casts everything",)
 
 
 def reshard(
@@ -188,7 +203,7 @@ def merge_with(options: MergeOptions) -> WriteReport:
     _check_distinct(source.directory, target)
     settings = replace(options.settings, checksum=False)
     made_of, size, recorded = source.manifest["set"], options.max_file_size, source.recorded
-    nbytes = _write_whole(source.model, source.placed(), _small(source), made_of, size, target, settings, recorded)
+    nbytes, _ = _write_whole(source.model, source.placed(), _small(source), made_of, size, target, settings, recorded)
     unread = is_shard_set(source.directory) and not recorded
     return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread)
 
@@ -203,15 +218,19 @@ def _write_split(
     max_file_size: int | None,
     warnings: tuple[str, ...] = (),
     recorded: Mapping[str, str] = MappingProxyType({}),
+    refuse: bool = True,
 ) -> WriteReport:
     """Write a planned split: all ranks, or those of the chosen ones that are not complete at `target`.
 
-    max_file_size: of a format without ranks.
+    max_file_size: of a format without ranks. refuse: values that a cast would make infinite.
     """
     tp, chosen, set_id = planned.options.tp, options.chosen, planned.set_id
     if not planned.format.has_ranks:
-        nbytes = _write_whole(planned.model, placed, small, set_id, max_file_size, target, options.settings, recorded)
-        return WriteReport(verb, target, 1, set_id, nbytes, (), warnings)
+        how = options.settings
+        nbytes, notes = _write_whole(
+            planned.model, placed, small, set_id, max_file_size, target, how, recorded, refuse=refuse
+        )
+        return WriteReport(verb, target, 1, set_id, nbytes, (), (*warnings, *notes))
     writing = list(range(tp)) if chosen is None else [r for r in chosen if not _is_written(target, planned, r)]
     if chosen and not writing:
         return _complete(verb, planned, target, chosen)
@@ -225,11 +244,12 @@ def _write_split(
     outputs = [file for _, file in parts]
     plan, identity = join(planned.kept.tensors, placed, outputs), {"set": set_id}
     claims = [f".{rank_stem(rank, tp)}.lock" for rank in writing] if chosen else [LOCK]
-    convert = _convert(placed, outputs)
+    convert = _convert(placed, outputs, refuse)
     job = Job(plan, beside, identity, records, convert, bool(chosen), claims, verb, writes, recorded)
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
-    return WriteReport(verb, target, tp, set_id, plan.nbytes, written, warnings)
+    notes = () if convert is None else convert.notes()
+    return WriteReport(verb, target, tp, set_id, plan.nbytes, written, (*warnings, *notes))
 
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:
@@ -252,18 +272,20 @@ def _write_whole(
     target: Path,
     settings: Settings,
     recorded: Mapping[str, str],
-) -> int:
-    """Write an ordinary checkpoint of a model. Returns the bytes of its tensors."""
+    refuse: bool = True,
+) -> tuple[int, Sequence[str]]:
+    """Write an ordinary checkpoint of a model. Returns the bytes of its tensors, and what is to be said of casts."""
     files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
-    plan, convert = join(model.tensors, placed, files), _convert(placed, files)
+    plan, convert = join(model.tensors, placed, files), _convert(placed, files, refuse)
     beside, identity = {**small, **index}, {"set": set_id}
     job = Job(plan, beside, identity, lambda digests: {}, convert, verb="merge", ours=writes, recorded=recorded)
     publish(job, target, settings)
-    return plan.nbytes
+    return plan.nbytes, () if convert is None else convert.notes()
 
 
-def _convert(placed: Sequence[Placed], files: Sequence[OutputFile]) -> Convert | None:
-    return conversion((place.stored for place in placed), (each.stored for file in files for each in file.tensors))
+def _convert(placed: Sequence[Placed], files: Sequence[OutputFile], refuse: bool) -> Convert | None:
+    targets = (each.stored for file in files for each in file.tensors)
+    return conversion((place.stored for place in placed), targets, refuse=refuse)
 
 
 def _target(out: str | Path | None, model: Model, suffix: str) -> Path:

@@ -25,7 +25,8 @@ class ModelOptions:
     """An unsharded model and how it is read. path: a directory, a .safetensors file, or a Hub repo at `revision`.
 
     rules: an architecture file; None is the built-in rules of the model_type. dtype: what floating-point weights are
-    cast to; None leaves them as they are. allow_pickle: read pickled weights where there are no others.
+    cast to; None leaves them as they are. allow_pickle: read pickled weights where there are no others. cast_all: cast
+    what is float32 on purpose as well. allow_overflow: write infinity for values that the dtype has no number for.
     """
 
     path: str | Path
@@ -33,11 +34,16 @@ class ModelOptions:
     rules: str | Path | None = None
     dtype: str | None = None
     allow_pickle: bool = False
+    cast_all: bool = False
+    allow_overflow: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype in DTYPE_ALIASES:
             object.__setattr__(self, "dtype", DTYPE_ALIASES[self.dtype])
         check_dtype(self.dtype)
+        if self.dtype is None and (self.cast_all or self.allow_overflow):
+            what = "--cast-all and --allow-overflow are for casts"
+            raise UsageError(what, expected="--dtype beside them", hint="add --dtype, or leave them out")
 
 
 @dataclass(frozen=True)

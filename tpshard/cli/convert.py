@@ -27,6 +27,7 @@ def plan(
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
     dtype: opt.DTYPE = None,
+    cast_all: opt.CAST_ALL = False,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -56,7 +57,7 @@ def plan(
     with opened(json, quiet) as console:
         from tpshard.api.options import ModelOptions, PlanOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
         _show(console, PlanOptions(source, target, work), every, report)
@@ -70,6 +71,8 @@ def split(
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
     dtype: opt.DTYPE = None,
+    cast_all: opt.CAST_ALL = False,
+    allow_overflow: opt.OVERFLOW = False,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -98,7 +101,7 @@ def split(
         from tpshard.api.convert import split_with
         from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all, allow_overflow)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         if dry_run:
             _show(console, PlanOptions(source, target))

@@ -14,7 +14,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError, local_error
+from tpshard.errors import (
+    CorruptError,
+    LocalIOError,
+    TargetError,
+    TpshardError,
+    UnsupportedError,
+    UsageError,
+    local_error,
+)
 from tpshard.execute.run import Convert, Progress
 from tpshard.execute.target import (
     Ours,
@@ -170,7 +178,7 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
             write_small(files, work / name, data, fsync=fsync, tag=tag)
         try:
             digests = writer.write(job.convert, settings.workers)
-        except CorruptError as error:
+        except (CorruptError, UnsupportedError) as error:
             if writer.discarded:
                 for name in () if job.shared else job.small:
                     unlink_if_there(files, work / name)

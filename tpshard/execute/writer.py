@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tpshard.errors import CorruptError, local_error
+from tpshard.errors import CorruptError, UnsupportedError, local_error
 from tpshard.execute.blocks import FlatStep, operations
 from tpshard.execute.run import Convert, Loader, Progress, run
 from tpshard.planning.box import Box
@@ -195,6 +195,9 @@ class Writer:
             self._check_sources()
             for file in self.outputs:
                 self._finish(file)
+        except UnsupportedError:  # a cast that loses too much: other options will be given, and nothing resumed
+            self._discard()
+            raise
         except OSError as error:
             raise local_error(error, "cannot write") from error
         finally:
@@ -298,10 +301,7 @@ class Writer:
         """CorruptError for a source file that is not what was recorded when it was written; nothing of it is kept."""
         for source in self.sources:
             if source.sha256 != self.recorded[source.path]:
-                self.discarded = True
-                for file in self.outputs:
-                    unlink_if_there(self.files, file.journal)
-                    unlink_if_there(self.files, file.partial)
+                self._discard()
                 raise CorruptError(
                     "the file is not as it was written",
                     path=source.path,
@@ -309,6 +309,13 @@ class Writer:
                     found=source.sha256,
                     hint="copy it again from where it comes from; `tpshard check` looks at the others",
                 )
+
+    def _discard(self) -> None:
+        """Keep nothing of what was written."""
+        self.discarded = True
+        for file in self.outputs:
+            unlink_if_there(self.files, file.journal)
+            unlink_if_there(self.files, file.partial)
 
     def claim(self, steps: int) -> _Hashed | None:
         """A file with bytes to hash that no other worker is hashing; the one with most of them."""

@@ -67,6 +67,7 @@ def _body(model: Model, options: Options, layouts: RankLayouts, own_names: bool)
         "architecture": dict(model.architecture),
         "options": {
             "dtype": model.dtype,
+            **({} if model.dtype is None else {"cast_all": model.cast_all}),
             "uneven": options.uneven,
             "shares": None if options.shares is None else list(options.shares),
             "pad_vocab_to": options.pad_vocab_to,

@@ -10,14 +10,22 @@ from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.rules.multimodal import find_rules
 
 
-def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None) -> Model:
-    """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
+def from_checkpoint(
+    checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None, *, cast_all: bool = False
+) -> Model:
+    """Classify a checkpoint's tensors.
+
+    dtype: a name of DTYPE_NAMES to cast to, buffers excepted, and what is float32 on purpose unless cast_all.
+    """
     subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
     classified, text = subject.classify(checkpoint.tensors)
+    lower = dtype is not None and DTYPE_NAMES[dtype] in ("F16", "BF16") and not cast_all
+    float32 = classified.float32 if lower else ()
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
         cast = DTYPE_NAMES[dtype] if dtype and info.dtype in CASTABLE and cut.kind != "buffer" else info.dtype
+        cast = info.dtype if info.name in float32 else cast
         logical.append(LogicalTensor(info.name, cast, info.shape, cut))
     files = [
         {"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})}
@@ -36,6 +44,8 @@ def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dty
         full_names=classified.full_names,
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
+        cast_all=cast_all,
+        float32=tuple(info.name for info in checkpoint.tensors if info.name in float32),
     )
 
 

@@ -175,6 +175,7 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         source=manifest["source"],
         architecture=manifest["architecture"],
         dtype=chosen["dtype"],
+        cast_all=chosen.get("cast_all", True),  # before there was a choice, everything was cast
         full_names={entry["name"]: entry["full"] for entry in entries if "full" in entry},
         config=_config(directory),
     )

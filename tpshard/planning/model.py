@@ -24,6 +24,7 @@ class Model:
     """tensors: in file order, with the dtype that the output has. file_of: the source's weight file of each.
 
     source, architecture: what the manifest says of them (plain JSON). tied: module → module.
+    cast_all: whether `dtype` is also that of the tensors which are float32 on purpose. float32: those that stayed it.
     config: of the model. text_config: of its decoder, where the model nests one.
     full_names: of tensors whose name in the source lacks the architecture's prefix.
     """
@@ -38,6 +39,8 @@ class Model:
     full_names: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] | None = None
+    cast_all: bool = False
+    float32: tuple[str, ...] = ()
 
     def full_name(self, name: str) -> str:
         """A tensor's name as the architecture's rules have it."""
