@@ -1,33 +1,26 @@
-"""Repositories on the Hugging Face Hub: what is in one, byte ranges of it, snapshots in the shared cache.
+"""Repositories on the Hugging Face Hub: what is in one, and snapshots in the shared cache.
 
-Here and in `hub_errors` alone huggingface_hub is imported, and only when a repository is asked for.
 Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
 """
 
-import hashlib
-import io
 import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any
 
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.carried import LeftOut, Listing, Selection, listing_of, select
 from tpshard.storage.files import require_space
 from tpshard.storage.foreign import recognised
-from tpshard.storage.hub_errors import NoRepositoryError, TransientError, UnreachableError, attempt, not_a_hub
+from tpshard.storage.hub_errors import NoRepositoryError, UnreachableError, attempt, not_a_hub
+from tpshard.storage.hub_repository import RemoteFile, RemoteRepo, damaged
 from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
 from tpshard.storage.pool import Pool
 from tpshard.storage.weights import ReadFile, files_to_download
-
-SMALL_LIMIT = 20_000_000
-"""Bytes of a file that is read whole over the network."""
-INDEX_LIMIT = 200_000_000
-"""Bytes of an index of weight files: about 100 for each tensor, and each expert of each layer has several."""
 
 _PART = re.compile(r"\b[\w.-]{1,96}\b", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".json", ".bin", ".git")
@@ -45,108 +38,6 @@ class Snapshot:
     revision: str
     note: str | None = None
     left_out: tuple[LeftOut, ...] = ()
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository: bytes, its digest where the Hub stores it as a large file, else git's name of it."""
-
-    name: str
-    size: int
-    sha256: str | None
-    blob_id: str | None = None
-
-    def why_not(self, content: BinaryIO, size: int) -> tuple[str, str] | None:
-        """What was expected and what was found, where content is not that of the file; None where it is."""
-        if size != self.size:
-            return f"{self.size} bytes", f"{size} bytes"
-        if self.sha256 is not None:
-            kind, expected, digest = "sha256", self.sha256, hashlib.sha256()
-        elif self.blob_id is not None:
-            kind, expected, digest = "git blob", self.blob_id, hashlib.sha1(b"blob %d\0" % size)
-        else:
-            return None
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-        return None if digest.hexdigest() == expected else (f"{kind} {expected}", digest.hexdigest())
-
-
-@dataclass(frozen=True)
-class RemoteRepo:
-    """The files of a repository at one commit, as a source; `revision` is the commit's hash.
-
-    All that reads raises HubError.
-    """
-
-    repo_id: str
-    revision: str
-    files: tuple[RemoteFile, ...]
-    requests: ClassVar[int] = 8
-
-    @property
-    def place(self) -> str:
-        return self.repo_id
-
-    def names(self) -> set[str]:
-        return {file.name for file in self.files if "/" not in file.name}
-
-    def listing(self) -> Listing:
-        return listing_of((file.name, file.size) for file in self.files)
-
-    def path(self, name: str) -> None:
-        """None: nothing of it is on this machine."""
-
-    def size(self, name: str) -> int:
-        return self._file(name).size
-
-    def digest(self, name: str) -> str | None:
-        return self._file(name).sha256
-
-    def _file(self, name: str) -> RemoteFile:
-        for file in self.files:
-            if file.name == name:
-                return file
-        raise HubError(f"{self.repo_id} has no file {name} at {self.revision}")
-
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """The bytes `begin` to `end` (exclusive, within the file) of a file.
-
-        A server that sends the whole file instead is refused before its body is read.
-        """
-        size = self.size(name)
-        assert 0 <= begin < end <= size, f"{name}: {begin} to {end} of {size} bytes"
-
-        def read() -> bytes:
-            with _get(self, name, {"Range": f"bytes={begin}-{end - 1}"}) as (status, headers, chunks):
-                if status != 206:
-                    what = f"the Hub does not serve byte ranges of {name}"
-                    hint = f"download the repository first: hf download {self.repo_id} --revision {self.revision}"
-                    raise HubError(what, expected="HTTP 206", found=f"HTTP {status}", hint=hint)
-                expected = f"bytes {begin}-{end - 1}/{size}"
-                found = headers.get("Content-Range")
-                if found not in (expected, f"bytes {begin}-{end - 1}/*"):
-                    raise HubError(f"the Hub sent another range of {name}", expected=expected, found=found)
-                return _exactly(chunks, end - begin, name)
-
-        return attempt(read, self.repo_id, self.revision)
-
-    def read_small(self, name: str) -> bytes:
-        """A whole file, checked against the Hub's digest."""
-        file = self._file(name)
-        limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
-        if file.size > limit:
-            what = f"{name} in {self.repo_id} is too large to be what its name says"
-            hint = "look at the repository: this may be another file under that name"
-            raise HubError(what, expected=f"at most {limit} bytes", found=f"{file.size} bytes", hint=hint)
-
-        def read() -> bytes:
-            with _get(self, name, {}) as (_, _, chunks):
-                return _exactly(chunks, file.size, name)
-
-        content = attempt(read, self.repo_id, self.revision)
-        if differs := file.why_not(io.BytesIO(content), len(content)):
-            raise _damaged(name, self.repo_id, *differs)
-        return content
 
 
 def is_repo_id(text: str) -> bool:
@@ -247,41 +138,6 @@ def _check_repo_id(repo_id: str) -> None:
     if not is_repo_id(repo_id):
         what = f"{repo_id!r} is not the name of a Hub repository"
         raise UsageError(what, hint="name a directory or a file that exists, or a repository as owner/name")
-
-
-@contextmanager
-def _get(repo: RemoteRepo, name: str, headers: dict[str, str]) -> Iterator[tuple[int, Any, Iterator[bytes]]]:
-    """Status, headers and body of a file, the body unread, over huggingface_hub's shared connections."""
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
-
-    url = hf_hub_url(repo.repo_id, name, revision=repo.revision)
-    # Compressed on the way, a body's length would no longer be the file's.
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
-    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    session: Any = get_session()
-    # huggingface_hub speaks requests below 1.0, httpx from 1.0 on, httpx2 from 2.0 on; the latter two look the same.
-    if callable(getattr(session, "stream", None)):
-        opened = session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True)
-    else:
-        opened = session.get(url, headers=headers, timeout=timeout, stream=True)
-    with opened as response:
-        hf_raise_for_status(response)
-        body = response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(1 << 16)
-        yield response.status_code, response.headers, body
-
-
-def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
-    """The body, which must have `length` bytes; nothing is read past the first chunk that exceeds it."""
-    content = bytearray()
-    for chunk in chunks:
-        content += chunk
-        if len(content) > length:
-            raise HubError(f"the Hub sent more of {name} than was asked for", expected=f"{length} bytes")
-    if len(content) < length:
-        what, hint = f"the Hub broke off while sending {name}", "run the command again"
-        raise TransientError(what, expected=f"{length} bytes", found=f"{len(content)} bytes", hint=hint)
-    return bytes(content)
 
 
 def _select(repo_id: str, listing: Listing, allow_pickle: bool, index: ReadFile) -> tuple[Selection, tuple[str, ...]]:
@@ -392,7 +248,7 @@ def _checked(repo: RemoteRepo, names: Collection[str]) -> Iterator[None]:
             _cached(repo, name).resolve().unlink()
             _cached(repo, name).unlink(missing_ok=True)
         for name, why in found:
-            raise _damaged(name, repo.repo_id, *why)
+            raise damaged(name, repo.repo_id, *why)
 
     try:
         yield
@@ -400,11 +256,6 @@ def _checked(repo: RemoteRepo, names: Collection[str]) -> Iterator[None]:
         check()
         raise
     check()
-
-
-def _damaged(name: str, repo_id: str, expected: str, found: str) -> HubError:
-    hint = "run the command again; if that does not help, the Hub's copy is damaged, or a proxy changes it"
-    return HubError(f"{name} of {repo_id} is not what the Hub says it is", expected=expected, found=found, hint=hint)
 
 
 def _recorded_listing(repo_id: str, commit: str) -> Listing | None:
