@@ -34,14 +34,14 @@ EXAMPLES = {
     "ranks missing or mixed": "test_shard_set.py::test_two_sets_in_one_directory",
     "a small file that `SHA256SUMS` contradicts": "test_checksums.py::test_check_compares_the_small_files_with_it",
     "config and tensors contradict each other": "test_checkpoint.py::test_config_that_contradicts_the_tensors",
+    "a quantised weight without its scale": (
+        "test_quantised.py::test_values_without_a_scale_and_a_scale_without_values"
+    ),
     "`merge` or `reshard` reads a file that is not what its recorded checksum says": (
         "test_main.py::test_a_damaged_set_is_not_passed_on"
     ),
     "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
     "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
-    "a quantised weight without its scale": (
-        "test_quantised.py::test_values_without_a_scale_and_a_scale_without_values"
-    ),
     "a method of quantisation that is not known": "test_quantised.py::test_a_method_that_is_refused",
     "a directory that holds something else": "test_checkpoint.py::test_a_directory_that_holds_something_else",
     "names of a wrapper": "test_checkpoint.py::test_names_of_a_wrapper",
