@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.quantised.table import FIXTURES, HERE, REFERENCES, TABLE, Fixture, markdown, reference_of
+from tests.quantised.fixture_table import FIXTURES, HERE, REFERENCES, TABLE, Fixture, markdown, reference_of
 
 LARGEST = 10_000_000
 FLOATING = {"BF16", "F16", "F32"}

@@ -41,9 +41,12 @@ def names_in(directory: Path) -> set[str]:
 
 
 def remove_all(files: Files, directory: Path, names: set[str]) -> None:
-    """Remove files of a directory, and the folders that held nothing else; the mark of a run of ours goes last."""
+    """Remove files of a directory, and the folders that held nothing else.
+
+    Last go SHA256SUMS and the mark of a run of ours: while they are there, what is left is known as ours.
+    """
     folders = folders_of(names)
-    for name in sorted(names, key=lambda name: (name == LOCK, name)):
+    for name in sorted(names - {SUMS, LOCK}):
         path = directory / name
         if path.is_dir() and not path.is_symlink():
             folders.add(name)
@@ -52,6 +55,9 @@ def remove_all(files: Files, directory: Path, names: set[str]) -> None:
     for folder in sorted(folders, reverse=True):
         with contextlib.suppress(OSError):  # something else is in it
             files.rmdir(str(directory / folder))
+    for name in (SUMS, LOCK):
+        if name in names:
+            files.unlink(str(directory / name))
 
 
 def folders_of(names: Iterable[str]) -> set[str]:

@@ -67,7 +67,7 @@ def _tiers(run: EngineRun, opened: OpenedSet, first: Callable[[], Tier] | None) 
         done.append(team.once(first))
         seconds[done[0].name] = time.monotonic() - begun
     judges = run.begin()
-    wrong = team.together(lambda: false_claims(opened.shards, opened.config, opened.source))
+    wrong = team.together(lambda: false_claims(opened.shards, opened.config, opened.source.as_stored))
     for name, judge in judges.items():
         begun = time.monotonic()
         opened.say("transformers as the reference" if name == "transformers" else f"{name} tier")

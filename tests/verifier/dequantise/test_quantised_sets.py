@@ -18,6 +18,7 @@ from tests.helpers.command import Result, succeeds, tpshard
 from tests.helpers.grids import some
 from tests.helpers.paths import TESTS
 from tests.helpers.quantised_by_hand import FORMATS, quantised
+from tests.helpers.toys import metadata
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.verifier.dequantise.find import recipes
 from tpshard.verifier.ranks.open import FileWeights
@@ -73,7 +74,7 @@ def change(name: str, edit: Callable[[Tensor], Tensor], rank: int = 1) -> None:
     tensors = load_file(path)
     assert name in tensors, sorted(tensors)
     tensors[name] = edit(tensors[name]).contiguous()
-    save_file(tensors, path)
+    save_file(tensors, path, metadata(path))
 
 
 def bit_flipped(tensor: Tensor) -> Tensor:

@@ -27,6 +27,10 @@ class DequantisedWeights(FileWeights):
         super().__init__(self._infos())
 
     @property
+    def as_stored(self) -> FileWeights:
+        return self.plain
+
+    @property
     def nbytes(self) -> int:
         return self.plain.nbytes
 

@@ -54,6 +54,11 @@ class FileWeights:
         return DTYPES[self.infos[name].dtype]
 
     @property
+    def as_stored(self) -> "FileWeights":
+        """The same tensors with the names and shapes that they have in their files."""
+        return self
+
+    @property
     def nbytes(self) -> int:
         """Stored bytes of all tensors."""
         return sum(info.nbytes for info in self.infos.values())

@@ -1,6 +1,6 @@
 """The fixtures, one row each: README.md holds this table, and the test holds the files against it.
 
-`python -m tests.quantised.table` prints the table for README.md.
+`python -m tests.quantised.fixture_table` prints the table for README.md.
 """
 
 from __future__ import annotations
