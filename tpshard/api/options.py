@@ -26,6 +26,7 @@ class ModelOptions:
 
     rules: an architecture file; None is the built-in rules of the model_type. dtype: what floating-point weights are
     cast to; None leaves them as they are. allow_pickle: read pickled weights where there are no others.
+    follow_symlinks: read files that are symlinks out of the model's directory.
     """
 
     path: str | Path
@@ -33,11 +34,17 @@ class ModelOptions:
     rules: str | Path | None = None
     dtype: str | None = None
     allow_pickle: bool = False
+    follow_symlinks: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype in DTYPE_ALIASES:
             object.__setattr__(self, "dtype", DTYPE_ALIASES[self.dtype])
         check_dtype(self.dtype)
+
+    @property
+    def reading(self) -> dict[str, bool]:
+        """What may be read, as the functions of `inputs.checkpoint` take it."""
+        return {"allow_pickle": self.allow_pickle, "follow_symlinks": self.follow_symlinks}
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ class MergeOptions:
 class CheckOptions:
     """A check. source: compare with this model; None is recorded checksums. tp: what the set must have.
 
-    revision, rules, allow_pickle: of the source. settings: threads, and what follows the progress.
+    revision, rules, allow_pickle, follow_symlinks: of the source. settings: threads, and what follows the progress.
     """
 
     shards: str | Path
@@ -154,6 +161,7 @@ class CheckOptions:
     rules: str | Path | None = None
     allow_pickle: bool = False
     settings: Settings = field(default_factory=Settings)
+    follow_symlinks: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one output object: data on stdout, talk on stderr, as text or as JSON."""
+"""The one output object: data on stdout, talk on stderr, as text or as JSON. All that is shown is escaped here."""
 
 from __future__ import annotations
 
@@ -14,17 +14,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tpshard.errors import Interrupted, TpshardError
-from tpshard.units import human_bytes
+from tpshard.units import human_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 _PLAIN_EVERY = 10.0  # seconds between progress lines when no terminal watches
-
-
-def _one_line(text: str) -> str:
-    """Text in which nothing from a file's content or name can break the line or steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def drop_stdout() -> None:
@@ -43,10 +38,14 @@ class Console:
     def rich() -> RichConsole:
         """A rich console on stdout; imported late, because it costs as much as the rest of the start-up."""
         from rich.console import Console as RichConsole
+        from rich.text import Text
 
         class OnStdout(RichConsole):
             def on_broken_pipe(self) -> None:
                 raise BrokenPipeError  # rich would exit with 1, which means "judged different" here
+
+            def render_str(self, text: str, **how: Any) -> Text:
+                return super().render_str(printable(text), **how)  # what is printed, and every cell of a table
 
         # A file or a pipe has no width: a row is a line there. Names may hold brackets and colons, so no markup.
         width = None if sys.stdout.isatty() else 100_000
@@ -55,16 +54,27 @@ class Console:
     def say(self, text: str) -> None:
         """A message for the user, on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
+
+    @staticmethod
+    def show(*lines: object) -> None:
+        """Lines of the result on stdout."""
+        for line in lines:
+            print(printable(str(line)))
+
+    @staticmethod
+    def path(path: object) -> None:
+        """A path as the result on stdout: a script gets it as it is, a terminal is not steered by it."""
+        print(printable(str(path)) if sys.stdout.isatty() else path)
 
     def warn(self, *texts: str) -> None:
         """What may surprise, on stderr."""
-        for text in texts:
-            self.say(f"{self._paint('warning', '33')}: {text}")
+        for text in texts if not self.quiet else ():
+            print(f"{self._paint('warning', '33')}: {printable(text)}", file=sys.stderr, flush=True)
 
     def different(self, text: str) -> None:
         """What was judged different, in one line on stderr: as an error, also with --quiet."""
-        print(f"{self._paint('different', '31;1')}: {_one_line(text)}", file=sys.stderr)
+        print(f"{self._paint('different', '31;1')}: {printable(text)}", file=sys.stderr)
 
     def data(self, value: dict[str, Any]) -> None:
         """The result as JSON on stdout."""
@@ -72,9 +82,9 @@ class Console:
 
     def error(self, error: TpshardError) -> None:
         """An error: one line and its way out on stderr, and the object on stdout with --json."""
-        print(f"{self._paint('error', '31;1')}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"{self._paint('error', '31;1')}: {printable(str(error))}", file=sys.stderr)
         if error.hint:
-            print(f"{self._paint('hint', '36')}: {_one_line(error.hint)}", file=sys.stderr)
+            print(f"{self._paint('hint', '36')}: {printable(error.hint)}", file=sys.stderr)
         try:
             if self.as_json:
                 self.data({"schema_version": 1, "error": error.to_json()})

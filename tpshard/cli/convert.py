@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tpshard.api.options import PlanOptions
     from tpshard.report.results import PlanReport, WriteReport
 
+_SHOWN = 8
+"""Names in a line of files that are left out; `--json` has all."""
+
 
 def plan(
     model: opt.MODEL,
@@ -34,6 +37,7 @@ def plan(
     format: opt.FORMAT = "native",
     engine_version: opt.ENGINE_VERSION = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     batch: opt.BATCH = None,
     seq: opt.SEQ = None,
     kv_dtype: opt.KV_DTYPE = None,
@@ -56,7 +60,7 @@ def plan(
     with opened(json, quiet) as console:
         from tpshard.api.options import ModelOptions, PlanOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
         _show(console, PlanOptions(source, target, work), every, report)
@@ -77,6 +81,7 @@ def split(
     format: opt.FORMAT = "native",
     engine_version: opt.ENGINE_VERSION = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     checksum: opt.CHECKSUM = "sha256",
     workers: opt.WORKERS = None,
     overwrite: opt.OVERWRITE = False,
@@ -98,7 +103,7 @@ def split(
         from tpshard.api.convert import split_with
         from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         if dry_run:
             _show(console, PlanOptions(source, target))
@@ -107,7 +112,11 @@ def split(
         with settings(console, "split", workers, checksum, overwrite, no_fsync) as how:
             report = split_with(SplitOptions(model=source, target=target, out=out, ranks=chosen, settings=how))
         check = ["tpshard", "check", str(report.output), "--source", model]
-        _print_written(console, report, [*check, *again(revision, rules, allow_pickle=allow_pickle)])
+        _print_written(
+            console,
+            report,
+            [*check, *again(revision, rules, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)],
+        )
 
 
 def merge(
@@ -195,12 +204,23 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")
     console.warn(*report.warnings)
+    _say_left_out(console, report)
     if console.as_json:
         console.data(report.to_json())
     else:
         from tpshard.cli.tables import print_plan
 
         print_plan(report, every)
+
+
+def _say_left_out(console: Console, report: PlanReport | WriteReport) -> None:
+    """A line for each reason: the files that do not travel."""
+    reasons: dict[str, list[str]] = {}
+    for each in report.left_out:
+        reasons.setdefault(each.reason, []).append(each.file)
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        console.say(f"left out: {shown} ({reason})")
 
 
 def _write_drawing(path: Path, report: PlanReport) -> None:
@@ -215,10 +235,11 @@ def _write_drawing(path: Path, report: PlanReport) -> None:
 
 def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
     console.warn(*report.warnings)
+    _say_left_out(console, report)
     if console.as_json:
         console.data(report.to_json())
         return
-    print(report.output)
+    console.path(report.output)
     console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
     ranks = {part.rank for part in report.parts}
     when = "next, when all ranks are there" if report.parts and len(ranks) < report.tp else "next"

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Console as RichConsole
 from rich.table import Table
 
 from tpshard.cli.console import Console
+from tpshard.planning.deal import why_not
 from tpshard.report.capacity import number_lines
-from tpshard.report.results import InspectReport, PlanReport, shares_of, stored_json
+from tpshard.report.results import InspectReport, PlanReport, quantisation_line, shares_of, stored_json
 from tpshard.units import human_bytes
+
+_WIDE = 100_000
+"""More columns than any table has."""
+_MOST_TP = 16
+"""The largest tp for which a plan says why it is not possible."""
 
 
 def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:
@@ -35,23 +42,36 @@ def _fold(rows: Sequence[tuple[str, ...]], which: int) -> list[tuple[str, ...]]:
 
 def _span(numbers: list[int]) -> str:
     """`{0-31}`, `{0-3,5}` or `7`."""
+    text = _runs(numbers)
+    return text if len(numbers) == 1 else "{" + text + "}"
+
+
+def _runs(numbers: list[int]) -> str:
+    """`0-31`, `0-3,5` or `7`."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return text if len(numbers) == 1 else "{" + text + "}"
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]], every: bool) -> Table:
+def _print_table(console: RichConsole, columns: Sequence[str], rows: Sequence[tuple[str, ...]], every: bool) -> None:
+    """A row per line. Where the terminal is too narrow, a row's name has a line of its own, so that it stays whole."""
+    rows = fold(rows, every)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
-    for row in fold(rows, every):
+    for row in rows:
         table.add_row(*row)
-    return table
+    if console.measure(table, options=console.options.update(max_width=_WIDE)).maximum <= console.width:
+        console.print(table)
+        return
+    for name, *cells in (columns, *rows):
+        console.print(name, soft_wrap=True)
+        console.print("    " + "  ".join(cells), soft_wrap=True)
+    console.print()
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -73,7 +93,9 @@ def print_plan(report: PlanReport, every: bool) -> None:
         rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
         rule = rule if shares else f"drop: {split.layouts.dropped[tensor.name]}"
         rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
-    console.print(_table(("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every))
+    _print_table(console, ("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every)
+    if split.model.quantisation:
+        console.print(f"quantised: {quantisation_line(split.model.quantisation)}")
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
     if not split.format.own_names:
@@ -82,7 +104,7 @@ def print_plan(report: PlanReport, every: bool) -> None:
             whence = entry["from"] or ["a constant"]
             ranks = _same_or_each([_shape(rank["shape"]) for rank in entry["ranks"]])
             made.append((entry["name"], " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks))
-        console.print(_table(("the files have", "made of", "each rank holds"), made, every))
+        _print_table(console, ("the files have", "made of", "each rank holds"), made, every)
     plan = report.to_json()
     for line in number_lines(plan["numbers"]):
         console.print(line)
@@ -95,8 +117,8 @@ def print_plan(report: PlanReport, every: bool) -> None:
     for module, to in plan["tied"].items():
         console.print(f"tied: {module} = {to}")
     console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
-    for reason in _reasons(plan["impossible_tp"]):
-        console.print(f"not possible: {reason}", style="dim")
+    if reasons := _reasons(report):
+        console.print(f"not possible: {reasons}", style="dim", soft_wrap=True)
 
 
 def _text_line(text: Mapping[str, Any]) -> str:
@@ -105,11 +127,16 @@ def _text_line(text: Mapping[str, Any]) -> str:
     return f"text model: {text['model_type']} under {text['prefix']}* is split; replicated: {rest}"
 
 
-def _reasons(impossible: Sequence[dict[str, Any]]) -> list[str]:
-    """The reason of each tp up to 16; of the many above, just that they are."""
-    shown = [f"tp {entry['tp']} ({entry['reason']})" for entry in impossible if entry["tp"] <= 16]
-    rest = len(impossible) - len(shown)
-    return shown + ([f"{rest} more above 16 (--json lists them)"] if rest else [])
+def _reasons(report: PlanReport) -> str:
+    """Each tp up to 16 that would cut a unit, by what it would cut; of the many above, just that they are."""
+    axes, shown = report.deal.axes.values(), dict[str, list[int]]()
+    impossible = [tp for tp, _ in report.impossible_tp]
+    for tp in (tp for tp in impossible if tp <= _MOST_TP):
+        cut = next(axis for axis in axes if why_not(axis, tp))
+        shown.setdefault(f"{cut.count} {cut.name} do not divide", []).append(tp)
+    reasons = [f"tp {_runs(numbers).replace(',', ', ')} ({why})" for why, numbers in shown.items()]
+    rest = sum(tp > _MOST_TP for tp in impossible)
+    return "; ".join(reasons + ([f"{rest} more above {_MOST_TP} (--json lists them)"] if rest else []))
 
 
 def print_inspect(report: InspectReport, every: bool) -> None:
@@ -120,7 +147,7 @@ def print_inspect(report: InspectReport, every: bool) -> None:
         if value not in (None, [], {}):
             console.print(f"  {key.replace('_', ' ')}: {_fact(key, value)}")
     rows = [(t.name, t.dtype, _shape(t.shape), human_bytes(t.nbytes), Path(t.file).name) for t in report.tensors]
-    console.print(_table(("tensor", "dtype", "shape", "size", "file"), rows, every))
+    _print_table(console, ("tensor", "dtype", "shape", "size", "file"), rows, every)
 
 
 def _fact(key: str, value: Any) -> str:
@@ -130,6 +157,8 @@ def _fact(key: str, value: Any) -> str:
         return ", ".join(f"{name} {size}" for name, size in value.items())
     if key == "source":
         return " at ".join(text for text in (value["name"], value["revision"]) if text)
+    if key == "quantisation":
+        return quantisation_line(value)
     if key == "files":
         return ", ".join(f"{file['name']} ({human_bytes(file['size'])})" for file in value)
     if key == "metadata":

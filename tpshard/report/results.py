@@ -14,6 +14,7 @@ from tpshard.planning.axes import Axis
 from tpshard.planning.box import extents, volume
 from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
 from tpshard.planning.layout import LogicalTensor
+from tpshard.storage.carried import LeftOut
 from tpshard.storage.safetensors import TensorInfo, nbytes
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ def result(command: str, **fields: Any) -> dict[str, Any]:
 class PlanReport:
     """A planned split. `split` holds everything; `to_json` is the contract.
 
-    workload: what the numbers are for, None for the usual one.
+    workload: what the numbers are for, None for the usual one. left_out: the source's files that do not travel.
     """
 
     split: Split
     warnings: tuple[str, ...]
     workload: Workload | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def rank_bytes(self) -> list[int]:
@@ -99,14 +101,23 @@ class PlanReport:
             padded=self.padding(),
             replicated=[axis.name for axis in model.axes.values() if axis.replicate and axis.count < tp],
             tied=dict(model.tied),
+            **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
             possible_tp=possible_tp(self.deal.axes),
             impossible_tp=[{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
+            left_out=[asdict(each) for each in self.left_out],
             warnings=list(self.warnings),
         )
 
 
 Share = tuple[tuple[int, ...], int]
 """What a rank holds of a logical tensor: shape, and bytes with padding."""
+
+
+def quantisation_line(quantisation: Mapping[str, Any]) -> str:
+    """How a model is quantised, for people: `fp8, 12 modules FP8 in blocks`."""
+    modules = (f"{count} module{'s' if count > 1 else ''} {name}" for name, count in quantisation["modules"].items())
+    cache = [f"KV cache {quantisation['kv_cache']}"] if quantisation["kv_cache"] else []
+    return ", ".join([quantisation["method"], *modules, *cache])
 
 
 def shares_of(split: Split) -> list[list[Share]]:
@@ -184,7 +195,8 @@ class RankPart:
 class WriteReport:
     """What split, merge or reshard wrote: `nbytes` of tensors into `output`. parts: of ranks; none of a merge.
 
-    unread_checksums: whether checksums are recorded beside what was read, which nobody compared.
+    unread_checksums: whether checksums are recorded beside what was read, which nobody compared. left_out: files beside
+    what was read that do not travel.
     """
 
     command: str
@@ -195,6 +207,7 @@ class WriteReport:
     parts: tuple[RankPart, ...]
     warnings: tuple[str, ...]
     unread_checksums: bool = False
+    left_out: tuple[LeftOut, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result object of the JSON contract."""
@@ -208,6 +221,7 @@ class WriteReport:
             set=self.set_id,
             bytes=self.nbytes,
             ranks=[{"rank": rank, "parts": parts} for rank, parts in sorted(ranks.items())],
+            left_out=[asdict(each) for each in self.left_out],
             warnings=list(self.warnings),
         )
 

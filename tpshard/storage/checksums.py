@@ -12,9 +12,13 @@ _ESCAPED = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 
 
 def sums(digests: Mapping[str, str | None], small: Mapping[str, bytes]) -> bytes:
-    """A line for each file, in the order of their names. digests: sha256 by name. small: files by their content."""
+    """A line for each file, in the order of their names. digests: sha256 by name. small: files by their content.
+
+    A file whose digest is None has no line.
+    """
     known = {**digests, **{name: hashlib.sha256(data).hexdigest() for name, data in small.items()}}
-    return b"".join(_line(os.fsencode(name), known[name]) for name in sorted(known, key=os.fsencode))
+    lines = ((os.fsencode(name), known[name]) for name in sorted(known, key=os.fsencode))
+    return b"".join(_line(name, digest) for name, digest in lines if digest is not None)
 
 
 def read_sums(data: bytes) -> dict[str, str]:
@@ -39,9 +43,8 @@ def require_digest(path: str, *, expected: str, found: str | None) -> None:
         raise CorruptError(message, path=path, expected=f"sha256 {expected}", found=found, hint=hint)
 
 
-def _line(name: bytes, digest: str | None) -> bytes:
+def _line(name: bytes, digest: str) -> bytes:
     """`HEX  NAME`; a backslash before it says that the name has bytes which are escaped."""
-    assert digest is not None, "a file without a checksum"
     escaped = name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
     mark = b"\\" if escaped != name else b""
     return b"%b%b  %b\n" % (mark, digest.encode(), escaped)

@@ -46,6 +46,8 @@ class Chunk:
         return tuple(at + size for at, size in zip(self.at, self.info.shape, strict=True))
 
 
+SHARDING = "DCP_SHARDING_INFO"
+"""The key of a safetensors file's metadata under which torch finds where the file's rectangles lie."""
 Chunks = Mapping[str, Sequence[Chunk]]
 """The rectangles in one rank's files, by the name of their tensor."""
 
@@ -53,7 +55,7 @@ Chunks = Mapping[str, Sequence[Chunk]]
 def of_header(header: Header, path: Path) -> Iterator[Chunk]:
     """The rectangles of a safetensors file of the Hugging Face flavour."""
     try:
-        said = json.loads(header.metadata["DCP_SHARDING_INFO"])
+        said = json.loads(header.metadata[SHARDING])
         places = {info.name: tuple(map(int, said[info.name]["saved_offsets"])) for info in header.tensors}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"the file does not say where its tensors begin: {error!r}", path=path) from None
