@@ -20,7 +20,6 @@ from tests.helpers.command import fails, llama, succeeds, tpshard
 from tests.helpers.grids import without
 from tests.helpers.hub_server import HubServer
 from tests.helpers.toys import read_all
-from tpshard.storage import hub_repository
 
 REPO = "org/tiny"
 LARGE = {"hidden_size": 256, "intermediate_size": 512}
@@ -88,13 +87,13 @@ def test_headers_are_asked_for_side_by_side(server: HubServer, source: Path, mon
     """A large model has a hundred files: one request after the other would take a minute."""
     server.add(REPO, source)
     both = threading.Barrier(2, timeout=60)
-    read = hub_repository.RemoteRepo.read
+    read = hub.RemoteRepo.read
 
     def wait(*arguments: Any) -> bytes:
         both.wait()
         return read(*arguments)
 
-    monkeypatch.setattr(hub_repository.RemoteRepo, "read", wait)
+    monkeypatch.setattr(hub.RemoteRepo, "read", wait)
     succeeds("plan", REPO, "--tp", 2)
 
 
@@ -102,9 +101,9 @@ def test_of_several_damaged_headers_the_first_is_named(
     server: HubServer, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever answer comes first."""
-    read, second = hub_repository.RemoteRepo.read, threading.Event()
+    read, second = hub.RemoteRepo.read, threading.Event()
 
-    def in_turn(repo: hub_repository.RemoteRepo, name: str, begin: int, end: int) -> bytes:
+    def in_turn(repo: hub.RemoteRepo, name: str, begin: int, end: int) -> bytes:
         if "00001" in name:
             assert second.wait(60)
         else:
@@ -114,7 +113,7 @@ def test_of_several_damaged_headers_the_first_is_named(
     for path in source.glob("*.safetensors"):
         path.write_bytes(b"\0" * 8 + path.read_bytes()[8:])
     server.add(REPO, source)
-    monkeypatch.setattr(hub_repository.RemoteRepo, "read", in_turn)
+    monkeypatch.setattr(hub.RemoteRepo, "read", in_turn)
     assert "model-00001-of-00002.safetensors" in fails(3, "plan", REPO, "--tp", 2)["path"]
 
 
@@ -279,6 +278,7 @@ def test_a_hub_that_lies_about_a_file(
     server: HubServer, source: Path, tmp_path: Path, name: str, of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights come from another host, the small files from the Hub itself. Nothing wrong is kept."""
+    (source / "NOTICE").write_bytes((source / "LICENSE").read_bytes())  # of equal files the cache keeps one
     server.add(REPO, source)
     fault, words, hint = LIES[name]
     if name == "stalled":

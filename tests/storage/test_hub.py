@@ -20,7 +20,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 
 from tests.helpers.hub_server import HubServer
 from tpshard.errors import CorruptError, HubError, LocalIOError, TpshardError, UnsafeError, UnsupportedError, UsageError
-from tpshard.storage import hub, hub_errors, hub_repository
+from tpshard.storage import hub, hub_errors
 from tpshard.storage.names import SIDE_PATTERNS, fits
 
 REPO = "org/tiny"
@@ -730,7 +730,7 @@ def test_file_that_is_shorter_than_described(server: HubServer, source: Path) ->
     server.add(REPO, source)
     repo = hub.describe(REPO, None)
     server.add(REPO, write(source, {"model.safetensors": WEIGHTS[:10]}))
-    longer = hub_repository.RemoteRepo(REPO, server.repos[REPO].refs["main"], repo.files)
+    longer = hub.RemoteRepo(REPO, server.repos[REPO].refs["main"], repo.files)
     with pytest.raises(HubError):
         longer.read("model.safetensors", 0, 20)
     with pytest.raises(HubError):
@@ -746,14 +746,14 @@ def test_body_that_is_longer_than_announced_is_not_read_on() -> None:
             yield b"12345"
 
     with pytest.raises(HubError, match="more of a.safetensors than was asked for"):
-        hub_repository._exactly(endless(), 8, "a.safetensors")
+        hub._exactly(endless(), 8, "a.safetensors")
     assert len(taken) == 2
 
 
 def test_body_that_is_shorter_than_announced_is_worth_another_attempt() -> None:
-    assert hub_repository._exactly(iter([b"12", b"345"]), 5, "a.safetensors") == b"12345"
+    assert hub._exactly(iter([b"12", b"345"]), 5, "a.safetensors") == b"12345"
     with pytest.raises(hub_errors.TransientError, match="broke off while sending a.safetensors") as caught:
-        hub_repository._exactly(iter([b"12", b"345"]), 8, "a.safetensors")
+        hub._exactly(iter([b"12", b"345"]), 8, "a.safetensors")
     assert (caught.value.expected, caught.value.found) == ("8 bytes", "5 bytes")
 
 
@@ -773,13 +773,13 @@ def test_read_small_is_whole_bounded_and_checked(
     server.add(REPO, write(source, {"tokenizer.model": b"sentence pieces"}))
     repo = hub.describe(REPO, None)
     assert repo.read_small("config.json") == b"{}"
-    monkeypatch.setattr(hub_repository, "SMALL_LIMIT", 15)
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
     assert repo.read_small("tokenizer.model") == b"sentence pieces"
     server.log.clear()
-    monkeypatch.setattr(hub_repository, "SMALL_LIMIT", 14)
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 14)
     with pytest.raises(HubError, match="tokenizer.model in org/tiny is too large") as caught:
         repo.read_small("tokenizer.model")
-    monkeypatch.setattr(hub_repository, "SMALL_LIMIT", 15)
+    monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
     assert (caught.value.found, server.log) == ("15 bytes", [])
     (source / "tokenizer.model").write_bytes(b"sentence  pieces"[:15])
     with pytest.raises(HubError, match="is not what the Hub says it is"):
@@ -797,7 +797,7 @@ def test_an_index_may_be_larger_than_other_small_files(server: HubServer, source
     with pytest.raises(HubError, match="tokenizer.json in org/tiny is too large") as caught:
         repo.read_small("tokenizer.json")
     assert (caught.value.expected, caught.value.found) == ("at most 20000000 bytes", "30000000 bytes")
-    large = replace(repo, files=(hub_repository.RemoteFile(index, 200_000_001, None),))
+    large = replace(repo, files=(hub.RemoteFile(index, 200_000_001, None),))
     with pytest.raises(HubError, match="too large") as caught:
         large.read_small(index)
     assert caught.value.expected == "at most 200000000 bytes" and "look at" in str(caught.value.hint)

@@ -1,26 +1,30 @@
-"""Repositories on the Hugging Face Hub: what is in one, and snapshots in the shared cache.
+"""Repositories on the Hugging Face Hub: what is in one, byte ranges of it, snapshots in the shared cache.
 
+Here, in `hub_cache` and in `hub_errors` alone huggingface_hub is imported, and only when a repository is asked for.
 Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
 """
 
-import os
+import io
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.carried import LeftOut, Listing, Selection, listing_of, select
-from tpshard.storage.files import require_space
 from tpshard.storage.foreign import recognised
-from tpshard.storage.hub_errors import NoRepositoryError, UnreachableError, attempt, not_a_hub
-from tpshard.storage.hub_repository import RemoteFile, RemoteRepo, damaged
+from tpshard.storage.hub_cache import CachedCommit, RemoteFile, damaged, quiet, recorded_listing
+from tpshard.storage.hub_errors import NoRepositoryError, TransientError, UnreachableError, attempt, not_a_hub
 from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
-from tpshard.storage.pool import Pool
 from tpshard.storage.weights import ReadFile, files_to_download
+
+SMALL_LIMIT = 20_000_000
+"""Bytes of a file that is read whole over the network."""
+INDEX_LIMIT = 200_000_000
+"""Bytes of an index of weight files: about 100 for each tensor, and each expert of each layer has several."""
 
 _PART = re.compile(r"\b[\w.-]{1,96}\b", re.ASCII)
 _FILE_ENDINGS = (".safetensors", ".json", ".bin", ".git")
@@ -38,6 +42,84 @@ class Snapshot:
     revision: str
     note: str | None = None
     left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class RemoteRepo:
+    """The files of a repository at one commit, as a source; `revision` is the commit's hash.
+
+    All that reads raises HubError.
+    """
+
+    repo_id: str
+    revision: str
+    files: tuple[RemoteFile, ...]
+    requests: ClassVar[int] = 8
+
+    @property
+    def place(self) -> str:
+        return self.repo_id
+
+    def names(self) -> set[str]:
+        return {file.name for file in self.files if "/" not in file.name}
+
+    def listing(self) -> Listing:
+        return listing_of((file.name, file.size) for file in self.files)
+
+    def path(self, name: str) -> None:
+        """None: nothing of it is on this machine."""
+
+    def size(self, name: str) -> int:
+        return self._file(name).size
+
+    def digest(self, name: str) -> str | None:
+        return self._file(name).sha256
+
+    def _file(self, name: str) -> RemoteFile:
+        for file in self.files:
+            if file.name == name:
+                return file
+        raise HubError(f"{self.repo_id} has no file {name} at {self.revision}")
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """The bytes `begin` to `end` (exclusive, within the file) of a file.
+
+        A server that sends the whole file instead is refused before its body is read.
+        """
+        size = self.size(name)
+        assert 0 <= begin < end <= size, f"{name}: {begin} to {end} of {size} bytes"
+
+        def read() -> bytes:
+            with _get(self, name, {"Range": f"bytes={begin}-{end - 1}"}) as (status, headers, chunks):
+                if status != 206:
+                    what = f"the Hub does not serve byte ranges of {name}"
+                    hint = f"download the repository first: hf download {self.repo_id} --revision {self.revision}"
+                    raise HubError(what, expected="HTTP 206", found=f"HTTP {status}", hint=hint)
+                expected = f"bytes {begin}-{end - 1}/{size}"
+                found = headers.get("Content-Range")
+                if found not in (expected, f"bytes {begin}-{end - 1}/*"):
+                    raise HubError(f"the Hub sent another range of {name}", expected=expected, found=found)
+                return _exactly(chunks, end - begin, name)
+
+        return attempt(read, self.repo_id, self.revision)
+
+    def read_small(self, name: str) -> bytes:
+        """A whole file, checked against the Hub's digest."""
+        file = self._file(name)
+        limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
+        if file.size > limit:
+            what = f"{name} in {self.repo_id} is too large to be what its name says"
+            hint = "look at the repository: this may be another file under that name"
+            raise HubError(what, expected=f"at most {limit} bytes", found=f"{file.size} bytes", hint=hint)
+
+        def read() -> bytes:
+            with _get(self, name, {}) as (_, _, chunks):
+                return _exactly(chunks, file.size, name)
+
+        content = attempt(read, self.repo_id, self.revision)
+        if differs := file.why_not(io.BytesIO(content), len(content)):
+            raise damaged(name, self.repo_id, *differs)
+        return content
 
 
 def is_repo_id(text: str) -> bool:
@@ -107,30 +189,30 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
     except UnreachableError as error:
         return _from_cache(repo_id, revision, allow_pickle, error)
 
+    cache = CachedCommit(repo.repo_id, repo.revision, repo.files)
+
     def index(name: str) -> bytes:
-        with _checked(repo, (name,)):
+        with cache.checked((name,)):
             path = Path(hf_hub_download(repo_id, name, revision=repo.revision))
         return path.read_bytes()
 
     def fetch(part: tuple[str, ...]) -> Path:
         # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
-        with _checked(repo, part):
+        with cache.checked(part):
             path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
         if path.name != repo.revision:
             what = f"{repo_id} changed while it was downloaded"
             raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
         return path
 
-    with _quiet():
+    with quiet():
         chosen, weights = attempt(lambda: _select(repo_id, repo.listing(), allow_pickle, index), repo_id, revision)
         side = chosen.carried
-        _require_space(repo, {*side, *weights})
+        cache.require_space({*side, *weights})
         # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
         attempt(lambda: fetch(side), repo_id, revision)
         path = attempt(lambda: fetch(weights), repo_id, revision)
-    for file in repo.files:
-        if file.name in side or file.name in weights:
-            _check_cached(path / file.name, file, repo_id)
+    cache.require_whole({*side, *weights})
     return Snapshot(path, repo_id, repo.revision, left_out=chosen.left_out)
 
 
@@ -138,6 +220,41 @@ def _check_repo_id(repo_id: str) -> None:
     if not is_repo_id(repo_id):
         what = f"{repo_id!r} is not the name of a Hub repository"
         raise UsageError(what, hint="name a directory or a file that exists, or a repository as owner/name")
+
+
+@contextmanager
+def _get(repo: RemoteRepo, name: str, headers: dict[str, str]) -> Iterator[tuple[int, Any, Iterator[bytes]]]:
+    """Status, headers and body of a file, the body unread, over huggingface_hub's shared connections."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    url = hf_hub_url(repo.repo_id, name, revision=repo.revision)
+    # Compressed on the way, a body's length would no longer be the file's.
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    session: Any = get_session()
+    # huggingface_hub speaks requests below 1.0, httpx from 1.0 on, httpx2 from 2.0 on; the latter two look the same.
+    if callable(getattr(session, "stream", None)):
+        opened = session.stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True)
+    else:
+        opened = session.get(url, headers=headers, timeout=timeout, stream=True)
+    with opened as response:
+        hf_raise_for_status(response)
+        body = response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(1 << 16)
+        yield response.status_code, response.headers, body
+
+
+def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
+    """The body, which must have `length` bytes; nothing is read past the first chunk that exceeds it."""
+    content = bytearray()
+    for chunk in chunks:
+        content += chunk
+        if len(content) > length:
+            raise HubError(f"the Hub sent more of {name} than was asked for", expected=f"{length} bytes")
+    if len(content) < length:
+        what, hint = f"the Hub broke off while sending {name}", "run the command again"
+        raise TransientError(what, expected=f"{length} bytes", found=f"{len(content)} bytes", hint=hint)
+    return bytes(content)
 
 
 def _select(repo_id: str, listing: Listing, allow_pickle: bool, index: ReadFile) -> tuple[Selection, tuple[str, ...]]:
@@ -171,7 +288,7 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
         raise type(reason)(
             f"{reason.message}, and the cache has no snapshot of {repo_id} at {revision or 'main'}", hint=reason.hint
         ) from reason
-    tree = _recorded_listing(repo_id, path.name)
+    tree = recorded_listing(repo_id, path.name)
     listing = Directory(path).listing() if tree is None else tree
     names = [name for name in listing.sizes if "/" not in name]
 
@@ -199,103 +316,3 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
         ) from reason
     note = f"{reason.message}; using the cached snapshot {path.name}"
     return Snapshot(path, repo_id, path.name, note, tuple(left_out))
-
-
-def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
-    """LocalIOError when the disk of the cache has no room for what of these files it does not have yet."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-
-    def held(file: RemoteFile) -> int:
-        places = [_cached(repo, file.name)]
-        if file.sha256:  # of another commit, or begun by a version of huggingface_hub that goes on with it
-            blobs = places[0].parents[2] / "blobs"
-            places += [blobs / f"{file.sha256}{ending}" for ending in ("", ".incomplete")]
-        return max(place.stat().st_size if place.exists() else 0 for place in places)
-
-    needed = sum(max(0, file.size - held(file)) for file in repo.files if file.name in names)
-    hint = "free some space, or set HF_HOME to a directory on another disk"
-    require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
-
-
-def _cached(repo: RemoteRepo, name: str) -> Path:
-    """Where the cache has a file of the repository, once it is there."""
-    from huggingface_hub import constants
-
-    folder = f"models--{repo.repo_id.replace('/', '--')}"
-    return Path(constants.HF_HUB_CACHE) / folder / "snapshots" / repo.revision / name
-
-
-@contextmanager
-def _checked(repo: RemoteRepo, names: Collection[str]) -> Iterator[None]:
-    """Hold what is fetched in the `with` block, also by one that fails, against what the Hub said of it.
-
-    HubError for a file that is not so; it is taken out of the cache. What the cache had before is not read again.
-    """
-    fetched = [file for file in repo.files if file.name in names and not _cached(repo, file.name).exists()]
-
-    def differs(file: RemoteFile) -> tuple[str, str] | None:
-        path = _cached(repo, file.name)
-        if not path.exists():
-            return None
-        with path.open("rb") as content:
-            return file.why_not(content, os.fstat(content.fileno()).st_size)
-
-    def check() -> None:
-        found = [(file.name, why) for file, why in zip(fetched, Pool(4).map(differs, fetched), strict=True) if why]
-        for name, _ in found:
-            _cached(repo, name).resolve().unlink()
-            _cached(repo, name).unlink(missing_ok=True)
-        for name, why in found:
-            raise damaged(name, repo.repo_id, *why)
-
-    try:
-        yield
-    except Exception:
-        check()
-        raise
-    check()
-
-
-def _recorded_listing(repo_id: str, commit: str) -> Listing | None:
-    """The repository's files at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
-    import huggingface_hub
-
-    listing = getattr(huggingface_hub, "get_cached_repo_tree", None)
-    if listing is None:
-        return None
-    try:
-        return listing_of((entry.path, entry.size) for entry in listing(repo_id, revision=commit))
-    except huggingface_hub.errors.CachedRepoTreeNotFoundError:
-        return None
-
-
-def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found == file.size:
-        return
-    if found is None:
-        raise HubError(f"{file.name} of {repo_id} was not downloaded", path=path, hint="run the command again")
-    what = f"{file.name} of {repo_id} is damaged in the cache"
-    hint = f"delete {path.resolve()} and run the command again"
-    raise HubError(what, path=path, expected=f"{file.size} bytes", found=f"{found} bytes", hint=hint)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """huggingface_hub's own progress bars and warnings switched off; what it fails of is told in the end."""
-    from huggingface_hub import constants, utils
-
-    hub: Any = utils  # these names are public, but not declared so
-    verbosity = hub.logging.get_verbosity()
-    bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not hub.are_progress_bars_disabled()
-    if bars:
-        hub.disable_progress_bars()
-    hub.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub.logging.set_verbosity(verbosity)
-        if bars:
-            hub.enable_progress_bars()
