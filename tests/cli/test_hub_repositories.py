@@ -20,6 +20,7 @@ from tests.helpers.command import fails, llama, succeeds, tpshard
 from tests.helpers.grids import without
 from tests.helpers.hub_server import HubServer
 from tests.helpers.toys import read_all
+from tpshard.storage import hub
 
 REPO = "org/tiny"
 LARGE = {"hidden_size": 256, "intermediate_size": 512}
