@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Settings
+from tpshard.formats import FORMATS as FORMATS
 from tpshard.formats import format_of
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
 from tpshard.planning.model import DTYPE_ALIASES, check_dtype

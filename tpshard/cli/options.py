@@ -155,7 +155,7 @@ def again(
 
 def _formats(incomplete: str) -> list[str]:
     """The formats that begin with what was typed, for the shell's completion."""
-    from tpshard.formats import FORMATS
+    from tpshard.api.options import FORMATS
 
     return [name for name in FORMATS if name.startswith(incomplete)]
 
