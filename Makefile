@@ -29,7 +29,7 @@ check: $(VENV)/.dev
 test-crash: $(VENV)/.dev
 	$(BIN)/python -m tests.crash.strace_all
 
-# Kills the real command at random times, KILLS=200, and runs it again. About 10 minutes.
+# Kills the real command at random times, KILLS=200, and runs it again. About 20 minutes.
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.crash.soak $(or $(KILLS),200)
 

@@ -16,6 +16,7 @@ from tpshard.formats import FORMATS as FORMATS
 from tpshard.formats import format_of
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
 from tpshard.planning.model import DTYPE_ALIASES, check_dtype
+from tpshard.verifier.options import TIERS as TIERS
 
 if TYPE_CHECKING:
     from tpshard.report.capacity import Workload

@@ -16,7 +16,6 @@ from tpshard.errors import CorruptError, DifferentError, HubError, UnsupportedEr
 from tpshard.storage.local import cached_repo
 from tpshard.storage.names import MANIFEST
 from tpshard.verifier import launch
-from tpshard.verifier.options import TIERS as TIERS
 from tpshard.verifier.options import Say, silent
 from tpshard.verifier.options import VerifyOptions as VerifyOptions
 from tpshard.verifier.ranks.names import width
