@@ -76,26 +76,32 @@ def _body(model: Model, options: Options, layouts: RankLayouts, own_names: bool)
         },
         "axes": {name: _axis(axis) for name, axis in sorted(model.axes.items())},
         "tied": dict(model.tied),
+        **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
     }
     lines = [*_lines(body), _table("tensors", rows)]
     return lines if own_names else [*lines, _table("stored", _all_stored(layouts.layout))]
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
-    """An axis; along what it is dealt is said where that is not tp."""
-    return {key: value for key, value in asdict(axis).items() if (key, value) != ("along", "tp")}
+    """An axis; along what it is dealt is said where that is not tp, and by how many units where not one by one."""
+    return {key: value for key, value in asdict(axis).items() if (key, value) not in (("along", "tp"), ("step", 1))}
 
 
 def _cut(cut: Cut) -> str:
     interleave = f',"interleave":{compact(cut.interleave)}' if cut.interleave else ""
-    ratio = f',"ratio":{cut.ratio}' if cut.ratio != 1 else ""
+    number = cut.ratio if isinstance(cut.ratio, int) else f'"{cut.ratio}"'
+    ratio = f',"ratio":{number}' if cut.ratio != 1 else ""
     return f'"dim":{cut.dim},"segments":{compact(list(cut.segments))}{interleave}{ratio}'
 
 
 def cut_from_json(entry: Mapping[str, Any]) -> Cut:
     """A tensor's cut as its row of the manifest has it."""
-    segments = tuple(entry.get("segments", ()))
-    return Cut(entry["rule"], entry.get("dim"), segments, entry.get("interleave"), entry.get("ratio", 1))
+    segments, ratio = tuple(entry.get("segments", ())), entry.get("ratio", 1)
+    if isinstance(ratio, str):
+        from fractions import Fraction  # and decimal with it: only for those who pack words
+
+        ratio = Fraction(ratio)
+    return Cut(entry["rule"], entry.get("dim"), segments, entry.get("interleave"), ratio)
 
 
 def _all_stored(layout: Layout) -> list[str]:

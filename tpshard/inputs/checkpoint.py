@@ -6,13 +6,13 @@ Everything that a published directory can get wrong is found here, before a byte
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError, UnsafeError, UnsupportedError, UsageError
+from tpshard.errors import CorruptError, UnsafeError, UsageError
 from tpshard.storage.local import Directory, cached_repo, load_json
 from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, is_meta, side_files
 from tpshard.storage.pool import Pool
@@ -26,6 +26,8 @@ class Checkpoint:
     """An unsharded checkpoint. `directory` is None for a Hub repo of which only headers were read.
 
     tensors are in file order; `TensorInfo.file` is the path to read, `file_of` the name of the weight file.
+    quantisation: what config.json, a config nested in it, or a quantisation tool's own file says of that; None where
+    nothing does.
     """
 
     name: str
@@ -39,24 +41,37 @@ class Checkpoint:
     file_of: Mapping[str, str]
     side_files: tuple[Path, ...]
     warnings: tuple[str, ...] = ()
+    quantisation: Mapping[str, Any] | None = None
 
 
 def read_config(raw: bytes, path: object) -> dict[str, Any]:
-    """config.json as a dict; a `quantization_config` is refused."""
+    """config.json as a dict."""
     config = load_json(raw, path)
     if not isinstance(config, dict):
         raise CorruptError("config.json is not an object", path=path, found=type(config).__name__)
-    for key in ("quantization_config", "compression_config"):
-        if quantization := config.get(key):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise _quantised(path, f"{key} with quant_method {method}")
     return config
 
 
-def _quantised(path: object, found: str) -> UnsupportedError:
-    what = "the checkpoint is quantised: packed values and scale blocks are not cut yet"
-    hint = "split the checkpoint that it was made from"
-    return UnsupportedError(what, path=path, expected="plain floating-point weights", found=found, hint=hint)
+def read_quantisation(config: Mapping[str, Any], config_path: object, source: Source) -> dict[str, Any] | None:
+    """What a checkpoint says of its quantisation, with the method under `quant_method`; None where it says nothing."""
+    for each in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if said := each.get(key):
+                return _object(said, key, config_path)
+    names = source.names()
+    for name, method in QUANTISED.items():
+        if name in names:
+            path = source.path(name) or f"{source.place}/{name}"
+            said = _object(load_json(source.read_small(name), path), name, path)
+            said = said.get("quantization", said) if name == "hf_quant_config.json" else said
+            return {"quant_method": method, **_object(said, name, path)}
+    return None
+
+
+def _object(said: object, what: str, path: object) -> dict[str, Any]:
+    if not isinstance(said, dict):
+        raise CorruptError(f"{what} is not an object", path=path, found=type(said).__name__)
+    return said
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Checkpoint:
@@ -95,7 +110,6 @@ def open_headers(model: str | Path, revision: str | None = None, *, allow_pickle
         return open_checkpoint(model, revision, allow_pickle=True)
     if CONFIG not in names:
         raise CorruptError("the repo has no config.json", path=model, hint="it tells the architecture")
-    _refuse_quantised(names, model)
     return _open(repo, model, repo.repo_id, repo.revision, allow_pickle=False, only=None)
 
 
@@ -123,7 +137,7 @@ def _open(
     names, place = source.names(), source.place
     config_path = str(source.path(CONFIG) or f"{place}/{CONFIG}")
     config = read_config(source.read_small(CONFIG), config_path)
-    _refuse_quantised(names, place)
+    quantisation = read_quantisation(config, config_path, source)
     if only is not None and not only.name.endswith((".safetensors", ".bin")):
         raise UsageError("not a weight file", path=only, hint="give a directory or a .safetensors file")
     if only is None:
@@ -155,6 +169,7 @@ def _open(
         file_of=file_of,
         side_files=tuple(path for path in map(source.path, side_files(names)) if path is not None),
         warnings=warnings,
+        quantisation=quantisation,
     )
 
 
@@ -192,11 +207,6 @@ def _of_meta(directory: Path) -> UsageError:
     hint = f"`tpshard merge {directory} --allow-pickle -o OUT` makes one of it; "
     hint += f"`tpshard reshard {directory} --tp N --allow-pickle` splits it anew"
     return UsageError(what, path=directory, expected="an unsharded Hugging Face checkpoint", found=found, hint=hint)
-
-
-def _refuse_quantised(names: Collection[str], place: object) -> None:
-    if found := sorted(set(QUANTISED).intersection(names)):
-        raise _quantised(f"{place}/{found[0]}", found[0])
 
 
 def _check_index(weight_map: Mapping[str, str], file_of: Mapping[str, str], place: object) -> None:

@@ -8,16 +8,19 @@ from tpshard.planning.join import Placed, alignment_order
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.rules.multimodal import find_rules
+from tpshard.rules.quantisation.recognise import recognise
 
 
 def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None) -> Model:
     """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
     subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
-    classified, text = subject.classify(checkpoint.tensors)
+    quantised = recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path)
+    classified, text = subject.classify(checkpoint.tensors, quantised.companions)
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
-        cast = DTYPE_NAMES[dtype] if dtype and info.dtype in CASTABLE and cut.kind != "buffer" else info.dtype
+        castable = info.dtype in CASTABLE and cut.kind != "buffer" and info.name not in quantised.companions
+        cast = DTYPE_NAMES[dtype] if dtype and castable else info.dtype
         logical.append(LogicalTensor(info.name, cast, info.shape, cut))
     files = [
         {"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})}
@@ -36,6 +39,7 @@ def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dty
         full_names=classified.full_names,
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
+        quantisation=quantised.to_json(),
     )
 
 

@@ -177,6 +177,7 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         dtype=chosen["dtype"],
         full_names={entry["name"]: entry["full"] for entry in entries if "full" in entry},
         config=_config(directory),
+        quantisation=manifest.get("quantisation", {}),
     )
     if reason := why_unsound(tensors, layout):
         raise ValueError(reason)

@@ -26,6 +26,7 @@ class Model:
     source, architecture: what the manifest says of them (plain JSON). tied: module → module.
     config: of the model. text_config: of its decoder, where the model nests one.
     full_names: of tensors whose name in the source lacks the architecture's prefix.
+    quantisation: what the manifest says of it (plain JSON); empty where nothing is quantised.
     """
 
     tensors: tuple[LogicalTensor, ...]
@@ -38,6 +39,7 @@ class Model:
     full_names: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] | None = None
+    quantisation: Mapping[str, Any] = field(default_factory=dict)
 
     def full_name(self, name: str) -> str:
         """A tensor's name as the architecture's rules have it."""

@@ -14,7 +14,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import Cut
 from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
 from tpshard.rules.classify import Classification, classify, recognise
-from tpshard.rules.quantisation.schemes import split_name
+from tpshard.rules.quantisation.schemes import Companion, split_name
 from tpshard.storage.safetensors import TensorInfo
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
@@ -40,13 +40,15 @@ class ModelRules:
     config: Mapping[str, Any]
     text: TextConfig | None = None
 
-    def classify(self, tensors: Sequence[TensorInfo]) -> tuple[Classification, Mapping[str, Any] | None]:
+    def classify(
+        self, tensors: Sequence[TensorInfo], quantised: Mapping[str, Companion]
+    ) -> tuple[Classification, Mapping[str, Any] | None]:
         """Every tensor's cut, and what the manifest says about a nested text model (plain JSON), if there is one."""
         if self.text is None:
-            return classify(self.architecture, self.config, tensors), None
+            return classify(self.architecture, self.config, tensors, quantised=quantised), None
         prefix = _find_prefix(self.architecture, self.text, tensors)
         names = _text_names(self.architecture, self.text, prefix, tensors)
-        found = classify(self.architecture, self.text.config, [t for t in tensors if t.name in names], names)
+        found = classify(self.architecture, self.text.config, [t for t in tensors if t.name in names], names, quantised)
         cuts = {tensor.name: found.cuts.get(tensor.name, Cut("replicate")) for tensor in tensors}
         depth = prefix.count(".") or 1
         others = {".".join(t.name.split(".")[:depth]) for t in tensors if t.name not in names}

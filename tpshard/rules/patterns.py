@@ -10,7 +10,7 @@ from typing import Any
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
 from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, compile_pattern
-from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name
+from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
 
 
@@ -37,8 +37,11 @@ Match = tuple[Pattern, list[int], str]
 class Matcher:
     """Matches tensor names with the rules that hold for a config, and keeps track of what was matched."""
 
-    def __init__(self, architecture: Architecture, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, architecture: Architecture, config: Mapping[str, Any], quantised: Mapping[str, Companion] | None = None
+    ) -> None:
         self.architecture = architecture
+        self.quantised = quantised or {}
         self.config = config
         self.layers = expression.evaluate_count(architecture.layers, config)
         extra = architecture.extra_layers
@@ -63,18 +66,24 @@ class Matcher:
         self._holding: dict[tuple[str, int], bool] = {}
 
     def find(self, name: str, prefix: str) -> tuple[str, list[Match]]:
-        """The patterns that match a name or `prefix` + name, and which of the two they match."""
+        """The patterns that match a name or `prefix` + name, and which of the two they match.
+
+        A companion of a quantised module is matched under the name that its weight would have without.
+        """
         for full in dict.fromkeys((name, prefix + name)):
-            key = self._index.sub("0", full)
-            if key not in self._memo:
-                self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(full)]
-            matches = [(pattern, *_numbers(pattern, full)) for pattern in self._memo[key]]
-            candidates = [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]
-            if candidates:
-                return full, candidates
+            for known in (full, *stand_ins(full)):
+                key = self._index.sub("0", known)
+                if key not in self._memo:
+                    self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]
+                matches = [(pattern, *_numbers(pattern, known)) for pattern in self._memo[key]]
+                candidates = [
+                    match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])
+                ]
+                if candidates:
+                    return full, candidates
         return name, []
 
-    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, Companion, tuple[str, ...]]:
+    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, Companion, tuple[str, ...] | None]:
         """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
 
         known_as: the tensor's name as the rules have it, the prefix perhaps excepted.
@@ -97,7 +106,7 @@ class Matcher:
         pattern.seen = True
         if pattern.required and numbers:
             pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
-        companion = companion_of(full)
+        companion = self.quantised.get(name) or companion_of(full)
         return pattern.rule, companion, self._dims(full, companion, tensor)
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
@@ -109,15 +118,20 @@ class Matcher:
             self._holding[key] = bool(expression.evaluate(pattern.condition, {**self.config, "layer": layer}))
         return self._holding[key]
 
-    def _dims(self, full: str, companion: Companion, tensor: TensorInfo) -> tuple[str, ...]:
+    def _dims(self, full: str, companion: Companion, tensor: TensorInfo) -> tuple[str, ...] | None:
         """The axes of a tensor's dims. [dims] is of the companions that have both features, and of bare parameters."""
         name, shape = tensor.name, list(tensor.shape)
         known = self.dims if companion.has("out", "in") or not split_name(full)[1] else []
-        pattern = next((pattern for pattern, compiled in known if compiled.fullmatch(full)), None)
+        names = (full, *stand_ins(full))
+        pattern = next((p for p, compiled in known if any(compiled.fullmatch(each) for each in names)), None)
         if pattern is None:
             return companion.axes(len(shape))
         self.seen_dims.add(pattern)
         dims = self.architecture.dims[pattern]
+        if companion.role != "plain" and (
+            not companion.turns or (companion.role == "scale" and len(dims) != len(shape))
+        ):
+            return companion.axes(len(shape))
         if len(dims) != len(shape):
             expected = f"{len(dims)} dims: {', '.join(dims)}"
             raise CorruptError(f"{name} has {len(shape)} dims", tensor=name, expected=expected, found=f"shape {shape}")

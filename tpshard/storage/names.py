@@ -10,8 +10,13 @@ SAFETENSORS_INDEX = f"{SAFETENSORS}.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = f"{PICKLE}.index.json"
 PICKLE_PATTERN = "pytorch_model*.bin"
-QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files in which quantisation tools say what they did, some of them nowhere else."""
+QUANTISED = {
+    "quantization_config.json": None,
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+"""Files in which quantisation tools say what they did, some of them nowhere else; whose they are if they do not say."""
 META_PARAMS = "params.json"
 DCP_METADATA = ".metadata"
 
@@ -45,7 +50,7 @@ SIDE_PATTERNS = (
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
-    *QUANTISED,  # a quantised checkpoint that says so only here must still be recognised, to be refused
+    *QUANTISED,
     *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),
 )
 """Files that travel with the weights: configuration, tokenizer, chat template, licence."""
