@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,11 @@ class Console:
     def data(self, value: dict[str, Any]) -> None:
         """The result as JSON on stdout."""
         print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
+
+    def pieces(self, texts: Iterable[str]) -> None:
+        """The same, of a result that is too large to be held as one text."""
+        sys.stdout.writelines(texts)
+        print()
 
     def error(self, error: TpshardError) -> None:
         """An error: one line and its way out on stderr, and the object on stdout with --json."""

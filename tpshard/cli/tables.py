@@ -1,8 +1,6 @@
 """Plans and inspections as tables for a terminal; layers that are alike become one row."""
 
-import re
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +8,19 @@ from rich import box
 from rich.table import Table
 
 from tpshard.cli.console import Console
+from tpshard.planning.layout import Row
 from tpshard.report.capacity import number_lines
-from tpshard.report.results import InspectReport, PlanReport, shares_of, stored_json
+from tpshard.report.plan_rows import TensorKind, fold, made_of
+from tpshard.report.results import InspectReport, PlanReport
 from tpshard.units import human_bytes
 
 
-def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:
-    """Make one row of rows that differ only in numbers of the name: `model.layers.{0-31}.mlp.experts.{0-7}.w1`.
-
-    rows: the name first. Order is that of the first row of each kind. Experts are folded in each layer, then layers.
-    """
-    return list(rows) if every else _fold(_fold(rows, 1), 0)
-
-
-def _fold(rows: Sequence[tuple[str, ...]], which: int) -> list[tuple[str, ...]]:
-    """Fold the first number of the names, or the second."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for name, *cells in rows:
-        match = next(islice(re.finditer(r"(?<![^.])\d+(?=\.)", name), which, None), None)
-        key = (name[: match.start()] + "\0" + name[match.end() :] if match else name, *cells)
-        groups.setdefault(key, []).append(int(match.group()) if match else -1)
-    return [(pattern.replace("\0", _span(numbers)), *cells) for (pattern, *cells), numbers in groups.items()]
-
-
-def _span(numbers: list[int]) -> str:
-    """`{0-31}`, `{0-3,5}` or `7`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return text if len(numbers) == 1 else "{" + text + "}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]], every: bool) -> Table:
+def _table(columns: Sequence[str], rows: Iterable[tuple[str, tuple[str, ...]]], every: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
-    for row in fold(rows, every):
-        table.add_row(*row)
+    for name, cells in rows if every else ((pattern, cells) for pattern, _, cells in fold(rows)):
+        table.add_row(name, *cells)
     return table
 
 
@@ -67,36 +37,45 @@ def print_plan(report: PlanReport, every: bool) -> None:
     """A plan: a row per tensor, a row per rank, and what is padded, replicated, tied or not possible."""
     console = Console.rich()
     split = report.split
-    rows = []
-    for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True):
-        ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
-        rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
-        rule = rule if shares else f"drop: {split.layouts.dropped[tensor.name]}"
-        rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
+    cells: dict[TensorKind, tuple[str, ...]] = {}
+    for _, kind in report.tensors:
+        if kind not in cells:
+            cells[kind] = _cells(kind)
+    rows = ((name, cells[kind]) for name, kind in report.tensors)
     console.print(_table(("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every))
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
     if not split.format.own_names:
-        made = []
-        for entry in stored_json(split):
-            whence = entry["from"] or ["a constant"]
-            ranks = _same_or_each([_shape(rank["shape"]) for rank in entry["ranks"]])
-            made.append((entry["name"], " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks))
+        made = ((row.name, _stored_cells(row)) for row in split.layouts.rows.rows)
         console.print(_table(("the files have", "made of", "each rank holds"), made, every))
-    plan = report.to_json()
-    for line in number_lines(plan["numbers"]):
+    for line in number_lines(report.numbers()):
         console.print(line)
-    for entry in plan["padded"]:
+    for entry in report.padding():
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
     tp = split.options.tp
-    for name in plan["replicated"]:
+    for name in report.replicated:
         count = split.model.axes[name].count
         console.print(f"replicated: {count} {name} on {tp} ranks, each on {tp // count} ranks in a row")
-    for module, to in plan["tied"].items():
+    for module, to in split.model.tied.items():
         console.print(f"tied: {module} = {to}")
-    console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
-    for reason in _reasons(plan["impossible_tp"]):
+    console.print(f"possible tp: {', '.join(map(str, report.possible_tp))}")
+    for reason in _reasons(report.impossible_tp):
         console.print(f"not possible: {reason}", style="dim")
+
+
+def _cells(kind: TensorKind) -> tuple[str, ...]:
+    """What a row says of tensors of one kind, after the name."""
+    tensor, shares = kind.first, kind.shares
+    ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
+    rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
+    return tensor.dtype, _shape(tensor.shape), rule if shares else f"drop: {kind.fields['reason']}", ranks
+
+
+def _stored_cells(row: Row) -> tuple[str, ...]:
+    """What a row says of a stored tensor, after the name."""
+    whence = made_of(row) or ["a constant"]
+    ranks = _same_or_each([_shape(row.kind.shape(rank)) for rank in row.kind.holders])
+    return " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks
 
 
 def _text_line(text: Mapping[str, Any]) -> str:
@@ -105,9 +84,9 @@ def _text_line(text: Mapping[str, Any]) -> str:
     return f"text model: {text['model_type']} under {text['prefix']}* is split; replicated: {rest}"
 
 
-def _reasons(impossible: Sequence[dict[str, Any]]) -> list[str]:
+def _reasons(impossible: Sequence[tuple[int, str]]) -> list[str]:
     """The reason of each tp up to 16; of the many above, just that they are."""
-    shown = [f"tp {entry['tp']} ({entry['reason']})" for entry in impossible if entry["tp"] <= 16]
+    shown = [f"tp {tp} ({reason})" for tp, reason in impossible if tp <= 16]
     rest = len(impossible) - len(shown)
     return shown + ([f"{rest} more above 16 (--json lists them)"] if rest else [])
 
@@ -119,7 +98,7 @@ def print_inspect(report: InspectReport, every: bool) -> None:
     for key, value in report.facts.items():
         if value not in (None, [], {}):
             console.print(f"  {key.replace('_', ' ')}: {_fact(key, value)}")
-    rows = [(t.name, t.dtype, _shape(t.shape), human_bytes(t.nbytes), Path(t.file).name) for t in report.tensors]
+    rows = ((t.name, (t.dtype, _shape(t.shape), human_bytes(t.nbytes), Path(t.file).name)) for t in report.tensors)
     console.print(_table(("tensor", "dtype", "shape", "size", "file"), rows, every))
 
 

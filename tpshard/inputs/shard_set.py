@@ -183,7 +183,7 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         raise ValueError(reason)
     dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
     layouts = RankLayouts(layout, None, dropped)
-    return Split(model, options, format_of(options.format), layouts, manifest["set"], raw)
+    return Split(model, options, format_of(options.format), layouts, (manifest["set"], raw))
 
 
 def _stored(manifest: Mapping[str, Any], tensors: Sequence[LogicalTensor], rank: int) -> Iterator[StoredTensor]:
