@@ -27,7 +27,7 @@ from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
 from tpshard.inputs.shard_set import ShardSet, is_shard_set
-from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.planning.join import OutputFile, Placed, join, uncollected
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import load_json, read_bytes
@@ -67,6 +67,7 @@ def plan(
     return plan_with(PlanOptions(source, target, workload))
 
 
+@uncollected
 def plan_with(options: PlanOptions) -> PlanReport:
     """The plan that the options ask for."""
     model = options.model

@@ -83,7 +83,7 @@ class EngineFamily:
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a tensor is in; None outside the layers."""
-        return int(fit(self.layer, name).components[0]) if self.kind(name).in_layer else None
+        return int(name.split(".")[_places(self.layer)[0][0]]) if self.kind(name).in_layer else None
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""
@@ -124,10 +124,18 @@ def match(pattern: str, name: str) -> Fit | None:
 
 def fit(pattern: str, name: str) -> Fit:
     """How a pattern fits a tensor's name, which it does."""
-    expected, parts = pattern.split("."), name.split(".")
-    stars = tuple([part for said, part in zip(expected, parts, strict=False) if said == "*"])
-    stacked = int(parts[expected.index(STACK)]) if STACK in expected else None
-    return Fit(stars, stacked, "".join([f".{part}" for part in parts[len(expected) :]]))
+    stars, stack, length = _places(pattern)
+    parts = name.split(".")
+    rest = "." + ".".join(parts[length:]) if len(parts) > length else ""
+    return Fit(tuple([parts[place] for place in stars]), None if stack is None else int(parts[stack]), rest)
+
+
+@lru_cache(maxsize=4096)
+def _places(pattern: str) -> tuple[tuple[int, ...], int | None, int]:
+    """Which components of a pattern are `*`, which one is STACK, and how many there are."""
+    parts = pattern.split(".")
+    stars = tuple(place for place, part in enumerate(parts) if part == "*")
+    return stars, parts.index(STACK) if STACK in parts else None, len(parts)
 
 
 def fits_any(patterns: tuple[str, ...], name: str) -> bool:
