@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, ReshardOptions, SplitOptions, TargetOptions
 from tpshard.api.progress import followed
 from tpshard.errors import UsageError
-from tpshard.execute.publish import Job, Settings, publish
+from tpshard.execute.publish import Job, Settings, check_room, publish
 from tpshard.execute.run import Convert, conversion
 from tpshard.execute.target import is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
@@ -115,6 +115,7 @@ def split_with(options: SplitOptions) -> WriteReport:
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
+    _check_room("split", planned, target, options)
     small = _small(checkpoint)
     if model.dtype is not None:
         small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
@@ -158,6 +159,7 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
+    _check_room("reshard", planned, target, options)
     size = options.target.max_file_size
     recorded = source.recorded
     return _write_split("reshard", planned, source.placed(), _small(source), target, options, size, recorded=recorded)
@@ -231,6 +233,13 @@ def _write_split(
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     return WriteReport(verb, target, tp, set_id, plan.nbytes, written, warnings)
+
+
+def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions | ReshardOptions) -> None:
+    """Refuse what cannot be written, from sizes alone: the steps of a large model take a minute to plan."""
+    ranks = range(planned.options.tp) if options.chosen is None else options.chosen
+    needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
+    check_room(target, needed, verb, options.settings, shared=bool(options.chosen))
 
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:

@@ -198,7 +198,8 @@ def _show(
             hint = "give --report a name that ends in .html"
             raise UsageError("a plan is drawn as HTML", path=drawing, hint=hint)
         check_report(drawing)
-    report = plan_with(options)
+    with console.patience("plan: reading headers and planning"):
+        report = plan_with(options)
     if drawing is not None:
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")

@@ -116,10 +116,34 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def check_room(out: Path, needed: int, verb: str, settings: Settings, *, shared: bool) -> None:
+    """Refuse at once what cannot be written to `out`, before anything is planned in detail.
+
+    TargetError when something is there, LocalIOError when the disk is too small for `needed` bytes even if all that an
+    earlier run left were of use. `publish` looks more closely, also at what --overwrite would replace.
+    """
+    out = _named(out)
+    if settings.overwrite:
+        return
+    if not shared and not _only_in_place(out):
+        check_target(out, set(), lambda name: False, models=False, overwrite=False)
+    left = (out, out.with_name(out.name + PARTIAL))
+    there = sum(entry.stat().st_size for each in left if each.is_dir() for entry in os.scandir(each) if entry.is_file())
+    require_space(out, needed - there, hint=_no_room(verb))
+
+
+def _named(out: Path) -> Path:
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+
+
+def _no_room(verb: str) -> str:
+    fewer = "" if verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
+    return f"free some space, or give another disk with -o{fewer}"
+
+
 def publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     """Write a job's files to `out`; sha256 by file name. TargetError when `out` is not ours to write."""
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
+    out = _named(out)
     old = _inode(out) if settings.overwrite else None
     try:
         return _publish(job, out, settings)
@@ -213,8 +237,7 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
         recorded=job.recorded,
     )
     needed = writer.remaining() + sum(map(len, job.small.values()))
-    fewer = "" if job.verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
-    require_space(work, needed, hint=f"free some space, or give another disk with -o{fewer}")
+    require_space(work, needed, hint=_no_room(job.verb))
     if job.shared:  # a rank's files were lost: it is not complete, and its record says so until it is written again
         for name in _records(job):
             unlink_if_there(files, work / name)
