@@ -239,6 +239,7 @@ def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions |
     """Refuse what cannot be written, from sizes alone: the steps of a large model take a minute to plan."""
     ranks = range(planned.options.tp) if options.chosen is None else options.chosen
     needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
+    verb = verb if planned.format.has_ranks else "merge"
     check_room(target, needed, verb, options.settings, shared=bool(options.chosen))
 
 

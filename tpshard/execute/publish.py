@@ -122,14 +122,17 @@ def check_room(out: Path, needed: int, verb: str, settings: Settings, *, shared:
     TargetError when something is there, LocalIOError when the disk is too small for `needed` bytes even if all that an
     earlier run left were of use. `publish` looks more closely, also at what --overwrite would replace.
     """
-    out = _named(out)
     if settings.overwrite:
         return
-    if not shared and not _only_in_place(out):
-        check_target(out, set(), lambda name: False, models=False, overwrite=False)
-    left = (out, out.with_name(out.name + PARTIAL))
-    there = sum(entry.stat().st_size for each in left if each.is_dir() for entry in os.scandir(each) if entry.is_file())
-    require_space(out, needed - there, hint=_no_room(verb))
+    try:
+        out = _named(out)
+        if not shared and not _only_in_place(out):
+            check_target(out, set(), lambda name: False, models=False, overwrite=False)
+        left = [each for each in (out, out.with_name(out.name + PARTIAL)) if each.is_dir()]
+        there = sum(entry.stat().st_size for each in left for entry in os.scandir(each) if entry.is_file())
+        require_space(out, needed - there, hint=_no_room(verb))
+    except OSError as error:
+        raise local_error(error, "cannot write") from error
 
 
 def _named(out: Path) -> Path:
