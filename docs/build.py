@@ -33,7 +33,35 @@ COMPLETION = """What `--help` prints.
 
 `tpshard --install-completion` teaches the shell that it is called from (bash, zsh, fish or PowerShell) to complete
 commands and options, from its next start on; `tpshard --show-completion` prints what it would add."""
-SECTIONS = ("how-to", "reference", "explanation", "benchmarks")
+CHANGES = "changelog.md"
+MENU: dict[str, tuple[str, ...]] = {
+    "Start": ("index.md", "install.md", "tutorial.md"),
+    "Release models": ("how-to/ci.md", "how-to/sign.md", "how-to/reproduce.md"),
+    "Serve models": ("how-to/engines.md", "how-to/cluster.md", "explanation/numbers.md"),
+    "Large and new models": ("how-to/large-models.md", "how-to/own-architecture.md"),
+    "Look up": (
+        CLI,
+        "reference/formats.md",
+        "reference/architectures.md",
+        "reference/exit-codes.md",
+        "reference/json.md",
+        "reference/manifest.md",
+        "reference/rules.md",
+        "reference/python.md",
+        PYTHON,
+        CHANGES,
+    ),
+    "Understand": (
+        "explanation/parallelism.md",
+        "explanation/gqa.md",
+        "explanation/bf16.md",
+        "explanation/verdict.md",
+        "explanation/design.md",
+        "explanation/other-tools.md",
+        "explanation/limits.md",
+    ),
+}
+"""The site's menu, by what a reader wants to do; measurements follow, the newest first."""
 
 
 def cli_reference() -> str:
@@ -107,22 +135,26 @@ def python_reference() -> str:
 
 
 def on_config(config: Any) -> Any:
-    """The navigation: every page that is there, by section and name."""
-    config.nav = ["index.md", "tutorial.md"]
-    for section in SECTIONS:
-        pages = {path.relative_to(DOCS).as_posix() for path in (DOCS / section).glob("*.md")}
-        pages |= {CLI, PYTHON} if section == "reference" else set()
-        front = {f"{section}/README.md"}
-        config.nav.append({section.capitalize(): [*sorted(pages & front), *sorted(pages - front)]})
+    """The navigation; a page that no menu has is an error."""
+    front, *measured = sorted(
+        (path.relative_to(DOCS).as_posix() for path in DOCS.glob("benchmarks/*.md")), reverse=True
+    )
+    menu = {**MENU, "Measurements": (front, *measured)}
+    listed = {page for pages in menu.values() for page in pages} - {CLI, PYTHON, CHANGES}
+    there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    if listed != there:
+        raise ValueError(f"MENU and the pages differ: {', '.join(sorted(listed ^ there))}")
+    config.nav = [{section: list(pages)} for section, pages in menu.items()]
     return config
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Put the pages of the command line and of the functions among the others."""
+    """Put the pages of the command line, of the functions and of the changes among the others."""
     from mkdocs.structure.files import File
 
-    files.append(File.generated(config, CLI, content=cli_reference()))
-    files.append(File.generated(config, PYTHON, content=python_reference()))
+    changes = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    for page, content in ((CLI, cli_reference()), (PYTHON, python_reference()), (CHANGES, changes)):
+        files.append(File.generated(config, page, content=content))
     return files
 
 

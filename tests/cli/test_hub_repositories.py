@@ -145,7 +145,7 @@ def test_split_fetches_what_is_wanted_and_writes_it(server: HubServer, source: P
     result = succeeds("split", REPO, "--tp", 2, "--no-fsync")
     assert result.out == "tiny-tp2\n"
     side = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE"}
-    side |= {"chat_template.jinja"}
+    side |= {"chat_template.jinja", "README.md", "modeling_tiny.py"}
     index = "model.safetensors.index.json"
     assert fetched(server) == side | {index} | {path.name for path in source.glob("*.safetensors")}
     ranks = {f"rank-0000{rank}-of-00002.{end}" for rank in range(2) for end in ("safetensors", "json")}
@@ -287,10 +287,10 @@ def test_a_repository_without_a_config(server: HubServer, source: Path) -> None:
 
 
 def test_quantised_on_the_hub(server: HubServer, source: Path) -> None:
-    (source / "hf_quant_config.json").write_text("{}")
+    (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
     server.add(REPO, source)
     for verb in ("plan", "split"):
-        assert "quantised" in fails(4, verb, REPO, "--tp", 2)["message"]
+        assert "quantised by modelopt" in fails(3, verb, REPO, "--tp", 2)["message"]
 
 
 def test_another_kind_of_repository(server: HubServer, tmp_path: Path) -> None:

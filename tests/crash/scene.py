@@ -27,9 +27,12 @@ Tree = dict[str, bytes]
 
 
 def tiny(root: Path, seed: int = 0) -> Path:
-    """A LLaMA of 13 kB in two files: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
+    """A LLaMA of 13 kB in two files, with a folder: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
     made = make("llama-gqa", root / f"made-{seed}", seed, **SMALL)
-    return sharded(made, root / f"tiny-{seed}", max_shard_size=7_000)
+    model = sharded(made, root / f"tiny-{seed}", max_shard_size=7_000)
+    (model / f"folder-{seed}").mkdir()
+    (model / f"folder-{seed}" / "more.txt").write_text("more")
+    return model
 
 
 def tree(directory: Path) -> Tree:
@@ -45,8 +48,9 @@ def tree(directory: Path) -> Tree:
 
 
 def by_hosts(whole: Tree) -> Tree:
-    """What of an output hosts write together, each its own ranks: none of them knows every checksum."""
-    return {name: data for name, data in whole.items() if name != SUMS}
+    """What hosts write together, each its own ranks: none of them knows every checksum, all know the small files'."""
+    lines = whole[SUMS].splitlines(keepends=True)
+    return {**whole, SUMS: b"".join(line for line in lines if b"  rank-" not in line)}
 
 
 @contextmanager

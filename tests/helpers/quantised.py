@@ -180,7 +180,7 @@ def quantised_tensors(
     """The tensors of `SMALL` with all matrices of the layers quantised, but for those whose name contains `skip`."""
     rng = np.random.default_rng(seed)
     found: dict[str, Tensor] = {}
-    for name, tensor in llama_tensors(seed, "BF16", **SMALL, **config).items():
+    for name, tensor in llama_tensors(seed, "BF16", **(SMALL | config)).items():
         if "_proj." not in name or (skip and skip in name):
             found[name] = tensor
             continue
@@ -197,7 +197,8 @@ def quantised_tensors(
 def make(path: Path, name: str, *, skip: str = "", parts: int = 2, **config: Any) -> Path:
     """Write the checkpoint of one of `FORMATS`."""
     said, shapes = FORMATS[name]
-    tensors = quantised_tensors(shapes, skip=skip)
+    layers = {key: value for key, value in config.items() if key == "num_hidden_layers"}
+    tensors = quantised_tensors(shapes, skip=skip, **layers)
     names = list(tensors)
     size = -(-len(names) // parts)
     files = [names[i : i + size] for i in range(0, len(names), size)]

@@ -7,13 +7,13 @@ Every function raises the errors of `tpshard.errors`; results are frozen datacla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from tpshard.api.beside import cast_files, small_files
 from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, ReshardOptions, SplitOptions, TargetOptions
 from tpshard.api.progress import followed
 from tpshard.errors import UsageError
@@ -23,14 +23,14 @@ from tpshard.execute.target import is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
-from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
+from tpshard.inputs.checkpoint import open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
-from tpshard.inputs.shard_set import ShardSet, is_shard_set
+from tpshard.inputs.shard_set import is_shard_set
 from tpshard.planning.join import OutputFile, Placed, join, uncollected
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
-from tpshard.storage.local import load_json, read_bytes
+from tpshard.storage.local import Content, load_json, read_bytes
 from tpshard.storage.names import LOCK, MANIFEST, rank_stem, record_name
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def plan_with(options: PlanOptions) -> PlanReport:
     model = options.model
     checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
     built = from_checkpoint(checkpoint, model.rules, model.dtype)
-    return PlanReport(plan_split(built, options.target.layout), checkpoint.warnings, options.workload)
+    planned, warnings = plan_split(built, options.target.layout), (*checkpoint.warnings, *built.notes)
+    return PlanReport(planned, warnings, options.workload, checkpoint.left_out)
 
 
 def split(
@@ -116,11 +117,10 @@ def split_with(options: SplitOptions) -> WriteReport:
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
     _check_room("split", planned, target, options)
-    small = _small(checkpoint)
-    if model.dtype is not None:
-        small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
-    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, checkpoint.warnings
-    return _write_split("split", planned, placed, small, target, options, size, warnings)
+    small = cast_files(checkpoint, model.dtype)
+    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, (*checkpoint.warnings, *built.notes)
+    report = _write_split("split", planned, placed, small, target, options, size, warnings)
+    return replace(report, left_out=checkpoint.left_out)
 
 
 def reshard(
@@ -161,8 +161,9 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     planned = plan_split(source.model, layout)
     _check_room("reshard", planned, target, options)
     size = options.target.max_file_size
-    recorded = source.recorded
-    return _write_split("reshard", planned, source.placed(), _small(source), target, options, size, recorded=recorded)
+    small, recorded = small_files(source), source.recorded
+    report = _write_split("reshard", planned, source.placed(), small, target, options, size, recorded=recorded)
+    return replace(report, left_out=source.left_out)
 
 
 def merge(
@@ -191,16 +192,19 @@ def merge_with(options: MergeOptions) -> WriteReport:
     _check_distinct(source.directory, target)
     settings = replace(options.settings, checksum=False)
     made_of, size, recorded = source.manifest["set"], options.max_file_size, source.recorded
-    nbytes = _write_whole(source.model, source.placed(), _small(source), made_of, size, target, settings, recorded)
+    nbytes = _write_whole(
+        source.model, source.placed(), small_files(source), made_of, size, target, settings, recorded, sums=False
+    )
     unread = is_shard_set(source.directory) and not recorded
-    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread)
+    left_out = source.left_out
+    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread, left_out=left_out)
 
 
 def _write_split(
     verb: str,
     planned: Split,
     placed: Sequence[Placed],
-    small: Mapping[str, bytes],
+    small: Mapping[str, Content],
     target: Path,
     options: SplitOptions | ReshardOptions,
     max_file_size: int | None,
@@ -229,7 +233,10 @@ def _write_split(
     plan, identity = join(planned.kept.tensors, placed, outputs), {"set": set_id}
     claims = [f".{rank_stem(rank, tp)}.lock" for rank in writing] if chosen else [LOCK]
     convert = _convert(placed, outputs)
-    job = Job(plan, beside, identity, records, convert, bool(chosen), claims, verb, writes, recorded)
+    job = Job(
+        plan, beside, identity, records, convert, shared=bool(chosen), claims=claims, verb=verb, ours=writes,
+        recorded=recorded,
+    )  # fmt: skip
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     return WriteReport(verb, target, tp, set_id, plan.nbytes, written, warnings)
@@ -257,18 +264,20 @@ def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> 
 def _write_whole(
     model: Model,
     placed: Sequence[Placed],
-    small: Mapping[str, bytes],
+    small: Mapping[str, Content],
     set_id: str,
     max_file_size: int | None,
     target: Path,
     settings: Settings,
     recorded: Mapping[str, str],
+    *,
+    sums: bool = True,
 ) -> int:
-    """Write an ordinary checkpoint of a model. Returns the bytes of its tensors."""
+    """Write an ordinary checkpoint of a model, with SHA256SUMS or without. Returns the bytes of its tensors."""
     files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
     plan, convert = join(model.tensors, placed, files), _convert(placed, files)
     beside, identity = {**small, **index}, {"set": set_id}
-    job = Job(plan, beside, identity, lambda digests: {}, convert, verb="merge", ours=writes, recorded=recorded)
+    job = Job(plan, beside, identity, lambda digests: {}, convert, sums, verb="merge", ours=writes, recorded=recorded)
     publish(job, target, settings)
     return plan.nbytes
 
@@ -293,23 +302,6 @@ def _check_distinct(source: Path | None, target: Path) -> None:
         inside = source.resolve() != target.resolve()
         what = "the source lies inside the output" if inside else "the output is the source itself"
         raise UsageError(what, path=target, hint="give another directory with -o")
-
-
-def _small(source: Checkpoint | ShardSet) -> dict[str, bytes]:
-    """The files beside the weights, of Meta's form as they are made of it."""
-    made = source.made if isinstance(source, ShardSet) else {}
-    return {**made, **{path.name: read_bytes(path) for path in source.side_files}}
-
-
-def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """config.json with the dtype that the weights now have: engines take theirs from it, or from a nested config."""
-    config = dict(checkpoint.config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = dtype
-    for name, inner in config.items():
-        if isinstance(inner, dict):
-            config[name] = inner | {k: dtype for k in ("torch_dtype", "dtype") if isinstance(inner.get(k), str)}
-    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _is_written(target: Path, planned: Split, rank: int) -> bool:

@@ -1,5 +1,6 @@
 """`inspect`: what a path is."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def inspect(path: str | Path) -> InspectReport:
     """
     from tpshard.inputs.checkpoint import open_checkpoint
     from tpshard.inputs.shard_set import is_shard_set, open_shards
+    from tpshard.rules.quantisation.recognise import recognise
 
     path = Path(path)
     if not path.exists():
@@ -34,6 +36,7 @@ def inspect(path: str | Path) -> InspectReport:
             "source": dict(shards.model.source),
             "bytes": sum(file.size for files in shards.files.values() for file in files),
             "missing_ranks": shards.missing(),
+            **_quantised(shards.model.quantisation),
         }
         return InspectReport("shards", path, facts, tensors)
     checkpoint = open_checkpoint(path)
@@ -45,5 +48,10 @@ def inspect(path: str | Path) -> InspectReport:
         "parameters": sum(element_count(info.shape) for info in checkpoint.tensors),
         "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
         "warnings": list(checkpoint.warnings),
+        **_quantised(recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path).to_json()),
     }
     return InspectReport("checkpoint", path, facts, checkpoint.tensors)
+
+
+def _quantised(quantisation: Mapping[str, Any]) -> dict[str, Any]:
+    return {"quantisation": dict(quantisation)} if quantisation else {}

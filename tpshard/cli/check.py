@@ -25,9 +25,9 @@ def check(
 ) -> None:
     """Check a shard set; exit 1 when it was judged and differs.
 
-    Without --source: all ranks there, all of one set, sizes and checksums as recorded. With it: each byte of the
-    source exactly where the rules say, replicas identical, padding zero. Both compare config, tokenizer and records
-    with SHA256SUMS, where the set has one.
+    Without --source: all ranks there, all of one set, headers as the manifest has them, sizes and checksums as
+    recorded. With it: each byte of the source exactly where the rules say, replicas identical, padding zero, headers,
+    config and other files as split writes them. Both compare small files and records with SHA256SUMS.
 
     \b
       tpshard check Llama-3.1-8B-tp4 --source ./Llama-3.1-8B

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tpshard.api.options import PlanOptions
     from tpshard.report.results import PlanReport, WriteReport
 
+_SHOWN = 8
+"""Names in a line of files that are left out; `--json` has all."""
+
 
 def plan(
     model: opt.MODEL,
@@ -204,6 +207,7 @@ def _show(
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")
     console.warn(*report.warnings)
+    _say_left_out(console, report)
     if console.as_json and (grouped or sys.stdout.isatty()):
         console.data(report.to_json(grouped))
     elif console.as_json:
@@ -212,6 +216,16 @@ def _show(
         from tpshard.cli.tables import print_plan
 
         print_plan(report, every)
+
+
+def _say_left_out(console: Console, report: PlanReport | WriteReport) -> None:
+    """A line for each reason: the files that do not travel."""
+    reasons: dict[str, list[str]] = {}
+    for each in report.left_out:
+        reasons.setdefault(each.reason, []).append(each.file)
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        console.say(f"left out: {shown} ({reason})")
 
 
 def _write_drawing(path: Path, report: PlanReport) -> None:
@@ -226,6 +240,7 @@ def _write_drawing(path: Path, report: PlanReport) -> None:
 
 def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
     console.warn(*report.warnings)
+    _say_left_out(console, report)
     if console.as_json:
         console.data(report.to_json())
         return

@@ -11,7 +11,7 @@ from tpshard.cli.console import Console
 from tpshard.planning.layout import Row
 from tpshard.report.capacity import number_lines
 from tpshard.report.plan_rows import TensorKind, fold, made_of
-from tpshard.report.results import InspectReport, PlanReport
+from tpshard.report.results import InspectReport, PlanReport, quantisation_line
 from tpshard.units import human_bytes
 
 
@@ -43,6 +43,8 @@ def print_plan(report: PlanReport, every: bool) -> None:
             cells[kind] = _cells(kind)
     rows = ((name, cells[kind]) for name, kind in report.tensors)
     console.print(_table(("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every))
+    if split.model.quantisation:
+        console.print(f"quantised: {quantisation_line(split.model.quantisation)}")
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
     if not split.format.own_names:
@@ -109,6 +111,8 @@ def _fact(key: str, value: Any) -> str:
         return ", ".join(f"{name} {size}" for name, size in value.items())
     if key == "source":
         return " at ".join(text for text in (value["name"], value["revision"]) if text)
+    if key == "quantisation":
+        return quantisation_line(value)
     if key == "files":
         return ", ".join(f"{file['name']} ({human_bytes(file['size'])})" for file in value)
     if key == "metadata":

@@ -1,16 +1,18 @@
 """What stands where an output shall go: is it ours to resume, ours to replace, or somebody's to leave alone?"""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tpshard.errors import CorruptError, TargetError, local_error
 from tpshard.execute.writer import read_journal
+from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Files
-from tpshard.storage.names import MANIFEST, PARTIAL, SUMS, journal_path, side_files
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, journal_path, side_files
 
 Ours = Callable[[str], bool]
 """Whether some format gives its files such a name."""
@@ -27,8 +29,34 @@ def is_empty(directory: Path) -> bool:
 
 
 def names_in(directory: Path) -> set[str]:
-    """What is in a directory, but for what the system keeps there."""
-    return set(os.listdir(directory)) - _MOUNTED
+    """The files in a directory and its folders, and empty folders; not what the system keeps there."""
+    found = set()
+    for name in set(os.listdir(directory)) - _MOUNTED:
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            found |= {f"{name}/{below}" for below in names_in(path)} or {name}
+        else:
+            found.add(name)
+    return found
+
+
+def remove_all(files: Files, directory: Path, names: set[str]) -> None:
+    """Remove files of a directory, and the folders that held nothing else; the mark of a run of ours goes last."""
+    folders = folders_of(names)
+    for name in sorted(names, key=lambda name: (name == LOCK, name)):
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            folders.add(name)
+        else:
+            files.unlink(str(path))
+    for folder in sorted(folders, reverse=True):
+        with contextlib.suppress(OSError):  # something else is in it
+            files.rmdir(str(directory / folder))
+
+
+def folders_of(names: Iterable[str]) -> set[str]:
+    """The folders in which files of these names lie, without the directory itself."""
+    return {str(folder) for name in names for folder in Path(name).parents} - {"."}
 
 
 def replaceable(directory: Path) -> bool:
@@ -41,18 +69,32 @@ def replaceable(directory: Path) -> bool:
 def strangers(directory: Path, expected: set[str], ours: Ours, *, models: bool) -> list[str]:
     """Names in a directory that tpshard never gives. ours: whether some format gives such a name.
 
-    models: whether names of an ordinary checkpoint may be ours.
+    models: whether names of an ordinary checkpoint may be ours. Any other name is ours where SHA256SUMS lists it.
     """
+    listed = _listed(directory)
 
     def is_ours(name: str) -> bool:
+        folder, slash, name = name.rpartition("/")
         while match := _TEMPORARY.fullmatch(name):
             name = match[1]
+        name = folder + slash + name
         name = name.removesuffix(PARTIAL)
-        if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}):
+        if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}) or name in listed:
             return True
         return ours(name)  # last of all: it looks into every format
 
-    return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or is_ours(n)))
+    found = names_in(directory) - folders_of({*expected, *listed})  # which a run that was killed may have left empty
+    return sorted(n for n in found if (directory / n).is_dir() or not (n in expected or is_ours(n)))
+
+
+def _listed(directory: Path) -> Collection[str]:
+    """What SHA256SUMS lists of an output of ours, whole or begun; nothing of another directory."""
+    if not any((directory / name).is_file() for name in (MANIFEST, LOCK)):
+        return ()
+    try:
+        return read_sums((directory / SUMS).read_bytes()).keys()
+    except (OSError, ValueError):
+        return ()
 
 
 def check_target(out: Path, expected: set[str], ours: Ours, *, models: bool, overwrite: bool) -> None:
@@ -97,8 +139,7 @@ def check_leftovers(
         message = "an unfinished run with other options, or of another source, left its files here"
         hint = "repeat that command to finish it, or start anew with --overwrite"
         raise TargetError(message, path=work, found=others[0], hint=hint)
-    for name in sorted(names_in(work) - keep):  # journals first, so that none vouches for what is gone
-        files.unlink(str(work / name))
+    remove_all(files, work, names_in(work) - keep)  # journals first, so that none vouches for what is gone
 
 
 def check_shared(

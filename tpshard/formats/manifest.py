@@ -96,7 +96,8 @@ def _tensors(split: Split) -> Iterator[str]:
 
 def _axis(axis: Axis) -> dict[str, Any]:
     """An axis; along what it is dealt is said where that is not tp, and by how many units where not one by one."""
-    return {key: value for key, value in asdict(axis).items() if (key, value) not in (("along", "tp"), ("step", 1))}
+    usual = {"along": "tp", "step": 1, "step_of": ""}
+    return {key: value for key, value in asdict(axis).items() if key not in usual or value != usual[key]}
 
 
 def _cut(cut: Cut) -> str:

@@ -20,6 +20,7 @@ from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, Rows, StoredTensor
 from tpshard.planning.model import Model
+from tpshard.storage.local import Content, content_of
 from tpshard.storage.safetensors import DTYPE_BITS
 
 VOCAB_MULTIPLE = 64
@@ -32,8 +33,9 @@ _NAME = re.compile(r"model-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
 class ShardedState(Format):
     """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
 
-    def __init__(self, engine: str, table: str) -> None:
+    def __init__(self, engine: str, table: str, no_quantised: str) -> None:
         self.engine = engine
+        self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
@@ -64,13 +66,13 @@ class ShardedState(Format):
         found = _NAME.fullmatch(name)
         return {"rank": int(found[1]), "part": int(found[2])} if found else None
 
-    def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
+    def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """config.json says whether the head is tied as the files have it, whatever the class's default is."""
         files = dict(small)
         if split.model.tied and "config.json" in files:
             head, embedding = next(iter(split.model.tied.items()))
             stored = {split.kept.full_name(tensor.name) for tensor in split.kept.tensors}
-            config = json.loads(files["config.json"])
+            config = json.loads(content_of(files["config.json"]))
             config["tie_word_embeddings"] = not {f"{head}.weight", f"{embedding}.weight"} <= stored
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files

@@ -6,19 +6,20 @@ Everything that a published directory can get wrong is found here, before a byte
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsafeError, UsageError
+from tpshard.storage.carried import LeftOut, Selection, select
 from tpshard.storage.local import Directory, cached_repo, load_json
 from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, is_meta, side_files
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.source import Source, SourceFile, source_header
-from tpshard.storage.weights import weight_files
+from tpshard.storage.weights import preferred, weight_files
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Checkpoint:
     """An unsharded checkpoint. `directory` is None for a Hub repo of which only headers were read.
 
     tensors are in file order; `TensorInfo.file` is the path to read, `file_of` the name of the weight file.
+    side_files: what travels with the weights, by name. left_out: the files that do not, weights as well.
     quantisation: what config.json, a config nested in it, or a quantisation tool's own file says of that; None where
     nothing does.
     """
@@ -39,9 +41,14 @@ class Checkpoint:
     files: tuple[SourceFile, ...]
     tensors: tuple[TensorInfo, ...]
     file_of: Mapping[str, str]
-    side_files: tuple[Path, ...]
+    side_files: Mapping[str, Path]
+    left_out: tuple[LeftOut, ...] = ()
     warnings: tuple[str, ...] = ()
     quantisation: Mapping[str, Any] | None = None
+
+
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+"""The keys under which configs say how weights are quantised."""
 
 
 def read_config(raw: bytes, path: object) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def read_config(raw: bytes, path: object) -> dict[str, Any]:
 def read_quantisation(config: Mapping[str, Any], config_path: object, source: Source) -> dict[str, Any] | None:
     """What a checkpoint says of its quantisation, with the method under `quant_method`; None where it says nothing."""
     for each in (config, *(value for value in config.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTISED_KEYS:
             if said := each.get(key):
                 return _object(said, key, config_path)
     names = source.names()
@@ -64,7 +71,8 @@ def read_quantisation(config: Mapping[str, Any], config_path: object, source: So
             path = source.path(name) or f"{source.place}/{name}"
             said = _object(load_json(source.read_small(name), path), name, path)
             said = said.get("quantization", said) if name == "hf_quant_config.json" else said
-            return {"quant_method": method, **_object(said, name, path)}
+            said = _object(said, name, path)
+            return {**said, "quant_method": said.get("quant_method") or method}
     return None
 
 
@@ -88,6 +96,9 @@ def open_checkpoint(model: str | Path, revision: str | None = None, *, allow_pic
         raise UsageError("no such file or directory", path=path, hint=hint)
     snapshot = hub.download(model, revision, allow_pickle=allow_pickle)
     checkpoint = _open_local(snapshot.path, allow_pickle, snapshot.repo_id, snapshot.revision)
+    known = {each.file for each in checkpoint.left_out}
+    left_out = (*checkpoint.left_out, *(each for each in snapshot.left_out if each.file not in known))
+    checkpoint = replace(checkpoint, left_out=left_out)
     return replace(checkpoint, warnings=(snapshot.note, *checkpoint.warnings)) if snapshot.note else checkpoint
 
 
@@ -149,6 +160,7 @@ def _open(
         if not allow_pickle:
             raise pickles_refused(f"{place}/{listed[0]}")
         header = partial(_pickle_header, source)
+    carried, left_out = _beside(source, listed, names, only)
     headers = Pool(source.requests).map(header, listed)
     tensors, file_of = _tensors(zip(listed, (parsed for parsed, _ in headers), strict=True), place)
     warnings: tuple[str, ...] = ()
@@ -167,10 +179,26 @@ def _open(
         files=tuple(file for _, file in headers),
         tensors=tensors,
         file_of=file_of,
-        side_files=tuple(path for path in map(source.path, side_files(names)) if path is not None),
+        side_files=carried,
+        left_out=left_out,
         warnings=warnings,
         quantisation=quantisation,
     )
+
+
+def _beside(
+    source: Source, weights: Sequence[str], names: Collection[str], only: Path | None
+) -> tuple[dict[str, Path], tuple[LeftOut, ...]]:
+    """The files that travel with the weights, as far as they are on this machine, and those that do not.
+
+    Beside a file that was named alone may lie anything: of that, what a checkpoint usually has travels.
+    """
+    if only is not None:
+        chosen = Selection(tuple(side_files(names)), ())
+    else:
+        set_ = preferred(names, source.read_small, source.place) or weights[0]
+        chosen = select(source.listing(), {*weights, set_}, set_)
+    return {name: path for name in chosen.carried if (path := source.path(name)) is not None}, chosen.left_out
 
 
 def pickles_refused(path: object) -> UnsafeError:

@@ -1,14 +1,18 @@
 """From a checkpoint to a model: its tensors classified, and where they lie."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from tpshard.errors import CorruptError
 from tpshard.inputs.checkpoint import Checkpoint, source_digest
+from tpshard.planning.axes import Cut
 from tpshard.planning.join import Placed, alignment_order
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.rules.multimodal import find_rules
-from tpshard.rules.quantisation.recognise import recognise
+from tpshard.rules.quantisation.recognise import Quantisation, recognise
+from tpshard.storage.local import read_range
 
 
 def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None) -> Model:
@@ -16,6 +20,7 @@ def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dty
     subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
     quantised = recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path)
     classified, text = subject.classify(checkpoint.tensors, quantised.companions)
+    _check_order(checkpoint, quantised, classified.cuts)
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
@@ -40,7 +45,36 @@ def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dty
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
         quantisation=quantised.to_json(),
+        notes=_notes(dtype, quantised),
     )
+
+
+def _notes(dtype: str | None, quantised: Quantisation) -> tuple[str, ...]:
+    """What a cast leaves out."""
+    if dtype is None or not quantised.companions:
+        return ()
+    kept = f"the {len(quantised.companions)} tensors of quantised modules stay as they are, their scales too"
+    return (f"--dtype {dtype} casts what is not quantised: {kept}",)
+
+
+def _check_order(checkpoint: Checkpoint, quantised: Quantisation, cuts: Mapping[str, Cut]) -> None:
+    """CorruptError where GPTQ's groups are in no order, and the config says that they are.
+
+    Ranks then have the scales of their own rows only. Nothing is read of a checkpoint whose headers alone are here.
+    """
+    known: dict[tuple[int, int], bytes] = {}
+    for info in checkpoint.tensors if checkpoint.directory is not None and not quantised.scattered else ():
+        scales = cuts.get(f"{info.name.removesuffix('g_idx')}scales")
+        if not info.name.endswith(".g_idx") or scales is None or scales.kind != "row":
+            continue
+        key = (info.shape[0], int(scales.ratio))
+        if key not in known:
+            known[key] = b"".join((row // key[1]).to_bytes(4, "little") for row in range(key[0]))
+        if read_range(info.file, info.begin, info.end) != known[key]:
+            what, found = f"the groups of {info.name} are in no order", "desc_act is not true"
+            hint = "is quantization_config the one that the checkpoint was made with?"
+            expected = f"row i in group i // {key[1]}, or desc_act: true"
+            raise CorruptError(what, path=info.file, tensor=info.name, expected=expected, found=found, hint=hint)
 
 
 def placed_in(checkpoint: Checkpoint, model: Model) -> list[Placed]:

@@ -23,7 +23,7 @@ class Axis:
     group: the axis by whose units this one is dealt (heads by KV group), so that no rank holds q without its k and v.
     along: the kind of parallelism among whose ranks it is dealt.
     step: how many units are dealt together, where quantised weights have groups or blocks that no unit ends with; the
-    last of the axis may be fewer.
+    last of the axis may be fewer. step_of: one of the tensors that have them.
     """
 
     name: str
@@ -34,10 +34,11 @@ class Axis:
     group: str | None = None
     along: Along = "tp"
     step: int = 1
+    step_of: str = ""
 
     def __str__(self) -> str:
-        """`8 kv`, and by how many they are dealt where that is not one by one."""
-        return f"{self.count} {self.name}" + (f" in whole groups or blocks of {self.step}" if self.step > 1 else "")
+        """`8 kv`, and how many are dealt at a time where not one."""
+        return f"{self.count} {self.name}" + (f" ({self.step} at a time)" if self.step > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,8 @@ def require_even(axes: Mapping[str, Axis], mesh: Mesh, hint: str) -> None:
     for axis in axes.values():
         if reason := why_not(axis, mesh.width(axis.along)):
             possible = "tp " + listing(possible_tp(axes))
-            raise UnsupportedError(reason, expected=possible, found=f"tp {mesh.tp}", hint=hint)
+            of = axis.step_of or None
+            raise UnsupportedError(reason, tensor=of, expected=possible, found=f"tp {mesh.tp}", hint=hint)
 
 
 def _deal_axis(
@@ -142,7 +143,10 @@ def why_not(axis: Axis, tp: int) -> str | None:
     if axis.pad or tp == 1 or axis.count % (tp * axis.step) == 0:
         return None
     if axis.step > 1:
-        return f"{axis} on {tp} ranks: {axis.count} is not a multiple of {tp} x {axis.step}"
+        why = f"{axis.step} at a time end where groups or blocks do in {axis.step_of}"
+        return (
+            f"{axis.count} {axis.name} on {tp} ranks: {why}, and {axis.count} is not a multiple of {tp} x {axis.step}"
+        )
     if axis.replicate and tp % axis.count == 0:
         return None
     also = f", and {tp} is not a multiple of {axis.count}" if axis.replicate and tp > axis.count else ""

@@ -27,6 +27,7 @@ class Model:
     config: of the model. text_config: of its decoder, where the model nests one.
     full_names: of tensors whose name in the source lacks the architecture's prefix.
     quantisation: what the manifest says of it (plain JSON); empty where nothing is quantised.
+    notes: what the user should know of it.
     """
 
     tensors: tuple[LogicalTensor, ...]
@@ -40,6 +41,7 @@ class Model:
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] | None = None
     quantisation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def full_name(self, name: str) -> str:
         """A tensor's name as the architecture's rules have it."""

@@ -15,6 +15,7 @@ from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
 from tpshard.planning.layout import Row
 from tpshard.report import plan_rows
 from tpshard.report.plan_rows import TensorRows
+from tpshard.storage.carried import LeftOut
 from tpshard.storage.safetensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -34,12 +35,13 @@ def result(command: str, **fields: Any) -> dict[str, Any]:
 class PlanReport:
     """A planned split. `split` holds everything; `to_json` is the contract.
 
-    workload: what the numbers are for, None for the usual one.
+    workload: what the numbers are for, None for the usual one. left_out: the source's files that do not travel.
     """
 
     split: Split
     warnings: tuple[str, ...]
     workload: Workload | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def rank_bytes(self) -> list[int]:
@@ -109,8 +111,10 @@ class PlanReport:
             padded=self.padding(),
             replicated=self.replicated,
             tied=dict(model.tied),
+            **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
             possible_tp=self.possible_tp,
             impossible_tp=[{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
+            left_out=[asdict(each) for each in self.left_out],
             warnings=list(self.warnings),
         )
 
@@ -124,6 +128,13 @@ class PlanReport:
     def possible_tp(self) -> list[int]:
         """The tp that divide everything evenly."""
         return possible_tp(self.deal.axes)
+
+
+def quantisation_line(quantisation: Mapping[str, Any]) -> str:
+    """How a model is quantised, for people: `fp8, 12 modules FP8 in blocks`."""
+    modules = (f"{count} module{'s' if count > 1 else ''} {name}" for name, count in quantisation["modules"].items())
+    cache = [f"KV cache {quantisation['kv_cache']}"] if quantisation["kv_cache"] else []
+    return ", ".join([quantisation["method"], *modules, *cache])
 
 
 def object_text(value: Mapping[str, Any]) -> Iterator[str]:
@@ -154,7 +165,8 @@ class RankPart:
 class WriteReport:
     """What split, merge or reshard wrote: `nbytes` of tensors into `output`. parts: of ranks; none of a merge.
 
-    unread_checksums: whether checksums are recorded beside what was read, which nobody compared.
+    unread_checksums: whether checksums are recorded beside what was read, which nobody compared. left_out: files beside
+    what was read that do not travel.
     """
 
     command: str
@@ -165,6 +177,7 @@ class WriteReport:
     parts: tuple[RankPart, ...]
     warnings: tuple[str, ...]
     unread_checksums: bool = False
+    left_out: tuple[LeftOut, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result object of the JSON contract."""
@@ -178,6 +191,7 @@ class WriteReport:
             set=self.set_id,
             bytes=self.nbytes,
             ranks=[{"rank": rank, "parts": parts} for rank, parts in sorted(ranks.items())],
+            left_out=[asdict(each) for each in self.left_out],
             warnings=list(self.warnings),
         )
 

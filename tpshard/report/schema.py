@@ -50,6 +50,7 @@ _TERMS: dict[str, Schema] = {
     "count": _COUNT,
     "positive": {"type": "integer", "minimum": 1},
     "number": _NUMBER,
+    "ratio": {"anyOf": [{"type": "integer", "minimum": 2}, {"type": "string", "pattern": "^[0-9]+/[0-9]+$"}]},
     "share": {**_NUMBER, "maximum": 1},
     "dtype": {"enum": list(DTYPE_BITS)},
     "hex": {"type": "string", "pattern": "^([0-9a-f]{2})+$"},

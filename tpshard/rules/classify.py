@@ -69,7 +69,7 @@ def classify(
                 known_cuts[key] = _cut(tensor, *match, axes, architecture.name)
             cuts[tensor.name] = known_cuts[key]
         matcher.check_complete()
-    axes = {name: replace(axis, step=step) for name, axis, step in _steps(axes, cuts.values())}
+    axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
     return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
@@ -159,7 +159,7 @@ def _ratio(
     expected = sum(each.count * each.unit for each in segments)
     if companion.role == "scale" and len(tensor.shape) == 1 and found == len(segments) != expected:
         return WHOLE  # a scale for each of the modules that are stored as one
-    return ratio_of(companion.ratio.get(axis), tensor.dtype, expected, found, companion.sizes, segments[0].unit)
+    return ratio_of(companion, axis, tensor.dtype, expected, found, segments[0].unit)
 
 
 def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str, companion: Companion) -> None:
@@ -180,27 +180,30 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
         raise CorruptError(what, tensor=tensor.name, expected=multiples)
 
 
-def _steps(axes: Mapping[str, Axis], cuts: Iterable[Cut]) -> Iterator[tuple[str, Axis, int]]:
-    """Each axis with the fewest of its units that end where elements of all companions end.
+def _with_steps(axes: Mapping[str, Axis], cuts: Mapping[str, Cut]) -> dict[str, Axis]:
+    """The axes with the fewest of their units that end where elements of all companions end.
 
     An axis of which only the whole does (two matrices stored as one, which meet inside a block) has all its units as
     one step. Interleaved segments are dealt by whole repeats, unless each segment of a repeat ends with an element.
     """
-    steps = dict.fromkeys(axes, 1)
-    for cut in dict.fromkeys(cut for cut in cuts if cut.ratio != 1):
+    found = dict(axes)
+    first = {cut: name for name, cut in reversed(list(cuts.items())) if cut.ratio != 1}
+    for cut, tensor in first.items():
         repeats = axes[cut.interleave].count if cut.interleave else 1
         sizes = [axes[name].count // repeats * axes[name].unit for name in cut.segments]
         apart = all(size % cut.ratio == 0 for size in (sizes if cut.interleave else sizes[:-1]))
         for name in cut.segments:
-            axis = axes[name]
+            axis = found[name]
             if apart:
                 step = _multiple(axis.unit, cut.ratio)
             elif cut.interleave:
                 step = _multiple(sum(sizes), cut.ratio) * (axis.count // repeats)
             else:
                 step = axis.count
-            steps[name] = lcm(steps[name], step)
-    return ((name, axis, min(steps[name], axis.count)) for name, axis in axes.items())
+            if axis.step % step:
+                step = min(lcm(axis.step, step), axis.count)
+                found[name] = replace(axis, step=step, step_of=tensor)
+    return found
 
 
 def _multiple(unit: int, ratio: int | Fraction) -> int:

@@ -136,7 +136,8 @@ class Matcher:
         """
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
-        if not candidates:
+        stands_in = name not in self.quantised and any(stands_in for *_, stands_in in candidates)
+        if not candidates or stands_in:
             what = f"no {self.architecture.name} rule matches the tensor {name}"
             hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
             raise UnsupportedError(what, path=tensor.file, tensor=name, found=f"shape {list(tensor.shape)}", hint=hint)
@@ -149,14 +150,15 @@ class Matcher:
             raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
         self.names[full] = name
         pattern, numbers, rest, _ = candidates[0]
-        pattern.seen = True
-        if pattern.required and numbers:
-            pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
         companion = self.quantised.get(name)
         key = id(pattern), rest, full.rpartition(".")[2], id(companion), tensor.shape
         if key not in self._matched:
             row = companion or companion_of(full)
             self._matched[key] = pattern.rule, row, self._dims(full, row, tensor)
+        if self._matched[key][1].role in ("plain", "values"):  # a scale is no sign that the weight is there
+            pattern.seen = True
+            if pattern.required and numbers:
+                pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
         return self._matched[key]
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
+from tpshard.storage.carried import LeftOut, Listing, Selection, listing_of, select
 from tpshard.storage.files import require_space
 from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
+from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
 from tpshard.storage.weights import ReadFile, files_to_download
 
@@ -29,12 +31,16 @@ _FILE_ENDINGS = (".safetensors", ".json", ".bin", ".git")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository's files at one commit, in the shared cache; `note` says why the cache answered for the Hub."""
+    """A repository's files at one commit, in the shared cache; `note` says why the cache answered for the Hub.
+
+    left_out: what of the repository was not downloaded.
+    """
 
     path: Path
     repo_id: str
     revision: str
     note: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class RemoteRepo:
-    """The files in a repository's root at one commit, as a source; `revision` is the commit's hash.
+    """The files of a repository at one commit, as a source; `revision` is the commit's hash.
 
     All that reads raises HubError.
     """
@@ -63,7 +69,10 @@ class RemoteRepo:
         return self.repo_id
 
     def names(self) -> set[str]:
-        return {file.name for file in self.files}
+        return {file.name for file in self.files if "/" not in file.name}
+
+    def listing(self) -> Listing:
+        return listing_of((file.name, file.size) for file in self.files)
 
     def path(self, name: str) -> None:
         """None: nothing of it is on this machine."""
@@ -147,8 +156,6 @@ def describe(repo_id: str, revision: str | None) -> RemoteRepo:
             raise not_a_hub() from error
         files = []
         for entry in info.siblings or ():
-            if "/" in entry.rfilename:
-                continue
             if entry.size is None:
                 raise not_a_hub()
             files.append(RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None))
@@ -184,8 +191,8 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
 
     with _without_bars():
-        names = [file.name for file in repo.files]
-        side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
+        chosen, weights = attempt(lambda: _select(repo_id, repo.listing(), allow_pickle, index), repo_id, revision)
+        side = chosen.carried
         _require_space(repo, {*side, *weights})
         # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
         attempt(lambda: fetch(side), repo_id, revision)
@@ -196,7 +203,7 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
     for file in repo.files:
         if file.name in side or file.name in weights:
             _check_cached(path / file.name, file, repo_id)
-    return Snapshot(path, repo_id, repo.revision)
+    return Snapshot(path, repo_id, repo.revision, left_out=chosen.left_out)
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -240,11 +247,10 @@ def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
     return bytes(content)
 
 
-def _select(
-    repo_id: str, names: Collection[str], allow_pickle: bool, index: ReadFile
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files to have: the side files, and the weights in one form. `index` reads an index file."""
-    weights = files_to_download(names, allow_pickle, index)
+def _select(repo_id: str, listing: Listing, allow_pickle: bool, index: ReadFile) -> tuple[Selection, tuple[str, ...]]:
+    """The files to have: those that travel, and the weights in one form. `index` reads an index file."""
+    names = [name for name in listing.sizes if "/" not in name]
+    weights = files_to_download(names, allow_pickle, index, repo_id)
     if not weights:
         found = sorted(name for name in names if not name.startswith("."))
         if any(fits(name, [PICKLE_PATTERN]) for name in names):
@@ -256,7 +262,7 @@ def _select(
             expected="*.safetensors",
             found=", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "no files",
         )
-    return tuple(side_files(names)), weights
+    return select(listing, weights, next((name for name in weights if name.endswith(".json")), weights[0])), weights
 
 
 def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: UnreachableError) -> Snapshot:
@@ -270,18 +276,22 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
         raise type(reason)(
             f"{reason.message}, and the cache has no snapshot of {repo_id} at {revision or 'main'}", hint=reason.hint
         ) from reason
-    tree = _recorded_names(repo_id, path.name)
-    names = tree if tree is not None else [entry.name for entry in path.iterdir()]
+    tree = _recorded_listing(repo_id, path.name)
+    listing = Directory(path).listing() if tree is None else tree
+    names = [name for name in listing.sizes if "/" not in name]
 
     def index(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    wanted = {CONFIG}
+    wanted, left_out = {CONFIG}, list[LeftOut]()
     try:
-        if tree is None and not files_to_download(names, allow_pickle, index):
+        if tree is None and not files_to_download(names, allow_pickle, index, repo_id):
             wanted.add("*.safetensors")
         else:
-            wanted.update(*_select(repo_id, names, allow_pickle, index))
+            chosen, weights = _select(repo_id, listing, allow_pickle, index)
+            wanted.update(side_files(names), weights)
+            left_out = [*chosen.left_out]
+            left_out += [LeftOut(name, "not in the cache") for name in chosen.carried if not (path / name).is_file()]
     except FileNotFoundError as error:  # the index itself
         wanted.add(Path(error.filename).name)
     missing = sorted(name for name in wanted if not (path / name).is_file())
@@ -292,7 +302,8 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
             found="no " + ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
             hint=reason.hint,
         ) from reason
-    return Snapshot(path, repo_id, path.name, note=f"{reason.message}; using the cached snapshot {path.name}")
+    note = f"{reason.message}; using the cached snapshot {path.name}"
+    return Snapshot(path, repo_id, path.name, note, tuple(left_out))
 
 
 def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
@@ -313,15 +324,15 @@ def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
     require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
 
 
-def _recorded_names(repo_id: str, commit: str) -> list[str] | None:
-    """The names in the repository's root at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
+def _recorded_listing(repo_id: str, commit: str) -> Listing | None:
+    """The repository's files at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
     import huggingface_hub
 
     listing = getattr(huggingface_hub, "get_cached_repo_tree", None)
     if listing is None:
         return None
     try:
-        return [entry.path for entry in listing(repo_id, revision=commit) if "/" not in entry.path]
+        return listing_of((entry.path, entry.size) for entry in listing(repo_id, revision=commit))
     except huggingface_hub.errors.CachedRepoTreeNotFoundError:
         return None
 

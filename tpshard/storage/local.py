@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tpshard.errors import CorruptError, LocalIOError, UnsafeError
-from tpshard.storage.names import side_files
+from tpshard.storage.carried import Listing, hidden
+from tpshard.storage.names import LOCK, MANIFEST, SIDE_PATTERNS, fits
 from tpshard.storage.safetensors import Header
 from tpshard.storage.source import fetch_header
+
+Content = bytes | Path
+"""A small file: its bytes, or where they are, so that not all are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Directory:
     def names(self) -> set[str]:
         """The names of all that is in the directory, subdirectories as well."""
         return {entry.name for entry in entries(self.root)}
+
+    def listing(self) -> Listing:
+        """All files, in folders as well; nothing behind a symlink that leads out of the directory."""
+        sizes: dict[str, int] = {}
+        unread: dict[str, str] = {}
+        _list(self.root, "", sizes, unread)
+        return Listing(sizes, unread)
 
     def path(self, name: str) -> Path:
         """The file's path, which may be read: see `safe_path`."""
@@ -72,9 +83,37 @@ def load_json(raw: bytes, path: object) -> Any:
         raise CorruptError(f"not valid JSON: {error}", path=path, found=repr(raw[:40])) from None
 
 
-def side_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """The side files among `names`, as paths that may be read: see `safe_path`."""
-    return tuple(safe_path(directory, name) for name in side_files(names))
+def content_of(content: Content) -> bytes:
+    """The bytes of a small file that is in memory or on disk."""
+    return content if isinstance(content, bytes) else read_bytes(content)
+
+
+def content_size(content: Content) -> int:
+    """The bytes that a small file has."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _list(root: Path, below: str, sizes: dict[str, int], unread: dict[str, str]) -> None:
+    """Add the files in a folder (`below` ends in `/`) and in its folders; no symlink to a folder is followed."""
+    for entry in sorted(entries(root / below)):
+        name = below + entry.name
+        if entry.is_dir():
+            holds_set = (entry / MANIFEST).exists() or (entry / LOCK).exists()
+            reason = hidden(entry.name) or ("a shard set" if holds_set else None)
+            if reason or entry.is_symlink():
+                unread[f"{name}/"] = reason or "a symlink to a folder"
+            else:
+                _list(root, f"{name}/", sizes, unread)
+        elif reason := hidden(entry.name):
+            unread[name] = reason
+        else:
+            try:
+                sizes[name] = safe_path(root, name).stat().st_size
+            except (UnsafeError, CorruptError, OSError):
+                if below == "" and fits(name, SIDE_PATTERNS):
+                    raise  # without it the model is another one
+                linked = "a symlink that leads out of the directory, or to nothing"
+                unread[name] = linked if entry.is_symlink() else "not a file"
 
 
 def entries(directory: Path) -> list[Path]:

@@ -53,7 +53,15 @@ SIDE_PATTERNS = (
     *QUANTISED,
     *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),
 )
-"""Files that travel with the weights: configuration, tokenizer, chat template, licence."""
+"""Files that a checkpoint usually has beside its weights: configuration, tokenizer, chat template, licence."""
+WEIGHTS = tuple(
+    f"*.{ending}"
+    for ending in (
+        "safetensors bin pth pt ckpt gguf ggml h5 hdf5 keras msgpack onnx onnx_data onnx.data tflite pb ot mlmodel "
+        "pdparams nemo distcp pkl pickle engine"
+    ).split()
+)
+"""Files that hold weights in any form, or what a trainer keeps."""
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:
@@ -71,8 +79,8 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def side_files(names: Iterable[str]) -> list[str]:
-    """Those of `names` that travel with the weights, sorted."""
-    return sorted(name for name in names if fits(name, SIDE_PATTERNS))
+    """Those of `names` that a checkpoint usually has, sorted."""
+    return sorted(name for name in names if "/" not in name and fits(name, SIDE_PATTERNS))
 
 
 def rank_stem(rank: int, tp: int) -> str:

@@ -17,10 +17,32 @@ _PICKLE = (PICKLE, PICKLE_INDEX)
 _OTHERS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def preferred(names: Collection[str], *, pickle: bool = True) -> str | None:
-    """The single weight file, or else the index of several; safetensors before pickles, as transformers prefers."""
-    ordered = (*_SAFETENSORS, *(_PICKLE if pickle else ()))
-    return next((name for name in ordered if name in names), None)
+def preferred(names: Collection[str], read: ReadFile, place: object, *, pickle: bool = True) -> str | None:
+    """The single weight file, or else the index of several; safetensors before pickles, as transformers prefers.
+
+    CorruptError where both are there and hold the model, as far as their names say: one of them is stale.
+    """
+    forms = (_SAFETENSORS, _PICKLE) if pickle else (_SAFETENSORS,)
+    for single, index in forms:
+        if single in names and index in names:
+            return index if _lists(index, single, names, read, place) else single
+        if single in names or index in names:
+            return single if single in names else index
+    return None
+
+
+def _lists(index: str, single: str, names: Collection[str], read: ReadFile, place: object) -> bool:
+    """Whether an index lists the single file, rather than files that are not there."""
+    listed = _listed_in_root(read(index), index)
+    if single not in listed and (others := [file for file in listed if file in names]):
+        raise CorruptError(
+            f"{single} and the files of {index} are two sets of the same weights, and nothing says which is stale",
+            path=place,
+            expected=f"{single}, or {index} with its files",
+            found=f"{single} and {', '.join(others[:2])}{', …' if len(others) > 2 else ''}",
+            hint=f"move away the one that is not meant, or give {place}/{single} to take just that file",
+        )
+    return single in listed
 
 
 def weight_files(
@@ -31,7 +53,7 @@ def weight_files(
     CorruptError where there are none, or not all that the index lists, or where it is damaged; UnsupportedError where
     there are others alone; UnsafeError for an index that points outside.
     """
-    name = preferred(names)
+    name = preferred(names, read, place)
     if name is None:
         raise _no_weights(names, place)
     if name in (SAFETENSORS, PICKLE):
@@ -49,7 +71,7 @@ def weight_files(
     return files, weight_map, total
 
 
-def files_to_download(names: Collection[str], allow_pickle: bool, read: ReadFile) -> tuple[str, ...]:
+def files_to_download(names: Collection[str], allow_pickle: bool, read: ReadFile, place: object) -> tuple[str, ...]:
     """One complete set of weight files and its index, or none: a repository may hold the same weights in several forms.
 
     Files of other names are taken where no form has its usual names: one of them may be what is asked for.
@@ -57,7 +79,7 @@ def files_to_download(names: Collection[str], allow_pickle: bool, read: ReadFile
     """
     for pickle in (False, True) if allow_pickle else (False,):
         pattern = PICKLE_PATTERN if pickle else "*.safetensors"
-        name = preferred(names, pickle=pickle)
+        name = preferred(names, read, place, pickle=pickle)
         if name in (SAFETENSORS, PICKLE):
             return (name,)
         if name is not None:

@@ -34,9 +34,14 @@ class Quantisation:
         """What the manifest says of it; nothing where nothing is quantised."""
         if not self.companions:
             return {}
-        return {"method": self.method, "modules": dict(self.schemes), "kv_cache": self.cache}
+        kept = sorted({suffix for _, suffix in map(split_name, self.companions)} & _OF_WHOLE)
+        return {"method": self.method, "modules": dict(self.schemes), "kv_cache": self.cache, "of_whole": kept}
 
 
+_OF_WHOLE = {"g_idx", "weight_g_idx", "weight_shape"}
+"""Companions whose numbers count rows, groups or features of the unsharded weight, in the ranks' files as well."""
+_Stored = Mapping[str, TensorInfo]
+"""The tensors of one module by suffix; the weight of stacked experts has none."""
 _METHODS = {
     "fp8": "fp8",
     "fbgemm_fp8": "fbgemm_fp8",
@@ -61,6 +66,7 @@ _REFUSED = {
     "gguf": "its blocks are those of a container of its own",
 }
 _SIZE_KEYS = ("group_size", "q_group_size", "weight_block_size", "block_structure", "block_size", "awq_block_size")
+_BIT_KEYS = ("bits", "num_bits", "w_bit")
 _WITHOUT = "split the checkpoint that it was made from"
 
 
@@ -74,27 +80,46 @@ def recognise(declared: Mapping[str, Any] | None, tensors: Iterable[TensorInfo],
     declared = declared or {}
     scattered = "True" in map(str, _values(declared, ("desc_act",)))
     sizes = tuple(sorted({size for value in _values(declared, _SIZE_KEYS) for size in _numbers(value) if size > 1}))
+    said = {number for value in _values(declared, _BIT_KEYS) for number in _numbers(value) if 2 <= number <= 8}
+    bits = (*sorted(said), *(number for number in range(2, 9) if number not in said))
     companions: dict[str, Companion] = {}
     schemes: Counter[str] = Counter()
+    known: dict[object, tuple[str | None, dict[str, Companion]]] = {}  # layers are alike
     for module, stored in _modules(tensors).items():
-        values = _pair(module, stored)
-        if values is None:
-            companions |= {info.name: QUANTISED[suffix] for suffix, info in stored.items()}
-            continue
-        schemes[_scheme(values, stored)] += 1
-        apart = "weight_g_idx" in stored or (scattered and "g_idx" in stored)
-        for suffix, info in stored.items():
-            if suffix != "bias":
-                companions[info.name] = _companion(suffix or "weight", _sizes(info, stored, sizes), apart)
-        _check_shapes(stored, companions)
-    if method and not companions:
-        what = f"the checkpoint says that it is quantised by {method}, and no tensor is"
+        key = tuple((suffix, info.dtype, info.shape) for suffix, info in stored.items())
+        if key not in known:
+            known[key] = _judged(module, stored, sizes, bits, scattered)
+        scheme, rows = known[key]
+        companions.update((stored[suffix].name, row) for suffix, row in rows.items())
+        if scheme is not None:
+            schemes[scheme] += 1
+    if bool(method) != bool(companions):
+        says = f"the checkpoint says that it is quantised by {method}" if method else "no config names a quantisation"
+        what = f"{says}, and {'no tensor is' if method else f'{next(iter(companions))} is quantised'}"
         hint = "are config and weights of the same model? A config without the entry is that of unquantised weights"
-        expected = "weights of 8 bits and fewer, with their scales"
-        raise CorruptError(what, path=path, expected=expected, found="plain weights only", hint=hint)
-    return Quantisation(
-        method or ("unnamed" if companions else ""), companions, dict(schemes), _cache(declared), scattered
-    )
+        expected = "weights of 8 bits and fewer, with their scales" if method else "a quantization_config"
+        found = "plain weights only" if method else "no quantization_config"
+        raise CorruptError(what, path=path, expected=expected, found=found, hint=hint)
+    return Quantisation(method, companions, dict(schemes), _cache(declared), scattered)
+
+
+def _judged(
+    module: str, stored: _Stored, sizes: tuple[int, ...], bits: tuple[int, ...], scattered: bool
+) -> tuple[str | None, dict[str, Companion]]:
+    """The scheme of a module and what its tensors are to it, by suffix; no scheme where only its outputs have one."""
+    values = _pair(module, stored)
+    if values is None:
+        return None, {s: QUANTISED[s] for s in stored if s not in ("weight", "scale") and s in QUANTISED}
+    apart = "weight_g_idx" in stored or (scattered and "g_idx" in stored)
+    rows = {
+        suffix: _companion(suffix or "weight", _sizes(info, stored, sizes), bits, apart)
+        for suffix, info in stored.items()
+        if suffix != "bias"
+    }
+    for suffix, row in rows.items():
+        _check_experts(values, stored[suffix], row)
+    _check_shapes(stored, rows)
+    return _scheme(values, stored), rows
 
 
 def _method(declared: Mapping[str, Any], path: object) -> str:
@@ -147,10 +172,6 @@ def _cache(declared: Mapping[str, Any]) -> str | None:
     return "F8_E4M3" if eight else None
 
 
-_Stored = Mapping[str, TensorInfo]
-"""The tensors of one module by suffix; the weight of stacked experts has none."""
-
-
 def _modules(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """The modules of which anything is quantised. A bias or a plain weight is listed where it stands beside that."""
     tensors = tuple(tensors)
@@ -170,10 +191,12 @@ def _is_values(suffix: str, info: TensorInfo) -> bool:
     """Whether a tensor is a weight with values that nothing computes with as they are."""
     if suffix not in ("weight", "") or info.dtype in COMPUTED:
         return suffix in QUANTISED and QUANTISED[suffix].role == "values" and suffix != "weight"
-    narrow = DTYPE_BITS[info.dtype] <= 8 and info.dtype != "BOOL"
-    return len(info.shape) > 1 and (narrow or suffix == "weight")
+    numbers = info.dtype not in ("BOOL", "C64") and (suffix == "weight" or DTYPE_BITS[info.dtype] <= 8)
+    return len(info.shape) > 1 and numbers
 
 
+_USUAL = 128
+"""The size of groups and blocks where a tool that has no other does not say it."""
 _SCALES = {
     "weight": ("weight_scale_inv", "weight_scale", "scale"),
     "": ("scale_inv", "block_scales"),
@@ -187,9 +210,9 @@ _SCALES = {
 def _pair(module: str, stored: _Stored) -> TensorInfo | None:
     """The values of a module; None where only its outputs are quantised. CorruptError for values without scales."""
     values = [suffix for suffix, info in stored.items() if _is_values(suffix, info)]
-    rest = [suffix for suffix in stored if suffix not in values and QUANTISED.get(suffix, _PLAIN).role != "plain"]
     if not values:
-        for suffix in rest:
+        rest = [suffix for suffix in stored if suffix != "weight" and suffix in QUANTISED]
+        for suffix in sorted(rest, key=lambda suffix: QUANTISED[suffix].role != "scale"):
             if not suffix.startswith(("q_", "k_", "v_", "output_")):
                 plain = stored.get("weight", stored.get(""))
                 what = f"{stored[suffix].name} is there without a quantised weight"
@@ -225,9 +248,11 @@ def _needed(values: TensorInfo, scales: list[TensorInfo]) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=256)
-def _companion(suffix: str, sizes: tuple[int, ...], apart: bool) -> Companion:
+def _companion(suffix: str, sizes: tuple[int, ...], bits: tuple[int, ...], apart: bool) -> Companion:
     """A row of the table for one module. apart: scales of groups that are in no order have no input feature."""
-    row = replace(QUANTISED[suffix], sizes=sizes)
+    row = replace(QUANTISED[suffix], bits=bits)
+    if "scale" in row.ratio.values():
+        row = replace(row, sizes=sizes)
     if apart and row.ratio.get("in") == "scale":
         return replace(row, forms=tuple(tuple("group" if a == "in" else a for a in form) for form in row.forms))
     return row
@@ -238,13 +263,15 @@ def _sizes(info: TensorInfo, stored: _Stored, declared: tuple[int, ...]) -> tupl
     if len(info.shape) < 2:
         return ()
     values = next(info for suffix, info in stored.items() if _is_values(suffix, info))
-    if "blocks" in stored or (info.dtype in ("U8", "F8_E8M0") and values.dtype in ("U8", "I8")):
-        return (32,)
-    if info.dtype == "U8":
+    if "blocks" in stored or info.dtype == "U8" or (info.dtype == "F8_E8M0" and values.dtype in ("U8", "I8")):
         return (32,)
     if info.dtype == "F8_E4M3" and values.dtype == "U8":
         return (16,)
-    return (128,) if len(info.shape) == 4 else declared
+    if declared or len(info.shape) != 4:
+        return declared or ((_USUAL,) if values.dtype == "U8" else ())
+    # ModelOpt's FP8_PB_WO does not say the size of its blocks; [out / block, 1, in / block, 1] does.
+    pairs = zip(values.shape, info.shape[::2], strict=False)
+    return (_USUAL, *sorted({size // blocks for size, blocks in pairs if blocks and size % blocks == 0}))
 
 
 def _scheme(values: TensorInfo, stored: _Stored) -> str:
@@ -269,33 +296,35 @@ def _scheme(values: TensorInfo, stored: _Stored) -> str:
     return f"{name} per channel" if scales.shape[-1] == 1 or len(scales.shape) == 1 else f"{name} in blocks"
 
 
+def _check_experts(values: TensorInfo, info: TensorInfo, row: Companion) -> None:
+    """CorruptError for a scale of stacked experts beside a weight that is not, or for another number of them."""
+    axes = row.axes(len(info.shape))
+    if axes is None or "expert" not in axes:
+        return
+    stacked = len(values.shape) > 2
+    if not stacked or info.shape[0] != values.shape[0]:
+        what, found = f"{info.name} does not fit {values.name}", f"shapes {list(info.shape)} and {list(values.shape)}"
+        expected = f"{values.shape[0]} experts" if stacked else "as many dims as the weight has"
+        raise CorruptError(what, path=info.file, tensor=info.name, expected=expected, found=found)
+
+
 def _check_shapes(stored: _Stored, companions: Mapping[str, Companion]) -> None:
     """CorruptError where a scale is not of the shape that the module's values have."""
-    rows = [(info, companions[info.name]) for suffix, info in stored.items() if suffix != "bias"]
     known: dict[str, tuple[int, str]] = {}
     places = []
-    for info, row in rows:
+    for suffix, row in companions.items():
+        info = stored[suffix]
         axes = row.axes(len(info.shape))
         if row.whole or axes is None or "expert" in axes or (len(axes) == 1 and row.role == "scale"):
             continue
         for axis, size in zip(axes, info.shape, strict=True):
-            kind = row.ratio.get(axis)
-            if (
-                kind is None or (kind == "packed" and DTYPE_BITS[info.dtype] == 8 and info.dtype[0] == "F")
-            ) and axis in (
-                "out",
-                "in",
-            ):
+            if (kind := row.ratio.get(axis)) is None or (kind == "packed" and info.dtype.startswith("F")):
                 known.setdefault(axis, (size, info.name))
             places.append((info, row, axis, size))
     for info, row, axis, size in places:
-        if axis in known and ratio_of(row.ratio.get(axis), info.dtype, known[axis][0], size, row.sizes) is None:
-            what = f"{info.name} does not fit {known[axis][1]}"
+        count, of = known.get(axis, (0, ""))
+        if of and ratio_of(row, axis, info.dtype, count, size) is None:
             units = f", in groups or blocks of {' or '.join(map(str, row.sizes))}" if row.sizes else ""
-            raise CorruptError(
-                what,
-                path=info.file,
-                tensor=info.name,
-                expected=f"a shape for {known[axis][0]} {axis} features{units}",
-                found=f"shape {list(info.shape)}",
-            )
+            what, expected = f"{info.name} does not fit {of}", f"a shape for {count} {axis} features{units}"
+            found = f"shape {list(info.shape)}"
+            raise CorruptError(what, path=info.file, tensor=info.name, expected=expected, found=found)

@@ -6,7 +6,7 @@ companion: it says which axes its dims are, and how many elements of an axis one
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -29,7 +29,7 @@ class Companion:
     has no known axes and can only be replicated, unless the architecture file gives its dims.
     ratio: by axis, how the elements of the axis for one stored element are found (see `ratio_of`); an axis that is not
     named has one for one.
-    sizes: of its groups or blocks, one of which each of its scales is for.
+    sizes: of its groups or blocks, one of which each of its scales is for. bits: of its packed values, by preference.
     whole: replicated whatever its dims are. turns: its dims are in the order of an unquantised weight's, where an
     architecture file gives that.
     """
@@ -38,6 +38,7 @@ class Companion:
     ratio: Mapping[str, str] = field(default_factory=dict)
     role: Role = "plain"
     sizes: tuple[int, ...] = ()
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     whole: bool = False
     turns: bool = False
 
@@ -149,27 +150,27 @@ WHOLE = 0
 
 
 def ratio_of(
-    kind: str | None, dtype: str, expected: int, found: int, sizes: Sequence[int] = (), unit: int = 0
+    companion: Companion, axis: str, dtype: str, expected: int, found: int, unit: int = 0
 ) -> int | Fraction | None:
     """The ratio at which `expected` elements of an axis are `found` stored ones; WHOLE, or None where there is none.
 
-    kind: of `Companion.ratio`. packed: values in 32-bit words, 2 to 8 bits each, or two in a byte. scale: groups or
-    blocks of one of `sizes`. zeros: packed where they lie in words, else as scales. head: units of the axis.
+    How it is found is said in `Companion.ratio`. packed: values in 32-bit words, 2 to 8 bits each, or two in a byte.
+    scale: groups or blocks of one of the sizes. zeros: packed where they lie in words, else as scales. head: units of
+    the axis.
 
-    >>> ratio_of("packed", "I32", 4096, 512), ratio_of("scale", "F32", 576, 5, (128,))
-    (8, 128)
+    >>> ratio_of(QUANTISED["qweight"], "in", "I32", 4096, 512)
+    8
     """
-    if kind is None:
-        return 1 if expected == found else None
+    kind = companion.ratio.get(axis)
     ratios: list[int | Fraction] = [1]
     if kind in ("packed", "zeros") and dtype == "I32":
         from fractions import Fraction  # and decimal with it: only for those who pack words
 
-        ratios = [1, *(32 // bits if 32 % bits == 0 else Fraction(32, bits) for bits in range(2, 9))]
-    elif kind == "packed":
-        ratios = [1, 2] if dtype in ("U8", "I8") else [1]
+        ratios = [1, *(32 // bits if 32 % bits == 0 else Fraction(32, bits) for bits in companion.bits)]
+    elif kind == "packed" and dtype in ("U8", "I8"):
+        ratios = [1, 2]
     elif kind in ("scale", "zeros"):
-        ratios = [1, *sizes, WHOLE]
+        ratios = [1, *companion.sizes, WHOLE]
     elif kind == "head":
         ratios = [unit, WHOLE]
     fitting = (ratio for ratio in ratios if (found == 1 if ratio == WHOLE else -(-expected // ratio) == found))
