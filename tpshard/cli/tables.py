@@ -8,9 +8,8 @@ from rich import box
 from rich.table import Table
 
 from tpshard.cli.console import Console
-from tpshard.planning.layout import Row
 from tpshard.report.capacity import number_lines
-from tpshard.report.plan_rows import TensorKind, fold, made_of
+from tpshard.report.plan_rows import TensorKind, fold, stored_shapes
 from tpshard.report.results import InspectReport, PlanReport, quantisation_line
 from tpshard.units import human_bytes
 
@@ -48,7 +47,9 @@ def print_plan(report: PlanReport, every: bool) -> None:
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
     if not split.format.own_names:
-        made = ((row.name, _stored_cells(row)) for row in split.layouts.rows.rows)
+        made = (
+            (name, _stored_cells(whence, shapes)) for name, whence, shapes in stored_shapes(split.layouts.rows.rows)
+        )
         console.print(_table(("the files have", "made of", "each rank holds"), made, every))
     for line in number_lines(report.numbers()):
         console.print(line)
@@ -73,11 +74,10 @@ def _cells(kind: TensorKind) -> tuple[str, ...]:
     return tensor.dtype, _shape(tensor.shape), rule if shares else f"drop: {kind.fields['reason']}", ranks
 
 
-def _stored_cells(row: Row) -> tuple[str, ...]:
+def _stored_cells(whence: Sequence[str], shapes: Sequence[Sequence[int]]) -> tuple[str, ...]:
     """What a row says of a stored tensor, after the name."""
-    whence = made_of(row) or ["a constant"]
-    ranks = _same_or_each([_shape(row.kind.shape(rank)) for rank in row.kind.holders])
-    return " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks
+    made = " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence or ["a constant"])
+    return made, _same_or_each(list(map(_shape, shapes)))
 
 
 def _text_line(text: Mapping[str, Any]) -> str:

@@ -121,6 +121,11 @@ def made_of(row: Row) -> list[str]:
     return [row.tensors[owner] for owner in row.kind.order]
 
 
+def stored_shapes(rows: Iterable[Row]) -> Iterator[tuple[str, list[str], list[tuple[int, ...]]]]:
+    """Of each stored tensor the name, what it is made of, and the shapes that ranks have of it."""
+    return ((row.name, made_of(row), [row.kind.shape(rank) for rank in row.kind.holders]) for row in rows)
+
+
 def stored_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """The tensors that the files have, where they are not the model's own: from which of those each is made."""
     ranks = _ranks_of()
