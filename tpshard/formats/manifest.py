@@ -4,21 +4,26 @@ It follows from headers and options alone, so every host of a cluster writes the
 documents it; what is written today stays readable in later versions.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpshard import __version__
-from tpshard.formats.split import FORMAT_VERSION, Split
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, volume
 from tpshard.planning.layout import Part, RankShare, RowKind, Rows, StoredTensor
 from tpshard.planning.mesh import Mesh
 
+if TYPE_CHECKING:
+    from tpshard.formats.split import Split
+
+FORMAT_VERSION = 1
 _Line = Iterable[str]
 """A line of the manifest, or a table of a line for each tensor, in pieces."""
 _TABLES = ("tensors", "stored")

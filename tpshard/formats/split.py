@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tpshard.errors import UsageError
+from tpshard.formats.manifest import FORMAT_VERSION, manifest_of, set_name
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, deal, require_even
 from tpshard.planning.join import OutputFile, uncollected
@@ -98,15 +99,11 @@ class Split:
     @cached_property
     def set_id(self) -> str:
         """The name of the set."""
-        from tpshard.formats.manifest import set_name  # which imports this module
-
         return self.recorded[0] if self.recorded else set_name(self)
 
     @cached_property
     def manifest(self) -> bytes:
         """The manifest, as it is written."""
-        from tpshard.formats.manifest import manifest_of
-
         return self.recorded[1] if self.recorded else manifest_of(self)
 
     @property
@@ -153,6 +150,3 @@ def weight(share: str) -> Fraction:
 def share_texts(shares: Sequence[str]) -> tuple[str, ...]:
     """Shares in their shortest exact form, so that `0.50` and `0.5` are one option."""
     return tuple(str(weight(share)) for share in shares)
-
-
-FORMAT_VERSION = 1

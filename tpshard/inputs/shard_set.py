@@ -11,8 +11,8 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.manifest import cut_from_json, digest_of, stored_from_json
-from tpshard.formats.split import FORMAT_VERSION, Options, RankLayouts, Split
+from tpshard.formats.manifest import FORMAT_VERSION, cut_from_json, digest_of, stored_from_json
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import check_literals
 from tpshard.planning.axes import Axis
 from tpshard.planning.join import Placed
