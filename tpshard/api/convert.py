@@ -17,9 +17,9 @@ from tpshard.api.beside import cast_files, small_files
 from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, ReshardOptions, SplitOptions, TargetOptions
 from tpshard.api.progress import followed
 from tpshard.errors import UsageError
-from tpshard.execute.publish import Job, Settings, check_room, publish
+from tpshard.execute.publish import Job, Settings, publish
 from tpshard.execute.run import Convert, conversion
-from tpshard.execute.target import is_written
+from tpshard.execute.target import check_room, is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
@@ -247,7 +247,7 @@ def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions |
     ranks = range(planned.options.tp) if options.chosen is None else options.chosen
     needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
     verb = verb if planned.format.has_ranks else "merge"
-    check_room(target, needed, verb, options.settings, shared=bool(options.chosen))
+    check_room(target, needed, verb, shared=bool(options.chosen), overwrite=options.settings.overwrite)
 
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:

@@ -24,9 +24,11 @@ from tpshard.execute.target import (
     check_target,
     folders_of,
     is_empty,
+    named,
     names_in,
+    no_room,
+    only_in_place,
     remove_all,
-    replaceable,
     strangers,
 )
 from tpshard.execute.writer import Writer
@@ -122,37 +124,9 @@ def _digest(value: object) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def check_room(out: Path, needed: int, verb: str, settings: Settings, *, shared: bool) -> None:
-    """Refuse at once what cannot be written to `out`, before anything is planned in detail.
-
-    TargetError when something is there, LocalIOError when the disk is too small for `needed` bytes even if all that an
-    earlier run left were of use. `publish` looks more closely, also at what --overwrite would replace.
-    """
-    if settings.overwrite:
-        return
-    try:
-        out = _named(out)
-        if not shared and not _only_in_place(out):
-            check_target(out, set(), lambda name: False, models=False, overwrite=False)
-        left = [each for each in (out, out.with_name(out.name + PARTIAL)) if each.is_dir()]
-        there = sum(entry.stat().st_size for each in left for entry in os.scandir(each) if entry.is_file())
-        require_space(out, needed - there, hint=_no_room(verb))
-    except OSError as error:
-        raise local_error(error, "cannot write") from error
-
-
-def _named(out: Path) -> Path:
-    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
-
-
-def _no_room(verb: str) -> str:
-    fewer = "" if verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
-    return f"free some space, or give another disk with -o{fewer}"
-
-
 def publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     """Write a job's files to `out`; sha256 by file name. TargetError when `out` is not ours to write."""
-    out = _named(out)
+    out = named(out)
     old = _inode(out) if settings.overwrite else None
     try:
         return _publish(job, out, settings)
@@ -174,7 +148,7 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         raise UsageError(
             "--overwrite replaces a whole set: it does not go with --ranks", path=out, hint="remove it first"
         )
-    in_place = job.shared or _only_in_place(out)
+    in_place = job.shared or only_in_place(out)
     if not in_place:
         _check_target(job, out, settings)
     work = out if in_place else out.with_name(out.name + PARTIAL)
@@ -249,7 +223,7 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
         recorded=job.recorded,
     )
     needed = writer.remaining() + sum(map(content_size, job.small.values()))
-    require_space(work, needed, hint=_no_room(job.verb))
+    require_space(work, needed, hint=no_room(job.verb))
     if job.shared:  # a rank's files were lost: it is not complete, and its record says so until it is written again
         for name in _records(job):
             unlink_if_there(files, work / name)
@@ -291,11 +265,6 @@ def _finish(
         locks[0].remove()
     if fsync:
         sync_directory(files, out)
-
-
-def _only_in_place(out: Path) -> bool:
-    """Whether an output has to grow where it is: it cannot be renamed over, and is empty, or was begun so."""
-    return out.is_dir() and not replaceable(out) and (is_empty(out) or (out / LOCK).exists())
 
 
 def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: bool) -> None:
