@@ -273,7 +273,7 @@ def check_with(options: CheckOptions) -> CheckReport:
     differences, absent = check_source(found, planned, placed, convert, options.settings), list[str]()
     if ours:
         # The name of the set is a digest of the source's name as well, which may have changed since.
-        framing = check_framing(found, replace(planned, set_id=found.split.set_id))
+        framing = check_framing(found, replace(planned, recorded=found.split.recorded))
         expected = written_beside(planned, checkpoint)
         beside, absent = check_beside(found, expected)
         unjudged = {name: note for name, note in unjudged.items() if name not in expected}

@@ -19,7 +19,7 @@ from tpshard.api.progress import followed
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Job, Settings, publish
 from tpshard.execute.run import Convert, conversion
-from tpshard.execute.target import is_written
+from tpshard.execute.target import check_room, is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
@@ -27,7 +27,7 @@ from tpshard.inputs.checkpoint import open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
 from tpshard.inputs.shard_set import is_shard_set
-from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.planning.join import OutputFile, Placed, join, uncollected
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import Content, load_json, read_bytes
@@ -68,6 +68,7 @@ def plan(
     return plan_with(PlanOptions(source, target, workload))
 
 
+@uncollected
 def plan_with(options: PlanOptions) -> PlanReport:
     """The plan that the options ask for."""
     model = options.model
@@ -118,6 +119,7 @@ def split_with(options: SplitOptions) -> WriteReport:
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
+    _check_room("split", planned, target, options)
     small = cast_files(checkpoint, model.dtype)
     placed, size = placed_in(checkpoint, built), layout.max_file_size
     warnings = (*checkpoint.warnings, *built.notes)
@@ -161,6 +163,7 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
+    _check_room("reshard", planned, target, options)
     size = options.target.max_file_size
     small, recorded = small_files(source), source.recorded
     report = _write_split("reshard", planned, source.placed(), small, target, options, size, recorded=recorded)
@@ -241,6 +244,14 @@ def _write_split(
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     return WriteReport(verb, target, tp, set_id, plan.nbytes, written, warnings)
+
+
+def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions | ReshardOptions) -> None:
+    """Refuse what cannot be written, from sizes alone: the steps of a large model take a minute to plan."""
+    ranks = range(planned.options.tp) if options.chosen is None else options.chosen
+    needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
+    verb = verb if planned.format.has_ranks else "merge"
+    check_room(target, needed, verb, shared=bool(options.chosen), overwrite=options.settings.overwrite)
 
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:

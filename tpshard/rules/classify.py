@@ -62,8 +62,12 @@ def classify(
         used |= {group for name in used if (group := architecture.axes[name].get("group"))}
         axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
         cuts: dict[str, Cut] = {}
+        known_cuts: dict[tuple[int, tuple[int, ...], str], Cut] = {}  # layers are alike
         for tensor, match in zip(tensors, matches, strict=True):
-            cuts[tensor.name] = _cut(tensor, *match, axes, architecture.name)
+            key = id(match), tensor.shape, tensor.dtype
+            if key not in known_cuts:
+                known_cuts[key] = _cut(tensor, *match, axes, architecture.name)
+            cuts[tensor.name] = known_cuts[key]
         matcher.check_complete()
     axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
@@ -91,7 +95,7 @@ def recognise(
     with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
         found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
-    seen = {pattern.text for candidates in found.values() for pattern, _, _ in candidates}
+    seen = {pattern.text for candidates in found.values() for pattern, *_ in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
 
