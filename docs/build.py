@@ -136,7 +136,9 @@ def python_reference() -> str:
 
 def on_config(config: Any) -> Any:
     """The navigation; a page that no menu has is an error."""
-    front, *measured = sorted((path.relative_to(DOCS).as_posix() for path in DOCS.glob("benchmarks/*.md")), reverse=True)
+    front, *measured = sorted(
+        (path.relative_to(DOCS).as_posix() for path in DOCS.glob("benchmarks/*.md")), reverse=True
+    )
     menu = {**MENU, "Measurements": (front, *measured)}
     listed = {page for pages in menu.values() for page in pages} - {CLI, PYTHON, CHANGES}
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}

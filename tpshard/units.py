@@ -1,4 +1,4 @@
-"""Sizes as people read them, and the largest tp."""
+"""Sizes and texts as people read them, and the largest tp."""
 
 MAX_TP = 99_999
 """As many ranks as the names of files have digits for."""
@@ -11,3 +11,8 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def printable(text: str) -> str:
+    """Text in which nothing from a file's content or name can steer a terminal or break a line or a document."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

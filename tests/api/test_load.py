@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import tpshard
 from tests.helpers import checkpoints
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.execute import device as loader
+from tpshard.inputs.shard_set import open_shards
 from tpshard.storage.local import read_header
 from tpshard.storage.safetensors import build_header
 from tpshard.storage.source import RankFile
@@ -77,8 +79,61 @@ def test_tensors_that_lie_unaligned(tmp_path: Path) -> None:
     path.write_bytes(header + b"".join(t.view(torch.uint8).numpy().tobytes() for t in tensors.values()))
     infos = read_header(path).tensors
     assert (infos[1].begin - infos[0].begin) % 4
-    loaded = dict(loader._load_file(RankFile(path, path.stat().st_size, infos), torch.device("cpu")))
+    loaded = dict(loader._load_file(RankFile(path, path.stat().st_size, infos), torch.device("cpu"), None))
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a byte; `at` may count from the end."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("format", ["native", "dcp"])
+@pytest.mark.parametrize("at", [0.5, 1.0])
+def test_what_was_damaged_is_refused_unless_told_not_to_look(
+    tmp_path: Path, format: str, at: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "STAGE", 4096)
+    model, out = checkpoints.make("llama-bf16", tmp_path / "model"), tmp_path / "out"
+    tpshard.split(model, 2, out, format=format)
+    (file,) = open_shards(out).files[1]
+    sound = tpshard.load_rank(out, 1)
+    info = file.tensors[len(file.tensors) // 2 if at < 1 else -1]
+    flip(file.path, info.begin + int((info.end - info.begin - 1) * at))
+    with pytest.raises(CorruptError, match="not as it was written") as caught:
+        tpshard.load_rank(out, 1)
+    assert caught.value.path == str(file.path) and "copy it again" in str(caught.value.hint)
+    tpshard.load_rank(out, 0)
+    loaded = tpshard.load_rank(out, 1, check=False)
+    assert [name for name in loaded if not torch.equal(loaded[name], sound[name])] == [info.name]
+
+
+def test_a_set_without_checksums_is_loaded(tmp_path: Path) -> None:
+    model, out = checkpoints.make("llama-bf16", tmp_path / "model"), tmp_path / "out"
+    tpshard.split(model, 2, out, settings=tpshard.Settings(checksum=False))
+    (file,) = open_shards(out).files[0]
+    flip(file.path, -1)
+    assert len(tpshard.load_rank(out, 0)) == len(file.tensors)
+
+
+def test_a_read_that_fails_leaves_nobody_waiting_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = checkpoints.make("llama-bf16", tmp_path / "model"), tmp_path / "out"
+    tpshard.split(model, 2, out)
+    monkeypatch.setattr(loader, "STAGE", 4096)
+    read = loader.Handles.read_into
+    begin = open_shards(out).files[0][0].tensors[0].begin
+
+    def broken(self: loader.Handles, file: str, buffers: Sequence[memoryview], offset: int) -> None:
+        if offset == begin + 4096:
+            time.sleep(0.05)  # the others wait meanwhile
+            raise OSError(5, "Input/output error")
+        read(self, file, buffers, offset)
+
+    monkeypatch.setattr(loader.Handles, "read_into", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        tpshard.load_rank(out, 0)
 
 
 def test_refuses_a_rank_that_is_not_there(tmp_path: Path) -> None:

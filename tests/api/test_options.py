@@ -74,7 +74,13 @@ CASES = {
             **{**MODEL_WORDS, **TARGET_WORDS, **RANKS, "dtype": "float16", "allow_pickle": True, "settings": HOW},
             **{"cast_all": True, "allow_overflow": True},
         },
-        SplitOptions(model=replace(MODEL, cast_all=True, allow_overflow=True), target=TARGET, out=Path("o"), ranks=[1], settings=HOW),
+        SplitOptions(
+            model=replace(MODEL, cast_all=True, allow_overflow=True),
+            target=TARGET,
+            out=Path("o"),
+            ranks=[1],
+            settings=HOW,
+        ),
     ),
     "reshard": Case(
         f"s {TARGET_TEXT} --allow-pickle -o o --ranks 1 {HOW_TEXT} --checksum none",

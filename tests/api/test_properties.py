@@ -320,11 +320,13 @@ def module_lists(draw: st.DrawFn, axes: tuple[Axis, ...], both: tuple[Width, Wid
             shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3)))
         if BITS[dtype] * prod(shape) % 8:
             dtype = "U8"
+        if len(shape) > 1 and dtype not in ("F64", "F32", "F16", "BF16", "C64"):
+            dtype = "BOOL"  # matrices of narrow or whole numbers are quantised, and refused without their scales
         module = Module(
             f"m{number}", rule, segments, interleave, names, written, shape, dtype, bias if names else None, layered
         )
         if module.dim is not None and not aligned(module, known, both):
-            module = replace(module, dtype="F8_E8M0")
+            module = replace(module, dtype="BOOL")
         modules.append(module)
     return tuple(modules)
 
@@ -421,9 +423,9 @@ def test_hosts_that_write_their_own_ranks_make_the_same_set(toy: Toy, block: int
             tpshard.split(model, **toy.a.options(), out=place / "shared", rules=rules, ranks=ranks, settings=how)
         tpshard.split(model, **toy.a.options(), out=place / "whole", rules=rules, settings=how)
         whole = contents(place / "whole")
-        assert ("SHA256SUMS" in whole) == how.checksum, "which no host of several can write"
-        whole.pop("SHA256SUMS", None)
-        assert contents(place / "shared") == whole
+        shared = contents(place / "shared")
+        assert whole.pop("SHA256SUMS") != shared.pop("SHA256SUMS"), "no host of several knows every checksum"
+        assert shared == whole
 
 
 CASTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}

@@ -87,6 +87,7 @@ def commands(tp: int, workers: int) -> dict[str, Command]:
             f"{TPSHARD} reshard shards --tp {other} -o out --no-fsync {flags}", ("out",)
         ),
         "check --source": Command(f"{TPSHARD} check shards --source model --workers {workers} -q > /dev/null"),
+        "verify --tier bytes": Command(f"{TPSHARD} verify shards --source model --tier bytes -q > /dev/null"),
         "cmp": Command("cmp model/model.safetensors twin/model.safetensors"),
         "tpshard --help": Command(f"{TPSHARD} --help > /dev/null"),
         "plan 405B": Command(f"{TPSHARD} plan model405 --tp 8 --json > /dev/null"),
@@ -129,8 +130,10 @@ PAIRS = [
     ("split, GPT-2, vllm, none, no fsync", "split, GPT-2, none, no fsync", 1.3),
     *((f"plan DeepSeek-V3, {name}", "plan DeepSeek-V3, native", 2.0) for name in PLANNED[1:]),
     ("check --source", "cmp", 1.3),
-    ("tpshard.load_rank", "safetensors load_file", 1.0),
-    ("tpshard.load_rank", "fastsafetensors", 1.0),
+    ("verify --tier bytes", "check --source", 1.5),
+    ("tpshard.load_rank, check=False", "safetensors load_file", 1.0),
+    ("tpshard.load_rank, check=False", "fastsafetensors", 1.0),
+    ("tpshard.load_rank", "sha256 of the file", 1.1),
 ]
 
 

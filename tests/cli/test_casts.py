@@ -28,7 +28,9 @@ def plain(name: str, shape: tuple[int, ...], dtype: str = "BF16", **places: floa
 
 def made(path: Path, **changed: Tensor) -> Path:
     ones = {name: plain(name, tensor.shape) for name, tensor in llama_tensors(vocab_size=VOCAB).items()}
-    return llama(path, vocab_size=VOCAB, tensors=ones | {name.replace("__", "."): tensor for name, tensor in changed.items()})
+    return llama(
+        path, vocab_size=VOCAB, tensors=ones | {name.replace("__", "."): tensor for name, tensor in changed.items()}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +70,7 @@ def test_what_becomes_zero_is_told_with_its_tensor() -> None:
 
 @pytest.mark.parametrize("format", ["native", "vllm", "dcp"])
 def test_what_is_float32_on_purpose_stays_so(format: str) -> None:
-    """A norm among bfloat16 does, a projection does not; --cast-all casts both; merge and reshard keep what was made."""
+    """A norm among bfloat16 does, a projection does not; --cast-all casts both; merge and reshard keep what is made."""
     purpose = {NORM: plain(NORM, shape_of(NORM), "F32", a=1 / 3), UP: plain(UP, shape_of(UP), "F32", a=1 / 3)}
     model = made(Path("model"), **purpose)
     asked = ["split", model, "--tp", 2, "--format", format, "--dtype", "float16", "--no-fsync", "--json"]

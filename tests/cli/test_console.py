@@ -14,14 +14,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console as RichConsole
 
-from tests.helpers.command import llama
+from tests.helpers.command import llama, succeeds, tpshard
+from tests.helpers.toys import read_all, write
 from tpshard.cli import console as module
 from tpshard.cli.console import Console
-from tpshard.cli.tables import fold
+from tpshard.cli.main import main
 from tpshard.errors import CorruptError, Interrupted
 from tpshard.units import human_bytes
 
@@ -259,30 +261,6 @@ def test_a_bar_of_the_real_command(tmp_path: Path) -> None:
 # --- tables ---
 
 
-def test_layers_that_are_alike_are_one_row() -> None:
-    rows = [("embed", "a")]
-    rows += [(f"layers.{layer}.{name}", cell) for layer in range(12) for name, cell in (("q", "x"), ("norm", "y"))]
-    assert fold(rows, False) == [("embed", "a"), ("layers.{0-11}.q", "x"), ("layers.{0-11}.norm", "y")]
-    assert fold(rows, True) == rows
-
-
-def test_layers_that_differ_are_rows_of_their_own() -> None:
-    rows = [(f"h.{layer}.q", "wide" if layer in (2, 5) else "narrow") for layer in range(7)]
-    assert fold(rows, False) == [("h.{0-1,3-4,6}.q", "narrow"), ("h.{2,5}.q", "wide")]
-    assert fold([("h.3.q", "x")], False) == [("h.3.q", "x")]
-
-
-def test_experts_and_layers_that_are_alike_are_one_row() -> None:
-    rows = [(f"layers.{layer}.experts.{expert}.w{n}", "x") for layer in range(3) for expert in range(4) for n in (1, 2)]
-    assert fold(rows, False) == [("layers.{0-2}.experts.{0-3}.w1", "x"), ("layers.{0-2}.experts.{0-3}.w2", "x")]
-    del rows[rows.index(("layers.1.experts.2.w1", "x"))]
-    assert fold(rows, False)[:2] == [
-        ("layers.{0,2}.experts.{0-3}.w1", "x"),
-        ("layers.{0-2}.experts.{0-3}.w2", "x"),
-    ]
-    assert fold([("0.w", "x"), ("1.w", "x"), ("w2.x", "x")], False) == [("{0-1}.w", "x"), ("w2.x", "x")]
-
-
 def test_tables_print_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """No markup, no emoji, no wrapping where there is no terminal."""
     out = io.StringIO()
@@ -290,3 +268,80 @@ def test_tables_print_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     console: RichConsole = Console.rich()
     console.print("[bold]x[/bold] :smile: " + "long " * 60)
     assert out.getvalue() == "[bold]x[/bold] :smile: " + "long " * 60 + "\n"
+
+
+# --- on a terminal ---
+
+
+def test_names_stay_whole_on_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(tmp_path / "model")
+    for width, lines in ((60, 2), (200, 1)):
+        with terminal(monkeypatch, "stdout") as seen:
+            monkeypatch.setenv("COLUMNS", str(width))
+            assert run_main("plan", model, "--tp", 2) == 0
+        rows = [ANSI.sub("", line).strip() for line in seen[0].splitlines()]
+        at = next(
+            i for i, row in enumerate(rows) if row.startswith("model.layers.{0-1}.post_attention_layernorm.weight")
+        )
+        assert " ".join(" ".join(rows[at : at + lines]).split()).endswith(".weight F32 [16] replicate [16]"), seen[0]
+
+
+def test_no_name_steers_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = "a\x1b[31m\x07\x9b31m\u202eb"
+    monkeypatch.chdir(tmp_path)
+    model = llama(tmp_path / evil)
+    tensors = read_all(model)
+    write(tmp_path / f"{evil}.safetensors", {f"{evil}.weight": tensors["lm_head.weight"]})
+    out = f"{evil}-tp2"
+    (tmp_path / f"{evil}.toml").write_text("\x1b[31m")
+    for code, *arguments in (
+        (0, "split", evil, "--tp", 2, "--no-fsync"),
+        (0, "inspect", out),
+        (0, "inspect", f"{evil}.safetensors"),
+        (0, "check", out, "--source", evil),
+        (0, "verify", out, "--source", evil, "--tier", "bytes"),
+        (0, "advise", evil, "--gpus", 2, "--gpu-memory", 1),
+        (2, "plan", evil, "--tp", 2, "--rules", f"{evil}.toml"),
+        (9, "split", evil, "--tp", 2, "--no-fsync"),
+    ):
+        with terminal(monkeypatch, "stdout", "stderr") as seen:
+            monkeypatch.setenv("NO_COLOR", "1")
+            assert run_main(*arguments) == code
+        assert not {"\x07", "\x9b", "\u202e"} & set(seen[0]) and "\x1b[31m" not in seen[0], arguments
+        assert "\\x1b[31m\\x07\\x9b31m\\u202eb" in seen[0].replace("\r\n", ""), (arguments, seen[0])
+
+
+def run_main(*arguments: object) -> object:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def test_a_report_in_markdown_shows_names_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    evil = "<script>`|[x](y)\x1b"
+    model = llama(tmp_path / evil)
+    succeeds("split", model, "--tp", 2, "-o", "out", "--no-fsync")
+    succeeds("verify", "out", "--source", evil, "--tier", "bytes", "--report", "r.md", "--report", "r.xml")
+    assert "&lt;script&gt;\\`\\|\\[x\\](y)\\\\x1b" in Path("r.md").read_text()
+    ElementTree.parse("r.xml")
+    assert tpshard("verify", evil, "--source", evil, "--report", "e.md", "--report", "e.xml").code == 3
+    for report in (Path("r.md"), Path("e.md"), Path("r.xml"), Path("e.xml")):
+        assert "<script" not in report.read_text() and "\x1b" not in report.read_text()
+    assert ElementTree.parse("e.xml").find(".//testcase") is not None
+
+
+@pytest.mark.parametrize(
+    ("typed", "values"),
+    [
+        ("split model --format d", ["deepseek", "dcp", "dcp-hf"]),
+        ("verify set --tier bytes,e", ["bytes,exact"]),
+        ("archs show qwen2_m", ["qwen2_moe"]),
+    ],
+)
+def test_values_are_completed(typed: str, values: list[str]) -> None:
+    words = f"tpshard {typed}"
+    asked = {"_TPSHARD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    code = "import sys; sys.argv[0] = 'tpshard'; from tpshard.cli.main import main; main()"
+    found = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True)
+    assert sorted(found.stdout.split()) == sorted(values), found.stderr

@@ -22,20 +22,29 @@ EXAMPLES = {
     "`advise` found no tp with which the model fits": "test_capacity.py::test_advise_ends_with_1_where_nothing_fits",
     "an unknown option": "test_main.py::test_usage",
     "a path that is not there": "test_checkpoint.py::test_a_path_that_is_not_there",
+    "a directory without a model": "test_checkpoint.py::test_a_directory_without_a_model",
     "the output is the source": "test_main.py::test_the_output_is_the_source",
     "a damaged header": "test_checkpoint.py::test_damaged_weights",
     "a shard missing": "test_checkpoint.py::test_listed_shards_missing",
     "an index that disagrees": "test_checkpoint.py::test_index_lists_a_tensor_in_another_shard",
+    "two sets of the same weights": (
+        "test_checkpoint.py::test_a_single_file_beside_an_index_that_does_not_name_it_is_a_second_set"
+    ),
     "a Git-LFS pointer": "test_checkpoint.py::test_damaged_weights",
     "ranks missing or mixed": "test_shard_set.py::test_two_sets_in_one_directory",
     "a small file that `SHA256SUMS` contradicts": "test_checksums.py::test_check_compares_the_small_files_with_it",
     "config and tensors contradict each other": "test_checkpoint.py::test_config_that_contradicts_the_tensors",
+    "a quantised weight without its scale": (
+        "test_quantised.py::test_values_without_a_scale_and_a_scale_without_values"
+    ),
     "`merge` or `reshard` reads a file that is not what its recorded checksum says": (
         "test_main.py::test_a_damaged_set_is_not_passed_on"
     ),
     "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
     "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
-    "a quantised checkpoint": "test_checkpoint.py::test_quantised_by_its_config",
+    "a method of quantisation that is not known": "test_quantised.py::test_a_method_that_is_refused",
+    "a directory that holds something else": "test_checkpoint.py::test_a_directory_that_holds_something_else",
+    "names of a wrapper": "test_checkpoint.py::test_names_of_a_wrapper",
     "an index or symlink that leaves the model": "test_checkpoint.py::test_a_symlink_that_leaves_the_model",
     "pickle without `--allow-pickle`": "test_torch_pickle.py::test_without_the_flag",
     "a pickle that calls functions": "test_torch_pickle.py::test_a_pickle_that_calls",

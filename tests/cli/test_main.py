@@ -573,7 +573,25 @@ def test_the_text_of_a_plan(model: Path) -> None:
         "possible tp: 1, 2, 4",
     ):
         assert line in out.splitlines(), out
-    assert "not possible: tp 3 (" in out
+    assert "not possible: tp 3 (4 heads do not divide)" in out.splitlines()
+
+
+def test_one_line_says_which_tp_are_not_possible() -> None:
+    model = llama(Path("model"), num_attention_heads=16, num_key_value_heads=8, hidden_size=64, intermediate_size=48)
+    lines = succeeds("plan", model, "--tp", 2).out.splitlines()
+    assert lines[-2:] == [
+        "possible tp: 1, 2, 4, 8, 16",
+        "not possible: tp 3, 5-7, 9-15 (16 heads do not divide)",
+    ]
+
+
+@pytest.mark.parametrize("stars", ["*" * 5000 + "x?", "*a" * 2500 + "x?"])
+def test_a_pattern_of_many_stars_takes_no_time(model: Path, stars: str) -> None:
+    text = succeeds("archs", "show", "llama").out
+    assert '"model.norm"' in text
+    Path("rules.toml").write_text(text.replace('"model.norm"', f'"model.norm", "model.layers.*.{stars}"'))
+    plan = succeeds("plan", model, "--tp", 2, "--rules", "rules.toml", "--json").json
+    assert plan["tensors"] == succeeds("plan", model, "--tp", 2, "--json").json["tensors"]
 
 
 def test_the_plan_of_a_tied_model(made: Get) -> None:

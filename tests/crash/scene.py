@@ -15,6 +15,7 @@ from unittest import mock
 
 import tpshard
 from tests.crash.fine import SIZES
+from tests.crash.seams import CALLS, READS, Faulty, Recorder, one_thread, survived
 from tests.helpers.checkpoints import make, sharded
 from tpshard.errors import TargetError, TpshardError
 from tpshard.execute.publish import Settings
@@ -24,12 +25,24 @@ SMALL = {
     "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "vocab_size": 29,
 }  # fmt: skip
 Tree = dict[str, bytes]
+WRITES = [call for call in CALLS if call not in READS]
 
 
-def tiny(root: Path, seed: int = 0) -> Path:
-    """A LLaMA of 13 kB in two files: replicated KV heads at tp 4, a padded vocab at tp 2 and 4."""
-    made = make("llama-gqa", root / f"made-{seed}", seed, **SMALL)
-    return sharded(made, root / f"tiny-{seed}", max_shard_size=7_000)
+def tiny(root: Path, seed: int = 0, scale: int = 1) -> Path:
+    """A LLaMA of 13 kB in two files, with a folder: replicated KV heads at tp 4, a padded vocab at tp 2 and 4.
+
+    scale: how many times as wide it is, and so more than as many times as large.
+    """
+    widths = {name: SMALL[name] * scale for name in ("hidden_size", "intermediate_size")}
+    made = make("llama-gqa", root / f"made-{seed}", seed, **{**SMALL, **widths})
+    model = sharded(made, root / f"tiny-{seed}", max_shard_size=_size(made) // 2)
+    (model / f"folder-{seed}").mkdir()
+    (model / f"folder-{seed}" / "more.txt").write_text("more")
+    return model
+
+
+def _size(model: Path) -> int:
+    return (model / "model.safetensors").stat().st_size
 
 
 def tree(directory: Path) -> Tree:
@@ -45,8 +58,9 @@ def tree(directory: Path) -> Tree:
 
 
 def by_hosts(whole: Tree) -> Tree:
-    """What of an output hosts write together, each its own ranks: none of them knows every checksum."""
-    return {name: data for name, data in whole.items() if name != SUMS}
+    """What hosts write together, each its own ranks: none of them knows every checksum, all know the small files'."""
+    lines = whole[SUMS].splitlines(keepends=True)
+    return {**whole, SUMS: b"".join(line for line in lines if b"  rank-" not in line)}
 
 
 @contextmanager
@@ -63,12 +77,14 @@ class Scene:
     """A command that writes `out` under a root of its own.
 
     shared: other runs write into the same directory. in_place: `out` is there, empty, and cannot be renamed over.
+    begun: what a run that was killed has left in `out.partial`.
     """
 
     name: str
     command: Callable[[Path, Settings], object]
     expected: Tree
     before: Tree = field(default_factory=dict)
+    begun: Tree = field(default_factory=dict)
     overwrite: bool = False
     shared: bool = False
     in_place: bool = False
@@ -81,8 +97,9 @@ class Scene:
         """Make the root as it is before the command."""
         shutil.rmtree(root, ignore_errors=True)
         (self.out(root) if self.in_place else root).mkdir(parents=True)
-        for name, data in self.before.items():
-            path = self.out(root) / name
+        before = {self.out(root) / name: data for name, data in self.before.items()}
+        begun = {self.out(root).with_name("out.partial") / name: data for name, data in self.begun.items()}
+        for path, data in (before | begun).items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
 
@@ -104,7 +121,7 @@ class Scene:
             return "old"
         found = {name: data for name, data in tree(out).items() if name != LOCK}  # empty, and taken away next time
         if found == self.expected:
-            assert looks_complete(out) or self.name in ("merge", "first-rank")
+            assert looks_complete(out) or self.name.startswith(("merge", "first-rank"))
             return "complete"
         if found == self.before:
             return "old"
@@ -151,12 +168,29 @@ def undisturbed(command: Callable[[Path, Settings], object], root: Path) -> Tree
     return found
 
 
-def scenes(root: Path) -> dict[str, Scene]:
-    """One scene for every way to write: staged, shared, in place, replacing."""
-    source, other = tiny(root), tiny(root, seed=1)
+def half_way(command: Callable[[Path, Settings], object], root: Path, left: str) -> Tree:
+    """What a command leaves under this name that is killed in its middle; its journals vouch for something."""
+    place = root / "half-way"
+    recorder = Recorder()
+    with fine_grained(), one_thread():
+        command(place / "whole", Settings(workers=1, files=recorder))
+        with survived():
+            command(place / "out", Settings(workers=1, files=Faulty(recorder.count(*WRITES) * 2 // 3, None)))
+    found = tree(place / left)
+    assert any(b'"offset": 0' not in data for name, data in found.items() if data.startswith(b'{"run": ')), sorted(
+        found
+    )
+    shutil.rmtree(place)
+    return found
+
+
+def scenes(root: Path, scale: int = 1) -> dict[str, Scene]:
+    """One scene for every way to write: staged, shared, in place, replacing, going on."""
+    source, other = tiny(root, 0, scale), tiny(root, 1, scale)
     quick = Settings(workers=2, fsync=False)
-    shards = root / "shards"
+    shards, others = root / "shards", root / "others"
     tpshard.split(source, 4, shards, settings=quick)
+    tpshard.split(other, 4, others, settings=quick)
 
     def split(out: Path, settings: Settings) -> object:
         return tpshard.split(source, 2, out, settings=settings)
@@ -176,11 +210,16 @@ def scenes(root: Path) -> dict[str, Scene]:
     def reshard(out: Path, settings: Settings) -> object:
         return tpshard.reshard(shards, 2, out, settings=settings)
 
+    def reshard_ranks(out: Path, settings: Settings) -> object:
+        return tpshard.reshard(shards, 2, out, ranks=[0, 1], settings=settings)
+
     def parts(out: Path, settings: Settings) -> object:
-        return tpshard.split(source, 2, out, max_file_size=3_000, settings=settings)
+        return tpshard.split(source, 2, out, max_file_size=_size(root / "made-0") // 4, settings=settings)
 
     whole = undisturbed(split, root)
-    old = undisturbed(lambda out, settings: tpshard.split(other, 4, out, settings=settings), root)
+    old = tree(others)
+    old_model = undisturbed(lambda out, settings: tpshard.merge(others, out, settings=settings), root)
+    merged = undisturbed(merge, root)
     first = undisturbed(first_rank, root)
     found = [
         Scene("split", split, whole),
@@ -188,9 +227,15 @@ def scenes(root: Path) -> dict[str, Scene]:
         Scene("ranks", ranks, by_hosts(whole), shared=True),
         Scene("first-rank", first_rank, first, shared=True),
         Scene("last-rank", last_rank, by_hosts(whole), before=first, shared=True),
-        Scene("merge", merge, undisturbed(merge, root)),
+        Scene("merge", merge, merged),
         Scene("reshard", reshard, whole),
         Scene("overwrite", split, whole, before=old, overwrite=True),
+        Scene("reshard-ranks", reshard_ranks, by_hosts(whole), shared=True),
+        Scene("reshard-overwrite", reshard, whole, before=old, overwrite=True),
+        Scene("merge-overwrite", merge, merged, before=old_model, overwrite=True),
+        Scene("resume", split, whole, begun=half_way(split, root, "out.partial")),
+        Scene("resume-ranks", ranks, by_hosts(whole), before=half_way(ranks, root, "out"), shared=True),
+        Scene("merge-resume", merge, merged, begun=half_way(merge, root, "out.partial")),
         Scene("in-place", split, whole, in_place=True),
     ]
     return {scene.name: scene for scene in found}

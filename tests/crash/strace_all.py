@@ -4,13 +4,14 @@ strace first lists the calls of an undisturbed run, then repeats the run once fo
 them the output must be absent, the old one, complete or resumable, and the same command must end with the same bytes.
 A call that fails by itself, such as opening what is not there yet, is one of them.
 
-    python -m tests.crash.strace_all [--jobs 2] [SCENE ...]
+    python -m tests.crash.strace_all [--jobs 2] [--sample 20] [SCENE ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -81,9 +82,9 @@ class Result:
     wrong: str | None = None
 
 
-def commands(base: Path) -> list[Command]:
+def commands(base: Path, scale: int = 1) -> list[Command]:
     """Every way to write, exactly; and those with most going on at once, as the command runs for users."""
-    found = scenes(base)
+    found = scenes(base, scale)
     source, shards = str(base / "tiny-0"), str(base / "shards")
     split = ("split", source, "--tp", "2")
     arguments = {
@@ -93,10 +94,16 @@ def commands(base: Path) -> list[Command]:
         "merge": ("merge", shards),
         "reshard": ("reshard", shards, "--tp", "2"),
         "overwrite": split,
+        "reshard-ranks": ("reshard", shards, "--tp", "2", "--ranks", "0,1"),
+        "reshard-overwrite": ("reshard", shards, "--tp", "2"),
+        "merge-overwrite": ("merge", shards),
+        "resume": split,
+        "resume-ranks": (*split, "--ranks", "0,1"),
+        "merge-resume": ("merge", shards),
         "in-place": split,
     }
     exact = [Command(found[name], given, True) for name, given in arguments.items()]
-    most = ("split", "ranks")
+    most = ("split", "ranks", "resume", "overwrite")
     return exact + [Command(found[name], (*arguments[name], "--workers", "2"), False) for name in most]
 
 
@@ -174,8 +181,8 @@ def inject(command: Command, root: Path, call: Call, fault: str) -> Result:
     return Result(outcome=f"{state} + partial" if left else state)
 
 
-def attack(command: Command, base: Path, jobs: int) -> Tally:
-    """Every fault at every call."""
+def attack(command: Command, base: Path, jobs: int, sample: int | None) -> Tally:
+    """Every fault at every call, or a random sample of them."""
     roots: SimpleQueue[Path] = SimpleQueue()
     for job in range(jobs):
         roots.put(base / f"job-{job}" / "root")
@@ -194,6 +201,8 @@ def attack(command: Command, base: Path, jobs: int) -> Tally:
             roots.put(root)
 
     work = [(call, fault) for fault in FAULTS for call in found]
+    if sample is not None:
+        work = random.sample(work, min(sample, len(work)))
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(lambda item: one(*item), work))
     tally = Tally(Counter(call.name for call in found))
@@ -248,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Attack all scenes, or those that are named."""
     parser = argparse.ArgumentParser(description="Every fault at every system call of the real command.")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time")
+    parser.add_argument("--sample", type=int, help="only so many faults of each scene, chosen at random")
     parser.add_argument("scene", nargs="*", help="only these")
     given = parser.parse_args(arguments)
     usable()
@@ -261,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sources = [tree(base / name) for name in ("tiny-0", "shards")]
         for command in every:
             if not given.scene or command.name in given.scene:
-                total.add(attack(command, base, given.jobs))
+                total.add(attack(command, base, given.jobs, given.sample))
         if sources != [tree(base / name) for name in ("tiny-0", "shards")]:
             total.wrong.append("a source was modified")
     print()

@@ -36,7 +36,7 @@ MADE = {
     "merge": {"mkdir", "rename"},
     "reshard": {"mkdir", "rename"},
     "overwrite": {"mkdir", "rename", "rmdir"},
-    "in-place": set(),
+    "in-place": {"mkdir"},
 }
 
 

@@ -18,8 +18,8 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +30,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 LARGE = ("*.safetensors", "*.bin", "*.pth", "*.onnx", "*.gguf", "*.h5", "*.msgpack", "tokenizer.model")
+
+
+Kind = Literal[
+    "status", "ignore_range", "other_range", "truncate", "slow", "stall", "swap", "more", "resize", "meanwhile", "html",
+    "json", "gzip",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,13 @@ class Request:
 class Fault:
     """What goes wrong, for the next `times` requests (None: all) whose method and path hold `match`."""
 
-    kind: Literal["status", "ignore_range", "other_range", "truncate", "slow", "html", "json", "gzip"]
+    kind: Kind
     match: str
     times: int | None
     status: int
     seconds: float
     headers: dict[str, str]
+    action: Callable[[], object]
 
 
 class HubServer:
@@ -174,21 +181,24 @@ class HubServer:
 
     def fault(
         self,
-        kind: Literal["status", "ignore_range", "other_range", "truncate", "slow", "html", "json", "gzip"],
+        kind: Kind,
         match: str = "",
         *,
         times: int | None = None,
         status: int = 500,
         seconds: float = 5.0,
         headers: dict[str, str] | None = None,
+        action: Callable[[], object] = lambda: None,
     ) -> None:
         """Misbehave for the next `times` requests whose `METHOD path` holds `match`.
 
         `status` answers with `status` and `headers`; `truncate` sends half the body and hangs up; `slow` waits
-        `seconds` first; `html` and `json` answer like a login page and like some other service; `gzip` compresses
-        for a client that allows it and then, as some content networks do, ignores its range.
+        `seconds` first, and `stall` in the middle of the body; `swap` sends another first byte, `more` one byte more,
+        and `resize` describes files as a byte longer; `meanwhile` calls `action` and answers rightly; `html` and `json`
+        answer like a login page and like some other service; `gzip` compresses for a client that allows it and then,
+        as some content networks do, ignores its range.
         """
-        self.faults.append(Fault(kind, match, times, status, seconds, headers or {}))
+        self.faults.append(Fault(kind, match, times, status, seconds, headers or {}, action))
 
     def requests(self, match: str = "") -> list[Request]:
         """The answered requests whose `METHOD path` holds `match`, in order."""
@@ -240,6 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault is not None:
             if self.fault.kind == "slow":
                 self.hub.closing.wait(self.fault.seconds)
+            elif self.fault.kind == "meanwhile":
+                self.fault.action()
             elif self.fault.kind == "status":
                 return self._answer(self.fault.status, self.fault.headers)
             elif self.fault.kind == "html":
@@ -280,6 +292,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (found := self._files(repo_id, revision)) is None:
             return
         commit, files = found
+        if self.fault is not None and self.fault.kind == "resize":
+            files = {name: replace(file, size=file.size + 1) for name, file in files.items()}
         if what == "tree":
             listing: Any = [
                 {"type": "file", "path": name, "size": file.size, "oid": file.blob_id}
@@ -332,6 +346,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, headers: dict[str, str], body: bytes | tuple[Path, int, int] = b"") -> None:
         """Log and send. The body is bytes, or a range of a file, which is read while it is sent."""
         length = len(body) if isinstance(body, bytes) else body[2] - body[1]
+        kind = self.fault.kind if self.fault is not None else None
+        if status in (200, 206) and kind in ("swap", "more"):
+            whole = body if isinstance(body, bytes) else b"".join(self._pieces(body, length))
+            body = whole + b"?" if kind == "more" else bytes([whole[0] ^ 1]) + whole[1:]
+            length = len(body)
         authorized = self.headers.get("Authorization") is not None
         wanted, peer = self.headers.get("Range"), self.client_address[1]
         # Logged and counted before it is sent, so that a client that has an answer finds it in the log.
@@ -358,9 +377,14 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(body, bytes):
             yield body[:length]
             return
+        stalls = self.fault is not None and self.fault.kind == "stall"
         path, begin, _ = body
         with path.open("rb") as file:
             file.seek(begin)
+            if stalls:
+                yield file.read(length // 2)
+                length -= length // 2
+                self.hub.closing.wait(self.fault.seconds if self.fault else 0)
             while length > 0:
                 piece = file.read(min(length, 1 << 16))
                 length -= len(piece)

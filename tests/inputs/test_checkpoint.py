@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 import tpshard as api
 from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds, tpshard
-from tests.helpers.toys import read_all, write, write_checkpoint
+from tests.helpers.toys import contents, read_all, write, write_checkpoint
 from tpshard.errors import CorruptError
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.storage.local import load_json
@@ -92,7 +93,7 @@ def test_damaged_weights(content: bytes, says: str) -> None:
 def test_no_weights_and_weights_of_another_kind() -> None:
     model = llama(Path("model"))
     (model / "model.safetensors").unlink()
-    assert fails(3, "split", model, "--tp", 2)["found"] == "no weight file"
+    assert fails(2, "split", model, "--tp", 2)["found"] == "no weight file"
     (model / "consolidated.00.pth").write_bytes(b"")
     assert fails(4, "split", model, "--tp", 2)["found"] == "consolidated.00.pth"
 
@@ -137,7 +138,128 @@ def test_a_file_without_weights(name: str) -> None:
     assert "not a weight file" in fails(2, "plan", model / name, "--tp", 2)["message"]
 
 
+# --- directories that hold something else ---
+
+
+@pytest.mark.parametrize(
+    ("names", "says", "way_out"),
+    [
+        (["model-rank-0-part-0.safetensors", "config.json"], "sharded_state of vLLM", "made of"),
+        (["global_step10/", "latest", "zero_to_fp32.py", "config.json"], "DeepSpeed", "in that directory"),
+        (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed", "directory above"),
+        (["mp_rank_00/", "mp_rank_01/"], "checkpoint of Megatron, cut", "export_ckpt"),
+        (["iter_0000010/", "latest_checkpointed_iteration.txt"], "Megatron checkpoints", "one of its iterations"),
+        (["common.pt", ".metadata", "__0_0.distcp", "metadata.json"], "checkpoint of Megatron", "export_ckpt"),
+        ([".metadata", "__0_0.distcp", "__1_0.distcp"], "DCP", "dcp_to_torch"),
+        (["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], "an adapter", "merge_and_unload"),
+        (["adapter_model.bin"], "an adapter", "merge_and_unload"),
+        (["model-Q4_K_M.gguf", "config.json"], "GGUF", "gguf_file"),
+        (["blobs/", "refs/", "snapshots/"], "Hub's cache", "owner/name"),
+        (["checkpoint-10/", "checkpoint-20/", "runs/"], "training run", "checkpoint-*"),
+        (["rank-00000-of-00002.safetensors", "config.json"], "ranks that tpshard wrote", "tpshard.json"),
+    ],
+)
+def test_a_directory_that_holds_something_else(names: list[str], says: str, way_out: str) -> None:
+    for name in names:
+        Path("model", name).mkdir(parents=True) if name.endswith("/") else write_file(Path("model", name))
+    error = fails(4, "split", "model", "--tp", 2)
+    assert says in error["message"] and way_out in error["hint"] and error["found"]
+    assert fails(4, "plan", "model", "--tp", 2) == error == fails(4, "inspect", "model")
+    if "config.json" not in names and "rank-" not in names[0]:
+        assert fails(4, "check", "model")["message"] == error["message"]
+
+
+def write_file(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+
+
+def test_signs_of_something_else_beside_a_checkpoint_are_no_matter() -> None:
+    model = llama(Path("model"), parts=2)
+    for name in ("adapter_config.json", "zero_to_fp32.py", "x.gguf"):
+        write_file(model / name)
+    (model / "global_step10").mkdir()
+    succeeds("plan", model, "--tp", 2)
+
+
+def test_a_directory_without_a_model() -> None:
+    Path("model").mkdir()
+    error = fails(2, "split", "model", "--tp", 2)
+    assert error["found"] == "no weight file" and "config.json" in error["hint"]
+    (Path("model") / "model.safetensors").write_bytes(b"")
+    assert "no config.json" in fails(3, "split", "model", "--tp", 2)["message"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "says", "way_out"),
+    [
+        ("base_model.model.", "PEFT's wrapper", "get_base_model"),
+        ("module.", "DistributedDataParallel", "model.module.save_pretrained"),
+        ("pretrained_model.", "value head", "model.pretrained_model.save_pretrained"),
+        ("_orig_mod.", "torch.compile", "model._orig_mod.save_pretrained"),
+        ("module._orig_mod.", "torch.compile", "model._orig_mod.save_pretrained"),
+        ("_fsdp_wrapped_module.", "FSDP", "unwrap_model"),
+        ("base_model.model.lora", "LoRA inside", "merge_and_unload"),
+    ],
+)
+def test_names_of_a_wrapper(prefix: str, says: str, way_out: str) -> None:
+    start = prefix.removesuffix("lora")
+    inner = ".base_layer.weight" if start != prefix else ".weight"
+    tensors = {start + name.replace("q_proj.weight", f"q_proj{inner}"): t for name, t in llama_tensors().items()}
+    model = write_checkpoint(Path("model"), LLAMA, tensors, [list(tensors)])
+    error = fails(4, "plan", model, "--tp", 2)
+    assert says in error["message"] and way_out in error["hint"] and error["tensor"].startswith(start)
+
+
 # --- index ---
+
+
+def test_all_files_without_their_index() -> None:
+    model = llama(Path("model"), parts=4)
+    succeeds("split", model, "--tp", 2, "-o", "with", "--no-fsync")
+    (model / INDEX).unlink()
+    result = succeeds("split", model, "--tp", 2, "--no-fsync")
+    assert "there is no index: all of model-00001-of-00004.safetensors to model-00004" in result.err
+    assert contents(Path("model-tp2")) == contents(Path("with"))
+    succeeds("merge", "model-tp2", "-o", "again", "--no-fsync")
+    assert read_all(Path("again")) == read_all(model)
+
+
+@pytest.mark.parametrize("changed", ["00002-of-00004", "00004-of-00004", "00003-of-00005", "00005-of-00004"])
+def test_not_all_files_and_no_index(changed: str) -> None:
+    model = llama(Path("model"), parts=4)
+    (model / INDEX).unlink()
+    old = changed if changed.endswith("00004") and changed < "00005" else "00003-of-00004"
+    (model / f"model-{old}.safetensors").rename("gone" if old == changed else model / f"model-{changed}.safetensors")
+    error = fails(3, "split", model, "--tp", 2)
+    assert "missing" in error["message"] and "4 files" in error["expected"] and "model-00001-of" in error["found"]
+
+
+def test_an_index_that_was_published_wrong() -> None:
+    model = llama(Path("model"), parts=4)
+    saved = (model / INDEX).read_text()
+    for tensor, file in (("lm_head.weight", "model-00001-of-00009"), ("lm_head.bias", "model-00001-of-00004")):
+        edit_index(
+            model, lambda index, tensor=tensor, file=file: index["weight_map"].update({tensor: f"{file}.safetensors"})
+        )
+        error = fails(3, "plan", model, "--tp", 2)
+        assert "cannot help" in error["hint"] and "remove the index" in error["hint"]
+        (model / INDEX).write_text(saved)
+    (model / "model-00002-of-00004.safetensors").unlink()
+    assert fails(3, "plan", model, "--tp", 2)["hint"] == "download the missing files again"
+
+
+def test_an_index_with_names_and_sizes_in_another_spelling() -> None:
+    model = llama(Path("model"), parts=2)
+    plain = succeeds("plan", model, "--tp", 2, "--json").json
+
+    def respell(index: dict[str, Any]) -> None:
+        index["weight_map"] = {name: f"./{file}" for name, file in index["weight_map"].items()}
+        index["metadata"] = {"total_size": str(sum(len(tensor.data) for tensor in read_all(model).values()))}
+
+    edit_index(model, respell)
+    result = succeeds("plan", model, "--tp", 2, "--json")
+    assert (result.json, result.err) == (plain, "")
 
 
 def test_listed_shards_missing() -> None:
@@ -214,7 +336,7 @@ def test_index_that_points_outside(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("sub/x.safetensors", "subdirectory"), ("sub\\x", "subdirectory"), ("", "subdirectory"), ("./x", "./x is listed")],
+    [("sub/x.safetensors", "subdirectory"), ("sub\\x", "subdirectory"), ("", "subdirectory"), ("./x", "x is listed")],
 )
 def test_index_that_names_no_file_beside_it(name: str, says: str) -> None:
     model = llama(Path("model"), parts=2)
@@ -239,12 +361,19 @@ def test_wrong_total_size_is_a_warning() -> None:
     assert succeeds("plan", llama(Path("right"), parts=2), "--tp", 2).err == ""
 
 
-def test_the_single_file_wins_over_the_index() -> None:
+def test_a_single_file_beside_an_index_that_does_not_name_it_is_a_second_set() -> None:
+    """Whichever is newer; the file alone can be named, and counts where the files of the index are gone."""
     model = llama(Path("model"), parts=2)
     wanted = llama_tensors(seed=5)
     write(model / "model.safetensors", wanted)
+    for verb in ("plan", "split"):
+        error = fails(3, verb, model, "--tp", 1)
+        assert "two sets of the same weights" in error["message"] and "model/model.safetensors" in error["hint"]
+    succeeds("split", model / "model.safetensors", "--tp", 1, "-o", "named", "--no-fsync")
+    for part in model.glob("model-0000*"):
+        part.unlink()
     succeeds("split", model, "--tp", 1, "-o", "out", "--no-fsync")
-    assert read_all(Path("out")) == wanted
+    assert read_all(Path("out")) == read_all(Path("named")) == wanted
 
 
 # --- config ---
@@ -366,29 +495,6 @@ def test_a_tp_that_cuts_a_unit(tp: int, works: str) -> None:
     assert error["expected"] == f"tp {works}" and error["found"] == f"tp {tp}" and "--uneven" in error["hint"]
 
 
-@pytest.mark.parametrize(
-    ("config", "says"),
-    [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
-        ({"quantization_config": {"load_in_8bit": True}}, "None"),
-        ({"quantization_config": "awq"}, "quantization_config"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-    ],
-)
-def test_quantised_by_its_config(config: dict[str, Any], says: str) -> None:
-    error = fails(4, "split", llama(Path("model"), **config), "--tp", 2)
-    assert "quantised" in error["message"] and says in error["found"] and error["path"] == "model/config.json"
-
-
-@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
-def test_quantised_by_a_file_of_its_own(name: str) -> None:
-    model = llama(Path("model"))
-    (model / name).write_text("{}")
-    error = fails(4, "split", model, "--tp", 2)
-    assert "quantised" in error["message"] and error["path"] == f"model/{name}"
-
-
 @pytest.mark.parametrize("config", [None, {}, False])
 def test_an_empty_quantization_config_is_none(config: object) -> None:
     succeeds("plan", llama(Path("model"), quantization_config=config), "--tp", 2)
@@ -406,7 +512,7 @@ def test_code_from_the_repo_is_never_imported(monkeypatch: pytest.MonkeyPatch) -
     succeeds("check", "model-tp2", "--source", model)
     succeeds("merge", "model-tp2", "--no-fsync")
     assert not list(Path().rglob("ran"))
-    assert not list(Path("model-tp2").glob("*.py")) and not list(Path("model-merged").glob("*.py"))
+    assert len(list(Path("model-tp2").glob("*.py"))) == len(list(Path("model-merged").glob("*.py"))) == 4, "copied"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "LICENSE"])
@@ -418,6 +524,24 @@ def test_a_symlink_that_leaves_the_model(name: str) -> None:
     (model / name).symlink_to("../elsewhere")
     error = fails(5, "split", model, "--tp", 2)
     assert error["path"] == f"model/{name}" and error["found"] == str(Path("elsewhere").resolve())
+    assert "--follow-symlinks" in error["hint"]
+
+
+def test_symlinks_out_of_the_model_that_are_followed_when_asked() -> None:
+    model, follow = llama(Path("model"), parts=2), "--follow-symlinks"
+    succeeds("split", model, "--tp", 2, "-o", "plain", "--no-fsync")
+    Path("store").mkdir()
+    for file in list(model.iterdir()):
+        file.rename(Path("store", file.name))
+        file.symlink_to(f"../store/{file.name}")
+    result = succeeds("split", model, "--tp", 2, "--no-fsync", follow)
+    assert contents(Path("model-tp2")) == contents(Path("plain"))
+    command = shlex.split(result.err.splitlines()[-1].removeprefix("next: tpshard "))
+    assert command[-1] == follow and "equal" in succeeds(*command).out
+    assert succeeds("inspect", model, follow, "--json").json["kind"] == "checkpoint"
+    verify = ("verify", "model-tp2", "--source", model, "--tier", "bytes")
+    assert "--follow-symlinks reads it" in tpshard(*verify).err
+    assert succeeds(*verify, follow).out.startswith("PASS")
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX])

@@ -265,7 +265,9 @@ def test_the_number_of_dims_must_be_that_of_the_rules() -> None:
 def test_a_tensor_whose_axis_is_not_known_is_never_silently_replicated(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedError, match=f"{name} cannot be split by (column|row)") as error:
         run(names() | {name: shape})
-    assert error.value.found == f"shape {list(shape)}, dims {', '.join(PLAIN['bias'].axes(len(shape))) or 'unknown'}"
+    assert (
+        error.value.found == f"shape {list(shape)}, dims {', '.join(PLAIN['bias'].axes(len(shape)) or ()) or 'unknown'}"
+    )
 
 
 def test_experts_are_told_by_dims() -> None:

@@ -51,17 +51,25 @@ def test_hosts_that_share_a_directory_leave_it_to_one_command_with_the_same_resu
     whole = api.split(model, 2, tmp_path / "whole", settings=QUICK).output
     for rank in (1, 0):
         shared = api.split(model, 2, tmp_path / "shared", ranks=[rank], settings=QUICK).output
-        assert not (shared / SUMS).exists()
-    command = "LC_ALL=C; sha256sum -- * > SHA256SUMS"
+        assert judged(shared)[0] == 0
+        assert read_sums((shared / SUMS).read_bytes()).keys() == {"config.json", "tpshard.json"}, "the small files"
+    command = (
+        "find . -type f ! -name SHA256SUMS -printf '%P\\n' | LC_ALL=C sort | xargs -d '\\n' sha256sum -- > ../sums"
+    )
     assert command in (DOCS / "reference/manifest.md").read_text()
-    subprocess.run(["bash", "-c", command], cwd=shared, check=True)
+    subprocess.run(["bash", "-c", f"{command}; mv ../sums SHA256SUMS"], cwd=shared, check=True)
     assert (shared / SUMS).read_bytes() == (whole / SUMS).read_bytes()
+    (shared / "rank-00001-of-00002.json").unlink()
+    api.split(model, 2, shared, ranks=[1], settings=QUICK)
+    assert (shared / SUMS).read_bytes() == (whole / SUMS).read_bytes(), "a host that comes back leaves the whole list"
 
 
-def test_it_goes_with_checksums_and_a_reshard_has_that_of_a_direct_split(tmp_path: Path) -> None:
+def test_without_checksums_it_lists_no_weights_and_a_reshard_has_that_of_a_direct_split(tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     succeeds("split", model, "--tp", 2, "-o", tmp_path / "none", "--checksum", "none", "-q")
-    assert not (tmp_path / "none" / SUMS).exists()
+    ranks = {f"rank-0000{rank}-of-00002.json" for rank in range(2)}
+    listed = {"config.json", "tpshard.json", *ranks}
+    assert read_sums((tmp_path / "none" / SUMS).read_bytes()).keys() == listed
     direct, again = tmp_path / "direct", tmp_path / "again"
     succeeds("split", model, "--tp", 4, "-o", direct, "-q")
     succeeds("reshard", tmp_path / "none", "--tp", 4, "-o", again, "-q")
@@ -69,7 +77,7 @@ def test_it_goes_with_checksums_and_a_reshard_has_that_of_a_direct_split(tmp_pat
     succeeds("merge", again, "-o", tmp_path / "merged", "-q")
     assert not (tmp_path / "merged" / SUMS).exists(), "an ordinary checkpoint, as the source was"
     succeeds("split", model, "--tp", 2, "-o", direct, "--overwrite", "--checksum", "none", "-q")
-    assert not (direct / SUMS).exists(), "the old one's sums are gone with it"
+    assert read_sums((direct / SUMS).read_bytes()).keys() == listed, "the old one's sums are gone with it"
 
 
 @sha256sum
@@ -136,7 +144,7 @@ def test_check_finds_what_was_changed_in_it(source: tuple[str, ...]) -> None:
     path.write_text("".join(lines))
     Path("set/vocab.json").write_text("{}")
     found = succeeds("check", "set", *source, "--json")
-    assert found.json["unchecked"] == [f"vocab.json is not listed in {SUMS}"]
+    assert found.json["unchecked"] == [f"vocab.json was not compared: it is not listed in {SUMS}"]
 
 
 @pytest.mark.usefixtures("model_and_set")

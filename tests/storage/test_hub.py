@@ -73,6 +73,8 @@ WANTED = {
     "chat_template.jinja",
     "preprocessor_config.json",
     "LICENSE",
+    "README.md",
+    "modeling_tiny.py",
 }
 
 
@@ -158,12 +160,15 @@ def test_download_fetches_only_what_is_wanted_into_the_shared_cache(
     commit = server.add(REPO, source)
     snapshot = hub.download(REPO, None)
     folder = tmp_path / "home" / "hub" / "models--org--tiny"
-    assert snapshot == hub.Snapshot(folder / "snapshots" / commit, REPO, commit)
+    assert replace(snapshot, left_out=()) == hub.Snapshot(folder / "snapshots" / commit, REPO, commit)
     assert names(snapshot.path) == WANTED
     assert (folder / "refs" / "main").read_text() == commit
     for name in WANTED:
         assert (snapshot.path / name).read_bytes() == (source / name).read_bytes()
         assert (snapshot.path / name).is_symlink() and (snapshot.path / name).resolve().parent == folder / "blobs"
+    left_out = {"pytorch_model.bin", "training_args.bin", "tf_model.h5", "flax_model.msgpack", "model.gguf"}
+    left_out |= {"onnx/model.onnx", "original/consolidated.00.pth", "original/model.safetensors", ".gitattributes"}
+    assert {each.file for each in snapshot.left_out} == left_out
     fetched = {entry.path.rpartition("/")[2] for entry in server.requests("GET") if "/api/" not in entry.path}
     assert fetched == WANTED
     assert server.sent("model.safetensors") == len(WEIGHTS)
@@ -219,7 +224,8 @@ def test_download_takes_the_indexed_shards_and_no_other_form_of_the_weights(serv
 
 def test_download_takes_the_single_file_where_an_index_is_there_too(server: HubServer, source: Path) -> None:
     server.add(REPO, write(source, {"model.safetensors.index.json": b'{"weight_map": {"a": "x.safetensors"}}'}))
-    assert names(hub.download(REPO, None).path) == WANTED
+    index = "model.safetensors.index.json"  # looked into: are its files there?
+    assert names(hub.download(REPO, None).path) == {*WANTED, index}
 
 
 def test_download_takes_safetensors_of_any_name_when_there_are_no_others(server: HubServer, tmp_path: Path) -> None:
@@ -240,7 +246,7 @@ def test_pickle_weights_are_refused_unless_asked_for(server: HubServer, tmp_path
     assert names(hub.download(REPO, None, allow_pickle=True).path) == set(files)
 
 
-@pytest.mark.parametrize(("content", "named"), [({"a.gguf": b"x"}, "a.gguf"), ({"README.md": b"x"}, "README.md")])
+@pytest.mark.parametrize(("content", "named"), [({"a.onnx": b"x"}, "a.onnx"), ({"README.md": b"x"}, "README.md")])
 def test_repository_without_weights(server: HubServer, tmp_path: Path, content: dict[str, bytes], named: str) -> None:
     server.add(REPO, write(tmp_path / "other", content))
     with pytest.raises(UnsupportedError, match="no weights") as caught:
@@ -642,11 +648,12 @@ def test_failure_says_nothing_of_what_is_not_the_hubs() -> None:
 # --- ranges and small files ---
 
 
-def test_describe_lists_the_root_with_sizes_and_digests_in_one_request(server: HubServer, source: Path) -> None:
+def test_describe_lists_every_file_with_sizes_and_digests_in_one_request(server: HubServer, source: Path) -> None:
     commit = server.add(REPO, source)
     repo = hub.describe(REPO, None)
     assert (repo.repo_id, repo.revision, len(server.log)) == (REPO, commit, 1)
-    assert {file.name for file in repo.files} == {path.name for path in source.iterdir() if path.is_file()}
+    assert {file.name for file in repo.files} == names(source)
+    assert set(repo.names()) == {path.name for path in source.iterdir() if path.is_file()}
     entries = server.repos[REPO].commits[commit]
     for file in repo.files:
         assert file.size == (source / file.name).stat().st_size
@@ -775,7 +782,7 @@ def test_read_small_is_whole_bounded_and_checked(
     monkeypatch.setattr(hub, "SMALL_LIMIT", 15)
     assert (caught.value.found, server.log) == ("15 bytes", [])
     (source / "tokenizer.model").write_bytes(b"sentence  pieces"[:15])
-    with pytest.raises(HubError, match="arrived damaged"):
+    with pytest.raises(HubError, match="is not what the Hub says it is"):
         repo.read_small("tokenizer.model")
     with pytest.raises(HubError, match="org/tiny has no file model.safetensors.index.json"):
         repo.read_small("model.safetensors.index.json")

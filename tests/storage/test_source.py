@@ -59,7 +59,7 @@ def test_a_checkpoint_is_the_same_from_each(server: HubServer, tmp_path: Path) -
     for key in ("config", "file_of", "warnings"):
         assert getattr(local, key) == getattr(remote, key)
     assert [replace(info, file="") for info in local.tensors] == [replace(info, file="") for info in remote.tensors]
-    assert (remote.directory, remote.side_files) == (None, ()) and local.directory == model
+    assert (remote.directory, remote.side_files) == (None, {}) and local.directory == model
 
 
 def test_an_empty_file_on_the_hub_is_no_weights(server: HubServer, tmp_path: Path) -> None:

@@ -29,6 +29,6 @@ def advise(
 def advise_with(options: AdviseOptions) -> Advice:
     """The advice that the options ask for."""
     model = options.model
-    checkpoint = open_headers(model.path, model.revision)
+    checkpoint = open_headers(model.path, model.revision, **model.reading)
     built = from_checkpoint(checkpoint, model.rules, model.dtype)
     return advice(built, options.gpus, options.workload, checkpoint.warnings)

@@ -7,6 +7,7 @@ from tpshard.inputs.checkpoint import open_headers
 from tpshard.rules.architecture import all_builtin, builtin
 from tpshard.rules.draft.render import Draft, decoder_tensors, make
 from tpshard.rules.multimodal import text_config
+from tpshard.rules.quantisation.recognise import recognise
 
 rules_of = builtin
 """A built-in architecture by its name or a model_type; UnsupportedError when there is none."""
@@ -17,9 +18,14 @@ def model_types() -> dict[str, tuple[str, ...]]:
     return {architecture.name: architecture.model_types for architecture in all_builtin()}
 
 
-def draft(model: str | Path, revision: str | None = None, *, allow_pickle: bool = False) -> Draft:
+def draft(
+    model: str | Path, revision: str | None = None, *, allow_pickle: bool = False, follow_symlinks: bool = False
+) -> Draft:
     """Draft rules for a model whose model_type has none. Of a Hub repo only config and headers are read."""
-    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle)
+    checkpoint = open_headers(model, revision, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)
+    if recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path).companions:
+        what, hint = "rules are drafted from plain weights", "give the checkpoint that this one was made from"
+        raise UnsupportedError(what, path=checkpoint.config_path, found="quantised modules", hint=hint)
     architectures = all_builtin()
     outer = checkpoint.config.get("model_type")
     text = text_config(checkpoint.config)

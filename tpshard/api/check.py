@@ -1,10 +1,12 @@
 """Judge a shard set: recorded checksums, or every byte against the source."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from tpshard.api.beside import written_beside
 from tpshard.api.options import CheckOptions
 from tpshard.api.progress import followed
 from tpshard.errors import CorruptError, DifferentError
@@ -15,15 +17,17 @@ from tpshard.formats.split import Split
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
-from tpshard.inputs.shard_set import ShardSet
+from tpshard.inputs.shard_set import ShardSet, is_shard_set
 from tpshard.planning.join import OutputFile, Placed, join
 from tpshard.report.results import CheckReport, Difference
 from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Handles
-from tpshard.storage.local import read_bytes, safe_path
-from tpshard.storage.names import MANIFEST, SUMS, record_name
+from tpshard.storage.json_differences import KeyDifference, key_differences
+from tpshard.storage.local import Content, content_of, load_json, read_bytes, read_range, safe_path
+from tpshard.storage.names import CONFIG, MANIFEST, SUMS, record_name
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
+from tpshard.storage.source import RankFile
 
 _CHANGED = (
     f"copy the file again from where the set comes from, or split again; if it was changed on purpose, remove {SUMS}"
@@ -42,7 +46,7 @@ def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference
                 message = f"{file.path.name} does not have its recorded size"
                 raise CorruptError(message, path=file.path, expected=expected, found=file.size)
             if part["sha256"] is None:
-                notes.append(f"{file.path.name} has no recorded checksum")
+                notes.append(f"{file.path.name} was not compared beyond its header: it has no recorded checksum")
             else:
                 work.append((str(file.path), part["sha256"], file.size))
         if listed:
@@ -73,25 +77,32 @@ def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference
     return sorted(differences, key=lambda d: d.file), notes
 
 
-def check_sums(shards: ShardSet) -> list[str]:
-    """The small files against SHA256SUMS, where the set has one; and the records' checksums, which it repeats.
-
-    Returns what it does not list, and so could not be judged. CorruptError when it and a file contradict each other.
-    """
-    directory = shards.directory
-    if not all((directory / name).is_file() for name in (SUMS, MANIFEST)):  # hosts that share a directory write none
-        return []
-    path = safe_path(directory, SUMS)
+def read_listed(shards: ShardSet) -> Mapping[str, str] | None:
+    """sha256 by name, as SHA256SUMS has it; None of a set without one."""
+    if not all((shards.directory / name).is_file() for name in (SUMS, MANIFEST)):
+        return None
+    path = safe_path(shards.directory, SUMS)
     try:
-        listed = read_sums(read_bytes(path))
+        return read_sums(read_bytes(path))
     except ValueError as error:
         bad = repr(str(error))
         raise CorruptError(f"{SUMS} is damaged", path=path, expected="HEX  NAME", found=bad, hint=_CHANGED) from None
+
+
+def check_sums(shards: ShardSet, listed: Mapping[str, str]) -> None:
+    """The small files against SHA256SUMS; and the records' checksums, which it repeats.
+
+    CorruptError when it and a file contradict each other.
+    """
+    directory = shards.directory
     weights = {part["file"]: part["sha256"] for record in shards.records.values() for part in record["parts"]}
-    needed = [*weights, *(record_name(rank, shards.tp) for rank in shards.records), MANIFEST]
+    needed = [MANIFEST]
+    if lists_records(shards, listed):
+        recorded = (name for name, digest in weights.items() if digest is not None)
+        needed = [*recorded, *(record_name(rank, shards.tp) for rank in shards.records), MANIFEST]
     for name in needed:
         if name not in listed:
-            raise CorruptError(f"{SUMS} does not list {name}", path=path, hint=_CHANGED)
+            raise CorruptError(f"{SUMS} does not list {name}", path=directory / SUMS, hint=_CHANGED)
     for name, expected in listed.items():
         there = directory / name
         if name not in weights and not there.is_file():
@@ -100,7 +111,67 @@ def check_sums(shards: ShardSet) -> list[str]:
         if found not in (expected, None):  # None: the record has no checksum, which is said elsewhere
             what = f"the record and {SUMS} disagree about {name}" if name in weights else f"{name} was changed"
             raise CorruptError(what, path=there, expected=f"sha256 {expected}", found=f"sha256 {found}", hint=_CHANGED)
-    return [f"{side.name} is not listed in {SUMS}" for side in shards.side_files if side.name not in listed]
+
+
+def lists_records(shards: ShardSet, listed: Mapping[str, str] | None) -> bool:
+    """Whether SHA256SUMS is that of a whole output: where several hosts wrote, it has the small files alone."""
+    return listed is not None and any(record_name(rank, shards.tp) in listed for rank in range(shards.tp))
+
+
+def check_framing(shards: ShardSet, expected: Split) -> list[Difference]:
+    """All bytes of the ranks' files that are no tensor's (headers, pickles, directories of archives), made anew."""
+    differences = []
+    for rank, files in sorted(shards.files.items()):
+        there = {file.path.name: file for file in files}
+        for output in expected.files(rank):
+            if (file := there.pop(output.name, None)) is None:
+                differences.append(Difference(output.name, None, "the file is not there"))
+            elif (at := _first_other(file, output)) is not None:
+                message = f"the bytes around the tensors are not those that split writes, first at byte {at:,}"
+                differences.append(Difference(output.name, None, message))
+        differences += [Difference(name, None, "split writes no such file") for name in there]
+    return differences
+
+
+def _first_other(file: RankFile, output: OutputFile) -> int | None:
+    """The first byte outside of all tensors at which a file is another than it must be."""
+    for offset, data in ((0, output.header), *output.literals):
+        found = read_range(file.path, offset, offset + len(data))
+        if found != data:
+            return offset + _first_difference(found, data)
+    return None if file.size == output.size else min(file.size, output.size)
+
+
+def _first_difference(one: bytes | bytearray, other: bytes) -> int:
+    """Where two texts that are not equal part."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def check_beside(shards: ShardSet, expected: Mapping[str, Content]) -> tuple[list[Difference], list[str]]:
+    """The small files against those that a split of the source writes: config.json key by key, others whole.
+
+    Returns the differences and what is not there: an earlier version may have left it out.
+    """
+    differences, absent = [], []
+    for name, content in expected.items():
+        path, data = shards.directory / name, content_of(content)
+        if not path.is_file():
+            if name == CONFIG:
+                differences.append(Difference(name, None, "the file is not there"))
+            else:
+                absent.append(f"{name} of the source is not there")
+        elif (found := read_bytes(safe_path(shards.directory, name))) != data:
+            changed = [str(each) for each in _changed_keys(path, data, found)] if name == CONFIG else []
+            whole = f"not what split writes for this source, first at byte {_first_difference(found, data):,}"
+            messages = changed or [whole]
+            differences += [Difference(name, None, message) for message in messages]
+    return differences, absent
+
+
+def _changed_keys(path: Path, expected: bytes, found: bytes) -> Iterable[KeyDifference]:
+    ours, theirs = load_json(expected, path), load_json(found, path)
+    return key_differences(ours, theirs) if isinstance(theirs, dict) else ()
 
 
 def check_source(
@@ -157,6 +228,7 @@ def check(
     revision: str | None = None,
     rules: str | Path | None = None,
     allow_pickle: bool = False,
+    follow_symlinks: bool = False,
     settings: Settings | None = None,
     progress: bool = False,
 ) -> CheckReport:
@@ -164,11 +236,12 @@ def check(
 
     Small files are compared with SHA256SUMS where the set has one.
 
-    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle: of
-    the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be judged raises.
+    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle,
+    follow_symlinks: of the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be
+    judged raises.
     """
     with followed("check", settings, progress) as how:
-        return check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how))
+        return check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how, follow_symlinks))
 
 
 def check_with(options: CheckOptions) -> CheckReport:
@@ -180,14 +253,32 @@ def check_with(options: CheckOptions) -> CheckReport:
         hint = f"`tpshard reshard {found.directory} --tp {options.tp}` makes one"
         raise DifferentError(message, path=found.directory, expected=wanted, found=here, hint=hint)
     found.require_complete()
-    unlisted = check_sums(found)
+    listed, ours = read_listed(found), is_shard_set(found.directory)
+    if listed is not None:
+        check_sums(found, listed)
+    why = f"there is no {SUMS}" if listed is None else f"it is not listed in {SUMS}"
+    unjudged = {name: f"{name} was not compared: {why}" for name in found.side_files if ours}
+    unjudged = {name: note for name, note in unjudged.items() if name not in (listed or ())}
     if options.source is None:
         differences, unchecked = check_records(found, options.settings)
-        return CheckReport(found, None, differences, unlisted + unchecked)
-    checkpoint = open_checkpoint(options.source, options.revision, allow_pickle=options.allow_pickle)
+        if ours:
+            differences = check_framing(found, found.split) + differences
+        return CheckReport(found, None, differences, [*unjudged.values(), *unchecked])
+    how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
+    checkpoint = open_checkpoint(options.source, options.revision, **how)
     model = from_checkpoint(checkpoint, options.rules, found.model.dtype, cast_all=found.model.cast_all)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))
-    differences = check_source(found, planned, placed, convert, options.settings)
-    return CheckReport(found, checkpoint.name, differences, unlisted, checkpoint.warnings)
+    differences, absent = check_source(found, planned, placed, convert, options.settings), list[str]()
+    if ours:
+        # The name of the set is a digest of the source's name as well, which may have changed since.
+        framing = check_framing(found, replace(planned, recorded=found.split.recorded))
+        expected = written_beside(planned, checkpoint)
+        beside, absent = check_beside(found, expected)
+        unjudged = {name: note for name, note in unjudged.items() if name not in expected}
+        differences += framing + beside
+        if not lists_records(found, listed):  # nothing else says that the checksums in the records are right
+            quiet = replace(options.settings, start=lambda total: None, progress=lambda count: None)
+            differences += check_records(found, quiet)[0]
+    return CheckReport(found, checkpoint.name, differences, [*unjudged.values(), *absent], checkpoint.warnings)

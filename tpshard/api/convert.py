@@ -7,30 +7,30 @@ Every function raises the errors of `tpshard.errors`; results are frozen datacla
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from tpshard.api.beside import cast_files, small_files
 from tpshard.api.options import MergeOptions, ModelOptions, PlanOptions, ReshardOptions, SplitOptions, TargetOptions
 from tpshard.api.progress import followed
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Job, Settings, publish
 from tpshard.execute.run import Convert, conversion
-from tpshard.execute.target import is_written
+from tpshard.execute.target import check_room, is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
-from tpshard.inputs.checkpoint import Checkpoint, open_checkpoint, open_headers
+from tpshard.inputs.checkpoint import open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
-from tpshard.inputs.shard_set import ShardSet, is_shard_set
-from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.inputs.shard_set import is_shard_set
+from tpshard.planning.join import OutputFile, Placed, join, uncollected
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
-from tpshard.storage.local import load_json, read_bytes
+from tpshard.storage.local import Content, load_json, read_bytes
 from tpshard.storage.names import LOCK, MANIFEST, rank_stem, record_name
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def plan(
     format: str = "native",
     engine_version: str | None = None,
     allow_pickle: bool = False,
+    follow_symlinks: bool = False,
     workload: Workload | None = None,
     cast_all: bool = False,
 ) -> PlanReport:
@@ -64,18 +65,20 @@ def plan(
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     return plan_with(PlanOptions(source, target, workload))
 
 
+@uncollected
 def plan_with(options: PlanOptions) -> PlanReport:
     """The plan that the options ask for."""
     model = options.model
-    checkpoint = open_headers(model.path, model.revision, allow_pickle=model.allow_pickle)
+    checkpoint = open_headers(model.path, model.revision, **model.reading)
     built = from_checkpoint(checkpoint, model.rules, model.dtype, cast_all=model.cast_all)
-    warnings = (*checkpoint.warnings, *_kept(built))
-    return PlanReport(plan_split(built, options.target.layout), warnings, options.workload)
+    warnings = (*checkpoint.warnings, *built.notes)
+    planned = plan_split(built, options.target.layout)
+    return PlanReport(planned, warnings, options.workload, checkpoint.left_out)
 
 
 def split(
@@ -93,6 +96,7 @@ def split(
     format: str = "native",
     engine_version: str | None = None,
     allow_pickle: bool = False,
+    follow_symlinks: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
     progress: bool = False,
@@ -106,7 +110,7 @@ def split(
     an UnsupportedError. TargetError when `out` exists and `settings` do not say `overwrite`; after an
     error or a kill the same call resumes.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all, allow_overflow)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     with followed("split", settings, progress) as how:
         return split_with(SplitOptions(model=source, target=target, out=out, ranks=ranks, settings=how))
@@ -115,25 +119,18 @@ def split(
 def split_with(options: SplitOptions) -> WriteReport:
     """Split as the options ask for it."""
     model, layout = options.model, options.target.layout
-    checkpoint = open_checkpoint(model.path, model.revision, allow_pickle=model.allow_pickle)
+    checkpoint = open_checkpoint(model.path, model.revision, **model.reading)
     built = from_checkpoint(checkpoint, model.rules, model.dtype, cast_all=model.cast_all)
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
-    small = _small(checkpoint)
-    if model.dtype is not None:
-        small["config.json"] = _config_with_dtype(checkpoint, model.dtype)
-    placed, size, warnings = placed_in(checkpoint, built), layout.max_file_size, (*checkpoint.warnings, *_kept(built))
+    _check_room("split", planned, target, options)
+    small = cast_files(checkpoint, model.dtype)
+    placed, size = placed_in(checkpoint, built), layout.max_file_size
+    warnings = (*checkpoint.warnings, *built.notes)
     refuse = not model.allow_overflow
-    return _write_split("split", planned, placed, small, target, options, size, warnings, refuse=refuse)
-
-
-def _kept(model: Model) -> tuple[str, ...]:
-    """What is said of tensors that a cast leaves as they are."""
-    if not model.float32:
-        return ()
-    count = f"{len(model.float32)} tensors that are" if len(model.float32) > 1 else "1 tensor that is"
-    return (f"{count} float32 on purpose stays so, as {model.float32[0]}; --cast-all casts everything",)
+    report = _write_split("split", planned, placed, small, target, options, size, warnings, refuse=refuse)
+    return replace(report, left_out=checkpoint.left_out)
 
 
 def reshard(
@@ -172,9 +169,11 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
+    _check_room("reshard", planned, target, options)
     size = options.target.max_file_size
-    recorded = source.recorded
-    return _write_split("reshard", planned, source.placed(), _small(source), target, options, size, recorded=recorded)
+    small, recorded = small_files(source), source.recorded
+    report = _write_split("reshard", planned, source.placed(), small, target, options, size, recorded=recorded)
+    return replace(report, left_out=source.left_out)
 
 
 def merge(
@@ -203,16 +202,19 @@ def merge_with(options: MergeOptions) -> WriteReport:
     _check_distinct(source.directory, target)
     settings = replace(options.settings, checksum=False)
     made_of, size, recorded = source.manifest["set"], options.max_file_size, source.recorded
-    nbytes, _ = _write_whole(source.model, source.placed(), _small(source), made_of, size, target, settings, recorded)
+    nbytes, _ = _write_whole(
+        source.model, source.placed(), small_files(source), made_of, size, target, settings, recorded, sums=False
+    )
     unread = is_shard_set(source.directory) and not recorded
-    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread)
+    left_out = source.left_out
+    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread, left_out=left_out)
 
 
 def _write_split(
     verb: str,
     planned: Split,
     placed: Sequence[Placed],
-    small: Mapping[str, bytes],
+    small: Mapping[str, Content],
     target: Path,
     options: SplitOptions | ReshardOptions,
     max_file_size: int | None,
@@ -245,11 +247,22 @@ def _write_split(
     plan, identity = join(planned.kept.tensors, placed, outputs), {"set": set_id}
     claims = [f".{rank_stem(rank, tp)}.lock" for rank in writing] if chosen else [LOCK]
     convert = _convert(placed, outputs, refuse)
-    job = Job(plan, beside, identity, records, convert, bool(chosen), claims, verb, writes, recorded)
+    job = Job(
+        plan, beside, identity, records, convert, shared=bool(chosen), claims=claims, verb=verb, ours=writes,
+        recorded=recorded,
+    )  # fmt: skip
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     notes = () if convert is None else convert.notes()
     return WriteReport(verb, target, tp, set_id, plan.nbytes, written, (*warnings, *notes))
+
+
+def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions | ReshardOptions) -> None:
+    """Refuse what cannot be written, from sizes alone: the steps of a large model take a minute to plan."""
+    ranks = range(planned.options.tp) if options.chosen is None else options.chosen
+    needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
+    verb = verb if planned.format.has_ranks else "merge"
+    check_room(target, needed, verb, shared=bool(options.chosen), overwrite=options.settings.overwrite)
 
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:
@@ -266,19 +279,24 @@ def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> 
 def _write_whole(
     model: Model,
     placed: Sequence[Placed],
-    small: Mapping[str, bytes],
+    small: Mapping[str, Content],
     set_id: str,
     max_file_size: int | None,
     target: Path,
     settings: Settings,
     recorded: Mapping[str, str],
+    *,
+    sums: bool = True,
     refuse: bool = True,
 ) -> tuple[int, Sequence[str]]:
-    """Write an ordinary checkpoint of a model. Returns the bytes of its tensors, and what is to be said of casts."""
+    """Write an ordinary checkpoint of a model, with SHA256SUMS or without.
+
+    Returns the bytes of its tensors, and what is to be said of casts.
+    """
     files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
     plan, convert = join(model.tensors, placed, files), _convert(placed, files, refuse)
     beside, identity = {**small, **index}, {"set": set_id}
-    job = Job(plan, beside, identity, lambda digests: {}, convert, verb="merge", ours=writes, recorded=recorded)
+    job = Job(plan, beside, identity, lambda digests: {}, convert, sums, verb="merge", ours=writes, recorded=recorded)
     publish(job, target, settings)
     return plan.nbytes, () if convert is None else convert.notes()
 
@@ -304,23 +322,6 @@ def _check_distinct(source: Path | None, target: Path) -> None:
         inside = source.resolve() != target.resolve()
         what = "the source lies inside the output" if inside else "the output is the source itself"
         raise UsageError(what, path=target, hint="give another directory with -o")
-
-
-def _small(source: Checkpoint | ShardSet) -> dict[str, bytes]:
-    """The files beside the weights, of Meta's form as they are made of it."""
-    made = source.made if isinstance(source, ShardSet) else {}
-    return {**made, **{path.name: read_bytes(path) for path in source.side_files}}
-
-
-def _config_with_dtype(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """config.json with the dtype that the weights now have: engines take theirs from it, or from a nested config."""
-    config = dict(checkpoint.config)
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = dtype
-    for name, inner in config.items():
-        if isinstance(inner, dict):
-            config[name] = inner | {k: dtype for k in ("torch_dtype", "dtype") if isinstance(inner.get(k), str)}
-    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _is_written(target: Path, planned: Split, rank: int) -> bool:

@@ -1,5 +1,6 @@
 """`inspect`: what a path is."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ from tpshard.storage.local import read_header
 from tpshard.storage.safetensors import element_count
 
 
-def inspect(path: str | Path) -> InspectReport:
+def inspect(path: str | Path, *, follow_symlinks: bool = False) -> InspectReport:
     """What is this? A checkpoint, a shard set, or one safetensors file: kind, sizes and every tensor.
 
     UsageError for a path that is not there, CorruptError for a damaged file.
     """
     from tpshard.inputs.checkpoint import open_checkpoint
     from tpshard.inputs.shard_set import is_shard_set, open_shards
+    from tpshard.rules.quantisation.recognise import recognise
 
     path = Path(path)
     if not path.exists():
@@ -34,9 +36,10 @@ def inspect(path: str | Path) -> InspectReport:
             "source": dict(shards.model.source),
             "bytes": sum(file.size for files in shards.files.values() for file in files),
             "missing_ranks": shards.missing(),
+            **_quantised(shards.model.quantisation),
         }
         return InspectReport("shards", path, facts, tensors)
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, follow_symlinks=follow_symlinks)
     facts = {
         "model_type": checkpoint.config.get("model_type"),
         "repo_id": checkpoint.repo_id,
@@ -45,5 +48,10 @@ def inspect(path: str | Path) -> InspectReport:
         "parameters": sum(element_count(info.shape) for info in checkpoint.tensors),
         "files": [{"name": file.name, "size": file.size} for file in checkpoint.files],
         "warnings": list(checkpoint.warnings),
+        **_quantised(recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path).to_json()),
     }
     return InspectReport("checkpoint", path, facts, checkpoint.tensors)
+
+
+def _quantised(quantisation: Mapping[str, Any]) -> dict[str, Any]:
+    return {"quantisation": dict(quantisation)} if quantisation else {}

@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_rank(directory: str | Path, rank: int, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+def load_rank(
+    directory: str | Path, rank: int, device: str | torch.device = "cpu", *, check: bool = True
+) -> dict[str, torch.Tensor]:
     """The tensors of one rank of a shard set, by name, on `device`: `cpu`, `cuda`, `cuda:1`; as stored, so padded.
 
     One allocation a file on the device, of which the tensors are views in the file's own layout, but for those that lie
     there unaligned. For a GPU, threads read the file into pinned buffers while others of them are copied.
+    check: hold what is read against the sha256 that was recorded when it was written, if it was, and raise CorruptError
+    where it differs. Hashing goes on beside the reads, and is slower than they are where the file is in memory.
     Of dcp and dcp-hf sets it is what the rank's files hold: what several ranks have lies in the lowest one's alone.
     UsageError for a rank that the set has not, CorruptError when it is incomplete, UnsupportedError without the device.
     """
@@ -27,4 +31,4 @@ def load_rank(directory: str | Path, rank: int, device: str | torch.device = "cp
         raise CorruptError(f"rank {rank} is missing", path=directory, hint="`tpshard check` tells what else is")
     from tpshard.execute.device import load_files
 
-    return load_files(shards.files[rank], device)
+    return load_files(shards.files[rank], device, shards.recorded if check else {})

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Settings
+from tpshard.formats import FORMATS as FORMATS
 from tpshard.formats import format_of
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
 from tpshard.planning.model import DTYPE_ALIASES, check_dtype
+from tpshard.verifier.options import TIERS as TIERS
 
 if TYPE_CHECKING:
     from tpshard.report.capacity import Workload
@@ -25,8 +27,9 @@ class ModelOptions:
     """An unsharded model and how it is read. path: a directory, a .safetensors file, or a Hub repo at `revision`.
 
     rules: an architecture file; None is the built-in rules of the model_type. dtype: what floating-point weights are
-    cast to; None leaves them as they are. allow_pickle: read pickled weights where there are no others. cast_all: cast
-    what is float32 on purpose as well. allow_overflow: write infinity for values that the dtype has no number for.
+    cast to; None leaves them as they are. allow_pickle: read pickled weights where there are no others.
+    follow_symlinks: read files that are symlinks out of the model's directory. cast_all: cast what is float32 on
+    purpose as well. allow_overflow: write infinity for values that the dtype has no number for.
     """
 
     path: str | Path
@@ -34,6 +37,7 @@ class ModelOptions:
     rules: str | Path | None = None
     dtype: str | None = None
     allow_pickle: bool = False
+    follow_symlinks: bool = False
     cast_all: bool = False
     allow_overflow: bool = False
 
@@ -44,6 +48,11 @@ class ModelOptions:
         if self.dtype is None and (self.cast_all or self.allow_overflow):
             what = "--cast-all and --allow-overflow are for casts"
             raise UsageError(what, expected="--dtype beside them", hint="add --dtype, or leave them out")
+
+    @property
+    def reading(self) -> dict[str, bool]:
+        """What may be read, as the functions of `inputs.checkpoint` take it."""
+        return {"allow_pickle": self.allow_pickle, "follow_symlinks": self.follow_symlinks}
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ class MergeOptions:
 class CheckOptions:
     """A check. source: compare with this model; None is recorded checksums. tp: what the set must have.
 
-    revision, rules, allow_pickle: of the source. settings: threads, and what follows the progress.
+    revision, rules, allow_pickle, follow_symlinks: of the source. settings: threads, and what follows the progress.
     """
 
     shards: str | Path
@@ -160,6 +169,7 @@ class CheckOptions:
     rules: str | Path | None = None
     allow_pickle: bool = False
     settings: Settings = field(default_factory=Settings)
+    follow_symlinks: bool = False
 
 
 @dataclass(frozen=True)

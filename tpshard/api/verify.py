@@ -55,6 +55,7 @@ def verify(
     allow_pickle: bool = False,
     nproc: int | None = None,
     allow_not_run: Sequence[str] = (),
+    follow_symlinks: bool = False,
     say: Say = silent,
 ) -> Verdict:
     """Judge whether shards, run tensor-parallel, compute the function of the unsharded model.
@@ -66,7 +67,7 @@ def verify(
     chosen, kept = None if tiers is None else tuple(tiers), None if layers is None else tuple(layers)
     how = (device, tokens, seed, float32, kept, stream, sequence_parallel, reference, engine, prompt)
     options = VerifyOptions(
-        Path(shards), source, chosen, *how, revision, rules, allow_pickle, nproc, tuple(allow_not_run)
+        Path(shards), source, chosen, *how, revision, rules, allow_pickle, nproc, tuple(allow_not_run), follow_symlinks
     )
     return verify_with(options, say)
 
@@ -199,7 +200,8 @@ def _local(source: str, revision: str | None, allow_pickle: bool, say: Say) -> P
     if not hub.is_repo_id(source):
         hint = "give a directory, a .safetensors file, or a Hub repo as org/name with --source"
         raise UsageError("no such file or directory", path=path, hint=hint)
-    snapshot = hub.download(source, revision, allow_pickle=allow_pickle)
+    with hub.named(source):
+        snapshot = hub.download(source, revision, allow_pickle=allow_pickle)
     if snapshot.note:
         say(snapshot.note)
     return snapshot.path
@@ -219,7 +221,13 @@ def bytes_tier(options: VerifyOptions, source: Path, *, alone: bool) -> Tier:
     from tpshard.api.check import check
 
     try:
-        report = check(options.shards, source, rules=options.rules, allow_pickle=options.allow_pickle)
+        report = check(
+            options.shards,
+            source,
+            rules=options.rules,
+            allow_pickle=options.allow_pickle,
+            follow_symlinks=options.follow_symlinks,
+        )
     except (CorruptError, DifferentError, UsageError, UnsupportedError) as error:
         contradicting = isinstance(error, (CorruptError, DifferentError)) and (options.shards / MANIFEST).exists()
         if contradicting and not alone:

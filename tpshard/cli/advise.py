@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tpshard.cli import options as opt
-from tpshard.cli.console import opened
+from tpshard.cli.console import Console, opened
 from tpshard.cli.options import again, workload
 from tpshard.units import human_bytes
 
@@ -27,6 +27,7 @@ def advise(
     dtype: opt.DTYPE = None,
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
+    follow_symlinks: opt.FOLLOW = False,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -45,17 +46,19 @@ def advise(
         from tpshard.api.advise import advise_with
         from tpshard.api.options import AdviseOptions, ModelOptions
 
-        source = ModelOptions(model, revision, rules, dtype)
+        source = ModelOptions(model, revision, rules, dtype, follow_symlinks=follow_symlinks)
         found = advise_with(AdviseOptions(source, gpus, workload(batch, seq, kv_dtype, gpu_memory, None)))
         console.warn(*found.warnings)
         if console.as_json:
             console.data(found.to_json())
         else:
-            _print_advice(found)
+            _print_advice(console, found)
         if found.take is None:
             raise typer.Exit(1)
         following = ["tpshard", "plan", model, "--tp", str(found.take)]
-        console.say(f"next: {shlex.join([*following, *again(revision, rules, dtype)])}")
+        console.say(
+            f"next: {shlex.join([*following, *again(revision, rules, dtype, follow_symlinks=follow_symlinks)])}"
+        )
 
 
 def env(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
@@ -73,16 +76,16 @@ def env(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
         if console.as_json:
             console.data(found)
         else:
-            print(*lines(found), sep="\n")
+            console.show(*lines(found))
 
 
-def _print_advice(found: Advice) -> None:
+def _print_advice(console: Console, found: Advice) -> None:
     """A line for every tp, then the one to take. Of many devices the tp that would cut a unit are left out."""
     from tpshard.report.capacity import USABLE
 
     memory = found.workload.gpu_memory
     assert memory is not None
-    print(
+    console.show(
         f"{found.name} ({found.model_type}) on {found.gpus} devices of {human_bytes(memory)}, of which weights and "
         f"cache may fill {human_bytes(USABLE * memory)}; batch {found.workload.batch} x {found.workload.seq} tokens"
     )
@@ -91,9 +94,9 @@ def _print_advice(found: Advice) -> None:
             state = "fits" if choice.fits else "too large"
             needs = f"{human_bytes(choice.weights or 0)} weights + {human_bytes(choice.kv_cache or 0)} KV cache"
             reason = "" if choice.reason == "fits" else f"; {choice.reason}"
-            print(f"tp {choice.tp:<3} {state}: {needs}{reason}")
+            console.show(f"tp {choice.tp:<3} {state}: {needs}{reason}")
         elif found.gpus <= 16:
-            print(f"tp {choice.tp:<3} not possible: {choice.reason}")
+            console.show(f"tp {choice.tp:<3} not possible: {choice.reason}")
     if found.possible_above:
-        print(f"possible on more devices: tp {', '.join(map(str, found.possible_above))}")
-    print(f"take tp {found.take}: {found.reason}" if found.take else found.reason)
+        console.show(f"possible on more devices: tp {', '.join(map(str, found.possible_above))}")
+    console.show(f"take tp {found.take}: {found.reason}" if found.take else found.reason)

@@ -37,12 +37,20 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
             console.data({"schema_version": 1, "command": "archs", "architectures": entries})
         else:
             for name, types in found.items():
-                print(f"{name:<14} {', '.join(types)}")
+                console.show(f"{name:<14} {', '.join(types)}")
+
+
+def _names(incomplete: str) -> list[str]:
+    """The architectures and model_types that begin with what was typed, for the shell's completion."""
+    from tpshard.api.archs import model_types
+
+    names = {name for architecture, types in model_types().items() for name in (architecture, *types)}
+    return sorted(name for name in names if name.startswith(incomplete))
 
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="Name or model_type.", metavar="NAME")],
+    name: Annotated[str, typer.Argument(help="Name or model_type.", metavar="NAME", autocompletion=_names)],
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -55,7 +63,7 @@ def show(
             text = {"name": architecture.name, "sha256": architecture.digest, "text": architecture.text}
             console.data({"schema_version": 1, "command": "archs", **text})
         else:
-            print(architecture.text, end="")
+            console.show(*architecture.text.splitlines())
 
 
 @app.command("draft")
@@ -64,6 +72,7 @@ def draft(
     out: opt.DRAFT_OUT = None,
     revision: opt.REVISION = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -83,17 +92,19 @@ def draft(
         from tpshard.api.archs import draft as make
         from tpshard.api.archs import save
 
-        made = make(model, revision, allow_pickle=allow_pickle)
+        made = make(model, revision, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)
         if out is not None:
             save(made, out)
         if console.as_json:
             console.data(made.to_json() | {"output": None if out is None else str(out)})
         else:
-            print(made.text if out is None else out, end="" if out is None else "\n")
+            console.show(*made.text.splitlines()) if out is None else console.path(out)
         console.say(f"closest: {made.closest}, with {made.share:.0%} of the modules in common")
         if made.undecided:
             console.warn(f"undecided modules: {len(made.undecided)}; the rules are refused until they are complete")
         elif made.refusal:
             console.warn(f"the rules are refused as they stand: {made.refusal}")
         following = ["tpshard", "plan", model, "--tp", "2", "--rules", str(out or "FILE")]
-        console.say(f"next: read it, then {shlex.join([*following, *again(revision)])}")
+        console.say(
+            f"next: read it, then {shlex.join([*following, *again(revision, follow_symlinks=follow_symlinks)])}"
+        )

@@ -19,15 +19,16 @@ def check(
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     workers: opt.WORKERS = None,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
     """Check a shard set; exit 1 when it was judged and differs.
 
-    Without --source: all ranks there, all of one set, sizes and checksums as recorded. With it: each byte of the
-    source exactly where the rules say, replicas identical, padding zero. Both compare config, tokenizer and records
-    with SHA256SUMS, where the set has one.
+    Without --source: all ranks there, all of one set, headers as the manifest has them, sizes and checksums as
+    recorded. With it: each byte of the source exactly where the rules say, replicas identical, padding zero, headers,
+    config and other files as split writes them. Both compare small files and records with SHA256SUMS.
 
     \b
       tpshard check Llama-3.1-8B-tp4 --source ./Llama-3.1-8B
@@ -37,7 +38,7 @@ def check(
         from tpshard.api.options import CheckOptions
 
         with settings(console, "check", workers, "none") as how:
-            report = check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how))
+            report = check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how, follow_symlinks))
         console.warn(*report.warnings, *report.unchecked)
         if console.as_json:
             console.data(report.to_json())
@@ -45,13 +46,13 @@ def check(
                 console.different(report.summary)
         else:
             for difference in report.differences[:DIFFERENCES]:
-                print(difference)
+                console.show(difference)
             if (more := len(report.differences) - DIFFERENCES) > 0:
-                print(f"and {more} more (--json lists them)")
+                console.show(f"and {more} more (--json lists them)")
             against = report.source or "its recorded checksums"
             every = "every byte of " if report.source else ""
             verdict = f"equal to {every}{against}" if report.equal else f"DIFFERENT from {against}"
-            print(f"{shards}: {report.shards.tp} ranks, {verdict}")
+            console.show(f"{shards}: {report.shards.tp} ranks, {verdict}")
         if not report.equal:
             raise typer.Exit(1)
 
@@ -59,6 +60,7 @@ def check(
 def inspect(
     path: opt.PATH,
     every: Annotated[bool, typer.Option("--all", help="Every tensor, not one row for layers that are alike.")] = False,
+    follow_symlinks: opt.FOLLOW = False,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -70,7 +72,7 @@ def inspect(
     with opened(json, quiet) as console:
         from tpshard.api.inspect import inspect as look
 
-        report = look(path)
+        report = look(path, follow_symlinks=follow_symlinks)
         if console.as_json:
             console.data(report.to_json())
         else:

@@ -1,4 +1,4 @@
-"""The one output object: data on stdout, talk on stderr, as text or as JSON."""
+"""The one output object: data on stdout, talk on stderr, as text or as JSON. All that is shown is escaped here."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from tpshard.errors import Interrupted, TpshardError
-from tpshard.units import human_bytes
+from tpshard.units import human_bytes, printable
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
+_SILENT = 2.0  # seconds without a word, when a terminal watches
 _PLAIN_EVERY = 10.0  # seconds between progress lines when no terminal watches
-
-
-def _one_line(text: str) -> str:
-    """Text in which nothing from a file's content or name can break the line or steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def drop_stdout() -> None:
@@ -43,10 +39,14 @@ class Console:
     def rich() -> RichConsole:
         """A rich console on stdout; imported late, because it costs as much as the rest of the start-up."""
         from rich.console import Console as RichConsole
+        from rich.text import Text
 
         class OnStdout(RichConsole):
             def on_broken_pipe(self) -> None:
                 raise BrokenPipeError  # rich would exit with 1, which means "judged different" here
+
+            def render_str(self, text: str, **how: Any) -> Text:
+                return super().render_str(printable(text), **how)  # what is printed, and every cell of a table
 
         # A file or a pipe has no width: a row is a line there. Names may hold brackets and colons, so no markup.
         width = None if sys.stdout.isatty() else 100_000
@@ -55,26 +55,42 @@ class Console:
     def say(self, text: str) -> None:
         """A message for the user, on stderr."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
+
+    @staticmethod
+    def show(*lines: object) -> None:
+        """Lines of the result on stdout."""
+        for line in lines:
+            print(printable(str(line)))
+
+    @staticmethod
+    def path(path: object) -> None:
+        """A path as the result on stdout: a script gets it as it is, a terminal is not steered by it."""
+        print(printable(str(path)) if sys.stdout.isatty() else path)
 
     def warn(self, *texts: str) -> None:
         """What may surprise, on stderr."""
-        for text in texts:
-            self.say(f"{self._paint('warning', '33')}: {text}")
+        for text in texts if not self.quiet else ():
+            print(f"{self._paint('warning', '33')}: {printable(text)}", file=sys.stderr, flush=True)
 
     def different(self, text: str) -> None:
         """What was judged different, in one line on stderr: as an error, also with --quiet."""
-        print(f"{self._paint('different', '31;1')}: {_one_line(text)}", file=sys.stderr)
+        print(f"{self._paint('different', '31;1')}: {printable(text)}", file=sys.stderr)
 
     def data(self, value: dict[str, Any]) -> None:
         """The result as JSON on stdout."""
         print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
 
+    def pieces(self, texts: Iterable[str]) -> None:
+        """The same, of a result that is too large to be held as one text."""
+        sys.stdout.writelines(texts)
+        print()
+
     def error(self, error: TpshardError) -> None:
         """An error: one line and its way out on stderr, and the object on stdout with --json."""
-        print(f"{self._paint('error', '31;1')}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"{self._paint('error', '31;1')}: {printable(str(error))}", file=sys.stderr)
         if error.hint:
-            print(f"{self._paint('hint', '36')}: {_one_line(error.hint)}", file=sys.stderr)
+            print(f"{self._paint('hint', '36')}: {printable(error.hint)}", file=sys.stderr)
         try:
             if self.as_json:
                 self.data({"schema_version": 1, "error": error.to_json()})
@@ -86,6 +102,16 @@ class Console:
     def _paint(text: str, code: str) -> str:
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         return f"\033[{code}m{text}\033[0m" if colour else text
+
+    @contextmanager
+    def patience(self, what: str) -> Iterator[None]:
+        """Say on a terminal what is being done, and for how long, from two seconds on."""
+        note = _Note(what) if sys.stderr.isatty() and not self.quiet else None
+        try:
+            yield
+        finally:
+            if note:
+                note.stop()
 
     @contextmanager
     def progress(self, what: str) -> Iterator[ProgressMeter]:
@@ -135,6 +161,29 @@ class _Lines(ProgressMeter):
         self.console.say(f"{self.what}: {share}, {human_bytes(rate)}/s, {left:.0f} s left")
 
 
+class _Note:
+    """A line on a terminal that counts seconds, and is gone when it is stopped."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._count, daemon=True)
+        self._thread.start()
+
+    def _count(self) -> None:
+        began = time.monotonic()
+        wait = _SILENT
+        while not self._over.wait(wait):
+            print(f"\r{self._what}: {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
+            wait = 1.0
+        if wait < _SILENT:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
 class _Bar(ProgressMeter):
     def __init__(self, what: str) -> None:
         from rich import progress as rich
@@ -144,8 +193,10 @@ class _Bar(ProgressMeter):
         columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *numbers)
         self._bar = rich.Progress(*columns, console=RichConsole(stderr=True), transient=True)
         self._what = what
+        self._note = _Note(f"{what}: reading headers and planning")
 
     def start(self, total: int) -> None:
+        self._note.stop()
         self._task = self._bar.add_task(self._what, total=total)
         self._bar.start()
 
@@ -153,6 +204,7 @@ class _Bar(ProgressMeter):
         self._bar.update(self._task, advance=count)
 
     def stop(self) -> None:
+        self._note.stop()
         self._bar.stop()
 
 

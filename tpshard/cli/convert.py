@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +19,9 @@ from tpshard.units import human_bytes
 if TYPE_CHECKING:
     from tpshard.api.options import PlanOptions
     from tpshard.report.results import PlanReport, WriteReport
+
+_SHOWN = 8
+"""Names in a line of files that are left out; `--json` has all."""
 
 
 def plan(
@@ -35,12 +39,16 @@ def plan(
     format: opt.FORMAT = "native",
     engine_version: opt.ENGINE_VERSION = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     batch: opt.BATCH = None,
     seq: opt.SEQ = None,
     kv_dtype: opt.KV_DTYPE = None,
     gpu_memory: opt.GPU_MEMORY = None,
     bandwidth: opt.BANDWIDTH = None,
     report: opt.DRAWING = None,
+    grouped: Annotated[
+        bool, typer.Option("--grouped", help="With --json: one entry for layers and experts that are alike.")
+    ] = False,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -57,10 +65,12 @@ def plan(
     with opened(json, quiet) as console:
         from tpshard.api.options import ModelOptions, PlanOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
-        _show(console, PlanOptions(source, target, work), every, report)
+        if grouped and not json:
+            raise UsageError("--grouped is for --json", hint="the table has a row for layers that are alike as it is")
+        _show(console, PlanOptions(source, target, work), every, report, grouped)
 
 
 def split(
@@ -80,6 +90,7 @@ def split(
     format: opt.FORMAT = "native",
     engine_version: opt.ENGINE_VERSION = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     checksum: opt.CHECKSUM = "sha256",
     workers: opt.WORKERS = None,
     overwrite: opt.OVERWRITE = False,
@@ -101,7 +112,7 @@ def split(
         from tpshard.api.convert import split_with
         from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle, cast_all, allow_overflow)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         if dry_run:
             _show(console, PlanOptions(source, target))
@@ -110,7 +121,11 @@ def split(
         with settings(console, "split", workers, checksum, overwrite, no_fsync) as how:
             report = split_with(SplitOptions(model=source, target=target, out=out, ranks=chosen, settings=how))
         check = ["tpshard", "check", str(report.output), "--source", model]
-        _print_written(console, report, [*check, *again(revision, rules, allow_pickle=allow_pickle)])
+        _print_written(
+            console,
+            report,
+            [*check, *again(revision, rules, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)],
+        )
 
 
 def merge(
@@ -184,7 +199,9 @@ def reshard(
         _print_written(console, report, ["tpshard", "check", str(report.output)])
 
 
-def _show(console: Console, options: PlanOptions, every: bool = False, drawing: Path | None = None) -> None:
+def _show(
+    console: Console, options: PlanOptions, every: bool = False, drawing: Path | None = None, grouped: bool = False
+) -> None:
     """Print a plan, and draw it where a file for that is given."""
     from tpshard.api.convert import plan_with
 
@@ -193,17 +210,31 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
             hint = "give --report a name that ends in .html"
             raise UsageError("a plan is drawn as HTML", path=drawing, hint=hint)
         check_report(drawing)
-    report = plan_with(options)
+    with console.patience("plan: reading headers and planning"):
+        report = plan_with(options)
     if drawing is not None:
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")
     console.warn(*report.warnings)
-    if console.as_json:
-        console.data(report.to_json())
+    _say_left_out(console, report)
+    if console.as_json and (grouped or sys.stdout.isatty()):
+        console.data(report.to_json(grouped))
+    elif console.as_json:
+        console.pieces(report.json_text())
     else:
         from tpshard.cli.tables import print_plan
 
         print_plan(report, every)
+
+
+def _say_left_out(console: Console, report: PlanReport | WriteReport) -> None:
+    """A line for each reason: the files that do not travel."""
+    reasons: dict[str, list[str]] = {}
+    for each in report.left_out:
+        reasons.setdefault(each.reason, []).append(each.file)
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        console.say(f"left out: {shown} ({reason})")
 
 
 def _write_drawing(path: Path, report: PlanReport) -> None:
@@ -218,10 +249,11 @@ def _write_drawing(path: Path, report: PlanReport) -> None:
 
 def _print_written(console: Console, report: WriteReport, following: Sequence[str] = ()) -> None:
     console.warn(*report.warnings)
+    _say_left_out(console, report)
     if console.as_json:
         console.data(report.to_json())
         return
-    print(report.output)
+    console.path(report.output)
     console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
     ranks = {part.rank for part in report.parts}
     when = "next, when all ranks are there" if report.parts and len(ranks) < report.tp else "next"

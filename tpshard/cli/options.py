@@ -139,12 +139,25 @@ def check_report(path: Path) -> None:
 
 
 def again(
-    revision: str | None, rules: Path | None = None, dtype: Dtype | None = None, allow_pickle: bool = False
+    revision: str | None,
+    rules: Path | None = None,
+    dtype: Dtype | None = None,
+    *,
+    allow_pickle: bool = False,
+    follow_symlinks: bool = False,
 ) -> list[str]:
     """The options of a model as they were given, for the next command."""
     given = {"--revision": revision, "--rules": rules, "--dtype": dtype}
     options = [text for name, value in given.items() if value for text in (name, str(value))]
-    return options + (["--allow-pickle"] if allow_pickle else [])
+    flags = {"--allow-pickle": allow_pickle, "--follow-symlinks": follow_symlinks}
+    return options + [name for name, value in flags.items() if value]
+
+
+def _formats(incomplete: str) -> list[str]:
+    """The formats that begin with what was typed, for the shell's completion."""
+    from tpshard.api.options import FORMATS
+
+    return [name for name in FORMATS if name.startswith(incomplete)]
 
 
 MODEL = Annotated[str, Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")]
@@ -171,10 +184,12 @@ PAD = Annotated[int | None, number("--pad-vocab-to", _PAD_HELP, metavar="SIZE")]
 SIZE = Annotated[int | None, _file_size("50GB")]
 MERGE_SIZE = Annotated[int | None, _file_size("as in the source")]
 _FORMAT_HELP = "How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, hf."
-FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT")]
+FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT", autocompletion=_formats)]
 _VERSION_HELP = "Whose names the files have, as in 0.32 [default: the newest known]."
 ENGINE_VERSION = Annotated[str | None, Option("--engine-version", help=_VERSION_HELP, metavar="VERSION")]
 PICKLE = Annotated[bool, _allow_pickle("pytorch_model*.bin")]
+_FOLLOW_HELP = "Read files that are symlinks out of the model's directory."
+FOLLOW = Annotated[bool, Option("--follow-symlinks", help=_FOLLOW_HELP)]
 META_PICKLE = Annotated[bool, _allow_pickle("Meta's consolidated.*.pth")]
 _RANKS_HELP = "Write only these ranks, as in 0,3 or 0-3; other hosts write the others [default: all]."
 RANKS = Annotated[str | None, Option("--ranks", help=_RANKS_HELP, metavar="RANKS")]

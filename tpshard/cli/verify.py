@@ -34,7 +34,17 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
 _SOURCE_HELP = "The unsharded model [default: found by the name that SHARDS record]."
 _SOURCE = Annotated[str | None, Option("--source", help=_SOURCE_HELP, metavar="MODEL")]
 _TIER_HELP = "Any of bytes,weights,exact,native [default: all that can run here]."
-_TIER = Annotated[str | None, Option("--tier", help=_TIER_HELP, metavar="TIERS")]
+
+
+def _tiers(incomplete: str) -> list[str]:
+    """The lists of tiers that go on from what was typed, for the shell's completion."""
+    from tpshard.api.options import TIERS
+
+    given, comma, last = incomplete.rpartition(",")
+    return [given + comma + tier for tier in TIERS if tier.startswith(last) and tier not in given.split(",")]
+
+
+_TIER = Annotated[str | None, Option("--tier", help=_TIER_HELP, metavar="TIERS", autocompletion=_tiers)]
 _DEVICE = Annotated[Device, Option("--device", help="Where to compute; auto: on GPUs where there are any.")]
 _TOKENS_HELP = "Tokens decoded after the prompt."
 _TOKENS = Annotated[int, opt.number("--tokens", _TOKENS_HELP, least=0, expected="0 or more")]
@@ -78,6 +88,7 @@ def verify(
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
     allow_pickle: opt.PICKLE = False,
+    follow_symlinks: opt.FOLLOW = False,
     report: _REPORT = None,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
@@ -118,6 +129,7 @@ def verify(
                 revision=revision,
                 rules=rules,
                 allow_pickle=allow_pickle,
+                follow_symlinks=follow_symlinks,
                 nproc=nproc_per_node,
                 allow_not_run=tuple(allow_not_run or ()),
             )
@@ -174,15 +186,15 @@ def _print(console: Console, verdict: Verdict, shards: Path, source: str | None,
         console.data(verdict.to_json())
         return
     what = f"{verdict.shards} (tp {verdict.tp}) against {verdict.source}"
-    print(f"{verdict.verdict.upper()}: {what}" + (f": {verdict.reason}" if verdict.reason else ""))
+    console.show(f"{verdict.verdict.upper()}: {what}" + (f": {verdict.reason}" if verdict.reason else ""))
     table = [("tier", "status", "figures", "worst"), *rows(verdict)]
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     for row in table:
-        print("  ".join(cell.ljust(size) for cell, size in zip(row, [*widths, 0], strict=True)).rstrip())
+        console.show("  ".join(cell.ljust(size) for cell, size in zip(row, [*widths, 0], strict=True)).rstrip())
     for reason in reasons(verdict):
-        print(reason)
+        console.show(reason)
     if verdict.canaries:
-        print(caught(verdict))
+        console.show(caught(verdict))
     if verdict.verdict == "fail":
         following = ["tpshard", "check", str(shards), "--source", source or verdict.source]
         console.say(f"next: {shlex.join(following)}")

@@ -1,12 +1,14 @@
-"""Files onto a device: each byte read once, reads overlapped with copies to the device."""
+"""Files onto a device: each byte read once, reads overlapped with copies to the device and with hashing."""
 
+import hashlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import Queue
 from typing import Any
 
 from tpshard.errors import UnsupportedError
+from tpshard.storage.checksums import require_digest
 from tpshard.storage.files import Files, Handles
 from tpshard.storage.pool import Pool
 from tpshard.storage.source import RankFile
@@ -20,11 +22,14 @@ READERS = 4
 """Threads that read: one alone copies from the page cache more slowly than memory, or the bus, would take it."""
 
 
-def load_files(files: Sequence[RankFile], device: str | torch.device) -> dict[str, torch.Tensor]:
+def load_files(
+    files: Sequence[RankFile], device: str | torch.device, recorded: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
     """The tensors of a rank's files by name, on a device, as stored.
 
     One allocation a file on the device, of which the tensors are views in the file's own layout, but for those that lie
     there unaligned. For a GPU, threads read the file into pinned buffers while others of them are copied.
+    recorded: sha256 by path; what is read of such a file is held against it. CorruptError when it is another one,
     UnsupportedError without the device.
     """
     target = torch.device(device)
@@ -32,25 +37,36 @@ def load_files(files: Sequence[RankFile], device: str | torch.device) -> dict[st
         raise UnsupportedError("no GPU is there", expected=str(target), found="cpu", hint="use device='cpu'")
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
-        tensors.update(_load_file(file, target))
+        tensors.update(_load_file(file, target, recorded.get(str(file.path))))
     return tensors
 
 
-def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-    infos = file.tensors
-    if not infos:
-        return
-    begin = infos[0].begin
+def _load_file(file: RankFile, device: torch.device, sha256: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    infos, path = file.tensors, str(file.path)
+    begin = infos[0].begin if infos else file.size
     data = torch.empty(file.size - begin, dtype=torch.uint8, device=device)
     reader = Handles(Files())
+    digest = _Digest(skipped=sha256 is None)
 
     def read(buffer: memoryview, offset: int) -> None:
-        reader.read_into(str(file.path), [buffer], begin + offset)
+        try:
+            reader.read_into(path, [buffer], begin + offset)
+        except BaseException:
+            digest.give_up()
+            raise
+        digest.update(buffer, offset)
 
     try:
-        (_to_memory if device.type == "cpu" else _to_gpu)(read, data)
+        if sha256 is not None:
+            header = memoryview(bytearray(begin))
+            reader.read_into(path, [header], 0)
+            digest.sha256.update(header)
+        if len(data):
+            (_to_memory if device.type == "cpu" else _to_gpu)(read, data)
     finally:
         reader.close()
+    if sha256 is not None:
+        require_digest(path, expected=sha256, found=digest.sha256.hexdigest())
     for info in infos:
         if info.dtype not in DTYPES:
             raise UnsupportedError(f"torch has no dtype for {info.dtype}", tensor=info.name, path=file.path)
@@ -59,6 +75,35 @@ def _load_file(file: RankFile, device: torch.device) -> Iterator[tuple[str, torc
         if (info.begin - begin) % dtype.itemsize:  # the format packs tensors; torch has no view of such
             flat = flat.clone()
         yield info.name, flat.view(dtype).view(info.shape)
+
+
+class _Digest:
+    """sha256 of what several threads read: each hashes its stretch when all before it is hashed.
+
+    Stretches are begun in order, so whoever waits for its turn waits for one that is being read.
+    """
+
+    def __init__(self, *, skipped: bool) -> None:
+        self.sha256 = hashlib.sha256()
+        self._skipped = skipped  # nothing is hashed, or no more since a read failed
+        self._hashed = 0
+        self._changed = threading.Condition()
+
+    def update(self, stretch: memoryview, offset: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._skipped or self._hashed == offset)
+        if self._skipped:
+            return
+        self.sha256.update(stretch)
+        with self._changed:
+            self._hashed += len(stretch)
+            self._changed.notify_all()
+
+    def give_up(self) -> None:
+        """Let nobody wait any longer: there is no digest."""
+        with self._changed:
+            self._skipped = True
+            self._changed.notify_all()
 
 
 Read = Callable[[memoryview, int], None]

@@ -2,16 +2,17 @@
 
 An output appears whole: it is written into `OUT.partial` and renamed. Only where several hosts write into one
 directory (`--ranks`), or OUT cannot be renamed over, are files written into OUT itself, each complete before it gets
-its name. With checksums, a run that writes the whole of an output also writes SHA256SUMS.
+its name. SHA256SUMS lists the small files before any of them is written; a run that writes the whole of an output
+replaces it at the end by one that lists the records too, and the weights where their checksums are recorded.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 from tpshard.errors import (
@@ -29,15 +30,20 @@ from tpshard.execute.target import (
     check_leftovers,
     check_shared,
     check_target,
+    folders_of,
     is_empty,
+    named,
     names_in,
-    replaceable,
+    no_room,
+    only_in_place,
+    remove_all,
     strangers,
 )
 from tpshard.execute.writer import Writer
 from tpshard.planning.join import OutputFile, Plan, Transfer
-from tpshard.storage.checksums import sums
+from tpshard.storage.checksums import read_sums, sums
 from tpshard.storage.files import Files, make_directory, require_space, sync_directory, unlink_if_there, write_small
+from tpshard.storage.local import Content, content_of, content_size
 from tpshard.storage.lock import Lock
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, REPLACED, SUMS, journal_path
 
@@ -67,14 +73,16 @@ class Job:
     records: small files that follow from the checksums, written last. claims: names of the locks.
     ours: whether some format gives its files such a name: only those are replaced with --overwrite.
     recorded: sha256 of the files that are read, by path, where it is known.
+    sums: whether the output has SHA256SUMS.
     shared: the directory may be written by several runs at once, one per claim; each claim becomes a record, in order.
     """
 
     plan: Plan
-    small: Mapping[str, bytes]
+    small: Mapping[str, Content]
     identity: Mapping[str, object]
     records: Callable[[Mapping[str, str | None]], Mapping[str, bytes]]
     convert: Convert | None = None
+    sums: bool = True
     shared: bool = False
     claims: Sequence[str] = (LOCK,)
     verb: str = "split"
@@ -108,7 +116,7 @@ def run_ids(job: Job, settings: Settings) -> dict[str, str]:
 
 
 def _literals(output: OutputFile) -> str:
-    return hashlib.sha256(b"".join([output.header, *(data for _, data in output.literals)])).hexdigest()
+    return sha256(b"".join([output.header, *(data for _, data in output.literals)])).hexdigest()
 
 
 def _state(path: str) -> tuple[str, int, int]:
@@ -121,13 +129,12 @@ def _state(path: str) -> tuple[str, int, int]:
 
 
 def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     """Write a job's files to `out`; sha256 by file name. TargetError when `out` is not ours to write."""
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
+    out = named(out)
     old = _inode(out) if settings.overwrite else None
     try:
         return _publish(job, out, settings)
@@ -149,7 +156,7 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         raise UsageError(
             "--overwrite replaces a whole set: it does not go with --ranks", path=out, hint="remove it first"
         )
-    in_place = job.shared or _only_in_place(out)
+    in_place = job.shared or only_in_place(out)
     if not in_place:
         _check_target(job, out, settings)
     work = out if in_place else out.with_name(out.name + PARTIAL)
@@ -174,14 +181,17 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         settings.start(job.plan.nbytes)
         # Hosts that share a directory write the same small files, each under temporary names of its own.
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
-        for name, data in job.small.items():
-            write_small(files, work / name, data, fsync=fsync, tag=tag)
+        listed = {name: sha256(content_of(content)).hexdigest() for name, content in job.small.items()}
+        if job.sums and not (job.shared and _is_listed(listed, work)):
+            write_small(files, work / SUMS, sums(listed, {}), fsync=fsync, tag=tag)
+        for name, content in job.small.items():
+            _write_beside(files, work, name, content_of(content), listed[name], fsync=fsync, tag=tag)
         try:
             digests = writer.write(job.convert, settings.workers)
         except (CorruptError, UnsupportedError) as error:
             if writer.discarded:
-                for name in () if job.shared else job.small:
-                    unlink_if_there(files, work / name)
+                if not job.shared:
+                    remove_all(files, work, {SUMS, *job.small} & names_in(work))
                 _withdraw(job, work, files, locks, made)
             else:
                 _check_unchanged(job, settings, runs, error)
@@ -190,8 +200,8 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         if not in_place:
             _check_target(job, out, settings)  # who knows what was put there meanwhile
         records = job.records(digests)
-        if _has_sums(job, settings):  # the records come after it: where all of them are, an output is complete
-            records = {SUMS: sums(digests, {**job.small, **records}), **records}
+        if job.sums and not job.shared:  # the records come after it: where all of them are, an output is complete
+            records = {SUMS: sums({**digests, **listed}, records), **records}
         _finish(job, work, out, locks, writer, records, settings)
     return digests
 
@@ -207,7 +217,7 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
     """Refuse what must not be written, before the first byte."""
     files = settings.files
     if job.shared:
-        check_shared(work, _expected(job), job.ours, job.small[MANIFEST], runs, _records(job))
+        check_shared(work, _expected(job), job.ours, content_of(job.small[MANIFEST]), runs, _records(job))
     else:
         check_leftovers(files, work, _expected(job), job.ours, runs, set(job.claims), overwrite=settings.overwrite)
     writer = Writer(
@@ -220,9 +230,8 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
         progress=settings.progress,
         recorded=job.recorded,
     )
-    needed = writer.remaining() + sum(map(len, job.small.values()))
-    fewer = "" if job.verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
-    require_space(work, needed, hint=f"free some space, or give another disk with -o{fewer}")
+    needed = writer.remaining() + sum(map(content_size, job.small.values()))
+    require_space(work, needed, hint=no_room(job.verb))
     if job.shared:  # a rank's files were lost: it is not complete, and its record says so until it is written again
         for name in _records(job):
             unlink_if_there(files, work / name)
@@ -266,11 +275,6 @@ def _finish(
         sync_directory(files, out)
 
 
-def _only_in_place(out: Path) -> bool:
-    """Whether an output has to grow where it is: it cannot be renamed over, and is empty, or was begun so."""
-    return out.is_dir() and not replaceable(out) and (is_empty(out) or (out / LOCK).exists())
-
-
 def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: bool) -> None:
     """Leave nothing behind of a run that was refused before it wrote anything, or of which nothing is kept."""
     with contextlib.suppress(OSError):  # another run has come in, or has just finished
@@ -281,9 +285,24 @@ def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: b
             files.rmdir(str(work))
 
 
-def _has_sums(job: Job, settings: Settings) -> bool:
-    """Whether SHA256SUMS is written: where several hosts write one directory, none knows the checksums of all."""
-    return settings.checksum and not job.shared
+def _is_listed(small: Mapping[str, str], work: Path) -> bool:
+    """Whether a directory has a SHA256SUMS that lists these files, and maybe others: that of a whole output."""
+    try:
+        return small.items() <= read_sums((work / SUMS).read_bytes()).items()
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _write_beside(files: Files, work: Path, name: str, data: bytes, digest: str, *, fsync: bool, tag: str) -> None:
+    """Write a small file, in folders of its own where its name has some."""
+    if sha256(data).hexdigest() != digest:
+        hint = "start anew when nothing writes to it any more"
+        raise CorruptError(f"{name} was changed while it was read", path=name, hint=hint)
+    path = work / name
+    make_directory(files, path.parent, fsync=fsync)
+    write_small(files, path, data, fsync=fsync, tag=tag)
+    if fsync and "/" in name:
+        sync_directory(files, path.parent)
 
 
 def _records(job: Job) -> Mapping[str, bytes]:
@@ -297,7 +316,8 @@ def _expected(job: Job) -> set[str]:
     small = {SUMS, *job.small, *_records(job)}
     journals = {journal_path(Path(), name).name for name in finals}
     names = finals | {name + PARTIAL for name in finals} | journals | small | set(job.claims)
-    return names | {f".{name}.tmp" for name in small}
+    temporary = {str(Path(name).with_name(f".{Path(name).name}.tmp")) for name in small}
+    return names | temporary | folders_of(small)
 
 
 def _check_target(job: Job, out: Path, settings: Settings) -> None:
@@ -349,8 +369,7 @@ def _remove_replaced(job: Job, files: Files, out: Path) -> None:
     """Remove an old output that this run, or one that was killed, has replaced."""
     old = _replaced(out)
     if _is_replaced(job, old):
-        for name in sorted(os.listdir(old), key=LOCK.__eq__):  # the mark goes last
-            files.unlink(str(old / name))
+        remove_all(files, old, names_in(old))
         files.rmdir(str(old))
 
 

@@ -1,16 +1,18 @@
 """What stands where an output shall go: is it ours to resume, ours to replace, or somebody's to leave alone?"""
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tpshard.errors import CorruptError, TargetError, local_error
 from tpshard.execute.writer import read_journal
-from tpshard.storage.files import Files
-from tpshard.storage.names import MANIFEST, PARTIAL, SUMS, journal_path, side_files
+from tpshard.storage.checksums import read_sums
+from tpshard.storage.files import Files, require_space
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, journal_path, side_files
 
 Ours = Callable[[str], bool]
 """Whether some format gives its files such a name."""
@@ -27,8 +29,40 @@ def is_empty(directory: Path) -> bool:
 
 
 def names_in(directory: Path) -> set[str]:
-    """What is in a directory, but for what the system keeps there."""
-    return set(os.listdir(directory)) - _MOUNTED
+    """The files in a directory and its folders, and empty folders; not what the system keeps there."""
+    found = set()
+    for name in set(os.listdir(directory)) - _MOUNTED:
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            found |= {f"{name}/{below}" for below in names_in(path)} or {name}
+        else:
+            found.add(name)
+    return found
+
+
+def remove_all(files: Files, directory: Path, names: set[str]) -> None:
+    """Remove files of a directory, and the folders that held nothing else.
+
+    Last go SHA256SUMS and the mark of a run of ours: while they are there, what is left is known as ours.
+    """
+    folders = folders_of(names)
+    for name in sorted(names - {SUMS, LOCK}):
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            folders.add(name)
+        else:
+            files.unlink(str(path))
+    for folder in sorted(folders, reverse=True):
+        with contextlib.suppress(OSError):  # something else is in it
+            files.rmdir(str(directory / folder))
+    for name in (SUMS, LOCK):
+        if name in names:
+            files.unlink(str(directory / name))
+
+
+def folders_of(names: Iterable[str]) -> set[str]:
+    """The folders in which files of these names lie, without the directory itself."""
+    return {str(folder) for name in names for folder in Path(name).parents} - {"."}
 
 
 def replaceable(directory: Path) -> bool:
@@ -41,18 +75,32 @@ def replaceable(directory: Path) -> bool:
 def strangers(directory: Path, expected: set[str], ours: Ours, *, models: bool) -> list[str]:
     """Names in a directory that tpshard never gives. ours: whether some format gives such a name.
 
-    models: whether names of an ordinary checkpoint may be ours.
+    models: whether names of an ordinary checkpoint may be ours. Any other name is ours where SHA256SUMS lists it.
     """
+    listed = _listed(directory)
 
     def is_ours(name: str) -> bool:
+        folder, slash, name = name.rpartition("/")
         while match := _TEMPORARY.fullmatch(name):
             name = match[1]
+        name = folder + slash + name
         name = name.removesuffix(PARTIAL)
         if _SET.fullmatch(name) or (models and _MODEL.fullmatch(name)) or side_files({name}):
             return True
-        return ours(name)  # last of all: it looks into every format
+        return name in expected or name in listed or ours(name)  # last of all: it looks into every format
 
-    return sorted(n for n in names_in(directory) if (directory / n).is_dir() or not (n in expected or is_ours(n)))
+    found = names_in(directory) - folders_of({*expected, *listed})  # which a run that was killed may have left empty
+    return sorted(n for n in found if (directory / n).is_dir() or not (n in expected or is_ours(n)))
+
+
+def _listed(directory: Path) -> Collection[str]:
+    """What SHA256SUMS lists of an output of ours, whole or begun; nothing of another directory."""
+    if not any((directory / name).is_file() for name in (MANIFEST, LOCK)):
+        return ()
+    try:
+        return read_sums((directory / SUMS).read_bytes()).keys()
+    except (OSError, ValueError):
+        return ()
 
 
 def check_target(out: Path, expected: set[str], ours: Ours, *, models: bool, overwrite: bool) -> None:
@@ -71,6 +119,41 @@ def check_target(out: Path, expected: set[str], ours: Ours, *, models: bool, ove
     if found := strangers(out, expected, ours, models=models):
         message = "the output holds files that tpshard did not write, and is not replaced"
         raise TargetError(message, path=out, found=found[0], hint="move them away, or give another directory with -o")
+
+
+def only_in_place(out: Path) -> bool:
+    """Whether an output has to grow where it is: it cannot be renamed over, and is empty, or was begun so."""
+    return out.is_dir() and not replaceable(out) and (is_empty(out) or (out / LOCK).exists())
+
+
+def check_room(out: Path, needed: int, verb: str, *, shared: bool, overwrite: bool) -> None:
+    """Refuse at once what cannot be written to `out`, before anything is planned in detail.
+
+    TargetError when something is there, LocalIOError when the disk is too small for `needed` bytes even if all that an
+    earlier run left were of use. `publish` looks more closely, also at what --overwrite would replace.
+    """
+    if overwrite:
+        return
+    try:
+        out = named(out)
+        if not shared and not only_in_place(out):
+            check_target(out, set(), lambda name: False, models=False, overwrite=False)
+        left = [each for each in (out, out.with_name(out.name + PARTIAL)) if each.is_dir()]
+        there = sum(entry.stat().st_size for each in left for entry in os.scandir(each) if entry.is_file())
+        require_space(out, needed - there, hint=no_room(verb))
+    except OSError as error:
+        raise local_error(error, "cannot write") from error
+
+
+def named(out: Path) -> Path:
+    """The directory itself, where the path is a link or ends with none."""
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+
+
+def no_room(verb: str) -> str:
+    """The way out of a disk that is too small."""
+    fewer = "" if verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
+    return f"free some space, or give another disk with -o{fewer}"
 
 
 def check_leftovers(
@@ -97,8 +180,7 @@ def check_leftovers(
         message = "an unfinished run with other options, or of another source, left its files here"
         hint = "repeat that command to finish it, or start anew with --overwrite"
         raise TargetError(message, path=work, found=others[0], hint=hint)
-    for name in sorted(names_in(work) - keep):  # journals first, so that none vouches for what is gone
-        files.unlink(str(work / name))
+    remove_all(files, work, names_in(work) - keep)  # journals first, so that none vouches for what is gone
 
 
 def check_shared(

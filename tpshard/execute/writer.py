@@ -14,11 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tpshard.errors import CorruptError, UnsupportedError, local_error
+from tpshard.errors import UnsupportedError, local_error
 from tpshard.execute.blocks import FlatStep, operations
 from tpshard.execute.run import Convert, Loader, Progress, run
 from tpshard.planning.box import Box
 from tpshard.planning.join import OutputFile, Plan, Transfer
+from tpshard.storage.checksums import require_digest
 from tpshard.storage.files import (
     Files,
     Handles,
@@ -302,13 +303,7 @@ class Writer:
         for source in self.sources:
             if source.sha256 != self.recorded[source.path]:
                 self._discard()
-                raise CorruptError(
-                    "the file is not as it was written",
-                    path=source.path,
-                    expected=f"sha256 {self.recorded[source.path]}",
-                    found=source.sha256,
-                    hint="copy it again from where it comes from; `tpshard check` looks at the others",
-                )
+                require_digest(source.path, expected=self.recorded[source.path], found=source.sha256)
 
     def _discard(self) -> None:
         """Keep nothing of what was written."""

@@ -11,6 +11,7 @@ from tpshard.planning.box import corner
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.model import Model
+from tpshard.storage.local import Content
 
 
 class Format(ABC):
@@ -19,12 +20,14 @@ class Format(ABC):
     side_names: small files that the source does not have. container: the files are no safetensors files, and all bytes
     of them but the tensors' follow from the split. own_names: each rank stores its share of each tensor of the model as
     one tensor under the same name, in the model's order. has_ranks: the files are those of a shard set.
+    no_quantised: why it holds no quantised models, empty where it does.
     """
 
     side_names: frozenset[str] = frozenset()
     container: bool = False
     own_names: bool = False
     has_ranks: bool = True
+    no_quantised: str = ""
 
     @abstractmethod
     def lay(self, model: Model, options: Options) -> RankLayouts:
@@ -54,7 +57,7 @@ class Format(ABC):
             for index, tensors in enumerate(parts)
         )
 
-    def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
+    def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """The small files beside the ranks': the source's, and what the engine wants of its own."""
         return {**small, **self.derived(split)}
 

@@ -37,7 +37,7 @@ _MODULES = {
 }
 _EXPERTS = "routed experts"
 """Dealt whole: of the axis of experts, and not of their width, each rank has a range."""
-_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(\w+)\.(?:weight|weight_scale_inv)")
 _STACKED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 
 
@@ -64,6 +64,8 @@ class DeepSeek(Format):
             elif stacked := _STACKED.fullmatch(name):
                 for index in range(tensor.shape[0]):
                     rows[owners[index]] += _unstacked(tensor, index, stacked[1], stacked[2])
+            elif ".experts." in name:
+                raise _no_place(tensor)
             else:
                 for row, (stored,) in zip(rows, shard([tensor], model.axes, dealt), strict=True):
                     row.append(stored._replace(name=_name(name, tensor)))
@@ -85,14 +87,17 @@ class DeepSeek(Format):
 def _name(full_name: str, tensor: LogicalTensor) -> str:
     """As convert.py renames: `self_attn` and `mlp` anywhere, then the module that owns the tensor."""
     name = full_name.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
-    name = name.replace("e_score_correction_bias", "bias")
+    name = name.replace("e_score_correction_bias", "bias").replace("weight_scale_inv", "scale")
     before, _, last = name.rpartition(".")
     path, _, module = before.rpartition(".")
-    if module not in _MODULES:
-        raise UnsupportedError(
-            f"DeepSeek's layout has no place for {tensor.name}", tensor=tensor.name, hint="use --format native"
-        )
+    if module not in _MODULES or full_name.endswith(".scale") or last not in ("weight", "bias", "scale"):
+        raise _no_place(tensor)
     return ".".join(filter(None, (path, _MODULES[module], last)))
+
+
+def _no_place(tensor: LogicalTensor) -> UnsupportedError:
+    what = f"DeepSeek's layout has no place for {tensor.name}"
+    return UnsupportedError(what, tensor=tensor.name, hint="use --format native")
 
 
 def _unstacked(tensor: LogicalTensor, expert: int, layer: str, kind: str) -> list[StoredTensor]:

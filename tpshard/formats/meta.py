@@ -22,6 +22,7 @@ from tpshard.planning.deal import Deal
 from tpshard.planning.join import OutputFile
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard
 from tpshard.planning.model import Model
+from tpshard.storage.local import Content
 from tpshard.storage.names import META_PARAMS
 
 GENERATIONS = ("1", "2", "3")
@@ -50,6 +51,7 @@ class Meta(Format):
 
     side_names = frozenset({META_PARAMS})
     container = True
+    no_quantised = "params.json has no field for a quantisation"
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Meta's names, cuts and rotary order; UnsupportedError for what its code cannot hold."""
@@ -93,7 +95,7 @@ class Meta(Format):
         """One archive a rank, whatever its size: Meta's code takes one file for one rank."""
         return (archive_file(self.file_name(rank, split.options.tp, 0, 1), split.layout[rank]),)
 
-    def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
+    def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """The source's, and params.json."""
         said = params(split.model.config, split.model)
         return {**small, META_PARAMS: (json.dumps(said, indent=2) + "\n").encode()}

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from tpshard.errors import UnsupportedError
 from tpshard.formats import format_of
-from tpshard.formats.manifest import dump, manifest_of
+from tpshard.formats.manifest import dump
 from tpshard.formats.split import Options, Split
 from tpshard.planning.join import OutputFile, assert_coverage, uncollected
 from tpshard.planning.model import Model
@@ -13,9 +14,13 @@ from tpshard.planning.model import Model
 def plan_split(model: Model, options: Options) -> Split:
     """Plan a tensor-parallel split of a model. UnsupportedError when a unit would be cut."""
     format = format_of(options.format)
+    if model.quantisation and format.no_quantised:
+        what = f"--format {options.format} takes no quantised models: {format.no_quantised}"
+        found = f"quantised by {model.quantisation['method']}"
+        raise UnsupportedError(what, expected="plain weights", found=found, hint="use --format native")
     layouts = format.lay(model, options)
-    assert_coverage([tensor for tensor in model.tensors if tensor.name not in layouts.dropped], layouts.layout)
-    return Split(model, options, format, layouts, *manifest_of(model, options, layouts, own_names=format.own_names))
+    assert_coverage([tensor for tensor in model.tensors if tensor.name not in layouts.dropped], layouts.rows)
+    return Split(model, options, format, layouts)
 
 
 def record(split: Split, rank: int, files: Sequence[OutputFile], sha256: Mapping[str, str | None]) -> bytes:

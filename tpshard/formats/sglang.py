@@ -2,4 +2,8 @@
 
 from tpshard.formats.sharded_state import ShardedState
 
-FORMAT = ShardedState("SGLang", "sglang.toml")
+FORMAT = ShardedState(
+    "SGLang",
+    "sglang.toml",
+    "SGLang loads such a file into parameters that it has repacked for the kernel of the GPU at hand",
+)

@@ -15,11 +15,12 @@ from pathlib import Path
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import ParameterParts, joined, shares_of
-from tpshard.formats.engine_tables import EngineFamily, fits_any, load_table, match
+from tpshard.formats.engine_tables import EngineFamily, fit, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
-from tpshard.planning.layout import LogicalTensor, StoredTensor
+from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, Rows, StoredTensor
 from tpshard.planning.model import Model
+from tpshard.storage.local import Content, content_of
 from tpshard.storage.safetensors import DTYPE_BITS
 
 VOCAB_MULTIPLE = 64
@@ -32,8 +33,9 @@ _NAME = re.compile(r"model-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
 class ShardedState(Format):
     """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
 
-    def __init__(self, engine: str, table: str) -> None:
+    def __init__(self, engine: str, table: str, no_quantised: str) -> None:
         self.engine = engine
+        self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
@@ -48,11 +50,12 @@ class ShardedState(Format):
         named = self._names(family, model, tensors)
         shares = shares_of(family, model, tensors, dealt)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        constants = tuple(_scales(family, named.values()))
-        rows = [row + constants for row in joined(_recipes(family, named), shares, shapes, options.tp)]
-        return RankLayouts(
-            tuple(tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows), dealt, dropped
-        )
+        rows = [
+            *joined(_recipes(family, named), shares, shapes, options.tp),
+            *_scales(family, named.values(), options.tp),
+        ]
+        rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
+        return RankLayouts(Rows(rows, options.tp), dealt, dropped)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""
@@ -63,13 +66,13 @@ class ShardedState(Format):
         found = _NAME.fullmatch(name)
         return {"rank": int(found[1]), "part": int(found[2])} if found else None
 
-    def side_files(self, split: Split, small: Mapping[str, bytes]) -> dict[str, bytes]:
+    def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """config.json says whether the head is tied as the files have it, whatever the class's default is."""
         files = dict(small)
         if split.model.tied and "config.json" in files:
             head, embedding = next(iter(split.model.tied.items()))
             stored = {split.kept.full_name(tensor.name) for tensor in split.kept.tensors}
-            config = json.loads(files["config.json"])
+            config = json.loads(content_of(files["config.json"]))
             config["tie_word_embeddings"] = not {f"{head}.weight", f"{embedding}.weight"} <= stored
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
@@ -98,7 +101,7 @@ class ShardedState(Format):
         for key, reason in family.needs.items():
             if not model.config.get(key, True):
                 raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
-        return family
+        return replace(family)  # one that remembers the names of this model alone
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
@@ -108,7 +111,7 @@ class ShardedState(Format):
         single = {
             segment
             for tensor in model.tensors
-            if fits_any(family.unrepeated, model.full_name(tensor.name))
+            if family.kind(model.full_name(tensor.name)).unrepeated
             for segment in tensor.cut.segments
         }
         axes = {}
@@ -150,10 +153,10 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
     layers = model.config.get(family.extra_layers) if family.extra_layers else None
     for tensor in model.tensors:
         name = model.full_name(tensor.name)
-        fit = match(family.layer, name)
+        layer = family.layer_of(name)
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
-        elif isinstance(layers, int) and fit and int(fit.components[0]) >= layers:
+        elif isinstance(layers, int) and layer is not None and layer >= layers:
             dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
         elif not family.head and name in {f"{head}.weight" for head in model.tied}:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
@@ -164,11 +167,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str]) -> dict[str, Parame
     """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name."""
     found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
-        for target, patterns in family.fused.items():
-            for place, pattern in enumerate(patterns):
-                if fit := match(pattern, full_name):
-                    into = fit.into(target.removesuffix("?"))
-                    found.setdefault((into, target), {}).setdefault(fit.stacked, {})[place] = name
+        for target, place, pattern in family.kind(full_name).fused:
+            how = fit(pattern, full_name)
+            into = how.into(target.removesuffix("?"))
+            found.setdefault((into, target), {}).setdefault(how.stacked, {})[place] = name
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
@@ -196,11 +198,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str]) -> dict[str, Parame
     return result
 
 
-def _scales(family: EngineFamily, names: Iterable[str]) -> Iterator[StoredTensor]:
+def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
-    layers = sorted({int(fit.components[0]) for name in names if (fit := match(family.layer, name))})
-    for layer in layers:
+    one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
+    for layer in sorted({layer for name in names if (layer := family.layer_of(name)) is not None}):
         for pattern in family.scales:
             for scale in _SCALES:
-                name = f"{pattern.replace('*', str(layer))}.{scale}"
-                yield StoredTensor(name, "F32", (), (), ((),), None, _ONE)
+                yield Row(f"{pattern.replace('*', str(layer))}.{scale}", (), one)

@@ -15,12 +15,12 @@ from tpshard.formats.meta import ffn_size
 from tpshard.formats.plan import plan_split
 from tpshard.formats.split import Options
 from tpshard.inputs.checkpoint import pickles_refused
-from tpshard.inputs.shard_set import ShardSet
+from tpshard.inputs.shard_set import ShardSet, beside
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
 from tpshard.rules.architecture import builtin
 from tpshard.rules.classify import classify
-from tpshard.storage.local import load_json, read_bytes, safe_path, side_paths
+from tpshard.storage.local import load_json, read_bytes, safe_path
 from tpshard.storage.names import META_PARAMS
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.source import RankFile
@@ -72,8 +72,8 @@ def open_meta(directory: Path, allow_pickle: bool) -> ShardSet:
     small = {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
     manifest = json.loads(split.manifest)
     # A config.json beside them is somebody's: the one that params.json gives is sure to be of these files.
-    beside = tuple(side for side in side_paths(directory, names) if side.name not in small)
-    return ShardSet(directory, manifest, split, dict(files), records, beside, small)
+    ours = {META_PARAMS, *small, *(file.path.name for (file,) in files.values())}
+    return ShardSet(directory, manifest, split, dict(files), records, *beside(directory, ours), small)
 
 
 def _width(held: Mapping[str, TensorInfo], params: Mapping[str, Any]) -> int:

@@ -1,13 +1,19 @@
 """From a checkpoint to a model: its tensors classified, and where they lie."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.inputs.checkpoint import Checkpoint, source_digest
+from tpshard.planning.axes import Cut
 from tpshard.planning.join import Placed, alignment_order
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.rules.multimodal import find_rules
+from tpshard.rules.quantisation.recognise import Quantisation, recognise
+from tpshard.storage.foreign import wrapped
+from tpshard.storage.local import read_range
 
 
 def from_checkpoint(
@@ -18,14 +24,19 @@ def from_checkpoint(
     dtype: a name of DTYPE_NAMES to cast to, buffers excepted, and what is float32 on purpose unless cast_all.
     """
     subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
-    classified, text = subject.classify(checkpoint.tensors)
+    quantised = recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path)
+    try:
+        classified, text = subject.classify(checkpoint.tensors, quantised.companions)
+    except (CorruptError, UnsupportedError) as error:
+        raise wrapped((info.name for info in checkpoint.tensors), checkpoint.directory) or error from None
+    _check_order(checkpoint, quantised, classified.cuts)
     lower = dtype is not None and DTYPE_NAMES[dtype] in ("F16", "BF16") and not cast_all
-    float32 = classified.float32 if lower else ()
+    float32 = [info.name for info in checkpoint.tensors if info.name in classified.float32] if lower else []
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
-        cast = DTYPE_NAMES[dtype] if dtype and info.dtype in CASTABLE and cut.kind != "buffer" else info.dtype
-        cast = info.dtype if info.name in float32 else cast
+        castable = info.dtype in CASTABLE and cut.kind != "buffer" and info.name not in quantised.companions
+        cast = DTYPE_NAMES[dtype] if dtype and castable and info.name not in float32 else info.dtype
         logical.append(LogicalTensor(info.name, cast, info.shape, cut))
     files = [
         {"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})}
@@ -44,9 +55,46 @@ def from_checkpoint(
         full_names=classified.full_names,
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
+        quantisation=quantised.to_json(),
+        notes=(*_notes(dtype, quantised), *_kept(float32)),
         cast_all=cast_all,
-        float32=tuple(info.name for info in checkpoint.tensors if info.name in float32),
     )
+
+
+def _notes(dtype: str | None, quantised: Quantisation) -> tuple[str, ...]:
+    """What a cast leaves out."""
+    if dtype is None or not quantised.companions:
+        return ()
+    kept = f"the {len(quantised.companions)} tensors of quantised modules stay as they are, their scales too"
+    return (f"--dtype {dtype} casts what is not quantised: {kept}",)
+
+
+def _check_order(checkpoint: Checkpoint, quantised: Quantisation, cuts: Mapping[str, Cut]) -> None:
+    """CorruptError where GPTQ's groups are in no order, and the config says that they are.
+
+    Ranks then have the scales of their own rows only. Nothing is read of a checkpoint whose headers alone are here.
+    """
+    known: dict[tuple[int, int], bytes] = {}
+    for info in checkpoint.tensors if checkpoint.directory is not None and not quantised.scattered else ():
+        scales = cuts.get(f"{info.name.removesuffix('g_idx')}scales")
+        if not info.name.endswith(".g_idx") or scales is None or scales.kind != "row":
+            continue
+        key = (info.shape[0], int(scales.ratio))
+        if key not in known:
+            known[key] = b"".join((row // key[1]).to_bytes(4, "little") for row in range(key[0]))
+        if read_range(info.file, info.begin, info.end) != known[key]:
+            what, found = f"the groups of {info.name} are in no order", "desc_act is not true"
+            hint = "is quantization_config the one that the checkpoint was made with?"
+            expected = f"row i in group i // {key[1]}, or desc_act: true"
+            raise CorruptError(what, path=info.file, tensor=info.name, expected=expected, found=found, hint=hint)
+
+
+def _kept(float32: list[str]) -> tuple[str, ...]:
+    """What is said of tensors that a cast leaves as they are."""
+    if not float32:
+        return ()
+    count = f"{len(float32)} tensors that are" if len(float32) > 1 else "1 tensor that is"
+    return (f"{count} float32 on purpose stays so, as {float32[0]}; --cast-all casts everything",)
 
 
 def placed_in(checkpoint: Checkpoint, model: Model) -> list[Placed]:

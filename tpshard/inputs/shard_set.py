@@ -3,7 +3,7 @@
 Everything is read from the manifest and the files' headers. The rules that made the set are not needed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.manifest import cut_from_json, digest_of, stored_from_json
-from tpshard.formats.split import FORMAT_VERSION, Options, RankLayouts, Split
+from tpshard.formats.manifest import FORMAT_VERSION, cut_from_json, digest_of, stored_from_json
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import check_literals
 from tpshard.planning.axes import Axis
 from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.planning.sound import why_unsound
-from tpshard.storage.local import load_json, read_bytes, read_header, safe_path, side_paths
-from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, record_name
+from tpshard.storage.carried import LeftOut, select
+from tpshard.storage.foreign import recognised
+from tpshard.storage.local import Directory, load_json, read_bytes, read_header, safe_path
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, record_name
 from tpshard.storage.safetensors import TensorInfo, nbytes
 from tpshard.storage.source import RankFile
 from tpshard.units import MAX_TP
@@ -34,6 +36,7 @@ _REMAKE = "copy it again from where the rank's file comes from, or write the ran
 class ShardSet:
     """A shard set on disk. files, records: by rank; a rank without a record is not complete.
 
+    side_files: what travels with the weights, by name. left_out: what lies there and does not.
     made: small files that the directory does not have, but an ordinary checkpoint needs.
     """
 
@@ -42,7 +45,8 @@ class ShardSet:
     split: Split
     files: Mapping[int, tuple[RankFile, ...]]
     records: Mapping[int, Mapping[str, Any]]
-    side_files: tuple[Path, ...]
+    side_files: Mapping[str, Path]
+    left_out: tuple[LeftOut, ...] = ()
     made: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
@@ -119,6 +123,8 @@ def open_shards(directory: Path) -> ShardSet:
         raise UsageError("no such directory", path=directory, found=found, hint=hint)
     if not is_shard_set(directory):
         if not any(directory.glob("rank-*")):
+            if error := recognised({entry.name for entry in directory.iterdir()}, directory, "a set of tpshard"):
+                raise error
             hint = "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint"
             missing = f"not a shard set: no {MANIFEST} here"
             raise UsageError(missing, path=directory, hint=_resume(directory) or hint)
@@ -150,7 +156,16 @@ def open_shards(directory: Path) -> ShardSet:
         _check_tensors(rank, parts, split.layout[rank])
     tp = split.options.tp
     records = {rank: record for rank in files if (record := _record(directory, rank, tp, split.set_id))}
-    return ShardSet(directory, manifest, split, files, records, side_paths(directory, names))
+    ours = {MANIFEST, SUMS, *split.format.side_names, *(record_name(rank, tp) for rank in range(tp))}
+    ours |= {file.path.name for parts in files.values() for file in parts}
+    return ShardSet(directory, manifest, split, files, records, *beside(directory, ours))
+
+
+def beside(directory: Path, ours: Collection[str]) -> tuple[dict[str, Path], tuple[LeftOut, ...]]:
+    """The files of a set that travel with its weights, and those that do not. ours: names of the set's own."""
+    selection = select(Directory(directory).listing(), ours, "the set")
+    shown = (each for each in selection.left_out if each.file not in ours and each.file != LOCK)
+    return {name: safe_path(directory, name) for name in selection.carried}, tuple(shown)
 
 
 def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
@@ -178,12 +193,13 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         cast_all=chosen.get("cast_all", True),  # before there was a choice, everything was cast
         full_names={entry["name"]: entry["full"] for entry in entries if "full" in entry},
         config=_config(directory),
+        quantisation=manifest.get("quantisation", {}),
     )
     if reason := why_unsound(tensors, layout):
         raise ValueError(reason)
     dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
     layouts = RankLayouts(layout, None, dropped)
-    return Split(model, options, format_of(options.format), layouts, manifest["set"], raw)
+    return Split(model, options, format_of(options.format), layouts, (manifest["set"], raw))
 
 
 def _stored(manifest: Mapping[str, Any], tensors: Sequence[LogicalTensor], rank: int) -> Iterator[StoredTensor]:

@@ -1,10 +1,15 @@
 """Axes of features, and how a tensor is cut along them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tpshard.planning.mesh import Along
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 Kind = Literal["column", "row", "replicate", "buffer"]
 
@@ -17,6 +22,8 @@ class Axis:
     pad: zero units may be added at the end (vocab).
     group: the axis by whose units this one is dealt (heads by KV group), so that no rank holds q without its k and v.
     along: the kind of parallelism among whose ranks it is dealt.
+    step: how many units are dealt together, where quantised weights have groups or blocks that no unit ends with; the
+    last of the axis may be fewer. step_of: one of the tensors that have them.
     """
 
     name: str
@@ -26,6 +33,12 @@ class Axis:
     pad: bool = False
     group: str | None = None
     along: Along = "tp"
+    step: int = 1
+    step_of: str = ""
+
+    def __str__(self) -> str:
+        """`8 kv`, and how many are dealt at a time where not one."""
+        return f"{self.count} {self.name}" + (f" ({self.step} at a time)" if self.step > 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +47,15 @@ class Cut:
 
     `segments` are axis names (a fused q, k, v is three). With `interleave`, the segments are stored interleaved per
     unit of that axis. Replicated tensors have `dim` None and no segments.
-    ratio: elements of the axes for one stored element along `dim` (a weight packed by eights, a scale of a block).
+    ratio: elements of the axes for one stored element along `dim` (a weight packed by eights, a scale of a block). A
+    fraction where values cross words: 32 of 3 bits lie in 3 words of 32.
     """
 
     kind: Kind
     dim: int | None = None
     segments: tuple[str, ...] = ()
     interleave: str | None = None
-    ratio: int = 1
+    ratio: int | Fraction = 1
 
     @property
     def rule(self) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from math import gcd, lcm
 from typing import TYPE_CHECKING
 
 from tpshard.errors import UnsupportedError, UsageError
@@ -56,7 +57,8 @@ def require_even(axes: Mapping[str, Axis], mesh: Mesh, hint: str) -> None:
     for axis in axes.values():
         if reason := why_not(axis, mesh.width(axis.along)):
             possible = "tp " + listing(possible_tp(axes))
-            raise UnsupportedError(reason, expected=possible, found=f"tp {mesh.tp}", hint=hint)
+            of = axis.step_of or None
+            raise UnsupportedError(reason, tensor=of, expected=possible, found=f"tp {mesh.tp}", hint=hint)
 
 
 def _deal_axis(
@@ -72,7 +74,7 @@ def _deal_axis(
     if shares is None:
         return tuple((r * count // tp, (r + 1) * count // tp) for r in range(tp))
     if group is None or group.count == count or count % group.count:
-        return _ranges(_apportion(axis, count, shares))
+        return _ranges(_apportion(axis, count, shares, _common_step(axis, axes)))
     per_group = count // group.count
     if group.count >= tp:
         return tuple((a * per_group, b * per_group) for a, b in _deal_axis(group, axes, tp, shares, pad_to))
@@ -80,15 +82,30 @@ def _deal_axis(
     sizes = [
         size
         for g in range(group.count)
-        for size in _apportion(axis, per_group, shares[g * together : (g + 1) * together])
+        for size in _apportion(axis, per_group, shares[g * together : (g + 1) * together], axis.step)
     ]
     return _ranges(sizes)
 
 
-def _apportion(axis: Axis, count: int, shares: Sequence[Fraction | int]) -> list[int]:
-    """Divide `count` units by weight: each rank at least one, largest remainder first, then the lower rank."""
+def _common_step(axis: Axis, axes: Mapping[str, Axis]) -> int:
+    """By how many units an axis is dealt unevenly, so that axes of one count, or dealt by one group, stay together."""
+    steps = [each.step for each in axes.values() if each.count == axis.count or each.name == axis.name]
+    for each in axes.values():
+        if each.group == axis.name and each.count % axis.count == 0:
+            steps.append(each.step // gcd(each.step, each.count // axis.count))
+    return lcm(*steps)
+
+
+def _apportion(axis: Axis, count: int, shares: Sequence[Fraction | int], step: int) -> list[int]:
+    """Divide `count` units by weight: each rank at least one, largest remainder first, then the lower rank.
+
+    They are dealt `step` at a time; what the last step lacks the last rank lacks.
+    """
+    if step > 1:
+        steps = _apportion(replace(axis, step=step), -(-count // step), shares, 1)
+        return [*(size * step for size in steps[:-1]), steps[-1] * step - (-count % step)]
     if count < len(shares):
-        what = f"{count} {axis.name} on {len(shares)} ranks: a unit is never cut"
+        what = f"{axis} on {len(shares)} ranks: a unit is never cut"
         raise UnsupportedError(what, expected=f"tp of at most {count}", found=f"tp {len(shares)}")
     total = sum(shares)
     ideal = [count * share for share in shares]  # in units of 1 / total, so that it is exact
@@ -110,18 +127,27 @@ def padded(axis: Axis, tp: int, pad_to: int | None) -> int:
     """The axis' count with padding; UsageError when pad_to is too small or does not divide."""
     if not axis.pad:
         return axis.count
+    whole = tp * axis.step
     if pad_to is None:
-        return -(-axis.count // tp) * tp
-    if pad_to < axis.count or pad_to % tp:
+        return axis.count if tp == 1 else -(-axis.count // whole) * whole
+    if pad_to < axis.count or pad_to % whole:
         what = f"cannot pad {axis.name} of {axis.count} to {pad_to}"
-        hint = f"for example --pad-vocab-to {-(-max(axis.count, pad_to) // tp) * tp}"
-        raise UsageError(what, expected=f"a multiple of tp {tp} that is at least {axis.count}", found=pad_to, hint=hint)
+        hint = f"for example --pad-vocab-to {-(-max(axis.count, pad_to) // whole) * whole}"
+        of = f"tp {tp}" + (f" x {axis.step}" if axis.step > 1 else "")
+        raise UsageError(what, expected=f"a multiple of {of} that is at least {axis.count}", found=pad_to, hint=hint)
     return pad_to
 
 
 def why_not(axis: Axis, tp: int) -> str | None:
     """Why an axis cannot be dealt evenly to tp ranks, or None when it can."""
-    if axis.pad or axis.count % tp == 0 or (axis.replicate and tp % axis.count == 0):
+    if axis.pad or tp == 1 or axis.count % (tp * axis.step) == 0:
+        return None
+    if axis.step > 1:
+        why = f"{axis.step} at a time end where groups or blocks do in {axis.step_of}"
+        return (
+            f"{axis.count} {axis.name} on {tp} ranks: {why}, and {axis.count} is not a multiple of {tp} x {axis.step}"
+        )
+    if axis.replicate and tp % axis.count == 0:
         return None
     also = f", and {tp} is not a multiple of {axis.count}" if axis.replicate and tp > axis.count else ""
     return f"{axis.count} {axis.name} on {tp} ranks: {axis.count} is not a multiple of {tp}{also}"
@@ -133,8 +159,9 @@ def possible_tp(axes: Mapping[str, Axis]) -> list[int]:
 
 
 def largest_tp(axes: Mapping[str, Axis]) -> int:
-    """No tp above this can work: the smallest count that is neither padded nor repeated."""
-    return min((axis.count for axis in axes.values() if not axis.pad and not axis.replicate), default=1)
+    """No tp above this can work: the smallest count of steps that is neither padded nor repeated."""
+    fixed = (axis for axis in axes.values() if not axis.pad and (not axis.replicate or axis.step > 1))
+    return min((max(1, axis.count // axis.step) for axis in fixed), default=1)
 
 
 def listing(values: Sequence[int]) -> str:

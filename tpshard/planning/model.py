@@ -24,9 +24,11 @@ class Model:
     """tensors: in file order, with the dtype that the output has. file_of: the source's weight file of each.
 
     source, architecture: what the manifest says of them (plain JSON). tied: module → module.
-    cast_all: whether `dtype` is also that of the tensors which are float32 on purpose. float32: those that stayed it.
+    cast_all: whether `dtype` is also that of the tensors which are float32 on purpose.
     config: of the model. text_config: of its decoder, where the model nests one.
     full_names: of tensors whose name in the source lacks the architecture's prefix.
+    quantisation: what the manifest says of it (plain JSON); empty where nothing is quantised.
+    notes: what the user should know of it.
     """
 
     tensors: tuple[LogicalTensor, ...]
@@ -39,8 +41,9 @@ class Model:
     full_names: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     text_config: Mapping[str, Any] | None = None
+    quantisation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     cast_all: bool = False
-    float32: tuple[str, ...] = ()
 
     def full_name(self, name: str) -> str:
         """A tensor's name as the architecture's rules have it."""

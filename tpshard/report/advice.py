@@ -92,7 +92,7 @@ def rank_weights(model: Model, tp: int) -> list[int]:
 
 def _choice(model: Model, tp: int, workload: Workload) -> TpChoice:
     assert workload.gpu_memory is not None
-    if cut := [f"{axis.count} {axis.name}" for axis in model.axes.values() if why_not(axis, tp)]:
+    if cut := [str(axis) for axis in model.axes.values() if why_not(axis, tp)]:
         return TpChoice(tp, possible=False, reason=f"{', '.join(cut)} on {tp} ranks would be cut")
     facts = traits(model)
     weights = max(rank_weights(model, tp))

@@ -14,7 +14,7 @@ from typing import Any
 from tpshard.errors import UsageError
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor
-from tpshard.planning.model import CASTABLE, Model
+from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.storage.safetensors import DTYPE_BITS, nbytes
 from tpshard.units import human_bytes
 
@@ -23,7 +23,7 @@ USABLE = 0.9
 KV_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8": "F8_E4M3"}
 """The names that `--kv-dtype` knows."""
 _LAYER = re.compile(r"(?<![^.])(\d+)\.([^.]+)")
-_LATENT = "kv_a_proj_with_mqa.weight"
+_LATENT = re.compile(r"kv_a_proj_with_mqa\.(?:weight|weight_packed|scales)$")
 """Makes what DeepSeek's latent attention caches: the compressed key and value of all heads, and one rotary key."""
 
 
@@ -31,7 +31,8 @@ _LATENT = "kv_a_proj_with_mqa.weight"
 class Workload:
     """What the ranks are to do: `batch` sequences of `seq` tokens each, on devices of this memory and bandwidth.
 
-    kv_dtype: a key of `KV_DTYPES`; None is the weights' dtype. gpu_memory: in bytes. bandwidth: in bytes per second.
+    kv_dtype: a key of `KV_DTYPES`; None is what a quantised model declares, else the weights' dtype. gpu_memory: in
+    bytes. bandwidth: in bytes per second.
     UsageError for a number or dtype that cannot be.
     """
 
@@ -48,9 +49,9 @@ class Workload:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise UsageError(f"{name} must be positive", found=value)
 
-    def cache_dtype(self, weights: str) -> str:
-        """What keys and values are kept in, in the terms of safetensors. weights: the dtype of most of these."""
-        return KV_DTYPES[self.kv_dtype] if self.kv_dtype else weights
+    def cache_dtype(self, usual: str) -> str:
+        """What keys and values are kept in, in the terms of safetensors. usual: where nothing else is asked for."""
+        return KV_DTYPES[self.kv_dtype] if self.kv_dtype else usual
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,23 @@ class Traits:
     """What memory and communication depend on.
 
     layers: those that cache keys and values. sums: row-parallel sums of the whole model, each one all-reduce of
-    batch x seq x hidden elements. dtype: of activations. cache_axis: the axis whose units have a key and a value each;
-    None with latent attention, of which `latent` elements are cached by every rank. window: of sliding attention.
+    batch x seq x hidden elements. dtype: of activations. cache_dtype: of keys and values. cache_axis: the axis whose
+    units have a key and a value each; None with latent attention, of which `latent` elements are cached by every rank.
+    window: of sliding attention.
     """
 
     layers: int
     sums: int
     hidden: int
     dtype: str
+    cache_dtype: str
     cache_axis: str | None
     latent: int
     window: int | None
 
 
 def traits(model: Model) -> Traits:
-    """Read a model's traits off its cuts and shapes.
+    """Read a model's traits off its cuts and shapes. Of a quantised one the config names the dtype of activations.
 
     Layers beyond the config's count predict further tokens (DeepSeek V3); decoding does not need them.
     """
@@ -88,14 +91,21 @@ def traits(model: Model) -> Traits:
             if not isinstance(count, int) or int(found[1]) < count:
                 blocks.add((int(found[1]), found[2]))
             hidden = max(hidden, _out(tensor))
-        elif tensor.name.endswith(_LATENT):
-            latent = tensor.shape[0]
+        elif _LATENT.search(tensor.name):
+            latent = tensor.shape[-1 if tensor.name.endswith("scales") else 0]
+    activations = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "BF16"
+    if model.quantisation:
+        named = next(
+            (str(each[key]) for each in (config, model.config) for key in ("dtype", "torch_dtype") if each.get(key)), ""
+        )
+        activations = DTYPE_NAMES.get(named, activations)
     window = config.get("sliding_window")
     return Traits(
         layers=len({layer for layer, _ in blocks}),
         sums=len(blocks),
         hidden=hidden,
-        dtype=max(sizes, key=lambda dtype: sizes[dtype]) if sizes else "BF16",
+        dtype=activations,
+        cache_dtype=model.quantisation.get("kv_cache") or activations,
         cache_axis=None if latent else "kv" if "kv" in model.axes else "heads",
         latent=latent,
         window=window if isinstance(window, int) and config.get("use_sliding_window") is not False else None,
@@ -110,7 +120,7 @@ def _out(tensor: LogicalTensor) -> int:
 
 def cache_bytes(model: Model, facts: Traits, dealt: Deal, workload: Workload) -> list[int]:
     """What each rank caches of `batch` sequences of `seq` tokens: a key and a value per KV head and layer."""
-    bits = workload.batch * workload.seq * facts.layers * DTYPE_BITS[workload.cache_dtype(facts.dtype)]
+    bits = workload.batch * workload.seq * facts.layers * DTYPE_BITS[workload.cache_dtype(facts.cache_dtype)]
     if facts.cache_axis is None:
         return [bits * facts.latent // 8] * dealt.mesh.size
     unit = model.axes[facts.cache_axis].unit
@@ -139,7 +149,7 @@ def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workloa
             entry["fits"] = fits(held + cached, workload.gpu_memory)
         ranks.append(entry)
     cache = {"layers": facts.layers, "axis": facts.cache_axis, "latent": facts.latent or None}
-    cache |= {"dtype": workload.cache_dtype(facts.dtype), "window": facts.window}
+    cache |= {"dtype": workload.cache_dtype(facts.cache_dtype), "window": facts.window}
     per_token, per_prompt = ring_bytes(facts, tp, 1), ring_bytes(facts, tp, workload.batch * workload.seq)
     sent: dict[str, Any] = {"all_reduces": facts.sums if tp > 1 else 0, "hidden": facts.hidden, "dtype": facts.dtype}
     sent |= {"bytes_per_token": per_token, "bytes_per_prompt": per_prompt}

@@ -18,7 +18,7 @@ from tpshard.planning.axes import Axis
 from tpshard.planning.box import volume
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor
 from tpshard.report.capacity import number_lines
-from tpshard.report.results import PlanReport
+from tpshard.report.results import PlanReport, quantisation_line
 from tpshard.storage.safetensors import nbytes
 
 _PAGE = Path(__file__).parent / "plan_page.html"
@@ -46,6 +46,7 @@ def page_data(report: PlanReport) -> dict[str, Any]:
         "tp": options.tp,
         "facts": [
             f"{split.model.architecture['model_type']}, format {options.format}, {len(split.model.tensors)} tensors",
+            *([f"quantised: {quantisation_line(split.model.quantisation)}"] if split.model.quantisation else []),
             *number_lines(report.numbers()),
             *(f"padded: {p['axis']} from {p['count']} to {p['padded']}, with zeros" for p in report.padding()),
             *(f"tied: {module} = {to}" for module, to in split.model.tied.items()),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.errors import TpshardError, UsageError
-from tpshard.formats.split import FORMAT_VERSION
+from tpshard.formats.manifest import FORMAT_VERSION
 from tpshard.report.results import SCHEMA_VERSION
 from tpshard.storage.safetensors import DTYPE_BITS
 
@@ -50,6 +50,7 @@ _TERMS: dict[str, Schema] = {
     "count": _COUNT,
     "positive": {"type": "integer", "minimum": 1},
     "number": _NUMBER,
+    "ratio": {"anyOf": [{"type": "integer", "minimum": 2}, {"type": "string", "pattern": "^[0-9]+/[0-9]+$"}]},
     "share": {**_NUMBER, "maximum": 1},
     "dtype": {"enum": list(DTYPE_BITS)},
     "hex": {"type": "string", "pattern": "^([0-9a-f]{2})+$"},

@@ -6,7 +6,7 @@ They are `architectures/*.toml`, or a file of the user's own.
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -288,6 +288,20 @@ def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path
 NUMBER = r"(?:0|[1-9][0-9]*)"  # of a layer or an expert, without leading zeros
 
 
+def _fixed(component: str) -> Iterator[str]:
+    """The parts of a component's expression. What lies between two `*` is taken where it comes first, and for good.
+
+    So time grows with the lengths of pattern and name, and not with a power of them, as in `fnmatch`.
+    """
+    first, *rest = (
+        "".join(piece if piece.startswith("[") else re.escape(piece) for piece in re.split(r"(\[[^]]*\])", fixed))
+        for fixed in re.split(r"\*+(?![^\[]*\])", component)
+    )
+    yield first
+    yield from (f"(?>[^.]*?{fixed})" for fixed in rest[:-1])
+    yield from (f"[^.]*{fixed}" for fixed in rest[-1:])
+
+
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """The regular expression for the names of all tensors of the modules that a pattern matches.
 
@@ -301,7 +315,6 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
             parts.append(rf"({NUMBER})")
             captured += 1
         else:
-            pieces = re.split(r"(\*|\[[^]]*\])", component)
-            parts.append("".join(r"[^.]*" if p == "*" else p if p.startswith("[") else re.escape(p) for p in pieces))
+            parts.append("".join(_fixed(component)))
     suffixes = "|".join(SUFFIXES)
     return re.compile(r"\.".join(parts) + rf"(?:\.(?:{suffixes}))?")

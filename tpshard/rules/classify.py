@@ -4,10 +4,13 @@ It evaluates an architecture's rules for one config and gives every tensor of a 
 ranks plays no part in it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from math import gcd, lcm
+from typing import TYPE_CHECKING, Any
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
@@ -15,8 +18,11 @@ from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher, contradiction
 from tpshard.rules.presence import check_biases, float32_on_purpose
-from tpshard.rules.quantisation.schemes import Companion
+from tpshard.rules.quantisation.schemes import WHOLE, Companion, ratio_of
 from tpshard.storage.safetensors import TensorInfo
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,12 @@ def classify(
     config: Mapping[str, Any],
     tensors: Iterable[TensorInfo],
     names: Mapping[str, str] | None = None,
+    quantised: Mapping[str, Companion] | None = None,
 ) -> Classification:
     """Give every tensor its cut. names: for tensors that the rules know by another name, that name.
+
+    quantised: what the tensors of quantised modules are to these, by name. The axes that such modules are cut along are
+    dealt by whole groups, blocks and packs.
 
     UnsupportedError when a tensor has no rule; CorruptError when the checkpoint lacks a tensor that the architecture
     has in every layer, or when the config's counts contradict a shape.
@@ -49,19 +59,23 @@ def classify(
     known = [names.get(tensor.name, tensor.name) for tensor in tensors]
     with _fitting(architecture):
         config = _with_found(architecture, config, known)
-        matcher = Matcher(architecture, config)
+        matcher = Matcher(architecture, config, quantised)
         matches = list(map(matcher.match, tensors, known))
         used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
         used |= {group for name in used if (group := architecture.axes[name].get("group"))}
         axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
         cuts: dict[str, Cut] = {}
+        known_cuts: dict[tuple[int, tuple[int, ...], str], Cut] = {}  # layers are alike
         for tensor, match in zip(tensors, matches, strict=True):
-            cuts[tensor.name] = _cut(tensor, *match)
-            _check_sum(tensor, cuts[tensor.name], axes, architecture.name)
+            key = id(match), tensor.shape, tensor.dtype
+            if key not in known_cuts:
+                known_cuts[key] = _cut(tensor, *match, axes, architecture.name)
+            cuts[tensor.name] = known_cuts[key]
         matcher.check_complete()
         rule_names = {name: full for full, name in matcher.names.items()}
         check_biases(architecture, config, (rule_names[name] for name, cut in cuts.items() if cut.kind != "buffer"))
         float32 = float32_on_purpose(architecture, config, tensors, rule_names)
+    axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
     return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32)
@@ -87,7 +101,7 @@ def recognise(
     with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
         found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
-    seen = {pattern.text for candidates in found.values() for pattern, _, _ in candidates}
+    seen = {pattern.text for candidates in found.values() for pattern, *_ in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
 
@@ -106,35 +120,63 @@ def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis
     return Axis(name, count, unit, data.get("replicate", False), data.get("pad", False), data.get("group"))
 
 
-def _cut(tensor: TensorInfo, rule: Rule, companion: Companion, dims: tuple[str, ...]) -> Cut:
+def _cut(
+    tensor: TensorInfo,
+    rule: Rule,
+    companion: Companion,
+    dims: tuple[str, ...] | None,
+    axes: Mapping[str, Axis],
+    architecture: str,
+) -> Cut:
     """The cut of one tensor, from its module's rule: along the dim of the rule's axis, at that axis' ratio.
 
-    A companion that never has the axis is whole on every rank (a row-parallel bias, added once after the sum).
+    A companion that never has the axis is whole on every rank (a row-parallel bias, added once after the sum), and so
+    is a scale that is one for the whole of it.
     """
     axis = SPLIT_AXIS.get(rule.kind)
     if axis is None:
         return Cut(rule.kind)
-    if axis in dims:
-        return Cut(rule.kind, dims.index(axis), rule.axes, rule.interleave, companion.ratio.get(axis, 1))
-    if dims and not companion.has(axis):
+    if companion.whole:
+        return Cut("replicate")
+    if dims is not None and axis in dims:
+        dim = dims.index(axis)
+        ratio = _ratio(tensor, companion, axis, dim, rule, axes)
+        if ratio == WHOLE:
+            return Cut("replicate")
+        cut = Cut(rule.kind, dim, rule.axes, rule.interleave, 1 if ratio is None else ratio)
+        _check_sum(tensor, cut, axes, architecture, companion)
+        return cut
+    if dims is not None and (companion.role in ("scale", "other") or not companion.has(axis)):
         return Cut("replicate")
     raise UnsupportedError(
         f"{tensor.name} cannot be split by {rule.kind}: no dim of it is known to be `{axis}`",
         path=tensor.file,
         tensor=tensor.name,
-        found=f"shape {list(tensor.shape)}, dims {', '.join(dims) or 'unknown'}",
+        found=f"shape {list(tensor.shape)}, dims {', '.join(dims or ()) or 'unknown'}",
         hint="name the axis of each of its dims under [dims] in a rules file of your own",
     )
 
 
-def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str) -> None:
-    if cut.dim is None:
-        return
+def _ratio(
+    tensor: TensorInfo, companion: Companion, axis: str, dim: int, rule: Rule, axes: Mapping[str, Axis]
+) -> int | Fraction | None:
+    """How many elements of the cut's axes one element of the dim stands for: WHOLE for all, None where none fits."""
+    found, segments = tensor.shape[dim], [axes[name] for name in rule.axes]
+    expected = sum(each.count * each.unit for each in segments)
+    if companion.role == "scale" and len(tensor.shape) == 1 and found == len(segments) != expected:
+        return WHOLE  # a scale for each of the modules that are stored as one
+    return ratio_of(companion, axis, tensor.dtype, expected, found, segments[0].unit)
+
+
+def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architecture: str, companion: Companion) -> None:
+    assert cut.dim is not None
     terms = [f"{name} {axes[name].count} x {axes[name].unit}" for name in cut.segments]
     expected = sum(axes[name].count * axes[name].unit for name in cut.segments)
     if cut.ratio != 1:
         expected = -(-expected // cut.ratio)
         terms[-1] += f", {cut.ratio} of them an element"
+    elif companion.sizes:
+        terms[-1] += f", in groups or blocks of {' or '.join(map(str, companion.sizes))}"
     if tensor.shape[cut.dim] != expected:
         hint = "config.json and the weights are of different models, or these rules do not fit this one"
         raise contradiction(tensor, cut.dim, expected, f"{' + '.join(terms)}, {architecture} rules", hint)
@@ -142,3 +184,34 @@ def _check_sum(tensor: TensorInfo, cut: Cut, axes: Mapping[str, Axis], architect
         what = f"{tensor.name}: {' + '.join(terms)} cannot be interleaved per {cut.interleave}"
         multiples = f"counts that are multiples of {axes[cut.interleave].count}"
         raise CorruptError(what, tensor=tensor.name, expected=multiples)
+
+
+def _with_steps(axes: Mapping[str, Axis], cuts: Mapping[str, Cut]) -> dict[str, Axis]:
+    """The axes with the fewest of their units that end where elements of all companions end.
+
+    An axis of which only the whole does (two matrices stored as one, which meet inside a block) has all its units as
+    one step. Interleaved segments are dealt by whole repeats, unless each segment of a repeat ends with an element.
+    """
+    found = dict(axes)
+    first = {cut: name for name, cut in reversed(list(cuts.items())) if cut.ratio != 1}
+    for cut, tensor in first.items():
+        repeats = axes[cut.interleave].count if cut.interleave else 1
+        sizes = [axes[name].count // repeats * axes[name].unit for name in cut.segments]
+        apart = all(size % cut.ratio == 0 for size in (sizes if cut.interleave else sizes[:-1]))
+        for name in cut.segments:
+            axis = found[name]
+            if apart:
+                step = _multiple(axis.unit, cut.ratio)
+            elif cut.interleave:
+                step = _multiple(sum(sizes), cut.ratio) * (axis.count // repeats)
+            else:
+                step = axis.count
+            if axis.step % step:
+                step = min(lcm(axis.step, step), axis.count)
+                found[name] = replace(axis, step=step, step_of=tensor)
+    return found
+
+
+def _multiple(unit: int, ratio: int | Fraction) -> int:
+    """The fewest units that are a whole number of elements."""
+    return ratio.numerator // gcd(unit * ratio.denominator, ratio.numerator)

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from tpshard.errors import CorruptError
-from tpshard.planning.model import CASTABLE
 from tpshard.rules import expression
 from tpshard.rules.architecture import NUMBER, Architecture, Conditional, asks_layer, compile_pattern
 from tpshard.rules.quantisation.schemes import split_name
@@ -122,7 +121,7 @@ def float32_on_purpose(
 
     In conditions, `mixed` is true where most of the checkpoint is stored in fewer bits.
     """
-    bits = dict.fromkeys(CASTABLE, 0)
+    bits = dict.fromkeys(("F64", "F32", "F16", "BF16"), 0)
     for tensor in tensors:
         if tensor.dtype in bits:
             bits[tensor.dtype] += tensor.nbytes

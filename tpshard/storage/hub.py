@@ -1,20 +1,23 @@
 """Repositories on the Hugging Face Hub: what is in one, byte ranges of it, snapshots in the shared cache.
 
-Here and in `hub_errors` alone huggingface_hub is imported, and only when a repository is asked for.
+Here, in `hub_cache` and in `hub_errors` alone huggingface_hub is imported, and only when a repository is asked for.
 Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
 """
 
-import hashlib
+import io
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
-from tpshard.storage.files import require_space
-from tpshard.storage.hub_errors import TransientError, UnreachableError, attempt, not_a_hub
+from tpshard.storage.carried import LeftOut, Listing, Selection, listing_of, select
+from tpshard.storage.foreign import recognised
+from tpshard.storage.hub_cache import CachedCommit, RemoteFile, damaged, quiet, recorded_listing
+from tpshard.storage.hub_errors import NoRepositoryError, TransientError, UnreachableError, attempt, not_a_hub
+from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
 from tpshard.storage.weights import ReadFile, files_to_download
 
@@ -29,26 +32,21 @@ _FILE_ENDINGS = (".safetensors", ".json", ".bin", ".git")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository's files at one commit, in the shared cache; `note` says why the cache answered for the Hub."""
+    """A repository's files at one commit, in the shared cache; `note` says why the cache answered for the Hub.
+
+    left_out: what of the repository was not downloaded.
+    """
 
     path: Path
     repo_id: str
     revision: str
     note: str | None = None
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository: bytes, and its digest where the Hub stores it as a large file."""
-
-    name: str
-    size: int
-    sha256: str | None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
 class RemoteRepo:
-    """The files in a repository's root at one commit, as a source; `revision` is the commit's hash.
+    """The files of a repository at one commit, as a source; `revision` is the commit's hash.
 
     All that reads raises HubError.
     """
@@ -63,7 +61,10 @@ class RemoteRepo:
         return self.repo_id
 
     def names(self) -> set[str]:
-        return {file.name for file in self.files}
+        return {file.name for file in self.files if "/" not in file.name}
+
+    def listing(self) -> Listing:
+        return listing_of((file.name, file.size) for file in self.files)
 
     def path(self, name: str) -> None:
         """None: nothing of it is on this machine."""
@@ -103,7 +104,7 @@ class RemoteRepo:
         return attempt(read, self.repo_id, self.revision)
 
     def read_small(self, name: str) -> bytes:
-        """A whole file, checked against the Hub's digest where there is one."""
+        """A whole file, checked against the Hub's digest."""
         file = self._file(name)
         limit = INDEX_LIMIT if name.endswith(".index.json") else SMALL_LIMIT
         if file.size > limit:
@@ -116,9 +117,8 @@ class RemoteRepo:
                 return _exactly(chunks, file.size, name)
 
         content = attempt(read, self.repo_id, self.revision)
-        digest = hashlib.sha256(content).hexdigest()
-        if file.sha256 not in (None, digest):
-            raise HubError(f"{name} in {self.repo_id} arrived damaged", expected=f"sha256 {file.sha256}", found=digest)
+        if differs := file.why_not(io.BytesIO(content), len(content)):
+            raise damaged(name, self.repo_id, *differs)
         return content
 
 
@@ -128,6 +128,19 @@ def is_repo_id(text: str) -> bool:
         return False
     parts = text.split("/")
     return len(parts) <= 2 and all(_PART.fullmatch(part) for part in parts)
+
+
+@contextmanager
+def named(text: str) -> Iterator[None]:
+    """For a text that no path has, and may be a misspelt one: that is said first where the Hub does not know it either.
+
+    So it is where the Hub does not answer.
+    """
+    try:
+        yield
+    except (UnreachableError, NoRepositoryError) as error:
+        error.message = f"there is no file or directory {text}; as a repository on the Hub: {error.message}"
+        raise
 
 
 def describe(repo_id: str, revision: str | None) -> RemoteRepo:
@@ -147,11 +160,10 @@ def describe(repo_id: str, revision: str | None) -> RemoteRepo:
             raise not_a_hub() from error
         files = []
         for entry in info.siblings or ():
-            if "/" in entry.rfilename:
-                continue
             if entry.size is None:
                 raise not_a_hub()
-            files.append(RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None))
+            of_large, of_small = (entry.lfs.sha256, None) if entry.lfs else (None, entry.blob_id)
+            files.append(RemoteFile(entry.rfilename, entry.size, of_large, of_small))
         if info.sha is None:
             raise not_a_hub()
         return RemoteRepo(repo_id, info.sha, tuple(files))
@@ -164,6 +176,7 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
 
     Pickle weights are fetched only with `allow_pickle`, and only where there are no safetensors. Files that the cache
     has already are not fetched again. When the Hub cannot be reached, a complete snapshot in the cache is taken.
+    What is fetched is held against the Hub's sizes and digests, and taken out of the cache where it differs.
     Raises HubError, UnsafeError (only pickle weights), UnsupportedError (no weights), LocalIOError: also, before the
     weights are asked for, when the cache's disk has no room for them.
     """
@@ -176,27 +189,31 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
     except UnreachableError as error:
         return _from_cache(repo_id, revision, allow_pickle, error)
 
+    cache = CachedCommit(repo.repo_id, repo.revision, repo.files)
+
     def index(name: str) -> bytes:
-        return Path(hf_hub_download(repo_id, name, revision=repo.revision)).read_bytes()
+        with cache.checked((name,)):
+            path = Path(hf_hub_download(repo_id, name, revision=repo.revision))
+        return path.read_bytes()
 
     def fetch(part: tuple[str, ...]) -> Path:
         # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
+        with cache.checked(part):
+            path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
+        if path.name != repo.revision:
+            what = f"{repo_id} changed while it was downloaded"
+            raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
+        return path
 
-    with _without_bars():
-        names = [file.name for file in repo.files]
-        side, weights = attempt(lambda: _select(repo_id, names, allow_pickle, index), repo_id, revision)
-        _require_space(repo, {*side, *weights})
+    with quiet():
+        chosen, weights = attempt(lambda: _select(repo_id, repo.listing(), allow_pickle, index), repo_id, revision)
+        side = chosen.carried
+        cache.require_space({*side, *weights})
         # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
         attempt(lambda: fetch(side), repo_id, revision)
         path = attempt(lambda: fetch(weights), repo_id, revision)
-    if path.name != repo.revision:
-        what = f"{repo_id} changed while it was downloaded"
-        raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
-    for file in repo.files:
-        if file.name in side or file.name in weights:
-            _check_cached(path / file.name, file, repo_id)
-    return Snapshot(path, repo_id, repo.revision)
+    cache.require_whole({*side, *weights})
+    return Snapshot(path, repo_id, repo.revision, left_out=chosen.left_out)
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -240,12 +257,13 @@ def _exactly(chunks: Iterator[bytes], length: int, name: str) -> bytes:
     return bytes(content)
 
 
-def _select(
-    repo_id: str, names: Collection[str], allow_pickle: bool, index: ReadFile
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files to have: the side files, and the weights in one form. `index` reads an index file."""
-    weights = files_to_download(names, allow_pickle, index)
+def _select(repo_id: str, listing: Listing, allow_pickle: bool, index: ReadFile) -> tuple[Selection, tuple[str, ...]]:
+    """The files to have: those that travel, and the weights in one form. `index` reads an index file."""
+    names = [name for name in listing.sizes if "/" not in name]
+    weights = files_to_download(names, allow_pickle, index, repo_id)
     if not weights:
+        if error := recognised(names, repo_id, "an ordinary Hugging Face checkpoint"):
+            raise error
         found = sorted(name for name in names if not name.startswith("."))
         if any(fits(name, [PICKLE_PATTERN]) for name in names):
             what = f"{repo_id} has only pickle weights, and unpickling can run code"
@@ -256,7 +274,7 @@ def _select(
             expected="*.safetensors",
             found=", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "") or "no files",
         )
-    return tuple(side_files(names)), weights
+    return select(listing, weights, next((name for name in weights if name.endswith(".json")), weights[0])), weights
 
 
 def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: UnreachableError) -> Snapshot:
@@ -270,18 +288,22 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
         raise type(reason)(
             f"{reason.message}, and the cache has no snapshot of {repo_id} at {revision or 'main'}", hint=reason.hint
         ) from reason
-    tree = _recorded_names(repo_id, path.name)
-    names = tree if tree is not None else [entry.name for entry in path.iterdir()]
+    tree = recorded_listing(repo_id, path.name)
+    listing = Directory(path).listing() if tree is None else tree
+    names = [name for name in listing.sizes if "/" not in name]
 
     def index(name: str) -> bytes:
         return (path / name).read_bytes()
 
-    wanted = {CONFIG}
+    wanted, left_out = {CONFIG}, list[LeftOut]()
     try:
-        if tree is None and not files_to_download(names, allow_pickle, index):
+        if tree is None and not files_to_download(names, allow_pickle, index, repo_id):
             wanted.add("*.safetensors")
         else:
-            wanted.update(*_select(repo_id, names, allow_pickle, index))
+            chosen, weights = _select(repo_id, listing, allow_pickle, index)
+            wanted.update(side_files(names), weights)
+            left_out = [*chosen.left_out]
+            left_out += [LeftOut(name, "not in the cache") for name in chosen.carried if not (path / name).is_file()]
     except FileNotFoundError as error:  # the index itself
         wanted.add(Path(error.filename).name)
     missing = sorted(name for name in wanted if not (path / name).is_file())
@@ -292,62 +314,5 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
             found="no " + ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else ""),
             hint=reason.hint,
         ) from reason
-    return Snapshot(path, repo_id, path.name, note=f"{reason.message}; using the cached snapshot {path.name}")
-
-
-def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
-    """LocalIOError when the disk of the cache has no room for what of these files it does not have yet."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-    stored = cache / f"models--{repo.repo_id.replace('/', '--')}"
-
-    def held(file: RemoteFile) -> int:
-        places = [stored / "snapshots" / repo.revision / file.name]
-        if file.sha256:  # of another commit, or begun by a version of huggingface_hub that goes on with it
-            places += [stored / "blobs" / f"{file.sha256}{ending}" for ending in ("", ".incomplete")]
-        return max(place.stat().st_size if place.exists() else 0 for place in places)
-
-    needed = sum(max(0, file.size - held(file)) for file in repo.files if file.name in names)
-    hint = "free some space, or set HF_HOME to a directory on another disk"
-    require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
-
-
-def _recorded_names(repo_id: str, commit: str) -> list[str] | None:
-    """The names in the repository's root at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
-    import huggingface_hub
-
-    listing = getattr(huggingface_hub, "get_cached_repo_tree", None)
-    if listing is None:
-        return None
-    try:
-        return [entry.path for entry in listing(repo_id, revision=commit) if "/" not in entry.path]
-    except huggingface_hub.errors.CachedRepoTreeNotFoundError:
-        return None
-
-
-def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found == file.size:
-        return
-    if found is None:
-        raise HubError(f"{file.name} of {repo_id} was not downloaded", path=path, hint="run the command again")
-    what = f"{file.name} of {repo_id} is damaged in the cache"
-    hint = f"delete {path.resolve()} and run the command again"
-    raise HubError(what, path=path, expected=f"{file.size} bytes", found=f"{found} bytes", hint=hint)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """huggingface_hub's own progress bars switched off."""
-    from huggingface_hub import constants, utils
-
-    bars: Any = utils  # these names are public, but not declared so
-    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or bars.are_progress_bars_disabled():
-        yield
-        return
-    bars.disable_progress_bars()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bars()
+    note = f"{reason.message}; using the cached snapshot {path.name}"
+    return Snapshot(path, repo_id, path.name, note, tuple(left_out))

@@ -29,6 +29,10 @@ class TransientError(UnreachableError):
     """The Hub gave no answer this time: worth another attempt."""
 
 
+class NoRepositoryError(HubError):
+    """The Hub has no repository of the name, or shows it to nobody without a login."""
+
+
 def attempt(action: Callable[[], T], repo_id: str, revision: str | None) -> T:
     """What `action` returns, tried again while the Hub's failure may pass; its last failure as an error of ours."""
     for wait in (*RETRY_WAITS, None):
@@ -79,7 +83,8 @@ def failure(error: BaseException, repo_id: str, revision: str | None) -> Tpshard
         return HubError(message, hint=f"ask for access at {endpoint}/{repo_id}, then {LOGIN}")
     if "RepositoryNotFoundError" in kinds:
         hint = f"check the spelling, for a path that it exists; for a private repository {LOGIN}"
-        return HubError(f"there is no repository {repo_id} at {endpoint}, or it is private (HTTP {status})", hint=hint)
+        what = f"there is no repository {repo_id} at {endpoint}, or it is private (HTTP {status})"
+        return NoRepositoryError(what, hint=hint)
     if "RevisionNotFoundError" in kinds:
         return HubError(
             f"{repo_id} has no revision {revision or 'main'}", hint="--revision takes a branch, a tag or a commit hash"
@@ -111,7 +116,7 @@ def _network_failure(error: BaseException, kinds: set[str], endpoint: str, detai
         return UnreachableError(f"cannot connect to {endpoint}: {detail}", hint=hint)
     if kinds & {"NetworkError", "ProtocolError", "ChunkedEncodingError", "XetDownloadError"}:
         return TransientError(f"the connection to {endpoint} broke: {detail}", hint="run the command again")
-    if "JSONDecodeError" in kinds or "FileMetadataError" in kinds:
+    if kinds & {"JSONDecodeError", "FileMetadataError", "TooManyRedirects", "DecodingError", "ContentDecodingError"}:
         return not_a_hub()
     if isinstance(error, OSError) and error.errno is not None:
         return LocalIOError(f"cannot use the cache: {error.strerror}", path=error.filename)

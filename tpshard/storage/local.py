@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,16 +11,24 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tpshard.errors import CorruptError, LocalIOError, UnsafeError
-from tpshard.storage.names import side_files
+from tpshard.storage.carried import Listing, hidden
+from tpshard.storage.names import LOCK, MANIFEST, SIDE_PATTERNS, fits
 from tpshard.storage.safetensors import Header
 from tpshard.storage.source import fetch_header
+
+Content = bytes | Path
+"""A small file: its bytes, or where they are, so that not all are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Directory:
-    """A directory as a source: an unsharded checkpoint, or a snapshot in the Hub's cache."""
+    """A directory as a source: an unsharded checkpoint, or a snapshot in the Hub's cache.
+
+    follow: its files may be symlinks to anywhere.
+    """
 
     root: Path
+    follow: bool = False
     requests: ClassVar[int] = 1
     _paths: dict[str, Path] = field(default_factory=dict, repr=False, compare=False)
 
@@ -32,10 +40,17 @@ class Directory:
         """The names of all that is in the directory, subdirectories as well."""
         return {entry.name for entry in entries(self.root)}
 
+    def listing(self) -> Listing:
+        """All files, in folders as well; nothing behind a symlink that leads out of the directory."""
+        sizes: dict[str, int] = {}
+        unread: dict[str, str] = {}
+        _list(self.root, "", sizes, unread, self.follow)
+        return Listing(sizes, unread)
+
     def path(self, name: str) -> Path:
         """The file's path, which may be read: see `safe_path`."""
         if name not in self._paths:
-            self._paths[name] = safe_path(self.root, name)
+            self._paths[name] = safe_path(self.root, name, self.follow)
         return self._paths[name]
 
     def size(self, name: str) -> int:
@@ -72,9 +87,37 @@ def load_json(raw: bytes, path: object) -> Any:
         raise CorruptError(f"not valid JSON: {error}", path=path, found=repr(raw[:40])) from None
 
 
-def side_paths(directory: Path, names: Iterable[str]) -> tuple[Path, ...]:
-    """The side files among `names`, as paths that may be read: see `safe_path`."""
-    return tuple(safe_path(directory, name) for name in side_files(names))
+def content_of(content: Content) -> bytes:
+    """The bytes of a small file that is in memory or on disk."""
+    return content if isinstance(content, bytes) else read_bytes(content)
+
+
+def content_size(content: Content) -> int:
+    """The bytes that a small file has."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def _list(root: Path, below: str, sizes: dict[str, int], unread: dict[str, str], follow: bool) -> None:
+    """Add the files in a folder (`below` ends in `/`) and in its folders; no symlink to a folder is followed."""
+    for entry in sorted(entries(root / below)):
+        name = below + entry.name
+        if entry.is_dir():
+            holds_set = (entry / MANIFEST).exists() or (entry / LOCK).exists()
+            reason = hidden(entry.name) or ("a shard set" if holds_set else None)
+            if reason or entry.is_symlink():
+                unread[f"{name}/"] = reason or "a symlink to a folder"
+            else:
+                _list(root, f"{name}/", sizes, unread, follow)
+        elif reason := hidden(entry.name):
+            unread[name] = reason
+        else:
+            try:
+                sizes[name] = safe_path(root, name, follow).stat().st_size
+            except (UnsafeError, CorruptError, OSError):
+                if below == "" and fits(name, SIDE_PATTERNS):
+                    raise  # without it the model is another one
+                linked = "a symlink that leads out of the directory, or to nothing"
+                unread[name] = linked if entry.is_symlink() else "not a file"
 
 
 def entries(directory: Path) -> list[Path]:
@@ -125,16 +168,21 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
         raise LocalIOError(f"cannot read the file: {reason}", path=path, hint=hint) from error
 
 
-def safe_path(directory: Path, name: str) -> Path:
-    """A file of the model; UnsafeError when a symlink leads out of the model's directory and the Hub's cache."""
+def safe_path(directory: Path, name: str, follow: bool | None = None) -> Path:
+    """A file of the model; UnsafeError when a symlink leads out of the model's directory and the Hub's cache.
+
+    follow: it may lead anywhere; None: it may not, and no option allows it.
+    """
     path = directory / name
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
     allowed = [root, hub_cache()]
     if root.parent.name == "snapshots":  # of a cache elsewhere: its files are symlinks into the blobs beside it
         allowed.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(place) for place in allowed):
+    if not follow and not any(real.is_relative_to(place) for place in allowed):
         what = f"{name} is a symlink that leaves the model's directory"
         hint = "copy the file into the model's directory if you trust it"
+        if follow is not None:
+            hint = "if you trust where it leads, --follow-symlinks reads it"
         raise UnsafeError(what, path=path, expected="a file of the model or of the Hub's cache", found=real, hint=hint)
     if not real.is_file():
         found = "something else" if real.exists() else f"a symlink to nothing: {real}" if path.is_symlink() else None

@@ -10,8 +10,13 @@ SAFETENSORS_INDEX = f"{SAFETENSORS}.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = f"{PICKLE}.index.json"
 PICKLE_PATTERN = "pytorch_model*.bin"
-QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files in which quantisation tools say what they did, some of them nowhere else."""
+QUANTISED = {
+    "quantization_config.json": None,
+    "hf_quant_config.json": "modelopt",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+"""Files in which quantisation tools say what they did, some of them nowhere else; whose they are if they do not say."""
 META_PARAMS = "params.json"
 DCP_METADATA = ".metadata"
 
@@ -45,10 +50,18 @@ SIDE_PATTERNS = (
     "processor_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
-    *QUANTISED,  # a quantised checkpoint that says so only here must still be recognised, to be refused
+    *QUANTISED,
     *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),
 )
-"""Files that travel with the weights: configuration, tokenizer, chat template, licence."""
+"""Files that a checkpoint usually has beside its weights: configuration, tokenizer, chat template, licence."""
+WEIGHTS = tuple(
+    f"*.{ending}"
+    for ending in (
+        "safetensors bin pth pt ckpt gguf ggml h5 hdf5 keras msgpack onnx onnx_data onnx.data tflite pb ot mlmodel "
+        "pdparams nemo distcp pkl pickle engine"
+    ).split()
+)
+"""Files that hold weights in any form, or what a trainer keeps."""
 
 
 def fits(name: str, patterns: Iterable[str]) -> bool:
@@ -66,8 +79,8 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
 
 
 def side_files(names: Iterable[str]) -> list[str]:
-    """Those of `names` that travel with the weights, sorted."""
-    return sorted(name for name in names if fits(name, SIDE_PATTERNS))
+    """Those of `names` that a checkpoint usually has, sorted."""
+    return sorted(name for name in names if "/" not in name and fits(name, SIDE_PATTERNS))
 
 
 def rank_stem(rank: int, tp: int) -> str:

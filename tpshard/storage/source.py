@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from tpshard.storage.carried import Listing
 from tpshard.storage.safetensors import Header, TensorInfo, header_length, parse_header
 
 _FIRST = 1 << 16
@@ -27,7 +28,10 @@ class Source(Protocol):
         """How many reads at a time are worth while: 1 where the bytes are near."""
 
     def names(self) -> Collection[str]:
-        """The names of all files."""
+        """The names of all files, without those in folders."""
+
+    def listing(self) -> Listing:
+        """All files, in folders as well."""
 
     def size(self, name: str) -> int:
         """A file's size in bytes."""

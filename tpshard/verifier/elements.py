@@ -17,6 +17,11 @@ from tpshard.verifier.ranks.pieces import rows_at
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import layer_of
 
+ACTIVATION_SCALES = (
+    *("input_scale", "input_scale_ub", "input_global_scale", "input_zero_point", "activation_scale", "output_scale"),
+    *(f"{kind}_{what}" for kind in "qkv" for what in ("scale", "zero_point")),
+)
+"""How the names end of what scales activations and the KV cache: one for all, or one a head, and these in order."""
 BLOCK_BYTES = 1 << 24
 """Bytes of a tensor that are compared at a time."""
 
@@ -196,7 +201,8 @@ def idle(
         asked = layer is None or layer in layers or layer >= count == len(layers)
         if asked and name not in used and all(name in rank.names() for rank in ranks):
             sides = [Held(rank, name) for rank in ranks]
-            yield Parameter(name, Held(source, name), sides, padded=True, runs=False, known=False)
+            scale = name.endswith(ACTIVATION_SCALES)
+            yield Parameter(name, Held(source, name), sides, padded=not scale, runs=False, known=scale)
 
 
 def _slices(tensor: Readable, dim: int) -> Iterator[bytes]:

@@ -47,6 +47,7 @@ class VerifyOptions:
     allow_pickle: bool = False
     nproc: int | None = None
     allow_not_run: tuple[str, ...] = ()
+    follow_symlinks: bool = False
 
     def __post_init__(self) -> None:
         for what, given, known in (

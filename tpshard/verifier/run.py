@@ -15,6 +15,7 @@ from tpshard.verifier.builtin.prepare import open_both, ready
 from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.memory import pick_device
 from tpshard.verifier.options import Say, VerifyOptions, silent
+from tpshard.verifier.ranks.claims import false_claims
 from tpshard.verifier.ranks.translate import require_replicas, stored_in
 from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
@@ -43,7 +44,7 @@ def verify(
     started = time.monotonic()
     where = pick_device(options.device)
     group = team or Threads(1)
-    shards, config, weights = group.together(lambda: open_both(options.shards, source, options.allow_pickle))
+    shards, config, weights = group.together(lambda: open_both(options, source))
     team = team or Threads(len(shards.ranks))
     opened = OpenedSet(shards, config, weights, source, team, where, prompt, sharing, say)
     from tpshard.verifier.hf import prepare as library
@@ -65,10 +66,16 @@ def _tiers(run: EngineRun, opened: OpenedSet, first: Callable[[], Tier] | None) 
         begun = time.monotonic()
         done.append(team.once(first))
         seconds[done[0].name] = time.monotonic() - begun
-    for name, judge in run.begin().items():
+    judges = run.begin()
+    wrong = team.together(lambda: false_claims(opened.shards, opened.config, opened.source.as_stored))
+    for name, judge in judges.items():
         begun = time.monotonic()
         opened.say("transformers as the reference" if name == "transformers" else f"{name} tier")
-        tier, injected = _judged(name, opened, judge, run)
+        if wrong:  # an engine that believes it computes something else, whatever the tensors are
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            tier, injected = Tier(name, "fail", reason=f"{wrong[0]}{more}"), list[Canary]()
+        else:
+            tier, injected = _judged(name, opened, judge, run)
         seconds[name] = time.monotonic() - begun
         done.append(tier)
         canaries += injected

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.backend import Backend, Canaries
-from tpshard.verifier.elements import FirstDifference, Parameter, Readable, Share, difference
+from tpshard.verifier.dequantise.faults import COMPANION_FAULTS, with_fault
+from tpshard.verifier.dequantise.view import DequantisedWeights
+from tpshard.verifier.elements import FirstDifference, Held, Parameter, Readable, Share, difference
 from tpshard.verifier.options import Say
 from tpshard.verifier.progress import Progress
 from tpshard.verifier.report.verdict import Canary, Finding, Place, Tier, layer_of
@@ -44,7 +46,8 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
         not_run=tuple(parameter.name for parameter in idle),
         by_running=tuple(each.name for each in parameters if each.runs and not each.known and each.dim is not None),
     )
-    cut = [each.name for each in idle if each.dim is not None and not each.name.startswith(tuple(allowed))]
+    cut = [each.name for each in idle if not each.known and each.dim is not None]
+    cut = [name for name in cut if not name.startswith(tuple(allowed))]
     if any(ranks):
         return backend.team.once(lambda: _blamed(backend, tier, parameters, ranks))
     if cut:
@@ -129,7 +132,34 @@ def _rows_exchanged(rows: Tensor) -> Tensor:
     return rows
 
 
-_FAULTS = {"bit-flipped": _bit_flipped, "rows-exchanged": _rows_exchanged, "copy-stale": lambda rows: rows.roll(1, -1)}
+Damage = Callable[[Parameter], Readable | None]
+"""What the last rank has of a parameter, with a fault; None where the fault does not apply."""
+
+
+def _in_rows(change: Callable[[Tensor], Tensor]) -> Damage:
+    return lambda parameter: _Damaged(parameter.ranks[-1], change)
+
+
+def _in_companions(fault: str) -> Damage:
+    def damage(parameter: Parameter) -> Readable | None:
+        mine, other = parameter.ranks[-1], parameter.ranks[0]
+        if not (isinstance(mine, Held) and isinstance(other, Held) and isinstance(mine.weights, DequantisedWeights)):
+            return None
+        if not isinstance(other.weights, DequantisedWeights) or mine.name not in mine.weights.recipes:
+            return None
+        found = with_fault(fault, mine.weights, mine.name, other.weights)
+        return None if found is None else Held(found, mine.name)
+
+    return damage
+
+
+_BIT = "bit-flipped"
+_FAULTS: Mapping[str, Damage] = {
+    _BIT: _in_rows(_bit_flipped),
+    "rows-exchanged": _in_rows(_rows_exchanged),
+    "copy-stale": _in_rows(lambda rows: rows.roll(1, -1)),
+    **{fault: _in_companions(fault) for fault in COMPANION_FAULTS},
+}
 
 
 def weights_canaries(backend: Backend) -> list[Canary]:
@@ -141,10 +171,10 @@ def weights_canaries(backend: Backend) -> list[Canary]:
 
     def work() -> list[Canary]:
         canaries = []
-        for name, change in _FAULTS.items():
+        for name, damage in _FAULTS.items():
             # Of a cut that nobody knows, the order of what a rank holds is not judged.
-            sure = [each for each in kinds.values() if each.known or each.dim is None or change is _bit_flipped]
-            judged = [_caught(parameter, change) for parameter in sure]
+            sure = [each for each in kinds.values() if each.known or each.dim is None or name == _BIT]
+            judged = [_caught(parameter, damage(parameter)) for parameter in sure]
             if any(caught is not None for caught in judged):
                 missed = sum(caught is False for caught in judged)
                 canaries.append(Canary(name, "weights", "missed" if missed else "caught", float(missed)))
@@ -153,14 +183,19 @@ def weights_canaries(backend: Backend) -> list[Canary]:
     return backend.team.once(work)
 
 
-def _caught(parameter: Parameter, change: Callable[[Tensor], Tensor]) -> bool | None:
+def _caught(parameter: Parameter, damaged: Readable | None) -> bool | None:
     """Whether the tier sees a changed tensor of the last rank; None where the change changes nothing."""
-    held = parameter.ranks[-1]
-    damaged = _Damaged(held, change)
-    if difference(damaged, Share(held)) is None:
+    if damaged is None or _alike(damaged, parameter.ranks[-1]):
         return None
     changed = replace(parameter, ranks=(*parameter.ranks[:-1], damaged))
     try:
         return difference(damaged, changed.shares()[-1]) is not None
     except DifferentError:
         return True
+
+
+def _alike(damaged: Readable, held: Readable) -> bool:
+    try:
+        return difference(damaged, Share(held)) is None
+    except DifferentError:
+        return False  # companions that do not fit each other

@@ -330,6 +330,34 @@ def test_another_archive_is_read_where_it_lies(splits: Splits, tmp_path: Path) -
     assert torch.equal(open_shards(shards).ranks[0].get(Q), RECTANGLE)
 
 
+@pytest.mark.parametrize(
+    ("change", "message", "tensor"),
+    [
+        (lambda found: found.state_dict_metadata.pop(Q), "where a tensor lies and not what it is", Q),
+        (lambda found: placed_in(found, "../set/__0_0.distcp"), "into another directory", Q),
+        (lambda found: placed_in(found, 3), "not torch's metadata", None),
+        (lambda found: delattr(found.state_dict_metadata[Q], "size"), "not torch's metadata", None),
+        (lambda found: found.state_dict_metadata[Q].chunks.append(None), "not torch's metadata", None),
+        (lambda found: setattr(found, "storage_data", [Q]), "not torch's metadata", None),
+    ],
+)
+def test_a_metadata_that_torch_would_not_write_is_refused(
+    change: Callable[[Any], None], message: str, tensor: str | None, splits: Splits, tmp_path: Path
+) -> None:
+    model, good = splits("llama-gqa", 2, "dcp")
+    shards = Path(shutil.copytree(good, tmp_path / "set"))
+    metadata(shards, change)
+    with pytest.raises(CorruptError, match=message) as error:
+        judged(model, shards)
+    assert error.value.tensor == tensor and str(error.value.path).endswith(".metadata")
+
+
+def placed_in(found: Any, path: object) -> None:
+    """Say that Q's first rectangle lies in another file."""
+    index = next(index for index in found.storage_data if index.fqn == Q)
+    found.storage_data[index] = replace(found.storage_data[index], relative_path=path)
+
+
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("called",))

@@ -77,7 +77,7 @@ class _Reading:
 
     @property
     def dim(self) -> int:
-        axes = PLAIN["weight"].axes(2)
+        axes = PLAIN["weight"].forms[1]
         return (axes[::-1] if self.conv1d else axes).index(SPLIT_AXIS[self.kind])
 
     @property

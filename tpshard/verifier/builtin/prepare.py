@@ -1,6 +1,5 @@
 """What is decided and loaded before a number is computed: prompt, layers, tokens, memory."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,11 +17,23 @@ from tpshard.verifier.builtin.partition import require_described
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.criteria import no_tf32
+from tpshard.verifier.dequantise.sides import dequantised, quantised
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.group import Processes
+from tpshard.verifier.hf.skeleton import fill, frame_of, model_config, skeleton
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
-from tpshard.verifier.ranks.open import FileWeights, RankSet, needed, open_shards, open_source, parameters, resident
+from tpshard.verifier.ranks.open import (
+    FileWeights,
+    RankSet,
+    main_dtype,
+    needed,
+    open_shards,
+    open_source,
+    parameters,
+    require_floats,
+    resident,
+)
 from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
@@ -52,10 +63,18 @@ class Case:
     """The steps of tokens, once they are chosen."""
 
 
-def open_both(shards: Path, source: Path, allow_pickle: bool) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
-    opened = open_shards(Path(shards))
-    config, weights = open_source(Path(source), cast=opened.cast, allow_pickle=allow_pickle)
-    return translated(opened, weights.names()), config, weights
+def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
+    """Shards under the source's names, its config and its tensors; of quantised modules, the weights that they make."""
+    opened = open_shards(options.shards)
+    how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
+    config, weights = open_source(source, cast=opened.cast, **how)
+    found = quantised(opened, weights, config, source)
+    opened = translated(opened, weights.names())
+    if found:
+        opened, weights = dequantised(opened, weights, found)
+    for each in (weights, *opened.ranks):
+        require_floats(each, parameters(each))
+    return opened, config, weights
 
 
 def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
@@ -143,7 +162,7 @@ def _begin(case: Case) -> Mapping[str, JudgeTier]:
     if "weights" in case.options.computed:
         judges = {"weights": partial(judge_weights, case.setup, case.options.allow_not_run, opened.say), **judges}
     if case.options.reference == "transformers":
-        judges["transformers"] = lambda: (against_transformers(kept.setup, opened.path), None)
+        judges["transformers"] = lambda: (against_transformers(kept.setup, opened), None)
     return judges
 
 
@@ -168,7 +187,7 @@ def _steps(case: Case, setup: DecoderBackend) -> list[Tensor]:
 
 def _native(case: Case, setup: DecoderBackend) -> tuple[Tier, Canaries | None]:
     weights = case.opened.shards.ranks[0]
-    dtype = Counter(weights.dtype(name) for name in parameters(weights)).most_common(1)[0][0]
+    dtype = main_dtype(weights, parameters(weights))
     if setup.block_bytes is None:
         source, cpu = case.opened.source, setup.device.type == "cpu"
         kept, wide = (_kept(case, source, each if cpu else None) for each in (dtype, torch.float64))
@@ -178,20 +197,29 @@ def _native(case: Case, setup: DecoderBackend) -> tuple[Tier, Canaries | None]:
     return tier, partial(native_canaries, setup, dtype) if len(setup.ranks) > 1 else None
 
 
-def against_transformers(setup: DecoderBackend, source: Path) -> Tier:
-    """Logits of the sharded model in float64 against those of transformers' model of the source."""
+def against_transformers(setup: DecoderBackend, opened: OpenedSet) -> Tier:
+    """Logits of the sharded model in float64 against those of transformers' model of the source.
+
+    The class of a quantised model is that of the unquantised one, with the weights that its modules make.
+    """
     try:
         from transformers import AutoModelForCausalLM
     except ImportError:
         raise UnsupportedError("this needs transformers", hint="pip install transformers") from None
     if setup.layers is not None:
         return Tier("transformers", "inconclusive", reason="transformers runs all layers, and --layers asks for some")
-    # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.
-    attention = "eager" if setup.family.softcap is not None else "sdpa"
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float64, attn_implementation=attention, local_files_only=True
-    )
-    model.train(False).to(setup.device)
+    wide = torch.float64
+    if opened.source.dequantised:
+        frame = frame_of(model_config(opened.config))
+        model: Any = skeleton(frame.config, wide, setup.device)
+        fill(model, frame, opened.source, wide, setup.device)
+    else:
+        # Its eager attention adds Falcon's ALiBi twice; SDPA does not, but cannot cap Gemma's scores.
+        attention = "eager" if setup.family.softcap is not None else "sdpa"
+        model = AutoModelForCausalLM.from_pretrained(
+            opened.path, dtype=wide, attn_implementation=attention, local_files_only=True
+        )
+        model.train(False).to(setup.device)
     with no_tf32(), torch.no_grad():
         wanted = model(setup.prompt).logits
         errors = setup.errors(torch.float64, Reference(wanted))

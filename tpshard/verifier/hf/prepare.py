@@ -1,6 +1,5 @@
 """What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
@@ -14,7 +13,7 @@ from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, 
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, require_finite
-from tpshard.verifier.ranks.open import elements, require_floats
+from tpshard.verifier.ranks.open import elements, main_dtype, require_floats
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
@@ -99,8 +98,7 @@ def _begin(
 
     def judge_native() -> tuple[Tier, Canaries | None]:
         rank = opened.shards.ranks[0]
-        # The dtype of most of the shards' tensors.
-        dtype = Counter(rank.dtype(name) for name in sides.frame.stored(rank)).most_common(1)[0][0]
+        dtype = main_dtype(rank, sides.frame.stored(rank))
         tier = native(sides.counting("native", opened.say), dtype, *taught())
         return tier, partial(native_canaries, sides, dtype) if len(sides.ranks) > 1 else None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
+from tpshard.verifier.dequantise.find import QUANTISATION
 from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
@@ -34,6 +35,8 @@ SEEING = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text":
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
+# Weights are dequantised before a class has them.
+_LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
 _HEADED = ("CausalLM", "LMHead", "ConditionalGeneration")
 TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
 
@@ -83,14 +86,12 @@ def model_config(config: Mapping[str, Any]) -> Any:
             ", ".join(sorted(MODEL_TYPES)),
         )
         raise UnsupportedError(what, expected=tried, hint="--tier bytes compares the files")
-    if config.get("quantization_config"):
-        raise UnsupportedError("verify computes with floating-point weights only", found="a quantization_config")
     from huggingface_hub.errors import StrictDataclassError
 
     # Every rank's model would repeat the library's remarks on the config.
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
-    settings = {key: _plain(value) for key, value in config.items() if key not in ("model_type", "architectures")}
+    settings = {key: _plain(value) for key, value in config.items() if key not in _LEFT_OUT}
     try:
         return AutoConfig.for_model(config["model_type"], **settings)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:

@@ -5,11 +5,11 @@ A set holds every rectangle once, and says nothing of ranks but by its files. `d
 
 import io
 import json
+import operator
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Chunk:
         return tuple(at + size for at, size in zip(self.at, self.info.shape, strict=True))
 
 
+SHARDING = "DCP_SHARDING_INFO"
+"""The key of a safetensors file's metadata under which torch finds where the file's rectangles lie."""
 Chunks = Mapping[str, Sequence[Chunk]]
 """The rectangles in one rank's files, by the name of their tensor."""
 
@@ -53,7 +55,7 @@ Chunks = Mapping[str, Sequence[Chunk]]
 def of_header(header: Header, path: Path) -> Iterator[Chunk]:
     """The rectangles of a safetensors file of the Hugging Face flavour."""
     try:
-        said = json.loads(header.metadata["DCP_SHARDING_INFO"])
+        said = json.loads(header.metadata[SHARDING])
         places = {info.name: tuple(map(int, said[info.name]["saved_offsets"])) for info in header.tensors}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptError(f"the file does not say where its tensors begin: {error!r}", path=path) from None
@@ -70,6 +72,19 @@ class _Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where `.metadata` puts a rectangle of a tensor, the tensor's dtype, and the shapes of what begins there."""
+
+    name: str
+    at: tuple[int, ...]
+    dtype: torch.dtype
+    shapes: Sequence[tuple[int, ...]]
+    file: str
+    begin: int
+    length: int
+
+
 def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
     """The rectangles that `.metadata` speaks of, by the name of their file; nothing of the tensors is read.
 
@@ -78,33 +93,56 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
     """
     path = directory / DCP_METADATA
     try:
-        found = _Metadata(io.BytesIO(path.read_bytes())).load()
-        tensors, stored = dict(found.state_dict_metadata), dict(found.storage_data)
+        sizes, places = _listed(_Metadata(io.BytesIO(path.read_bytes())).load(), path)
     except FileNotFoundError:
         raise CorruptError(".metadata is missing", path=path) from None
-    except (UnsafeError, OSError):
+    except (TpshardError, OSError):
         raise
     except Exception as error:  # damaged bytes make pickle fail in every way
         raise CorruptError(f"not torch's metadata: {error}", path=path) from None
     chunks: dict[str, list[Chunk]] = {}
-    for index, place in stored.items():
-        described = tensors[index.fqn]
-        if not hasattr(described, "chunks"):
-            continue  # not a tensor
-        file = directory / place.relative_path
-        info = _archived(index.fqn, file, place.offset, place.length)
-        shapes = [tuple(chunk.sizes) for chunk in described.chunks if chunk.offsets == index.offset]
-        alike = shapes == [info.shape] and len(index.offset) == len(info.shape)
-        if not alike or DTYPES[info.dtype] != described.properties.dtype:
-            message, expected = "the archive is not what .metadata says", f"{described.properties.dtype} {shapes}"
+    for place in places:
+        file = directory / place.file
+        info = _archived(place.name, file, place.begin, place.length)
+        alike = place.shapes == [info.shape] and len(place.at) == len(info.shape)
+        if not alike or DTYPES[info.dtype] != place.dtype:
+            message, expected = "the archive is not what .metadata says", f"{place.dtype} {place.shapes}"
             there = f"{info.dtype} {info.shape}"
-            raise CorruptError(message, path=file, tensor=index.fqn, expected=expected, found=there)
-        chunks.setdefault(file.name, []).append(Chunk(tuple(index.offset), info))
-    _require_sizes(path, tensors, chain.from_iterable(chunks.values()))
+            raise CorruptError(message, path=file, tensor=place.name, expected=expected, found=there)
+        chunks.setdefault(place.file, []).append(Chunk(place.at, info))
+    _require_sizes(path, sizes, chain.from_iterable(chunks.values()))
     return chunks
 
 
-def _require_sizes(path: Path, tensors: Mapping[str, Any], chunks: Iterable[Chunk]) -> None:
+def _listed(metadata: Any, path: Path) -> tuple[dict[str, list[int]], list[_Place]]:
+    """Sizes of the tensors that `.metadata` describes, and the places of their rectangles.
+
+    CorruptError for a rectangle of a tensor that it does not describe, or in a file elsewhere. Of another structure
+    than torch's it fails in every way.
+    """
+    described = dict(metadata.state_dict_metadata)
+    tensors = {name: each for name, each in described.items() if hasattr(each, "chunks")}  # the others are no tensors
+    places = []
+    for index, place in metadata.storage_data.items():
+        if index.fqn not in described:
+            message = ".metadata says where a tensor lies and not what it is"
+            raise CorruptError(message, path=path, tensor=index.fqn, found=f"a place in {place.relative_path}")
+        if (tensor := tensors.get(index.fqn)) is None:
+            continue
+        if Path(place.relative_path).name != place.relative_path:
+            message = ".metadata puts a tensor into another directory"
+            raise CorruptError(message, path=path, tensor=index.fqn, found=place.relative_path)
+        dtype, shapes = tensor.properties.dtype, [_ints(c.sizes) for c in tensor.chunks if c.offsets == index.offset]
+        begin, length = _ints((place.offset, place.length))
+        places.append(_Place(index.fqn, _ints(index.offset), dtype, shapes, place.relative_path, begin, length))
+    return {name: list(_ints(tensor.size)) for name, tensor in tensors.items()}, places
+
+
+def _ints(values: Iterable[Any]) -> tuple[int, ...]:
+    return tuple(map(operator.index, values))
+
+
+def _require_sizes(path: Path, sizes: Mapping[str, list[int]], chunks: Iterable[Chunk]) -> None:
     """CorruptError where a tensor's rectangles do not end where `.metadata` says that the tensor does.
 
     Torch makes a tensor of the size that is described, and leaves it unwritten where no rectangle lies.
@@ -112,10 +150,8 @@ def _require_sizes(path: Path, tensors: Mapping[str, Any], chunks: Iterable[Chun
     found: dict[str, list[Chunk]] = {}
     for chunk in chunks:
         found.setdefault(chunk.info.name, []).append(chunk)
-    for name, described in tensors.items():
-        if not hasattr(described, "chunks"):
-            continue  # not a tensor
-        expected, held = list(described.size), list(_size(found[name])) if name in found else "no pieces"
+    for name, expected in sizes.items():
+        held = list(_size(found[name])) if name in found else "no pieces"
         if held != expected:
             message = "a tensor's pieces are not of the size that .metadata gives it"
             raise CorruptError(message, path=path, tensor=name, expected=expected, found=held)
@@ -181,7 +217,7 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
     there for fewer ranks than there are, neighbours share; so do they where the first of them has more rectangles than
     the others, the last ones: a fused k and v. CorruptError where rectangles do not make the tensor.
     """
-    tp, begin = len(files), attrgetter("at")
+    tp, begin = len(files), operator.attrgetter("at")
     for name in dict.fromkeys(name for held in files for name in held):
         dim = _tiled(name, [chunk for held in files for chunk in held.get(name, ())])
         owned = sorted((sorted(held[name], key=begin) for held in files if name in held), key=lambda c: begin(c[0]))

@@ -135,6 +135,9 @@ class PieceWeights(FileWeights):
         self.pieces = pieces
 
     def get(self, name: str) -> Tensor:
+        piece = self.pieces[name]
+        if isinstance(piece, Stored):
+            return piece.weights.get(piece.name)
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

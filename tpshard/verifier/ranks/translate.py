@@ -10,7 +10,7 @@ from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
-from tpshard.verifier.ranks.open import RankSet, parameters, require_floats
+from tpshard.verifier.ranks.open import RankSet
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
 
@@ -29,8 +29,6 @@ def translated(opened: RankSet, source: Collection[str]) -> RankSet:
         return opened
     made = _dealt(opened) if opened.chunks else _renamed(opened)
     ranks = [PieceWeights({_as_source(name, source): piece for name, piece in pieces.items()}) for pieces in made]
-    for rank in ranks:
-        require_floats(rank, parameters(rank))
     return replace(opened, ranks=tuple(ranks), stored=opened.ranks)
 
 
@@ -73,8 +71,9 @@ def _as_source(name: str, source: Collection[str]) -> str:
     """The name as the source has it: published files may lack the base prefix, or a part of it."""
     rest, dot = name, "."
     while dot:
-        if rest in source:
-            return rest
+        for each in (rest, f"{rest.removesuffix('.scale')}.weight_scale_inv"):  # DeepSeek's convert.py says scale
+            if each in source and (each == rest or rest.endswith(".scale")):
+                return each
         _, dot, rest = rest.partition(".")
     return name
 

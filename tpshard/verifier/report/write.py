@@ -1,6 +1,7 @@
 """A verdict, or the error in its place, as JSON, JUnit XML, Markdown and HTML."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from tpshard.errors import LocalIOError, TpshardError, UsageError
+from tpshard.units import printable
 from tpshard.verifier.report.page import error_page, to_html
 from tpshard.verifier.report.verdict import SCHEMA_VERSION, Verdict
 from tpshard.verifier.report.wording import caught, reasons, rows
@@ -21,10 +23,10 @@ def to_json(verdict: Verdict) -> str:
 def _case(suite: str, name: str, status: str, said: str) -> str:
     body = ""
     if status in ("fail", "inconclusive", "missed"):
-        body = f"<failure type={quoteattr(status)}>{escape(said)}</failure>"
+        body = f"<failure type={quoteattr(status)}>{escape(printable(said))}</failure>"
     elif status not in ("pass", "caught"):
-        body = f"<skipped message={quoteattr(said)}/>"
-    return f'    <testcase classname="tpshard.verify{suite}" name={quoteattr(name)}>{body}</testcase>'
+        body = f"<skipped message={quoteattr(printable(said))}/>"
+    return f'    <testcase classname="tpshard.verify{suite}" name={quoteattr(printable(name))}>{body}</testcase>'
 
 
 def to_junit(verdict: Verdict) -> str:
@@ -45,14 +47,25 @@ def to_markdown(verdict: Verdict) -> str:
     """A summary for a CI step."""
     lines = [f"## tpshard verify: {verdict.verdict}", ""]
     if verdict.reason:
-        lines += [verdict.reason, ""]
-    lines += [f"`{verdict.shards}` (tp {verdict.tp}) against `{verdict.source}` ({verdict.model_type})", ""]
+        lines += [_md(verdict.reason), ""]
+    shards, source, model_type = map(_md, (verdict.shards, verdict.source, verdict.model_type))
+    lines += [f"{shards} (tp {verdict.tp}) against {source} ({model_type})", ""]
     lines += ["| tier | status | figures | worst place |", "| --- | --- | --- | --- |"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(verdict)]
-    lines += ["", *(f"- {reason}" for reason in reasons(verdict))]
+    lines += ["| " + " | ".join(map(_md, row)) + " |" for row in rows(verdict)]
+    lines += ["", *(f"- {_md(reason)}" for reason in reasons(verdict))]
     lines += ["", caught(verdict) + "."] if verdict.canaries else []
-    lines += [f"- warning: {warning}" for warning in verdict.warnings]
+    lines += [f"- warning: {_md(warning)}" for warning in verdict.warnings]
     return "\n".join(lines) + "\n"
+
+
+def _md(text: str) -> str:
+    """Text as Markdown shows it, whatever names are in it: no tags, links or emphasis, and no line break."""
+    return re.sub(r"([\\`*\[\]|!~])", r"\\\1", escape(printable(text), quote=False))
+
+
+def _error_markdown(error: TpshardError, shards: str) -> str:
+    lines = ["## tpshard verify: error", "", f"{_md(shards)}: {_md(str(error))}"]
+    return "\n".join([*lines, *([f"\nhint: {_md(error.hint)}"] if error.hint else [])]) + "\n"
 
 
 def error_json(error: TpshardError) -> dict[str, Any]:
@@ -62,20 +75,17 @@ def error_json(error: TpshardError) -> dict[str, Any]:
 
 def _error_junit(error: TpshardError, shards: str) -> str:
     counts = 'tests="1" failures="0" errors="1" skipped="0"'
-    body = f"<error type={quoteattr(error.code)}>{escape(_told(error))}</error>"
-    case = f'<testcase classname="tpshard.verify" name={quoteattr(shards)}>{body}</testcase>'
+    told = printable(str(error)) + (f"\nhint: {printable(error.hint)}" if error.hint else "")
+    body = f"<error type={quoteattr(error.code)}>{escape(told)}</error>"
+    case = f'<testcase classname="tpshard.verify" name={quoteattr(printable(shards))}>{body}</testcase>'
     suite = f'<testsuite name="tpshard verify" {counts}>{case}</testsuite>'
     return f'<?xml version="1.0" encoding="UTF-8"?>\n<testsuites {counts}>\n  {suite}\n</testsuites>\n'
-
-
-def _told(error: TpshardError) -> str:
-    return str(error) if error.hint is None else f"{error}\nhint: {error.hint}"
 
 
 KINDS: Mapping[str, tuple[Callable[[Verdict], str], Callable[[TpshardError, str], str]]] = {
     ".json": (to_json, lambda error, shards: json.dumps(error_json(error), indent=2, sort_keys=True) + "\n"),
     ".xml": (to_junit, _error_junit),
-    ".md": (to_markdown, lambda error, shards: f"## tpshard verify: error\n\n`{shards}`: {_told(error)}\n"),
+    ".md": (to_markdown, _error_markdown),
     ".html": (to_html, error_page),
 }
 """By a file's ending: the report of a verdict, and of an error, given the name of the shards."""

@@ -1,0 +1,75 @@
+"""What a set says of itself beside its tensors, held against the source: its config, and the places in its headers.
+
+An engine believes both. Nothing here knows how `split` writes them: what split may change in a config is said again,
+and the places of a tensor's shares follow from their shapes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tpshard.storage.json_differences import KeyDifference, key_differences
+from tpshard.verifier.ranks.dcp import Chunk, Chunks
+from tpshard.verifier.ranks.open import RankSet
+from tpshard.verifier.ranks.weights import Weights
+
+_TIED = "tie_word_embeddings"
+_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_EMBEDDINGS = tuple(
+    f"{each}.weight" for each in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+)
+
+
+def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) -> list[str]:
+    """What of a set's config and headers is not so, where its tensors are judged against this source."""
+    changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened))
+    return [*(f"config.json: {each}" for each in changed), *_misplaced(opened.said, source)]
+
+
+def _is_of_split(each: KeyDifference, opened: RankSet) -> bool:
+    """Whether split makes a key this other one: a cast's dtype, and whether an engine's files have a head apart."""
+    if each.key.rpartition(".")[2] in ("dtype", "torch_dtype"):
+        return opened.cast_name is not None and each.found == f'"{opened.cast_name}"'
+    if each.key != _TIED or opened.format != "vllm":
+        return False
+    names = opened.ranks[0].names()
+    both = any(name in names for name in _HEADS) and any(name.endswith(_EMBEDDINGS) for name in names)
+    return each.found == ("false" if both else "true")
+
+
+def _misplaced(said: Sequence[Chunks], source: Weights) -> Iterator[str]:
+    """Tensors of which a rank does not begin where the ranks before it end.
+
+    torch puts rectangles of safetensors files together by that alone. Ranks that hold the same share say the same
+    place; where shares are equal, each place is said by as many ranks as any other.
+    """
+    for name in dict.fromkeys(name for rank in said for name in rank):
+        chunks = [rank[name][0] for rank in said if name in rank]
+        if not _in_order(chunks, _size(name, source)):
+            found = ", ".join(f"{list(chunk.at)} to {list(chunk.end)}" for chunk in chunks)
+            yield f"the headers put the ranks' parts of {name} where they do not belong: {found}"
+
+
+def _size(name: str, source: Weights) -> tuple[int, ...] | None:
+    """The shape of a tensor in the source, which may leave out the name's base prefix."""
+    while name not in source.names():
+        _, dot, name = name.partition(".")
+        if not dot:
+            return None
+    return source.shape(name)
+
+
+def _in_order(chunks: Sequence[Chunk], size: tuple[int, ...] | None) -> bool:
+    """Whether parts lie one behind the other in a tensor of this size, from its beginning to its end."""
+    whole = (0,) * len(chunks[0].at)
+    if size is None or all(chunk.info.shape == size for chunk in chunks):
+        return all(chunk.at == whole for chunk in chunks)
+    dims = [dim for dim, total in enumerate(size) if any(chunk.info.shape[dim] != total for chunk in chunks)]
+    if len(dims) != 1 or any(chunk.at[: dims[0]] + chunk.at[dims[0] + 1 :] != whole[1:] for chunk in chunks):
+        return False
+    (dim,) = dims
+    places = [(chunk.at[dim], chunk.end[dim]) for chunk in chunks]
+    different = sorted({place for place in places if place[0] < place[1]})
+    ends = [0, *(end for _, end in different)]
+    tiled = [begin for begin, _ in different] == ends[:-1] and ends[-1] == size[dim]
+    alike = len({end - begin for begin, end in places}) > 1 or len({places.count(place) for place in different}) == 1
+    return tiled and alike and places == sorted(places)
