@@ -240,4 +240,4 @@ def _object(lines: Iterable[_Line]) -> Iterator[bytes]:
 
 
 compact = json.JSONEncoder(separators=(",", ":")).encode
-"""Compact JSON. LayoutRows of tensors are put together from pieces: an encoder for each would take ten times as long."""
+"""Compact JSON. Rows of tensors are put together from pieces: an encoder for each would take ten times as long."""
