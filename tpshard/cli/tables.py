@@ -11,7 +11,6 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from tpshard.cli.console import Console
-from tpshard.planning.deal import why_not
 from tpshard.report.capacity import number_lines
 from tpshard.report.results import InspectReport, PlanReport, quantisation_line, shares_of, stored_json
 from tpshard.units import human_bytes
@@ -129,13 +128,12 @@ def _text_line(text: Mapping[str, Any]) -> str:
 
 def _reasons(report: PlanReport) -> str:
     """Each tp up to 16 that would cut a unit, by what it would cut; of the many above, just that they are."""
-    axes, shown = report.deal.axes.values(), dict[str, list[int]]()
-    impossible = [tp for tp, _ in report.impossible_tp]
-    for tp in (tp for tp in impossible if tp <= _MOST_TP):
-        cut = next(axis for axis in axes if why_not(axis, tp))
-        shown.setdefault(f"{cut.count} {cut.name} do not divide", []).append(tp)
+    shown: dict[str, list[int]] = {}
+    for tp, axis in report.cut_axes:
+        if tp <= _MOST_TP:
+            shown.setdefault(f"{axis.count} {axis.name} do not divide", []).append(tp)
     reasons = [f"tp {_runs(numbers).replace(',', ', ')} ({why})" for why, numbers in shown.items()]
-    rest = sum(tp > _MOST_TP for tp in impossible)
+    rest = sum(tp > _MOST_TP for tp, _ in report.cut_axes)
     return "; ".join(reasons + ([f"{rest} more above {_MOST_TP} (--json lists them)"] if rest else []))
 
 

@@ -62,9 +62,14 @@ class PlanReport:
     @property
     def impossible_tp(self) -> list[tuple[int, str]]:
         """The tp up to the largest possible one that would cut a unit, with the first reason each."""
+        return [(tp, why_not(axis, tp) or "") for tp, axis in self.cut_axes]
+
+    @property
+    def cut_axes(self) -> list[tuple[int, Axis]]:
+        """The tp up to the largest possible one that would cut a unit, with the first axis that has such units."""
         axes = self.deal.axes
-        whys = ((tp, [why_not(axis, tp) for axis in axes.values()]) for tp in range(2, largest_tp(axes) + 1))
-        return [(tp, reason) for tp, reasons in whys if (reason := next(filter(None, reasons), None))]
+        cut = ((tp, [axis for axis in axes.values() if why_not(axis, tp)]) for tp in range(2, largest_tp(axes) + 1))
+        return [(tp, found[0]) for tp, found in cut if found]
 
     def padding(self) -> list[dict[str, Any]]:
         """Axes that are padded with zeros, as the files have it: formats pad differently, or not at all."""
