@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpshard.formats.split import Split
+from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
 from tpshard.planning.layout import Row
 from tpshard.report import plan_rows
