@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tpshard import __version__
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, volume
-from tpshard.planning.layout import Part, RankShare, RowKind, Rows, StoredTensor
+from tpshard.planning.layout import LayoutRows, Part, RankShare, RowKind, StoredTensor
 from tpshard.planning.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def cut_from_json(entry: Mapping[str, Any]) -> Cut:
     return Cut(entry["rule"], entry.get("dim"), segments, entry.get("interleave"), ratio)
 
 
-def _all_stored(rows: Rows) -> Iterator[str]:
+def _all_stored(rows: LayoutRows) -> Iterator[str]:
     """A line for every stored tensor, with what each rank has of it; null for a rank that has none."""
     known: dict[RowKind, list[str | int]] = {}
     for row in rows.rows:

@@ -18,7 +18,7 @@ from tpshard.formats.engine_layout import ParameterParts, joined, shares_of
 from tpshard.formats.engine_tables import EngineFamily, fit, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
-from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, Rows, StoredTensor
+from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.safetensors import DTYPE_BITS
@@ -55,7 +55,7 @@ class ShardedState(Format):
             *_scales(family, named.values(), options.tp),
         ]
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
-        return RankLayouts(Rows(rows, options.tp), dealt, dropped)
+        return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""

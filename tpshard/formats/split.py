@@ -12,7 +12,7 @@ from tpshard.formats.manifest import FORMAT_VERSION, manifest_of, set_name
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, deal, require_even
 from tpshard.planning.join import OutputFile, uncollected
-from tpshard.planning.layout import Layout, Rows, rows_of
+from tpshard.planning.layout import Layout, LayoutRows, rows_of
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
@@ -72,7 +72,7 @@ class RankLayouts:
     dropped: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> LayoutRows:
         """The layout by stored tensors, for whoever can do things once for all that are alike."""
         return rows_of(self.layout)
 

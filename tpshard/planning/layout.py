@@ -136,7 +136,7 @@ class Row(NamedTuple):
     kind: RowKind
 
 
-class Rows(Sequence[tuple[StoredTensor, ...]]):
+class LayoutRows(Sequence[tuple[StoredTensor, ...]]):
     """A layout by stored tensors: layers are alike, so what ranks hold is there once for each kind of row.
 
     Each rank's own list of stored tensors is made when it is asked for.
@@ -192,9 +192,9 @@ def _named(row: Row, stored: StoredTensor, owners: Sequence[int]) -> StoredTenso
     return StoredTensor(row.name, stored.dtype, stored.shape, parts, *stored[4:])
 
 
-def rows_of(layout: Layout) -> Rows:
+def rows_of(layout: Layout) -> LayoutRows:
     """A layout by rows; rows of the same kind are found by comparing what the ranks hold."""
-    if isinstance(layout, Rows):
+    if isinstance(layout, LayoutRows):
         return layout
     names: dict[str, list[StoredTensor | None]] = {}
     for rank, held in enumerate(layout):
@@ -207,7 +207,7 @@ def rows_of(layout: Layout) -> Rows:
         index = {tensor: owner for owner, tensor in enumerate(tensors)}
         shares = tuple(None if stored is None else _unnamed(stored, index) for stored in ranks)
         rows.append(Row(name, tensors, kinds.setdefault(shares, RowKind(shares))))
-    return Rows(rows, len(layout))
+    return LayoutRows(rows, len(layout))
 
 
 def _unnamed(stored: StoredTensor, index: Mapping[str, int]) -> RankShare:
@@ -272,7 +272,7 @@ def _intervals(
     return tuple(kept), tuple(fills), stored
 
 
-def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Deal) -> Rows:
+def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Deal) -> LayoutRows:
     """The layout of a tensor-parallel split: every rank's tensors, in the order of `tensors`."""
     known: dict[tuple[Shape, Cut, str], RowKind] = {}  # layers are alike
     rows = []
@@ -282,7 +282,7 @@ def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Dea
             _check_ratio(tensor, tensors, axes, dealt)
             known[key] = RowKind(tuple(_share(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size)))
         rows.append(Row(tensor.name, (tensor.name,), known[key]))
-    return Rows(rows, dealt.mesh.size)
+    return LayoutRows(rows, dealt.mesh.size)
 
 
 def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> RankShare:

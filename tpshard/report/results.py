@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpshard.formats.split import Split
+from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
 from tpshard.planning.layout import Row
 from tpshard.report import plan_rows
@@ -65,20 +66,24 @@ class PlanReport:
     @property
     def impossible_tp(self) -> list[tuple[int, str]]:
         """The tp up to the largest possible one that would cut a unit, with the first reason each."""
+        return [(tp, why_not(axis, tp) or "") for tp, axis in self.cut_axes]
+
+    @property
+    def cut_axes(self) -> list[tuple[int, Axis]]:
+        """The tp up to the largest possible one that would cut a unit, with the first axis that has such units."""
         axes = self.deal.axes
-        whys = ((tp, [why_not(axis, tp) for axis in axes.values()]) for tp in range(2, largest_tp(axes) + 1))
-        return [(tp, reason) for tp, reasons in whys if (reason := next(filter(None, reasons), None))]
+        cut = ((tp, [axis for axis in axes.values() if why_not(axis, tp)]) for tp in range(2, largest_tp(axes) + 1))
+        return [(tp, found[0]) for tp, found in cut if found]
 
     @property
     def impossible(self) -> str:
         """Each tp up to 16 that would cut a unit, by what it would cut; of the many above, just that they are."""
-        axes, shown = self.deal.axes.values(), dict[str, list[int]]()
-        impossible = [tp for tp, _ in self.impossible_tp]
-        for tp in (tp for tp in impossible if tp <= _MOST_TP):
-            cut = next(axis for axis in axes if why_not(axis, tp))
-            shown.setdefault(f"{cut.count} {cut.name} do not divide", []).append(tp)
+        shown: dict[str, list[int]] = {}
+        for tp, axis in self.cut_axes:
+            if tp <= _MOST_TP:
+                shown.setdefault(f"{axis.count} {axis.name} do not divide", []).append(tp)
         reasons = [f"tp {ranges(numbers).replace(',', ', ')} ({why})" for why, numbers in shown.items()]
-        rest = sum(tp > _MOST_TP for tp in impossible)
+        rest = sum(tp > _MOST_TP for tp, _ in self.cut_axes)
         return "; ".join(reasons + ([f"{rest} more above {_MOST_TP} (--json lists them)"] if rest else []))
 
     def padding(self) -> list[dict[str, Any]]:
