@@ -94,7 +94,7 @@ class RankSet:
 
     The ranks have the names and shapes of their files, which `translate.translated` turns into the source's; it keeps
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them; `said` are the
-    places that headers of other files state as well, for torch. `cast_name` is what the config calls the dtype of a cast set.
+    places that headers of other files state as well, for torch. `cast_name` names what a set was cast to.
     """
 
     directory: Path
