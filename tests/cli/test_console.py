@@ -24,7 +24,6 @@ from tests.helpers.toys import read_all, write
 from tpshard.cli import console as module
 from tpshard.cli.console import Console
 from tpshard.cli.main import main
-from tpshard.cli.tables import fold
 from tpshard.errors import CorruptError, Interrupted
 from tpshard.units import human_bytes
 
@@ -260,30 +259,6 @@ def test_a_bar_of_the_real_command(tmp_path: Path) -> None:
 
 
 # --- tables ---
-
-
-def test_layers_that_are_alike_are_one_row() -> None:
-    rows = [("embed", "a")]
-    rows += [(f"layers.{layer}.{name}", cell) for layer in range(12) for name, cell in (("q", "x"), ("norm", "y"))]
-    assert fold(rows, False) == [("embed", "a"), ("layers.{0-11}.q", "x"), ("layers.{0-11}.norm", "y")]
-    assert fold(rows, True) == rows
-
-
-def test_layers_that_differ_are_rows_of_their_own() -> None:
-    rows = [(f"h.{layer}.q", "wide" if layer in (2, 5) else "narrow") for layer in range(7)]
-    assert fold(rows, False) == [("h.{0-1,3-4,6}.q", "narrow"), ("h.{2,5}.q", "wide")]
-    assert fold([("h.3.q", "x")], False) == [("h.3.q", "x")]
-
-
-def test_experts_and_layers_that_are_alike_are_one_row() -> None:
-    rows = [(f"layers.{layer}.experts.{expert}.w{n}", "x") for layer in range(3) for expert in range(4) for n in (1, 2)]
-    assert fold(rows, False) == [("layers.{0-2}.experts.{0-3}.w1", "x"), ("layers.{0-2}.experts.{0-3}.w2", "x")]
-    del rows[rows.index(("layers.1.experts.2.w1", "x"))]
-    assert fold(rows, False)[:2] == [
-        ("layers.{0,2}.experts.{0-3}.w1", "x"),
-        ("layers.{0-2}.experts.{0-3}.w2", "x"),
-    ]
-    assert fold([("0.w", "x"), ("1.w", "x"), ("w2.x", "x")], False) == [("{0-1}.w", "x"), ("w2.x", "x")]
 
 
 def test_tables_print_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ EXAMPLES = {
     "the repo is not found or gated": "test_hub_repositories.py::test_not_on_the_hub",
     "the network fails": "test_hub_repositories.py::test_a_hub_that_fails",
     "offline and not in the cache": "test_hub_repositories.py::test_offline_without_a_copy",
+    "what arrives is not what the Hub described": "test_hub_repositories.py::test_a_hub_that_lies_about_a_file",
+    "or changes meanwhile": "test_hub_repositories.py::test_a_hub_that_moves_on_in_the_middle",
     "a tier of `verify` could not run": "test_verify_command.py::test_a_reference_that_was_asked_for_and_cannot_judge",
     "a fault injected on purpose was not noticed": "test_verdict.py::test_a_tier_that_misses_a_canary",
     "a tensor that nothing computes with is cut": "test_weights_tier.py::test_what_nothing_runs_and_is_cut",

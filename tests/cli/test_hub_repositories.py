@@ -279,6 +279,7 @@ def test_a_hub_that_lies_about_a_file(
     server: HubServer, source: Path, tmp_path: Path, name: str, of: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The weights come from another host, the small files from the Hub itself. Nothing wrong is kept."""
+    (source / "NOTICE").write_bytes((source / "LICENSE").read_bytes())  # of equal files the cache keeps one
     server.add(REPO, source)
     fault, words, hint = LIES[name]
     if name == "stalled":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,11 +13,18 @@ from pathlib import Path
 PATIENCE = 300
 """Seconds until a process that does not do what it should has hung."""
 _SCRIPT = """
-    import json, os, sys, time
+    import json, os, socket, sys, time
     sys.path.insert(0, {tests!r})
+    import tpshard.execute.writer
     from tests.crash.scene import fine_grained
     from tpshard.cli.main import main
     from tpshard.storage.files import Files
+
+    if host := {host!r}:  # whatever a program may ask for to tell hosts apart
+        name = os.uname_result((os.uname().sysname, host, *os.uname()[2:]))
+        os.uname, socket.gethostname = lambda: name, lambda: host
+        tpshard.storage.files.boot_id = tpshard.execute.writer.boot_id = lambda: host
+        os.getpid = lambda: {pid}
 
     write, vouched = Files.pwritev, []
 
@@ -26,6 +34,7 @@ _SCRIPT = """
             vouched.append(json.loads(bytes(buffers[0]))["offset"])
             return count
         while len(vouched) >= {files} and max(vouched) >= {vouched} and not os.path.exists({gate!r}):
+            open({gate!r} + ".reached", "w").close()
             time.sleep(0.01)
         return write(self, fd, buffers, offset)
 
@@ -35,13 +44,21 @@ _SCRIPT = """
 """
 
 
-def halting(gate: Path, files: int, vouched: int, *arguments: str) -> subprocess.Popen[str]:
-    """Start the command; it waits for `gate` when it has begun so many files and journalled so many bytes of one."""
-    tests = str(Path(__file__).parents[2])
-    script = textwrap.dedent(_SCRIPT).format(tests=tests, files=files, vouched=vouched, gate=str(gate))
+def halting(gate: Path, files: int, vouched: int, *arguments: str, host: str = "") -> subprocess.Popen[str]:
+    """Start the command; it waits for `gate` when it has begun so many files and journalled so many bytes of one.
+
+    host: the name and the boot id of another host that it runs on, with the process id of this one.
+    """
+    known = {"tests": str(Path(__file__).parents[2]), "gate": str(gate), "host": host, "pid": os.getpid()}
+    script = textwrap.dedent(_SCRIPT).format(files=files, vouched=vouched, **known)
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def reached(gate: Path) -> bool:
+    """Whether the process that waits for `gate` is there."""
+    return gate.with_name(gate.name + ".reached").exists()
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

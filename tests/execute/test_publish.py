@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -16,7 +17,7 @@ from unittest import mock
 import pytest
 
 import tpshard
-from tests.crash.processes import PATIENCE, halting, wait_for
+from tests.crash.processes import PATIENCE, halting, reached, wait_for
 from tests.crash.scene import Scene, Tree, by_hosts, fine_grained, looks_complete, scenes, tree
 from tests.crash.seams import Died, Faulty, Meanwhile, Recorder, one_thread, survived
 from tpshard.cli.main import main
@@ -101,6 +102,31 @@ def test_processes_with_other_ranks_go_on(source: Path, tmp_path: Path) -> None:
     assert tree(out) == by_hosts(tree(tmp_path / "direct"))
     finished = tree(out)
     assert exit_code(*split, "--ranks", "3") == 0 and tree(out) == finished, "there is nothing left to do"
+
+
+@pytest.mark.parametrize("ranks", [(), ("--ranks", "0,1")], ids=["whole", "ranks"])
+@pytest.mark.parametrize("fsync", [(), ("--no-fsync",)], ids=["fsync", "no-fsync"])
+def test_a_run_of_another_host_is_never_taken_for_dead(
+    source: Path, whole: Tree, tmp_path: Path, ranks: tuple[str, ...], fsync: tuple[str, ...]
+) -> None:
+    """While it lives nothing is taken from it. When it is killed, what only its host's memory had is written again."""
+    root, gate = tmp_path / "root", tmp_path / "gate"
+    command = ["split", str(source), "--tp", "2", "-o", str(root / "out"), *ranks, *fsync, "--workers", "1"]
+    work = root / ("out" if ranks else "out.partial")
+    first = halting(gate, 2, 1, *command, host="another")
+    wait_for(lambda: reached(gate), first)
+    assert any(json.loads(path.read_bytes())["offset"] for path in work.glob(".*.journal"))
+    seen = tree(root)
+    assert exit_code(*command) == 9
+    assert exit_code(*command[:-2], "--workers", "2") == 9
+    assert tree(root) == seen, "another host's files were touched"
+    first.kill()
+    first.communicate()
+    if fsync:  # what was not synced is lost where the host is, and the journals with a later boot say so
+        for path in work.glob("*.partial"):
+            path.write_bytes(bytes(path.stat().st_size))
+    assert exit_code(*command) == 0
+    assert tree(root) == {f"out/{name}": data for name, data in (by_hosts(whole) if ranks else whole).items()}
 
 
 # Locks

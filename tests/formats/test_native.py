@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import tpshard
 from tests.helpers import checkpoints
 from tpshard.execute.publish import Settings
-from tpshard.formats.split import FORMAT_VERSION
+from tpshard.formats.manifest import FORMAT_VERSION
 
 
 def tensors_of(directory: Path, rank: int, tp: int) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Random damage to the documents that commands read: manifest, rank record, config.json, index, rules.
+"""Random damage to the documents that commands read: manifest, record, checksums, config.json, index, rules, .metadata.
 
 A case changes a few places of one document and runs one command in this process. Whatever a document says, the command
 ends with a documented exit code and never as our bug (70), within seconds, and without taking memory.
@@ -36,6 +36,9 @@ VALUES: tuple[Any, ...] = (
 """What a place of a document may hold instead."""
 RULE_TEXTS = ("*" * 5000, "{" * 200, "**.weight", "model.*" * 300, "count = 0", "unit = -1", '"x" ** 9', "9" * 400)
 """What a line of a rules file may hold instead."""
+KINDS = (
+    "manifest", "manifest", "record", "sums", "metadata", "config of the model", "config of the set", "index", "rules",
+)  # fmt: skip
 
 Json = Any
 
@@ -117,8 +120,8 @@ class Case:
 def case(stage: Stage, work: Path, rng: random.Random) -> Case:
     """A random case, in a copy of the stage's files at `work`."""
     out = work / "out"
-    kind = rng.choice(("manifest", "manifest", "record", "config of the model", "config of the set", "index", "rules"))
-    model, form = work / "model", rng.choice(FORMATS)
+    kind = rng.choice(KINDS)
+    model, form = work / "model", "dcp" if kind == "metadata" else rng.choice(FORMATS)
     held = work / f"set-{form}"
     on_set: Callable[[], tuple[object, ...]] = lambda: rng.choice(  # noqa: E731
         (
@@ -141,6 +144,9 @@ def case(stage: Stage, work: Path, rng: random.Random) -> Case:
     if kind == "record":
         path = next(held.glob("rank-00001-of-*.json"))
         return Case(path, as_json(changed(json.loads(path.read_bytes()), rng), rng), on_set())
+    if kind in ("sums", "metadata"):
+        path = held / ("SHA256SUMS" if kind == "sums" else ".metadata")
+        return Case(path, _bytes(path.read_bytes(), rng), on_set())
     if kind == "config of the set":
         path = held / "config.json"
         return Case(path, as_json(changed(json.loads(path.read_bytes()), rng), rng), on_set())
@@ -167,6 +173,16 @@ def _digest(document: dict[str, Any]) -> object:
         return digest_of(document)
     except (TypeError, ValueError, AttributeError, KeyError):
         return document.get("set")
+
+
+def _bytes(raw: bytes, rng: random.Random) -> bytes:
+    """Content with one to three stretches changed, lost, or written twice."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        at = rng.randrange(len(raw) + 1)
+        end = min(len(raw), at + rng.choice((1, 1, 1, 4, 64)))
+        middle = rng.choice((b"", raw[at:end] * 2, rng.randbytes(end - at), bytes(end - at)))
+        raw = raw[:at] + middle + raw[end:]
+    return raw
 
 
 def _rules(text: str, rng: random.Random) -> bytes:

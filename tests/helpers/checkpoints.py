@@ -8,6 +8,7 @@ torch and transformers are imported inside the functions, so that collecting tes
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Callable
@@ -298,6 +299,7 @@ def published(
     tensors = _load(path)
     head = f"{family.head}.weight"
     if base_only:
+        config["architectures"] = [re.sub("ForCausalLM|LMHeadModel", "Model", each) for each in config["architectures"]]
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{family.head}.")}
     if tied_head_stored:
         if head in tensors or base_only:
@@ -314,6 +316,8 @@ def published(
         tensors = {n if n.startswith(keep) else family.prefix + n: tensor for n, tensor in tensors.items()}
     _copy_side_files(path, out)
     save_file({name: tensors[name] for name in sorted(tensors)}, out / "model.safetensors", metadata={"format": "pt"})
+    if base_only:
+        (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if old_keys:
         (out / "config.json").write_text(json.dumps(old_config(config), indent=2, sort_keys=True) + "\n")
     return out

@@ -272,7 +272,7 @@ def test_qkv_interleaved_per_head_is_one_plain_slice() -> None:
 def test_a_whole_tensor_is_one_part() -> None:
     tensor = LogicalTensor("norm.weight", "F32", (3, 4), Cut("replicate"))
     assert whole(tensor) == StoredTensor("norm.weight", "F32", (3, 4), (Part("norm.weight", ((0, 3), (0, 4)), (0, 0)),))
-    assert shard([tensor], {}, deal({}, Mesh(3))) == ((whole(tensor),),) * 3
+    assert tuple(shard([tensor], {}, deal({}, Mesh(3)))) == ((whole(tensor),),) * 3
 
 
 def test_replicas_are_equal_boxes_whatever_stands_beside_them() -> None:

@@ -153,6 +153,7 @@ def test_transformers_loads_what_was_merged(name: str, made: Made, quick: Settin
 def asked(architecture: Architecture) -> set[str]:
     """The config keys that a rules file looks at."""
     texts = [architecture.layers, *(rule.condition or "None" for rule in architecture.rules)]
+    texts += [each.condition for each in architecture.biases or ()]
     texts += [str(axis[key]) for axis in architecture.axes.values() for key in ("count", "unit") if key in axis]
     return {"tie_word_embeddings", *(name for text in texts for name in expression.names(text))}
 

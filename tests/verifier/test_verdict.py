@@ -253,8 +253,9 @@ def test_file_weights_read_what_is_stored(pair: tuple[Path, Path]) -> None:
     for name, tensor in stored.items():
         assert torch.equal(weights.get(name), tensor) and weights.shape(name) == tuple(tensor.shape)
         assert torch.equal(weights.rows(name, 3, 7), tensor[3:7])
-    _, cast = open_source(model, cast=torch.float16)
+    _, cast = open_source(model, cast={"lm_head.weight": torch.float16})
     assert cast.get("lm_head.weight").dtype == torch.float16
+    assert cast.get("model.norm.weight").dtype == stored["model.norm.weight"].dtype
     twice = [*weights.infos.values(), weights.infos["lm_head.weight"]]
     with pytest.raises(CorruptError, match="in two files"):
         FileWeights(twice)

@@ -17,13 +17,15 @@ def advise(
     revision: str | None = None,
     rules: str | Path | None = None,
     dtype: str | None = None,
+    follow_symlinks: bool = False,
 ) -> Advice:
     """Judge every tp from 1 to `gpus`. Of a Hub repo only config and headers are read.
 
-    workload: what the devices are to do, with the memory of one; UsageError without it. revision, rules, dtype: as in
-    `plan`. That the model fits on none is in the result, not raised.
+    workload: what the devices are to do, with the memory of one; UsageError without it. revision, rules, dtype,
+    follow_symlinks: as in `plan`. That the model fits on none is in the result, not raised.
     """
-    return advise_with(AdviseOptions(ModelOptions(model, revision, rules, dtype), gpus, workload))
+    source = ModelOptions(model, revision, rules, dtype, follow_symlinks=follow_symlinks)
+    return advise_with(AdviseOptions(source, gpus, workload))
 
 
 def advise_with(options: AdviseOptions) -> Advice:

@@ -266,14 +266,14 @@ def check_with(options: CheckOptions) -> CheckReport:
         return CheckReport(found, None, differences, [*unjudged.values(), *unchecked])
     how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
     checkpoint = open_checkpoint(options.source, options.revision, **how)
-    model = from_checkpoint(checkpoint, options.rules, found.model.dtype)
+    model = from_checkpoint(checkpoint, options.rules, found.model.dtype, cast_all=found.model.cast_all)
     planned = plan_split(model, found.options)
     placed = placed_in(checkpoint, model)
     convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))
     differences, absent = check_source(found, planned, placed, convert, options.settings), list[str]()
     if ours:
         # The name of the set is a digest of the source's name as well, which may have changed since.
-        framing = check_framing(found, replace(planned, set_id=found.split.set_id))
+        framing = check_framing(found, replace(planned, recorded=found.split.recorded))
         expected = written_beside(planned, checkpoint)
         beside, absent = check_beside(found, expected)
         unjudged = {name: note for name, note in unjudged.items() if name not in expected}

@@ -19,7 +19,7 @@ from tpshard.api.progress import followed
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Job, Settings, publish
 from tpshard.execute.run import Convert, conversion
-from tpshard.execute.target import is_written
+from tpshard.execute.target import check_room, is_written
 from tpshard.formats import DEFAULT_FORMAT, format_of, hf, writes
 from tpshard.formats.plan import plan_split, record
 from tpshard.formats.split import Options, Split
@@ -27,7 +27,7 @@ from tpshard.inputs.checkpoint import open_checkpoint, open_headers
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
 from tpshard.inputs.shard_set import is_shard_set
-from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.planning.join import OutputFile, Placed, join, uncollected
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import Content, load_json, read_bytes
@@ -53,26 +53,29 @@ def plan(
     allow_pickle: bool = False,
     follow_symlinks: bool = False,
     workload: Workload | None = None,
+    cast_all: bool = False,
 ) -> PlanReport:
     """Plan a split and write nothing. Of a Hub repo only config and headers are read.
 
     model: a directory, a .safetensors file, or a Hub repo (`org/name`, at `revision`). rules: an architecture file.
-    dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. uneven: deal units
-    that do not divide. shares: a weight for each rank, as `["0.5", "0.3", "0.2"]`. pad_vocab_to: the vocab's size after
-    padding; None is the next multiple of tp. max_file_size: bytes (default: 50 GB). format: as `--format` takes it.
+    dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. cast_all: those as well
+    that are float32 on purpose. uneven: deal units that do not divide. shares: a weight for each rank, as `["0.5",
+    "0.3", "0.2"]`. pad_vocab_to: the vocab's size after padding; None is the next multiple of tp. max_file_size: bytes
+    (default: 50 GB). format: as `--format` takes it.
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     return plan_with(PlanOptions(source, target, workload))
 
 
+@uncollected
 def plan_with(options: PlanOptions) -> PlanReport:
     """The plan that the options ask for."""
     model = options.model
     checkpoint = open_headers(model.path, model.revision, **model.reading)
-    built = from_checkpoint(checkpoint, model.rules, model.dtype)
+    built = from_checkpoint(checkpoint, model.rules, model.dtype, cast_all=model.cast_all)
     warnings = (*checkpoint.warnings, *built.notes)
     planned = plan_split(built, options.target.layout)
     return PlanReport(planned, warnings, options.workload, checkpoint.left_out)
@@ -97,14 +100,17 @@ def split(
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
     progress: bool = False,
+    cast_all: bool = False,
+    allow_overflow: bool = False,
 ) -> WriteReport:
     """Split a checkpoint for `tp` ranks into `out` (default: MODEL-tpN in the current directory).
 
     The model's options are those of `plan`. ranks: write only these, into a directory that other hosts write the other
-    ranks into. progress: show a bar. TargetError when `out` exists and `settings` do not say `overwrite`; after an
+    ranks into. progress: show a bar. allow_overflow: write infinity where a value is beyond `dtype`, which is otherwise
+    an UnsupportedError. TargetError when `out` exists and `settings` do not say `overwrite`; after an
     error or a kill the same call resumes.
     """
-    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
+    source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
     target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
     with followed("split", settings, progress) as how:
         return split_with(SplitOptions(model=source, target=target, out=out, ranks=ranks, settings=how))
@@ -114,14 +120,16 @@ def split_with(options: SplitOptions) -> WriteReport:
     """Split as the options ask for it."""
     model, layout = options.model, options.target.layout
     checkpoint = open_checkpoint(model.path, model.revision, **model.reading)
-    built = from_checkpoint(checkpoint, model.rules, model.dtype)
+    built = from_checkpoint(checkpoint, model.rules, model.dtype, cast_all=model.cast_all)
     target = _target(options.out, built, _suffix(layout))
     _check_distinct(checkpoint.directory, target)
     planned = plan_split(built, layout)
+    _check_room("split", planned, target, options)
     small = cast_files(checkpoint, model.dtype)
     placed, size = placed_in(checkpoint, built), layout.max_file_size
     warnings = (*checkpoint.warnings, *built.notes)
-    report = _write_split("split", planned, placed, small, target, options, size, warnings)
+    refuse = not model.allow_overflow
+    report = _write_split("split", planned, placed, small, target, options, size, warnings, refuse=refuse)
     return replace(report, left_out=checkpoint.left_out)
 
 
@@ -161,6 +169,7 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     target = _target(options.out, source.model, _suffix(layout))
     _check_distinct(source.directory, target)
     planned = plan_split(source.model, layout)
+    _check_room("reshard", planned, target, options)
     size = options.target.max_file_size
     small, recorded = small_files(source), source.recorded
     report = _write_split("reshard", planned, source.placed(), small, target, options, size, recorded=recorded)
@@ -193,7 +202,7 @@ def merge_with(options: MergeOptions) -> WriteReport:
     _check_distinct(source.directory, target)
     settings = replace(options.settings, checksum=False)
     made_of, size, recorded = source.manifest["set"], options.max_file_size, source.recorded
-    nbytes = _write_whole(
+    nbytes, _ = _write_whole(
         source.model, source.placed(), small_files(source), made_of, size, target, settings, recorded, sums=False
     )
     unread = is_shard_set(source.directory) and not recorded
@@ -211,15 +220,19 @@ def _write_split(
     max_file_size: int | None,
     warnings: tuple[str, ...] = (),
     recorded: Mapping[str, str] = MappingProxyType({}),
+    refuse: bool = True,
 ) -> WriteReport:
     """Write a planned split: all ranks, or those of the chosen ones that are not complete at `target`.
 
-    max_file_size: of a format without ranks.
+    max_file_size: of a format without ranks. refuse: values that a cast would make infinite.
     """
     tp, chosen, set_id = planned.options.tp, options.chosen, planned.set_id
     if not planned.format.has_ranks:
-        nbytes = _write_whole(planned.model, placed, small, set_id, max_file_size, target, options.settings, recorded)
-        return WriteReport(verb, target, 1, set_id, nbytes, (), warnings)
+        how = options.settings
+        nbytes, notes = _write_whole(
+            planned.model, placed, small, set_id, max_file_size, target, how, recorded, refuse=refuse
+        )
+        return WriteReport(verb, target, 1, set_id, nbytes, (), (*warnings, *notes))
     writing = list(range(tp)) if chosen is None else [r for r in chosen if not _is_written(target, planned, r)]
     if chosen and not writing:
         return _complete(verb, planned, target, chosen)
@@ -233,14 +246,23 @@ def _write_split(
     outputs = [file for _, file in parts]
     plan, identity = join(planned.kept.tensors, placed, outputs), {"set": set_id}
     claims = [f".{rank_stem(rank, tp)}.lock" for rank in writing] if chosen else [LOCK]
-    convert = _convert(placed, outputs)
+    convert = _convert(placed, outputs, refuse)
     job = Job(
         plan, beside, identity, records, convert, shared=bool(chosen), claims=claims, verb=verb, ours=writes,
         recorded=recorded,
     )  # fmt: skip
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
-    return WriteReport(verb, target, tp, set_id, plan.nbytes, written, warnings)
+    notes = () if convert is None else convert.notes()
+    return WriteReport(verb, target, tp, set_id, plan.nbytes, written, (*warnings, *notes))
+
+
+def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions | ReshardOptions) -> None:
+    """Refuse what cannot be written, from sizes alone: the steps of a large model take a minute to plan."""
+    ranks = range(planned.options.tp) if options.chosen is None else options.chosen
+    needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
+    verb = verb if planned.format.has_ranks else "merge"
+    check_room(target, needed, verb, shared=bool(options.chosen), overwrite=options.settings.overwrite)
 
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:
@@ -265,18 +287,23 @@ def _write_whole(
     recorded: Mapping[str, str],
     *,
     sums: bool = True,
-) -> int:
-    """Write an ordinary checkpoint of a model, with SHA256SUMS or without. Returns the bytes of its tensors."""
+    refuse: bool = True,
+) -> tuple[int, Sequence[str]]:
+    """Write an ordinary checkpoint of a model, with SHA256SUMS or without.
+
+    Returns the bytes of its tensors, and what is to be said of casts.
+    """
     files, index = hf.outputs(model.tensors, model.file_of, max_file_size)
-    plan, convert = join(model.tensors, placed, files), _convert(placed, files)
+    plan, convert = join(model.tensors, placed, files), _convert(placed, files, refuse)
     beside, identity = {**small, **index}, {"set": set_id}
     job = Job(plan, beside, identity, lambda digests: {}, convert, sums, verb="merge", ours=writes, recorded=recorded)
     publish(job, target, settings)
-    return plan.nbytes
+    return plan.nbytes, () if convert is None else convert.notes()
 
 
-def _convert(placed: Sequence[Placed], files: Sequence[OutputFile]) -> Convert | None:
-    return conversion((place.stored for place in placed), (each.stored for file in files for each in file.tensors))
+def _convert(placed: Sequence[Placed], files: Sequence[OutputFile], refuse: bool) -> Convert | None:
+    targets = (each.stored for file in files for each in file.tensors)
+    return conversion((place.stored for place in placed), targets, refuse=refuse)
 
 
 def _target(out: str | Path | None, model: Model, suffix: str) -> Path:

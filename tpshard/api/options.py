@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Settings
+from tpshard.formats import FORMATS as FORMATS
 from tpshard.formats import format_of
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
 from tpshard.planning.model import DTYPE_ALIASES, check_dtype
+from tpshard.verifier.options import TIERS as TIERS
 
 if TYPE_CHECKING:
     from tpshard.report.capacity import Workload
@@ -26,7 +28,8 @@ class ModelOptions:
 
     rules: an architecture file; None is the built-in rules of the model_type. dtype: what floating-point weights are
     cast to; None leaves them as they are. allow_pickle: read pickled weights where there are no others.
-    follow_symlinks: read files that are symlinks out of the model's directory.
+    follow_symlinks: read files that are symlinks out of the model's directory. cast_all: cast what is float32 on
+    purpose as well. allow_overflow: write infinity for values that the dtype has no number for.
     """
 
     path: str | Path
@@ -35,11 +38,16 @@ class ModelOptions:
     dtype: str | None = None
     allow_pickle: bool = False
     follow_symlinks: bool = False
+    cast_all: bool = False
+    allow_overflow: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype in DTYPE_ALIASES:
             object.__setattr__(self, "dtype", DTYPE_ALIASES[self.dtype])
         check_dtype(self.dtype)
+        if self.dtype is None and (self.cast_all or self.allow_overflow):
+            what = "--cast-all and --allow-overflow are for casts"
+            raise UsageError(what, expected="--dtype beside them", hint="add --dtype, or leave them out")
 
     @property
     def reading(self) -> dict[str, bool]:

@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from tpshard.units import human_bytes, printable
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
+_SILENT = 2.0  # seconds without a word, when a terminal watches
 _PLAIN_EVERY = 10.0  # seconds between progress lines when no terminal watches
 
 
@@ -80,6 +81,11 @@ class Console:
         """The result as JSON on stdout."""
         print(json.dumps(value, indent=2 if sys.stdout.isatty() else None))
 
+    def pieces(self, texts: Iterable[str]) -> None:
+        """The same, of a result that is too large to be held as one text."""
+        sys.stdout.writelines(texts)
+        print()
+
     def error(self, error: TpshardError) -> None:
         """An error: one line and its way out on stderr, and the object on stdout with --json."""
         print(f"{self._paint('error', '31;1')}: {printable(str(error))}", file=sys.stderr)
@@ -96,6 +102,16 @@ class Console:
     def _paint(text: str, code: str) -> str:
         colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         return f"\033[{code}m{text}\033[0m" if colour else text
+
+    @contextmanager
+    def patience(self, what: str) -> Iterator[None]:
+        """Say on a terminal what is being done, and for how long, from two seconds on."""
+        note = _Note(what) if sys.stderr.isatty() and not self.quiet else None
+        try:
+            yield
+        finally:
+            if note:
+                note.stop()
 
     @contextmanager
     def progress(self, what: str) -> Iterator[ProgressMeter]:
@@ -145,6 +161,29 @@ class _Lines(ProgressMeter):
         self.console.say(f"{self.what}: {share}, {human_bytes(rate)}/s, {left:.0f} s left")
 
 
+class _Note:
+    """A line on a terminal that counts seconds, and is gone when it is stopped."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._count, daemon=True)
+        self._thread.start()
+
+    def _count(self) -> None:
+        began = time.monotonic()
+        wait = _SILENT
+        while not self._over.wait(wait):
+            print(f"\r{self._what}: {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
+            wait = 1.0
+        if wait < _SILENT:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
 class _Bar(ProgressMeter):
     def __init__(self, what: str) -> None:
         from rich import progress as rich
@@ -154,8 +193,10 @@ class _Bar(ProgressMeter):
         columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *numbers)
         self._bar = rich.Progress(*columns, console=RichConsole(stderr=True), transient=True)
         self._what = what
+        self._note = _Note(f"{what}: reading headers and planning")
 
     def start(self, total: int) -> None:
+        self._note.stop()
         self._task = self._bar.add_task(self._what, total=total)
         self._bar.start()
 
@@ -163,6 +204,7 @@ class _Bar(ProgressMeter):
         self._bar.update(self._task, advance=count)
 
     def stop(self) -> None:
+        self._note.stop()
         self._bar.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,6 +31,7 @@ def plan(
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
     dtype: opt.DTYPE = None,
+    cast_all: opt.CAST_ALL = False,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -44,6 +46,9 @@ def plan(
     gpu_memory: opt.GPU_MEMORY = None,
     bandwidth: opt.BANDWIDTH = None,
     report: opt.DRAWING = None,
+    grouped: Annotated[
+        bool, typer.Option("--grouped", help="With --json: one entry for layers and experts that are alike.")
+    ] = False,
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
@@ -60,10 +65,12 @@ def plan(
     with opened(json, quiet) as console:
         from tpshard.api.options import ModelOptions, PlanOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
-        _show(console, PlanOptions(source, target, work), every, report)
+        if grouped and not json:
+            raise UsageError("--grouped is for --json", hint="the table has a row for layers that are alike as it is")
+        _show(console, PlanOptions(source, target, work), every, report, grouped)
 
 
 def split(
@@ -74,6 +81,8 @@ def split(
     revision: opt.REVISION = None,
     rules: opt.RULES = None,
     dtype: opt.DTYPE = None,
+    cast_all: opt.CAST_ALL = False,
+    allow_overflow: opt.OVERFLOW = False,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -103,7 +112,7 @@ def split(
         from tpshard.api.convert import split_with
         from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions, TargetOptions
 
-        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks)
+        source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
         target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
         if dry_run:
             _show(console, PlanOptions(source, target))
@@ -190,7 +199,9 @@ def reshard(
         _print_written(console, report, ["tpshard", "check", str(report.output)])
 
 
-def _show(console: Console, options: PlanOptions, every: bool = False, drawing: Path | None = None) -> None:
+def _show(
+    console: Console, options: PlanOptions, every: bool = False, drawing: Path | None = None, grouped: bool = False
+) -> None:
     """Print a plan, and draw it where a file for that is given."""
     from tpshard.api.convert import plan_with
 
@@ -199,14 +210,17 @@ def _show(console: Console, options: PlanOptions, every: bool = False, drawing: 
             hint = "give --report a name that ends in .html"
             raise UsageError("a plan is drawn as HTML", path=drawing, hint=hint)
         check_report(drawing)
-    report = plan_with(options)
+    with console.patience("plan: reading headers and planning"):
+        report = plan_with(options)
     if drawing is not None:
         _write_drawing(drawing, report)
         console.say(f"drawn in {drawing}")
     console.warn(*report.warnings)
     _say_left_out(console, report)
-    if console.as_json:
-        console.data(report.to_json())
+    if console.as_json and (grouped or sys.stdout.isatty()):
+        console.data(report.to_json(grouped))
+    elif console.as_json:
+        console.pieces(report.json_text())
     else:
         from tpshard.cli.tables import print_plan
 

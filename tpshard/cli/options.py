@@ -155,7 +155,7 @@ def again(
 
 def _formats(incomplete: str) -> list[str]:
     """The formats that begin with what was typed, for the shell's completion."""
-    from tpshard.formats import FORMATS
+    from tpshard.api.options import FORMATS
 
     return [name for name in FORMATS if name.startswith(incomplete)]
 
@@ -173,6 +173,9 @@ REVISION = Annotated[str | None, Option(help="Branch, tag or commit of a Hub rep
 _RULES_HELP = "Architecture file of your own, in the form of `tpshard archs show llama` [default: by model_type]."
 RULES = Annotated[Path | None, Option(help=_RULES_HELP, metavar="FILE")]
 DTYPE = Annotated[Dtype | None, Option(help="Cast floating-point weights [default: as stored].")]
+CAST_ALL = Annotated[bool, Option("--cast-all", help="Cast what is float32 on purpose as well.")]
+_OVERFLOW_HELP = "Write infinity for values that the dtype has no number for."
+OVERFLOW = Annotated[bool, Option("--allow-overflow", help=_OVERFLOW_HELP)]
 UNEVEN = Annotated[bool, Option("--uneven", help="Deal heads and ffn columns unevenly where they do not divide.")]
 _SHARES_HELP = "Deal unevenly, by one weight for each rank, as in 0.5,0.3,0.2."
 SHARES = Annotated[str | None, Option("--shares", help=_SHARES_HELP, metavar="WEIGHTS")]

@@ -1,8 +1,6 @@
 """Plans and inspections as tables for a terminal; layers that are alike become one row."""
 
-import re
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +9,29 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from tpshard.cli.console import Console
-from tpshard.planning.deal import why_not
 from tpshard.report.capacity import number_lines
-from tpshard.report.results import InspectReport, PlanReport, quantisation_line, shares_of, stored_json
+from tpshard.report.plan_rows import TensorKind, fold, stored_shapes
+from tpshard.report.results import InspectReport, PlanReport, quantisation_line
 from tpshard.units import human_bytes
 
 _WIDE = 100_000
 """More columns than any table has."""
-_MOST_TP = 16
-"""The largest tp for which a plan says why it is not possible."""
 
 
-def fold(rows: Sequence[tuple[str, ...]], every: bool) -> list[tuple[str, ...]]:
-    """Make one row of rows that differ only in numbers of the name: `model.layers.{0-31}.mlp.experts.{0-7}.w1`.
-
-    rows: the name first. Order is that of the first row of each kind. Experts are folded in each layer, then layers.
-    """
-    return list(rows) if every else _fold(_fold(rows, 1), 0)
-
-
-def _fold(rows: Sequence[tuple[str, ...]], which: int) -> list[tuple[str, ...]]:
-    """Fold the first number of the names, or the second."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for name, *cells in rows:
-        match = next(islice(re.finditer(r"(?<![^.])\d+(?=\.)", name), which, None), None)
-        key = (name[: match.start()] + "\0" + name[match.end() :] if match else name, *cells)
-        groups.setdefault(key, []).append(int(match.group()) if match else -1)
-    return [(pattern.replace("\0", _span(numbers)), *cells) for (pattern, *cells), numbers in groups.items()]
-
-
-def _span(numbers: list[int]) -> str:
-    """`{0-31}`, `{0-3,5}` or `7`."""
-    text = _runs(numbers)
-    return text if len(numbers) == 1 else "{" + text + "}"
-
-
-def _runs(numbers: list[int]) -> str:
-    """`0-31`, `0-3,5` or `7`."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def _print_table(console: RichConsole, columns: Sequence[str], rows: Sequence[tuple[str, ...]], every: bool) -> None:
+def _print_table(
+    console: RichConsole, columns: Sequence[str], rows: Iterable[tuple[str, tuple[str, ...]]], every: bool
+) -> None:
     """A row per line. Where the terminal is too narrow, a row's name has a line of its own, so that it stays whole."""
-    rows = fold(rows, every)
+    rows = list(rows if every else ((pattern, cells) for pattern, _, cells in fold(rows)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
+    for name, cells in rows:
+        table.add_row(name, *cells)
     if console.measure(table, options=console.options.update(max_width=_WIDE)).maximum <= console.width:
         console.print(table)
         return
-    for name, *cells in (columns, *rows):
+    for name, cells in ((columns[0], tuple(columns[1:])), *rows):
         console.print(name, soft_wrap=True)
         console.print("    " + "  ".join(cells), soft_wrap=True)
     console.print()
@@ -87,56 +50,54 @@ def print_plan(report: PlanReport, every: bool) -> None:
     """A plan: a row per tensor, a row per rank, and what is padded, replicated, tied or not possible."""
     console = Console.rich()
     split = report.split
-    rows = []
-    for tensor, shares in zip(split.model.tensors, shares_of(split), strict=True):
-        ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
-        rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
-        rule = rule if shares else f"drop: {split.layouts.dropped[tensor.name]}"
-        rows.append((tensor.name, tensor.dtype, _shape(tensor.shape), rule, ranks))
+    cells: dict[TensorKind, tuple[str, ...]] = {}
+    for _, kind in report.tensors:
+        if kind not in cells:
+            cells[kind] = _cells(kind)
+    rows = ((name, cells[kind]) for name, kind in report.tensors)
     _print_table(console, ("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every)
     if split.model.quantisation:
         console.print(f"quantised: {quantisation_line(split.model.quantisation)}")
     if text := split.model.architecture.get("text"):
         console.print(_text_line(text))
     if not split.format.own_names:
-        made = []
-        for entry in stored_json(split):
-            whence = entry["from"] or ["a constant"]
-            ranks = _same_or_each([_shape(rank["shape"]) for rank in entry["ranks"]])
-            made.append((entry["name"], " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence), ranks))
+        made = (
+            (name, _stored_cells(whence, shapes)) for name, whence, shapes in stored_shapes(split.layouts.rows.rows)
+        )
         _print_table(console, ("the files have", "made of", "each rank holds"), made, every)
-    plan = report.to_json()
-    for line in number_lines(plan["numbers"]):
+    for line in number_lines(report.numbers()):
         console.print(line)
-    for entry in plan["padded"]:
+    for entry in report.padding():
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
     tp = split.options.tp
-    for name in plan["replicated"]:
+    for name in report.replicated:
         count = split.model.axes[name].count
         console.print(f"replicated: {count} {name} on {tp} ranks, each on {tp // count} ranks in a row")
-    for module, to in plan["tied"].items():
+    for module, to in split.model.tied.items():
         console.print(f"tied: {module} = {to}")
-    console.print(f"possible tp: {', '.join(map(str, plan['possible_tp']))}")
-    if reasons := _reasons(report):
-        console.print(f"not possible: {reasons}", style="dim", soft_wrap=True)
+    console.print(f"possible tp: {', '.join(map(str, report.possible_tp))}")
+    if report.impossible:
+        console.print(f"not possible: {report.impossible}", style="dim", soft_wrap=True)
+
+
+def _cells(kind: TensorKind) -> tuple[str, ...]:
+    """What a row says of tensors of one kind, after the name."""
+    tensor, shares = kind.first, kind.shares
+    ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
+    rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
+    return tensor.dtype, _shape(tensor.shape), rule if shares else f"drop: {kind.fields['reason']}", ranks
+
+
+def _stored_cells(whence: Sequence[str], shapes: Sequence[Sequence[int]]) -> tuple[str, ...]:
+    """What a row says of a stored tensor, after the name."""
+    made = " ".join(name.rpartition(".")[0].rpartition(".")[2] for name in whence or ["a constant"])
+    return made, _same_or_each(list(map(_shape, shapes)))
 
 
 def _text_line(text: Mapping[str, Any]) -> str:
     """What of a multimodal model is split."""
     rest = ", ".join(text["replicated"]) or "nothing else"
     return f"text model: {text['model_type']} under {text['prefix']}* is split; replicated: {rest}"
-
-
-def _reasons(report: PlanReport) -> str:
-    """Each tp up to 16 that would cut a unit, by what it would cut; of the many above, just that they are."""
-    axes, shown = report.deal.axes.values(), dict[str, list[int]]()
-    impossible = [tp for tp, _ in report.impossible_tp]
-    for tp in (tp for tp in impossible if tp <= _MOST_TP):
-        cut = next(axis for axis in axes if why_not(axis, tp))
-        shown.setdefault(f"{cut.count} {cut.name} do not divide", []).append(tp)
-    reasons = [f"tp {_runs(numbers).replace(',', ', ')} ({why})" for why, numbers in shown.items()]
-    rest = sum(tp > _MOST_TP for tp in impossible)
-    return "; ".join(reasons + ([f"{rest} more above {_MOST_TP} (--json lists them)"] if rest else []))
 
 
 def print_inspect(report: InspectReport, every: bool) -> None:
@@ -146,7 +107,7 @@ def print_inspect(report: InspectReport, every: bool) -> None:
     for key, value in report.facts.items():
         if value not in (None, [], {}):
             console.print(f"  {key.replace('_', ' ')}: {_fact(key, value)}")
-    rows = [(t.name, t.dtype, _shape(t.shape), human_bytes(t.nbytes), Path(t.file).name) for t in report.tensors]
+    rows = ((t.name, (t.dtype, _shape(t.shape), human_bytes(t.nbytes), Path(t.file).name)) for t in report.tensors)
     _print_table(console, ("tensor", "dtype", "shape", "size", "file"), rows, every)
 
 

@@ -38,7 +38,7 @@ _TIER_HELP = "Any of bytes,weights,exact,native [default: all that can run here]
 
 def _tiers(incomplete: str) -> list[str]:
     """The lists of tiers that go on from what was typed, for the shell's completion."""
-    from tpshard.verifier.options import TIERS
+    from tpshard.api.options import TIERS
 
     given, comma, last = incomplete.rpartition(",")
     return [given + comma + tier for tier in TIERS if tier.startswith(last) and tier not in given.split(",")]

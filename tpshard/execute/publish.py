@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from tpshard.errors import CorruptError, LocalIOError, TargetError, TpshardError, UsageError, local_error
+from tpshard.errors import (
+    CorruptError,
+    LocalIOError,
+    TargetError,
+    TpshardError,
+    UnsupportedError,
+    UsageError,
+    local_error,
+)
 from tpshard.execute.run import Convert, Progress
 from tpshard.execute.target import (
     Ours,
@@ -24,9 +32,11 @@ from tpshard.execute.target import (
     check_target,
     folders_of,
     is_empty,
+    named,
     names_in,
+    no_room,
+    only_in_place,
     remove_all,
-    replaceable,
     strangers,
 )
 from tpshard.execute.writer import Writer
@@ -124,8 +134,7 @@ def _digest(value: object) -> str:
 
 def publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
     """Write a job's files to `out`; sha256 by file name. TargetError when `out` is not ours to write."""
-    if out.is_symlink() or out.name in ("", ".."):
-        out = out.resolve()
+    out = named(out)
     old = _inode(out) if settings.overwrite else None
     try:
         return _publish(job, out, settings)
@@ -147,7 +156,7 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         raise UsageError(
             "--overwrite replaces a whole set: it does not go with --ranks", path=out, hint="remove it first"
         )
-    in_place = job.shared or _only_in_place(out)
+    in_place = job.shared or only_in_place(out)
     if not in_place:
         _check_target(job, out, settings)
     work = out if in_place else out.with_name(out.name + PARTIAL)
@@ -179,7 +188,7 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
             _write_beside(files, work, name, content_of(content), listed[name], fsync=fsync, tag=tag)
         try:
             digests = writer.write(job.convert, settings.workers)
-        except CorruptError as error:
+        except (CorruptError, UnsupportedError) as error:
             if writer.discarded:
                 if not job.shared:
                     remove_all(files, work, {SUMS, *job.small} & names_in(work))
@@ -222,8 +231,7 @@ def _prepare(job: Job, work: Path, runs: Mapping[str, str], settings: Settings) 
         recorded=job.recorded,
     )
     needed = writer.remaining() + sum(map(content_size, job.small.values()))
-    fewer = "" if job.verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
-    require_space(work, needed, hint=f"free some space, or give another disk with -o{fewer}")
+    require_space(work, needed, hint=no_room(job.verb))
     if job.shared:  # a rank's files were lost: it is not complete, and its record says so until it is written again
         for name in _records(job):
             unlink_if_there(files, work / name)
@@ -265,11 +273,6 @@ def _finish(
         locks[0].remove()
     if fsync:
         sync_directory(files, out)
-
-
-def _only_in_place(out: Path) -> bool:
-    """Whether an output has to grow where it is: it cannot be renamed over, and is empty, or was begun so."""
-    return out.is_dir() and not replaceable(out) and (is_empty(out) or (out / LOCK).exists())
 
 
 def _withdraw(job: Job, work: Path, files: Files, locks: Sequence[Lock], made: bool) -> None:

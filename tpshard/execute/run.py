@@ -17,8 +17,16 @@ from tpshard.planning.layout import StoredTensor
 from tpshard.storage.pool import Pool
 from tpshard.storage.source import Reader
 
-Convert = Callable[[memoryview, str, str], memoryview]
-"""Cast a block: source bytes, source dtype, target dtype → target bytes."""
+
+class Convert(Protocol):
+    """Casts the blocks of tensors."""
+
+    def __call__(self, block: memoryview, source: str, target: str, tensor: str) -> memoryview:
+        """The block's bytes in another dtype."""
+
+    def notes(self) -> list[str]:
+        """What a user should know of all casts so far."""
+
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were moved since the last call, from any thread."""
@@ -51,7 +59,7 @@ class Loader:
             self._compare(step, flat, block, buffer)
         if step.source_dtype != step.target_dtype:
             assert self.convert is not None and step.source_dtype is not None
-            return self.convert(buffer, step.source_dtype, step.target_dtype)
+            return self.convert(buffer, step.source_dtype, step.target_dtype, step.name)
         return buffer
 
     def _buffer(self, size: int) -> memoryview:
@@ -193,11 +201,13 @@ class Comparer:
         self.progress(len(buffer))
 
 
-def conversion(sources: Iterable[StoredTensor], targets: Iterable[StoredTensor]) -> Convert | None:
-    """torch's cast, if any tensor's dtype changes: only then is torch imported."""
+def conversion(
+    sources: Iterable[StoredTensor], targets: Iterable[StoredTensor], *, refuse: bool = False
+) -> Convert | None:
+    """torch's cast, if any tensor's dtype changes: only then is torch imported. refuse: values that become infinite."""
     dtypes = {part.tensor: stored.dtype for stored in sources for part in stored.parts}
     if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in targets for part in stored.parts):
         return None
-    from tpshard.execute.cast import convert
+    from tpshard.execute.cast import Cast
 
-    return convert
+    return Cast(refuse)

@@ -11,7 +11,7 @@ from typing import Any
 from tpshard.errors import CorruptError, TargetError, local_error
 from tpshard.execute.writer import read_journal
 from tpshard.storage.checksums import read_sums
-from tpshard.storage.files import Files
+from tpshard.storage.files import Files, require_space
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, journal_path, side_files
 
 Ours = Callable[[str], bool]
@@ -119,6 +119,41 @@ def check_target(out: Path, expected: set[str], ours: Ours, *, models: bool, ove
     if found := strangers(out, expected, ours, models=models):
         message = "the output holds files that tpshard did not write, and is not replaced"
         raise TargetError(message, path=out, found=found[0], hint="move them away, or give another directory with -o")
+
+
+def only_in_place(out: Path) -> bool:
+    """Whether an output has to grow where it is: it cannot be renamed over, and is empty, or was begun so."""
+    return out.is_dir() and not replaceable(out) and (is_empty(out) or (out / LOCK).exists())
+
+
+def check_room(out: Path, needed: int, verb: str, *, shared: bool, overwrite: bool) -> None:
+    """Refuse at once what cannot be written to `out`, before anything is planned in detail.
+
+    TargetError when something is there, LocalIOError when the disk is too small for `needed` bytes even if all that an
+    earlier run left were of use. `publish` looks more closely, also at what --overwrite would replace.
+    """
+    if overwrite:
+        return
+    try:
+        out = named(out)
+        if not shared and not only_in_place(out):
+            check_target(out, set(), lambda name: False, models=False, overwrite=False)
+        left = [each for each in (out, out.with_name(out.name + PARTIAL)) if each.is_dir()]
+        there = sum(entry.stat().st_size for each in left for entry in os.scandir(each) if entry.is_file())
+        require_space(out, needed - there, hint=no_room(verb))
+    except OSError as error:
+        raise local_error(error, "cannot write") from error
+
+
+def named(out: Path) -> Path:
+    """The directory itself, where the path is a link or ends with none."""
+    return out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+
+
+def no_room(verb: str) -> str:
+    """The way out of a disk that is too small."""
+    fewer = "" if verb == "merge" else ", or write some of the ranks here and the others elsewhere with --ranks"
+    return f"free some space, or give another disk with -o{fewer}"
 
 
 def check_leftovers(

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tpshard.errors import local_error
+from tpshard.errors import UnsupportedError, local_error
 from tpshard.execute.blocks import FlatStep, operations
 from tpshard.execute.run import Convert, Loader, Progress, run
 from tpshard.planning.box import Box
@@ -196,6 +196,9 @@ class Writer:
             self._check_sources()
             for file in self.outputs:
                 self._finish(file)
+        except UnsupportedError:  # a cast that loses too much: other options will be given, and nothing resumed
+            self._discard()
+            raise
         except OSError as error:
             raise local_error(error, "cannot write") from error
         finally:
@@ -299,11 +302,15 @@ class Writer:
         """CorruptError for a source file that is not what was recorded when it was written; nothing of it is kept."""
         for source in self.sources:
             if source.sha256 != self.recorded[source.path]:
-                self.discarded = True
-                for file in self.outputs:
-                    unlink_if_there(self.files, file.journal)
-                    unlink_if_there(self.files, file.partial)
+                self._discard()
                 require_digest(source.path, expected=self.recorded[source.path], found=source.sha256)
+
+    def _discard(self) -> None:
+        """Keep nothing of what was written."""
+        self.discarded = True
+        for file in self.outputs:
+            unlink_if_there(self.files, file.journal)
+            unlink_if_there(self.files, file.partial)
 
     def claim(self, steps: int) -> _Hashed | None:
         """A file with bytes to hash that no other worker is hashing; the one with most of them."""

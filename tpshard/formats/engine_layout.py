@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.engine_tables import EngineFamily, fits_any
+from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, deal, why_not
-from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, shard
+from tpshard.planning.layout import LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
 from tpshard.planning.model import CASTABLE, Model
 
 Share = StoredTensor
@@ -41,14 +41,12 @@ def shares_of(
     shares = {}
     known: dict[object, tuple[Share, ...]] = {}
     for tensor in tensors:
-        name = model.full_name(tensor.name)
-        how, transposed = family.cut(name), fits_any(family.transposed, name)
-        if fits_any(family.float32, name) and tensor.dtype in CASTABLE:
-            tensor = replace(tensor, dtype="F32")
-        key = (tensor.shape, tensor.cut, tensor.dtype, how, transposed)
+        kind = family.kind(model.full_name(tensor.name))
+        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.transposed, kind.float32)
         if key not in known:
-            held = _cut(tensor, how, model.axes, dealt)
-            known[key] = tuple(map(_transposed, held)) if transposed else held
+            cast = replace(tensor, dtype="F32") if kind.float32 and tensor.dtype in CASTABLE else tensor
+            held = _cut(cast, kind.cut, model.axes, dealt)
+            known[key] = tuple(map(_transposed, held)) if kind.transposed else held
         shares[tensor.name] = known[key]
     return shares
 
@@ -122,35 +120,28 @@ def _transposed(share: Share) -> Share:
 
 def joined(
     recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
-) -> Layout:
-    """Every rank's parameters by their recipes: shares fused along one dim, experts stacked before the first."""
-    rows: list[list[StoredTensor]] = [[] for _ in range(tp)]
-    known: dict[object, list[tuple[Share, list[int]]]] = {}  # layers are alike
+) -> list[Row]:
+    """The parameters by their recipes: shares fused along one dim, experts stacked before the first."""
+    rows = []
+    known: dict[object, RowKind] = {}  # layers are alike
     for name, recipe in recipes.items():
         tensors = recipe.tensors
-        key = (
-            recipe.stacked,
-            recipe.dim,
-            recipe.flat,
-            tuple(map(len, recipe.groups)),
-            *(id(shares[tensor]) for tensor in tensors),
-        )
+        how = (recipe.stacked, recipe.dim, recipe.flat, tuple(map(len, recipe.groups)))
+        key = (how, *[id(shares[tensor]) for tensor in tensors])
         if key not in known:
-            known[key] = [_join(name, recipe, rank, shares, shapes) for rank in range(tp)]
-        for row, (share, owners) in zip(rows, known[key], strict=True):
-            parts = [Part(tensors[owner], *part[1:]) for owner, part in zip(owners, share.parts, strict=True)]
-            row.append(share._replace(name=name, parts=tuple(parts)))
-    return tuple(map(tuple, rows))
+            known[key] = RowKind(tuple(_join(name, recipe, rank, shares, shapes) for rank in range(tp)))
+        rows.append(Row(name, tensors, known[key]))
+    return rows
 
 
 def _join(
     name: str, recipe: ParameterParts, rank: int, shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape]
-) -> tuple[Share, list[int]]:
-    """A recipe's parameter of one rank, and which of the recipe's tensors each part is of."""
+) -> RankShare:
+    """What a rank has of a recipe's parameter."""
     held = [shares[tensor][rank] for tensor in recipe.tensors]
     first = held[0]
     if len(held) == 1 and not recipe.stacked:
-        return first, [0] * len(first.parts)
+        return RankShare(first, (0,) * len(first.parts))
     if len({share.dtype for share in held}) > 1:
         raise UnsupportedError(f"the tensors that make {name} have different dtypes", tensor=name, hint="cast: --dtype")
     parts: list[Part] = []
@@ -176,8 +167,6 @@ def _join(
                 fills.append(((expert, expert + 1), *filled) if recipe.stacked else filled)
             begin += share.shape[dim]
     shape = (*first.shape[:dim], begin, *first.shape[dim + 1 :])
-    if recipe.stacked:
-        shape = (len(recipe.groups), *shape)
-    if recipe.flat:
-        return StoredTensor(name, first.dtype, shape[:1], tuple(parts), tuple(fills), shape), owners
-    return StoredTensor(name, first.dtype, shape, tuple(parts), tuple(fills)), owners
+    shape = (len(recipe.groups), *shape) if recipe.stacked else shape
+    stored, view = (shape[:1], shape) if recipe.flat else (shape, None)
+    return RankShare(StoredTensor(name, first.dtype, stored, tuple(parts), tuple(fills), view), tuple(owners))

@@ -7,14 +7,15 @@ import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import prod
 from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_layout import ParameterParts, Share
-from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, fits_any, match
-from tpshard.planning.box import full
-from tpshard.planning.layout import LogicalTensor, StoredTensor
+from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, match
+from tpshard.planning.box import Shape, full
+from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, StoredTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 
 _HINT = "use --format native"
@@ -59,8 +60,8 @@ def _text(value: object) -> str:
 def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTensor, name: str) -> str | None:
     """Why the engine cannot take a tensor of a quantised model. name: its full name."""
     module = f"{name.rpartition('.')[0]}.weight"
-    turned = fits_any(family.transposed, module) or family.cut(module) not in (None, "replicate")
-    if turned and tensor.dtype not in CASTABLE:
+    kind = family.kind(module)
+    if (kind.transposed or kind.cut not in (None, "replicate")) and tensor.dtype not in CASTABLE:
         return "how the engine cuts or turns it where it is quantised is not known"
     if len(tensor.shape) == 4 and suffix_of(name) in quantised.scalars and tensor.cut.ratio not in (1, _BLOCK):
         return f"it takes blocks of {_BLOCK} only"
@@ -81,21 +82,24 @@ def counted_last(quantised: QuantisedModules, model: Model) -> frozenset[str]:
 
 def unplaced(quantised: QuantisedModules, family: EngineFamily, model: Model, last: Collection[str]) -> frozenset[str]:
     """Companions that the engine has no place for. last: those that count only where they are the last to be fused."""
-    before = tuple(pattern for patterns in family.fused.values() for pattern in patterns[:-1])
     names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
+
+    def is_before(name: str) -> bool:
+        return any(place < len(family.fused[target]) - 1 for target, place, _ in family.kind(name).fused)
+
     return frozenset(
         name
         for name, full_name in names.items()
-        if suffix_of(full_name) in quantised.unplaced or (name in last and fits_any(before, full_name))
+        if suffix_of(full_name) in quantised.unplaced or (name in last and is_before(full_name))
     )
 
 
 def engine_name(quantised: QuantisedModules, family: EngineFamily, name: str) -> str:
     """A tensor's full name, with scales of the KV cache where the engine has them, whatever module stores them."""
-    suffix, fit = suffix_of(name), match(family.layer, name)
-    if suffix not in quantised.cache or fit is None or not family.scales:
+    suffix = suffix_of(name)
+    if suffix not in quantised.cache or (layer := family.layer_of(name)) is None or not family.scales:
         return name
-    return f"{family.scales[0].replace('*', fit.components[0])}.{suffix}"
+    return f"{family.scales[0].replace('*', str(layer))}.{suffix}"
 
 
 def in_shapes(
@@ -164,34 +168,42 @@ def fused(
 
 
 def constants(
-    method: Method, family: EngineFamily, model: Model, row: Sequence[StoredTensor]
-) -> Iterator[StoredTensor]:
-    """What the engine wants beside a rank's tensors, where the checkpoint has none of it."""
-    there = {each.name: each for each in row}
-    layers = sorted({int(fit.components[0]) for name in there if (fit := match(family.layer, name))})
-    for layer in layers:
-        for pattern in family.scales:
-            for buffer in method.buffers:
-                module = pattern.replace("*", str(layer))
-                like = there.get(f"{module}.{buffer.like}")
-                wanted = () if buffer.not_in and module.endswith(f".{buffer.not_in}") else buffer.names
-                for name in (f"{module}.{name}" for name in wanted):
-                    if name not in there:
-                        yield _constant(name, buffer, like.shape if like else buffer.shape, model)
+    method: Method, family: EngineFamily, model: Model, rows: Sequence[Row], names: Collection[str], tp: int
+) -> Iterator[Row]:
+    """What the engine wants beside the rows, where the checkpoint has none of it. names: the checkpoint's."""
+    there = {row.name: row.kind for row in rows}
+    known: dict[object, RowKind] = {}
+
+    def row(name: str, constant: Constant, like: RowKind | None) -> Iterator[Row]:
+        shapes = (constant.shape,) * tp
+        if like is not None:
+            shapes = tuple(_without(like.shape(rank), constant.without) for rank in range(tp))
+        if (key := (id(constant), shapes)) not in known:
+            known[key] = RowKind(tuple(_constant(constant, shape, model) for shape in shapes))
+        if name not in there:
+            yield Row(name, (), known[key])
+
+    layers = sorted({layer for name in names if (layer := family.layer_of(name)) is not None})
+    for layer, pattern, buffer in product(layers, family.scales, method.buffers):
+        module = pattern.replace("*", str(layer))
+        if not (buffer.not_in and module.endswith(f".{buffer.not_in}")):
+            for name in buffer.names:
+                yield from row(f"{module}.{name}", buffer, there.get(f"{module}.{buffer.like}"))
     for joint, beside in ((".", method.modules), ("_", method.experts)):
-        for each in beside:
-            for like in row:
-                before = like.name.removesuffix(f"{joint}{each.like}")
-                shape = tuple(size for dim, size in enumerate(like.shape) if dim != each.without)
-                for name in (f"{before}{joint}{name}" for name in each.names):
-                    if before != like.name and name not in there:
-                        yield _constant(name, each, shape, model)
+        for constant, (name, kind) in product(beside, there.items()):
+            if name.endswith(end := f"{joint}{constant.like}"):
+                for other in constant.names:
+                    yield from row(f"{name.removesuffix(end)}{joint}{other}", constant, kind)
 
 
-def _constant(name: str, constant: Constant, shape: tuple[int, ...], model: Model) -> StoredTensor:
+def _without(shape: Shape, dim: int | None) -> Shape:
+    return tuple(size for each, size in enumerate(shape) if each != dim)
+
+
+def _constant(constant: Constant, shape: Shape, model: Model) -> RankShare:
     dtype = constant.dtype or _dtype_of(model)
     value = _bytes_of(constant.value, dtype) if constant.value else b""
-    return StoredTensor(name, dtype, shape, (), (full(shape),), None, value)
+    return RankShare(StoredTensor("", dtype, shape, (), (full(shape),), None, value), ())
 
 
 def _dtype_of(model: Model) -> str:

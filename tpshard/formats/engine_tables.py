@@ -3,16 +3,37 @@
 The comment at the head of `vllm.toml` explains the language. A pattern fits a tensor, or a module and all in it.
 """
 
+from __future__ import annotations
+
 import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 STACK = "#"
 """The component of a pattern that stands for every expert of a layer."""
+
+
+class NameKind(NamedTuple):
+    """What an engine's table says of tensors whose names differ in numbers alone.
+
+    in_layer: whether they are in a layer. refusal: why the engine cannot take them. cut: the engine's, where it is not
+    the architecture's. fused: the parameters that they are parts of, each with the place of their pattern in it, and
+    the pattern. renamed: the pattern by which they are.
+    """
+
+    in_layer: bool
+    refusal: str | None
+    cut: str | None
+    transposed: bool
+    float32: bool
+    unrepeated: bool
+    fused: tuple[tuple[str, int, str], ...]
+    renamed: str | None
 
 
 @dataclass(frozen=True)
@@ -34,25 +55,48 @@ class EngineFamily:
     slots: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    def cut(self, name: str) -> str | None:
-        """The cut that the engine has for a tensor where it is not the architecture's."""
-        return next((cut for cut, patterns in self.cuts.items() if fits_any(patterns, name)), None)
+    def kind(self, name: str) -> NameKind:
+        """What the table says of a tensor, looked up once for all names that differ in numbers alone."""
+        if name not in self._kinds:
+            masked = _NUMBER.sub("0", name)  # no pattern has a number of its own
+            if masked not in self._kinds:
+                self._kinds[masked] = self._kind(masked)
+            self._kinds[name] = self._kinds[masked]
+        return self._kinds[name]
+
+    @cached_property
+    def _kinds(self) -> dict[str, NameKind]:
+        return {}
+
+    def _kind(self, name: str) -> NameKind:
+        renamed = [pattern for pattern in self.renamed if match(pattern, name)]
+        fused = ((target, *each) for target, patterns in self.fused.items() for each in enumerate(patterns))
+        return NameKind(
+            in_layer=match(self.layer, name) is not None,
+            refusal=next((reason for pattern, reason in self.refused.items() if match(pattern, name)), None),
+            cut=next((cut for cut, patterns in self.cuts.items() if fits_any(patterns, name)), None),
+            transposed=fits_any(self.transposed, name),
+            float32=fits_any(self.float32, name),
+            unrepeated=fits_any(self.unrepeated, name),
+            fused=tuple(each for each in fused if match(each[2], name)),
+            renamed=max(renamed, key=lambda pattern: pattern.count("."), default=None),
+        )
+
+    def layer_of(self, name: str) -> int | None:
+        """The number of the layer that a tensor is in; None outside the layers."""
+        return int(name.split(".")[_places(self.layer)[0][0]]) if self.kind(name).in_layer else None
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""
-        return next((reason for pattern, reason in self.refused.items() if match(pattern, name)), None)
+        return self.kind(name).refusal
 
     def rename(self, name: str) -> str:
         """A tensor's name in the engine; the longest pattern counts."""
-        found = [(pattern, fit) for pattern in self.renamed if (fit := match(pattern, name))]
-        if not found:
-            return name
-        pattern, fit = max(found, key=lambda item: item[0].count("."))
-        return fit.into(self.renamed[pattern])
+        pattern = self.kind(name).renamed
+        return name if pattern is None else fit(pattern, name).into(self.renamed[pattern])
 
 
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """How a pattern fits a name: what its `*` stand for, the number that STACK stands for, and what follows."""
 
     components: tuple[str, ...]
@@ -141,16 +185,25 @@ class Table:
     quantised: QuantisedModules
 
 
-@lru_cache(maxsize=65536)
 def match(pattern: str, name: str) -> Fit | None:
     """How a pattern fits a tensor's name, or None."""
-    found = _compile(pattern).fullmatch(name)
-    if found is None:
-        return None
-    groups = found.groupdict()
-    stars = tuple(value for key, value in groups.items() if key.startswith("star"))
-    stacked = groups.get("stack")
-    return Fit(stars, None if stacked is None else int(stacked), groups["rest"])
+    return fit(pattern, name) if _compile(pattern).fullmatch(name) else None
+
+
+def fit(pattern: str, name: str) -> Fit:
+    """How a pattern fits a tensor's name, which it does."""
+    stars, stack, length = _places(pattern)
+    parts = name.split(".")
+    rest = "." + ".".join(parts[length:]) if len(parts) > length else ""
+    return Fit(tuple([parts[place] for place in stars]), None if stack is None else int(parts[stack]), rest)
+
+
+@lru_cache(maxsize=4096)
+def _places(pattern: str) -> tuple[tuple[int, ...], int | None, int]:
+    """Which components of a pattern are `*`, which one is STACK, and how many there are."""
+    parts = pattern.split(".")
+    stars = tuple(place for place, part in enumerate(parts) if part == "*")
+    return stars, parts.index(STACK) if STACK in parts else None, len(parts)
 
 
 def fits_any(patterns: tuple[str, ...], name: str) -> bool:
@@ -161,14 +214,14 @@ def fits_any(patterns: tuple[str, ...], name: str) -> bool:
 @lru_cache(maxsize=4096)
 def _compile(pattern: str) -> re.Pattern[str]:
     parts = []
-    for index, part in enumerate(pattern.split(".")):
+    for part in pattern.split("."):
         if part == "*":
-            parts.append(rf"(?P<star{index}>[^.]+)")
+            parts.append(r"[^.]+")
         elif part == STACK:
-            parts.append(r"(?P<stack>\d+)")
+            parts.append(r"\d+")
         else:
             parts.append("".join(p if p.startswith("[") else re.escape(p) for p in re.split(r"(\[[^]]*\])", part)))
-    return re.compile(r"\.".join(parts) + r"(?P<rest>(?:\..+)?)")
+    return re.compile(r"\.".join(parts) + r"(?:\..+)?")
 
 
 @lru_cache(maxsize=4)

@@ -4,28 +4,40 @@ It follows from headers and options alone, so every host of a cluster writes the
 documents it; what is written today stays readable in later versions.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 from tpshard import __version__
-from tpshard.formats.split import FORMAT_VERSION, Options, RankLayouts
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, volume
-from tpshard.planning.layout import Layout, Part, StoredTensor
+from tpshard.planning.layout import LayoutRows, Part, RankShare, RowKind, StoredTensor
 from tpshard.planning.mesh import Mesh
-from tpshard.planning.model import Model
+
+if TYPE_CHECKING:
+    from tpshard.formats.split import Split
+
+FORMAT_VERSION = 1
+_Line = Iterable[str]
+"""A line of the manifest, or a table of a line for each tensor, in pieces."""
+_TABLES = ("tensors", "stored")
 
 
-def manifest_of(model: Model, options: Options, layouts: RankLayouts, *, own_names: bool) -> tuple[str, bytes]:
-    """The name of a set, which is a digest of all that follows from headers and options, and its manifest."""
-    body = _body(model, options, layouts, own_names)
-    set_id = _digest(body)
-    head = {"format": "tpshard", "format_version": FORMAT_VERSION, "set": set_id, "tool": f"tpshard {__version__}"}
-    return set_id, _object(_lines(head) + body)
+def set_name(split: Split) -> str:
+    """The name of a set, which is a digest of all that follows from headers and options."""
+    return _digest(_body(split))
+
+
+def manifest_of(split: Split) -> bytes:
+    """The manifest of a planned split."""
+    version = {"format_version": FORMAT_VERSION, "set": split.set_id, "tool": f"tpshard {__version__}"}
+    return b"".join(_object(chain(_lines({"format": "tpshard", **version}), _body(split))))
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:
@@ -34,52 +46,58 @@ def digest_of(manifest: Mapping[str, Any]) -> str:
     return _digest(_lines({key: value for key, value in manifest.items() if key not in head}))
 
 
-def _digest(body: Sequence[str]) -> str:
-    return hashlib.sha256(_object(body)).hexdigest()[:32]
+def _digest(body: Iterable[_Line]) -> str:
+    found = hashlib.sha256()
+    for piece in _object(body):
+        found.update(piece)
+    return found.hexdigest()[:32]
 
 
-def _body(model: Model, options: Options, layouts: RankLayouts, own_names: bool) -> list[str]:
+def _body(split: Split) -> Iterator[_Line]:
     """The manifest's lines, but for those that say who wrote it."""
-    rows = []
-    known: dict[object, str] = {}  # layers are alike
+    model, options = split.model, split.options
+    yield from _lines(
+        {
+            "mesh": asdict(Mesh(options.tp)),
+            "source": dict(model.source),
+            "architecture": dict(model.architecture),
+            "options": {
+                "dtype": model.dtype,
+                **({} if model.dtype is None else {"cast_all": model.cast_all}),
+                "uneven": options.uneven,
+                "shares": None if options.shares is None else list(options.shares),
+                "pad_vocab_to": options.pad_vocab_to,
+                "max_file_size": options.max_file_size,
+                "format": options.format,
+                "engine_version": options.engine_version,
+            },
+            "axes": {name: _axis(axis) for name, axis in sorted(model.axes.items())},
+            "tied": dict(model.tied),
+            **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
+        }
+    )
+    yield _table("tensors", _tensors(split))
+    if not split.format.own_names:
+        yield _table("stored", _all_stored(split.layouts.rows))
+
+
+def _tensors(split: Split) -> Iterator[str]:
+    """A row for every tensor of the model, with what each rank has of it where those are what the ranks store."""
+    model, dropped, rows = split.model, split.layouts.dropped, split.layouts.rows.rows
+    known: dict[object, tuple[str, str, str]] = {}  # layers are alike
     for index, tensor in enumerate(model.tensors):
-        full_name, dropped = model.full_name(tensor.name), layouts.dropped.get(tensor.name)
-        row = [
-            f'"name":{compact(tensor.name)},"dtype":"{tensor.dtype}","shape":{integers(tensor.shape)}',
-            f'"file":{compact(model.file_of[tensor.name])},"rule":"{tensor.cut.kind}"',
-        ]
-        if full_name != tensor.name:
-            row.append(f'"full":{compact(full_name)}')
-        if dropped is not None:
-            row.append(f'"dropped":{compact(dropped)}')
-        if tensor.cut.dim is not None:
-            key = (tensor.shape, tensor.cut, tensor.dtype)
-            if key not in known:
-                known[key] = _cut(tensor.cut)
-                if own_names:
-                    ranks = ",".join(_stored(rank[index], named=False) for rank in layouts.layout)
-                    known[key] += f',"ranks":[{ranks}]'
-            row.append(known[key])
-        rows.append(f"{{{','.join(row)}}}")
-    body: dict[str, Any] = {
-        "mesh": asdict(Mesh(options.tp)),
-        "source": dict(model.source),
-        "architecture": dict(model.architecture),
-        "options": {
-            "dtype": model.dtype,
-            "uneven": options.uneven,
-            "shares": None if options.shares is None else list(options.shares),
-            "pad_vocab_to": options.pad_vocab_to,
-            "max_file_size": options.max_file_size,
-            "format": options.format,
-            "engine_version": options.engine_version,
-        },
-        "axes": {name: _axis(axis) for name, axis in sorted(model.axes.items())},
-        "tied": dict(model.tied),
-        **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
-    }
-    lines = [*_lines(body), _table("tensors", rows)]
-    return lines if own_names else [*lines, _table("stored", _all_stored(layouts.layout))]
+        name, cut = tensor.name, tensor.cut
+        if (key := (tensor.shape, cut, tensor.dtype)) not in known:
+            held = [share for share in rows[index].kind.shares if share] if split.format.own_names else []
+            ranks = ",".join("".join(map(str, _stored(share, named=False))) for share in held)
+            end = "" if cut.dim is None else f",{_cut(cut)}" + (f',"ranks":[{ranks}]' if held else "")
+            whole = f'"dtype":"{tensor.dtype}","shape":{integers(tensor.shape)}'
+            known[key] = whole, f'"rule":"{cut.kind}"', end
+        whole, rule, end = known[key]
+        full = "" if (full_name := model.full_name(name)) == name else f',"full":{compact(full_name)}'
+        why = f',"dropped":{compact(dropped[name])}' if name in dropped else ""
+        file = compact(model.file_of[name])
+        yield f'{{"name":{compact(name)},{whole},"file":{file},{rule}{full}{why}{end}}}'
 
 
 def _axis(axis: Axis) -> dict[str, Any]:
@@ -105,28 +123,37 @@ def cut_from_json(entry: Mapping[str, Any]) -> Cut:
     return Cut(entry["rule"], entry.get("dim"), segments, entry.get("interleave"), ratio)
 
 
-def _all_stored(layout: Layout) -> list[str]:
+def _all_stored(rows: LayoutRows) -> Iterator[str]:
     """A line for every stored tensor, with what each rank has of it; null for a rank that has none."""
-    by_rank = [{stored.name: stored for stored in rank} for rank in layout]
-    names = dict.fromkeys(name for rank in by_rank for name in rank)
-    lines = []
-    for name in names:
-        held = [rank.get(name) for rank in by_rank]
-        dtype = next(stored.dtype for stored in held if stored is not None)
-        ranks = ["null" if stored is None else _stored(stored, named=True) for stored in held]
-        same = all(each == ranks[0] for each in ranks)
-        found = f'"every":{ranks[0]}' if same else f'"ranks":[{",".join(ranks)}]'
-        lines.append(f'{{"name":{compact(name)},"dtype":"{dtype}",{found}}}')
-    return lines
+    known: dict[RowKind, list[str | int]] = {}
+    for row in rows.rows:
+        if row.kind not in known:
+            known[row.kind] = _kind(row.kind)
+        names = list(map(compact, row.tensors))
+        held = "".join([piece if isinstance(piece, str) else names[piece] for piece in known[row.kind]])
+        yield f'{{"name":{compact(row.name)},{held}}}'
 
 
-def _stored(stored: StoredTensor, named: bool) -> str:
-    """A stored tensor of one rank. named: whether parts say of which logical tensor they are."""
-    if named:
-        parts = [f'{{"tensor":{compact(part.tensor)},{_place(*part[1:])}}}' for part in stored.parts]
-    else:
-        parts = [f"{{{_place(*part[1:])}}}" for part in stored.parts]
-    return f'{{"shape":{integers(stored.shape)},"parts":[{",".join(parts)}]{_rest(*stored[4:])}}}'
+def _kind(kind: RowKind) -> list[str | int]:
+    """What a line says after the name: pieces of text, and which of the row's tensors are named between them."""
+    ranks = [["null"] if share is None else _stored(share, named=True) for share in kind.shares]
+    dtype = kind.dtype
+    if all(each == ranks[0] for each in ranks):
+        return [f'"dtype":"{dtype}","every":', *ranks[0]]
+    listed = chain.from_iterable([",", *each] for each in ranks)
+    return [f'"dtype":"{dtype}","ranks":[', *islice(listed, 1, None), "]"]
+
+
+def _stored(share: RankShare, named: bool) -> list[str | int]:
+    """A stored tensor of one rank, in pieces. named: whether parts say of which logical tensor they are."""
+    stored, owners = share
+    pieces: list[str | int] = [f'{{"shape":{integers(stored.shape)},"parts":[']
+    for index, (owner, part) in enumerate(zip(owners, stored.parts, strict=True)):
+        comma = "," if index else ""
+        pieces += (
+            [f'{comma}{{"tensor":', owner, f",{_place(*part[1:])}}}"] if named else [f"{comma}{{{_place(*part[1:])}}}"]
+        )
+    return [*pieces, f"]{_rest(*stored[4:])}}}"]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -188,24 +215,29 @@ def stored_from_json(name: str, dtype: str, entry: Mapping[str, Any], tensor: st
 
 def dump(data: Mapping[str, Any]) -> bytes:
     """JSON with one tensor a line: small, and readable in a diff."""
-    return _object(_lines(data))
+    return b"".join(_object(_lines(data)))
 
 
-def _lines(data: Mapping[str, Any]) -> list[str]:
-    return [
-        _table(key, list(map(compact, value)))
-        if key in ("tensors", "stored")
-        else f" {json.dumps(key)}: {json.dumps(value)}"
-        for key, value in data.items()
-    ]
+def _lines(data: Mapping[str, Any]) -> Iterator[_Line]:
+    for key, value in data.items():
+        yield _table(key, map(compact, value)) if key in _TABLES else (f" {json.dumps(key)}: {json.dumps(value)}",)
 
 
-def _table(key: str, rows: Sequence[str]) -> str:
-    return f' "{key}": [\n  ' + ",\n  ".join(rows) + "\n ]"
+def _table(key: str, rows: Iterable[str]) -> _Line:
+    yield f' "{key}": [\n  '
+    for index, row in enumerate(rows):
+        yield f",\n  {row}" if index else row
+    yield "\n ]"
 
 
-def _object(lines: Sequence[str]) -> bytes:
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+def _object(lines: Iterable[_Line]) -> Iterator[bytes]:
+    """The bytes of an object, in pieces: a manifest is a hundred times as large as what it is made of."""
+    yield b"{\n"
+    for index, line in enumerate(lines):
+        if index:
+            yield b",\n"
+        yield from map(str.encode, line)
+    yield b"\n}\n"
 
 
 compact = json.JSONEncoder(separators=(",", ":")).encode

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats import format_of
-from tpshard.formats.manifest import dump, manifest_of
+from tpshard.formats.manifest import dump
 from tpshard.formats.split import Options, Split
 from tpshard.planning.join import OutputFile, assert_coverage, uncollected
 from tpshard.planning.model import Model
@@ -19,8 +19,8 @@ def plan_split(model: Model, options: Options) -> Split:
         found = f"quantised by {model.quantisation['method']}"
         raise UnsupportedError(what, expected="plain weights", found=found, hint="use --format native")
     layouts = format.lay(model, options)
-    assert_coverage([tensor for tensor in model.tensors if tensor.name not in layouts.dropped], layouts.layout)
-    return Split(model, options, format, layouts, *manifest_of(model, options, layouts, own_names=format.own_names))
+    assert_coverage([tensor for tensor in model.tensors if tensor.name not in layouts.dropped], layouts.rows)
+    return Split(model, options, format, layouts)
 
 
 def record(split: Split, rank: int, files: Sequence[OutputFile], sha256: Mapping[str, str | None]) -> bytes:

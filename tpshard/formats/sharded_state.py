@@ -26,11 +26,11 @@ from tpshard.formats.engine_quantised import (
     refusal,
     unplaced,
 )
-from tpshard.formats.engine_tables import EngineFamily, fits_any, load_table, match
+from tpshard.formats.engine_tables import EngineFamily, fit, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
-from tpshard.planning.layout import LogicalTensor, StoredTensor, whole
+from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
@@ -73,13 +73,12 @@ class ShardedState(Format):
             shares = in_shapes(quantised, family, named, shares, last)
         recipes = {into: fused(quantised, named, shares, each) for into, each in _recipes(family, named, last).items()}
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        buffers = tuple(_scales(family, named.values()))
-        rows = [row + buffers for row in joined(recipes, shares, shapes, options.tp)]
-        rows = [(*row, *constants(method, family, model, row)) for row in rows]
-        rows = [tuple(sorted(row, key=lambda each: -(DTYPE_BITS[each.dtype] // 8))) for row in rows]
-        kept = [whole(tensor) for tensor in model.tensors if tensor.name in beside - dropped.keys()]
-        rows[0] += tuple(stored._replace(name=f"{NOT_LOADED}.{stored.name}") for stored in kept)
-        return RankLayouts(tuple(rows), dealt, dropped)
+        rows = joined(recipes, shares, shapes, options.tp)
+        rows += constants(method, family, model, rows, named.values(), options.tp)
+        rows += _scales(family, named.values(), options.tp)
+        rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
+        rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside - dropped.keys()]
+        return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
 
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
         """The engine's files of one rank, and behind them those with what it has no place for."""
@@ -144,7 +143,7 @@ class ShardedState(Format):
         for key, reason in family.needs.items():
             if not model.config.get(key, True):
                 raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
-        return family
+        return replace(family)  # one that remembers the names of this model alone
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
@@ -154,7 +153,7 @@ class ShardedState(Format):
         single = {
             segment
             for tensor in model.tensors
-            if fits_any(family.unrepeated, model.full_name(tensor.name))
+            if family.kind(model.full_name(tensor.name)).unrepeated
             for segment in tensor.cut.segments
         }
         axes = {}
@@ -196,14 +195,21 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
     layers = model.config.get(family.extra_layers) if family.extra_layers else None
     for tensor in model.tensors:
         name = model.full_name(tensor.name)
-        fit = match(family.layer, name)
+        layer = family.layer_of(name)
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
-        elif isinstance(layers, int) and fit and int(fit.components[0]) >= layers:
+        elif isinstance(layers, int) and layer is not None and layer >= layers:
             dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
         elif not family.head and name in {f"{head}.weight" for head in model.tied}:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
     return dropped
+
+
+def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
+    """A tensor that the engine has no place for, whole in another file of rank 0."""
+    stored = whole(tensor)
+    kind = RowKind((RankShare(stored, (0,)), *[None] * (tp - 1)))
+    return Row(f"{NOT_LOADED}.{tensor.name}", (tensor.name,), kind)
 
 
 def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[str]) -> dict[str, ParameterParts]:
@@ -213,11 +219,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
     """
     found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
-        for target, patterns in family.fused.items():
-            for place, pattern in enumerate(patterns):
-                if fit := match(pattern, full_name):
-                    into = fit.into(target.removesuffix("?"))
-                    found.setdefault((into, target), {}).setdefault(fit.stacked, {})[place] = name
+        for target, place, pattern in family.kind(full_name).fused:
+            how = fit(pattern, full_name)
+            into = how.into(target.removesuffix("?"))
+            found.setdefault((into, target), {}).setdefault(how.stacked, {})[place] = name
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
@@ -248,11 +253,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
     return result
 
 
-def _scales(family: EngineFamily, names: Iterable[str]) -> Iterator[StoredTensor]:
+def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
-    layers = sorted({int(fit.components[0]) for name in names if (fit := match(family.layer, name))})
-    for layer in layers:
+    one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
+    for layer in sorted({layer for name in names if (layer := family.layer_of(name)) is not None}):
         for pattern in family.scales:
             for scale in _SCALES:
-                name = f"{pattern.replace('*', str(layer))}.{scale}"
-                yield StoredTensor(name, "F32", (), (), ((),), None, _ONE)
+                yield Row(f"{pattern.replace('*', str(layer))}.{scale}", (), one)

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tpshard.errors import UsageError
+from tpshard.formats.manifest import FORMAT_VERSION, manifest_of, set_name
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, deal, require_even
 from tpshard.planning.join import OutputFile, uncollected
-from tpshard.planning.layout import Layout
+from tpshard.planning.layout import Layout, LayoutRows, rows_of
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
@@ -71,21 +72,39 @@ class RankLayouts:
     dropped: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
+    def rows(self) -> LayoutRows:
+        """The layout by stored tensors, for whoever can do things once for all that are alike."""
+        return rows_of(self.layout)
+
+    @cached_property
     def is_rectangles(self) -> bool:
         """Whether each stored tensor is one box of a logical one, and nothing else."""
-        return all(len(stored.parts) == 1 and not stored.fills for rank in self.layout for stored in rank)
+        shares = (share for kind in self.rows.kinds for share in kind.shares if share is not None)
+        return all(len(share.stored.parts) == 1 and not share.stored.fills for share in shares)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A planned split: layout and manifest; the rank files follow from them."""
+    """A planned split: the layout; manifest and rank files follow from it, and are made when they are asked for.
+
+    recorded: the manifest of a set that was read.
+    """
 
     model: Model
     options: Options
     format: Format
     layouts: RankLayouts
-    set_id: str
-    manifest: bytes
+    recorded: tuple[str, bytes] | None = None
+
+    @cached_property
+    def set_id(self) -> str:
+        """The name of the set."""
+        return self.recorded[0] if self.recorded else set_name(self)
+
+    @cached_property
+    def manifest(self) -> bytes:
+        """The manifest, as it is written."""
+        return self.recorded[1] if self.recorded else manifest_of(self)
 
     @property
     def layout(self) -> Layout:
@@ -131,6 +150,3 @@ def weight(share: str) -> Fraction:
 def share_texts(shares: Sequence[str]) -> tuple[str, ...]:
     """Shares in their shortest exact form, so that `0.50` and `0.5` are one option."""
     return tuple(str(weight(share)) for share in shares)
-
-
-FORMAT_VERSION = 1

@@ -16,8 +16,13 @@ from tpshard.storage.foreign import wrapped
 from tpshard.storage.local import read_range
 
 
-def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None) -> Model:
-    """Classify a checkpoint's tensors. dtype: a name of DTYPE_NAMES to cast to, buffers excepted."""
+def from_checkpoint(
+    checkpoint: Checkpoint, rules: str | Path | None = None, dtype: str | None = None, *, cast_all: bool = False
+) -> Model:
+    """Classify a checkpoint's tensors.
+
+    dtype: a name of DTYPE_NAMES to cast to, buffers excepted, and what is float32 on purpose unless cast_all.
+    """
     subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
     quantised = recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path)
     try:
@@ -25,11 +30,13 @@ def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dty
     except (CorruptError, UnsupportedError) as error:
         raise wrapped((info.name for info in checkpoint.tensors), checkpoint.directory) or error from None
     _check_order(checkpoint, quantised, classified.cuts)
+    lower = dtype is not None and DTYPE_NAMES[dtype] in ("F16", "BF16") and not cast_all
+    float32 = [info.name for info in checkpoint.tensors if info.name in classified.float32] if lower else []
     logical = []
     for info in checkpoint.tensors:
         cut = classified.cuts[info.name]
         castable = info.dtype in CASTABLE and cut.kind != "buffer" and info.name not in quantised.companions
-        cast = DTYPE_NAMES[dtype] if dtype and castable else info.dtype
+        cast = DTYPE_NAMES[dtype] if dtype and castable and info.name not in float32 else info.dtype
         logical.append(LogicalTensor(info.name, cast, info.shape, cut))
     files = [
         {"name": file.name, "size": file.size, **({"sha256": file.sha256} if file.sha256 else {})}
@@ -49,7 +56,8 @@ def from_checkpoint(checkpoint: Checkpoint, rules: str | Path | None = None, dty
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
         quantisation=quantised.to_json(),
-        notes=_notes(dtype, quantised),
+        notes=(*_notes(dtype, quantised), *_kept(float32)),
+        cast_all=cast_all,
     )
 
 
@@ -79,6 +87,14 @@ def _check_order(checkpoint: Checkpoint, quantised: Quantisation, cuts: Mapping[
             hint = "is quantization_config the one that the checkpoint was made with?"
             expected = f"row i in group i // {key[1]}, or desc_act: true"
             raise CorruptError(what, path=info.file, tensor=info.name, expected=expected, found=found, hint=hint)
+
+
+def _kept(float32: list[str]) -> tuple[str, ...]:
+    """What is said of tensors that a cast leaves as they are."""
+    if not float32:
+        return ()
+    count = f"{len(float32)} tensors that are" if len(float32) > 1 else "1 tensor that is"
+    return (f"{count} float32 on purpose stays so, as {float32[0]}; --cast-all casts everything",)
 
 
 def placed_in(checkpoint: Checkpoint, model: Model) -> list[Placed]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.manifest import cut_from_json, digest_of, stored_from_json
-from tpshard.formats.split import FORMAT_VERSION, Options, RankLayouts, Split
+from tpshard.formats.manifest import FORMAT_VERSION, cut_from_json, digest_of, stored_from_json
+from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import check_literals
 from tpshard.planning.axes import Axis
 from tpshard.planning.join import Placed
@@ -190,6 +190,7 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         source=manifest["source"],
         architecture=manifest["architecture"],
         dtype=chosen["dtype"],
+        cast_all=chosen.get("cast_all", True),  # before there was a choice, everything was cast
         full_names={entry["name"]: entry["full"] for entry in entries if "full" in entry},
         config=_config(directory),
         quantisation=manifest.get("quantisation", {}),
@@ -198,7 +199,7 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         raise ValueError(reason)
     dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
     layouts = RankLayouts(layout, None, dropped)
-    return Split(model, options, format_of(options.format), layouts, manifest["set"], raw)
+    return Split(model, options, format_of(options.format), layouts, (manifest["set"], raw))
 
 
 def _stored(manifest: Mapping[str, Any], tensors: Sequence[LogicalTensor], rank: int) -> Iterator[StoredTensor]:

@@ -8,12 +8,12 @@ import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from tpshard.errors import CorruptError
 from tpshard.planning.box import Box, Shape, corner, extents, full, tiles, volume
-from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor
+from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, rows_of
 from tpshard.planning.strides import Piece, common_view, fine_box, pieces_of, placed_box, row_major
 from tpshard.storage.safetensors import DTYPE_BITS, build_header, nbytes
 
@@ -148,13 +148,15 @@ def parts_by_size(tensors: Sequence[StoredTensor], limit: int) -> list[list[Stor
 
 def assert_coverage(logical: Iterable[LogicalTensor], layout: Layout) -> None:
     """Assert that the ranks together hold every element of every tensor, equal boxes being replicas."""
-    parts: dict[str, set[tuple[Box, Shape | None]]] = {tensor.name: set() for tensor in logical}
-    for rank in layout:
-        for stored in rank:
-            for part in stored.parts:
-                parts[part.tensor].add((part.box, part.view))
+    places = rows_of(layout).places
+    checked = set()  # layers are alike
     for tensor in logical:
-        assert _covers(tensor.shape, frozenset(parts[tensor.name])), f"{tensor.name} is not covered exactly"
+        key = (tensor.shape, where := places.get(tensor.name, ()))
+        if key not in checked:
+            parts = chain.from_iterable(ranks for kind, owner in where for ranks in kind.parts[owner])
+            held = frozenset((part.box, part.view) for part in parts)
+            assert _covers(tensor.shape, held), f"{tensor.name} is not covered exactly"
+            checked.add(key)
 
 
 @lru_cache(maxsize=4096)

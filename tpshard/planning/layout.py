@@ -3,18 +3,19 @@
 A *deal* gives each rank a range of units of each axis; a layout follows from the deal and the tensors' cuts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import chain
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from tpshard.errors import UnsupportedError
 from tpshard.planning.axes import Axis, Cut
-from tpshard.planning.box import Box, Shape, full, slab
+from tpshard.planning.box import Box, Shape, full, slab, volume
 from tpshard.planning.deal import Deal, deal, listing, possible_tp
 from tpshard.planning.mesh import Mesh
-from tpshard.storage.safetensors import DTYPE_BITS
+from tpshard.storage.safetensors import DTYPE_BITS, nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,161 @@ class StoredTensor(NamedTuple):
     value: bytes = b""
 
 
-Layout = tuple[tuple[StoredTensor, ...], ...]
+Layout = Sequence[tuple[StoredTensor, ...]]
 """One tuple of stored tensors per rank; all ranks list the same names in the same order."""
+
+
+class RankShare(NamedTuple):
+    """What one rank has of a row: a stored tensor whose own name and tensors count for nothing.
+
+    owners: for each of its parts, of which of the row's tensors it is.
+    """
+
+    stored: StoredTensor
+    owners: tuple[int, ...]
+
+
+_Placed = tuple["RowKind", int]
+"""A kind of row, and which of such a row's tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowKind:
+    """What every rank has of rows that are alike, None for a rank without. Kinds are told apart by identity."""
+
+    shares: tuple[RankShare | None, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the ranks store, the same on each."""
+        return next(share.stored.dtype for share in self.shares if share is not None)
+
+    @cached_property
+    def nbytes(self) -> tuple[int, ...]:
+        """Bytes of each rank's stored tensor."""
+        return tuple(nbytes(each.stored.dtype, each.stored.shape) if each else 0 for each in self.shares)
+
+    @property
+    def holders(self) -> Sequence[int]:
+        """The ranks that have one."""
+        return [rank for rank, share in enumerate(self.shares) if share is not None]
+
+    def shape(self, rank: int) -> Shape:
+        """The shape that a rank stores."""
+        share = self.shares[rank]
+        assert share is not None
+        return share.stored.shape
+
+    @cached_property
+    def order(self) -> Sequence[int]:
+        """Which of a row's tensors the parts are of, in their order."""
+        return list(dict.fromkeys(chain.from_iterable(share.owners for share in self.shares if share is not None)))
+
+    @cached_property
+    def padding(self) -> int:
+        """The elements of all ranks' fills."""
+        return sum(volume(box) for each in self.shares if each for box in each.stored.fills)
+
+    @cached_property
+    def parts(self) -> Mapping[int, tuple[tuple[Part, ...], ...]]:
+        """For each of a row's tensors, the parts that each rank has of it."""
+        found: dict[int, list[list[Part]]] = {}
+        for rank, share in enumerate(self.shares):
+            for owner, part in zip(share.owners, share.stored.parts, strict=True) if share else ():
+                found.setdefault(owner, [[] for _ in self.shares])[rank].append(part)
+        return {owner: tuple(map(tuple, ranks)) for owner, ranks in found.items()}
+
+    @cached_property
+    def places(self) -> tuple[tuple[_Placed], ...]:
+        """For each of a row's tensors, where it lies, should it lie nowhere else."""
+        return tuple(((self, owner),) for owner in range(max(self.parts, default=-1) + 1))
+
+
+class Row(NamedTuple):
+    """A stored tensor as all ranks have it: its name, and the logical tensors that its parts are of."""
+
+    name: str
+    tensors: tuple[str, ...]
+    kind: RowKind
+
+
+class LayoutRows(Sequence[tuple[StoredTensor, ...]]):
+    """A layout by stored tensors: layers are alike, so what ranks hold is there once for each kind of row.
+
+    Each rank's own list of stored tensors is made when it is asked for.
+    """
+
+    def __init__(self, rows: Iterable[Row], size: int) -> None:
+        self.rows = tuple(rows)
+        self._size = size
+        self._ranks: dict[int, tuple[StoredTensor, ...]] = {}
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, rank: int) -> tuple[StoredTensor, ...]: ...
+    @overload
+    def __getitem__(self, rank: slice) -> Sequence[tuple[StoredTensor, ...]]: ...
+    def __getitem__(self, rank: int | slice) -> tuple[StoredTensor, ...] | Sequence[tuple[StoredTensor, ...]]:
+        if isinstance(rank, slice):
+            return [self[each] for each in range(*rank.indices(self._size))]
+        if not 0 <= rank < self._size:
+            raise IndexError(rank)
+        if rank not in self._ranks:
+            held = ((row, share) for row in self.rows if (share := row.kind.shares[rank]) is not None)
+            self._ranks[rank] = tuple([_named(row, *share) for row, share in held])
+        return self._ranks[rank]
+
+    @cached_property
+    def kinds(self) -> Mapping[RowKind, int]:
+        """How many rows there are of each kind."""
+        found: dict[RowKind, int] = {}
+        for row in self.rows:
+            found[row.kind] = found.get(row.kind, 0) + 1
+        return found
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[_Placed, ...]]:
+        """Where each logical tensor lies. Equal values are alike: such tensors are in rows of the same kinds."""
+        found: dict[str, tuple[_Placed, ...]] = {}
+        for row in self.rows:
+            for name, place in zip(row.tensors, row.kind.places, strict=False):  # not all where tensors are empty
+                found[name] = found[name] + place if name in found else place
+        return found
+
+    @cached_property
+    def rank_bytes(self) -> tuple[int, ...]:
+        """Bytes of the tensors that each rank stores."""
+        return tuple(sum(kind.nbytes[rank] * count for kind, count in self.kinds.items()) for rank in range(self._size))
+
+
+def _named(row: Row, stored: StoredTensor, owners: Sequence[int]) -> StoredTensor:
+    parts = tuple([Part(row.tensors[owner], *part[1:]) for owner, part in zip(owners, stored.parts, strict=True)])
+    return StoredTensor(row.name, stored.dtype, stored.shape, parts, *stored[4:])
+
+
+def rows_of(layout: Layout) -> LayoutRows:
+    """A layout by rows; rows of the same kind are found by comparing what the ranks hold."""
+    if isinstance(layout, LayoutRows):
+        return layout
+    names: dict[str, list[StoredTensor | None]] = {}
+    for rank, held in enumerate(layout):
+        for stored in held:
+            names.setdefault(stored.name, [None] * len(layout))[rank] = stored
+    kinds: dict[tuple[RankShare | None, ...], RowKind] = {}
+    rows = []
+    for name, ranks in names.items():
+        tensors = tuple(dict.fromkeys(part.tensor for stored in ranks if stored for part in stored.parts))
+        index = {tensor: owner for owner, tensor in enumerate(tensors)}
+        shares = tuple(None if stored is None else _unnamed(stored, index) for stored in ranks)
+        rows.append(Row(name, tensors, kinds.setdefault(shares, RowKind(shares))))
+    return LayoutRows(rows, len(layout))
+
+
+def _unnamed(stored: StoredTensor, index: Mapping[str, int]) -> RankShare:
+    parts = tuple([Part("", *part[1:]) for part in stored.parts])
+    return RankShare(stored._replace(name="", parts=parts), tuple([index[part.tensor] for part in stored.parts]))
 
 
 Interval = tuple[int, int, int]
@@ -118,33 +272,23 @@ def _intervals(
     return tuple(kept), tuple(fills), stored
 
 
-def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Deal) -> Layout:
+def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Deal) -> LayoutRows:
     """The layout of a tensor-parallel split: every rank's tensors, in the order of `tensors`."""
-    known: dict[tuple[Shape, Cut, str], tuple[_Share, ...]] = {}  # layers are alike
-    ranks: tuple[list[StoredTensor], ...] = tuple([] for _ in range(dealt.mesh.size))
+    known: dict[tuple[Shape, Cut, str], RowKind] = {}  # layers are alike
+    rows = []
     for tensor in tensors:
-        name, dtype = tensor.name, tensor.dtype
-        if tensor.cut.dim is None:
-            stored = whole(tensor)
-            for rank in ranks:
-                rank.append(stored)
-            continue
-        key = (tensor.shape, tensor.cut, dtype)
+        key = (tensor.shape, tensor.cut, tensor.dtype)
         if key not in known:
             _check_ratio(tensor, tensors, axes, dealt)
-            known[key] = tuple(_share(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size))
-        for rank, (shape, pieces, zeros) in zip(ranks, known[key], strict=True):
-            rank.append(StoredTensor(name, dtype, shape, tuple([Part(name, box, at) for box, at in pieces]), zeros))
-    return tuple(map(tuple, ranks))
+            known[key] = RowKind(tuple(_share(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size)))
+        rows.append(Row(tensor.name, (tensor.name,), known[key]))
+    return LayoutRows(rows, dealt.mesh.size)
 
 
-_Share = tuple[Shape, tuple[tuple[Box, Shape], ...], tuple[Box, ...]]
-"""What a rank holds of a tensor: stored shape, boxes with their corners, and boxes of padding."""
-
-
-def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> _Share:
+def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> RankShare:
     cut, shape, dim = tensor.cut, tensor.shape, tensor.cut.dim
-    assert dim is not None
+    if dim is None:
+        return RankShare(whole(tensor), (0,))
     kept, fills, size = intervals(cut, axes, dealt, rank)
     if cut.ratio != 1:
         kept = tuple((start // cut.ratio, -(-stop // cut.ratio), at // cut.ratio) for start, stop, at in kept)
@@ -153,9 +297,10 @@ def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: i
     _check_bytes(tensor, dim, [(start, stop) for start, stop, _ in kept] + [(0, size)])
 
     before, after = (0,) * dim, (0,) * (len(shape) - dim - 1)
-    pieces = tuple((slab(shape, dim, start, stop), (*before, at, *after)) for start, stop, at in kept)
+    parts = [Part("", slab(shape, dim, start, stop), (*before, at, *after)) for start, stop, at in kept]
     zeros = tuple(slab(shape, dim, start, stop) for start, stop in fills)
-    return (*shape[:dim], size, *shape[dim + 1 :]), pieces, zeros
+    stored = StoredTensor("", tensor.dtype, (*shape[:dim], size, *shape[dim + 1 :]), tuple(parts), zeros)
+    return RankShare(stored, (0,) * len(parts))
 
 
 def _check_ratio(

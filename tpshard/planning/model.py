@@ -24,6 +24,7 @@ class Model:
     """tensors: in file order, with the dtype that the output has. file_of: the source's weight file of each.
 
     source, architecture: what the manifest says of them (plain JSON). tied: module → module.
+    cast_all: whether `dtype` is also that of the tensors which are float32 on purpose.
     config: of the model. text_config: of its decoder, where the model nests one.
     full_names: of tensors whose name in the source lacks the architecture's prefix.
     quantisation: what the manifest says of it (plain JSON); empty where nothing is quantised.
@@ -42,6 +43,7 @@ class Model:
     text_config: Mapping[str, Any] | None = None
     quantisation: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    cast_all: bool = False
 
     def full_name(self, name: str) -> str:
         """A tensor's name as the architecture's rules have it."""

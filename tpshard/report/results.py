@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpshard.formats.split import Split
 from tpshard.planning.axes import Axis
-from tpshard.planning.box import extents, volume
 from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
-from tpshard.planning.layout import LogicalTensor
+from tpshard.planning.layout import Row
+from tpshard.report import plan_rows
+from tpshard.report.plan_rows import TensorRows, ranges
 from tpshard.storage.carried import LeftOut
-from tpshard.storage.safetensors import TensorInfo, nbytes
+from tpshard.storage.safetensors import TensorInfo
 
 if TYPE_CHECKING:
     from tpshard.inputs.shard_set import ShardSet
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 """Fields are only added within a version."""
+_MOST_TP = 16
+"""The largest tp for which a plan's talk says why it is not possible."""
 
 
 def result(command: str, **fields: Any) -> dict[str, Any]:
@@ -45,7 +49,7 @@ class PlanReport:
     @property
     def rank_bytes(self) -> list[int]:
         """Bytes of tensors that each rank holds."""
-        return [sum(nbytes(t.dtype, t.shape) for t in rank) for rank in self.split.layout]
+        return list(self.split.layouts.rows.rank_bytes)
 
     def numbers(self) -> dict[str, Any]:
         """Memory and communication of the ranks: the `numbers` object of the JSON contract."""
@@ -62,26 +66,54 @@ class PlanReport:
     @property
     def impossible_tp(self) -> list[tuple[int, str]]:
         """The tp up to the largest possible one that would cut a unit, with the first reason each."""
+        return [(tp, why_not(axis, tp) or "") for tp, axis in self.cut_axes]
+
+    @property
+    def cut_axes(self) -> list[tuple[int, Axis]]:
+        """The tp up to the largest possible one that would cut a unit, with the first axis that has such units."""
         axes = self.deal.axes
-        whys = ((tp, [why_not(axis, tp) for axis in axes.values()]) for tp in range(2, largest_tp(axes) + 1))
-        return [(tp, reason) for tp, reasons in whys if (reason := next(filter(None, reasons), None))]
+        cut = ((tp, [axis for axis in axes.values() if why_not(axis, tp)]) for tp in range(2, largest_tp(axes) + 1))
+        return [(tp, found[0]) for tp, found in cut if found]
+
+    @property
+    def impossible(self) -> str:
+        """Each tp up to 16 that would cut a unit, by what it would cut; of the many above, just that they are."""
+        shown: dict[str, list[int]] = {}
+        for tp, axis in self.cut_axes:
+            if tp <= _MOST_TP:
+                shown.setdefault(f"{axis.count} {axis.name} do not divide", []).append(tp)
+        reasons = [f"tp {ranges(numbers).replace(',', ', ')} ({why})" for why, numbers in shown.items()]
+        rest = sum(tp > _MOST_TP for tp, _ in self.cut_axes)
+        return "; ".join(reasons + ([f"{rest} more above {_MOST_TP} (--json lists them)"] if rest else []))
 
     def padding(self) -> list[dict[str, Any]]:
         """Axes that are padded with zeros, as the files have it: formats pad differently, or not at all."""
-        stored = list(chain.from_iterable(self.split.layout))
-        found = []
-        for axis in self.split.model.axes.values():
-            along = (tensor for tensor in self.split.kept.tensors if tensor.cut.segments == (axis.name,))
-            cut = next((tensor for tensor in along if 0 not in tensor.shape), None)
-            if axis.pad and cut is not None:
-                name = next(each.name for each in stored if any(part.tensor == cut.name for part in each.parts))
-                filled = sum(volume(box) for each in stored if each.name == name for box in each.fills)
-                if extra := filled * axis.count // prod(cut.shape):
+        found, split = [], self.split
+        for axis in split.model.axes.values():
+            along = (tensor for tensor in split.model.tensors if axis.pad and tensor.cut.segments == (axis.name,))
+            cut = next((each for each in along if 0 not in each.shape and each.name not in split.layouts.dropped), None)
+            if cut is not None:
+                kind = next(row.kind for row in split.layouts.rows.rows if cut.name in row.tensors)
+                if extra := kind.padding * axis.count // prod(cut.shape):
                     found.append({"axis": axis.name, "count": axis.count, "padded": axis.count + extra})
         return found
 
-    def to_json(self) -> dict[str, Any]:
-        """The `plan` object of the JSON contract."""
+    @cached_property
+    def tensors(self) -> TensorRows:
+        """The model's tensors with what each rank holds of them."""
+        return TensorRows(self.split)
+
+    def to_json(self, grouped: bool = False) -> dict[str, Any]:
+        """The `plan` object of the JSON contract. grouped: one entry for layers and experts that are alike."""
+        if grouped:
+            return self._json(plan_rows.tensors_grouped(self.tensors), plan_rows.stored_grouped)
+        return self._json(plan_rows.tensors_json(self.tensors), plan_rows.stored_json)
+
+    def json_text(self) -> Iterator[str]:
+        """The text of `to_json()`, in pieces: of a large model it is a hundred megabytes, which nobody holds."""
+        return object_text(self._json(plan_rows.tensors_text(self.tensors), plan_rows.stored_text))
+
+    def _json(self, tensors: Iterable[object], stored: Callable[[Iterable[Row]], Iterable[object]]) -> dict[str, Any]:
         split, model, tp = self.split, self.split.model, self.split.options.tp
         return result(
             "plan",
@@ -91,26 +123,30 @@ class PlanReport:
             mesh={"tp": tp, "pp": 1, "ep": 1},
             set=split.set_id,
             format=split.options.format,
-            tensors=[
-                tensor_json(tensor, model.axes, shares, split.layouts.dropped.get(tensor.name))
-                for tensor, shares in zip(model.tensors, shares_of(split), strict=True)
-            ],
-            **({} if split.format.own_names else {"stored": stored_json(split)}),
+            tensors=tensors,
+            **({} if split.format.own_names else {"stored": stored(split.layouts.rows.rows)}),
             ranks=[{"rank": rank, "bytes": size} for rank, size in enumerate(self.rank_bytes)],
             numbers=self.numbers(),
             padded=self.padding(),
-            replicated=[axis.name for axis in model.axes.values() if axis.replicate and axis.count < tp],
+            replicated=self.replicated,
             tied=dict(model.tied),
             **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
-            possible_tp=possible_tp(self.deal.axes),
+            possible_tp=self.possible_tp,
             impossible_tp=[{"tp": tp, "reason": reason} for tp, reason in self.impossible_tp],
             left_out=[asdict(each) for each in self.left_out],
             warnings=list(self.warnings),
         )
 
+    @property
+    def replicated(self) -> list[str]:
+        """The axes whose units are repeated, because there are fewer of them than ranks."""
+        tp = self.split.options.tp
+        return [axis.name for axis in self.split.model.axes.values() if axis.replicate and axis.count < tp]
 
-Share = tuple[tuple[int, ...], int]
-"""What a rank holds of a logical tensor: shape, and bytes with padding."""
+    @property
+    def possible_tp(self) -> list[int]:
+        """The tp that divide everything evenly."""
+        return possible_tp(self.deal.axes)
 
 
 def quantisation_line(quantisation: Mapping[str, Any]) -> str:
@@ -120,65 +156,18 @@ def quantisation_line(quantisation: Mapping[str, Any]) -> str:
     return ", ".join([quantisation["method"], *modules, *cache])
 
 
-def shares_of(split: Split) -> list[list[Share]]:
-    """What each rank holds of each tensor of the model, in the model's order; nothing of what is dropped."""
-    if split.format.own_names:
-        return [
-            [(rank[index].shape, nbytes(rank[index].dtype, rank[index].shape)) for rank in split.layout]
-            for index in range(len(split.model.tensors))
-        ]
-    boxes: dict[tuple[str, int], list[tuple[int, ...]]] = {}
-    for number, rank in enumerate(split.layout):
-        for stored in rank:
-            for part in stored.parts:
-                boxes.setdefault((part.tensor, number), []).append(extents(part.box))
-    found = []
-    for tensor in split.model.tensors:
-        shares = []
-        for number in range(len(split.layout) if tensor.name not in split.layouts.dropped else 0):
-            count = sum(map(prod, boxes.get((tensor.name, number), [])))
-            shape, dim = tensor.shape, tensor.cut.dim
-            if dim is not None and count != prod(shape):
-                shape = (*shape[:dim], count * shape[dim] // max(1, prod(shape)), *shape[dim + 1 :])
-            shares.append((shape, nbytes(tensor.dtype, (count,))))
-        found.append(shares)
-    return found
-
-
-def stored_json(split: Split) -> list[dict[str, Any]]:
-    """The tensors that the files have, where they are not the model's own: from which of those each is made."""
-    by_rank = [{stored.name: stored for stored in rank} for rank in split.layout]
-    entries = []
-    for name in dict.fromkeys(name for rank in by_rank for name in rank):
-        held = [(number, rank[name]) for number, rank in enumerate(by_rank) if name in rank]
-        whence = list(dict.fromkeys(part.tensor for _, stored in held for part in stored.parts))
-        ranks = [_held_json(number, stored.shape, nbytes(stored.dtype, stored.shape)) for number, stored in held]
-        entries.append({"name": name, "dtype": held[0][1].dtype, "from": whence, "ranks": ranks})
-    return entries
-
-
-def _held_json(rank: int, shape: tuple[int, ...], size: int) -> dict[str, Any]:
-    return {"rank": rank, "shape": list(shape), "bytes": size}
-
-
-def tensor_json(
-    tensor: LogicalTensor, axes: Mapping[str, Axis], shares: Sequence[Share], dropped: str | None
-) -> dict[str, Any]:
-    """One tensor of a plan. dropped: why the format has no room for it."""
-    cut = tensor.cut
-    segments = [axes[name] for name in cut.segments]
-    rule = "drop" if dropped is not None else "replicate" if cut.kind == "buffer" else cut.kind
-    return {
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "rule": rule,
-        "dim": cut.dim,
-        "segments": [{"axis": axis.name, "count": axis.count, "unit": axis.unit} for axis in segments],
-        "interleave": cut.interleave,
-        "ranks": [_held_json(rank, *share) for rank, share in enumerate(shares)],
-        **({} if dropped is None else {"reason": dropped}),
-    }
+def object_text(value: Mapping[str, Any]) -> Iterator[str]:
+    """JSON as json.dumps has it, in pieces. A value may be an iterator of texts, each an item of a list."""
+    for index, (key, each) in enumerate(value.items()):
+        yield f"{', ' if index else '{'}{json.dumps(key)}: "
+        if not isinstance(each, Iterator):
+            yield json.dumps(each)
+            continue
+        yield "["
+        for place, item in enumerate(each):
+            yield f", {item}" if place else item
+        yield "]"
+    yield "}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tpshard.errors import TpshardError, UsageError
-from tpshard.formats.split import FORMAT_VERSION
+from tpshard.formats.manifest import FORMAT_VERSION
 from tpshard.report.results import SCHEMA_VERSION
 from tpshard.storage.safetensors import DTYPE_BITS
 

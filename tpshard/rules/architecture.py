@@ -31,6 +31,14 @@ class Rule:
     patterns: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Conditional:
+    """Modules of which something is said where a condition holds: those that one of `patterns` matches."""
+
+    condition: str
+    patterns: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """An architecture file; docs/reference/rules.md describes its keys."""
@@ -48,6 +56,8 @@ class Architecture:
     extra_layers: str | None
     experts: str | None
     found: Mapping[str, str]
+    biases: tuple[Conditional, ...] | None
+    float32: tuple[Conditional, ...]
 
     @property
     def digest(self) -> str:
@@ -81,6 +91,7 @@ _TOP_KEYS: _Keys = {
     "defaults": (_is(dict), "a table"),
     "axes": (_table_of(_is(dict)), "a table of tables"),
     "rules": (_table_of(_is_list), "a table of lists of strings"),
+    **dict.fromkeys(("biases", "float32"), (_table_of(_is_list), "a table of lists of strings")),
     "dims": (_table_of(lambda value: _is_list(value) and set(value) <= set(AXES)), f"lists of {', '.join(AXES)}"),
 }
 _AXIS_KEYS: _Keys = {
@@ -109,7 +120,8 @@ def parse_architecture(text: str, path: str) -> Architecture:
         for name, condition in data.get("conditions", {}).items():
             named[name] = f"({_spelled_out(condition, named)})"
         rules = tuple(_rule(key, patterns, data["axes"], named) for key, patterns in data["rules"].items())
-        _check_expressions(data, rules, named)
+        biases, float32 = (_conditional(data.get(key, {}), named) for key in ("biases", "float32"))
+        _check_expressions(data, rules, (*named.values(), *(each.condition for each in (*biases, *float32))))
         _check_patterns(data, rules)
     except (tomllib.TOMLDecodeError, RecursionError, expression.ExpressionError, _InvalidRules) as error:
         hint = "see `tpshard archs show llama` for the form"
@@ -128,6 +140,8 @@ def parse_architecture(text: str, path: str) -> Architecture:
         extra_layers=str(data["extra_layers"]) if "extra_layers" in data else None,
         experts=str(data["experts"]) if "experts" in data else None,
         found=data.get("found", {}),
+        biases=biases if "biases" in data else None,
+        float32=float32,
     )
 
 
@@ -158,10 +172,15 @@ def _rule(key: str, patterns: Sequence[str], axes: Collection[str], named: Mappi
     return Rule(cast(Kind, kind), tuple(segments), interleave or None, condition or None, tuple(patterns))
 
 
-def _check_expressions(data: Mapping[str, Any], rules: Sequence[Rule], named: Mapping[str, str]) -> None:
+def _conditional(table: Mapping[str, Sequence[str]], named: Mapping[str, str]) -> tuple[Conditional, ...]:
+    """A table that is keyed by conditions."""
+    return tuple(Conditional(_spelled_out(key, named), tuple(patterns)) for key, patterns in table.items())
+
+
+def _check_expressions(data: Mapping[str, Any], rules: Sequence[Rule], conditions: Sequence[str]) -> None:
     """ExpressionError for any expression that does not parse, used or not."""
     for text in [
-        *named.values(),
+        *conditions,
         *(str(data[key]) for key in ("layers", "extra_layers", "experts") if key in data),
         *(rule.condition for rule in rules if rule.condition),
         *(str(axis[key]) for axis in data["axes"].values() for key in ("count", "unit") if key in axis),
@@ -171,7 +190,8 @@ def _check_expressions(data: Mapping[str, Any], rules: Sequence[Rule], named: Ma
 
 def _check_patterns(data: Mapping[str, Any], rules: Sequence[Rule]) -> None:
     patterns = [pattern for rule in rules for pattern in rule.patterns]
-    for pattern in [*patterns, *data.get("dims", {}), *data.get("found", {}).values()]:
+    said = [pattern for key in ("biases", "float32") for each in data.get(key, {}).values() for pattern in each]
+    for pattern in [*patterns, *said, *data.get("dims", {}), *data.get("found", {}).values()]:
         try:
             compile_pattern(pattern.removesuffix("?"))
         except re.error as error:

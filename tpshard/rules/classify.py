@@ -6,7 +6,7 @@ ranks plays no part in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import gcd, lcm
@@ -17,6 +17,7 @@ from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher, contradiction
+from tpshard.rules.presence import check_biases, float32_on_purpose
 from tpshard.rules.quantisation.schemes import WHOLE, Companion, ratio_of
 from tpshard.storage.safetensors import TensorInfo
 
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
 class Classification:
     """An architecture's rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
 
-    tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it.
+    tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it. float32: the tensors
+    that are float32 on purpose.
     """
 
     axes: Mapping[str, Axis]
     cuts: Mapping[str, Cut]
     tied: Mapping[str, str]
     full_names: Mapping[str, str]
+    float32: Collection[str] = ()
 
 
 def classify(
@@ -62,13 +65,20 @@ def classify(
         used |= {group for name in used if (group := architecture.axes[name].get("group"))}
         axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
         cuts: dict[str, Cut] = {}
+        known_cuts: dict[tuple[int, tuple[int, ...], str], Cut] = {}  # layers are alike
         for tensor, match in zip(tensors, matches, strict=True):
-            cuts[tensor.name] = _cut(tensor, *match, axes, architecture.name)
+            key = id(match), tensor.shape, tensor.dtype
+            if key not in known_cuts:
+                known_cuts[key] = _cut(tensor, *match, axes, architecture.name)
+            cuts[tensor.name] = known_cuts[key]
         matcher.check_complete()
+        rule_names = {name: full for full, name in matcher.names.items()}
+        check_biases(architecture, config, (rule_names[name] for name, cut in cuts.items() if cut.kind != "buffer"))
+        float32 = float32_on_purpose(architecture, config, tensors, rule_names)
     axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names)
+    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32)
 
 
 @contextmanager
@@ -91,7 +101,7 @@ def recognise(
     with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
         found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
-    seen = {pattern.text for candidates in found.values() for pattern, _, _ in candidates}
+    seen = {pattern.text for candidates in found.values() for pattern, *_ in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
 

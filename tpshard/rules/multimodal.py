@@ -14,6 +14,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import Cut
 from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
 from tpshard.rules.classify import Classification, classify, recognise
+from tpshard.rules.presence import check_head
 from tpshard.rules.quantisation.schemes import Companion, split_name
 from tpshard.storage.safetensors import TensorInfo
 
@@ -45,10 +46,15 @@ class ModelRules:
     ) -> tuple[Classification, Mapping[str, Any] | None]:
         """Every tensor's cut, and what the manifest says about a nested text model (plain JSON), if there is one."""
         if self.text is None:
-            return classify(self.architecture, self.config, tensors, quantised=quantised), None
+            found = classify(self.architecture, self.config, tensors, quantised=quantised)
+            full = (found.full_names.get(tensor.name, tensor.name) for tensor in tensors)
+            check_head(self.architecture, self.config, self.config, full)
+            return found, None
         prefix = _find_prefix(self.architecture, self.text, tensors)
         names = _text_names(self.architecture, self.text, prefix, tensors)
         found = classify(self.architecture, self.text.config, [t for t in tensors if t.name in names], names, quantised)
+        full = (found.full_names.get(name, rule) for name, rule in names.items())
+        check_head(self.architecture, self.text.config, self.config, full)
         cuts = {tensor.name: found.cuts.get(tensor.name, Cut("replicate")) for tensor in tensors}
         depth = prefix.count(".") or 1
         others = {".".join(t.name.split(".")[:depth]) for t in tensors if t.name not in names}

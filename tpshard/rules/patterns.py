@@ -1,11 +1,13 @@
 """Matching of tensor names with an architecture's patterns: the one rule of each, and whether any tensor is missing."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
@@ -30,8 +32,44 @@ class Pattern:
     indices: dict[str, dict[int, set[int]]] = field(default_factory=dict)
 
 
-Match = tuple[Pattern, list[int], str]
-"""A pattern that matches a name, the numbers of layer and expert in the name, and the name with `*` for them."""
+Match = tuple[Pattern, list[int], str, bool]
+"""A pattern that matches a name, the numbers of layer and expert in the name, and the name with `*` for them; and
+whether the pattern matches another name that stands in for it."""
+Matched = tuple[Rule, Companion, tuple[str, ...] | None]
+"""The rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims."""
+
+
+class _Candidate(NamedTuple):
+    """A pattern that matches names which differ in numbers alone.
+
+    numbers: which components of a name are the layer and the expert. rest: the name with `*` for them, None where it
+    has other numbers. place: of the name that matches among those which stand in for the tensor's own, 0 for that.
+    """
+
+    pattern: Pattern
+    numbers: tuple[int, ...]
+    rest: str | None
+    place: int
+
+    def of(self, full: str, components: Sequence[str]) -> Match:
+        """What it says of one name."""
+        pattern, places, rest, place = self
+        if rest is None:
+            rest = _masked((full, *stand_ins(full))[place], places)
+        return pattern, [int(components[each]) for each in places], rest, place > 0
+
+
+def _candidate(pattern: Pattern, known: str, place: int, numbers: int) -> _Candidate:
+    """numbers: how many there are in the name `known`."""
+    found = pattern.compiled.fullmatch(known)
+    assert found is not None
+    places = tuple(known.count(".", 0, found.start(group)) for group in range(1, len(found.groups()) + 1))
+    return _Candidate(pattern, places, _masked(known, places) if numbers == len(places) else None, place)
+
+
+def _masked(name: str, places: Collection[int]) -> str:
+    """A name with `*` for some of its components."""
+    return ".".join("*" if place in places else part for place, part in enumerate(name.split(".")))
 
 
 class Matcher:
@@ -62,7 +100,8 @@ class Matcher:
         components = {part for pattern in self.patterns for part in pattern.text.removesuffix("?").split(".")}
         numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
         self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){NUMBER}(?![^.])")
-        self._memo: dict[str, list[Pattern]] = {}
+        self._candidates: dict[tuple[str, str], list[tuple[bool, list[_Candidate]]]] = {}
+        self._matched: dict[tuple[object, ...], Matched] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
     def find(self, name: str, prefix: str) -> tuple[str, list[Match]]:
@@ -70,46 +109,57 @@ class Matcher:
 
         A companion of a quantised module is matched under the name that its weight would have without.
         """
-        for full in dict.fromkeys((name, prefix + name)):
-            for known in (full, *stand_ins(full)):
-                key = self._index.sub("0", known)
-                if key not in self._memo:
-                    self._memo[key] = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]
-                matches = [(pattern, *_numbers(pattern, known)) for pattern in self._memo[key]]
-                candidates = [
-                    match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])
-                ]
-                if candidates:
-                    return full, candidates
+        key = prefix, self._index.sub("0", name)
+        if key not in self._candidates:
+            self._candidates[key] = list(self._alternatives(*key))
+        for prefixed, candidates in self._candidates[key]:
+            full = prefix + name if prefixed else name
+            components = full.split(".")
+            matches = [each.of(full, components) for each in candidates]
+            if held := [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]:
+                return full, held
         return name, []
 
-    def match(self, tensor: TensorInfo, known_as: str) -> tuple[Rule, Companion, tuple[str, ...] | None]:
+    def _alternatives(self, prefix: str, name: str) -> Iterator[tuple[bool, list[_Candidate]]]:
+        """The patterns that match a name, or else the name with the prefix, or else one that stands in for either."""
+        for full in dict.fromkeys((name, prefix + name)):
+            for place, known in enumerate((full, *stand_ins(full))):
+                if found := [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]:
+                    alone = len(self._index.findall(known))
+                    yield full != name, [_candidate(pattern, known, place, alone) for pattern in found]
+
+    def match(self, tensor: TensorInfo, known_as: str) -> Matched:
         """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
 
-        known_as: the tensor's name as the rules have it, the prefix perhaps excepted.
+        Tensors that are alike have the same object. known_as: the tensor's name as the rules have it, the prefix
+        perhaps excepted.
         """
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
-        stands_in = name not in self.quantised and any(not p.compiled.fullmatch(full) for p, _, _ in candidates)
+        stands_in = name not in self.quantised and any(stands_in for *_, stands_in in candidates)
         if not candidates or stands_in:
             what = f"no {self.architecture.name} rule matches the tensor {name}"
             hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
             raise UnsupportedError(what, path=tensor.file, tensor=name, found=f"shape {list(tensor.shape)}", hint=hint)
         if len(candidates) > 1:
-            what = f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, _, _ in candidates)}"
+            what = f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, *_ in candidates)}"
             raise UsageError(what, tensor=name, hint="make the patterns of the rules file disjoint")
         if full in self.names:
             what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
             expected = f"one of them, with or without {self.architecture.prefix!r}"
             raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
         self.names[full] = name
-        pattern, numbers, rest = candidates[0]
-        companion = self.quantised.get(name) or companion_of(full)
-        if companion.role in ("plain", "values"):  # a scale is no sign that the weight is there
+        pattern, numbers, rest, _ = candidates[0]
+        companion = self.quantised.get(name)
+        key = id(pattern), rest, full.rpartition(".")[2], id(companion), tensor.shape
+        if key not in self._matched:
+            row = companion or companion_of(full)
+            self._matched[key] = pattern.rule, row, self._dims(full, row, tensor)
+        if self._matched[key][1].role in ("plain", "values"):  # a scale is no sign that the weight is there
             pattern.seen = True
             if pattern.required and numbers:
                 pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
-        return pattern.rule, companion, self._dims(full, companion, tensor)
+        return self._matched[key]
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
         """Whether a pattern's rule holds in a layer."""
@@ -189,18 +239,6 @@ def contradiction(tensor: TensorInfo, dim: int, size: int, terms: str, hint: str
     what, expected = f"config.json contradicts the tensor {tensor.name}", f"dim {dim} of size {size} ({terms})"
     found = f"shape {list(tensor.shape)}"
     return CorruptError(what, path=tensor.file, tensor=tensor.name, expected=expected, found=found, hint=hint)
-
-
-def _numbers(pattern: Pattern, full: str) -> tuple[list[int], str]:
-    """The numbers of layer and expert in a name that the pattern matches, and the name with `*` for them."""
-    found = pattern.compiled.fullmatch(full)
-    assert found is not None
-    rest = full
-    numbers = found.groups()
-    for group in range(len(numbers), 0, -1):
-        start, end = found.span(group)
-        rest = f"{rest[:start]}*{rest[end:]}"
-    return [int(number) for number in numbers], rest
 
 
 def _short(numbers: list[int]) -> str:

@@ -1,27 +1,24 @@
 """Repositories on the Hugging Face Hub: what is in one, byte ranges of it, snapshots in the shared cache.
 
-Here and in `hub_errors` alone huggingface_hub is imported, and only when a repository is asked for.
+Here, in `hub_cache` and in `hub_errors` alone huggingface_hub is imported, and only when a repository is asked for.
 Endpoint, token, cache and offline mode are huggingface_hub's own (HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE).
 """
 
-import hashlib
 import io
-import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 from tpshard.errors import HubError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.carried import LeftOut, Listing, Selection, listing_of, select
-from tpshard.storage.files import require_space
 from tpshard.storage.foreign import recognised
+from tpshard.storage.hub_cache import CachedCommit, RemoteFile, damaged, quiet, recorded_listing
 from tpshard.storage.hub_errors import NoRepositoryError, TransientError, UnreachableError, attempt, not_a_hub
 from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG, PICKLE_PATTERN, fits, side_files
-from tpshard.storage.pool import Pool
 from tpshard.storage.weights import ReadFile, files_to_download
 
 SMALL_LIMIT = 20_000_000
@@ -45,30 +42,6 @@ class Snapshot:
     revision: str
     note: str | None = None
     left_out: tuple[LeftOut, ...] = ()
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository: bytes, its digest where the Hub stores it as a large file, else git's name of it."""
-
-    name: str
-    size: int
-    sha256: str | None
-    blob_id: str | None = None
-
-    def why_not(self, content: BinaryIO, size: int) -> tuple[str, str] | None:
-        """What was expected and what was found, where content is not that of the file; None where it is."""
-        if size != self.size:
-            return f"{self.size} bytes", f"{size} bytes"
-        if self.sha256 is not None:
-            kind, expected, digest = "sha256", self.sha256, hashlib.sha256()
-        elif self.blob_id is not None:
-            kind, expected, digest = "git blob", self.blob_id, hashlib.sha1(b"blob %d\0" % size)
-        else:
-            return None
-        while piece := content.read(1 << 20):
-            digest.update(piece)
-        return None if digest.hexdigest() == expected else (f"{kind} {expected}", digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -145,7 +118,7 @@ class RemoteRepo:
 
         content = attempt(read, self.repo_id, self.revision)
         if differs := file.why_not(io.BytesIO(content), len(content)):
-            raise _damaged(name, self.repo_id, *differs)
+            raise damaged(name, self.repo_id, *differs)
         return content
 
 
@@ -216,30 +189,30 @@ def download(repo_id: str, revision: str | None, *, allow_pickle: bool = False) 
     except UnreachableError as error:
         return _from_cache(repo_id, revision, allow_pickle, error)
 
+    cache = CachedCommit(repo.repo_id, repo.revision, repo.files)
+
     def index(name: str) -> bytes:
-        with _checked(repo, (name,)):
+        with cache.checked((name,)):
             path = Path(hf_hub_download(repo_id, name, revision=repo.revision))
         return path.read_bytes()
 
     def fetch(part: tuple[str, ...]) -> Path:
         # The revision as it was given, not the commit: the cache then remembers it for offline use, ours and others'.
-        with _checked(repo, part):
+        with cache.checked(part):
             path = Path(snapshot_download(repo_id, revision=revision, allow_patterns=[escape(name) for name in part]))
         if path.name != repo.revision:
             what = f"{repo_id} changed while it was downloaded"
             raise HubError(what, expected=repo.revision, found=path.name, hint="run the command again")
         return path
 
-    with _quiet():
+    with quiet():
         chosen, weights = attempt(lambda: _select(repo_id, repo.listing(), allow_pickle, index), repo_id, revision)
         side = chosen.carried
-        _require_space(repo, {*side, *weights})
+        cache.require_space({*side, *weights})
         # The weights last: a cache that has them all then has everything, whenever a download was interrupted.
         attempt(lambda: fetch(side), repo_id, revision)
         path = attempt(lambda: fetch(weights), repo_id, revision)
-    for file in repo.files:
-        if file.name in side or file.name in weights:
-            _check_cached(path / file.name, file, repo_id)
+    cache.require_whole({*side, *weights})
     return Snapshot(path, repo_id, repo.revision, left_out=chosen.left_out)
 
 
@@ -315,7 +288,7 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
         raise type(reason)(
             f"{reason.message}, and the cache has no snapshot of {repo_id} at {revision or 'main'}", hint=reason.hint
         ) from reason
-    tree = _recorded_listing(repo_id, path.name)
+    tree = recorded_listing(repo_id, path.name)
     listing = Directory(path).listing() if tree is None else tree
     names = [name for name in listing.sizes if "/" not in name]
 
@@ -343,108 +316,3 @@ def _from_cache(repo_id: str, revision: str | None, allow_pickle: bool, reason: 
         ) from reason
     note = f"{reason.message}; using the cached snapshot {path.name}"
     return Snapshot(path, repo_id, path.name, note, tuple(left_out))
-
-
-def _require_space(repo: RemoteRepo, names: Collection[str]) -> None:
-    """LocalIOError when the disk of the cache has no room for what of these files it does not have yet."""
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-
-    def held(file: RemoteFile) -> int:
-        places = [_cached(repo, file.name)]
-        if file.sha256:  # of another commit, or begun by a version of huggingface_hub that goes on with it
-            blobs = places[0].parents[2] / "blobs"
-            places += [blobs / f"{file.sha256}{ending}" for ending in ("", ".incomplete")]
-        return max(place.stat().st_size if place.exists() else 0 for place in places)
-
-    needed = sum(max(0, file.size - held(file)) for file in repo.files if file.name in names)
-    hint = "free some space, or set HF_HOME to a directory on another disk"
-    require_space(cache, needed, doing=f" to download {repo.repo_id}", hint=hint)
-
-
-def _cached(repo: RemoteRepo, name: str) -> Path:
-    """Where the cache has a file of the repository, once it is there."""
-    from huggingface_hub import constants
-
-    folder = f"models--{repo.repo_id.replace('/', '--')}"
-    return Path(constants.HF_HUB_CACHE) / folder / "snapshots" / repo.revision / name
-
-
-@contextmanager
-def _checked(repo: RemoteRepo, names: Collection[str]) -> Iterator[None]:
-    """Hold what is fetched in the `with` block, also by one that fails, against what the Hub said of it.
-
-    HubError for a file that is not so; it is taken out of the cache. What the cache had before is not read again.
-    """
-    fetched = [file for file in repo.files if file.name in names and not _cached(repo, file.name).exists()]
-
-    def differs(file: RemoteFile) -> tuple[str, str] | None:
-        path = _cached(repo, file.name)
-        if not path.exists():
-            return None
-        with path.open("rb") as content:
-            return file.why_not(content, os.fstat(content.fileno()).st_size)
-
-    def check() -> None:
-        found = [(file.name, why) for file, why in zip(fetched, Pool(4).map(differs, fetched), strict=True) if why]
-        for name, _ in found:
-            _cached(repo, name).resolve().unlink()
-            _cached(repo, name).unlink(missing_ok=True)
-        for name, why in found:
-            raise _damaged(name, repo.repo_id, *why)
-
-    try:
-        yield
-    except Exception:
-        check()
-        raise
-    check()
-
-
-def _damaged(name: str, repo_id: str, expected: str, found: str) -> HubError:
-    hint = "run the command again; if that does not help, the Hub's copy is damaged, or a proxy changes it"
-    return HubError(f"{name} of {repo_id} is not what the Hub says it is", expected=expected, found=found, hint=hint)
-
-
-def _recorded_listing(repo_id: str, commit: str) -> Listing | None:
-    """The repository's files at a commit, where the cache recorded them (huggingface_hub 2.0 on)."""
-    import huggingface_hub
-
-    listing = getattr(huggingface_hub, "get_cached_repo_tree", None)
-    if listing is None:
-        return None
-    try:
-        return listing_of((entry.path, entry.size) for entry in listing(repo_id, revision=commit))
-    except huggingface_hub.errors.CachedRepoTreeNotFoundError:
-        return None
-
-
-def _check_cached(path: Path, file: RemoteFile, repo_id: str) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found == file.size:
-        return
-    if found is None:
-        raise HubError(f"{file.name} of {repo_id} was not downloaded", path=path, hint="run the command again")
-    what = f"{file.name} of {repo_id} is damaged in the cache"
-    hint = f"delete {path.resolve()} and run the command again"
-    raise HubError(what, path=path, expected=f"{file.size} bytes", found=f"{found} bytes", hint=hint)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """huggingface_hub's own progress bars and warnings switched off; what it fails of is told in the end."""
-    from huggingface_hub import constants, utils
-
-    hub: Any = utils  # these names are public, but not declared so
-    verbosity = hub.logging.get_verbosity()
-    bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not hub.are_progress_bars_disabled()
-    if bars:
-        hub.disable_progress_bars()
-    hub.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hub.logging.set_verbosity(verbosity)
-        if bars:
-            hub.enable_progress_bars()

@@ -44,7 +44,7 @@ class Directory:
         """All files, in folders as well; nothing behind a symlink that leads out of the directory."""
         sizes: dict[str, int] = {}
         unread: dict[str, str] = {}
-        _list(self.root, "", sizes, unread)
+        _list(self.root, "", sizes, unread, self.follow)
         return Listing(sizes, unread)
 
     def path(self, name: str) -> Path:
@@ -97,7 +97,7 @@ def content_size(content: Content) -> int:
     return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
-def _list(root: Path, below: str, sizes: dict[str, int], unread: dict[str, str]) -> None:
+def _list(root: Path, below: str, sizes: dict[str, int], unread: dict[str, str], follow: bool) -> None:
     """Add the files in a folder (`below` ends in `/`) and in its folders; no symlink to a folder is followed."""
     for entry in sorted(entries(root / below)):
         name = below + entry.name
@@ -107,12 +107,12 @@ def _list(root: Path, below: str, sizes: dict[str, int], unread: dict[str, str])
             if reason or entry.is_symlink():
                 unread[f"{name}/"] = reason or "a symlink to a folder"
             else:
-                _list(root, f"{name}/", sizes, unread)
+                _list(root, f"{name}/", sizes, unread, follow)
         elif reason := hidden(entry.name):
             unread[name] = reason
         else:
             try:
-                sizes[name] = safe_path(root, name).stat().st_size
+                sizes[name] = safe_path(root, name, follow).stat().st_size
             except (UnsafeError, CorruptError, OSError):
                 if below == "" and fits(name, SIDE_PATTERNS):
                     raise  # without it the model is another one

@@ -174,16 +174,16 @@ def _cache(declared: Mapping[str, Any]) -> str | None:
 
 def _modules(tensors: Iterable[TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
     """The modules of which anything is quantised. A bias or a plain weight is listed where it stands beside that."""
-    plain: dict[str, list[tuple[str, TensorInfo]]] = {}
+    tensors = tuple(tensors)
     found: dict[str, dict[str, TensorInfo]] = {}
     for info in tensors:
         module, suffix = split_name(info.name)
         if _is_values(suffix, info) or (suffix in QUANTISED and suffix not in ("weight", "scale")):
             found.setdefault(module, {})[suffix] = info
-        elif suffix in ("weight", "bias", "scale", ""):
-            plain.setdefault(module, []).append((suffix, info))
-    for module, stored in found.items():
-        stored |= dict(plain.get(module, ()))
+    for info in tensors if found else ():
+        module, suffix = split_name(info.name)
+        if module in found and suffix in ("weight", "bias", "scale", ""):
+            found[module].setdefault(suffix, info)
     return found
 
 

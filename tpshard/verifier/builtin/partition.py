@@ -1,10 +1,12 @@
 """The built-in decoder's own partition: which elements of the source a rank must hold, by the family's mathematics."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tpshard.errors import CorruptError
 from tpshard.verifier.builtin.decoder import HeadShare, share_of
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.elements import Held, Parameter, idle
@@ -36,6 +38,35 @@ def parameters(family: Family, source: Weights, ranks: Sequence[Weights], layers
             seen.add(f"{whole.full(module)}.{suffix}")
             yield Parameter(f"{whole.full(module)}.{suffix}", sides[0], sides[1:], orders, padded)
     yield from idle(source, ranks, seen, layers, family.layers)
+
+
+def require_described(family: Family, config: Mapping[str, Any], source: Weights) -> None:
+    """CorruptError unless the source has just the weights and biases that its config says it has.
+
+    A class that computes no logits needs no head: `architectures` of the config names it.
+    """
+    store = Store(source, family, torch.float64, torch.device("cpu"))
+    for module, layer in _modules(family, range(family.layers)):
+        name = module if layer is None else module.removeprefix(family.layer.format(layer))
+        if module not in family.heads_names:
+            _require(store, module, "weight", not (family.bare_norms and name in family.norms))
+            _require(store, module, "bias", name in family.biases)
+    classes = config.get("architectures")
+    named = list(map(str, classes)) if isinstance(classes, list) else []
+    if not named or any(kind in name for name in named for kind in ("CausalLM", "LMHead", "ConditionalGeneration")):
+        head = next((name for name in family.heads_names if store.has(name)), family.heads_names[0])
+        if not family.tied:
+            _require(store, head, "weight", True)
+        _require(store, head, "bias", head in family.biases)
+
+
+def _require(store: Store, module: str, suffix: str, wanted: bool) -> None:
+    if store.has(module, suffix) != wanted:
+        name = f"{store.full(module)}.{suffix}"
+        what = f"config.json contradicts the weights: {name} {'is not there' if wanted else 'is there'}"
+        expected, found = ("the tensor", "none") if wanted else ("no such tensor", "one")
+        hint = "config.json and the weights are of different models, or one of them was changed"
+        raise CorruptError(what, tensor=name, expected=expected, found=found, hint=hint)
 
 
 def _modules(family: Family, layers: Sequence[int]) -> Iterator[tuple[str, int | None]]:

@@ -13,6 +13,7 @@ from tpshard.errors import UnsupportedError
 from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet, Reference
 from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.builtin.memory import BLOCK_BYTES, Load, estimate, load
+from tpshard.verifier.builtin.partition import require_described
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.criteria import no_tf32
@@ -80,6 +81,7 @@ def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     """Find out whether shards and source are of one model, and decide prompt, layers and tokens."""
     shards, source, team = opened.shards, opened.source, opened.team
     family, positions = describe(opened.config), None
+    require_described(family, opened.config, source)
     if family.positions is not None:
         store = Store(source, family, torch.float64, torch.device("cpu"))
         positions = store.matrix_shape(family.positions)[0] - family.position_offset

@@ -1,6 +1,7 @@
 """From config.json to the Family that its model_type names."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
@@ -9,6 +10,8 @@ from tpshard.verifier.families.family import ACTIVATIONS, Family
 from tpshard.verifier.families.gpt_like import bloom, falcon, gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj, opt
 from tpshard.verifier.families.llama_like import gemma2, internlm2, llama, mistral, qwen
 
+_TIED = ("gemma2", "gpt2", "gpt_bigcode", "gpt_neo", "bloom", "falcon", "RefinedWeb", "RefinedWebModel", "opt")
+"""Model types whose head is the embedding unless the config says otherwise."""
 _NAMED_SO = (llama, internlm2, mistral, gemma2, gpt2, gpt_bigcode, gpt_neo, gptj, gpt_neox, bloom, falcon, opt)
 FAMILIES: Mapping[str, Callable[[Config, str], Family]] = {
     **{family.__name__: family for family in _NAMED_SO},
@@ -27,7 +30,9 @@ def describe(config: Mapping[str, Any]) -> Family:
         hint = f"known: {', '.join(sorted(FAMILIES))}"
         raise UnsupportedError(f"verify does not know the model type {model_type!r}", hint=hint)
     try:
-        family = FAMILIES[model_type](Config(config), model_type)
+        known = Config(config)
+        tied = bool(known.get("tie_word_embeddings", default=model_type in _TIED))
+        family = replace(FAMILIES[model_type](known, model_type), tied=tied)
     except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError(f"config.json does not describe a {model_type}", found=reason) from None

@@ -1,8 +1,9 @@
 """A model family as mathematics: what one config.json describes."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,8 @@ class Family:
     of a KV group, its k, its v. `windows` and `scales` have an entry per layer; a window of None sees everything.
     `block`: "sequential" normalises before attention and MLP, "post" after each residual sum, "parallel" adds both to
     one input. A norm named None is not there; `mlp_norm` None in a parallel block shares the attention's.
+    `biases` are the modules that have one, all others have none; `bare_norms` have neither weight nor bias. `tied`: the
+    head is the embedding, and need not be stored.
     """
 
     model_type: str
@@ -88,6 +91,25 @@ class Family:
     final_softcap: float | None = None
     rope: Rope | None = None
     alibi: str | None = None
+    biases: tuple[str, ...] = ()
+    bare_norms: bool = False
+    tied: bool = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a layer, and those outside of layers."""
+        inside = (self.attn_norm, self.q_norm, self.k_norm, self.attn_out_norm, self.mlp_norm, self.mlp_out_norm)
+        return tuple(name for name in (*inside, self.embed_norm, self.final_norm) if name is not None)
+
+    def with_biases(
+        self, *, attention: bool = False, mlp: bool = False, norms: bool = False, more: tuple[str, ...] = ()
+    ) -> Self:
+        """The family with a bias in each of these modules, and in no other."""
+        names: list[str | None] = list(more)
+        names += (*self.qkv, self.out) if attention else ()
+        names += (self.gate, self.up, self.down) if mlp else ()
+        names += self.norms if norms else ()
+        return replace(self, biases=tuple(name for name in names if name is not None))
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def gpt2(config: Config, model_type: str) -> Family:
     scales = family.scales if config.get("scale_attn_weights", default=True) else (1.0,) * family.layers
     if config.get("scale_attn_by_inverse_layer_idx", default=False) and model_type == "gpt2":
         scales = tuple(scale / (i + 1) for i, scale in enumerate(scales))
-    return replace(
+    family = replace(
         family,
         eps=float(config.get("layer_norm_epsilon", default=1e-5)),
         activation=config.get("activation_function", default="gelu_new"),
@@ -40,6 +40,7 @@ def gpt2(config: Config, model_type: str) -> Family:
         scales=scales,
         conv1d=model_type == "gpt2",
     )
+    return family.with_biases(attention=True, mlp=True, norms=True)
 
 
 def gpt_bigcode(config: Config, model_type: str) -> Family:
@@ -61,7 +62,7 @@ def gpt_neo(config: Config, model_type: str) -> Family:
         kinds = [kind for names, count in pattern for _ in range(count) for kind in names]
     require_length("attention_types", kinds, family.layers)
     window = config.number("window_size", default=256)
-    return replace(
+    family = replace(
         family,
         fused=None,
         qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
@@ -69,12 +70,13 @@ def gpt_neo(config: Config, model_type: str) -> Family:
         windows=tuple(window if kind == "local" else None for kind in kinds),
         scales=(1.0,) * family.layers,
     )
+    return family.with_biases(mlp=True, norms=True, more=(family.out,))
 
 
 def gptj(config: Config, model_type: str) -> Family:
     family = gpt2(config, model_type)
     dims = config.number("rotary_dim", default=64)
-    return replace(
+    family = replace(
         family,
         positions=None,
         fused=None,
@@ -87,12 +89,13 @@ def gptj(config: Config, model_type: str) -> Family:
         scales=(family.head_dim**-0.5,) * family.layers,
         rope=Rope(dims, 10000.0, config.number("n_positions", default=2048), interleaved=True),
     )
+    return family.with_biases(mlp=True, norms=True, more=("lm_head",))
 
 
 def gpt_neox(config: Config, model_type: str) -> Family:
     family = sized(config, model_type)
     share = float(config.get("rotary_pct", "partial_rotary_factor", default=0.25))
-    return replace(
+    family = replace(
         family,
         eps=float(config.get("layer_norm_eps", default=1e-5)),
         activation=config.get("hidden_act", default="gelu"),
@@ -109,10 +112,12 @@ def gpt_neox(config: Config, model_type: str) -> Family:
         block="parallel" if config.get("use_parallel_residual", default=True) else "sequential",
         rope=rope_of(config, family.head_dim, theta_key="rotary_emb_base", share=share),
     )
+    attention = bool(config.get("attention_bias", default=True))
+    return family.with_biases(attention=attention, mlp=True, norms=True)
 
 
 def bloom(config: Config, model_type: str) -> Family:
-    return replace(
+    family = replace(
         sized(config, model_type, BLOOM_SIZES),
         eps=float(config.get("layer_norm_epsilon", default=1e-5)),
         activation="gelu_pytorch_tanh",
@@ -130,6 +135,7 @@ def bloom(config: Config, model_type: str) -> Family:
         residual_after_norm=bool(config.get("apply_residual_connection_post_layernorm", default=False)),
         alibi="bloom",
     )
+    return family.with_biases(attention=True, mlp=True, norms=True)
 
 
 def falcon(config: Config, model_type: str) -> Family:
@@ -148,7 +154,7 @@ def falcon(config: Config, model_type: str) -> Family:
         kv_heads = config.number("num_kv_heads", "n_head_kv", default=family.heads)
     else:
         kv_heads = 1 if multi_query else family.heads
-    return replace(
+    family = replace(
         family,
         activation=config.get("activation", default="gelu"),
         embed_norm=None,
@@ -161,6 +167,8 @@ def falcon(config: Config, model_type: str) -> Family:
         alibi="falcon" if alibi else None,
         rope=None if alibi else rope_of(config, family.head_dim),
     )
+    linear = bool(config.get("bias", default=False))
+    return family.with_biases(attention=linear, mlp=linear, norms=True)
 
 
 def opt(config: Config, model_type: str) -> Family:
@@ -168,7 +176,8 @@ def opt(config: Config, model_type: str) -> Family:
     before = bool(config.get("do_layer_norm_before", default=True))
     projected = config.number("word_embed_proj_dim", default=family.hidden) != family.hidden
     final = before and not config.get("_remove_final_layer_norm", default=False)
-    return replace(
+    affine = bool(config.get("layer_norm_elementwise_affine", default=True))
+    family = replace(
         family,
         activation=config.get("activation_function", default="relu"),
         prefixes=("model.decoder.", "decoder.", ""),
@@ -183,4 +192,7 @@ def opt(config: Config, model_type: str) -> Family:
         mlp_norm="final_layer_norm",
         final_norm="final_layer_norm" if final else None,
         block="sequential" if before else "post",
+        bare_norms=not affine,
     )
+    linear = bool(config.get("enable_bias", default=True))
+    return family.with_biases(attention=linear, mlp=linear, norms=affine)

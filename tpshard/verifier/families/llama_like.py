@@ -8,7 +8,7 @@ from tpshard.verifier.families.family import Family
 
 def llama(config: Config, model_type: str) -> Family:
     family = sized(config, model_type, head_dim=128 if model_type == "qwen3" else 0)
-    return replace(
+    family = replace(
         family,
         kv_heads=config.number("num_key_value_heads", default=family.heads),
         norm="rms",
@@ -17,10 +17,16 @@ def llama(config: Config, model_type: str) -> Family:
         gate="mlp.gate_proj",
         rope=rope_of(config, family.head_dim),
     )
+    return family.with_biases(attention=_says(config, "attention_bias"), mlp=_says(config, "mlp_bias"))
+
+
+def _says(config: Config, key: str, default: bool = False) -> bool:
+    """A flag of the config."""
+    return bool(config.get(key, default=default))
 
 
 def internlm2(config: Config, model_type: str) -> Family:
-    return replace(
+    family = replace(
         llama(config, model_type),
         heads_names=("output",),
         embed="tok_embeddings",
@@ -35,12 +41,13 @@ def internlm2(config: Config, model_type: str) -> Family:
         attn_norm="attention_norm",
         mlp_norm="ffn_norm",
     )
+    return family.with_biases(attention=_says(config, "bias", default=True))
 
 
 def mistral(config: Config, model_type: str) -> Family:
     family = llama(config, model_type)
     window = config.values.get("sliding_window", 4096)
-    return replace(family, windows=(window,) * family.layers)
+    return replace(family, windows=(window,) * family.layers, biases=())
 
 
 def qwen(config: Config, model_type: str) -> Family:
@@ -49,7 +56,9 @@ def qwen(config: Config, model_type: str) -> Family:
     first = config.get("max_window_layers", default=28)
     norms = ("self_attn.q_norm", "self_attn.k_norm") if model_type == "qwen3" else (None, None)
     windows = config.layer_windows(family.layers, window, lambda i: window is not None and i >= first)
-    return replace(family, windows=windows, q_norm=norms[0], k_norm=norms[1])
+    family = replace(family, windows=windows, q_norm=norms[0], k_norm=norms[1])
+    own = _says(config, "attention_bias")
+    return family.with_biases(attention=own) if model_type == "qwen3" else family.with_biases(more=family.qkv)
 
 
 def gemma2(config: Config, model_type: str) -> Family:
@@ -58,7 +67,7 @@ def gemma2(config: Config, model_type: str) -> Family:
     window = config.get("sliding_window", default=4096)
     scale = float(config.get("query_pre_attn_scalar", default=256)) ** -0.5
     return replace(
-        family,
+        family.with_biases(attention=_says(config, "attention_bias")),
         head_dim=head_dim,
         kv_heads=config.number("num_key_value_heads", default=4),
         rope=rope_of(config, head_dim),

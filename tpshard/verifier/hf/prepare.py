@@ -66,6 +66,7 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBac
     positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
     ids, layers, tokens = decide(opened, options, same=same, vocab=config.vocab_size, layers=depth, positions=positions)
     frame = frame_of(config, layers)
+    frame.require_described(opened.source, opened.config.get("architectures"))
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)

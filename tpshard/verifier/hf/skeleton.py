@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpshard.errors import DifferentError, UnsupportedError
+from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.dequantise.find import QUANTISATION
 from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.overrides import precision
@@ -37,6 +37,7 @@ TEXT_KEYS = ("text_config", "llm_config", "language_config")
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
 # Weights are dequantised before a class has them.
 _LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
+_HEADED = ("CausalLM", "LMHead", "ConditionalGeneration")
 TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
 
 
@@ -168,6 +169,7 @@ class Frame:
     """What parameters the model has, and which of its layers are looked at.
 
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
+    `buffers` are those of `shapes` that a file need not have.
     """
 
     config: Any
@@ -176,6 +178,29 @@ class Frame:
     head: str
     embedding: str
     layers: tuple[int, ...]
+    buffers: frozenset[str]
+
+    def require_described(self, source: Weights, classes: object) -> None:
+        """CorruptError unless the source has just the parameters and biases that its config says it has.
+
+        classes: `architectures` of the config; one that computes no logits needs no head.
+        """
+        found = recipes(source.names(), self.shapes.keys(), self.prefix)
+        named = list(map(str, classes)) if isinstance(classes, list) else []
+        headed = not named or any(kind in name for name in named for kind in _HEADED)
+        spared = {self.head} if self.config.tie_word_embeddings or not headed else set()
+        lacking = (key for key in self.shapes.keys() - self.buffers - spared if key not in found)
+        used = {name for recipe in found.values() for name in recipe.stored}
+        extra = (name for name in source.names() if name.endswith(".bias") and name not in used)
+        stray = (name for name in extra if f"{name.removesuffix('bias')}weight" in used)
+        for names, what, expected, there in (
+            (sorted(lacking), "is not there", "the tensor", "none"),
+            (sorted(stray), "is there", "no such tensor", "one"),
+        ):
+            for name in names[:1]:
+                message = f"config.json contradicts the weights: {name} {what}"
+                hint = "config.json and the weights are of different models, or one of them was changed"
+                raise CorruptError(message, tensor=name, expected=expected, found=there, hint=hint)
 
     def needed(self, key: str) -> bool:
         """Whether the parameter is outside of layers, or of a layer that is looked at."""
@@ -236,7 +261,8 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     head, embedding = (f"{names[id(end)]}.weight" for end in ends)
     every = tuple(range(len(layers_of(model))))
     prefix = str(getattr(model, "base_model_prefix", ""))
-    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers)
+    buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers, buffers)
 
 
 def fill(

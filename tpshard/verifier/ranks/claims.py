@@ -9,7 +9,7 @@ from typing import Any
 
 from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
-from tpshard.verifier.ranks.open import CASTS, RankSet
+from tpshard.verifier.ranks.open import RankSet
 from tpshard.verifier.ranks.weights import Weights
 
 _TIED = "tie_word_embeddings"
@@ -28,16 +28,12 @@ def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) ->
 def _is_of_split(each: KeyDifference, opened: RankSet) -> bool:
     """Whether split makes a key this other one: a cast's dtype, and whether an engine's files have a head apart."""
     if each.key.rpartition(".")[2] in ("dtype", "torch_dtype"):
-        return opened.cast is not None and each.found == f'"{_name_of(opened)}"'
+        return opened.cast_name is not None and each.found == f'"{opened.cast_name}"'
     if each.key != _TIED or opened.format != "vllm":
         return False
     names = opened.ranks[0].names()
     both = any(name in names for name in _HEADS) and any(name.endswith(_EMBEDDINGS) for name in names)
     return each.found == ("false" if both else "true")
-
-
-def _name_of(opened: RankSet) -> str:
-    return next(name for name, dtype in CASTS.items() if dtype == opened.cast)
 
 
 def _misplaced(said: Sequence[Chunks], source: Weights) -> Iterator[str]:

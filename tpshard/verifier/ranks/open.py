@@ -28,15 +28,15 @@ class FileWeights:
 
     safetensors' own reader maps the file, so that all that was read of it counts as this process's memory until it is
     closed, and reads no torch archives.
-    `cast` rounds every floating tensor to another dtype first, for a source whose shards were cast when split.
+    `cast` has the dtypes that floating tensors are rounded to first, of a source whose shards were cast when split.
     """
 
     dequantised: Collection[str] = ()
     """The tensors that are not stored as they are read here."""
 
-    def __init__(self, infos: Iterable[TensorInfo], cast: torch.dtype | None = None) -> None:
+    def __init__(self, infos: Iterable[TensorInfo], cast: Mapping[str, torch.dtype] | None = None) -> None:
         self.infos: dict[str, TensorInfo] = {}
-        self.cast = cast
+        self.cast = cast or {}
         for info in infos:
             if info.name in self.infos:
                 other = self.infos[info.name].file
@@ -81,26 +81,27 @@ class FileWeights:
         if len(buffer) < length:
             raise CorruptError("the file ends within a tensor", path=info.file, tensor=info.name)
         tensor = torch.frombuffer(buffer, dtype=dtype).view(shape)
-        return tensor.to(self.cast) if self.cast is not None and dtype in FLOATS else tensor
+        return tensor.to(self.cast.get(info.name, dtype)) if dtype in FLOATS else tensor
 
 
-CASTS = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What `--dtype` casts to, by the names that a manifest has."""
+CASTS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What `--dtype` casts to, by the names that a manifest has for what is stored."""
 
 
 @dataclass(frozen=True)
 class RankSet:
-    """A directory of rank files: the ranks in order, the config, and what the manifest says that weights were cast to.
+    """A directory of rank files: the ranks in order, the config, and the dtypes that the manifest says of a cast set.
 
     The ranks have the names and shapes of their files, which `translate.translated` turns into the source's; it keeps
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them; `said` are the
-    places that headers of other files state as well, for torch.
+    places that headers of other files state as well, for torch. `cast_name` names what a set was cast to.
     """
 
     directory: Path
     config: Mapping[str, Any]
     ranks: tuple[FileWeights, ...]
-    cast: torch.dtype | None = None
+    cast: Mapping[str, torch.dtype] | None = None
+    cast_name: str | None = None
     warnings: tuple[str, ...] = ()
     format: str = "native"
     stored: tuple[FileWeights, ...] = ()
@@ -129,14 +130,12 @@ def open_shards(directory: Path) -> RankSet:
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
     opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
-    cast = _said(manifest, "options", "dtype", None)
-    if cast is not None and not (isinstance(cast, str) and cast in CASTS):
-        raise CorruptError("not a dtype", path=directory / MANIFEST, expected=", ".join(CASTS), found=repr(cast))
     return RankSet(
         directory=directory,
         config=_json(directory / CONFIG),
         ranks=tuple(weights for weights, _, _ in opened),
-        cast=None if cast is None else CASTS[cast],
+        cast=_casts(manifest, directory),
+        cast_name=_said(manifest, "options", "dtype", None),
         warnings=tuple(warnings),
         format=files.format,
         chunks=tuple(chunks for _, chunks, _ in opened) if files.format.startswith("dcp") else (),
@@ -151,6 +150,25 @@ def _said(manifest: Any, part: str, key: str, default: Any) -> Any:
         expected, found = f"an object {part!r}", repr(inner)[:80]
         raise CorruptError(f"{MANIFEST} is damaged", path=MANIFEST, expected=expected, found=found)
     return inner.get(key, default)
+
+
+def _casts(manifest: Any, directory: Path) -> Mapping[str, torch.dtype] | None:
+    """The dtype of each floating tensor of a set that was cast when it was split; None of another one.
+
+    That is what the source is rounded to: whoever says another dtype of a tensor than it has is found out.
+    """
+    name, known = _said(manifest, "options", "dtype", None), ("float64", "float32", "float16", "bfloat16")
+    if name is None:
+        return None
+    if name not in known:
+        raise CorruptError("not a dtype", path=directory / MANIFEST, expected=", ".join(known), found=repr(name))
+    try:
+        return {str(row["name"]): CASTS[row["dtype"]] for row in manifest["tensors"] if row["dtype"] in CASTS}
+    except (KeyError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        expected = "tensors with name and dtype"
+        path = directory / MANIFEST
+        raise CorruptError(f"{MANIFEST} is damaged", path=path, expected=expected, found=found) from None
 
 
 def _open_rank(
@@ -219,7 +237,11 @@ def require_floats(weights: FileWeights, names: Iterable[str]) -> None:
 
 
 def open_source(
-    model: Path, *, cast: torch.dtype | None = None, allow_pickle: bool = False, follow_symlinks: bool = False
+    model: Path,
+    *,
+    cast: Mapping[str, torch.dtype] | None = None,
+    allow_pickle: bool = False,
+    follow_symlinks: bool = False,
 ) -> tuple[Any, FileWeights]:
     """Config and weights of an unsharded checkpoint, rounded to `cast` where the shards were."""
     checkpoint = open_checkpoint(model, allow_pickle=allow_pickle, follow_symlinks=follow_symlinks)

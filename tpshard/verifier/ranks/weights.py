@@ -72,6 +72,31 @@ class Borrowed:
         return self.lenders.get(name, self.weights).rows(name, start, stop)
 
 
+@dataclass(frozen=True)
+class Disturbed:
+    """Tensors whose floating-point elements are each moved, up or down, by one rounding of float64."""
+
+    weights: Weights
+
+    def names(self) -> Collection[str]:
+        return self.weights.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.weights.shape(name)
+
+    def get(self, name: str) -> Tensor:
+        return self._moved(self.weights.get(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._moved(self.weights.rows(name, start, stop))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        signs = torch.randint(2, tensor.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return tensor.double() * (1 + signs.to(tensor.device) * torch.finfo(torch.float64).eps)
+
+
 def replaced(weights: Weights, changes: Mapping[str, Tensor]) -> Borrowed:
     """Another's tensors, some of them replaced."""
     return Borrowed(weights, dict.fromkeys(changes, InMemory(changes)))
