@@ -128,7 +128,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Need:
+class ConfigNeed:
     """The values of a key of quantization_config that the engine takes, and why no others, `unless` others say else."""
 
     key: str
@@ -145,7 +145,7 @@ class Method:
     `like`. lists: a key of quantization_config that must name the "quantised" or the "plain" modules.
     """
 
-    needs: tuple[Need, ...] = ()
+    needs: tuple[ConfigNeed, ...] = ()
     buffers: tuple[Constant, ...] = ()
     modules: tuple[Constant, ...] = ()
     experts: tuple[Constant, ...] = ()
@@ -238,7 +238,7 @@ def load_table(path: Path) -> Table:
 def _quantised(entry: Mapping[str, Any]) -> QuantisedModules:
     methods = {
         name: Method(
-            tuple(Need(**_frozen(each)) for each in method.get("needs", ())),
+            tuple(ConfigNeed(**_frozen(each)) for each in method.get("needs", ())),
             **{
                 key: tuple(Constant(**_frozen(each)) for each in method.get(key, ()))
                 for key in ("buffers", "modules", "experts")
