@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.helpers.command import fails, succeeds
-from tests.helpers.toys import read, read_all
+from tests.helpers.quantised import FORMATS, SMALL, quantised_tensors
+from tests.helpers.toys import read, read_all, write_checkpoint
 from tests.quantised.fixture_table import FIXTURES
 from tpshard import load_rank
 
@@ -98,3 +99,14 @@ def test_what_vllm_does_not_load(name: str, reason: str) -> None:
     error = fails(4, "split", FIXTURES / name, "--tp", 2, "--format", "vllm", "-o", "out")
     assert reason in error["message"] and "native" in error["hint"]
     assert not Path("out").exists()
+
+
+def test_matrices_that_meet_inside_a_block() -> None:
+    """Whole at tp 1, gate ends inside a block of 16 rows; vLLM has one grid for gate and up."""
+    said, shapes = FORMATS["fp8 blocks"]
+    config = SMALL | {"intermediate_size": 120, "torch_dtype": "bfloat16", "quantization_config": said}
+    tensors = quantised_tensors(shapes, intermediate_size=120)
+    model = write_checkpoint(Path("model"), config, tensors, [list(tensors)])
+    succeeds("split", model, "--tp", 1, "-o", "native")
+    error = fails(4, "split", model, "--tp", 1, "--format", "vllm", "-o", "out")
+    assert error["tensor"].endswith("gate_proj.weight") and error["found"] == 120

@@ -167,6 +167,28 @@ def fused(
     return replace(recipe, flat=scalar and recipe.stacked and all(len(group) == 1 for group in recipe.groups))
 
 
+def require_whole_blocks(
+    model: Model, recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]]
+) -> None:
+    """UnsupportedError where matrices meet inside a block once they are fused: engines have one grid for all."""
+    rows = _block_rows(model.config.get("quantization_config"))
+    if rows is None:
+        return
+    for recipe in recipes.values():
+        for tensor in (tensor for group in recipe.groups for tensor in group[:-1]):
+            stored = shares[tensor][0]
+            if stored.dtype.startswith("F8_E") and len(stored.shape) > 1 and stored.shape[0] % rows:
+                what = f"{tensor} ends inside a block, and the engine has others behind it"
+                expected, found = f"a multiple of {rows} rows on each rank", stored.shape[0]
+                raise UnsupportedError(what, tensor=tensor, expected=expected, found=found, hint=_HINT)
+
+
+def _block_rows(declared: Any) -> int | None:
+    """The rows of a block of FP8, None where there are none."""
+    size = declared.get("weight_block_size") if isinstance(declared, dict) else None
+    return size[0] if isinstance(size, list) and size and isinstance(size[0], int) else None
+
+
 def constants(
     method: Method, family: EngineFamily, model: Model, rows: Sequence[Row], names: Collection[str], tp: int
 ) -> Iterator[Row]:

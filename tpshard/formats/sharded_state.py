@@ -24,6 +24,7 @@ from tpshard.formats.engine_quantised import (
     in_shapes,
     method_of,
     refusal,
+    require_whole_blocks,
     unplaced,
 )
 from tpshard.formats.engine_tables import EngineFamily, fit, load_table
@@ -72,6 +73,7 @@ class ShardedState(Format):
             named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
             shares = in_shapes(quantised, family, named, shares, last)
         recipes = {into: fused(quantised, named, shares, each) for into, each in _recipes(family, named, last).items()}
+        require_whole_blocks(model, recipes, shares)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         rows = joined(recipes, shares, shapes, options.tp)
         rows += constants(method, family, model, rows, named.values(), options.tp)
