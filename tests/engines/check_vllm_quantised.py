@@ -39,6 +39,17 @@ COMPLETED = {
 }
 """What vLLM needs in the configs that transformers wrote, to load the unsharded checkpoint."""
 LOADED = sorted({each.name for each in TABLE} - REFUSED.keys())
+AT_FOUR = (
+    "autoround-awq",
+    "ct-fp8-kv-per-head",
+    "ct-fp8-static-phi3",
+    "ct-int4-asym-group",
+    "ct-nvfp4-qwen3-moe",
+    "fp8-block-qwen3",
+    "gptq-int4",
+    "modelopt-nvfp4-kv",
+)
+"""Those with KV heads repeated; a fixture for each way in which companions become something else."""
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +73,14 @@ def completed(name: str, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("name", LOADED)
-def test_ours_loads_as_what_vllm_holds(name: str, engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "tp"), [*((name, 2) for name in LOADED), *((name, 4) for name in AT_FOUR)])
+def test_ours_loads_as_what_vllm_holds(name: str, tp: int, engine: Engine, tmp_path: Path) -> None:
     source = completed(name, tmp_path / "source")
-    theirs = engine.held(source, 2, "auto", tmp_path / "theirs")
+    theirs = engine.held(source, tp, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
-    tpshard.split(source, 2, shards, format="vllm")
-    assert differences(in_dtypes_of(theirs, written(shards, 2)), theirs) == []
-    assert differences(engine.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
+    tpshard.split(source, tp, shards, format="vllm")
+    assert differences(in_dtypes_of(theirs, written(shards, tp)), theirs) == []
+    assert differences(engine.held(shards, tp, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert not tpshard.check(shards, source).differences
     tpshard.merge(shards, tmp_path / "merged")
     merged, whole = everything(tmp_path / "merged"), everything(source)

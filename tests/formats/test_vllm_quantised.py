@@ -109,4 +109,4 @@ def test_matrices_that_meet_inside_a_block() -> None:
     model = write_checkpoint(Path("model"), config, tensors, [list(tensors)])
     succeeds("split", model, "--tp", 1, "-o", "native")
     error = fails(4, "split", model, "--tp", 1, "--format", "vllm", "-o", "out")
-    assert error["tensor"].endswith("gate_proj.weight") and error["found"] == 120
+    assert error["tensor"].endswith("gate_proj.weight") and error["found"] == "120"
