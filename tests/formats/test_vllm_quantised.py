@@ -7,6 +7,7 @@ parameters outside of layers and of the first one. `make test-engines` compares 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,14 @@ def test_matrices_that_meet_inside_a_block() -> None:
     succeeds("split", model, "--tp", 1, "-o", "native")
     error = fails(4, "split", model, "--tp", 1, "--format", "vllm", "-o", "out")
     assert error["tensor"].endswith("gate_proj.weight") and error["found"] == "120"
+
+
+def test_a_method_that_vllm_would_not_see() -> None:
+    """vLLM reads GPTQ's settings from config.json, and nothing of quantize_config.json."""
+    shutil.copytree(FIXTURES / "gptq-int4", "model")
+    config = json.loads(Path("model/config.json").read_text())
+    del config["quantization_config"]
+    Path("model/config.json").write_text(json.dumps(config))
+    succeeds("plan", "model", "--tp", 2)
+    error = fails(4, "split", "model", "--tp", 2, "--format", "vllm", "-o", "out")
+    assert error["found"] == "none" and "config.json" in error["hint"]

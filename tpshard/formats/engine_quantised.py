@@ -42,7 +42,11 @@ def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
         what = f"{engine} is not known to load what is quantised by {name}"
         raise UnsupportedError(what, expected=", ".join(quantised.methods), found=name, hint=_HINT)
     method = quantised.methods[name]
-    declared = model.config.get("quantization_config") or {}
+    declared = model.config.get("quantization_config") or model.config.get("compression_config") or {}
+    if not declared and not method.own_file:
+        what = f"{engine} takes {name} from config.json alone, and the checkpoint names it in another file"
+        hint = f"copy it into config.json, as quantization_config; or {_HINT}"
+        raise UnsupportedError(what, expected="quantization_config in config.json", found="none", hint=hint)
     for need in method.needs:
         value = declared.get(need.key, need.values[0])
         value = value.upper() if isinstance(value, str) else value

@@ -142,7 +142,8 @@ class Method:
     """What an engine has of one quantisation method.
 
     buffers: of every attention layer. modules, experts: of every module, and of stacked experts, that has a companion
-    `like`. lists: a key of quantization_config that must name the "quantised" or the "plain" modules.
+    `like`. lists: a key of quantization_config that must name the "quantised" or the "plain" modules. own_file: whether
+    the engine also reads what the tool's own file says of it.
     """
 
     needs: tuple[ConfigNeed, ...] = ()
@@ -150,6 +151,7 @@ class Method:
     modules: tuple[Constant, ...] = ()
     experts: tuple[Constant, ...] = ()
     lists: Mapping[str, str] = field(default_factory=dict)
+    own_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ def _quantised(entry: Mapping[str, Any]) -> QuantisedModules:
                 for key in ("buffers", "modules", "experts")
             },
             lists=method.get("lists", {}),
+            own_file=method.get("own_file", False),
         )
         for name, method in entry.get("methods", {}).items()
     }
