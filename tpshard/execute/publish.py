@@ -17,7 +17,6 @@ from pathlib import Path
 
 from tpshard.errors import (
     CorruptError,
-    LocalIOError,
     TargetError,
     TpshardError,
     UnsupportedError,
@@ -30,6 +29,7 @@ from tpshard.execute.target import (
     check_leftovers,
     check_shared,
     check_target,
+    end_finished,
     folders_of,
     is_empty,
     named,
@@ -321,10 +321,7 @@ def _expected(job: Job) -> set[str]:
 
 
 def _check_target(job: Job, out: Path, settings: Settings) -> None:
-    if (out / LOCK).exists():
-        # A run was killed between its last rename and its end; or is just ending, and holds the lock: then we refuse.
-        with contextlib.suppress(LocalIOError), Lock(settings.files, out / LOCK) as lock:
-            lock.remove()
+    end_finished(settings.files, out)
     check_target(out, _expected(job), job.ours, models=job.verb == "merge", overwrite=settings.overwrite)
     old = _replaced(out)
     if settings.overwrite and out.exists() and old.exists() and not _is_replaced(job, old):
