@@ -182,7 +182,9 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         # Hosts that share a directory write the same small files, each under temporary names of its own.
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
         listed = {name: sha256(content_of(content)).hexdigest() for name, content in job.small.items()}
-        if job.sums and not (job.shared and _is_listed(listed, work)):
+        if job.shared and _is_listed(listed, work):
+            unlink_if_there(files, work / f".{SUMS}{tag}.tmp")  # what a killed run of ours left of writing the same
+        elif job.sums:
             write_small(files, work / SUMS, sums(listed, {}), fsync=fsync, tag=tag)
         for name, content in job.small.items():
             _write_beside(files, work, name, content_of(content), listed[name], fsync=fsync, tag=tag)
