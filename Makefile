@@ -53,7 +53,8 @@ bench-others: $(VENV)/.dev
 
 # Every parameter of every architecture against vLLM's own loaders, and its tokens, on CPU. An environment of 2 GB, an hour.
 test-engines: $(VENV)/.dev $(ENGINES)/.ready
-	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m pytest -v tests/engines/check_vllm.py $(ARGS)
+	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m pytest -v tests/engines/check_vllm.py \
+		tests/engines/check_vllm_quantised.py $(ARGS)
 
 # What verify catches, and what common tests of equality let through. About 10 minutes.
 power: $(VENV)/.dev

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import tpshard.api.convert as tpshard
+import tpshard
 from tests.engines import engine_models as models
 from tpshard.errors import CorruptError, UnsupportedError
 

@@ -8,13 +8,17 @@ vLLM keeps state between models of one process, so every job runs in forked proc
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
+import re
 import socket
 import sys
 import traceback
+from enum import EnumMeta
 from pathlib import Path
+from types import FunctionType
 
 os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -31,6 +35,7 @@ from transformers import AutoConfig, LlamaConfig
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe import oracle
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -38,6 +43,58 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 UNSET = 7.0
 """Parameters hold this before loading, so that one that the loader leaves out is seen."""
+_BACKENDS = {
+    "fp8": "TRITON",
+    "int8": "TRITON",
+    "mxfp4": "TRITON",
+    "mxfp8": "MARLIN",
+    "nvfp4": "MARLIN",
+    "wna16": "MARLIN",
+}
+"""Which kernels of experts a quantised model is taken to have, by vLLM's module that chooses."""
+_OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(bias|input_global_scale)")
+"""Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
+
+
+class NoKernel:
+    """In place of a kernel: loading needs none, and a CPU has none for most methods."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def input_quant_key(self) -> None: ...
+
+    @staticmethod
+    def is_supported(*_: object) -> tuple[bool, None]:
+        return True, None
+
+
+def without_kernels() -> None:
+    """Let quantised models be made and loaded on a machine that cannot run them; what they hold then is the same."""
+    import vllm.model_executor.kernels.linear as linear
+    import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
+
+    stubs: dict[object, object] = {marlin.verify_marlin_supported: lambda *_, **__: None}
+    for name, chooser in vars(linear).items():
+        if re.fullmatch(r"init_\w+_linear_kernel", name):
+            stubs[chooser] = NoKernel
+        elif name == "choose_mp_linear_kernel":
+            stubs[chooser] = lambda *_, **__: NoKernel
+    for name, kind in _BACKENDS.items():
+        module = importlib.import_module(f"{oracle.__name__}.{'int_' if name == 'wna16' else ''}{name}")
+        backends = next(
+            each for each in vars(module).values() if isinstance(each, EnumMeta) and kind in each.__members__
+        )
+        chosen = (backends[kind], NoKernel)
+        stubs[vars(module)[f"select_{name}_moe_backend"]] = lambda *_, chosen=chosen, **__: chosen
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("vllm."):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, FunctionType) and value in stubs:
+                    setattr(module, name, stubs[value])
 
 
 class InternLM2Config(LlamaConfig):
@@ -77,6 +134,7 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
             model = initialize_model(vllm_config=config)
         fresh = set(ShardedStateLoader._filter_subtensors(model.state_dict()))
+        made = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             parameter.data.fill_(UNSET)
         loader = ShardedStateLoader if load_format == "sharded_state" else DefaultModelLoader
@@ -84,9 +142,14 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         held = ShardedStateLoader._filter_subtensors(model.state_dict())
     if fresh != set(held):
         raise RuntimeError(f"loading adds or removes {sorted(fresh ^ set(held))}")
-    unset = [name for name, tensor in held.items() if tensor.numel() > 1 and (tensor == UNSET).all()]
+    unset = [name for name in made if name in held and (held[name].double() == UNSET).all()]
+    own = {name for name in unset if _OWN_VALUES.fullmatch(name) or made[name].double().isnan().all()}
+    for name in own:
+        held[name] = made[name]
+    unset = [name for name in unset if held[name].numel() > 1 and name not in own]
     if unset:
         raise RuntimeError(f"not loaded: {unset}")
+    complaints.lines = [line for line in complaints.lines if "dtype" not in line]
     if load_format == "sharded_state" and complaints.lines:
         raise RuntimeError("; ".join(complaints.lines))
     save_file({name: tensor.detach().clone() for name, tensor in held.items()}, f"{job['out']}/rank-{rank}.safetensors")
@@ -123,6 +186,7 @@ def answer(job: dict[str, object]) -> dict[str, object]:
 def main() -> None:
     """Answer jobs until stdin ends."""
     torch.set_num_threads(1)
+    without_kernels()
     AutoConfig.register("internlm2", InternLM2Config)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

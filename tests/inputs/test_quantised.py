@@ -371,9 +371,7 @@ def test_a_cast_leaves_quantised_modules_alone() -> None:
     succeeds("check", "out", "--source", model)
 
 
-@pytest.mark.parametrize(
-    ("format", "reason"), [("vllm", "fuses"), ("sglang", "repacked for the kernel"), ("meta", "params.json")]
-)
+@pytest.mark.parametrize(("format", "reason"), [("sglang", "repacked for the kernel"), ("meta", "params.json")])
 def test_a_format_that_holds_no_quantised_models(format: str, reason: str) -> None:
     error = fails(4, "split", make(Path("model"), "fp8 blocks"), "--tp", 2, "--format", format)
     assert reason in error["message"] and error["found"] == "quantised by fp8" and "native" in error["hint"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tpshard.errors import CorruptError, UsageError
 from tpshard.inputs.shard_set import open_shards
+from tpshard.storage.names import NOT_LOADED
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ def load_rank(
     check: hold what is read against the sha256 that was recorded when it was written, if it was, and raise CorruptError
     where it differs. Hashing goes on beside the reads, and is slower than they are where the file is in memory.
     Of dcp and dcp-hf sets it is what the rank's files hold: what several ranks have lies in the lowest one's alone.
+    Of an engine's set it is what the engine loads.
     UsageError for a rank that the set has not, CorruptError when it is incomplete, UnsupportedError without the device.
     """
     shards = open_shards(Path(directory))
@@ -31,4 +33,5 @@ def load_rank(
         raise CorruptError(f"rank {rank} is missing", path=directory, hint="`tpshard check` tells what else is")
     from tpshard.execute.device import load_files
 
-    return load_files(shards.files[rank], device, shards.recorded if check else {})
+    files = tuple(file for file in shards.files[rank] if not file.path.name.startswith(f"{NOT_LOADED}-"))
+    return load_files(files, device, shards.recorded if check else {})

@@ -18,10 +18,15 @@ Share = StoredTensor
 
 @dataclass(frozen=True)
 class ParameterParts:
-    """What one of the engine's parameters is made of: lists of tensors to fuse, one list for every stacked expert."""
+    """What one of the engine's parameters is made of: lists of tensors to fuse, one list for every stacked expert.
+
+    dim: along which they are fused. flat: an expert has one number, and no dim for it.
+    """
 
     groups: tuple[tuple[str, ...], ...]
     stacked: bool = False
+    dim: int = 0
+    flat: bool = False
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -116,12 +121,13 @@ def _transposed(share: Share) -> Share:
 def joined(
     recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
 ) -> list[Row]:
-    """The parameters by their recipes: shares fused along their first dim, experts stacked before it."""
+    """The parameters by their recipes: shares fused along one dim, experts stacked before the first."""
     rows = []
     known: dict[object, RowKind] = {}  # layers are alike
     for name, recipe in recipes.items():
         tensors = recipe.tensors
-        key = (recipe.stacked, tuple(map(len, recipe.groups)), *[id(shares[tensor]) for tensor in tensors])
+        how = (recipe.stacked, recipe.dim, recipe.flat, tuple(map(len, recipe.groups)))
+        key = (how, *[id(shares[tensor]) for tensor in tensors])
         if key not in known:
             known[key] = RowKind(tuple(_join(name, recipe, rank, shares, shapes) for rank in range(tp)))
         rows.append(Row(name, tensors, known[key]))
@@ -142,22 +148,25 @@ def _join(
     fills: list[Box] = []
     owners: list[int] = []
     members = iter(enumerate(held))
+    dim = recipe.dim
     for expert, group in enumerate(recipe.groups):
         begin = 0
         for tensor in group:
             index, share = next(members)
             owners += [index] * len(share.parts)
             for part in share.parts:
+                at = (*part.at[:dim], part.at[dim] + begin, *part.at[dim + 1 :])
                 if recipe.stacked:
-                    assert part.view is None and part.order is None
-                    at = (expert, part.at[0] + begin, *part.at[1:])
-                    parts.append(Part("", ((0, 1), *part.box), at, (1, *shapes[tensor])))
+                    assert part.order is None
+                    parts.append(Part("", ((0, 1), *part.box), (expert, *at), (1, *(part.view or shapes[tensor]))))
                 else:
-                    parts.append(part._replace(at=(part.at[0] + begin, *part.at[1:])))
-            for (start, stop), *rest in share.fills:
-                filled = ((start + begin, stop + begin), *rest)
+                    parts.append(part._replace(at=at))
+            for box in share.fills:
+                start, stop = box[dim]
+                filled = (*box[:dim], (start + begin, stop + begin), *box[dim + 1 :])
                 fills.append(((expert, expert + 1), *filled) if recipe.stacked else filled)
-            begin += share.shape[0]
-    shape = (begin, *first.shape[1:])
-    stacked = (len(recipe.groups), *shape) if recipe.stacked else shape
-    return RankShare(StoredTensor(name, first.dtype, stacked, tuple(parts), tuple(fills)), tuple(owners))
+            begin += share.shape[dim]
+    shape = (*first.shape[:dim], begin, *first.shape[dim + 1 :])
+    shape = (len(recipe.groups), *shape) if recipe.stacked else shape
+    stored, view = (shape[:1], shape) if recipe.flat else (shape, None)
+    return RankShare(StoredTensor(name, first.dtype, stored, tuple(parts), tuple(fills), view), tuple(owners))

@@ -52,6 +52,7 @@ class EngineFamily:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    slots: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def kind(self, name: str) -> NameKind:
@@ -103,9 +104,75 @@ class Fit(NamedTuple):
     rest: str
 
     def into(self, target: str) -> str:
-        """The name that another pattern with the same `*` has in this place."""
+        """The name that another pattern with the same `*` has in this place; one that ends with `_` takes the rest."""
         values = iter(self.components)
-        return ".".join(next(values) if part == "*" else part for part in target.split(".")) + self.rest
+        name = ".".join(next(values) if part == "*" else part for part in target.split("."))
+        return name + (self.rest.removeprefix(".") if target.endswith("_") else self.rest)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Parameters that the engine wants where a checkpoint has none: their names, dtype ("" for the model's), value.
+
+    shape: of each, where there is no companion `like` that has their shape; all of it but dim `without`. not_in: how
+    the modules are called that want none.
+    """
+
+    names: tuple[str, ...]
+    value: float
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    like: str = ""
+    without: int | None = None
+    not_in: str = ""
+
+
+@dataclass(frozen=True)
+class ConfigNeed:
+    """The values of a key of quantization_config that the engine takes, and why no others, `unless` others say else."""
+
+    key: str
+    values: tuple[Any, ...]
+    reason: str
+    unless: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What an engine has of one quantisation method.
+
+    buffers: of every attention layer. modules, experts: of every module, and of stacked experts, that has a companion
+    `like`. lists: a key of quantization_config that must name the "quantised" or the "plain" modules.
+    """
+
+    needs: tuple[ConfigNeed, ...] = ()
+    buffers: tuple[Constant, ...] = ()
+    modules: tuple[Constant, ...] = ()
+    experts: tuple[Constant, ...] = ()
+    lists: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class QuantisedModules:
+    """What an engine makes of the companions of quantised modules, by the suffix of their names.
+
+    Those that are not named are fused along their first dim. scalars: one number, or a first dim like any. second:
+    fused along the second dim. bytes: the last two dims are one. cache: scales of the attention's keys and values.
+    last: of the tensors to fuse the last counts; last_of_integers: where the weight is INT8. unplaced: of no use to the
+    engine. refused: with the reason. experts_beside: which companion experts must have beside one, so that it is one
+    for each of their matrices.
+    """
+
+    scalars: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+    bytes: tuple[str, ...] = ()
+    cache: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    last_of_integers: tuple[str, ...] = ()
+    unplaced: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    experts_beside: Mapping[str, str] = field(default_factory=dict)
+    methods: Mapping[str, Method] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +182,7 @@ class Table:
     versions: tuple[str, ...]
     families: Mapping[str, EngineFamily]
     refused_models: Mapping[str, str]
+    quantised: QuantisedModules
 
 
 def match(pattern: str, name: str) -> Fit | None:
@@ -164,7 +232,26 @@ def load_table(path: Path) -> Table:
     for name, entry in data["families"].items():
         family = _family(data["families"], name)
         families |= {model_type: family for model_type in entry.get("model_types", ())}
-    return Table(tuple(data["versions"]), families, data["refused_models"])
+    return Table(tuple(data["versions"]), families, data["refused_models"], _quantised(data.get("quantised", {})))
+
+
+def _quantised(entry: Mapping[str, Any]) -> QuantisedModules:
+    methods = {
+        name: Method(
+            tuple(ConfigNeed(**_frozen(each)) for each in method.get("needs", ())),
+            **{
+                key: tuple(Constant(**_frozen(each)) for each in method.get(key, ()))
+                for key in ("buffers", "modules", "experts")
+            },
+            lists=method.get("lists", {}),
+        )
+        for name, method in entry.get("methods", {}).items()
+    }
+    return QuantisedModules(**{**_frozen(entry), "methods": methods})
+
+
+def _frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
 
 
 def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily:
@@ -177,7 +264,7 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily
             return {full(key): full(each) for key, each in value.items()}
         if isinstance(value, list):
             return tuple(map(full, value))
-        return layer + value if value.startswith(".") else value
+        return layer + value if isinstance(value, str) and value.startswith(".") else value
 
     known = {each.name for each in fields(EngineFamily)}
     assert set(merged) <= known, f"unknown keys in {name}: {set(merged) - known}"

@@ -8,54 +8,94 @@ stands before them.
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import ParameterParts, joined, shares_of
+from tpshard.formats.engine_quantised import (
+    completed,
+    constants,
+    counted_last,
+    engine_name,
+    fused,
+    in_shapes,
+    method_of,
+    refusal,
+    require_whole_blocks,
+    unplaced,
+)
 from tpshard.formats.engine_tables import EngineFamily, fit, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
-from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor
+from tpshard.planning.join import OutputFile, output_file, parts_by_size
+from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content, content_of
+from tpshard.storage.names import NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
 _SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 _ONE = struct.pack("<f", 1.0)
-_NAME = re.compile(r"model-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
+_NAME = re.compile(rf"(?:model|{NOT_LOADED})-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
 
 
 class ShardedState(Format):
     """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
 
-    def __init__(self, engine: str, table: str, no_quantised: str) -> None:
+    def __init__(self, engine: str, table: str, no_quantised: str = "") -> None:
         self.engine = engine
         self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
-        family = self._family(model, options)
+        family, quantised = self._family(model, options), load_table(self.path).quantised
+        method = method_of(quantised, model, self.engine)
         dealt = self._deal(family, model, options)
-        dropped = _dropped(family, model, self.engine)
-        tensors = [tensor for tensor in model.tensors if tensor.name not in dropped]
+        last = counted_last(quantised, model)
+        dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
+        tensors = [tensor for tensor in model.tensors if tensor.name not in {*dropped, *beside}]
         for tensor in tensors:
-            if reason := family.refusal(model.full_name(tensor.name)):
+            name = model.full_name(tensor.name)
+            reason = family.refusal(name)
+            if model.quantisation and reason is None:
+                reason = refusal(quantised, family, tensor, name)
+            if reason:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
         shares = shares_of(family, model, tensors, dealt)
+        if model.quantisation:
+            named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
+            shares = in_shapes(quantised, family, named, shares, last)
+        recipes = {into: fused(quantised, named, shares, each) for into, each in _recipes(family, named, last).items()}
+        require_whole_blocks(model, recipes, shares)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        rows = [
-            *joined(_recipes(family, named), shares, shapes, options.tp),
-            *_scales(family, named.values(), options.tp),
-        ]
+        rows = joined(recipes, shares, shapes, options.tp)
+        rows += constants(method, family, model, rows, named.values(), options.tp)
+        rows += _scales(family, named.values(), options.tp)
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
+        rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside - dropped.keys()]
         return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
+
+    def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
+        """The engine's files of one rank, and behind them those with what it has no place for."""
+        row, limit = split.layout[rank], split.options.max_file_size
+        loaded = sum(not stored.name.startswith(f"{NOT_LOADED}.") for stored in row)
+        parts = parts_by_size(row[:loaded], limit)
+        names = [self.file_name(rank, split.options.tp, part, 0) for part in range(len(parts))]
+        if loaded < len(row):
+            beside = parts_by_size(row[loaded:], limit)
+            names += [f"{NOT_LOADED}-rank-{rank}-part-{len(parts) + part}.safetensors" for part in range(len(beside))]
+            parts += beside
+        return tuple(
+            output_file(name, tensors, split.metadata(rank, part, len(parts)))
+            for part, (name, tensors) in enumerate(zip(names, parts, strict=True))
+        )
 
     def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""
@@ -67,13 +107,17 @@ class ShardedState(Format):
         return {"rank": int(found[1]), "part": int(found[2])} if found else None
 
     def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
-        """config.json says whether the head is tied as the files have it, whatever the class's default is."""
+        """config.json says whether the head is tied as the files have it, and which modules are quantised."""
         files = dict(small)
-        if split.model.tied and "config.json" in files:
+        if "config.json" not in files:
+            return files
+        config = given = json.loads(content_of(files["config.json"]))
+        if split.model.tied:
             head, embedding = next(iter(split.model.tied.items()))
             stored = {split.kept.full_name(tensor.name) for tensor in split.kept.tensors}
-            config = json.loads(content_of(files["config.json"]))
-            config["tie_word_embeddings"] = not {f"{head}.weight", f"{embedding}.weight"} <= stored
+            config = {**config, "tie_word_embeddings": not {f"{head}.weight", f"{embedding}.weight"} <= stored}
+        config = completed(method_of(load_table(self.path).quantised, split.model, self.engine), split.model, config)
+        if config != given or split.model.tied:
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
@@ -163,8 +207,18 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
     return dropped
 
 
-def _recipes(family: EngineFamily, named: Mapping[str, str]) -> dict[str, ParameterParts]:
-    """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name."""
+def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
+    """A tensor that the engine has no place for, whole in another file of rank 0."""
+    stored = whole(tensor)
+    kind = RowKind((RankShare(stored, (0,)), *[None] * (tp - 1)))
+    return Row(f"{NOT_LOADED}.{tensor.name}", (tensor.name,), kind)
+
+
+def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[str]) -> dict[str, ParameterParts]:
+    """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name.
+
+    alone: tensors that count for all that are fused with theirs.
+    """
     found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
         for target, place, pattern in family.kind(full_name).fused:
@@ -174,7 +228,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str]) -> dict[str, Parame
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
-        lacking = [group for group in groups.values() if len(group) < len(family.fused[target])]
+        whole = len(family.fused[target])
+        lacking = [
+            group for group in groups.values() if len(group) < whole and not any(n in alone for n in group.values())
+        ]
         if lacking and target.endswith("?"):
             continue
         if lacking:

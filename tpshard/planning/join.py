@@ -295,10 +295,10 @@ def _flow(shape: Shape, held: tuple[_Kind, ...], wanted: tuple[_Kind, ...]) -> _
     sources, replicas = [], []
     covered: set[Box] = set()
     for each in map(pieces, held):
-        first = tuple(piece for piece in each if piece.box not in covered)
-        replicas.append(tuple(piece for piece in each if piece.box in covered))
-        covered.update(piece.box for piece in first)
-        sources.append(first)
+        once = {piece.box: piece for piece in reversed(each) if piece.box not in covered}
+        sources.append(tuple(piece for piece in each if once.get(piece.box) is piece))
+        replicas.append(tuple(piece for piece in each if once.get(piece.box) is not piece))
+        covered.update(once)
     whole = _tile(fine, frozenset(covered))
     found = None if whole else f"{sum(map(volume, covered))} elements in {len(covered)} boxes"
     return _Flow(fine, tuple(sources), tuple(replicas), tuple(map(pieces, wanted)), found)

@@ -101,3 +101,7 @@ def journal_path(directory: Path, name: str) -> Path:
 def is_meta(directory: Path) -> bool:
     """Whether a directory looks like one that Meta published: params.json beside consolidated.*.pth."""
     return (directory / META_PARAMS).is_file() and any(directory.glob("consolidated.*.pth"))
+
+
+NOT_LOADED = "source"
+"""How files of a rank are called that its engine does not load, and how names begin in them."""

@@ -1,0 +1,109 @@
+"""`--format vllm` of quantised checkpoints against vLLM's own loader, bit for bit: every fixture of the table.
+
+Run by `make test-engines`. Loading needs no kernels, so `held.py` takes their choosers out; nothing is run, and nothing
+processed after loading, which is where vLLM's own loader of `sharded_state` puts the files' tensors too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import tpshard
+from tests.engines.check_vllm import Engine, differences, everything, written
+from tests.quantised.fixture_table import FIXTURES, TABLE
+from tpshard.errors import UnsupportedError
+
+REFUSED = {
+    "autoround-mixed-bits": "INC",
+    "ct-int4-g-idx": "activation ordering",
+    "ct-int4-nested-text-config": "Mistral3ForConditionalGeneration",
+    "fbgemm-fp8": "fbgemm_fp8",
+    "fp4-experts-deepseek": "scale",
+    "gptq-int4-asym": "sym=False",
+    "gptq-int4-desc-act": "desc_act=True",
+    "gptq-int4-v2": "sym=False",
+    "modelopt-fp8-pb-wo": "divisible by 128",
+    "modelopt-w4a8-awq": "only supports",
+}
+"""What vLLM says of the unsharded checkpoint that tpshard refuses to split for it."""
+COMPLETED = {
+    "fp8-block-deepseek": {"topk_method": "noaux_tc"},
+    "fp8-block-deepseek-mtp": {"topk_method": "noaux_tc"},
+    "fp8-block-qwen3-moe": {"quantization_config": {"modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"]}},
+}
+"""What vLLM needs in the configs that transformers wrote, to load the unsharded checkpoint."""
+LOADED = sorted({each.name for each in TABLE} - REFUSED.keys())
+AT_FOUR = (
+    "autoround-awq",
+    "ct-fp8-kv-per-head",
+    "ct-fp8-static-phi3",
+    "ct-int4-asym-group",
+    "ct-nvfp4-qwen3-moe",
+    "fp8-block-qwen3",
+    "gptq-int4",
+    "modelopt-nvfp4-kv",
+)
+"""Those with KV heads repeated; a fixture for each way in which companions become something else."""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One process of vLLM for all tests."""
+    started = Engine(tmp_path_factory.mktemp("engine") / "log")
+    yield started
+    assert started.process.stdin is not None
+    started.process.stdin.close()
+    started.process.wait(30)
+
+
+def completed(name: str, directory: Path) -> Path:
+    """A copy of a fixture, with what vLLM needs in its config."""
+    shutil.copytree(FIXTURES / name, directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    for key, value in COMPLETED.get(name, {}).items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    path.write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(("name", "tp"), [*((name, 2) for name in LOADED), *((name, 4) for name in AT_FOUR)])
+def test_ours_loads_as_what_vllm_holds(name: str, tp: int, engine: Engine, tmp_path: Path) -> None:
+    source = completed(name, tmp_path / "source")
+    theirs = engine.held(source, tp, "auto", tmp_path / "theirs")
+    shards = tmp_path / "shards"
+    tpshard.split(source, tp, shards, format="vllm")
+    assert differences(in_dtypes_of(theirs, written(shards, tp)), theirs) == []
+    assert differences(engine.held(shards, tp, "sharded_state", tmp_path / "loaded"), theirs) == []
+    assert not tpshard.check(shards, source).differences
+    tpshard.merge(shards, tmp_path / "merged")
+    merged, whole = everything(tmp_path / "merged"), everything(source)
+    lost = sorted(whole.keys() - merged.keys())
+    assert all(name.endswith("-mtp") and ".layers.2." in key for key in lost), lost
+    assert differences([merged], [{key: whole[key] for key in whole.keys() - set(lost)}]) == []
+
+
+Ranks = list[dict[str, torch.Tensor]]
+
+
+def in_dtypes_of(theirs: Ranks, ours: Ranks) -> Ranks:
+    """Our files' tensors as the loader casts them: it takes scales as the checkpoint has them."""
+    return [
+        {name: tensor.to(held[name].dtype) if name in held else tensor for name, tensor in rank.items()}
+        for rank, held in zip(ours, theirs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_is_what_vllm_refuses(name: str, engine: Engine, tmp_path: Path) -> None:
+    source = completed(name, tmp_path / "source")
+    with pytest.raises(UnsupportedError):
+        tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    with pytest.raises(RuntimeError, match=REFUSED[name]):
+        engine.held(source, 2, "auto", tmp_path / "theirs")

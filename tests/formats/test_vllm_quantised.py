@@ -1,0 +1,112 @@
+"""`--format vllm` of quantised models: what vLLM's own loader was seen to hold, the way back, config.json, refusals.
+
+`vllm_quantised.json` is what vLLM held on rank 1 of 2 after loading the unsharded checkpoint: dtype and shape of the
+parameters outside of layers and of the first one. `make test-engines` compares it, and all bits of all fixtures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.command import fails, succeeds
+from tests.helpers.quantised import FORMATS, SMALL, quantised_tensors
+from tests.helpers.toys import read, read_all, write_checkpoint
+from tests.quantised.fixture_table import FIXTURES
+from tpshard import load_rank
+
+TABLE: dict[str, dict[str, str]] = json.loads((Path(__file__).parent / "vllm_quantised.json").read_text())
+CAST = {("BF16", "F32"), ("F32", "BF16"), ("F16", "BF16")}
+"""Ours and vLLM's, of scales: the files have the checkpoint's dtype, and vLLM's loader casts."""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def split(name: str, *options: object) -> dict[str, Any]:
+    succeeds("split", FIXTURES / name, "--tp", 2, "--format", "vllm", "-o", "out", "--no-fsync", *options)
+    return {name: each for name, each in read(Path("out/model-rank-1-part-0.safetensors")).items()}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_names_shapes_and_dtypes_are_vllms(name: str) -> None:
+    ours = {key: each for key, each in split(name).items() if ".layers.1." not in key}
+    theirs = {key: (*each.split(), "")[:2] for key, each in TABLE[name].items()}
+    assert {key: "×".join(map(str, each.shape)) for key, each in ours.items()} == {k: s for k, (_, s) in theirs.items()}
+    other = {key: (each.dtype, theirs[key][0]) for key, each in ours.items() if each.dtype != theirs[key][0]}
+    assert all("scale" in key and dtypes in CAST for key, dtypes in other.items()), other
+
+
+@pytest.mark.parametrize("name", ["ct-fp8-static-phi3", "modelopt-nvfp4-qwen3-moe"])
+def test_and_back(name: str) -> None:
+    split(name)
+    succeeds("check", "out", "--source", FIXTURES / name)
+    succeeds("merge", "out", "-o", "whole")
+    assert read_all(Path("whole")) == read_all(FIXTURES / name)
+    succeeds("reshard", "out", "--tp", 1, "--format", "native", "-o", "one")
+    succeeds("check", "one", "--source", FIXTURES / name)
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("gptq-int4", "g_idx"), ("ct-int8-static", "input_zero_point")])
+def test_what_vllm_has_no_place_for_lies_beside_its_files(name: str, suffix: str) -> None:
+    split(name)
+    beside = read(Path("out/source-rank-0-part-1.safetensors"))
+    assert any(key.endswith(f"q_proj.{suffix}") for key in beside) and len(list(Path("out").glob("source-*"))) == 1
+    assert not beside.keys() & load_rank("out", 0).keys()
+    succeeds("check", "out", "--source", FIXTURES / name)
+    succeeds("merge", "out", "-o", "whole")
+    assert read_all(Path("whole")) == read_all(FIXTURES / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "module", "other"),
+    [
+        (
+            "gptq-dynamic",
+            "modules_in_block_to_quantize",
+            "model.layers.0.mlp.down_proj",
+            "model.layers.0.self_attn.o_proj",
+        ),
+        ("fp8-block-qwen3-moe", "modules_to_not_convert", "model.layers.0.mlp.gate", "model.layers.0.self_attn.o_proj"),
+    ],
+)
+def test_the_config_names_modules_that_fused_files_do_not(name: str, key: str, module: str, other: str) -> None:
+    split(name)
+    listed = json.loads(Path("out/config.json").read_text())["quantization_config"][key]
+    assert module in listed and other not in listed
+    succeeds("check", "out", "--source", FIXTURES / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gptq-int4-desc-act", "desc_act true"),
+        ("gptq-int4-asym", "sym false"),
+        ("ct-int4-g-idx", "actorder"),
+        ("modelopt-w4a8-awq", "quant_algo"),
+        ("modelopt-fp8-pb-wo", "blocks of 128"),
+        ("fbgemm-fp8", "fbgemm_fp8"),
+        ("autoround-mixed-bits", "auto-round"),
+        ("fp4-experts-deepseek", "scale"),
+    ],
+)
+def test_what_vllm_does_not_load(name: str, reason: str) -> None:
+    error = fails(4, "split", FIXTURES / name, "--tp", 2, "--format", "vllm", "-o", "out")
+    assert reason in error["message"] and "native" in error["hint"]
+    assert not Path("out").exists()
+
+
+def test_matrices_that_meet_inside_a_block() -> None:
+    """Whole at tp 1, gate ends inside a block of 16 rows; vLLM has one grid for gate and up."""
+    said, shapes = FORMATS["fp8 blocks"]
+    config = SMALL | {"intermediate_size": 120, "torch_dtype": "bfloat16", "quantization_config": said}
+    tensors = quantised_tensors(shapes, intermediate_size=120)
+    model = write_checkpoint(Path("model"), config, tensors, [list(tensors)])
+    succeeds("split", model, "--tp", 1, "-o", "native")
+    error = fails(4, "split", model, "--tp", 1, "--format", "vllm", "-o", "out")
+    assert error["tensor"].endswith("gate_proj.weight") and error["found"] == "120"
