@@ -390,7 +390,8 @@ SOURCE = {"name": str, "repo_id": (str, None), "revision": (str, None), "headers
           "files": [{"name": str, "size": int}]}  # fmt: skip
 WRITTEN = {
     "schema_version": int, "command": str, "output": str, "mesh": MESH, "set": str, "bytes": int,
-    "ranks": [{"rank": int, "parts": [{"file": str, "size": int, "sha256": (str, None)}]}], "warnings": [str],
+    "ranks": [{"rank": int, "parts": [{"file": str, "size": int, "sha256": (str, None)}]}],
+    "left_out": [{"file": str, "reason": str}], "warnings": [str],
 }  # fmt: skip
 CONTRACT: dict[str, Any] = {
     "plan": {
@@ -414,7 +415,7 @@ CONTRACT: dict[str, Any] = {
         },
         "padded": [{"axis": str, "count": int, "padded": int}],
         "replicated": [str], "tied": dict, "possible_tp": [int], "impossible_tp": [{"tp": int, "reason": str}],
-        "warnings": [str],
+        "left_out": [{"file": str, "reason": str}], "warnings": [str],
     },
     "split": WRITTEN, "merge": WRITTEN, "reshard": WRITTEN,
     "check": {

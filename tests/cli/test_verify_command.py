@@ -103,7 +103,7 @@ def test_reports_of_an_error(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert json.loads(paths[0].read_text()) == found.json
     suites = ElementTree.parse(paths[1]).getroot()
     assert suites.get("errors") == "1" and "all but 1" in (suites.findtext(".//error") or "")
-    assert paths[2].read_text().startswith("## tpshard verify: error\n\n`shards`: ranks are missing")
+    assert paths[2].read_text().startswith("## tpshard verify: error\n\nshards: ranks are missing")
     assert "hint: " in paths[2].read_text() and "all but 1" in paths[3].read_text()
     kept = tmp_path / "kept.json"
     assert tpshard("verify", pair[1], "--report", kept, "--report", tmp_path / "no" / "a.md").code == 2

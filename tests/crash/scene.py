@@ -105,7 +105,7 @@ class Scene:
 
     def run(self, root: Path, settings: Settings) -> None:
         """Run the command."""
-        with mock.patch("tpshard.execute.publish.replaceable", return_value=False) if self.in_place else nullcontext():
+        with mock.patch("tpshard.execute.target.replaceable", return_value=False) if self.in_place else nullcontext():
             self.command(self.out(root), settings)
 
     def state(self, root: Path) -> str:
@@ -219,6 +219,7 @@ def scenes(root: Path, scale: int = 1) -> dict[str, Scene]:
     whole = undisturbed(split, root)
     old = tree(others)
     old_model = undisturbed(lambda out, settings: tpshard.merge(others, out, settings=settings), root)
+    old_model = {name: data for name, data in old_model.items() if "/" not in name}  # no list says that they are ours
     merged = undisturbed(merge, root)
     first = undisturbed(first_rank, root)
     found = [

@@ -371,11 +371,11 @@ def test_every_family_has_a_file_and_every_buffer_a_rule() -> None:
 
 def test_what_no_family_has_is_named(made: Made, tmp_path: Path) -> None:
     model = made("gpt2")
-    adapter = random_tensor(np.random.default_rng(0), "F32", (8, 96))
-    tensors = read_all(model) | {"transformer.h.0.attn.c_attn.lora_A.weight": adapter}
+    extra = random_tensor(np.random.default_rng(0), "F32", (8, 96))
+    tensors = read_all(model) | {"transformer.h.0.attn.c_attn.extra.weight": extra}
     with pytest.raises(UnsupportedError, match="no gpt2 rule matches") as error:
         tpshard.plan(write_checkpoint(tmp_path / "model", config_of(model), tensors), 2)
-    assert error.value.tensor == "transformer.h.0.attn.c_attn.lora_A.weight"
+    assert error.value.tensor == "transformer.h.0.attn.c_attn.extra.weight"
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def layouts(path: Path, rules: Path | None) -> list[Any]:
     found: list[Any] = []
     for tp in (1, 2, 3, 4, 8):
         try:
-            found.append(tpshard.plan(path, tp, rules=rules, uneven=tp == 3).split.layout)
+            found.append(tpshard.plan(path, tp, rules=rules, uneven=tp == 3).split.layout[:])
         except TpshardError as error:
             found.append(type(error))
     return found

@@ -234,7 +234,7 @@ def test_a_vision_model_that_nests_one(outer: str, text: str, prefix: str, made:
     more = mtp(plain, 1, 64) if outer != "llama4" else []
     tensors = [*(replace(t, name=inner[t.name]) for t in plain), vision, *more]
     subject = find_rules({"model_type": outer, "text_config": config_of(made(text))}, None, "config.json")
-    found, entry = subject.classify(tensors)
+    found, entry = subject.classify(tensors, {})
     expected = classified(made(text), [*plain, *more]).cuts
     assert {name: found.cuts[inner.get(name, name)] for name in expected} == expected
     assert found.cuts[vision.name] == Cut("replicate")

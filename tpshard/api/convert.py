@@ -262,7 +262,8 @@ def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions |
     ranks = range(planned.options.tp) if options.chosen is None else options.chosen
     needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
     verb = verb if planned.format.has_ranks else "merge"
-    check_room(target, needed, verb, shared=bool(options.chosen), overwrite=options.settings.overwrite)
+    how = options.settings
+    check_room(how.files, target, needed, verb, shared=bool(options.chosen), overwrite=how.overwrite)
 
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:

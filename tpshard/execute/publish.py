@@ -17,7 +17,6 @@ from pathlib import Path
 
 from tpshard.errors import (
     CorruptError,
-    LocalIOError,
     TargetError,
     TpshardError,
     UnsupportedError,
@@ -30,6 +29,7 @@ from tpshard.execute.target import (
     check_leftovers,
     check_shared,
     check_target,
+    end_finished,
     folders_of,
     is_empty,
     named,
@@ -182,7 +182,9 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         # Hosts that share a directory write the same small files, each under temporary names of its own.
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
         listed = {name: sha256(content_of(content)).hexdigest() for name, content in job.small.items()}
-        if job.sums and not (job.shared and _is_listed(listed, work)):
+        if job.shared and _is_listed(listed, work):
+            unlink_if_there(files, work / f".{SUMS}{tag}.tmp")  # what a killed run of ours left of writing the same
+        elif job.sums:
             write_small(files, work / SUMS, sums(listed, {}), fsync=fsync, tag=tag)
         for name, content in job.small.items():
             _write_beside(files, work, name, content_of(content), listed[name], fsync=fsync, tag=tag)
@@ -321,10 +323,7 @@ def _expected(job: Job) -> set[str]:
 
 
 def _check_target(job: Job, out: Path, settings: Settings) -> None:
-    if (out / LOCK).exists():
-        # A run was killed between its last rename and its end; or is just ending, and holds the lock: then we refuse.
-        with contextlib.suppress(LocalIOError), Lock(settings.files, out / LOCK) as lock:
-            lock.remove()
+    end_finished(settings.files, out)
     check_target(out, _expected(job), job.ours, models=job.verb == "merge", overwrite=settings.overwrite)
     old = _replaced(out)
     if settings.overwrite and out.exists() and old.exists() and not _is_replaced(job, old):

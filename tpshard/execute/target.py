@@ -1,6 +1,7 @@
 """What stands where an output shall go: is it ours to resume, ours to replace, or somebody's to leave alone?"""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -8,10 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError, TargetError, local_error
+from tpshard.errors import CorruptError, LocalIOError, TargetError, local_error
 from tpshard.execute.writer import read_journal
 from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Files, require_space
+from tpshard.storage.lock import Lock
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, journal_path, side_files
 
 Ours = Callable[[str], bool]
@@ -53,8 +55,11 @@ def remove_all(files: Files, directory: Path, names: set[str]) -> None:
         else:
             files.unlink(str(path))
     for folder in sorted(folders, reverse=True):
-        with contextlib.suppress(OSError):  # something else is in it
+        try:
             files.rmdir(str(directory / folder))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):  # something else is in it
+                raise
     for name in (SUMS, LOCK):
         if name in names:
             files.unlink(str(directory / name))
@@ -126,7 +131,17 @@ def only_in_place(out: Path) -> bool:
     return out.is_dir() and not replaceable(out) and (is_empty(out) or (out / LOCK).exists())
 
 
-def check_room(out: Path, needed: int, verb: str, *, shared: bool, overwrite: bool) -> None:
+def end_finished(files: Files, out: Path) -> None:
+    """Remove the lock of a run that was killed between its last rename and its end.
+
+    One that is just ending holds it: then it stays, and the output is there all the same.
+    """
+    if (out / LOCK).exists():
+        with contextlib.suppress(LocalIOError), Lock(files, out / LOCK) as lock:
+            lock.remove()
+
+
+def check_room(files: Files, out: Path, needed: int, verb: str, *, shared: bool, overwrite: bool) -> None:
     """Refuse at once what cannot be written to `out`, before anything is planned in detail.
 
     TargetError when something is there, LocalIOError when the disk is too small for `needed` bytes even if all that an
@@ -137,6 +152,7 @@ def check_room(out: Path, needed: int, verb: str, *, shared: bool, overwrite: bo
     try:
         out = named(out)
         if not shared and not only_in_place(out):
+            end_finished(files, out)
             check_target(out, set(), lambda name: False, models=False, overwrite=False)
         left = [each for each in (out, out.with_name(out.name + PARTIAL)) if each.is_dir()]
         there = sum(entry.stat().st_size for each in left for entry in os.scandir(each) if entry.is_file())

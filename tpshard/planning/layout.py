@@ -196,18 +196,38 @@ def rows_of(layout: Layout) -> LayoutRows:
     """A layout by rows; rows of the same kind are found by comparing what the ranks hold."""
     if isinstance(layout, LayoutRows):
         return layout
-    names: dict[str, list[StoredTensor | None]] = {}
+    held_by: dict[str, list[StoredTensor | None]] = {}
+    order: list[str] = []
     for rank, held in enumerate(layout):
-        for stored in held:
-            names.setdefault(stored.name, [None] * len(layout))[rank] = stored
+        own = {stored.name: stored for stored in held}
+        order = _joint(order, list(own))
+        for name, stored in own.items():
+            held_by.setdefault(name, [None] * len(layout))[rank] = stored
     kinds: dict[tuple[RankShare | None, ...], RowKind] = {}
     rows = []
-    for name, ranks in names.items():
+    for name in order:
+        ranks = held_by[name]
         tensors = tuple(dict.fromkeys(part.tensor for stored in ranks if stored for part in stored.parts))
         index = {tensor: owner for owner, tensor in enumerate(tensors)}
         shares = tuple(None if stored is None else _unnamed(stored, index) for stored in ranks)
         rows.append(Row(name, tensors, kinds.setdefault(shares, RowKind(shares))))
     return LayoutRows(rows, len(layout))
+
+
+def _joint(order: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Names in an order that keeps both: what only `more` has comes after what stands before it there."""
+    known = set(order)
+    before = iter(order)
+    joint: list[str] = []
+    for name in more:
+        if name in known:
+            for each in before:
+                joint.append(each)
+                if each == name:
+                    break
+        else:
+            joint.append(name)
+    return [*joint, *before]
 
 
 def _unnamed(stored: StoredTensor, index: Mapping[str, int]) -> RankShare:

@@ -15,7 +15,7 @@ from tpshard.verifier.options import Say, silent
 from tpshard.verifier.places import Places
 from tpshard.verifier.progress import Progress, steps_of
 from tpshard.verifier.ranks.open import FileWeights, RankSet
-from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.ranks.weights import Disturbed, Weights
 from tpshard.verifier.report.verdict import Canary, Finding, Tier
 
 T = TypeVar("T")
@@ -78,6 +78,10 @@ class Backend(ABC):
     def with_ranks(self, ranks: Sequence[Weights]) -> Self:
         """The same with other shards."""
         return replace(self, ranks=ranks)
+
+    def disturbed(self) -> Self:
+        """The same with each weight of the source moved by one rounding of float64."""
+        return replace(self, source=Disturbed(self.source))
 
     def same_form(self) -> tuple[Self, Self]:
         """The same with the ranks' tensors, and with the source cut for the ranks, in one form."""

@@ -20,7 +20,6 @@ from tpshard.verifier.criteria import (
     relative,
 )
 from tpshard.verifier.options import silent
-from tpshard.verifier.ranks.weights import Disturbed
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.weights_tier import compare_weights
 
@@ -45,8 +44,7 @@ def exact(backend: Backend, steps: Sequence[Tensor] | None = None, *, float32: b
     first = first_difference(modules, limit)
     metrics = {"relative_error": error, "worst_module_error": worst.error}
     if first is None and limit < error and not float32:
-        disturbed = replace(backend, source=Disturbed(backend.source)).run(dtype, steps, whole.choices)
-        metrics["rounding_error"] = relative(disturbed.logits, whole.logits)
+        metrics["rounding_error"] = relative(backend.disturbed().run(dtype, steps, whole.choices).logits, whole.logits)
         limit = max(limit, ROUNDINGS * metrics["rounding_error"])
     failed = first is not None or not error <= limit
     routers = {finding.module.removesuffix(CHOICE) for finding in modules if finding.module.endswith(CHOICE)}

@@ -18,7 +18,7 @@ from tpshard.verifier.criteria import relative
 from tpshard.verifier.elements import Parameter
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.group import Group, Single
-from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.ranks.weights import Disturbed, Weights
 from tpshard.verifier.report.verdict import Finding
 
 
@@ -53,6 +53,9 @@ class DecoderBackend(Backend):
         parallel = self.sequence_parallel and probe is None and group.size > 1
         blocks, rank = None if self.keep_ranks else self.block_bytes, self.ranks[group.rank]
         return Decoder(self.family, rank, group, dtype, self.device, parallel, probe, blocks, hold)
+
+    def disturbed(self) -> Self:
+        return replace(self, source=Disturbed(self.source), wide=None)
 
     def with_layers(self, count: int) -> Self:
         return replace(self, layers=self.compared[:count], sequence_parallel=False)

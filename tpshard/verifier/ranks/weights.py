@@ -93,7 +93,7 @@ class Disturbed:
     def _moved(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        signs = torch.randint(2, tensor.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        signs = torch.randint(2, tensor.shape, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
         return tensor.double() * (1 + signs.to(tensor.device) * torch.finfo(torch.float64).eps)
 
 
