@@ -9,7 +9,7 @@ from torch import Tensor
 from tpshard.verifier.report.verdict import Finding, Place, layer_of
 
 EXACT_LIMIT, FLOAT32_LIMIT = 1e-12, 1e-5
-ROUNDINGS = 16
+ROUNDINGS = 4
 """How many times as far as one rounding of each weight moves them the logits of right shards may lie apart."""
 CHOICE = " (what it chooses from)"
 """Ends the name of a finding that is not of what a module gives."""
