@@ -260,7 +260,7 @@ def hollow(path: Path, config: dict[str, Any]) -> Path:
         ]  # fmt: skip
     header = build_header([(f"model.{name}.weight", "BF16", shape) for name, shape in shapes], {})
     path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     (path / "model.safetensors").write_bytes(header)
     os.truncate(path / "model.safetensors", len(header) + 2 * sum(int(np.prod(shape)) for _, shape in shapes))
     return path

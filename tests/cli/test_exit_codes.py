@@ -42,6 +42,9 @@ EXAMPLES = {
     ),
     "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
     "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
+    "`--dtype` would make values infinite (`--allow-overflow`)": (
+        "test_casts.py::test_what_would_become_infinite_is_refused"
+    ),
     "a method of quantisation that is not known": "test_quantised.py::test_a_method_that_is_refused",
     "a directory that holds something else": "test_checkpoint.py::test_a_directory_that_holds_something_else",
     "names of a wrapper": "test_checkpoint.py::test_names_of_a_wrapper",

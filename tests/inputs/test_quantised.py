@@ -118,9 +118,11 @@ def test_gpt_oss_as_published() -> None:
         f"{layer}.mlp.experts.down_proj_scales": ("U8", (2, hidden, ffn // 32)),
         f"{layer}.mlp.experts.down_proj_bias": ("BF16", (2, hidden)),
         f"{layer}.mlp.router.weight": ("BF16", (2, hidden)),
+        f"{layer}.mlp.router.bias": ("BF16", (2,)),
         f"{layer}.self_attn.sinks": ("BF16", (4,)),
         **{f"{layer}.self_attn.{x}_proj.weight": ("BF16", (64, 64)) for x in "qo"},
         **{f"{layer}.self_attn.{x}_proj.weight": ("BF16", (32, 64)) for x in "kv"},
+        **{f"{layer}.self_attn.{x}_proj.bias": ("BF16", (32 if x in "kv" else 64,)) for x in "qkvo"},
         **{f"{layer}.{x}.weight": ("BF16", (64,)) for x in ("input_layernorm", "post_attention_layernorm")},
         "model.norm.weight": ("BF16", (64,)),
         **{name: ("BF16", (8, 64)) for name in ("model.embed_tokens.weight", "lm_head.weight")},
@@ -153,9 +155,11 @@ def test_scales_of_the_cache(where: str, shape: tuple[int, ...]) -> None:
         for x in "kv"
     }
     for layer in (0, 1):
-        scales[f"model.layers.{layer}.self_attn.k_proj.bias"] = random_tensor(np.random.default_rng(0), "F32", (8,))
+        for x, size in {"q": 16, "k": 8, "v": 8, "o": 16}.items():
+            bias = random_tensor(np.random.default_rng(0), "F32", (size,))
+            scales[f"model.layers.{layer}.self_attn.{x}_proj.bias"] = bias
     config = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
-    model = llama(Path("model"), tensors=scales, quantization_config=config)
+    model = llama(Path("model"), tensors=scales, quantization_config=config, attention_bias=True)
     rank = there_and_back(model, 2)
     assert {rank[name].shape for name in scales if not name.endswith("bias")} == {
         (1, 1, 1) if len(shape) == 3 else shape

@@ -85,7 +85,9 @@ def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:
     if family.positions is not None:
         store = Store(source, family, torch.float64, torch.device("cpu"))
         positions = store.matrix_shape(family.positions)[0] - family.position_offset
-    same = describe(shards.config) == family
+    # What stands in config.json alone is held against the source's by every tier, which says what differs.
+    of_shards = describe(shards.config)
+    same = replace(of_shards, tied=family.tied, biases=family.biases, bare_norms=family.bare_norms) == family
     ids, layers, tokens = decide(
         opened, options, same=same, vocab=family.vocab, layers=family.layers, positions=positions
     )
