@@ -334,7 +334,7 @@ def test_a_cast_is_made_block_by_block(source: Path, tmp_path: Path) -> None:
     plan = join(narrow, placed_in(source, [whole(tensor) for tensor in MODEL]), outputs_in(tmp_path, layout))
     calls: list[tuple[int, str, str]] = []
 
-    def first_byte(block: memoryview, given: str, wanted: str) -> memoryview:
+    def first_byte(block: memoryview, given: str, wanted: str, tensor: str) -> memoryview:
         calls.append((len(block), given, wanted))
         return memoryview(bytes(block[::4]))
 
