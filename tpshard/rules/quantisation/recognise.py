@@ -290,10 +290,12 @@ def _scheme(values: TensorInfo, stored: _Stored) -> str:
     if scales.dtype == "U8":
         return "MXFP8"
     name = "INT8" if values.dtype == "I8" else "FP8"
-    grid = [size for size in scales.shape[-2:] if size > 1]
-    if not grid:
+    if any("scale_inv" in suffix for suffix in stored):
+        return f"{name} in blocks"
+    if all(size == 1 for size in scales.shape[-2:]):
         return f"{name} per tensor"
-    return f"{name} per channel" if scales.shape[-1] == 1 or len(scales.shape) == 1 else f"{name} in blocks"
+    rows = scales.shape[-2] if len(scales.shape) > 1 else scales.shape[0]
+    return f"{name} per channel" if rows == values.shape[-2] else f"{name} in blocks"
 
 
 def _check_experts(values: TensorInfo, info: TensorInfo, row: Companion) -> None:
