@@ -72,6 +72,7 @@ def text_alone(model: Path, out: Path) -> Path:
     config = json.loads((model / "config.json").read_text())
     tensors = {plain_name(name): tensor for name, tensor in read_all(model).items() if not is_vision(name)}
     text = config["text_config"] | {"model_type": TEXT_TYPES[config["model_type"]]}
+    text["tie_word_embeddings"] = "lm_head.weight" not in tensors
     return write_checkpoint(out, text, tensors)
 
 

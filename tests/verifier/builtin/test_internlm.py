@@ -58,9 +58,9 @@ def model(made: Get, tmp_path_factory: pytest.TempPathFactory) -> Get:
         llama = made(name)
         config = json.loads((llama / "config.json").read_text()) | {"model_type": "internlm2"}
         tensors = internlm(load_file(llama / "model.safetensors"), KV[name])
+        config["bias"] = name == "llama-mha-bias"
         if name == "llama-mha-bias":
             tensors = {key: x for key, x in tensors.items() if "feed_forward" not in key or key.endswith("weight")}
-            config["bias"] = True
         (out / "config.json").write_text(json.dumps(config))
         save_file({key: x.contiguous() for key, x in tensors.items()}, out / "model.safetensors")
         return out
