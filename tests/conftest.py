@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 FUZZ = int(os.environ.get("TPSHARD_FUZZ", "0"))
 settings.register_profile(
     "tpshard",
-    max_examples=FUZZ or (50 if ALL else 30),
+    max_examples=FUZZ or (50 if ALL else 20),
     derandomize=not FUZZ,
     database=None,
     deadline=None,

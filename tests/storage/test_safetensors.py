@@ -24,6 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.grids import ALL
 from tpshard.errors import CorruptError, LocalIOError
 from tpshard.storage.local import read_header
 from tpshard.storage.safetensors import (
@@ -47,7 +48,7 @@ Outcome = Counter[str]
 
 FUZZ = int(os.environ.get("TPSHARD_FUZZ", "0"))
 EXAMPLES = settings(
-    max_examples=FUZZ or 200,
+    max_examples=FUZZ or (200 if ALL else 100),
     derandomize=not FUZZ,
     database=None,
     deadline=None,
