@@ -59,7 +59,8 @@ class ShardedState(Format):
         dealt = self._deal(family, model, options)
         last = counted_last(quantised, model)
         dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
-        tensors = [tensor for tensor in model.tensors if tensor.name not in {*dropped, *beside}]
+        unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
+        tensors = [tensor for tensor in model.tensors if tensor.name not in unloaded]
         for tensor in tensors:
             name = model.full_name(tensor.name)
             reason = family.refusal(name)
@@ -79,7 +80,7 @@ class ShardedState(Format):
         rows += constants(method, family, model, rows, named.values(), options.tp)
         rows += _scales(family, named.values(), options.tp)
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
-        rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside - dropped.keys()]
+        rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
         return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
 
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
