@@ -270,14 +270,32 @@ def _closest(name: str) -> str:
     return f" (closest: {', '.join(near)})" if near else ""
 
 
-def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path: object) -> Architecture:
-    """The architecture for a config: the user's file if given, else the built-in one for its model_type."""
+def given_architecture(rules: str | Path) -> tuple[Architecture, bool]:
+    """The architecture that --rules gives, and whether it is a built-in one by name, for any model_type.
+
+    A text is a name or model_type where there is such a built-in architecture, else a file; a Path is always a file.
+    """
+    if isinstance(rules, str) and (architecture := builtin_or_none(rules)):
+        return architecture, True
+    try:
+        return load_architecture(Path(rules)), False
+    except UsageError as error:
+        if Path(rules).exists():
+            raise
+        hint = "`tpshard archs list` names the built-in architectures"
+        what = f"no rules file {str(rules)!r}, and no built-in architecture of that name{_closest(str(rules))}"
+        raise UsageError(what, hint=hint) from error
+
+
+def find_architecture(config: Mapping[str, Any], rules: str | Path | None, config_path: object) -> Architecture:
+    """The architecture for a config: the one that is given, else the built-in one for its model_type."""
     model_type = config.get("model_type")
     if rules is not None:
-        architecture = load_architecture(rules)
-        if model_type not in architecture.model_types:
+        architecture, by_name = given_architecture(rules)
+        if not by_name and model_type not in architecture.model_types:
             what, known = "the rules file is for another architecture", ", ".join(architecture.model_types)
-            raise UsageError(what, path=rules, expected=f"model_types with {model_type!r}", found=known)
+            hint = "of a built-in architecture, --rules takes the name for any model_type"
+            raise UsageError(what, path=rules, expected=f"model_types with {model_type!r}", found=known, hint=hint)
         return architecture
     if not isinstance(model_type, str):
         hint = "give rules of your own with --rules FILE"
