@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers.command import succeeds, tpshard
 from tests.helpers.grids import ALL
-from tests.helpers.toys import random_tensor, read_all, write_checkpoint
+from tests.helpers.toys import Tensor, random_tensor, read_all, read_rank, write_checkpoint
 
 Made = Callable[..., Path]
 
@@ -55,6 +55,7 @@ PUBLISHED = {
         config={"model_type": "qwen2_5_vl", "vision_config": {}},
         beside={"visual.blocks.0.attn.qkv.weight": (96, 32), "visual.merger.ln_q.weight": (32,)},
     ),
+    "nemotron_h, transformers' names": Published("nemotron_h", {"backbone.": "model."}),
     "nemotron_h in a larger model": Published(
         "nemotron_h",
         {"": "language_model."},
@@ -120,3 +121,46 @@ def test_there_and_back(name: str, made: Made, tmp_path: Path) -> None:
 def test_a_form_that_vllm_has_no_names_for_is_refused(made: Made, tmp_path: Path) -> None:
     model = write("kimi_k25", made, tmp_path / "model")
     assert "are not known" in tpshard("plan", model, "--tp", 2, "--format", "vllm").err
+
+
+def copied(tensors: Mapping[str, Tensor], layer: str, copy: str) -> dict[str, Tensor]:
+    """A layer once more."""
+    return {copy + name.removeprefix(layer): tensor for name, tensor in tensors.items() if name.startswith(layer)}
+
+
+MORE = {
+    "nemotron_h": (
+        {"backbone.layers.1.": "mtp.layers.0.", "backbone.layers.3.": "mtp.layers.1."},
+        {"mtp.layers.0.enorm": (64,), "mtp.layers.0.hnorm": (64,), "mtp.layers.0.eh_proj": (64, 128)}
+        | {"mtp.layers.1.final_layernorm": (64,)},
+    ),
+    "ernie4_5_moe": (
+        {"model.layers.0.": "model.mtp_block.0."},
+        {"model.mtp_emb_norm.0": (64,), "model.mtp_hidden_norm.0": (64,), "model.mtp_linear_proj.0": (64, 128)},
+    ),
+}
+"""Layers that predict further tokens: of which layers they are copies, and what is around them."""
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_predicts_further_tokens_is_cut_like_the_layers_that_it_copies(
+    name: str, made: Made, tmp_path: Path
+) -> None:
+    plain, (copies, around), rng = read_all(made(name)), MORE[name], np.random.default_rng(0)
+    extra = {f"{module}.weight": random_tensor(rng, "F32", shape) for module, shape in around.items()}
+    for layer, copy in copies.items():
+        extra |= copied(plain, layer, copy)
+    config = json.loads((made(name) / "config.json").read_text())
+    model, out = write_checkpoint(tmp_path / "model", config, plain | extra), tmp_path / "out"
+    succeeds("split", model, "--tp", 2, "-o", out, "--no-fsync")
+    succeeds("check", out, "--source", model)
+    succeeds("merge", out, "-o", tmp_path / "merged", "--no-fsync")
+    assert read_all(tmp_path / "merged") == read_all(model)
+    for rank in range(2):
+        held = read_rank(out, rank, 2)
+        for layer, copy in copies.items():
+            assert copied(held, layer, copy).items() <= held.items()
+        assert all(held[f"{module}.weight"] == extra[f"{module}.weight"] for module in around)
+    found = tpshard("verify", out, "--source", model, "--tier", "weights", "--json").json
+    assert (found["verdict"], set(found["not_run"])) == ("inconclusive", extra.keys())
+    assert "--allow-not-run" in found["reason"]

@@ -100,7 +100,7 @@ def recognise(
     names = tuple(names)
     with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
-        found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
+        found = {name: matcher.find(name, exact=exact)[1] for name in names}
     seen = {pattern.text for candidates in found.values() for pattern, *_ in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
@@ -109,9 +109,11 @@ def recognise(
 def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The config, with defaults for keys that it lacks and the keys of [found], which depend on the tensors."""
     config = {**architecture.defaults, **config}
+    beginnings = (("", ""), *architecture.beginnings)
     for key, pattern in architecture.found.items():
         compiled = compile_pattern(pattern)
-        config[key] = any(compiled.fullmatch(full) for name in names for full in (name, architecture.prefix + name))
+        begun = (new + name[len(old) :] for name in names for old, new in beginnings if name.startswith(old))
+        config[key] = any(map(compiled.fullmatch, begun))
     return config
 
 
