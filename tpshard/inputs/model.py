@@ -1,6 +1,6 @@
 """From a checkpoint to a model: its tensors classified, and where they lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,9 +60,14 @@ def from_checkpoint(
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
         quantisation=quantised.to_json(),
-        notes=(*_notes(dtype, quantised), *_kept(float32)),
+        notes=(*_heads(classified.heads), *_notes(dtype, quantised), *_kept(float32)),
         cast_all=cast_all,
     )
+
+
+def _heads(names: Sequence[str]) -> tuple[str, ...]:
+    """What is said of heads that do not predict tokens."""
+    return (f"a head of another task, whole on every rank: {', '.join(names)}",) if names else ()
 
 
 def _notes(dtype: str | None, quantised: Quantisation) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class Classification:
     """An architecture's rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
 
     tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it. float32: the tensors
-    that are float32 on purpose.
+    that are float32 on purpose. heads: those of heads of another task than the architecture's.
     """
 
     axes: Mapping[str, Axis]
@@ -38,6 +38,7 @@ class Classification:
     tied: Mapping[str, str]
     full_names: Mapping[str, str]
     float32: Collection[str] = ()
+    heads: tuple[str, ...] = ()
 
 
 def classify(
@@ -73,12 +74,14 @@ def classify(
             cuts[tensor.name] = known_cuts[key]
         matcher.check_complete()
         rule_names = {name: full for full, name in matcher.names.items()}
-        check_biases(architecture, config, (rule_names[name] for name, cut in cuts.items() if cut.kind != "buffer"))
+        heads = tuple(t.name for t, (rule, *_) in zip(tensors, matches, strict=True) if rule is matcher.heads[0].rule)
+        told = (name for name, cut in cuts.items() if cut.kind != "buffer" and name not in heads)
+        check_biases(architecture, config, map(rule_names.__getitem__, told))
         float32 = float32_on_purpose(architecture, config, tensors, rule_names)
     axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32)
+    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32, heads=heads)
 
 
 @contextmanager

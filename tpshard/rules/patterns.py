@@ -15,6 +15,13 @@ from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, c
 from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
 
+HEADS = ("score", "score.*", "classifier", "qa_outputs", "v_head", "v_head.summary")
+"""Heads of other tasks than predicting tokens, which any architecture may have: sequences and tokens are classified
+(transformers), rewarded (Qwen2.5's are two modules, InternLM2's is a v_head), or given a value (TRL).
+
+They are small, and whole on every rank.
+"""
+
 
 @dataclass(slots=True, eq=False)
 class Pattern:
@@ -92,6 +99,8 @@ class Matcher:
                     required = not text.endswith("?") and rule.kind != "buffer"
                     compiled = compile_pattern(text.removesuffix("?"))
                     self.patterns.append(Pattern(text, rule, compiled, required, condition))
+        whole = Rule("replicate", (), None, None, HEADS)
+        self.heads = [Pattern(text, whole, compile_pattern(text), False, None) for text in HEADS]
         self.dims = [(pattern, compile_pattern(pattern.removesuffix("?"))) for pattern in architecture.dims]
         self.seen_dims: set[str] = set()
         self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
@@ -129,7 +138,8 @@ class Matcher:
         for old, new in (("", ""), *(() if exact else self.architecture.beginnings)):
             full = new + name[len(old) :]
             for place, known in enumerate((full, *stand_ins(full))) if name.startswith(old) else ():
-                if found := [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]:
+                own = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]
+                if found := own or [head for head in self.heads if head.compiled.fullmatch(known)]:
                     alone = len(self._index.findall(known))
                     yield old, new, [_candidate(pattern, known, place, alone) for pattern in found]
 

@@ -32,6 +32,7 @@ MODEL_TYPES = frozenset(
 )
 COMPUTES_AS = {
     "kimi_k2": "deepseek_v3",
+    "llama_bidirec": "llama",  # but for the mask, which every rank has whole
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
@@ -178,7 +179,8 @@ class Frame:
     """What parameters the model has, and which of its layers are looked at.
 
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
-    `buffers` are those of `shapes` that a file need not have.
+    `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
+    embedding is taken in its place, so that what the model computes before it is seen.
     """
 
     config: Any
@@ -188,6 +190,7 @@ class Frame:
     embedding: str
     layers: tuple[int, ...]
     buffers: frozenset[str]
+    headless: bool = False
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
@@ -217,9 +220,10 @@ class Frame:
         return layer is None or layer in self.layers
 
     def recipes(self, weights: Weights) -> dict[str, StoredParts]:
-        """What the parameters are made of. A tied head is made of the embedding."""
+        """What the parameters are made of. A tied head, or one that is not there, is made of the embedding."""
         found = recipes(weights.names(), self.shapes.keys(), self.prefix)
-        if self.head not in found and self.embedding in found and self.config.tie_word_embeddings:
+        tied = self.config.tie_word_embeddings or self.headless
+        if self.head not in found and self.embedding in found and tied:
             found[self.head] = found[self.embedding]
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
 
