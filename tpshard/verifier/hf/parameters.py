@@ -20,12 +20,13 @@ RENAMED = (
     (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
     (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
     (".mlp.router.gate.", ".mlp.gate."),
+    (".attention_sink_bias", ".sinks"),
     (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
     (".mlp.shared_mlp.", ".mlp.shared_experts."),
     ("backbone.", "model."),
     ("embed_out.", "lm_head."),
 )
-"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
+"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, MiMo, Hy3,
 Nemotron-H, GPT-NeoX."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
