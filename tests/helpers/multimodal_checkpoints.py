@@ -51,6 +51,19 @@ MORE_CONFIGS: dict[str, dict[str, Any]] = {
         | {"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16},
         "vision_config": _GLM_VISION,
     },
+    "qwen3_vl_moe": {
+        "text_config": _TEXT
+        | _rope(4, 2, 2)
+        | {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+        },
+        "vision_config": _QWEN_VISION
+        | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    },
 }
 """Those of which one test is enough: others have their layers."""
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -74,7 +74,7 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
                 "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "olmoe",
                 "qwen2_moe", "qwen3_moe", "afmoe", "cohere2_moe", "deepseek_v32", "exaone_moe", "flex_olmo",
                 "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "qwen3_5_moe_text", "qwen3_next", "solar_open", "mistral4",
-                "mimo_v2_flash", "glm4v_moe_text",
+                "mimo_v2_flash", "glm4v_moe_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text",
             )
         },
         **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), _W123),

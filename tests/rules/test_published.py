@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.command import succeeds, tpshard
 from tests.helpers.grids import ALL
 from tests.helpers.toys import Tensor, random_tensor, read_all, read_rank, write_checkpoint
@@ -180,3 +181,29 @@ def test_what_predicts_further_tokens_is_cut_like_the_layers_that_it_copies(
     found = tpshard("verify", out, "--source", model, "--tier", "weights", "--json").json
     assert (found["verdict"], set(found["not_run"])) == ("inconclusive", extra.keys())
     assert "--allow-not-run" in found["reason"]
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """Stacked matrices, each transposed."""
+    numbers = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape).swapaxes(1, 2)
+    return Tensor(tensor.dtype, numbers.shape, numbers.tobytes())
+
+
+def test_experts_of_qwen3_vl_are_stored_for_products_from_either_side(tmp_path: Path) -> None:
+    """Published files have them from the left, transformers saves them from the right: the same cut."""
+    saved = multimodal.make("qwen3_vl_moe", tmp_path / "saved")
+    config, tensors = json.loads((saved / "config.json").read_text()), read_all(saved)
+    left = {name: turned(tensor) if ".experts." in name else tensor for name, tensor in tensors.items()}
+    model = write_checkpoint(tmp_path / "published", config, left)
+    for each in (saved, model):
+        out = tmp_path / f"{each.name}-tp2"
+        succeeds("split", each, "--tp", 2, "-o", out, "--no-fsync")
+        succeeds("check", out, "--source", each)
+        succeeds("merge", out, "-o", tmp_path / f"{each.name}-merged", "--no-fsync")
+        assert read_all(tmp_path / f"{each.name}-merged") == read_all(each)
+        tiers = "weights,exact,native" if ALL else "weights,exact"
+        found = tpshard("verify", out, "--source", each, "--tier", tiers, "--tokens", 1, "--json").json
+        assert (found["verdict"], found["reason"]) == ("pass", None)
+    for rank in range(2):
+        right, other = (read_rank(tmp_path / f"{each.name}-tp2", rank, 2) for each in (saved, model))
+        assert other == {name: turned(tensor) if ".experts." in name else tensor for name, tensor in right.items()}

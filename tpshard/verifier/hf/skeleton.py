@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ COMPUTES_AS = {
     "glm4v_text": "glm4",
     "glm4v_moe_text": "glm4_moe",
     "qwen2_5_omni_text": "qwen2",
+    "qwen3_omni_moe_text": "qwen3_moe",
+    "qwen3_vl_moe_text": "qwen3_moe",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
@@ -196,7 +198,8 @@ class Frame:
 
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
     `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
-    embedding is taken in its place, so that what the model computes before it is seen.
+    embedding is taken in its place, so that what the model computes before it is seen. `turned`: stacked experts that
+    the source stores for products from the left.
     """
 
     config: Any
@@ -207,6 +210,7 @@ class Frame:
     layers: tuple[int, ...]
     buffers: frozenset[str]
     headless: bool = False
+    turned: frozenset[str] = frozenset()
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
@@ -241,7 +245,17 @@ class Frame:
         tied = self.config.tie_word_embeddings or self.headless
         if self.head not in found and self.embedding in found and tied:
             found[self.head] = found[self.embedding]
+        found |= {key: replace(found[key], turned=True) for key in self.turned & found.keys()}
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
+
+    def of_source(self, source: Weights) -> "Frame":
+        """The frame of a model as this source stores it."""
+        found, turned = self.recipes(source), set()
+        for key, recipe in found.items():
+            experts, *dims = self.shapes[key] if len(self.shapes[key]) == 3 else (0,)
+            if dims and dims[0] != dims[1] and recipe.shape(source) == (experts, dims[1], dims[0]):
+                turned.add(key)
+        return replace(self, headless=self.head not in found, turned=frozenset(turned))
 
     def stored(self, weights: Weights) -> list[str]:
         """The stored tensors that the parameters are made of."""
