@@ -42,7 +42,7 @@ def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
         what = f"{engine} is not known to load what is quantised by {name}"
         raise UnsupportedError(what, expected=", ".join(quantised.methods), found=name, hint=_HINT)
     method = quantised.methods[name]
-    declared = model.config.get("quantization_config") or model.config.get("compression_config") or {}
+    declared = _declared(model)
     if not declared and not method.own_file:
         what = f"{engine} takes {name} from config.json alone, and the checkpoint names it in another file"
         hint = f"copy it into config.json, as quantization_config; or {_HINT}"
@@ -55,6 +55,10 @@ def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
             what = f"{engine} does not load {need.key} {_text(value)}: {need.reason}"
             raise UnsupportedError(what, expected=expected, found=f"{need.key} {_text(value)}", hint=_HINT)
     return method
+
+
+def _declared(model: Model) -> Mapping[str, Any]:
+    return model.config.get("quantization_config") or model.config.get("compression_config") or {}
 
 
 def _text(value: object) -> str:
@@ -115,16 +119,23 @@ def in_shapes(
 ) -> dict[str, tuple[Share, ...]]:
     """The shares in the shapes that the engine has: a scalar as one slot, the bytes of a block or the heads in one dim.
 
-    names: tensor → full name. last: scalars that have one slot. Shares that are alike stay one object.
+    Scales of the rows of integers are a column. names: tensor → full name. last: scalars that have one slot. Shares
+    that are alike stay one object.
     """
     known: dict[object, tuple[Share, ...]] = {}
     found = {}
+    integers = {names[name].removesuffix(".weight") for name, held in shares.items() if held[0].dtype == "I8"}
     for name, held in shares.items():
         suffix, ndim = suffix_of(names[name]), len(held[0].shape)
         slots = next((n for pattern, n in family.slots.items() if match(pattern, names[name])), 1)
         reshape: Callable[[Share], Share] | None = None
         if suffix in quantised.scalars and held[0].shape in ((), (1,)) and name not in last:
             reshape = partial(_in_slots, slots)
+        elif name in last and not ndim:
+            reshape = partial(_in_slots, 1)
+        elif suffix in quantised.columns and ndim == 1 and names[name].rpartition(".")[0] in integers:
+            size = max(part.box[0][1] for share in held for part in share.parts)
+            reshape = partial(_as_column, size)
         elif suffix in quantised.bytes:
             reshape = _last_dims_joined
         elif suffix in quantised.cache and ndim > 1:
@@ -146,6 +157,12 @@ def _in_slots(slots: int, share: Share) -> Share:
 def _last_dims_joined(share: Share) -> Share:
     *before, blocks, size = share.shape
     return share._replace(shape=(*before, blocks * size), view=share.shape)
+
+
+def _as_column(size: int, share: Share) -> Share:
+    """A vector, or its stretch of one of `size` elements, as a matrix of one column."""
+    parts = (part._replace(box=(*part.box, (0, 1)), at=(*part.at, 0), view=(size, 1)) for part in share.parts)
+    return share._replace(shape=(*share.shape, 1), parts=tuple(parts))
 
 
 def _flat(share: Share) -> Share:
@@ -210,7 +227,9 @@ def constants(
             yield Row(name, (), known[key])
 
     layers = sorted({layer for name in names if (layer := family.layer_of(name)) is not None})
-    for layer, pattern, buffer in product(layers, family.scales, method.buffers):
+    said, cached = _declared(model), bool(model.quantisation and model.quantisation["kv_cache"])
+    buffers = [b for b in method.buffers if cached or not any(said.get(key) == v for key, v in b.unless.items())]
+    for layer, pattern, buffer in product(layers, family.scales, buffers):
         module = pattern.replace("*", str(layer))
         if not (buffer.not_in and module.endswith(f".{buffer.not_in}")):
             for name in buffer.names:
