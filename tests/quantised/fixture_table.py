@@ -178,6 +178,9 @@ TABLE = (
     ),
     Fixture("ct-nvfp4", "CT nvfp4-pack-quantized, W4A4", LLM_COMPRESSOR, "llama", (NVFP4_BOTH,)),
     Fixture("ct-nvfp4-weights-only", "CT nvfp4-pack-quantized, W4A16", LLM_COMPRESSOR, "llama", (NVFP4,)),
+    Fixture(
+        "ct-fp8-channel-qwen3-moe", "CT float-quantized, channel, dynamic", LLM_COMPRESSOR, "qwen3_moe", (CHANNEL,)
+    ),
     Fixture("ct-nvfp4-qwen3-moe", "CT nvfp4-pack-quantized, W4A4", LLM_COMPRESSOR, "qwen3_moe", (NVFP4_BOTH,)),
     Fixture(
         "ct-nvfp4-unequal-scales",
@@ -242,6 +245,15 @@ TABLE = (
     ),
     Fixture("modelopt-w4a16-nvfp4", "ModelOpt W4A16_NVFP4", MODELOPT, "llama", (MODELOPT_NVFP4,)),
     Fixture("modelopt-mxfp8", "ModelOpt MXFP8", MODELOPT, "llama", ({".weight": "F8_E4M3", ".weight_scale": "U8"},)),
+    Fixture(
+        "modelopt-fp8-pb-wo-128",
+        "ModelOpt FP8_PB_WO, 128×128",
+        MODELOPT,
+        "llama",
+        ({".weight": "F8_E4M3", ".weight_scale": "F32"},),
+    ),
+    Fixture("modelopt-fp8-qwen3-moe", "ModelOpt FP8", MODELOPT, "qwen3_moe", (SCALAR,)),
+    Fixture("modelopt-w4a16-nvfp4-qwen3-moe", "ModelOpt W4A16_NVFP4", MODELOPT, "qwen3_moe", (MODELOPT_NVFP4,)),
     Fixture(
         "modelopt-mixed-precision",
         "ModelOpt MIXED_PRECISION",
@@ -332,6 +344,7 @@ TABLE = (
         ({name: dtype for name, dtype in GPTQ.items() if name != ".g_idx"},),
         remark="o_proj 8 bits, down_proj not quantised",
     ),
+    Fixture("autoround-awq-qwen3-moe", "AWQ gemm, `quant_method: awq`", AUTO_ROUND, "qwen3_moe", (AWQ,)),
     Fixture("autoround-gptq-qwen3-moe", "GPTQ, 4 bits, `quant_method: gptq`", AUTO_ROUND, "qwen3_moe", (GPTQ,)),
 )
 

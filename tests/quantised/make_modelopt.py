@@ -20,7 +20,7 @@ from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor
 
-from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import DENSE, EXPERTS, SMALL, WIDE, keep_fixture, random_model, tensors_of, write_reference
 
 
 def calibrate(model: torch.nn.Module) -> None:
@@ -127,6 +127,9 @@ def main() -> None:
     fixture("modelopt-mixed-precision-kv", with_kv(mixed()))
     wide = DENSE | {"num_hidden_layers": 1, "hidden_size": 256, "head_dim": 64}
     fixture("modelopt-w4a8-awq", mtq.W4A8_AWQ_BETA_CFG, config=wide)
+    fixture("modelopt-fp8-pb-wo-128", in_blocks_of(128), config=WIDE)
+    fixture("modelopt-fp8-qwen3-moe", mtq.FP8_DEFAULT_CFG, "qwen3_moe", EXPERTS)
+    fixture("modelopt-w4a16-nvfp4-qwen3-moe", mtq.W4A16_NVFP4_CFG, "qwen3_moe", EXPERTS)
     fixture("modelopt-nvfp4-qwen3-moe", mtq.NVFP4_DEFAULT_CFG, "qwen3_moe", EXPERTS)
 
 

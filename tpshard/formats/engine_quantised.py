@@ -13,7 +13,7 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_layout import ParameterParts, Share
-from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, match
+from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, fit, match
 from tpshard.planning.box import Shape, full
 from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, StoredTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
@@ -76,14 +76,20 @@ def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTe
     return quantised.refused.get(suffix_of(name))
 
 
-def counted_last(quantised: QuantisedModules, model: Model) -> frozenset[str]:
+def counted_last(quantised: QuantisedModules, family: EngineFamily, model: Model) -> frozenset[str]:
     """Companions of which the engine has one for all that are fused, the last."""
     names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
     dtypes = {names[tensor.name]: tensor.dtype for tensor in model.tensors if tensor.name in names}
 
     def counts(name: str) -> bool:
-        integers = dtypes.get(f"{name.rpartition('.')[0]}.weight") == "I8"
-        return suffix_of(name) in (*quantised.last, *(quantised.last_of_integers if integers else ()))
+        module, suffix = name.rpartition(".")[0], suffix_of(name)
+        integers = dtypes.get(f"{module}.weight") == "I8"
+        if suffix in quantised.last or (suffix in quantised.last_of_integers and integers):
+            return True
+        beside = quantised.last_of_experts_without.get(suffix)
+        if beside is None or f"{module}.{beside}" in dtypes:
+            return False
+        return any(fit(pattern, name).stacked is not None for _, _, pattern in family.kind(name).fused)
 
     return frozenset(name for name, full_name in names.items() if counts(full_name))
 
@@ -175,13 +181,9 @@ def fused(
     shares: Mapping[str, tuple[Share, ...]],
     recipe: ParameterParts,
 ) -> ParameterParts:
-    """A recipe with the dim along which companions are fused. UnsupportedError where vLLM has less than there is."""
+    """A recipe with the dim along which companions are fused."""
     first = recipe.tensors[0]
     suffix = suffix_of(names[first])
-    beside = quantised.experts_beside.get(suffix)
-    if recipe.stacked and beside and f"{names[first].rpartition('.')[0]}.{beside}" not in names.values():
-        what = f"the engine has one {suffix} for gate and up of an expert, and the checkpoint two"
-        raise UnsupportedError(what, tensor=first, expected=f"experts with {beside}", hint=_HINT)
     if suffix in quantised.second:
         return replace(recipe, dim=1)
     scalar = suffix in quantised.scalars and all(shares[tensor][0].shape == (1,) for tensor in recipe.tensors)

@@ -162,9 +162,9 @@ class QuantisedModules:
     Those that are not named are fused along their first dim. scalars: one number, or a first dim like any. second:
     fused along the second dim. bytes: the last two dims are one. columns: a matrix of one column where the weight is
     INT8. cache: scales of the attention's keys and values.
-    last: of the tensors to fuse the last counts; last_of_integers: where the weight is INT8. unplaced: of no use to the
-    engine. refused: with the reason. experts_beside: which companion experts must have beside one, so that it is one
-    for each of their matrices.
+    last: of the tensors to fuse the last counts; last_of_integers: where the weight is INT8; last_of_experts_without:
+    of experts that do not have another companion beside it. unplaced: of no use to the engine. refused: with the
+    reason.
     """
 
     scalars: tuple[str, ...] = ()
@@ -176,7 +176,7 @@ class QuantisedModules:
     last_of_integers: tuple[str, ...] = ()
     unplaced: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    experts_beside: Mapping[str, str] = field(default_factory=dict)
+    last_of_experts_without: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, Method] = field(default_factory=dict)
 
 
