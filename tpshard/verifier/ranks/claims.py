@@ -4,15 +4,18 @@ An engine believes both. Nothing here knows how `split` writes them: what split 
 and the places of a tensor's shares follow from their shapes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
 from tpshard.verifier.ranks.open import RankSet
-from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.ranks.weights import Weights, named
 
 _TIED = "tie_word_embeddings"
+_LISTS = {"modules_to_not_convert": False, "modules_in_block_to_quantize": True}
+"""Lists in a quantization_config, and whether they are of modules that are quantised."""
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = tuple(
     f"{each}.weight" for each in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -29,11 +32,28 @@ def _is_of_split(each: KeyDifference, opened: RankSet) -> bool:
     """Whether split makes a key this other one: a cast's dtype, and whether an engine's files have a head apart."""
     if each.key.rpartition(".")[2] in ("dtype", "torch_dtype"):
         return opened.cast_name is not None and each.found == f'"{opened.cast_name}"'
-    if each.key != _TIED or opened.format != "vllm":
+    if opened.format != "vllm":
+        return False
+    owner, _, key = each.key.rpartition(".")
+    if owner == "quantization_config" and key in _LISTS:
+        return _lists_modules(each, opened.ranks[0].dequantised, quantised=_LISTS[key])
+    if each.key != _TIED:
         return False
     names = opened.ranks[0].names()
     both = any(name in names for name in _HEADS) and any(name.endswith(_EMBEDDINGS) for name in names)
     return each.found == ("false" if both else "true")
+
+
+def _lists_modules(each: KeyDifference, weights: Iterable[str], *, quantised: bool) -> bool:
+    """Whether a list goes on with modules alone that are quantised, or with others alone.
+
+    vLLM would find them by the names in files, which are fused.
+    """
+    given, found = (json.loads(text) if text is not None else [] for text in (each.expected, each.found))
+    if not isinstance(given, list | None) or not isinstance(found, list) or found[: len(given or ())] != (given or []):
+        return False
+    modules = {name.rpartition(".")[0] for name in weights}
+    return all((named(str(module), modules) is not None) is quantised for module in found[len(given or ()) :])
 
 
 def _misplaced(said: Sequence[Chunks], source: Weights) -> Iterator[str]:
@@ -51,11 +71,8 @@ def _misplaced(said: Sequence[Chunks], source: Weights) -> Iterator[str]:
 
 def _size(name: str, source: Weights) -> tuple[int, ...] | None:
     """The shape of a tensor in the source, which may leave out the name's base prefix."""
-    while name not in source.names():
-        _, dot, name = name.partition(".")
-        if not dot:
-            return None
-    return source.shape(name)
+    known = named(name, source.names())
+    return None if known is None else source.shape(known)
 
 
 def _in_order(chunks: Sequence[Chunk], size: tuple[int, ...] | None) -> bool:
