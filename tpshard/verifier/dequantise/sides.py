@@ -1,6 +1,6 @@
 """Source and shards of a quantised model, both read as the weights that they make."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG
 from tpshard.verifier.dequantise.find import Recipe, recipes
 from tpshard.verifier.dequantise.view import DequantisedWeights
+from tpshard.verifier.elements import Held, Parameter
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 
 _FORMATS = ("native", "dcp", "dcp-hf", "deepseek", "vllm")
@@ -65,3 +66,20 @@ def _require_shapes(number: int, rank: DequantisedWeights, source: DequantisedWe
         if found not in (whole := list(source.shape(name)), mine := list(rank.shape(name))):
             what, expected = f"{stated} of rank {number} states another shape", f"{whole} or {mine}"
             raise DifferentError(what, tensor=stated, expected=expected, found=found)
+
+
+def stored(parameter: Parameter) -> Iterator[Parameter]:
+    """The tensors that make a quantised weight, as they are stored; none of another parameter.
+
+    Left out is what a rank may say in two ways (the groups, and the shape), which the weight itself is held to.
+    """
+    sides = [parameter.source, *parameter.ranks]
+    held = [each for each in sides if isinstance(each, Held) and isinstance(each.weights, DequantisedWeights)]
+    views = [each.weights for each in held if isinstance(each.weights, DequantisedWeights)]
+    if len(held) < len(sides) or not all(each.name in view.recipes for each, view in zip(held, views, strict=True)):
+        return
+    known = parameter.known and parameter.orders is None
+    for role, name in views[0].recipes[held[0].name].stored.items():
+        if role not in ("groups", "shape"):
+            source, *ranks = (Held(view.companions, name) for view in views)
+            yield Parameter(name, source, ranks, padded=parameter.padded, known=known)
