@@ -78,7 +78,7 @@ def _blamed(backend: Backend, tier: Tier, parameters: Sequence[Parameter], ranks
     number, rank = min((found[0][0], rank) for rank, found in enumerate(ranks) if found)
     parameter, apart = parameters[number], ranks[rank][0][1]
     where = f"{parameter.name}{list(apart.element)} of rank {rank}"
-    reason = f"{where} is {apart.found:g} where the source has {apart.expected:g}"
+    reason = f"{where} is {_shown(apart.found)} where the source has {_shown(apart.expected)}"
     for other in [*range(rank), *range(rank + 1, len(ranks))]:
         if parameter.shares()[other].fits(parameter.ranks[rank]):
             reason = f"{parameter.name} of rank {rank} is the one of rank {other}"
@@ -90,6 +90,11 @@ def _blamed(backend: Backend, tier: Tier, parameters: Sequence[Parameter], ranks
     ]
     first = Place(parameter.name, layer_of(parameter.name), rank, apart.size)
     return replace(tier, status="fail", reason=reason, first=first, worst=first, findings=tuple(findings))
+
+
+def _shown(value: float) -> str:
+    """A number; words of packed ones with all their digits."""
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1 << 53 else f"{value:g}"
 
 
 def _exchanged(backend: Backend, rank: int, other: int) -> bool:

@@ -5,7 +5,7 @@ and the places of a tensor's shares follow from their shapes.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpshard.storage.json_differences import KeyDifference, key_differences
@@ -24,11 +24,11 @@ _EMBEDDINGS = tuple(
 
 def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) -> list[str]:
     """What of a set's config and headers is not so, where its tensors are judged against this source."""
-    changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened))
+    changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened, source))
     return [*(f"config.json: {each}" for each in changed), *_misplaced(opened.said, source)]
 
 
-def _is_of_split(each: KeyDifference, opened: RankSet) -> bool:
+def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
     """Whether split makes a key this other one: a cast's dtype, and whether an engine's files have a head apart."""
     if each.key.rpartition(".")[2] in ("dtype", "torch_dtype"):
         return opened.cast_name is not None and each.found == f'"{opened.cast_name}"'
@@ -36,7 +36,9 @@ def _is_of_split(each: KeyDifference, opened: RankSet) -> bool:
         return False
     owner, _, key = each.key.rpartition(".")
     if owner == "quantization_config" and key in _LISTS:
-        return _lists_modules(each, opened.ranks[0].dequantised, quantised=_LISTS[key])
+        quantised = {name.rpartition(".")[0] for name in opened.ranks[0].dequantised}
+        plain = {name.rpartition(".")[0] for name in source.names()} - quantised
+        return _lists(each, quantised if _LISTS[key] else plain)
     if each.key != _TIED:
         return False
     names = opened.ranks[0].names()
@@ -44,16 +46,12 @@ def _is_of_split(each: KeyDifference, opened: RankSet) -> bool:
     return each.found == ("false" if both else "true")
 
 
-def _lists_modules(each: KeyDifference, weights: Iterable[str], *, quantised: bool) -> bool:
-    """Whether a list goes on with modules alone that are quantised, or with others alone.
-
-    vLLM would find them by the names in files, which are fused.
-    """
-    given, found = (json.loads(text) if text is not None else [] for text in (each.expected, each.found))
-    if not isinstance(given, list | None) or not isinstance(found, list) or found[: len(given or ())] != (given or []):
+def _lists(each: KeyDifference, modules: Collection[str]) -> bool:
+    """Whether a list goes on with some of these modules: by names in files, which are fused, vLLM finds none of them."""
+    before, after = (json.loads(text or "null") or [] for text in (each.expected, each.found))
+    if not isinstance(before, list) or not isinstance(after, list) or after[: len(before)] != before:
         return False
-    modules = {name.rpartition(".")[0] for name in weights}
-    return all((named(str(module), modules) is not None) is quantised for module in found[len(given or ()) :])
+    return all(named(str(module), modules) is not None for module in after[len(before) :])
 
 
 def _misplaced(said: Sequence[Chunks], source: Weights) -> Iterator[str]:
