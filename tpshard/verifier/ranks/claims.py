@@ -47,7 +47,7 @@ def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
 
 
 def _lists(each: KeyDifference, modules: Collection[str]) -> bool:
-    """Whether a list goes on with some of these modules: by names in files, which are fused, vLLM finds none of them."""
+    """Whether a list goes on with some of these modules: vLLM would look for them in files, whose names are fused."""
     before, after = (json.loads(text or "null") or [] for text in (each.expected, each.found))
     if not isinstance(before, list) or not isinstance(after, list) or after[: len(before)] != before:
         return False
