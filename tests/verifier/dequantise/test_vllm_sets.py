@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.command import Result, succeeds, tpshard
-from tests.helpers.grids import some
+from tests.helpers.grids import every_other, some
 from tests.helpers.toys import metadata
 from tests.quantised.fixture_table import FIXTURES
 
@@ -32,11 +32,10 @@ REFUSED = {
 }
 WRITTEN = sorted({path.name for path in FIXTURES.iterdir()} - REFUSED)
 FEW = (
-    "autoround-awq",
-    "autoround-gptq-qwen3-moe",
     "ct-int4-asym-group",
     "ct-nvfp4-qwen3-moe",
     "fp8-block-deepseek",
+    "gptq-int4",
     "modelopt-fp8-kv",
     "mxfp4-gpt-oss",
 )
@@ -80,7 +79,6 @@ def bit_flipped(tensor: Tensor) -> Tensor:
 def test_what_vllm_loads_is_proved(name: str) -> None:
     """It passes; with a bit of a value or of a companion turned over, that tensor is named as the source names it."""
     tensors = split(name)
-    succeeds("check", "out", "--source", FIXTURES / name)
     found = verify(name)
     assert found.code == 0 and found.json["verdict"] == "pass", found.json["reason"]
     assert [(tier["name"], tier["status"]) for tier in found.json["tiers"]] == [
@@ -150,7 +148,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", every_other(list(FAULTS)))
 def test_a_companion_in_the_wrong_place(fault: str) -> None:
     name, stored, change, where = FAULTS[fault]
     tensors = split(name)
@@ -203,7 +201,7 @@ STRANGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("fault", STRANGE)
+@pytest.mark.parametrize("fault", every_other(list(STRANGE)))
 def test_what_vllm_would_hold_beside_the_source(fault: str) -> None:
     name, change, tensor = STRANGE[fault]
     tensors = split(name)
