@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.command import Result, succeeds, tpshard
+from tests.helpers.gpt_oss import with_blocks
 from tests.helpers.grids import every_other, some
 from tests.helpers.toys import metadata
 from tests.quantised.fixture_table import FIXTURES
@@ -92,6 +93,19 @@ def test_what_vllm_loads_is_proved(name: str) -> None:
         assert result.code == 1 and result.json["verdict"] == "fail"
         reason, matrix = result.json["reason"], r"mlp\.(experts\.(0\.)?)?gate(_up)?_proj"
         assert re.match(rf"{re.escape(LAYER)}{matrix}.* of rank 1 ", reason), reason
+
+
+@pytest.mark.parametrize("blocks", some([5, 7], []))
+def test_gpt_oss_whose_blocks_do_not_divide(blocks: int) -> None:
+    """vLLM gives the last rank fewer."""
+    model = with_blocks(blocks, Path("model"))
+    succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", "out", "--no-fsync")
+    found = tpshard("verify", "out", "--source", model, "--tokens", 1, "--json")
+    assert found.code == 0 and found.json["verdict"] == "pass", found.json["reason"]
+    stored = f"{LAYER}mlp.experts.routed_experts.w2_weight_scale"
+    tensors = load_file(SHARDS)
+    write(tensors | {stored: bit_flipped(tensors[stored].clone())})
+    assert tpshard("verify", "out", "--source", model, "--tier", "weights").code == 1
 
 
 def slots_exchanged(tensor: Tensor) -> Tensor:
