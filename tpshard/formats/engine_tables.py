@@ -234,6 +234,7 @@ def load_table(path: Path) -> Table:
     families: dict[str, EngineFamily] = {}
     for name, entry in data["families"].items():
         family = _family(data["families"], name)
+        family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
     return Table(tuple(data["versions"]), families, data["refused_models"], _quantised(data.get("quantised", {})))
 

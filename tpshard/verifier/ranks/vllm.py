@@ -102,8 +102,7 @@ VLLM: Mapping[str, Names] = {
         _SHARED_MOE,
         renamed={_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
     ),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _DEEPSEEK),
     "gpt_oss": Names(
         roots={"model.embedding": "model.embed_tokens"},
         renamed={"attn": "self_attn"},
@@ -115,8 +114,7 @@ VLLM: Mapping[str, Names] = {
     "gptj": Names(qkv="attn.qkv_proj"),
     "gpt_neox": Names(roots={"model": "gpt_neox", "lm_head": "embed_out"}),
     "gpt_bigcode": Names(whole=("mlp.c_fc", "mlp.c_proj"), roots={"model": "transformer"}),
-    "bloom": _BLOOM,
-    "falcon": _BLOOM,
+    **dict.fromkeys(("bloom", "falcon", "RefinedWeb", "RefinedWebModel"), _BLOOM),
     "opt": Names(qkv="self_attn.qkv_proj"),
 }
 
