@@ -47,6 +47,7 @@ class EngineFamily:
     needs: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     unrepeated: tuple[str, ...] = ()
+    rest_last: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
