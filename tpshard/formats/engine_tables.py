@@ -47,6 +47,7 @@ class EngineFamily:
     needs: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     unrepeated: tuple[str, ...] = ()
+    rest_last: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -236,6 +237,7 @@ def load_table(path: Path) -> Table:
     families: dict[str, EngineFamily] = {}
     for name, entry in data["families"].items():
         family = _family(data["families"], name)
+        family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
     return Table(tuple(data["versions"]), families, data["refused_models"], _quantised(data.get("quantised", {})))
 

@@ -15,6 +15,13 @@ from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, c
 from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
 
+HEADS = ("score", "score.*", "classifier", "qa_outputs", "v_head", "v_head.summary")
+"""Heads of other tasks than predicting tokens, which any architecture may have: sequences and tokens are classified
+(transformers), rewarded (Qwen2.5's are two modules, InternLM2's is a v_head), or given a value (TRL).
+
+They are small, and whole on every rank.
+"""
+
 
 @dataclass(slots=True, eq=False)
 class Pattern:
@@ -92,6 +99,8 @@ class Matcher:
                     required = not text.endswith("?") and rule.kind != "buffer"
                     compiled = compile_pattern(text.removesuffix("?"))
                     self.patterns.append(Pattern(text, rule, compiled, required, condition))
+        whole = Rule("replicate", (), None, None, HEADS)
+        self.heads = [Pattern(text, whole, compile_pattern(text), False, None) for text in HEADS]
         self.dims = [(pattern, compile_pattern(pattern.removesuffix("?"))) for pattern in architecture.dims]
         self.seen_dims: set[str] = set()
         self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
@@ -100,33 +109,39 @@ class Matcher:
         components = {part for pattern in self.patterns for part in pattern.text.removesuffix("?").split(".")}
         numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
         self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){NUMBER}(?![^.])")
-        self._candidates: dict[tuple[str, str], list[tuple[bool, list[_Candidate]]]] = {}
+        self._candidates: dict[tuple[str, bool], list[tuple[str, str, list[_Candidate]]]] = {}
         self._matched: dict[tuple[object, ...], Matched] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
-    def find(self, name: str, prefix: str) -> tuple[str, list[Match]]:
-        """The patterns that match a name or `prefix` + name, and which of the two they match.
+    def find(self, name: str, *, exact: bool = False) -> tuple[str, list[Match]]:
+        """The patterns that match a name, and the name that they match.
 
-        A companion of a quantised module is matched under the name that its weight would have without.
+        That is the name itself or, unless `exact`, what it is with the architecture's prefix. A companion of a
+        quantised module is matched under the name that its weight would have without.
         """
-        key = prefix, self._index.sub("0", name)
+        key = self._index.sub("0", name), exact
         if key not in self._candidates:
             self._candidates[key] = list(self._alternatives(*key))
-        for prefixed, candidates in self._candidates[key]:
-            full = prefix + name if prefixed else name
+        for old, new, candidates in self._candidates[key]:
+            full = new + name[len(old) :]
             components = full.split(".")
             matches = [each.of(full, components) for each in candidates]
             if held := [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]:
                 return full, held
         return name, []
 
-    def _alternatives(self, prefix: str, name: str) -> Iterator[tuple[bool, list[_Candidate]]]:
-        """The patterns that match a name, or else the name with the prefix, or else one that stands in for either."""
-        for full in dict.fromkeys((name, prefix + name)):
-            for place, known in enumerate((full, *stand_ins(full))):
-                if found := [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]:
+    def _alternatives(self, name: str, exact: bool) -> Iterator[tuple[str, str, list[_Candidate]]]:
+        """The patterns that match a name, or else the name with the prefix, or else one that stands in for either.
+
+        Before them how the name begins, and how what they match begins.
+        """
+        for old, new in (("", ""), *(() if exact else self.architecture.beginnings)):
+            full = new + name[len(old) :]
+            for place, known in enumerate((full, *stand_ins(full))) if name.startswith(old) else ():
+                own = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]
+                if found := own or [head for head in self.heads if head.compiled.fullmatch(known)]:
                     alone = len(self._index.findall(known))
-                    yield full != name, [_candidate(pattern, known, place, alone) for pattern in found]
+                    yield old, new, [_candidate(pattern, known, place, alone) for pattern in found]
 
     def match(self, tensor: TensorInfo, known_as: str) -> Matched:
         """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
@@ -135,7 +150,7 @@ class Matcher:
         perhaps excepted.
         """
         name = tensor.name
-        full, candidates = self.find(known_as, self.architecture.prefix)
+        full, candidates = self.find(known_as)
         stands_in = name not in self.quantised and any(stands_in for *_, stands_in in candidates)
         if not candidates or stands_in:
             what = f"no {self.architecture.name} rule matches the tensor {name}"
