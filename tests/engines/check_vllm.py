@@ -36,10 +36,15 @@ class Engine:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
 
-    def held(self, model: Path, tp: int, load_format: str, out: Path) -> list[dict[str, torch.Tensor]]:
-        """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load."""
+    def held(
+        self, model: Path, tp: int, load_format: str, out: Path, *, roomy: bool = False
+    ) -> list[dict[str, torch.Tensor]]:
+        """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
+
+        roomy: parameters may be larger than what is loaded.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
-        job = {"model": str(model), "tp": tp, "load_format": load_format, "out": str(out)}
+        job = {"model": str(model), "tp": tp, "load_format": load_format, "out": str(out), "roomy": roomy}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()

@@ -369,7 +369,7 @@ def test_rotary_order_left_as_it_was(splits: Splits, tmp_path: Path) -> None:
 def test_only_the_rows_that_are_asked_for_are_read(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     model, shards = splits("bloom", 2)
     _, source = open_source(model)
-    rank = translated(open_shards(shards), source.names()).ranks[1]
+    rank = translated(open_shards(shards), source).ranks[1]
     name = "transformer.h.0.self_attention.query_key_value.weight"
     whole = rank.get(name)
     assert torch.equal(whole, source.get(name)[96:])
@@ -397,7 +397,7 @@ def test_only_the_rows_that_are_asked_for_are_read(splits: Splits, monkeypatch: 
 def test_blocks_of_rows_are_those_of_the_whole(name: str, format: str, version: str | None, splits: Splits) -> None:
     model, shards = splits(name, 2, format, version)
     _, source = open_source(model)
-    for rank in translated(open_shards(shards), source.names()).ranks:
+    for rank in translated(open_shards(shards), source).ranks:
         assert set(source.names()) == set(rank.names())
         for tensor in rank.names():
             whole = rank.get(tensor)
