@@ -102,7 +102,7 @@ _TOP_KEYS: _Keys = {
     "rules": (_table_of(_is_list), "a table of lists of strings"),
     **dict.fromkeys(("biases", "float32"), (_table_of(_is_list), "a table of lists of strings")),
     "dims": (
-        _table_of(lambda value: _is_list(value) and {*value} - {*value[-1:]} & {EITHER} <= set(AXES)),
+        _table_of(lambda value: _is_list(value) and {*value[:-1], *({*value[-1:]} - {EITHER})} <= set(AXES)),
         f"lists of {', '.join(AXES)}, and {EITHER} at the end",
     ),
 }
