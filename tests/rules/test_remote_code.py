@@ -12,8 +12,8 @@ from tests.helpers.command import succeeds, tpshard
 from tests.helpers.toys import Tensor, read_all, read_rank, write_checkpoint
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]]
-"""By module, the shape of its weight, and the sizes of the blocks of its rows of which each rank has its share: `()` where
-columns are cut, None where every rank has all of it."""
+"""By module, the shape of its weight, and the sizes of the blocks of its rows of which each rank has its share: `()`
+where columns are cut, None where every rank has all of it."""
 HIDDEN, HEADS, FFN, VOCAB = 16, 4, 12, 10
 _SIZES = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "vocab_size": VOCAB, "num_hidden_layers": 2}
 _NORM = ((HIDDEN,), None)
