@@ -201,6 +201,11 @@ STRANGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         lambda tensors: tensors.update({f"{LAYER}mlp.down_proj.weight_g_idx": torch.zeros(64, dtype=torch.int32)}),
         f"{LAYER}mlp.down_proj.weight_g_idx",
     ),
+    "a tensor twice": (
+        "ct-int8-w8a8",
+        lambda tensors: tensors.update({f"{LAYER}self_attn.q_proj.weight_scale": torch.ones(64, 1)}),
+        f"{LAYER}self_attn.q",
+    ),
     "rows of another width": (
         "ct-int4-group",
         lambda tensors: tensors.update({(key := f"{LAYER}mlp.gate_up_proj.weight_scale"): tensors[key][:-65]}),
