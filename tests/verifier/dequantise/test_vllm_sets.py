@@ -35,7 +35,7 @@ WRITTEN = sorted({path.name for path in FIXTURES.iterdir()} - REFUSED)
 FEW = (
     "ct-int4-asym-group",
     "ct-nvfp4-qwen3-moe",
-    "fp8-block-deepseek",
+    "fp8-block-llama",
     "gptq-int4",
     "modelopt-fp8-kv",
 )
