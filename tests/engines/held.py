@@ -55,6 +55,8 @@ _BACKENDS = {
 """Which kernels of experts a quantised model is taken to have, by vLLM's module that chooses."""
 _OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(bias|input_global_scale)")
 """Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
+_NO_VALUES = re.compile(r".*\.w(13|2)_input_scale")
+"""Parameters that are made with whatever lay in memory, where weights alone are quantised; compared as 1."""
 
 
 class NoKernel:
@@ -147,6 +149,9 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     own = {name for name in unset if _OWN_VALUES.fullmatch(name) or made[name].double().isnan().all()}
     for name in own:
         held[name] = made[name]
+    for name in filter(_NO_VALUES.fullmatch, unset):
+        held[name] = torch.ones_like(held[name])
+        own.add(name)
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
     if unset:
         raise RuntimeError(f"not loaded: {unset}")

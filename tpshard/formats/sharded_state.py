@@ -57,7 +57,7 @@ class ShardedState(Format):
         family, quantised = self._family(model, options), load_table(self.path).quantised
         method = method_of(quantised, model, self.engine)
         dealt = self._deal(family, model, options)
-        last = counted_last(quantised, model)
+        last = counted_last(quantised, family, model)
         dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
         tensors = [tensor for tensor in model.tensors if tensor.name not in unloaded]

@@ -98,6 +98,8 @@ class Parts:
         if len(names) < len(tensors):
             raise self._differs(stored, "holds more than the source has", ", ".join(names), ", ".join(tensors))
         shapes, count = [self.source.shape(name) for name in names], math.prod(stored.shape)
+        if shapes[0] and stored.shape[len(shapes[0]) :] == (1,):  # vectors of the source are columns in vLLM
+            stored = within(stored, 0, stored.shape[:-1])
         numbers = names[0].endswith(_NUMBERS) and {math.prod(shape) for shape in shapes} == {1}
         if len(names) > 1 and (names[0].endswith(_SHAPE) or (numbers and count == 1)):
             yield from ((name, None) for name in names[:-1])
