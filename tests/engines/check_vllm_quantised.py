@@ -1,21 +1,20 @@
 """`--format vllm` of quantised checkpoints against vLLM's own loader, bit for bit: every fixture of the table.
 
-Run by `make test-engines`. Loading needs no kernels, so `held.py` takes their choosers out; nothing is run, and nothing
-processed after loading, which is where vLLM's own loader of `sharded_state` puts the files' tensors too.
+Run by `make test-engines`. Loading needs no kernels, so `held.py` takes their choosers out, and processes nothing after
+loading, which is where vLLM's own loader of `sharded_state` puts the files' tensors too. Where a CPU has the kernels,
+the engine is started: on the unsharded checkpoint, on ours, and on what vLLM saves itself.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import tpshard
-from tests.engines.check_vllm import Engine, differences, everything, written
+from tests.engines.running import Engine, Ranks, differences, everything, generate, written
 from tests.quantised.fixture_table import FIXTURES, TABLE
 from tpshard.errors import UnsupportedError
 
@@ -52,16 +51,6 @@ AT_FOUR = (
 """Those with KV heads repeated; a fixture for each way in which companions become something else."""
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One process of vLLM for all tests."""
-    started = Engine(tmp_path_factory.mktemp("engine") / "log")
-    yield started
-    assert started.process.stdin is not None
-    started.process.stdin.close()
-    started.process.wait(30)
-
-
 def completed(name: str, directory: Path) -> Path:
     """A copy of a fixture, with what vLLM needs in its config."""
     shutil.copytree(FIXTURES / name, directory)
@@ -89,9 +78,6 @@ def test_ours_loads_as_what_vllm_holds(name: str, tp: int, engine: Engine, tmp_p
     assert differences([merged], [{key: whole[key] for key in whole.keys() - set(lost)}]) == []
 
 
-Ranks = list[dict[str, torch.Tensor]]
-
-
 def in_dtypes_of(theirs: Ranks, ours: Ranks) -> Ranks:
     """Our files' tensors as the loader casts them: it takes scales as the checkpoint has them."""
     return [
@@ -107,3 +93,46 @@ def test_refused_is_what_vllm_refuses(name: str, engine: Engine, tmp_path: Path)
         tpshard.split(source, 2, tmp_path / "shards", format="vllm")
     with pytest.raises(RuntimeError, match=REFUSED[name]):
         engine.held(source, 2, "auto", tmp_path / "theirs")
+
+
+RUN = (
+    "autoround-awq",
+    "autoround-gptq",
+    "ct-fp8-channel",
+    "ct-int4-asym-group",
+    "ct-int4-channel",
+    "ct-int4-group",
+    "ct-int8-static",
+    "ct-int8-w8a8",
+    "gptq-int4",
+    "gptq-int4-channel",
+)
+"""Those for which a CPU has kernels."""
+NOT_RUN: dict[str, str] = {}
+"""What the started engine says of the unsharded checkpoint where a CPU has none: these are loaded, and not run."""
+SAVED: dict[str, str] = {}
+"""What the engine says of the `sharded_state` that it has saved itself."""
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_tokens_of_the_started_engine(name: str, tmp_path: Path) -> None:
+    source = completed(name, tmp_path / "source")
+    tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    unsharded = generate(source, "auto")
+    assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
+    assert generate(tmp_path / "shards", "sharded_state") == unsharded
+
+
+@pytest.mark.parametrize("name", NOT_RUN)
+def test_loaded_and_not_run(name: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=NOT_RUN[name]):
+        generate(completed(name, tmp_path / "source"), "auto")
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_vllm_saves_itself_does_not_load(name: str, tmp_path: Path) -> None:
+    source, saved = completed(name, tmp_path / "source"), tmp_path / "saved"
+    generate(source, "auto", saved)
+    shutil.copy(source / "config.json", saved)
+    with pytest.raises(RuntimeError, match=SAVED[name]):
+        generate(saved, "sharded_state")
