@@ -16,10 +16,11 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import Architecture, Rule, compile_pattern
-from tpshard.rules.patterns import Matcher, contradiction
+from tpshard.rules.patterns import Matcher, contradiction, tell_numbers
 from tpshard.rules.presence import check_biases, float32_on_purpose
 from tpshard.rules.quantisation.schemes import WHOLE, Companion, ratio_of
 from tpshard.storage.safetensors import TensorInfo
+from tpshard.storage.tensor_names import numbered
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -101,7 +102,7 @@ def recognise(
     with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
         found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
-    seen = {pattern.text for candidates in found.values() for pattern, *_ in candidates}
+    seen = {each.pattern.text for candidates in found.values() for each in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
 
@@ -109,6 +110,8 @@ def recognise(
 def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The config, with defaults for keys that it lacks and the keys of [found], which depend on the tensors."""
     config = {**architecture.defaults, **config}
+    if architecture.found and not tell_numbers(architecture.found.values()):
+        names = list(dict.fromkeys(numbered(name)[0] for name in names))
     for key, pattern in architecture.found.items():
         compiled = compile_pattern(pattern)
         config[key] = any(compiled.fullmatch(full) for name in names for full in (name, architecture.prefix + name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
-from tpshard.rules.architecture import NUMBER, Architecture, Rule, asks_layer, compile_pattern
+from tpshard.rules.architecture import Architecture, Rule, asks_layer, compile_pattern
 from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
+from tpshard.storage.tensor_names import numbered
 
 
 @dataclass(slots=True, eq=False)
@@ -32,44 +33,52 @@ class Pattern:
     indices: dict[str, dict[int, set[int]]] = field(default_factory=dict)
 
 
-Match = tuple[Pattern, list[int], str, bool]
-"""A pattern that matches a name, the numbers of layer and expert in the name, and the name with `*` for them; and
-whether the pattern matches another name that stands in for it."""
 Matched = tuple[Rule, Companion, tuple[str, ...] | None]
 """The rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims."""
 
 
-class _Candidate(NamedTuple):
-    """A pattern that matches names which differ in numbers alone.
+class Candidate(NamedTuple):
+    """A pattern that matches the names of a kind.
 
-    numbers: which components of a name are the layer and the expert. rest: the name with `*` for them, None where it
-    has other numbers. place: of the name that matches among those which stand in for the tensor's own, 0 for that.
+    places: which components of a name are the layer and the expert. alone: whether a name has no other numbers. place:
+    of the name that matches among those which stand in for the tensor's own, 0 for that. rest: the name that matches,
+    with `*` for layer and expert.
     """
 
     pattern: Pattern
-    numbers: tuple[int, ...]
-    rest: str | None
+    places: tuple[int, ...]
+    alone: bool
     place: int
+    rest: str
 
-    def of(self, full: str, components: Sequence[str]) -> Match:
-        """What it says of one name."""
-        pattern, places, rest, place = self
-        if rest is None:
-            rest = _masked((full, *stand_ins(full))[place], places)
-        return pattern, [int(components[each]) for each in places], rest, place > 0
+    def numbers(self, full: str) -> tuple[int, ...]:
+        """The numbers of layer and expert in a name."""
+        if self.alone:
+            return numbered(full)[1]
+        components = full.split(".")
+        return tuple([int(components[each]) for each in self.places])
+
+    def rest_of(self, full: str) -> str:
+        """The name that matches in place of one, with `*` for layer and expert."""
+        return self.rest if self.alone else _masked((full, *stand_ins(full))[self.place], self.places)
 
 
-def _candidate(pattern: Pattern, known: str, place: int, numbers: int) -> _Candidate:
-    """numbers: how many there are in the name `known`."""
+def _candidate(pattern: Pattern, known: str, place: int) -> Candidate:
     found = pattern.compiled.fullmatch(known)
     assert found is not None
     places = tuple(known.count(".", 0, found.start(group)) for group in range(1, len(found.groups()) + 1))
-    return _Candidate(pattern, places, _masked(known, places) if numbers == len(places) else None, place)
+    return Candidate(pattern, places, len(numbered(known)[1]) == len(places), place, _masked(known, places))
 
 
 def _masked(name: str, places: Collection[int]) -> str:
     """A name with `*` for some of its components."""
     return ".".join("*" if place in places else part for place, part in enumerate(name.split(".")))
+
+
+def tell_numbers(patterns: Iterable[str]) -> bool:
+    """Whether a component of a pattern, other than `*`, can tell one number from another."""
+    components = {part for pattern in patterns for part in pattern.removesuffix("?").split(".")}
+    return any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
 
 
 class Matcher:
@@ -95,38 +104,37 @@ class Matcher:
         self.dims = [(pattern, compile_pattern(pattern.removesuffix("?"))) for pattern in architecture.dims]
         self.seen_dims: set[str] = set()
         self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
-        # Layers are alike, and so are experts: the patterns that fit a name are looked up once for all names that
-        # differ in numbers alone, unless a component of a pattern other than `*` can tell one number from another.
-        components = {part for pattern in self.patterns for part in pattern.text.removesuffix("?").split(".")}
-        numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
-        self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){NUMBER}(?![^.])")
-        self._candidates: dict[tuple[str, str], list[tuple[bool, list[_Candidate]]]] = {}
+        # The patterns that fit a name are looked up once for its kind, unless they tell one number from another.
+        self._one_by_one = tell_numbers(pattern.text for pattern in self.patterns)
+        self._candidates: dict[tuple[str, str], list[tuple[bool, list[Candidate]]]] = {}
         self._matched: dict[tuple[object, ...], Matched] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
-    def find(self, name: str, prefix: str) -> tuple[str, list[Match]]:
+    def find(self, name: str, prefix: str) -> tuple[str, list[Candidate]]:
         """The patterns that match a name or `prefix` + name, and which of the two they match.
 
         A companion of a quantised module is matched under the name that its weight would have without.
         """
-        key = prefix, self._index.sub("0", name)
+        key = prefix, name if self._one_by_one else numbered(name)[0]
         if key not in self._candidates:
             self._candidates[key] = list(self._alternatives(*key))
         for prefixed, candidates in self._candidates[key]:
             full = prefix + name if prefixed else name
-            components = full.split(".")
-            matches = [each.of(full, components) for each in candidates]
-            if held := [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]:
+            held = [
+                each
+                for each in candidates
+                if not each.pattern.condition or self._holds(each.pattern, each.numbers(full)[0])
+            ]
+            if held:
                 return full, held
         return name, []
 
-    def _alternatives(self, prefix: str, name: str) -> Iterator[tuple[bool, list[_Candidate]]]:
+    def _alternatives(self, prefix: str, name: str) -> Iterator[tuple[bool, list[Candidate]]]:
         """The patterns that match a name, or else the name with the prefix, or else one that stands in for either."""
         for full in dict.fromkeys((name, prefix + name)):
             for place, known in enumerate((full, *stand_ins(full))):
                 if found := [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]:
-                    alone = len(self._index.findall(known))
-                    yield full != name, [_candidate(pattern, known, place, alone) for pattern in found]
+                    yield full != name, [_candidate(pattern, known, place) for pattern in found]
 
     def match(self, tensor: TensorInfo, known_as: str) -> Matched:
         """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
@@ -136,30 +144,32 @@ class Matcher:
         """
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
-        stands_in = name not in self.quantised and any(stands_in for *_, stands_in in candidates)
-        if not candidates or stands_in:
+        companion = self.quantised.get(name)
+        if not candidates or (companion is None and any(each.place for each in candidates)):
             what = f"no {self.architecture.name} rule matches the tensor {name}"
             hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
             raise UnsupportedError(what, path=tensor.file, tensor=name, found=f"shape {list(tensor.shape)}", hint=hint)
         if len(candidates) > 1:
-            what = f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, *_ in candidates)}"
+            texts = ", ".join(each.pattern.text for each in candidates)
+            what = f"{len(candidates)} rules match the tensor {name}: {texts}"
             raise UsageError(what, tensor=name, hint="make the patterns of the rules file disjoint")
         if full in self.names:
             what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
             expected = f"one of them, with or without {self.architecture.prefix!r}"
             raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
         self.names[full] = name
-        pattern, numbers, rest, _ = candidates[0]
-        companion = self.quantised.get(name)
-        key = id(pattern), rest, full.rpartition(".")[2], id(companion), tensor.shape
-        if key not in self._matched:
+        (candidate,) = candidates
+        pattern, rest = candidate.pattern, candidate.rest_of(full)
+        key = id(candidate), rest, id(companion), tensor.shape
+        matched = self._matched.get(key)
+        if matched is None:
             row = companion or companion_of(full)
-            self._matched[key] = pattern.rule, row, self._dims(full, row, tensor)
-        if self._matched[key][1].role in ("plain", "values"):  # a scale is no sign that the weight is there
+            matched = self._matched[key] = pattern.rule, row, self._dims(full, row, tensor)
+        if matched[1].role in ("plain", "values"):  # a scale is no sign that the weight is there
             pattern.seen = True
-            if pattern.required and numbers:
+            if pattern.required and (numbers := candidate.numbers(full)):
                 pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
-        return self._matched[key]
+        return matched
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
         """Whether a pattern's rule holds in a layer."""
