@@ -89,7 +89,7 @@ def unplaced(quantised: QuantisedModules, family: EngineFamily, model: Model, la
     names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
 
     def is_before(name: str) -> bool:
-        return any(place < len(family.fused[target]) - 1 for target, place, _ in family.kind(name).fused)
+        return any(place < len(family.fused[target]) - 1 for target, place, *_ in family.kind(name).fused)
 
     return frozenset(
         name
@@ -209,7 +209,7 @@ def constants(
         if name not in there:
             yield Row(name, (), known[key])
 
-    layers = sorted({layer for name in names if (layer := family.layer_of(name)) is not None})
+    layers = family.layers_of(names) if method.buffers else []
     for layer, pattern, buffer in product(layers, family.scales, method.buffers):
         module = pattern.replace("*", str(layer))
         if not (buffer.not_in and module.endswith(f".{buffer.not_in}")):

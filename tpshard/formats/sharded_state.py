@@ -27,7 +27,7 @@ from tpshard.formats.engine_quantised import (
     require_whole_blocks,
     unplaced,
 )
-from tpshard.formats.engine_tables import EngineFamily, fit, load_table
+from tpshard.formats.engine_tables import EngineFamily, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
@@ -36,6 +36,7 @@ from tpshard.planning.model import Model
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
+from tpshard.storage.tensor_names import numbered
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
@@ -155,7 +156,7 @@ class ShardedState(Format):
         """Even ranges of the axes, the vocabulary padded as the engine pads it."""
         single = {
             segment
-            for tensor in model.tensors
+            for tensor in (model.tensors if family.unrepeated else ())
             if family.kind(model.full_name(tensor.name)).unrepeated
             for segment in tensor.cut.segments
         }
@@ -169,7 +170,9 @@ class ShardedState(Format):
     def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""
         names = {tensor.name: model.full_name(tensor.name) for tensor in tensors}
-        stored = {family.rename(name) for name in names.values()}
+        stored = {
+            family.rename(kind) for kind in {numbered(name)[0] for name in names.values()}
+        }  # the head has no number
         head = f"{family.head}.weight"
         if model.tied:
             _, embedding = next(iter(model.tied.items()))
@@ -196,14 +199,14 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
     """Tensors that the engine has no place for and needs none for, with the reason."""
     dropped = {}
     layers = model.config.get(family.extra_layers) if family.extra_layers else None
+    heads = () if family.head else tuple(f"{head}.weight" for head in model.tied)
     for tensor in model.tensors:
         name = model.full_name(tensor.name)
-        layer = family.layer_of(name)
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
-        elif isinstance(layers, int) and layer is not None and layer >= layers:
+        elif isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers:
             dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
-        elif not family.head and name in {f"{head}.weight" for head in model.tied}:
+        elif name in heads:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
     return dropped
 
@@ -222,10 +225,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
     """
     found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
-        for target, place, pattern in family.kind(full_name).fused:
-            how = fit(pattern, full_name)
-            into = how.into(target.removesuffix("?"))
-            found.setdefault((into, target), {}).setdefault(how.stacked, {})[place] = name
+        _, numbers = numbered(full_name)
+        for target, place, into, stacked in family.kind(full_name).fused:
+            group = None if stacked is None else numbers[stacked]
+            found.setdefault((into.format(*numbers), target), {}).setdefault(group, {})[place] = name
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
@@ -259,7 +262,7 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
 def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for layer in sorted({layer for name in names if (layer := family.layer_of(name)) is not None}):
+    for layer in family.layers_of(names) if family.scales else ():
         for pattern in family.scales:
             for scale in _SCALES:
                 yield Row(f"{pattern.replace('*', str(layer))}.{scale}", (), one)

@@ -41,33 +41,29 @@ class Candidate(NamedTuple):
     """A pattern that matches the names of a kind.
 
     places: which components of a name are the layer and the expert. alone: whether a name has no other numbers. place:
-    of the name that matches among those which stand in for the tensor's own, 0 for that. rest: the name that matches,
-    with `*` for layer and expert.
+    of the name that matches among those which stand in for the tensor's own, 0 for that.
     """
 
     pattern: Pattern
     places: tuple[int, ...]
     alone: bool
     place: int
-    rest: str
 
-    def numbers(self, full: str) -> tuple[int, ...]:
+    def numbers(self, full: str) -> list[int]:
         """The numbers of layer and expert in a name."""
-        if self.alone:
-            return numbered(full)[1]
         components = full.split(".")
-        return tuple([int(components[each]) for each in self.places])
+        return [int(components[each]) for each in self.places]
 
-    def rest_of(self, full: str) -> str:
+    def rest(self, full: str) -> str:
         """The name that matches in place of one, with `*` for layer and expert."""
-        return self.rest if self.alone else _masked((full, *stand_ins(full))[self.place], self.places)
+        return _masked((full, *stand_ins(full))[self.place], self.places)
 
 
 def _candidate(pattern: Pattern, known: str, place: int) -> Candidate:
     found = pattern.compiled.fullmatch(known)
     assert found is not None
     places = tuple(known.count(".", 0, found.start(group)) for group in range(1, len(found.groups()) + 1))
-    return Candidate(pattern, places, len(numbered(known)[1]) == len(places), place, _masked(known, places))
+    return Candidate(pattern, places, len(numbered(known)[1]) == len(places), place)
 
 
 def _masked(name: str, places: Collection[int]) -> str:
@@ -107,7 +103,9 @@ class Matcher:
         # The patterns that fit a name are looked up once for its kind, unless they tell one number from another.
         self._one_by_one = tell_numbers(pattern.text for pattern in self.patterns)
         self._candidates: dict[tuple[str, str], list[tuple[bool, list[Candidate]]]] = {}
-        self._matched: dict[tuple[object, ...], Matched] = {}
+        self._matched: dict[tuple[object, ...], tuple[Matched, str, set[int]]] = {}
+        self._apart: set[str] = set()  # kinds of names that have more numbers than a layer's and an expert's
+        self._rows: dict[tuple[object, ...], Matched] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
     def find(self, name: str, prefix: str) -> tuple[str, list[Candidate]]:
@@ -142,9 +140,35 @@ class Matcher:
         Tensors that are alike have the same object. known_as: the tensor's name as the rules have it, the prefix
         perhaps excepted.
         """
+        name, companion = tensor.name, self.quantised.get(tensor.name)
+        kind, numbers = numbered(known_as)
+        key = known_as if self._one_by_one or kind in self._apart else kind, numbers[:1], tensor.shape, id(companion)
+        found = self._matched.get(key)
+        if found is None:
+            found, alone = self._match(tensor, known_as, companion)
+            if alone:
+                self._matched[key] = found
+            else:
+                self._apart.add(kind)
+        matched, prefix, experts = found
+        full = prefix + known_as if prefix else known_as
+        if full in self.names:
+            what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
+            expected = f"one of them, with or without {self.architecture.prefix!r}"
+            raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
+        self.names[full] = name
+        experts.update(numbers[1:])
+        return matched
+
+    def _match(
+        self, tensor: TensorInfo, known_as: str, companion: Companion | None
+    ) -> tuple[tuple[Matched, str, set[int]], bool]:
+        """What `match` finds, the prefix that the name lacks, and where to note its expert.
+
+        And whether all that holds for every name of its kind in this layer.
+        """
         name = tensor.name
         full, candidates = self.find(known_as, self.architecture.prefix)
-        companion = self.quantised.get(name)
         if not candidates or (companion is None and any(each.place for each in candidates)):
             what = f"no {self.architecture.name} rule matches the tensor {name}"
             hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
@@ -153,23 +177,19 @@ class Matcher:
             texts = ", ".join(each.pattern.text for each in candidates)
             what = f"{len(candidates)} rules match the tensor {name}: {texts}"
             raise UsageError(what, tensor=name, hint="make the patterns of the rules file disjoint")
-        if full in self.names:
-            what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
-            expected = f"one of them, with or without {self.architecture.prefix!r}"
-            raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
-        self.names[full] = name
         (candidate,) = candidates
-        pattern, rest = candidate.pattern, candidate.rest_of(full)
-        key = id(candidate), rest, id(companion), tensor.shape
-        matched = self._matched.get(key)
-        if matched is None:
-            row = companion or companion_of(full)
-            matched = self._matched[key] = pattern.rule, row, self._dims(full, row, tensor)
-        if matched[1].role in ("plain", "values"):  # a scale is no sign that the weight is there
+        pattern, numbers, rest = candidate.pattern, candidate.numbers(full), candidate.rest(full)
+        row = companion or companion_of(full)
+        key = id(pattern), rest, full.rpartition(".")[2], id(row), tensor.shape
+        if key not in self._rows:
+            self._rows[key] = pattern.rule, row, self._dims(full, row, tensor)
+        experts: set[int] = set()
+        if row.role in ("plain", "values"):  # a scale is no sign that the weight is there
             pattern.seen = True
-            if pattern.required and (numbers := candidate.numbers(full)):
-                pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
-        return matched
+            if pattern.required and numbers:
+                experts = pattern.indices.setdefault(rest, {}).setdefault(numbers[0], experts)
+                experts.update(numbers[1:])
+        return (self._rows[key], full.removesuffix(known_as), experts), candidate.alone
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
         """Whether a pattern's rule holds in a layer."""
