@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import tpshard
 from tests.engines import engine_models as models
-from tests.engines.running import Engine, Ranks, bits, differences, everything, generate, written
+from tests.engines.running import Generator, Loader, Ranks, bits, differences, everything, written
 from tpshard.errors import CorruptError, UnsupportedError
 
 STARTED = ("llama", "gpt2", "opt", "qwen3", "mixtral")
@@ -21,37 +21,37 @@ STARTED = ("llama", "gpt2", "opt", "qwen3", "mixtral")
 
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("name", models.LOADED)
-def test_ours_is_what_vllm_holds(name: str, tp: int, engine: Engine, tmp_path: Path) -> None:
+def test_ours_is_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
-    theirs = engine.held(source, tp, "auto", tmp_path / "theirs")
+    theirs = loader.held(source, tp, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
     tpshard.split(source, tp, shards, format="vllm")
     assert differences(written(shards, tp), theirs) == []
-    assert differences(engine.held(shards, tp, "sharded_state", tmp_path / "loaded"), theirs) == []
+    assert differences(loader.held(shards, tp, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert not tpshard.check(shards, source).differences
     tpshard.merge(shards, tmp_path / "merged")
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
 
 
 @pytest.mark.parametrize("name", models.REFUSED)
-def test_refused_is_what_vllm_does_not_load_whole(name: str, engine: Engine, tmp_path: Path) -> None:
+def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
     with pytest.raises((UnsupportedError, CorruptError)):
         tpshard.split(source, 4, tmp_path / "shards", format="vllm")
     try:
-        theirs = engine.held(source, 4, "auto", tmp_path / "theirs")
+        theirs = loader.held(source, 4, "auto", tmp_path / "theirs")
     except RuntimeError:
         return  # vLLM refuses it too, or leaves a parameter unset, or adds one that sharded_state cannot have
     assert left_out(source, theirs), "vLLM holds all of it: there is no reason to refuse it"
 
 
 @pytest.mark.parametrize("name", models.NOT_RUN)
-def test_refused_is_what_vllm_cannot_run(name: str, tmp_path: Path) -> None:
+def test_refused_is_what_vllm_cannot_run(name: str, generator: Generator, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
     with pytest.raises(UnsupportedError):
         tpshard.split(source, 2, tmp_path / "shards", format="vllm")
     with pytest.raises(RuntimeError, match="EngineCore|Engine core"):
-        generate(source, "auto")
+        generator.tokens(source, "auto", tmp_path / "tokens")
 
 
 def left_out(source: Path, ranks: Ranks) -> list[str]:
@@ -66,18 +66,18 @@ def left_out(source: Path, ranks: Ranks) -> list[str]:
 
 
 @pytest.mark.parametrize("name", STARTED)
-def test_tokens_of_the_started_engine(name: str, tmp_path: Path) -> None:
+def test_tokens_of_the_started_engine(name: str, generator: Generator, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
     tpshard.split(source, 2, tmp_path / "shards", format="vllm")
-    unsharded = generate(source, "auto")
+    unsharded = generator.tokens(source, "auto", tmp_path / "unsharded")
     assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
-    assert generate(tmp_path / "shards", "sharded_state") == unsharded
+    assert generator.tokens(tmp_path / "shards", "sharded_state", tmp_path / "sharded") == unsharded
 
 
-def test_a_wrong_width_loads_without_an_error_so_check_stands_before_it(engine: Engine, tmp_path: Path) -> None:
+def test_a_wrong_width_loads_without_an_error_so_check_stands_before_it(loader: Loader, tmp_path: Path) -> None:
     source = models.make("llama", tmp_path / "source")
     tpshard.split(source, 4, tmp_path / "shards", format="vllm")
     with pytest.raises(RuntimeError, match="loading tensor of shape"):  # vLLM warns; held.py takes that for an error
-        engine.held(tmp_path / "shards", 2, "sharded_state", tmp_path / "loaded")
+        loader.held(tmp_path / "shards", 2, "sharded_state", tmp_path / "loaded")
     with safe_open(tmp_path / "shards" / "model-rank-0-part-0.safetensors", "pt") as file:
         assert file.metadata()["tpshard.tp"] == "4"

@@ -1,15 +1,23 @@
-"""The process of vLLM that all tests of the engines ask."""
+"""The processes of vLLM that all tests of the engines ask."""
 
 from collections.abc import Iterator
 
 import pytest
 
-from tests.engines.running import Engine
+from tests.engines.running import Generator, Loader
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One process of vLLM for all tests."""
-    started = Engine(tmp_path_factory.mktemp("engine") / "log")
+def loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
+    """One process that loads, for all tests."""
+    started = Loader(tmp_path_factory.mktemp("loader") / "log")
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="session")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
+    """One process that starts engines, for all tests."""
+    started = Generator(tmp_path_factory.mktemp("generator") / "log")
     yield started
     started.end()

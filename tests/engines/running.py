@@ -16,20 +16,19 @@ Ranks = list[dict[str, torch.Tensor]]
 
 
 class Engine:
-    """A process that has vLLM imported, and forks to answer."""
+    """A process that has vLLM imported, and forks to answer: `held.py` or `generate.py`."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, script: str, log: Path) -> None:
         self.log = log
-        command = [os.environ["ENGINE_PYTHON"], str(HERE / "held.py")]
+        command = [os.environ["ENGINE_PYTHON"], str(HERE / script)]
         with log.open("w") as errors:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
             )
 
-    def held(self, model: Path, tp: int, load_format: str, out: Path) -> Ranks:
-        """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load."""
+    def ask(self, job: dict[str, str | int]) -> None:
+        """Have a job done; RuntimeError with what vLLM said when it fails."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        job = {"model": str(model), "tp": tp, "load_format": load_format, "out": str(out)}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -37,7 +36,6 @@ class Engine:
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp)]
 
     def end(self) -> None:
         """Let it end."""
@@ -46,18 +44,33 @@ class Engine:
         self.process.wait(30)
 
 
-def generate(model: Path, load_format: str, *saved: Path) -> list[dict[str, Any]]:
-    """Greedy tokens and their logprobs, of an engine at tp 2; RuntimeError with what it said when it does not start.
+class Loader(Engine):
+    """vLLM's classes, loaded and not run."""
 
-    saved: where vLLM then saves the model itself.
-    """
-    command = [os.environ["ENGINE_PYTHON"], str(HERE / "generate.py"), str(model), "2", load_format, *map(str, saved)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    results = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
-    if not results:
-        raise RuntimeError(ended.stderr)
-    found: list[dict[str, Any]] = json.loads(results[0].removeprefix("RESULT "))
-    return found
+    def __init__(self, log: Path) -> None:
+        super().__init__("held.py", log)
+
+    def held(self, model: Path, tp: int, load_format: str, out: Path) -> Ranks:
+        """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load."""
+        self.ask({"model": str(model), "tp": tp, "load_format": load_format, "out": str(out)})
+        return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp)]
+
+
+class Generator(Engine):
+    """Engines of vLLM that are started, at tp 2."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__("generate.py", log)
+
+    def tokens(self, model: Path, load_format: str, out: Path, saved: Path | None = None) -> list[dict[str, Any]]:
+        """Greedy tokens and their logprobs; RuntimeError with what the engine said when it does not start.
+
+        out: where to keep them. saved: where vLLM then saves the model itself.
+        """
+        job: dict[str, str | int] = {"model": str(model), "tp": 2, "load_format": load_format, "out": str(out)}
+        self.ask(job | ({} if saved is None else {"saved": str(saved)}))
+        found: list[dict[str, Any]] = json.loads(out.read_text())
+        return found
 
 
 def differences(ours: Ranks, theirs: Ranks) -> list[str]:
