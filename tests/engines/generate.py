@@ -32,8 +32,8 @@ TOKENS = 12
 def forked() -> None:
     """Let engines fork their processes: for a CPU vLLM would start each anew."""
     spawned = system_utils.get_mp_context
-    for module in list(sys.modules.values()):
-        if getattr(module, "get_mp_context", None) is spawned:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("vllm.") and vars(module).get("get_mp_context") is spawned:
             module.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
