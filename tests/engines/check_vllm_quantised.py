@@ -19,6 +19,7 @@ from tests.engines.running import Generator, Loader, Ranks, differences, everyth
 from tests.quantised.fixture_table import FIXTURES, TABLE
 from tpshard.errors import UnsupportedError
 
+pytest_plugins = ("tests.engines.running",)
 REFUSED = {
     "autoround-mixed-bits": "INC",
     "ct-int4-g-idx": "activation ordering",
