@@ -16,7 +16,7 @@ from tests.engines import engine_models as models
 from tests.engines.running import Generator, Loader, Ranks, bits, differences, everything, written
 from tpshard.errors import CorruptError, UnsupportedError
 
-pytest_plugins = ("tests.engines.running",)
+pytest_plugins = ("tests.engines.engine_fixtures",)
 STARTED = ("llama", "gpt2", "opt", "qwen3", "mixtral")
 
 

@@ -19,7 +19,7 @@ from tests.engines.running import Generator, Loader, Ranks, differences, everyth
 from tests.quantised.fixture_table import FIXTURES, TABLE
 from tpshard.errors import UnsupportedError
 
-pytest_plugins = ("tests.engines.running",)
+pytest_plugins = ("tests.engines.engine_fixtures",)
 REFUSED = {
     "autoround-mixed-bits": "INC",
     "ct-int4-g-idx": "activation ordering",

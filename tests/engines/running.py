@@ -1,18 +1,13 @@
-"""vLLM in processes of its own: what its classes hold after loading, and what a started engine generates.
-
-A plugin of pytest, so that all tests of the engines ask the same two processes.
-"""
+"""vLLM in processes of its own: what its classes hold after loading, and what a started engine generates."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -76,22 +71,6 @@ class Generator(Engine):
         self.ask(job | ({} if saved is None else {"saved": str(saved)}))
         found: list[dict[str, Any]] = json.loads(out.read_text())
         return found
-
-
-@pytest.fixture(scope="session")
-def loader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
-    """The process that loads."""
-    started = Loader(tmp_path_factory.mktemp("loader") / "log")
-    yield started
-    started.end()
-
-
-@pytest.fixture(scope="session")
-def generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generator]:
-    """The process that starts engines."""
-    started = Generator(tmp_path_factory.mktemp("generator") / "log")
-    yield started
-    started.end()
 
 
 def differences(ours: Ranks, theirs: Ranks) -> list[str]:
