@@ -62,12 +62,14 @@ class ShardedState(Format):
         dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
         tensors = [tensor for tensor in model.tensors if tensor.name not in unloaded]
+        reasons: dict[tuple[object, ...], str | None] = {}  # layers are alike
         for tensor in tensors:
             name = model.full_name(tensor.name)
-            reason = family.refusal(name)
-            if model.quantisation and reason is None:
-                reason = refusal(quantised, family, tensor, name)
-            if reason:
+            key = numbered(name)[0], tensor.dtype, tensor.shape, tensor.cut
+            if key not in reasons:
+                own = refusal(quantised, family, tensor, name) if model.quantisation else None
+                reasons[key] = family.refusal(name) or own
+            if reason := reasons[key]:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
         shares = shares_of(family, model, tensors, dealt)
