@@ -144,20 +144,21 @@ class Matcher:
         kind, numbers = numbered(known_as)
         key = known_as if self._one_by_one or kind in self._apart else kind, numbers[:1], tensor.shape, id(companion)
         found = self._matched.get(key)
-        if found is None:
+        if found is not None:
+            found[2].update(numbers[1:])
+        else:
             found, alone = self._match(tensor, known_as, companion)
             if alone:
                 self._matched[key] = found
             else:
                 self._apart.add(kind)
-        matched, prefix, experts = found
+        matched, prefix, _ = found
         full = prefix + known_as if prefix else known_as
         if full in self.names:
             what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
             expected = f"one of them, with or without {self.architecture.prefix!r}"
             raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
         self.names[full] = name
-        experts.update(numbers[1:])
         return matched
 
     def _match(
