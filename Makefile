@@ -56,7 +56,7 @@ test-engines: $(VENV)/.dev $(ENGINES)/.ready
 	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m pytest -v tests/engines/check_vllm.py \
 		tests/engines/check_vllm_quantised.py $(ARGS)
 
-# What verify catches, and what common tests of equality let through. About 10 minutes.
+# What verify catches, and what common tests of equality let through. Up to two hours.
 power: $(VENV)/.dev
 	$(BIN)/python -m tests.power.table $(ARGS)
 

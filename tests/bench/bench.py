@@ -193,6 +193,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="also measure memory, on a model 8 times as large")
     parser.add_argument("--output", type=Path, help="write PREFIX.json and PREFIX.md")
     options = parser.parse_args()
+    if options.dir:
+        options.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.dir) as temporary:
         place = Path(temporary)
         size = write_llama(place / "model", LLAMA_1B, data=True, shard_bytes=1 << 60)

@@ -746,7 +746,7 @@ def test_archs() -> None:
 
 def test_rules_of_ones_own(model: Path) -> None:
     text = succeeds("archs", "show", "llama").out
-    Path("mine.toml").write_text(text.replace('model_types = ["llama"]', 'model_types = ["mine"]'))
+    Path("mine.toml").write_text(text.replace('model_types = ["llama", "llama_bidirec"]', 'model_types = ["mine"]'))
     llama(Path("other"), model_type="mine")
     assert fails(4, "plan", "other", "--tp", 2)
     split(Path("other"), "set", 2, "--rules", "mine.toml")

@@ -16,6 +16,7 @@ import torch
 
 import tpshard
 from tests.engines.running import Generator, Loader, Ranks, differences, everything, written
+from tests.helpers.gpt_oss import with_blocks
 from tests.quantised.fixture_table import FIXTURES, TABLE
 from tpshard.errors import UnsupportedError
 
@@ -78,6 +79,22 @@ def test_ours_loads_as_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_p
     lost = sorted(whole.keys() - merged.keys())
     assert all(name.endswith("-mtp") and ".layers.2." in key for key in lost), lost
     assert differences([merged], [{key: whole[key] for key in whole.keys() - set(lost)}]) == []
+
+
+@pytest.mark.parametrize("blocks", [5, 7])
+def test_blocks_that_do_not_divide(blocks: int, loader: Loader, tmp_path: Path) -> None:
+    """gpt-oss' parameters are as large as the kernel wants, and hold ours in their first rows and columns."""
+    source, shards = with_blocks(blocks, tmp_path / "source"), tmp_path / "shards"
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
+    tpshard.split(source, 2, shards, format="vllm")
+    ours = written(shards, 2)
+    inside = [
+        {name: tensor[tuple(slice(size) for size in mine[name].shape)] for name, tensor in rank.items()}
+        for mine, rank in zip(ours, theirs, strict=True)
+    ]
+    assert differences(in_dtypes_of(inside, ours), inside) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded", roomy=True), theirs) == []
+    assert any(rank[name].shape != tensor.shape for rank in inside for name, tensor in theirs[0].items())
 
 
 def in_dtypes_of(theirs: Ranks, ours: Ranks) -> Ranks:

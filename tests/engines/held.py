@@ -1,7 +1,8 @@
 """What vLLM's own classes hold after loading, written by plain gloo processes without starting an engine.
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
-{"model": DIR, "tp": N, "load_format": "auto" | "sharded_state", "out": DIR} → {"ok": true} or {"error": TEXT}.
+{"model": DIR, "tp": N, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL}
+→ {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
 """
@@ -54,6 +55,8 @@ _BACKENDS = {
 """Which kernels of experts a quantised model is taken to have, by vLLM's module that chooses."""
 _OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(bias|input_global_scale)")
 """Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
+_NO_VALUES = re.compile(r".*\.w(13|2)_input_scale")
+"""Parameters that are made with whatever lay in memory, where weights alone are quantised; compared as 1."""
 
 
 class NoKernel:
@@ -146,11 +149,14 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     own = {name for name in unset if _OWN_VALUES.fullmatch(name) or made[name].double().isnan().all()}
     for name in own:
         held[name] = made[name]
+    for name in filter(_NO_VALUES.fullmatch, unset):
+        held[name] = torch.ones_like(held[name])
+        own.add(name)
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
     if unset:
         raise RuntimeError(f"not loaded: {unset}")
     complaints.lines = [line for line in complaints.lines if "dtype" not in line]
-    if load_format == "sharded_state" and complaints.lines:
+    if load_format == "sharded_state" and complaints.lines and not job["roomy"]:
         raise RuntimeError("; ".join(complaints.lines))
     save_file({name: tensor.detach().clone() for name, tensor in held.items()}, f"{job['out']}/rank-{rank}.safetensors")
 

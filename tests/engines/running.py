@@ -50,9 +50,12 @@ class Loader(Engine):
     def __init__(self, log: Path) -> None:
         super().__init__("held.py", log)
 
-    def held(self, model: Path, tp: int, load_format: str, out: Path) -> Ranks:
-        """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load."""
-        self.ask({"model": str(model), "tp": tp, "load_format": load_format, "out": str(out)})
+    def held(self, model: Path, tp: int, load_format: str, out: Path, *, roomy: bool = False) -> Ranks:
+        """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
+
+        roomy: parameters may be larger than what is loaded.
+        """
+        self.ask({"model": str(model), "tp": tp, "load_format": load_format, "out": str(out), "roomy": roomy})
         return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp)]
 
 

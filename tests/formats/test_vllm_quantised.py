@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.helpers.command import fails, succeeds
+from tests.helpers.gpt_oss import with_blocks
 from tests.helpers.quantised import FORMATS, SMALL, quantised_tensors
 from tests.helpers.toys import read, read_all, write_checkpoint
 from tests.quantised.fixture_table import FIXTURES
@@ -100,6 +103,37 @@ def test_what_vllm_does_not_load(name: str, reason: str) -> None:
     error = fails(4, "split", FIXTURES / name, "--tp", 2, "--format", "vllm", "-o", "out")
     assert reason in error["message"] and "native" in error["hint"]
     assert not Path("out").exists()
+
+
+def test_blocks_that_do_not_divide() -> None:
+    """gpt-oss has 90 of them, at tp 4 and 8: vLLM gives each rank as many, rounded up, and the last one the rest."""
+    model = with_blocks(5, Path("model"))
+    error = fails(4, "split", model, "--tp", 2, "-o", "native")
+    assert "160 ffn on 2 ranks" in error["message"] and "--uneven" in error["hint"]
+    assert succeeds("plan", model, "--tp", 2, "--format", "vllm", "--json").json["possible_tp"] == [1, 2]
+    succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", "out", "--no-fsync")
+    experts = "model.layers.0.mlp.experts"
+    source = {
+        name.removeprefix(f"{experts}."): tensor.flatten(3) if name.endswith("_blocks") else tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+    }
+    for rank, (first, last) in enumerate([(0, 3), (3, 5)]):
+        shard = load_file(f"out/model-rank-{rank}-part-0.safetensors")
+        held = {name.rpartition(".")[2]: tensor for name, tensor in shard.items() if name.startswith(experts)}
+        rows, columns = slice(64 * first, 64 * last), slice(first, last)
+        wanted = {
+            "w13_weight": source["gate_up_proj_blocks"][:, rows].flatten(2),
+            "w13_weight_scale": source["gate_up_proj_scales"][:, rows],
+            "w13_bias": source["gate_up_proj_bias"][:, rows],
+            "w2_weight": source["down_proj_blocks"][:, :, columns].flatten(2),
+            "w2_weight_scale": source["down_proj_scales"][:, :, columns],
+            "w2_bias": source["down_proj_bias"] * (rank == 0),
+        }
+        assert held.keys() == wanted.keys()
+        assert all(torch.equal(held[name], tensor) for name, tensor in wanted.items())
+    succeeds("check", "out", "--source", model)
+    succeeds("merge", "out", "-o", "whole")
+    assert read_all(Path("whole")) == read_all(model)
 
 
 def test_matrices_that_meet_inside_a_block() -> None:

@@ -151,7 +151,7 @@ def differences() -> set[tuple[str, str]]:
                 if (
                     rule.axes
                     and rule.axes != ("vocab",)
-                    and not name.startswith("mtp.")
+                    and not name.startswith("mtp")
                     and not any(alike(name, other) for other in plans()[model_type])
                 ):
                     found.add((model_type, name.removeprefix("layers.*.")))

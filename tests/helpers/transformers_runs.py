@@ -37,7 +37,7 @@ def opened(model: Path, tp: int, out: Path, **how: Any) -> TransformersBackend:
     """A checkpoint split and loaded; two prompts of twelve tokens."""
     tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False), **how)
     config, source = open_source(model)
-    shards = translated(open_shards(out), source.names())
+    shards = translated(open_shards(out), source)
     frame = frame_of(model_config(config))
     ids = prompt_ids(frame.config.vocab_size, 0, 2, 12)
     names = list(source.names())

@@ -217,6 +217,10 @@ def test_in_a_nested_config() -> None:
 # --- what is refused ---
 
 
+def quark(**weight: Any) -> dict[str, Any]:
+    return {"quant_method": "quark", "global_quant_config": {"weight": weight}}
+
+
 @pytest.mark.parametrize(
     ("said", "names"),
     [
@@ -227,12 +231,16 @@ def test_in_a_nested_config() -> None:
         ({"bits": 4}, "None"),
         ({"quant_method": "awq", "version": "gemv"}, "awq gemv"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "gptq marlin"),
+        (quark(dtype="int4", qscheme="per_group", group_size=128), "quark int4 per_group of another"),
+        (quark(dtype="fp6_e2m3", qscheme="per_group", group_size=32, scale_format="e8m0"), "quark fp6_e2m3 per_group"),
+        (quark(dtype="fp8_e4m3", qscheme="per_channel", ch_axis=1), "quark fp8_e4m3 per_channel of another"),
+        ({"quant_method": "quark", "layer_quant_config": {"*mlp*": {"weight": [{}, {}]}}}, "quark in two stages"),
     ],
 )  # fmt: skip
 def test_a_method_that_is_refused(said: dict[str, Any], names: str) -> None:
     model = llama(Path("model"), quantization_config=said)
     error = fails(4, "split", model, "--tp", 2)
-    assert f"quantised by {names}: " in error["message"] and names in error["found"]
+    assert f"quantised by {names}" in error["message"] and names in error["found"]
     assert error["path"] == "model/config.json" and "the checkpoint that it was made from" in error["hint"]
 
 

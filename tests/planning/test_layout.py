@@ -82,6 +82,15 @@ def test_the_values_that_work_are_those_that_divide_every_axis() -> None:
             deal(axes, Mesh(tp))
 
 
+def test_the_last_rank_takes_the_rest() -> None:
+    """gpt-oss' 2880 features in blocks of 32, of which an engine gives every rank as many, rounded up."""
+    axes = {"ffn": Axis("ffn", 2880, unit=1, step=32, rest_last=True)}
+    shares = {tp: [last - first for first, last in deal(axes, Mesh(tp)).ranges["ffn"]] for tp in (2, 4, 8)}
+    assert shares == {2: [1440, 1440], 4: [736, 736, 736, 672], 8: [384] * 7 + [192]}
+    assert why_not(axes["ffn"], 16) == "2880 ffn on 16 ranks: 6 times 32 on each leave none for the last"
+    assert set(range(1, 11)) <= set(possible_tp(axes)) and 16 not in possible_tp(axes)
+
+
 def test_values_are_listed_as_one_says_them() -> None:
     assert [listing(values) for values in ([1], [1, 2], [1, 2, 4])] == ["1", "1 or 2", "1, 2 or 4"]
 

@@ -1,10 +1,13 @@
 """Every fault of the catalogue in real shards of every family: which tier notices, which fault is named by its tensor.
 
-Checkpoints are small, random and bf16, split by `tpshard.split` and judged by what `tpshard verify` is made of.
+Checkpoints are small, random and bf16, split by `tpshard.split` and judged by what `tpshard verify` is made of. Faults
+are put into what verify reads of a set, under the source's names, so that a format matters where it cuts, fuses or pads
+otherwise: in each, one model of every family that it holds.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from torch import Tensor
 
 import tpshard
 from tests.helpers import checkpoints
+from tpshard.errors import UnsupportedError
 from tpshard.execute.publish import Settings
 from tpshard.verifier.builtin.backend import DecoderBackend
 from tpshard.verifier.families.configs import describe
@@ -23,6 +27,7 @@ from tpshard.verifier.group import Threads
 from tpshard.verifier.options import silent
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
+from tpshard.verifier.ranks.translate import translated
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import digest, exact
@@ -35,6 +40,12 @@ COSINE, TOP = 0.99, 5
 # All of every family but those that differ in dtype alone. Their 251 tokens are padded at both widths, and two KV heads
 # are replicated at tp 4.
 VARIANTS = tuple(name for name, variant in checkpoints.DECODED.items() if variant.dtype == "float32")
+NATIVE = "native"
+OTHERS = ("vllm", "meta", "dcp")
+"""The other formats whose ranks hold other tensors than native ones; sglang has vllm's, dcp-hf dcp's, hf is unsharded.
+
+deepseek's are its own class's, which the built-in decoder does not run.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Case:
 
     fault: str
     variant: str
+    format: str
     tp: int
     weights: bool
     exact: bool
@@ -94,14 +106,14 @@ def named(clean: Sequence[Weights], mutant: Sequence[Weights], tier: Tier) -> bo
     return tier.first is not None and (tier.first.module, tier.first.rank) in changed(clean, mutant)
 
 
-def open_case(variant: str, tp: int, folder: Path) -> DecoderBackend:
-    """Make a variant in bf16, split it, and load both sides."""
-    model, out = folder / variant, folder / f"{variant}-tp{tp}"
+def open_case(variant: str, form: str, tp: int, folder: Path) -> DecoderBackend:
+    """Make a variant in bf16, split it into a format, and load both sides."""
+    model, out = folder / variant, folder / f"{variant}-{form}-tp{tp}"
     if not model.exists():
         checkpoints.make(variant, model, dtype="bfloat16")
-    tpshard.split(model, tp, out, settings=Settings(workers=1, fsync=False))
-    opened = open_shards(out)
+    tpshard.split(model, tp, out, format=form, settings=Settings(workers=1, fsync=False))
     config, source = open_source(model)
+    opened = translated(open_shards(out), source.names())
     family, cpu = describe(config), torch.device("cpu")
     ranks = [resident(rank, DTYPE, cpu) for rank in opened.ranks]
     return DecoderBackend(
@@ -109,9 +121,9 @@ def open_case(variant: str, tp: int, folder: Path) -> DecoderBackend:
     )
 
 
-def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> list[Case]:
-    """All faults that apply to one variant at one width; the correct split must pass first."""
-    setup = open_case(variant, tp, folder)
+def judge(variant: str, form: str, tp: int, folder: Path, say: Callable[[str], None]) -> list[Case]:
+    """All faults that apply to one variant in one format at one width; the correct split must pass first."""
+    setup = open_case(variant, form, tp, folder)
     steps = setup.teacher_tokens(TOKENS)
     plain = setup.run(DTYPE, setup.steps).logits
     wanted = setup.same_form()[1].run_ranks(DTYPE, steps, None, digest)
@@ -124,7 +136,7 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
 
     tiers, differs, logits = run(setup.ranks)
     refused = [tier.reason for tier in tiers if tier.status != "pass"] + ["native"] * differs
-    assert not refused, f"{variant} at tp {tp} is refused: {refused}"
+    assert not refused, f"{variant} in {form} at tp {tp} is refused: {refused}"
     assert cosine(logits, plain) >= COSINE
     cases = []
     for fault in FAULTS.values():
@@ -136,6 +148,7 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
         case = Case(
             fault=fault.name,
             variant=variant,
+            format=form,
             tp=tp,
             weights=tiers[0].status == "fail",
             exact=tiers[1].status == "fail",
@@ -148,13 +161,25 @@ def judge(variant: str, tp: int, folder: Path, say: Callable[[str], None]) -> li
         )
         cases.append(case)
     missed = sum(not case.weights or not case.exact for case in cases)
-    say(f"{variant} tp {tp}: {len(cases)} faults, {missed} not noticed by both the weights and the exact tier")
+    say(f"{variant} {form} tp {tp}: {len(cases)} faults, {missed} not noticed by both the weights and the exact tier")
     return cases
 
 
 def measure(
     folder: Path, variants: Sequence[str] = VARIANTS, say: Callable[[str], None] = lambda line: None
-) -> list[Case]:
-    """All faults in all variants at all widths."""
+) -> tuple[list[Case], list[str]]:
+    """All faults in all variants at all widths, and in one variant of each family in the other formats.
+
+    And the pairs that were left out, each with the reason: those that the format refuses.
+    """
+    cases, left_out = [], []
+    one_of_each = {checkpoints.VARIANTS[name].model_type: name for name in reversed(variants)}
+    pairs = [*((name, NATIVE) for name in variants), *itertools.product(reversed(one_of_each.values()), OTHERS)]
     with torch.no_grad():
-        return [case for variant in variants for tp in WIDTHS for case in judge(variant, tp, folder, say)]
+        for (variant, form), tp in itertools.product(pairs, WIDTHS):
+            try:
+                cases += judge(variant, form, tp, folder, say)
+            except UnsupportedError as error:
+                left_out.append(f"{variant} in {form} at tp {tp}: {error.message}")
+                say(f"left out: {left_out[-1]}")
+    return cases, left_out

@@ -55,8 +55,8 @@ def say(line: str) -> None:
 def catalogue(variants: Sequence[str]) -> dict[str, Any]:
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        cases = measure(Path(folder), variants, say)
-    return judged(cases, variants, conditions(begun))
+        cases, left_out = measure(Path(folder), variants, say)
+    return judged(cases, variants, conditions(begun)) | {"left_out": left_out}
 
 
 def judged(cases: Sequence[Case], variants: Sequence[str], ran: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def judged(cases: Sequence[Case], variants: Sequence[str], ran: dict[str, Any]) 
     return {
         **ran,
         "variants": list(variants),
+        "formats": Counter(case.format for case in cases),
         "faults": faults,
         "missed": {tier: [asdict(case) for case in harmful if not getattr(case, tier)] for tier in TIERS},
         "misnamed": [asdict(case) for case in harmful if not case.named],
@@ -142,7 +143,8 @@ def exceptions(part: dict[str, Any]) -> list[str]:
         lines += [f"Faults that change the function and that the {tier} tier did not notice: {len(cases) or 'none'}."]
         lines += [""]
         lines += [
-            f"- {case['fault']} in {case['variant']} at tp {case['tp']}; it changes the logits by {case['error']:.1e}"
+            f"- {case['fault']} in {case['variant']} ({case['format']}) at tp {case['tp']}; "
+            f"it changes the logits by {case['error']:.1e}"
             for case in cases
         ]
         lines += [""] * bool(cases)
@@ -150,7 +152,10 @@ def exceptions(part: dict[str, Any]) -> list[str]:
     lines += [f"Not named, or under another name than what was changed: {len(wrong) or 'none'}."]
     lines += [""] * bool(wrong)
     grouped = Counter((case["fault"], case["reason"]) for case in wrong)
-    return lines + [f"- {fault}, {count} times: “{reason}”" for (fault, reason), count in sorted(grouped.items())]
+    lines += [f"- {fault}, {count} times: “{reason}”" for (fault, reason), count in sorted(grouped.items())]
+    if left_out := part.get("left_out"):
+        lines += ["", "Left out, for the format refuses them:", "", *(f"- {line}" for line in left_out)]
+    return lines
 
 
 def split_lines(drawn: Sequence[Drawn]) -> list[str]:
@@ -192,12 +197,14 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["Not measured.", ""]
     else:
         total = sum(counts["cases"] for counts in part["faults"].values())
+        formats = ", ".join(f"{name} ({count})" for name, count in part["formats"].items())
         families = {checkpoints.VARIANTS[name].model_type for name in part["variants"]}
         lines += [
             versions(part),
             "",
             f"{len(part['faults'])} faults × {len(part['variants'])} models of {len(families)} families × tp "
             f"{' and '.join(map(str, WIDTHS))}: {total} cases, those that apply.",
+            f"By format, where those other than native have one model of each family: {formats}.",
             "Small random models in bfloat16, shards by `tpshard split`, one layer damaged, a prompt of 2 × 16 tokens.",
             "*weights* compares every stored element. *exact* compares in float64, the prompt and "
             f"{TOKENS} decoded tokens.",
@@ -227,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, help="run only this one [default: all]")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated names of test checkpoints")
-    parser.add_argument("--count", type=int, default=200, help="number of random splits")
+    parser.add_argument("--count", type=int, default=625, help="number of random splits")
     parser.add_argument("--output", type=Path, default=DOCS, help="write PREFIX.md and PREFIX.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -17,7 +17,9 @@ from tpshard.verifier.fault_catalogue import FAULTS
 
 def test_faults_are_noticed_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.power.catalogue.WIDTHS", (2,))
-    cases = measure(tmp_path, ["opt"])
+    monkeypatch.setattr("tests.power.catalogue.OTHERS", ("meta",))
+    cases, left_out = measure(tmp_path, ["opt"])
+    assert left_out == ["opt in meta at tp 2: Meta's layout holds LLaMA models alone"]
     assert len({case.fault for case in cases}) >= 30
     for case in cases:
         assert {case.weights, case.exact, case.native, case.named} == {not FAULTS[case.fault].harmless}, case
@@ -33,14 +35,17 @@ def test_a_tensor_that_is_not_the_changed_one_is_misnamed(tmp_path: Path, monkey
     monkeypatch.setattr("tests.power.catalogue.WIDTHS", (2,))
     kept = {name: FAULTS[name] for name in ("up-row-shifted", "rank-files-exchanged")}
     monkeypatch.setattr("tests.power.catalogue.FAULTS", kept)
-    cases = measure(tmp_path, ["opt"])
-    assert [case.named for case in cases] == [False, False]
+    monkeypatch.setattr("tests.power.catalogue.OTHERS", ("vllm",))
+    cases, _ = measure(tmp_path, ["opt"])
+    assert [(case.format, case.weights, case.named) for case in cases] == [
+        (name, True, False) for name in ("native", "native", "vllm", "vllm")
+    ]
     text = markdown({"catalogue": judged(cases, ["opt"], conditions(0))})
-    assert "other name than what was changed: 2." in text and "- up-row-shifted, 1 times: “" in text
+    assert "other name than what was changed: 4." in text and "- up-row-shifted, 2 times: “" in text
 
 
 def test_what_is_counted() -> None:
-    case = Case("out-bias-dropped", "opt", 2, True, True, True, True, 0.1, "", 0.995, True)
+    case = Case("out-bias-dropped", "opt", "native", 2, True, True, True, True, 0.1, "", 0.995, True)
     other = replace(case, tp=4, native=False, named=False, cosine=0.5, top=False)
     counts = {"cases": 2, "weights": 2, "exact": 2, "native": 1, "named": 1, "cosine": 1, "top": 1}
     assert counted([case, other]) == counts

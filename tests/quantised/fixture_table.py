@@ -19,6 +19,7 @@ LLM_COMPRESSOR = "llm-compressor 0.14.0.1"
 MODELOPT = "ModelOpt 0.47.0"
 AUTO_ROUND = "auto-round 0.15.1"
 GPTQMODEL = "GPTQModel 7.6.0"
+QUARK = "Quark 0.13"
 HAND_MADE = "hand-made"
 
 BLOCK = {".weight": "F8_E4M3", ".weight_scale_inv": "F32"}
@@ -177,6 +178,9 @@ TABLE = (
     ),
     Fixture("ct-nvfp4", "CT nvfp4-pack-quantized, W4A4", LLM_COMPRESSOR, "llama", (NVFP4_BOTH,)),
     Fixture("ct-nvfp4-weights-only", "CT nvfp4-pack-quantized, W4A16", LLM_COMPRESSOR, "llama", (NVFP4,)),
+    Fixture(
+        "ct-fp8-channel-qwen3-moe", "CT float-quantized, channel, dynamic", LLM_COMPRESSOR, "qwen3_moe", (CHANNEL,)
+    ),
     Fixture("ct-nvfp4-qwen3-moe", "CT nvfp4-pack-quantized, W4A4", LLM_COMPRESSOR, "qwen3_moe", (NVFP4_BOTH,)),
     Fixture(
         "ct-nvfp4-unequal-scales",
@@ -242,6 +246,32 @@ TABLE = (
     Fixture("modelopt-w4a16-nvfp4", "ModelOpt W4A16_NVFP4", MODELOPT, "llama", (MODELOPT_NVFP4,)),
     Fixture("modelopt-mxfp8", "ModelOpt MXFP8", MODELOPT, "llama", ({".weight": "F8_E4M3", ".weight_scale": "U8"},)),
     Fixture(
+        "modelopt-fp8-pb-wo-128",
+        "ModelOpt FP8_PB_WO, 128×128",
+        MODELOPT,
+        "llama",
+        ({".weight": "F8_E4M3", ".weight_scale": "F32"},),
+    ),
+    Fixture("modelopt-fp8-qwen3-moe", "ModelOpt FP8", MODELOPT, "qwen3_moe", (SCALAR,)),
+    Fixture("modelopt-w4a16-nvfp4-qwen3-moe", "ModelOpt W4A16_NVFP4", MODELOPT, "qwen3_moe", (MODELOPT_NVFP4,)),
+    Fixture(
+        "modelopt-mixed-precision",
+        "ModelOpt MIXED_PRECISION",
+        MODELOPT,
+        "llama",
+        (SCALAR, MODELOPT_NVFP4 | {".input_scale": "F32"}),
+        remark="attention FP8, MLP NVFP4",
+    ),
+    Fixture(
+        "modelopt-mixed-precision-kv",
+        "ModelOpt MIXED_PRECISION; ModelOpt KV cache",
+        MODELOPT,
+        "llama",
+        (SCALAR, MODELOPT_NVFP4 | {".input_scale": "F32"}),
+        KV,
+        remark="attention FP8, MLP NVFP4",
+    ),
+    Fixture(
         "modelopt-w4a8-awq",
         "ModelOpt W4A8_AWQ",
         MODELOPT,
@@ -250,6 +280,31 @@ TABLE = (
         {".pre_quant_scale": "BF16"},
         remark="pre_quant_scale at o_proj and down_proj alone (elsewhere in the norm), left out of the reference",
     ),
+    Fixture(
+        "quark-fp8",
+        "Quark FP8 per tensor, static",
+        QUARK,
+        "llama",
+        ({".weight": "F8_E4M3", ".weight_scale": "BF16", ".input_scale": "BF16"},),
+    ),
+    Fixture("quark-fp8-channel", "Quark FP8 per channel, dynamic", QUARK, "llama", (CHANNEL,)),
+    Fixture(
+        "quark-int8",
+        "Quark INT8 per channel, static",
+        QUARK,
+        "llama",
+        (
+            {
+                ".weight": "I8",
+                ".weight_scale": "BF16",
+                ".weight_zero_point": "I8",
+                ".input_scale": "F32",
+                ".input_zero_point": "I8",
+            },
+        ),
+        remark="zero points of 0",
+    ),
+    Fixture("quark-mxfp4", "Quark MXFP4", QUARK, "llama", ({".weight": "U8", ".weight_scale": "U8"},)),
     Fixture(
         "mxfp4-gpt-oss",
         "MXFP4 gpt-oss",
@@ -289,6 +344,7 @@ TABLE = (
         ({name: dtype for name, dtype in GPTQ.items() if name != ".g_idx"},),
         remark="o_proj 8 bits, down_proj not quantised",
     ),
+    Fixture("autoround-awq-qwen3-moe", "AWQ gemm, `quant_method: awq`", AUTO_ROUND, "qwen3_moe", (AWQ,)),
     Fixture("autoround-gptq-qwen3-moe", "GPTQ, 4 bits, `quant_method: gptq`", AUTO_ROUND, "qwen3_moe", (GPTQ,)),
 )
 

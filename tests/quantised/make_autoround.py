@@ -60,6 +60,7 @@ def main() -> None:
     fixture("autoround-awq", "auto_awq", {"sym": False}, config=DENSE | {"num_hidden_layers": 1})
     several = {"model.layers.0.self_attn.o_proj": {"bits": 8}, "model.layers.0.mlp.down_proj": {"bits": 16}}
     fixture("autoround-mixed-bits", "auto_round", {}, layers=several)
+    fixture("autoround-awq-qwen3-moe", "auto_awq", {"sym": False}, "qwen3_moe", EXPERTS)
     fixture("autoround-gptq-qwen3-moe", "auto_gptq", {}, "qwen3_moe", EXPERTS)
 
 

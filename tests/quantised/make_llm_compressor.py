@@ -195,6 +195,7 @@ def main() -> None:
     tokens = QuantizationArgs(num_bits=8, type="float", strategy="group", group_size=32, dynamic=True, symmetric=True)
     fixture("ct-fp8-block", plain(linears(block, input_activations=tokens)))
     fixture("ct-int4-qwen3-moe", plain(linears(grouped()), EXPERTS_AS_THEY_ARE), "qwen3_moe", EXPERTS)
+    fixture("ct-fp8-channel-qwen3-moe", plain("FP8_DYNAMIC", EXPERTS_AS_THEY_ARE), "qwen3_moe", EXPERTS)
     fixture("ct-nvfp4-qwen3-moe", plain("NVFP4", EXPERTS_AS_THEY_ARE), "qwen3_moe", EXPERTS, calibrated=True)
     fixture(
         "ct-fp8-nvfp4-mixed-precision",

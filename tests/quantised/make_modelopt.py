@@ -20,7 +20,7 @@ from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor
 
-from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import DENSE, EXPERTS, SMALL, WIDE, keep_fixture, random_model, tensors_of, write_reference
 
 
 def calibrate(model: torch.nn.Module) -> None:
@@ -41,7 +41,7 @@ def dequantised(name: str, module: Mapping[str, Tensor]) -> Tensor:
     """ModelOpt's quantised tensors' own `dequantize`, in float32."""
     weight, scale = module["weight"], module["weight_scale"]
     single = torch.float32
-    if "nvfp4" in name:
+    if "weight_scale_2" in module and "awq" not in name:
         shape = torch.Size([weight.shape[0], weight.shape[1] * 2])
         held = NVFP4QTensor(shape, single, weight)
         return held.dequantize(single, scale=scale, double_scale=module["weight_scale_2"], block_sizes={-1: 16})
@@ -83,7 +83,7 @@ def fixture(
     for module in sorted({key.rpartition(".")[0] for key in tensors if key.endswith(".weight_scale")}):
         local = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
         found[module] = dequantised(name, local)
-    tolerance = 1.2e-7 if "nvfp4" in name else 0.0
+    tolerance = 1.2e-7 if "nvfp4" in name or "mixed" in name else 0.0
     why = "theirs multiplies the two scales first, in float32: two roundings" if tolerance else ""
     code = "modelopt.torch.quantization.qtensor dequantize, float32"
     if "awq" in name:
@@ -106,6 +106,15 @@ def in_blocks_of(size: int) -> dict[str, Any]:
     return scheme
 
 
+def mixed() -> dict[str, Any]:
+    """FP8 in attention, NVFP4 in the MLP."""
+    scheme = copy.deepcopy(dict(mtq.NVFP4_DEFAULT_CFG))
+    eight: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
+    for kind in ("weight", "input"):
+        scheme["quant_cfg"].append({"quantizer_name": f"*self_attn*{kind}_quantizer", "cfg": eight, "enable": True})
+    return scheme
+
+
 def main() -> None:
     fixture("modelopt-fp8-kv", with_kv(mtq.FP8_DEFAULT_CFG))
     fixture("modelopt-fp8-hf-quant-config-alone", with_kv(mtq.FP8_DEFAULT_CFG), "qwen3", older=True)
@@ -114,8 +123,13 @@ def main() -> None:
     fixture("modelopt-nvfp4-kv", with_kv(mtq.NVFP4_DEFAULT_CFG))
     fixture("modelopt-w4a16-nvfp4", mtq.W4A16_NVFP4_CFG)
     fixture("modelopt-mxfp8", mtq.MXFP8_DEFAULT_CFG)
+    fixture("modelopt-mixed-precision", mixed())
+    fixture("modelopt-mixed-precision-kv", with_kv(mixed()))
     wide = DENSE | {"num_hidden_layers": 1, "hidden_size": 256, "head_dim": 64}
     fixture("modelopt-w4a8-awq", mtq.W4A8_AWQ_BETA_CFG, config=wide)
+    fixture("modelopt-fp8-pb-wo-128", in_blocks_of(128), config=WIDE)
+    fixture("modelopt-fp8-qwen3-moe", mtq.FP8_DEFAULT_CFG, "qwen3_moe", EXPERTS)
+    fixture("modelopt-w4a16-nvfp4-qwen3-moe", mtq.W4A16_NVFP4_CFG, "qwen3_moe", EXPERTS)
     fixture("modelopt-nvfp4-qwen3-moe", mtq.NVFP4_DEFAULT_CFG, "qwen3_moe", EXPERTS)
 
 

@@ -206,7 +206,7 @@ def test_advise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llama(Path("m"))
     result = succeeds("advise", "m", "--gpus", 4, "--gpu-memory", 80)
     assert "take tp 1: the smallest that fits: 4 copies of the model" in result.out
-    assert "tp 3   not possible: 4 heads, 2 kv, 8 ffn on 3 ranks would be cut" in result.out
+    assert "not possible: tp 3 (4 heads, 2 kv, 8 ffn do not divide)" in result.out.splitlines()
     assert "tp 4   fits" in result.out and "each of 2 kv on 2 ranks; vocab padded to 12" in result.out
     assert "next: tpshard plan m --tp 1" in result.err
     found = succeeds("advise", "m", "--gpus", 4, "--gpu-memory", 80, "--json").json

@@ -417,7 +417,7 @@ def test_rules_of_ones_own_need_no_python(made: Made, quick: Settings, tmp_path:
     mine = write_checkpoint(tmp_path / "mine", config, {renamed(n): t for n, t in read_all(model).items()})
     builtin = Path(tpshard.__file__).parent / "rules" / "architectures" / "llama.toml"
     rules = tmp_path / "mine.toml"
-    rules.write_text(renamed(builtin.read_text()).replace('["llama"]', '["mine"]'))
+    rules.write_text(renamed(builtin.read_text()).replace('["llama", "llama_bidirec"]', '["mine"]'))
     with pytest.raises(UnsupportedError, match="no rules for model_type 'mine'"):
         tpshard.split(mine, 4, tmp_path / "out", settings=quick)
     tpshard.split(mine, 4, tmp_path / "out", rules=rules, settings=quick)

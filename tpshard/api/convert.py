@@ -57,7 +57,8 @@ def plan(
 ) -> PlanReport:
     """Plan a split and write nothing. Of a Hub repo only config and headers are read.
 
-    model: a directory, a .safetensors file, or a Hub repo (`org/name`, at `revision`). rules: an architecture file.
+    model: a directory, a .safetensors file, or a Hub repo (`org/name`, at `revision`). rules: a built-in architecture
+    by name, or an architecture file.
     dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. cast_all: those as well
     that are float32 on purpose. uneven: deal units that do not divide. shares: a weight for each rank, as `["0.5",
     "0.3", "0.2"]`. pad_vocab_to: the vocab's size after padding; None is the next multiple of tp. max_file_size: bytes

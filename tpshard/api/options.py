@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class ModelOptions:
     """An unsharded model and how it is read. path: a directory, a .safetensors file, or a Hub repo at `revision`.
 
-    rules: an architecture file; None is the built-in rules of the model_type. dtype: what floating-point weights are
-    cast to; None leaves them as they are. allow_pickle: read pickled weights where there are no others.
-    follow_symlinks: read files that are symlinks out of the model's directory. cast_all: cast what is float32 on
-    purpose as well. allow_overflow: write infinity for values that the dtype has no number for.
+    rules: a built-in architecture by name, or an architecture file; None is the built-in rules of the model_type.
+    dtype: what floating-point weights are cast to; None leaves them as they are. allow_pickle: read pickled weights
+    where there are no others. follow_symlinks: read files that are symlinks out of the model's directory. cast_all:
+    cast what is float32 on purpose as well. allow_overflow: write infinity for values that the dtype has no number for.
     """
 
     path: str | Path

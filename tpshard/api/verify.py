@@ -63,7 +63,7 @@ def verify(
     The options are those of `tpshard verify`; `VerifyOptions` describes them. A difference is in the verdict; what
     cannot be judged at all raises. In a group of processes that torchrun or SLURM started, every rank gets the verdict.
     """
-    source, rules = None if source is None else str(source), None if rules is None else Path(rules)
+    source = None if source is None else str(source)
     chosen, kept = None if tiers is None else tuple(tiers), None if layers is None else tuple(layers)
     how = (device, tokens, seed, float32, kept, stream, sequence_parallel, reference, engine, prompt)
     options = VerifyOptions(

@@ -40,21 +40,13 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
                 console.show(f"{name:<14} {', '.join(types)}")
 
 
-def _names(incomplete: str) -> list[str]:
-    """The architectures and model_types that begin with what was typed, for the shell's completion."""
-    from tpshard.api.archs import model_types
-
-    names = {name for architecture, types in model_types().items() for name in (architecture, *types)}
-    return sorted(name for name in names if name.startswith(incomplete))
-
-
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="Name or model_type.", metavar="NAME", autocompletion=_names)],
+    name: Annotated[str, typer.Argument(help="Name or model_type.", metavar="NAME", autocompletion=opt.architectures)],
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
-    """Print the rules of one architecture: the form that --rules takes."""
+    """Print the rules of one architecture: the form of a file that --rules takes."""
     with opened(json, quiet) as console:
         from tpshard.api.archs import rules_of
 

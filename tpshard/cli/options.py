@@ -140,7 +140,7 @@ def check_report(path: Path) -> None:
 
 def again(
     revision: str | None,
-    rules: Path | None = None,
+    rules: str | None = None,
     dtype: Dtype | None = None,
     *,
     allow_pickle: bool = False,
@@ -160,6 +160,22 @@ def _formats(incomplete: str) -> list[str]:
     return [name for name in FORMATS if name.startswith(incomplete)]
 
 
+def architectures(incomplete: str) -> list[str]:
+    """The architectures and model_types that begin with what was typed, for the shell's completion."""
+    from tpshard.api.archs import model_types
+
+    names = {name for architecture, types in model_types().items() for name in (architecture, *types)}
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+def _rules(incomplete: str) -> list[str]:
+    """What --rules takes and begins with what was typed: architectures, rules files, and directories on the way."""
+    from glob import escape, glob
+
+    paths = [path + "/" if Path(path).is_dir() else path for path in glob(escape(incomplete) + "*")]
+    return architectures(incomplete) + sorted(path for path in paths if path.endswith((".toml", "/")))
+
+
 MODEL = Annotated[str, Argument(help="A directory, a .safetensors file, or a Hub repo (org/name).", metavar="MODEL")]
 SHARDS = Annotated[Path, Argument(help="The directory that `tpshard split` wrote.", metavar="SHARDS")]
 PATH = Annotated[Path, Argument(help="A checkpoint, a shard set, or one safetensors file.", metavar="PATH")]
@@ -170,8 +186,8 @@ OUT = Annotated[Path | None, _out("Directory to write [default: ./MODEL-tpN, or 
 MERGE_OUT = Annotated[Path | None, _out("Directory to write [default: ./MODEL-merged].", "DIR")]
 DRAFT_OUT = Annotated[Path | None, _out("File to write [default: stdout].", "FILE")]
 REVISION = Annotated[str | None, Option(help="Branch, tag or commit of a Hub repo [default: main].", metavar="NAME")]
-_RULES_HELP = "Architecture file of your own, in the form of `tpshard archs show llama` [default: by model_type]."
-RULES = Annotated[Path | None, Option(help=_RULES_HELP, metavar="FILE")]
+_RULES_HELP = "A built-in architecture by name (`tpshard archs`), or a file of your own [default: by model_type]."
+RULES = Annotated[str | None, Option(help=_RULES_HELP, metavar="NAME|FILE", autocompletion=_rules)]
 DTYPE = Annotated[Dtype | None, Option(help="Cast floating-point weights [default: as stored].")]
 CAST_ALL = Annotated[bool, Option("--cast-all", help="Cast what is float32 on purpose as well.")]
 _OVERFLOW_HELP = "Write infinity for values that the dtype has no number for."

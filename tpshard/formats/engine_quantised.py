@@ -42,7 +42,7 @@ def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
         what = f"{engine} is not known to load what is quantised by {name}"
         raise UnsupportedError(what, expected=", ".join(quantised.methods), found=name, hint=_HINT)
     method = quantised.methods[name]
-    declared = model.config.get("quantization_config") or model.config.get("compression_config") or {}
+    declared = _declared(model)
     if not declared and not method.own_file:
         what = f"{engine} takes {name} from config.json alone, and the checkpoint names it in another file"
         hint = f"copy it into config.json, as quantization_config; or {_HINT}"
@@ -55,6 +55,10 @@ def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
             what = f"{engine} does not load {need.key} {_text(value)}: {need.reason}"
             raise UnsupportedError(what, expected=expected, found=f"{need.key} {_text(value)}", hint=_HINT)
     return method
+
+
+def _declared(model: Model) -> Mapping[str, Any]:
+    return model.config.get("quantization_config") or model.config.get("compression_config") or {}
 
 
 def _text(value: object) -> str:
@@ -72,14 +76,20 @@ def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTe
     return quantised.refused.get(suffix_of(name))
 
 
-def counted_last(quantised: QuantisedModules, model: Model) -> frozenset[str]:
+def counted_last(quantised: QuantisedModules, family: EngineFamily, model: Model) -> frozenset[str]:
     """Companions of which the engine has one for all that are fused, the last."""
     names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
     dtypes = {names[tensor.name]: tensor.dtype for tensor in model.tensors if tensor.name in names}
 
     def counts(name: str) -> bool:
-        integers = dtypes.get(f"{name.rpartition('.')[0]}.weight") == "I8"
-        return suffix_of(name) in (*quantised.last, *(quantised.last_of_integers if integers else ()))
+        module, suffix = name.rpartition(".")[0], suffix_of(name)
+        integers = dtypes.get(f"{module}.weight") == "I8"
+        if suffix in quantised.last or (suffix in quantised.last_of_integers and integers):
+            return True
+        beside = quantised.last_of_experts_without.get(suffix)
+        if beside is None or f"{module}.{beside}" in dtypes:
+            return False
+        return any(each.stacked is not None for each in family.kind(name).fused)
 
     return frozenset(name for name, full_name in names.items() if counts(full_name))
 
@@ -115,16 +125,23 @@ def in_shapes(
 ) -> dict[str, tuple[Share, ...]]:
     """The shares in the shapes that the engine has: a scalar as one slot, the bytes of a block or the heads in one dim.
 
-    names: tensor → full name. last: scalars that have one slot. Shares that are alike stay one object.
+    Scales of the rows of integers are a column. names: tensor → full name. last: scalars that have one slot. Shares
+    that are alike stay one object.
     """
     known: dict[object, tuple[Share, ...]] = {}
     found = {}
+    integers = {names[name].removesuffix(".weight") for name, held in shares.items() if held[0].dtype == "I8"}
     for name, held in shares.items():
         suffix, ndim = suffix_of(names[name]), len(held[0].shape)
         slots = next((n for pattern, n in family.slots.items() if match(pattern, names[name])), 1)
         reshape: Callable[[Share], Share] | None = None
         if suffix in quantised.scalars and held[0].shape in ((), (1,)) and name not in last:
             reshape = partial(_in_slots, slots)
+        elif name in last and not ndim:
+            reshape = partial(_in_slots, 1)
+        elif suffix in quantised.columns and ndim == 1 and names[name].rpartition(".")[0] in integers:
+            size = max(part.box[0][1] for share in held for part in share.parts)
+            reshape = partial(_as_column, size)
         elif suffix in quantised.bytes:
             reshape = _last_dims_joined
         elif suffix in quantised.cache and ndim > 1:
@@ -148,6 +165,12 @@ def _last_dims_joined(share: Share) -> Share:
     return share._replace(shape=(*before, blocks * size), view=share.shape)
 
 
+def _as_column(size: int, share: Share) -> Share:
+    """A vector, or its stretch of one of `size` elements, as a matrix of one column."""
+    parts = (part._replace(box=(*part.box, (0, 1)), at=(*part.at, 0), view=(size, 1)) for part in share.parts)
+    return share._replace(shape=(*share.shape, 1), parts=tuple(parts))
+
+
 def _flat(share: Share) -> Share:
     return share._replace(shape=(prod(share.shape),), view=share.shape)
 
@@ -158,13 +181,9 @@ def fused(
     shares: Mapping[str, tuple[Share, ...]],
     recipe: ParameterParts,
 ) -> ParameterParts:
-    """A recipe with the dim along which companions are fused. UnsupportedError where vLLM has less than there is."""
+    """A recipe with the dim along which companions are fused."""
     first = recipe.tensors[0]
     suffix = suffix_of(names[first])
-    beside = quantised.experts_beside.get(suffix)
-    if recipe.stacked and beside and f"{names[first].rpartition('.')[0]}.{beside}" not in names.values():
-        what = f"the engine has one {suffix} for gate and up of an expert, and the checkpoint two"
-        raise UnsupportedError(what, tensor=first, expected=f"experts with {beside}", hint=_HINT)
     if suffix in quantised.second:
         return replace(recipe, dim=1)
     scalar = suffix in quantised.scalars and all(shares[tensor][0].shape == (1,) for tensor in recipe.tensors)
@@ -209,8 +228,10 @@ def constants(
         if name not in there:
             yield Row(name, (), known[key])
 
-    layers = family.layers_of(names) if method.buffers else []
-    for layer, pattern, buffer in product(layers, family.scales, method.buffers):
+    said, cached = _declared(model), bool(model.quantisation and model.quantisation["kv_cache"])
+    buffers = [b for b in method.buffers if cached or not any(said.get(key) == v for key, v in b.unless.items())]
+    layers = family.layers_of(names) if buffers else []
+    for layer, pattern, buffer in product(layers, family.scales, buffers):
         module = pattern.replace("*", str(layer))
         if not (buffer.not_in and module.endswith(f".{buffer.not_in}")):
             for name in buffer.names:

@@ -59,6 +59,7 @@ class EngineFamily:
     needs: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     unrepeated: tuple[str, ...] = ()
+    rest_last: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -130,7 +131,7 @@ class Constant:
     """Parameters that the engine wants where a checkpoint has none: their names, dtype ("" for the model's), value.
 
     shape: of each, where there is no companion `like` that has their shape; all of it but dim `without`. not_in: how
-    the modules are called that want none.
+    the modules are called that want none. unless: what quantization_config says where an unquantised cache has none.
     """
 
     names: tuple[str, ...]
@@ -140,6 +141,7 @@ class Constant:
     like: str = ""
     without: int | None = None
     not_in: str = ""
+    unless: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,21 +176,23 @@ class QuantisedModules:
     """What an engine makes of the companions of quantised modules, by the suffix of their names.
 
     Those that are not named are fused along their first dim. scalars: one number, or a first dim like any. second:
-    fused along the second dim. bytes: the last two dims are one. cache: scales of the attention's keys and values.
-    last: of the tensors to fuse the last counts; last_of_integers: where the weight is INT8. unplaced: of no use to the
-    engine. refused: with the reason. experts_beside: which companion experts must have beside one, so that it is one
-    for each of their matrices.
+    fused along the second dim. bytes: the last two dims are one. columns: a matrix of one column where the weight is
+    INT8. cache: scales of the attention's keys and values.
+    last: of the tensors to fuse the last counts; last_of_integers: where the weight is INT8; last_of_experts_without:
+    of experts that do not have another companion beside it. unplaced: of no use to the engine. refused: with the
+    reason.
     """
 
     scalars: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
     bytes: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     cache: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     last_of_integers: tuple[str, ...] = ()
     unplaced: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    experts_beside: Mapping[str, str] = field(default_factory=dict)
+    last_of_experts_without: Mapping[str, str] = field(default_factory=dict)
     methods: Mapping[str, Method] = field(default_factory=dict)
 
 
@@ -253,6 +257,7 @@ def load_table(path: Path) -> Table:
     families: dict[str, EngineFamily] = {}
     for name, entry in data["families"].items():
         family = _family(data["families"], name)
+        family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
     return Table(tuple(data["versions"]), families, data["refused_models"], _quantised(data.get("quantised", {})))
 

@@ -102,7 +102,7 @@ def _tensors(split: Split) -> Iterator[str]:
 
 def _axis(axis: Axis) -> dict[str, Any]:
     """An axis; along what it is dealt is said where that is not tp, and by how many units where not one by one."""
-    usual = {"along": "tp", "step": 1, "step_of": ""}
+    usual = {"along": "tp", "step": 1, "step_of": "", "rest_last": False}
     return {key: value for key, value in asdict(axis).items() if key not in usual or value != usual[key]}
 
 

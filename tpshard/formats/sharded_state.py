@@ -58,7 +58,7 @@ class ShardedState(Format):
         family, quantised = self._family(model, options), load_table(self.path).quantised
         method = method_of(quantised, model, self.engine)
         dealt = self._deal(family, model, options)
-        last = counted_last(quantised, model)
+        last = counted_last(quantised, family, model)
         dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
         tensors = [tensor for tensor in model.tensors if tensor.name not in unloaded]
@@ -155,7 +155,7 @@ class ShardedState(Format):
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
 
     def _deal(self, family: EngineFamily, model: Model, options: Options) -> Deal:
-        """Even ranges of the axes, the vocabulary padded as the engine pads it."""
+        """The engine's ranges of the axes, the vocabulary padded as it pads it."""
         single = {
             segment
             for tensor in (model.tensors if family.unrepeated else ())
@@ -166,7 +166,8 @@ class ShardedState(Format):
         for name, axis in model.axes.items():
             padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
             repeated = axis.replicate and name not in single
-            axes[name] = replace(axis, count=padded, pad=False, replicate=repeated, group=None)
+            rest_last = axis.step > 1 and name in family.rest_last
+            axes[name] = replace(axis, count=padded, pad=False, replicate=repeated, group=None, rest_last=rest_last)
         return options.even_deal(self.engine, axes)
 
     def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:

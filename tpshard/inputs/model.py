@@ -1,6 +1,6 @@
 """From a checkpoint to a model: its tensors classified, and where they lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from tpshard.planning.axes import Cut
 from tpshard.planning.join import Placed, alignment_order
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
+from tpshard.rules.fitting import with_fitting
 from tpshard.rules.multimodal import find_rules
 from tpshard.rules.quantisation.recognise import Quantisation, recognise
 from tpshard.storage.foreign import wrapped
@@ -23,8 +24,11 @@ def from_checkpoint(
 
     dtype: a name of DTYPE_NAMES to cast to, buffers excepted, and what is float32 on purpose unless cast_all.
     """
-    subject = find_rules(checkpoint.config, None if rules is None else Path(rules), checkpoint.config_path)
     quantised = recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path)
+    try:
+        subject = find_rules(checkpoint.config, rules, checkpoint.config_path)
+    except UnsupportedError as error:
+        raise with_fitting(error, checkpoint.config, checkpoint.tensors, quantised.companions) from None
     try:
         classified, text = subject.classify(checkpoint.tensors, quantised.companions)
     except (CorruptError, UnsupportedError) as error:
@@ -56,9 +60,14 @@ def from_checkpoint(
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
         quantisation=quantised.to_json(),
-        notes=(*_notes(dtype, quantised), *_kept(float32)),
+        notes=(*_heads(classified.heads), *_notes(dtype, quantised), *_kept(float32)),
         cast_all=cast_all,
     )
+
+
+def _heads(names: Sequence[str]) -> tuple[str, ...]:
+    """What is said of heads that do not predict tokens."""
+    return (f"a head of another task, whole on every rank: {', '.join(names)}",) if names else ()
 
 
 def _notes(dtype: str | None, quantised: Quantisation) -> tuple[str, ...]:

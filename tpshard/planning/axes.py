@@ -24,6 +24,7 @@ class Axis:
     along: the kind of parallelism among whose ranks it is dealt.
     step: how many units are dealt together, where quantised weights have groups or blocks that no unit ends with; the
     last of the axis may be fewer. step_of: one of the tensors that have them.
+    rest_last: whether every rank but the last has as many steps as a whole share rounded up, and the last the rest.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Axis:
     along: Along = "tp"
     step: int = 1
     step_of: str = ""
+    rest_last: bool = False
 
     def __str__(self) -> str:
         """`8 kv`, and how many are dealt at a time where not one."""

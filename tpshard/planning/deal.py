@@ -71,6 +71,9 @@ def _deal_axis(
             what = f"{count} {axis.name} units cannot be repeated evenly on {tp} ranks"
             raise UnsupportedError(what, expected=f"a tp of at most {count}, or a multiple of it", found=f"tp {tp}")
         return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))  # ranks 0 and 1 hold unit 0
+    if axis.rest_last:
+        share = _rounded_up(axis, tp) * axis.step
+        return tuple((min(r * share, count), min((r + 1) * share, count)) for r in range(tp))
     if shares is None:
         return tuple((r * count // tp, (r + 1) * count // tp) for r in range(tp))
     if group is None or group.count == count or count % group.count:
@@ -85,6 +88,11 @@ def _deal_axis(
         for size in _apportion(axis, per_group, shares[g * together : (g + 1) * together], axis.step)
     ]
     return _ranges(sizes)
+
+
+def _rounded_up(axis: Axis, tp: int) -> int:
+    """Steps of an axis for each rank but the last, of those that leave the rest to it."""
+    return -(-axis.count // (axis.step * tp))
 
 
 def _common_step(axis: Axis, axes: Mapping[str, Axis]) -> int:
@@ -142,6 +150,11 @@ def why_not(axis: Axis, tp: int) -> str | None:
     """Why an axis cannot be dealt evenly to tp ranks, or None when it can."""
     if axis.pad or tp == 1 or axis.count % (tp * axis.step) == 0:
         return None
+    if axis.rest_last:
+        share = _rounded_up(axis, tp)
+        none_left = share * (tp - 1) * axis.step >= axis.count
+        each = f"{share} times {axis.step} on each"
+        return f"{axis.count} {axis.name} on {tp} ranks: {each} leave none for the last" if none_left else None
     if axis.step > 1:
         why = f"{axis.step} at a time end where groups or blocks do in {axis.step_of}"
         return (

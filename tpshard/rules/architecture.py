@@ -6,8 +6,8 @@ They are `architectures/*.toml`, or a file of the user's own.
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +47,7 @@ class Architecture:
     text: str
     model_types: tuple[str, ...]
     prefix: str
+    other_prefixes: tuple[str, ...]
     layers: str
     tied: Mapping[str, str]
     defaults: Mapping[str, Any]
@@ -58,6 +59,11 @@ class Architecture:
     found: Mapping[str, str]
     biases: tuple[Conditional, ...] | None
     float32: tuple[Conditional, ...]
+
+    @property
+    def beginnings(self) -> tuple[tuple[str, str], ...]:
+        """How a name may begin that lacks the prefix or has another one, and how it begins in the rules."""
+        return ("", self.prefix), *((other, self.prefix) for other in self.other_prefixes)
 
     @property
     def digest(self) -> str:
@@ -86,8 +92,9 @@ _Keys = Mapping[str, tuple[Callable[[Any], bool], str]]
 _TOP_KEYS: _Keys = {
     "model_types": (_is_list, "a list of strings"),
     "prefix": (_is(str), "a string"),
+    "other_prefixes": (_is_list, "a list of strings"),
     **dict.fromkeys(("layers", "extra_layers", "experts"), (_is_expression, "an expression")),
-    **dict.fromkeys(("found", "conditions", "tied"), (_table_of(_is(str)), "a table of strings")),
+    **dict.fromkeys(("found", "conditions", "tied", "copies"), (_table_of(_is(str)), "a table of strings")),
     "defaults": (_is(dict), "a table"),
     "axes": (_table_of(_is(dict)), "a table of tables"),
     "rules": (_table_of(_is_list), "a table of lists of strings"),
@@ -121,6 +128,11 @@ def parse_architecture(text: str, path: str) -> Architecture:
             named[name] = f"({_spelled_out(condition, named)})"
         rules = tuple(_rule(key, patterns, data["axes"], named) for key, patterns in data["rules"].items())
         biases, float32 = (_conditional(data.get(key, {}), named) for key in ("biases", "float32"))
+        dims = {pattern: tuple(axes) for pattern, axes in data.get("dims", {}).items()}
+        for copy, layer in data.get("copies", {}).items():
+            rules += tuple(_copied_rule(rule, layer, copy) for rule in rules)
+            biases, float32 = (tuple(_copied_names(each, layer, copy) for each in said) for said in (biases, float32))
+            dims |= {pattern: dims[old] for old in dims for pattern in _copied([old], layer, copy)}
         _check_expressions(data, rules, (*named.values(), *(each.condition for each in (*biases, *float32))))
         _check_patterns(data, rules)
     except (tomllib.TOMLDecodeError, RecursionError, expression.ExpressionError, _InvalidRules) as error:
@@ -131,12 +143,13 @@ def parse_architecture(text: str, path: str) -> Architecture:
         text=text,
         model_types=tuple(data["model_types"]),
         prefix=data.get("prefix", ""),
+        other_prefixes=tuple(data.get("other_prefixes", ())),
         layers=str(data["layers"]),
         tied=data.get("tied", {}),
         defaults=data.get("defaults", {}),
         axes=data["axes"],
         rules=rules,
-        dims={pattern: tuple(axes) for pattern, axes in data.get("dims", {}).items()},
+        dims=dims,
         extra_layers=str(data["extra_layers"]) if "extra_layers" in data else None,
         experts=str(data["experts"]) if "experts" in data else None,
         found=data.get("found", {}),
@@ -175,6 +188,24 @@ def _rule(key: str, patterns: Sequence[str], axes: Collection[str], named: Mappi
 def _conditional(table: Mapping[str, Sequence[str]], named: Mapping[str, str]) -> tuple[Conditional, ...]:
     """A table that is keyed by conditions."""
     return tuple(Conditional(_spelled_out(key, named), tuple(patterns)) for key, patterns in table.items())
+
+
+def _copied(patterns: Iterable[str], layer: str, copy: str) -> tuple[str, ...]:
+    """Patterns of a layer as those of a copy of it, all of which may match nothing."""
+    inside = (pattern.removesuffix("?").removeprefix(layer) for pattern in patterns if pattern.startswith(f"{layer}."))
+    return tuple(f"{copy}{rest}?" for rest in inside)
+
+
+def _copied_rule(rule: Rule, layer: str, copy: str) -> Rule:
+    """A rule for the copies of a layer, which are of whatever kind of layer: their tensors say."""
+    condition = None if asks_layer(rule.condition) else rule.condition
+    return replace(rule, patterns=_copied(rule.patterns, layer, copy), condition=condition)
+
+
+def _copied_names(said: Conditional, layer: str, copy: str) -> Conditional:
+    """What is said of modules, and of these in the copies of a layer."""
+    more = (pattern.removesuffix("?") for pattern in _copied(said.patterns, layer, copy))
+    return replace(said, patterns=(*said.patterns, *more))
 
 
 def _check_expressions(data: Mapping[str, Any], rules: Sequence[Rule], conditions: Sequence[str]) -> None:
@@ -270,14 +301,32 @@ def _closest(name: str) -> str:
     return f" (closest: {', '.join(near)})" if near else ""
 
 
-def find_architecture(config: Mapping[str, Any], rules: Path | None, config_path: object) -> Architecture:
-    """The architecture for a config: the user's file if given, else the built-in one for its model_type."""
+def given_architecture(rules: str | Path) -> tuple[Architecture, bool]:
+    """The architecture that --rules gives, and whether it is a built-in one by name, for any model_type.
+
+    A text is a name or model_type where there is such a built-in architecture, else a file; a Path is always a file.
+    """
+    if isinstance(rules, str) and (architecture := builtin_or_none(rules)):
+        return architecture, True
+    try:
+        return load_architecture(Path(rules)), False
+    except UsageError as error:
+        if not isinstance(rules, str) or not re.fullmatch(r"\w+", rules) or Path(rules).exists():
+            raise
+        hint = "`tpshard archs list` names the built-in architectures"
+        what = f"no rules file {rules!r}, and no built-in architecture of that name{_closest(rules)}"
+        raise UsageError(what, hint=hint) from error
+
+
+def find_architecture(config: Mapping[str, Any], rules: str | Path | None, config_path: object) -> Architecture:
+    """The architecture for a config: the one that is given, else the built-in one for its model_type."""
     model_type = config.get("model_type")
     if rules is not None:
-        architecture = load_architecture(rules)
-        if model_type not in architecture.model_types:
+        architecture, by_name = given_architecture(rules)
+        if not by_name and model_type not in architecture.model_types:
             what, known = "the rules file is for another architecture", ", ".join(architecture.model_types)
-            raise UsageError(what, path=rules, expected=f"model_types with {model_type!r}", found=known)
+            hint = "of a built-in architecture, --rules takes the name for any model_type"
+            raise UsageError(what, path=rules, expected=f"model_types with {model_type!r}", found=known, hint=hint)
         return architecture
     if not isinstance(model_type, str):
         hint = "give rules of your own with --rules FILE"

@@ -31,7 +31,7 @@ class Classification:
     """An architecture's rules evaluated for one checkpoint: the axes, and every tensor's cut by name.
 
     tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it. float32: the tensors
-    that are float32 on purpose.
+    that are float32 on purpose. heads: those of heads of another task than the architecture's.
     """
 
     axes: Mapping[str, Axis]
@@ -39,6 +39,7 @@ class Classification:
     tied: Mapping[str, str]
     full_names: Mapping[str, str]
     float32: Collection[str] = ()
+    heads: tuple[str, ...] = ()
 
 
 def classify(
@@ -74,12 +75,14 @@ def classify(
             cuts[tensor.name] = known_cuts[key]
         matcher.check_complete()
         rule_names = {name: full for full, name in matcher.names.items()}
-        check_biases(architecture, config, (rule_names[name] for name, cut in cuts.items() if cut.kind != "buffer"))
+        heads = tuple(t.name for t, (rule, *_) in zip(tensors, matches, strict=True) if rule is matcher.heads[0].rule)
+        told = (name for name, cut in cuts.items() if cut.kind != "buffer" and name not in heads)
+        check_biases(architecture, config, map(rule_names.__getitem__, told))
         float32 = float32_on_purpose(architecture, config, tensors, rule_names)
     axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32)
+    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32, heads=heads)
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def recognise(
     names = tuple(names)
     with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
-        found = {name: matcher.find(name, "" if exact else architecture.prefix)[1] for name in names}
+        found = {name: matcher.find(name, exact=exact)[1] for name in names}
     seen = {each.pattern.text for candidates in found.values() for each in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
@@ -110,11 +113,13 @@ def recognise(
 def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The config, with defaults for keys that it lacks and the keys of [found], which depend on the tensors."""
     config = {**architecture.defaults, **config}
+    beginnings = (("", ""), *architecture.beginnings)
     if architecture.found and not tell_numbers(architecture.found.values()):
         names = list(dict.fromkeys(numbered(name)[0] for name in names))
     for key, pattern in architecture.found.items():
         compiled = compile_pattern(pattern)
-        config[key] = any(compiled.fullmatch(full) for name in names for full in (name, architecture.prefix + name))
+        begun = (new + name[len(old) :] for name in names for old, new in beginnings if name.startswith(old))
+        config[key] = any(map(compiled.fullmatch, begun))
     return config
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import Cut
-from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, load_architecture
+from tpshard.rules.architecture import Architecture, builtin_or_none, find_architecture, given_architecture
 from tpshard.rules.classify import Classification, classify, recognise
 from tpshard.rules.presence import check_head
 from tpshard.rules.quantisation.schemes import Companion, split_name
@@ -50,7 +50,7 @@ class ModelRules:
             full = (found.full_names.get(tensor.name, tensor.name) for tensor in tensors)
             check_head(self.architecture, self.config, self.config, full)
             return found, None
-        prefix = _find_prefix(self.architecture, self.text, tensors)
+        prefix = find_prefix(self.architecture, self.text, tensors)
         names = _text_names(self.architecture, self.text, prefix, tensors)
         found = classify(self.architecture, self.text.config, [t for t in tensors if t.name in names], names, quantised)
         full = (found.full_names.get(name, rule) for name, rule in names.items())
@@ -74,14 +74,18 @@ def text_config(config: Mapping[str, Any]) -> TextConfig | None:
     return TextConfig(f"{outer}_text", None, config) if isinstance(config.get("vision_config"), dict) else None
 
 
-def find_rules(config: Mapping[str, Any], rules: Path | None, config_path: object) -> ModelRules:
-    """The rules for a config: those for its own model_type, or else for the text model that it nests."""
+def find_rules(config: Mapping[str, Any], rules: str | Path | None, config_path: object) -> ModelRules:
+    """The rules for a config: those for its own model_type, or else for the text model that it nests.
+
+    rules: what --rules gives. A built-in architecture by name is for the text model, where the config nests one.
+    """
     text = text_config(config)
     if text is None:
         return ModelRules(find_architecture(config, rules, config_path), config)
     if rules is not None:
-        architecture = load_architecture(rules)
-        if config.get("model_type") in architecture.model_types or text.model_type not in architecture.model_types:
+        architecture, by_name = given_architecture(rules)
+        whole = config.get("model_type") in architecture.model_types
+        if whole or not (by_name or text.model_type in architecture.model_types):
             return ModelRules(find_architecture(config, rules, config_path), config)
         return ModelRules(architecture, config, text)
     if own := builtin_or_none(str(config.get("model_type"))):
@@ -95,7 +99,7 @@ def find_rules(config: Mapping[str, Any], rules: Path | None, config_path: objec
     raise UnsupportedError(what, path=config_path, hint=hint)
 
 
-def _find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence[TensorInfo]) -> str:
+def find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence[TensorInfo]) -> str:
     """The shortest prefix that has the whole decoder below it and nothing else."""
     below: dict[str, list[str]] = {}
     for tensor in tensors:

@@ -16,6 +16,13 @@ from tpshard.rules.quantisation.schemes import Companion, companion_of, split_na
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.tensor_names import numbered
 
+HEADS = ("score", "score.*", "classifier", "qa_outputs", "v_head", "v_head.summary")
+"""Heads of other tasks than predicting tokens, which any architecture may have: sequences and tokens are classified
+(transformers), rewarded (Qwen2.5's are two modules, InternLM2's is a v_head), or given a value (TRL).
+
+They are small, and whole on every rank.
+"""
+
 
 @dataclass(slots=True, eq=False)
 class Pattern:
@@ -35,6 +42,10 @@ class Pattern:
 
 Matched = tuple[Rule, Companion, tuple[str, ...] | None]
 """The rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims."""
+
+
+_Found = tuple[Matched, tuple[str, str], set[int]]
+"""What matches a name, how it begins and how what they match begins in place of that, and where to note experts."""
 
 
 class Candidate(NamedTuple):
@@ -97,42 +108,47 @@ class Matcher:
                     required = not text.endswith("?") and rule.kind != "buffer"
                     compiled = compile_pattern(text.removesuffix("?"))
                     self.patterns.append(Pattern(text, rule, compiled, required, condition))
+        whole = Rule("replicate", (), None, None, HEADS)
+        self.heads = [Pattern(text, whole, compile_pattern(text), False, None) for text in HEADS]
         self.dims = [(pattern, compile_pattern(pattern.removesuffix("?"))) for pattern in architecture.dims]
         self.seen_dims: set[str] = set()
         self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
         # The patterns that fit a name are looked up once for its kind, unless they tell one number from another.
         self._one_by_one = tell_numbers(pattern.text for pattern in self.patterns)
-        self._candidates: dict[tuple[str, str], list[tuple[bool, list[Candidate]]]] = {}
-        self._matched: dict[tuple[object, ...], tuple[Matched, str, set[int]]] = {}
+        self._candidates: dict[tuple[str, bool], list[tuple[tuple[str, str], list[Candidate]]]] = {}
+        self._matched: dict[tuple[object, ...], _Found] = {}
         self._apart: set[str] = set()  # kinds of names that have more numbers than a layer's and an expert's
         self._rows: dict[tuple[object, ...], Matched] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
-    def find(self, name: str, prefix: str) -> tuple[str, list[Candidate]]:
-        """The patterns that match a name or `prefix` + name, and which of the two they match.
+    def find(self, name: str, *, exact: bool = False) -> tuple[tuple[str, str], list[Candidate]]:
+        """The patterns that match a name; and how it begins, and how what they match begins in place of that.
 
-        A companion of a quantised module is matched under the name that its weight would have without.
+        They match the name itself or, unless `exact`, what it is with the architecture's prefix. A companion of a
+        quantised module is matched under the name that its weight would have without.
         """
-        key = prefix, name if self._one_by_one else numbered(name)[0]
+        key = name if self._one_by_one else numbered(name)[0], exact
         if key not in self._candidates:
             self._candidates[key] = list(self._alternatives(*key))
-        for prefixed, candidates in self._candidates[key]:
-            full = prefix + name if prefixed else name
+        for (old, new), candidates in self._candidates[key]:
+            full = new + name[len(old) :]
             held = [
                 each
                 for each in candidates
                 if not each.pattern.condition or self._holds(each.pattern, each.numbers(full)[0])
             ]
             if held:
-                return full, held
-        return name, []
+                return (old, new), held
+        return ("", ""), []
 
-    def _alternatives(self, prefix: str, name: str) -> Iterator[tuple[bool, list[Candidate]]]:
+    def _alternatives(self, name: str, exact: bool) -> Iterator[tuple[tuple[str, str], list[Candidate]]]:
         """The patterns that match a name, or else the name with the prefix, or else one that stands in for either."""
-        for full in dict.fromkeys((name, prefix + name)):
-            for place, known in enumerate((full, *stand_ins(full))):
-                if found := [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]:
-                    yield full != name, [_candidate(pattern, known, place) for pattern in found]
+        for old, new in (("", ""), *(() if exact else self.architecture.beginnings)):
+            full = new + name[len(old) :]
+            for place, known in enumerate((full, *stand_ins(full))) if name.startswith(old) else ():
+                own = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]
+                if found := own or [head for head in self.heads if head.compiled.fullmatch(known)]:
+                    yield (old, new), [_candidate(pattern, known, place) for pattern in found]
 
     def match(self, tensor: TensorInfo, known_as: str) -> Matched:
         """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
@@ -152,8 +168,8 @@ class Matcher:
                 self._matched[key] = found
             else:
                 self._apart.add(kind)
-        matched, prefix, _ = found
-        full = prefix + known_as if prefix else known_as
+        matched, (old, new), _ = found
+        full = new + known_as[len(old) :]
         if full in self.names:
             what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
             expected = f"one of them, with or without {self.architecture.prefix!r}"
@@ -161,15 +177,10 @@ class Matcher:
         self.names[full] = name
         return matched
 
-    def _match(
-        self, tensor: TensorInfo, known_as: str, companion: Companion | None
-    ) -> tuple[tuple[Matched, str, set[int]], bool]:
-        """What `match` finds, the prefix that the name lacks, and where to note its expert.
-
-        And whether all that holds for every name of its kind in this layer.
-        """
+    def _match(self, tensor: TensorInfo, known_as: str, companion: Companion | None) -> tuple[_Found, bool]:
+        """What is found of a tensor, and whether that holds for every name of its kind in this layer."""
         name = tensor.name
-        full, candidates = self.find(known_as, self.architecture.prefix)
+        beginning, candidates = self.find(known_as)
         if not candidates or (companion is None and any(each.place for each in candidates)):
             what = f"no {self.architecture.name} rule matches the tensor {name}"
             hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
@@ -179,6 +190,7 @@ class Matcher:
             what = f"{len(candidates)} rules match the tensor {name}: {texts}"
             raise UsageError(what, tensor=name, hint="make the patterns of the rules file disjoint")
         (candidate,) = candidates
+        full = beginning[1] + known_as[len(beginning[0]) :]
         pattern, numbers, rest = candidate.pattern, candidate.numbers(full), candidate.rest(full)
         row = companion or companion_of(full)
         key = id(pattern), rest, full.rpartition(".")[2], id(row), tensor.shape
@@ -190,7 +202,7 @@ class Matcher:
             if pattern.required and numbers:
                 experts = pattern.indices.setdefault(rest, {}).setdefault(numbers[0], experts)
                 experts.update(numbers[1:])
-        return (self._rows[key], full.removesuffix(known_as), experts), candidate.alone
+        return (self._rows[key], beginning, experts), candidate.alone
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
         """Whether a pattern's rule holds in a layer."""

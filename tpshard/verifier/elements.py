@@ -79,7 +79,9 @@ class Share:
         at: tuple[slice | Tensor, ...] = (slice(None),) * self.dim
         index, read = order.clamp(min=0), self.source.rows
         part = read(start, stop)[(*at, index)] if self.dim else rows_at(read, index)
-        part[(*at, order < 0)] = 0
+        # Of elements of one byte torch fills few kinds.
+        filled = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+        filled[(*at, order < 0)] = 0
         return part
 
 

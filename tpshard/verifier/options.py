@@ -43,7 +43,7 @@ class VerifyOptions:
     engine: str = "auto"
     prompt: str | None = None
     revision: str | None = None
-    rules: Path | None = None
+    rules: str | Path | None = None
     allow_pickle: bool = False
     nproc: int | None = None
     allow_not_run: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from torch import Tensor
 from tpshard.errors import DifferentError
 from tpshard.verifier.backend import Backend, Canaries
 from tpshard.verifier.dequantise.faults import COMPANION_FAULTS, with_fault
+from tpshard.verifier.dequantise.sides import stored
 from tpshard.verifier.dequantise.view import DequantisedWeights
 from tpshard.verifier.elements import FirstDifference, Held, Parameter, Readable, Share, difference
 from tpshard.verifier.options import Say
@@ -24,27 +25,29 @@ def judge_weights(backend: Backend, allowed: Sequence[str], say: Say) -> tuple[T
 
 
 def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
-    """Every parameter of every rank beside the same part of the source, bit for bit.
+    """Every parameter of every rank beside the same part of the source, bit for bit; of quantised ones, what is stored
+    and what it stands for.
 
     allowed: how names begin of cut tensors that need not be run; others make the tier inconclusive, since what is cut
     can be cut wrongly and only a run would show it.
     """
     try:
-        parameters = list(backend.parameters())
+        model = list(backend.parameters())
+        parameters = [each for parameter in model for each in (*stored(parameter), parameter)]
         progress = Progress("weights tier", len(parameters) * len(backend.team.here), say)
         ranks = backend.team.run(lambda group: _compared(parameters, group.rank, progress))
     except DifferentError as error:
         place = Place(error.tensor or "", layer_of(error.tensor or ""), None, math.inf)  # as of shapes that differ
         return Tier("weights", "fail", first=place, reason=str(error))
-    elements = sum(torch.Size(parameter.source.shape).numel() for parameter in parameters)
-    idle = [parameter for parameter in parameters if not parameter.runs]
+    elements = sum(torch.Size(parameter.source.shape).numel() for parameter in model)
+    idle = [parameter for parameter in model if not parameter.runs]
     tier = Tier(
         "weights",
         "pass",
         {"differences": 0},
-        {"differences": sum(map(len, ranks)), "tensors": len(parameters), "elements": elements},
+        {"differences": sum(map(len, ranks)), "tensors": len(model), "elements": elements},
         not_run=tuple(parameter.name for parameter in idle),
-        by_running=tuple(each.name for each in parameters if each.runs and not each.known and each.dim is not None),
+        by_running=tuple(each.name for each in model if each.runs and not each.known and each.dim is not None),
     )
     cut = [each.name for each in idle if not each.known and each.dim is not None]
     cut = [name for name in cut if not name.startswith(tuple(allowed))]
@@ -75,7 +78,7 @@ def _blamed(backend: Backend, tier: Tier, parameters: Sequence[Parameter], ranks
     number, rank = min((found[0][0], rank) for rank, found in enumerate(ranks) if found)
     parameter, apart = parameters[number], ranks[rank][0][1]
     where = f"{parameter.name}{list(apart.element)} of rank {rank}"
-    reason = f"{where} is {apart.found:g} where the source has {apart.expected:g}"
+    reason = f"{where} is {_shown(apart.found)} where the source has {_shown(apart.expected)}"
     for other in [*range(rank), *range(rank + 1, len(ranks))]:
         if parameter.shares()[other].fits(parameter.ranks[rank]):
             reason = f"{parameter.name} of rank {rank} is the one of rank {other}"
@@ -87,6 +90,11 @@ def _blamed(backend: Backend, tier: Tier, parameters: Sequence[Parameter], ranks
     ]
     first = Place(parameter.name, layer_of(parameter.name), rank, apart.size)
     return replace(tier, status="fail", reason=reason, first=first, worst=first, findings=tuple(findings))
+
+
+def _shown(value: float) -> str:
+    """A number; words of packed ones with all their digits."""
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1 << 53 else f"{value:g}"
 
 
 def _exchanged(backend: Backend, rank: int, other: int) -> bool:

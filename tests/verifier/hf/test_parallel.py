@@ -31,7 +31,7 @@ from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.heads import heads_of
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
-from tpshard.verifier.hf.skeleton import MODEL_TYPES, SEEING, model_config
+from tpshard.verifier.hf.skeleton import COMPUTES_AS, MODEL_TYPES, model_config
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.weights import InMemory, replaced
 from tpshard.verifier.tiers import exact, native
@@ -114,8 +114,8 @@ def test_every_model_type_with_rules_is_run() -> None:
     """By the decoder, by its class, or, of a multimodal model, by the class that computes the same."""
     files = Path(tpshard.__file__).parent.glob("rules/architectures/*.toml")
     rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
-    assert rules <= FAMILIES.keys() | MODEL_TYPES | SEEING.keys()
-    assert set(SEEING.values()) <= MODEL_TYPES
+    assert rules <= FAMILIES.keys() | MODEL_TYPES | COMPUTES_AS.keys()
+    assert set(COMPUTES_AS.values()) <= MODEL_TYPES
 
 
 def test_every_architecture_has_a_variant() -> None:

@@ -68,6 +68,8 @@ _REFUSED = {
 _SIZE_KEYS = ("group_size", "q_group_size", "weight_block_size", "block_structure", "block_size", "awq_block_size")
 _BIT_KEYS = ("bits", "num_bits", "w_bit")
 _WITHOUT = "split the checkpoint that it was made from"
+_QUARK = ("fp8_e4m3 per_tensor", "fp8_e4m3 per_channel", "int8 per_tensor", "int8 per_channel", "fp4 per_group")
+"""Quark's weights that lie as other tools' do: its groups of integers turn the matrix, its 6 bits cross bytes."""
 
 
 def recognise(declared: Mapping[str, Any] | None, tensors: Iterable[TensorInfo], path: object) -> Quantisation:
@@ -137,11 +139,25 @@ def _method(declared: Mapping[str, Any], path: object) -> str:
     form = str(declared.get("checkpoint_format") or "gptq")
     if key == "gptq" and (form not in ("gptq", "gptq_v2") or declared.get("is_marlin_format")):
         named, reason = f"gptq {form}", "only GPTQ's own layouts are cut, not those of a kernel"
+    if key == "quark" and (strange := next((f for f in _quark_forms(declared) if f not in _QUARK), None)):
+        named, reason = f"quark {strange}", f"of its weights {', '.join(_QUARK[:-1])} and {_QUARK[-1]} are cut"
     if reason is not None:
         what = f"the checkpoint is quantised by {named}: {reason}"
         known = ", ".join(dict.fromkeys(_METHODS.values()))
         raise UnsupportedError(what, path=path, expected=known, found=f"quant_method {named}", hint=_WITHOUT)
     return _METHODS[key]
+
+
+def _quark_forms(declared: Mapping[str, Any]) -> Iterator[str]:
+    """What Quark's config says of each kind of weight: number format and what has a scale of its own."""
+    for spec in _values(declared, ("weight",)):
+        if isinstance(spec, dict):
+            groups = (spec.get("group_size"), spec.get("scale_format"))
+            usual = {"per_channel": spec.get("ch_axis") == 0, "per_group": groups == (32, "e8m0")}
+            form = f"{spec.get('dtype')} {spec.get('qscheme')}"
+            yield form if usual.get(str(spec.get("qscheme")), True) else f"{form} of another axis, size or scale"
+        elif spec is not None:
+            yield "in two stages"
 
 
 def _values(data: Any, keys: Iterable[str]) -> Iterator[Any]:

@@ -69,7 +69,7 @@ def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[st
     how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
     config, weights = open_source(source, cast=opened.cast, **how)
     found = quantised(opened, weights, config, source)
-    opened = translated(opened, weights.names())
+    opened = translated(opened, weights)
     if found:
         opened, weights = dequantised(opened, weights, found)
     for each in (weights, *opened.ranks):

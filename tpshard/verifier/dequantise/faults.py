@@ -38,13 +38,16 @@ def _of_another(role: str) -> Change:
 
 
 def _supers_exchanged(mine: DequantisedWeights, name: str, _: DequantisedWeights) -> Mapping[str, Tensor]:
-    """The scale for all of a gate's weight, and that of what it gates."""
+    """The scale for all of a gate's weight in place of the other's, and the other way round."""
     pairs = (pair for one, other in _TWINS for pair in ((one, other), (other, one)))
     twins = (re.sub(rf"\b{one}\b", other, name) for one, other in pairs)
     twin = next((each for each in twins if each != name and each in mine.recipes), name)
-    if any("super" not in mine.recipes[each].stored for each in (name, twin)):
+    role = "super" if "super" in mine.recipes[name].stored else "scale"
+    if role not in mine.recipes[twin].stored:
         return {}
-    return {_stored(mine, name, "super"): mine.module(twin).get("super")}
+    own, other = (mine.module(each).get(role) for each in (name, twin))
+    one = own.shape == other.shape and (role == "super" or own.numel() == 1)
+    return {_stored(mine, name, role): other} if one else {}
 
 
 def _nibbles_exchanged(mine: DequantisedWeights, name: str, _: DequantisedWeights) -> Mapping[str, Tensor]:

@@ -128,7 +128,7 @@ def _compressed(weights: FileWeights, module: str) -> Recipe:
     columns = int(weights.get(stored["shape"])[1]) if "shape" in stored else words * 8
     bits = next((bits for bits in range(2, 9) if -(-columns * bits // 32) == words), 4)
     groups = scales[1] if len(scales) == 2 else 1
-    return Recipe(Packed(bits, None if groups == 1 else columns // groups), stored)
+    return Recipe(Packed(bits, None if groups == 1 else columns // groups, columns), stored)
 
 
 def _by_layer(weights: FileWeights, module: str, settings: Mapping[str, Any]) -> Recipe:

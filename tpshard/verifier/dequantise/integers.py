@@ -34,20 +34,20 @@ def groups_of(module: Quantised, count: int, size: int | None, held: int) -> Ten
 class Packed:
     """compressed-tensors: (u − zero) · scale[n, group of k], u a row's bit stream; zeros are packed along `out`.
 
-    Symmetric weights have their zero in the middle. group: input features of a scale; None: one for all.
+    Symmetric weights have their zero in the middle. group: input features of a scale; None: one for all. columns: the
+    input features of the whole weight, of which the last words of a row may hold few.
     """
 
     bits: int
     group: int | None
+    columns: int
 
     def shape(self, module: Quantised) -> tuple[int, ...]:
         rows, words = module.shape("values")
         if module.has("groups"):
             return rows, module.shape("groups")[0]
-        # The shape that is stored may still be the whole weight's in a rank.
-        stated = int(module.get("shape")[1]) if module.has("shape") else 0
-        if -(-stated * self.bits // 32) == words:
-            return rows, stated
+        if -(-self.columns * self.bits // 32) == words:
+            return rows, self.columns
         return rows, words * 32 // self.bits if self.group is None else self.group * module.shape("scale")[1]
 
     def rows(self, module: Quantised, start: int, stop: int) -> Tensor:

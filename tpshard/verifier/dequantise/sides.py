@@ -1,6 +1,6 @@
 """Source and shards of a quantised model, both read as the weights that they make."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,17 @@ from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG
 from tpshard.verifier.dequantise.find import Recipe, recipes
 from tpshard.verifier.dequantise.view import DequantisedWeights
+from tpshard.verifier.elements import Held, Parameter
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 
-_FORMATS = ("native", "dcp", "dcp-hf", "deepseek")
-"""The formats that store the tensors of a module as the source does, if under other names."""
+_FORMATS = ("native", "dcp", "dcp-hf", "deepseek", "vllm")
+"""The formats of which each tensor of a module can be told."""
+_UNPLACED = {"vllm": ("shape", "groups")}
+"""What formats have no place for, by its role. Without groups, inputs are in the order of their scales."""
 
 
 def quantised(opened: RankSet, source: FileWeights, config: Mapping[str, Any], path: Path) -> dict[str, Recipe]:
-    """The quantised weights of a source. UnsupportedError for shards in a format that stores such modules otherwise."""
+    """The quantised weights of a source. UnsupportedError for shards in a format that holds no such modules."""
     directory = path if path.is_dir() else path.parent
     found = recipes(source, read_quantisation(config, directory / CONFIG, Directory(directory)) or {})
     if found and opened.format not in _FORMATS:
@@ -35,25 +38,48 @@ def dequantised(
 
     How a module is quantised is known from the source; what a rank has of it, from the rank's own files alone.
     """
-    ranks = [DequantisedWeights(rank, _held(found, rank), rank) for rank in opened.ranks]
+    unplaced = _UNPLACED.get(opened.format, ())
+    ranks = [DequantisedWeights(rank, _held(found, rank, unplaced), rank) for rank in opened.ranks]
     whole = DequantisedWeights(source, found, FileWeights(source.infos.values()))
     for number, rank in enumerate(ranks):
         _require_shapes(number, rank, whole)
     return replace(opened, ranks=tuple(ranks), stored=opened.stored or opened.ranks), whole
 
 
-def _held(found: Mapping[str, Recipe], rank: FileWeights) -> dict[str, Recipe]:
-    """Those of the source's weights that a rank has values of."""
-    return {name: recipe for name, recipe in found.items() if recipe.stored["values"] in rank.names()}
+def _held(found: Mapping[str, Recipe], rank: FileWeights, unplaced: Collection[str]) -> dict[str, Recipe]:
+    """Those of the source's weights that a rank has values of, without what it need not have and has not."""
+    held = {}
+    for name, recipe in found.items():
+        if recipe.stored["values"] in rank.names():
+            stored = {r: each for r, each in recipe.stored.items() if r not in unplaced or each in rank.names()}
+            held[name] = replace(recipe, stored=stored)
+    return held
 
 
 def _require_shapes(number: int, rank: DequantisedWeights, source: DequantisedWeights) -> None:
     """DifferentError where the shape that a rank states of a weight is neither the source's nor that of its own."""
     for name, recipe in rank.recipes.items():
         stated = recipe.stored.get("shape")
-        if stated is None or stated not in rank.companions.names():
+        if stated is None:
             continue
-        found = rank.companions.get(stated).tolist()
+        found = rank.module(name).get("shape").tolist()
         if found not in (whole := list(source.shape(name)), mine := list(rank.shape(name))):
             what, expected = f"{stated} of rank {number} states another shape", f"{whole} or {mine}"
             raise DifferentError(what, tensor=stated, expected=expected, found=found)
+
+
+def stored(parameter: Parameter) -> Iterator[Parameter]:
+    """The tensors that make a quantised weight, as they are stored; none of another parameter.
+
+    Left out is what a rank may say in two ways (the groups, and the shape), which the weight itself is held to.
+    """
+    sides = [parameter.source, *parameter.ranks]
+    held = [each for each in sides if isinstance(each, Held) and isinstance(each.weights, DequantisedWeights)]
+    views = [each.weights for each in held if isinstance(each.weights, DequantisedWeights)]
+    if len(held) < len(sides) or not all(each.name in view.recipes for each, view in zip(held, views, strict=True)):
+        return
+    known = parameter.known and parameter.orders is None
+    for role, name in views[0].recipes[held[0].name].stored.items():
+        if role not in ("groups", "shape"):
+            source, *ranks = (Held(view.companions, name) for view in views)
+            yield Parameter(name, source, ranks, padded=parameter.padded, known=known)

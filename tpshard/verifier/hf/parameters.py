@@ -1,13 +1,15 @@
 """Stored names as parameters of transformers' classes, which stack the experts that most files hold one by one."""
 
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.report.verdict import layer_of
 
 RENAMED = (
     (".block_sparse_moe.", ".mlp."),
@@ -22,11 +24,9 @@ RENAMED = (
     (".mlp.shared_mlp.", ".mlp.shared_experts."),
     ("backbone.", "model."),
     ("embed_out.", "lm_head."),
-    ("language_model.", ""),
-    ("text_model.", ""),
 )
 """Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
-Nemotron-H, GPT-NeoX; and the text model inside of a larger one, which is run as if it were alone."""
+Nemotron-H, GPT-NeoX."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
 )
@@ -66,18 +66,21 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
     """Which stored tensors make which of the parameters `keys`; stored tensors of no parameter are left out.
 
     `prefix` is the base model's, which stored names may lack. An expert of which a matrix is missing is left out too.
+    The text model inside of a larger one is run as if it were alone.
     """
     found: dict[str, StoredParts] = {}
     experts: dict[str, dict[int, dict[int, str]]] = {}
-    for name in names:
-        key = _key(name, keys, prefix)
+    place = place_of(names, keys, prefix)
+    for stored in names:
+        name = stored.removeprefix(place)
+        key = _key(name, keys, prefix) if stored.startswith(place) else _beside(stored, place, keys, prefix)
         if key is not None:
-            found[key] = StoredParts(((name,),), stacked=False)
-        elif match := EXPERT.fullmatch(name):
+            found[key] = StoredParts(((stored,),), stacked=False)
+        elif match := EXPERT.fullmatch(name) if stored.startswith(place) else None:
             owner = _key(f"{match['experts']}.down_proj", keys, prefix)
             if owner is not None:
                 number = experts.setdefault(owner.removesuffix(".down_proj"), {}).setdefault(int(match["number"]), {})
-                number[MATRICES[match["matrix"]]] = name
+                number[MATRICES[match["matrix"]]] = stored
     for owner, numbers in experts.items():
         for matrix, wanted in (("gate_up_proj", (0, 1)), ("up_proj", (1,)), ("down_proj", (2,))):
             whole = [numbers.get(i, {}) for i in range(min(numbers), max(numbers) + 1)]
@@ -86,6 +89,33 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
                     tuple(tuple(held[i] for i in wanted) for held in whole), True, min(numbers)
                 )
     return found
+
+
+def place_of(names: Collection[str], keys: Collection[str], prefix: str) -> str:
+    """What precedes the text model's names: below it are the most parameters."""
+    alike = {re.sub(r"\d+", "0", name): name for name in names}.values()  # layers are
+    below = Counter(
+        start for name in alike for start in _starts(name) if _key(name.removeprefix(start), keys, prefix) is not None
+    )
+    return max(below, key=lambda start: (below[start], -len(start)), default="")
+
+
+def _starts(name: str) -> Iterator[str]:
+    """The beginnings of a name, up to its first number."""
+    parts = name.split(".")
+    for end in range(len(parts)):
+        yield "".join(f"{part}." for part in parts[:end])
+        if parts[end].isdecimal():
+            return
+
+
+def _beside(name: str, place: str, keys: Collection[str], prefix: str) -> str | None:
+    """The parameter outside of layers that a tensor is which lies less deep than the text model: a head."""
+    for start in _starts(place):
+        key = _key(name.removeprefix(start), keys, prefix) if name.startswith(start) else None
+        if key is not None and layer_of(key) is None:
+            return key
+    return None
 
 
 def _key(name: str, keys: Collection[str], prefix: str) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.elements import Held, Parameter, idle
-from tpshard.verifier.hf.parameters import StoredParts
+from tpshard.verifier.hf.parameters import StoredParts, place_of
 from tpshard.verifier.hf.skeleton import Frame
 from tpshard.verifier.ranks.weights import Weights
 
@@ -40,6 +40,7 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
     """
     whole, held = frame.recipes(source), [frame.recipes(rank) for rank in ranks]
     used = {name for recipe in whole.values() for name in recipe.stored}
+    place = place_of(source.names(), frame.shapes.keys(), frame.prefix)
     ends = {key.rpartition(".")[0] for key in (frame.head, frame.embedding)}
     for key in (key for key in frame.shapes if key in whole):
         for rank, found in enumerate(held):
@@ -49,7 +50,8 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
         padded, known = key.rpartition(".")[0] in ends, _PLAIN.search(key) is not None
         if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
             for name in whole[key].stored:
-                yield Parameter(name, Held(source, name), [Held(rank, name) for rank in ranks])
+                held_by = [Held(rank, name) for rank in ranks]
+                yield Parameter(name.removeprefix(place), Held(source, name), held_by)  # named like the keys
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
         yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded)

@@ -30,8 +30,14 @@ MODEL_TYPES = frozenset(
         " solar_open stablelm starcoder2 vaultgemma xglm"
     ).split()
 )
-SEEING = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-"""Text models that have positions in three dimensions, which are one for text: then they compute as these do."""
+COMPUTES_AS = {
+    "kimi_k2": "deepseek_v3",
+    "llama_bidirec": "llama",  # but for the mask, which every rank has whole
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+"""Text models that compute as these do, some of them on text alone: its positions in three dimensions are one."""
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
@@ -44,15 +50,19 @@ TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text model: the config itself, or what a multimodal one nests."""
     nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
-    if str(config.get("model_type")) in MODEL_TYPES or nested is None:
+    outer = str(config.get("model_type"))
+    if outer not in MODEL_TYPES and nested is None and f"{outer}_text" in COMPUTES_AS:
+        # The first files of Qwen2-VL and Qwen2.5-VL have the text model's values beside the vision model's.
+        return _on_text_alone({**config, "model_type": f"{outer}_text"})
+    if outer in MODEL_TYPES or nested is None:
         return _on_text_alone(config)
     tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     return {**_on_text_alone(nested), "tie_word_embeddings": tied}
 
 
 def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the model that computes the same where there are no pictures."""
-    alike = SEEING.get(str(config.get("model_type")))
+    """The config of the model that computes the same, where there are no pictures."""
+    alike = COMPUTES_AS.get(str(config.get("model_type")))
     if alike is None:
         return config
     changed = {**config, "model_type": alike}
@@ -169,7 +179,8 @@ class Frame:
     """What parameters the model has, and which of its layers are looked at.
 
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
-    `buffers` are those of `shapes` that a file need not have.
+    `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
+    embedding is taken in its place, so that what the model computes before it is seen.
     """
 
     config: Any
@@ -179,6 +190,7 @@ class Frame:
     embedding: str
     layers: tuple[int, ...]
     buffers: frozenset[str]
+    headless: bool = False
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
@@ -208,9 +220,10 @@ class Frame:
         return layer is None or layer in self.layers
 
     def recipes(self, weights: Weights) -> dict[str, StoredParts]:
-        """What the parameters are made of. A tied head is made of the embedding."""
+        """What the parameters are made of. A tied head, or one that is not there, is made of the embedding."""
         found = recipes(weights.names(), self.shapes.keys(), self.prefix)
-        if self.head not in found and self.embedding in found and self.config.tie_word_embeddings:
+        tied = self.config.tie_word_embeddings or self.headless
+        if self.head not in found and self.embedding in found and tied:
             found[self.head] = found[self.embedding]
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
 

@@ -4,15 +4,18 @@ An engine believes both. Nothing here knows how `split` writes them: what split 
 and the places of a tensor's shares follow from their shapes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
 from tpshard.verifier.ranks.open import RankSet
-from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.ranks.weights import Weights, named
 
 _TIED = "tie_word_embeddings"
+_LISTS = {"modules_to_not_convert": False, "modules_in_block_to_quantize": True}
+"""Lists in a quantization_config, and whether they are of modules that are quantised."""
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _EMBEDDINGS = tuple(
     f"{each}.weight" for each in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -21,19 +24,34 @@ _EMBEDDINGS = tuple(
 
 def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) -> list[str]:
     """What of a set's config and headers is not so, where its tensors are judged against this source."""
-    changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened))
+    changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened, source))
     return [*(f"config.json: {each}" for each in changed), *_misplaced(opened.said, source)]
 
 
-def _is_of_split(each: KeyDifference, opened: RankSet) -> bool:
+def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
     """Whether split makes a key this other one: a cast's dtype, and whether an engine's files have a head apart."""
     if each.key.rpartition(".")[2] in ("dtype", "torch_dtype"):
         return opened.cast_name is not None and each.found == f'"{opened.cast_name}"'
-    if each.key != _TIED or opened.format != "vllm":
+    if opened.format != "vllm":
+        return False
+    owner, _, key = each.key.rpartition(".")
+    if owner == "quantization_config" and key in _LISTS:
+        quantised = {name.rpartition(".")[0] for name in opened.ranks[0].dequantised}
+        plain = {name.rpartition(".")[0] for name in source.names()} - quantised
+        return _lists(each, quantised if _LISTS[key] else plain)
+    if each.key != _TIED:
         return False
     names = opened.ranks[0].names()
     both = any(name in names for name in _HEADS) and any(name.endswith(_EMBEDDINGS) for name in names)
     return each.found == ("false" if both else "true")
+
+
+def _lists(each: KeyDifference, modules: Collection[str]) -> bool:
+    """Whether a list goes on with some of these modules: vLLM would look for them in files, whose names are fused."""
+    before, after = (json.loads(text or "null") or [] for text in (each.expected, each.found))
+    if not isinstance(before, list) or not isinstance(after, list) or after[: len(before)] != before:
+        return False
+    return all(named(str(module), modules) is not None for module in after[len(before) :])
 
 
 def _misplaced(said: Sequence[Chunks], source: Weights) -> Iterator[str]:
@@ -51,11 +69,8 @@ def _misplaced(said: Sequence[Chunks], source: Weights) -> Iterator[str]:
 
 def _size(name: str, source: Weights) -> tuple[int, ...] | None:
     """The shape of a tensor in the source, which may leave out the name's base prefix."""
-    while name not in source.names():
-        _, dot, name = name.partition(".")
-        if not dot:
-            return None
-    return source.shape(name)
+    known = named(name, source.names())
+    return None if known is None else source.shape(known)
 
 
 def _in_order(chunks: Sequence[Chunk], size: tuple[int, ...] | None) -> bool:

@@ -4,15 +4,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tpshard.errors import UnsupportedError
+from tpshard.errors import DifferentError, UnsupportedError
+from tpshard.verifier.elements import ACTIVATION_SCALES
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
-from tpshard.verifier.ranks.open import RankSet
+from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
 from tpshard.verifier.ranks.vllm import VLLM, Rank
+from tpshard.verifier.ranks.weights import named
+from tpshard.verifier.report.verdict import layer_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
@@ -20,19 +23,28 @@ _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deep
 _OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
 
 
-def translated(opened: RankSet, source: Collection[str]) -> RankSet:
+def translated(opened: RankSet, source: FileWeights) -> RankSet:
     """The set with every rank's tensors under the names that the source has, in its order of rows and features.
 
-    UnsupportedError for a family whose names in this format are not known.
+    UnsupportedError for a family whose names in this format are not known. DifferentError where a parameter cannot hold
+    what its name says.
     """
     if opened.format == "native":
         return opened
-    made = _dealt(opened) if opened.chunks else _renamed(opened)
+    made = _dealt(opened) if opened.chunks else _renamed(opened, source)
     ranks = [PieceWeights({_as_source(name, source): piece for name, piece in pieces.items()}) for pieces in made]
     return replace(opened, ranks=tuple(ranks), stored=opened.ranks)
 
 
-def _renamed(opened: RankSet) -> list[dict[str, RankPiece]]:
+def _as_source(name: str, source: FileWeights) -> str:
+    """The name as the source has it; DeepSeek's convert.py says `scale`."""
+    found = named(name, source.names())
+    if found is None and name.endswith(".scale"):
+        found = named(f"{name.removesuffix('scale')}weight_scale_inv", source.names())
+    return name if found is None else found
+
+
+def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]:
     model_type, known = str(opened.config.get("model_type")), _KNOWN[opened.format]
     if model_type not in known:
         what = f"the names that the format {opened.format} has for model_type {model_type!r}"
@@ -42,10 +54,26 @@ def _renamed(opened: RankSet) -> list[dict[str, RankPiece]]:
     if opened.format == "meta":
         return [dict(published.meta(opened.ranks, family, rank)) for rank in every]
     if opened.format == "vllm":
-        made = [dict(Rank(opened.ranks, VLLM[model_type], family, rank).pieces()) for rank in every]
+        made = [_complete(Rank(opened.ranks, VLLM[model_type], family, rank, source)) for rank in every]
     else:
         made = [dict(published.deepseek(weights)) for weights in opened.ranks]
     return [_tied(pieces, opened.config, family) for pieces in made]
+
+
+def _complete(rank: Rank) -> dict[str, RankPiece]:
+    """A vLLM rank's pieces. DifferentError where it has companions of a weight that the source has not, or lacks some.
+
+    What makes a quantised weight, the weight itself will miss.
+    """
+    found, source = dict(rank.pieces()), rank.source
+    for name, piece in found.items():
+        if piece is not None and name not in source.names() and not name.endswith((".weight", ".bias")):
+            what = f"{stored(piece).name} of rank {rank.rank} is nothing that the source has"
+            raise DifferentError(what, tensor=stored(piece).name)
+    for name in source.names():
+        if name.endswith(ACTIVATION_SCALES) and (layer_of(name) or 0) < rank.family.layers and name not in found:
+            raise DifferentError(f"rank {rank.rank} has no tensor {name}", tensor=name)
+    return {name: piece for name, piece in found.items() if piece is not None}
 
 
 def _dealt(opened: RankSet) -> list[dict[str, RankPiece]]:
@@ -67,17 +95,6 @@ def _described(config: Mapping[str, Any]) -> Family:
     return describe(config if model_type in FAMILIES else {**sizes, "model_type": "llama"})
 
 
-def _as_source(name: str, source: Collection[str]) -> str:
-    """The name as the source has it: published files may lack the base prefix, or a part of it."""
-    rest, dot = name, "."
-    while dot:
-        for each in (rest, f"{rest.removesuffix('.scale')}.weight_scale_inv"):  # DeepSeek's convert.py says scale
-            if each in source and (each == rest or rest.endswith(".scale")):
-                return each
-        _, dot, rest = rest.partition(".")
-    return name
-
-
 def _tied(pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family) -> dict[str, RankPiece]:
     """A tied pair is one parameter in the file, and may be under the head's name."""
     embedding = f"{family.prefixes[0]}{family.embed}.weight"
@@ -89,7 +106,7 @@ def _tied(pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Famil
 
 def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
     """The parameter that holds what a report names (a module, its bias, q of it), where that has another name."""
-    weights, name = opened.ranks[rank], what.rpartition(" of ")[2]
+    weights, name = opened.ranks[rank].as_stored, what.rpartition(" of ")[2]
     pieces, names = weights.pieces if isinstance(weights, PieceWeights) else {}, (f"{name}.weight", name)
     found = next((stored(pieces[each]).name for each in names if each in pieces), None)
     return None if found in names else found

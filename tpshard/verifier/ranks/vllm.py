@@ -1,19 +1,18 @@
 """vLLM's `sharded_state`, and SGLang's: what each parameter of a rank is, in the source's names and order.
 
-What a fused parameter holds follows from stored shapes: the inputs of the output projection say how many rows are q's,
-and k and v are equal halves of the rest. Only names are a table.
+Only names are a table. What a fused parameter holds follows from shapes, the source's and its own (`fused.py`).
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
+from tpshard.verifier.ranks.fused import Parts, Placed
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
 from tpshard.verifier.ranks.weights import equal
@@ -21,6 +20,7 @@ from tpshard.verifier.ranks.weights import equal
 Pieces = Iterator[tuple[str, RankPiece]]
 SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 _LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
+_EXPERTS = re.compile(r".+\.experts\.routed_experts\.(w13|w2)_(.+)")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,11 @@ class Names:
     """How vLLM names one family's parameters. `roots` and `renamed` give them the source's names, as far as it has one
     for them; all else is said in those, and below their layer.
 
-    roots: how whole names begin. renamed: how names below a layer begin; stacked experts get the names that
-    transformers' classes have. qkv: the fused module. halves: a module that is two, one behind the other; a third name
-    is of the module whose inputs are the first's rows. turned: tensors with their last two dims exchanged. grouped: a
-    module with its q, k and v apart that the source interleaves. gathered: modules that every rank computes for all, in
-    even slices, or as if q, k and v lay apart. whole: modules that all ranks hold whole, and share out here.
-    once: tensors that rank 0 alone adds, and the others hold zeros of.
+    roots: how whole names begin. renamed: how names below a layer begin. qkv: the fused module. halves: a module that
+    is two, one behind the other. turned: tensors with their last two dims exchanged. grouped: a module with its q, k
+    and v apart that the source interleaves. gathered: modules that every rank computes for all, in even slices, or as
+    if q, k and v lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that rank 0
+    alone adds, and the others hold zeros of.
     """
 
     roots: Mapping[str, str] = field(default_factory=dict)
@@ -59,13 +58,6 @@ def _begun(name: str, table: Mapping[str, str]) -> str:
     return name if old is None else table[old] + name.removeprefix(old)
 
 
-def _experts(module: str) -> dict[str, str]:
-    """Stacked experts of a module: what vLLM has as w13 and w2."""
-    stacked = {"w13_weight": "gate_up_proj", "w2_weight": "down_proj"}
-    stacked |= {"w13_bias": "gate_up_proj_bias", "w2_bias": "down_proj_bias"}
-    return {f"{module}.experts.routed_experts.{name}": f"mlp.experts.{into}" for name, into in stacked.items()}
-
-
 def _swiglu(module: str) -> dict[str, tuple[str, ...]]:
     return {f"{module}.gate_up_proj": (f"{module}.gate_proj", f"{module}.up_proj")}
 
@@ -75,26 +67,23 @@ _LLAMA = Names(qkv="self_attn.qkv_proj", halves=_swiglu("mlp"))
 _FUSED_MLP = replace(_LLAMA, halves={})
 _BLOOM = Names(grouped="self_attention.query_key_value")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-_MOE = replace(_LLAMA, renamed=_experts("mlp"))
-_SHARED_MOE = replace(_MOE, halves=_swiglu("mlp") | _swiglu("mlp.shared_experts"))
-_LATENTS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_proj")
+_SHARED_MOE = replace(_LLAMA, halves=_swiglu("mlp") | _swiglu("mlp.shared_experts"))
+_LATENTS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 _DEEPSEEK = Names(
-    renamed=_experts("mlp")
-    | {_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate", "self_attn.mla_attn": "self_attn"},
+    renamed={_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate", "self_attn.mla_attn": "self_attn"},
     halves={**_SHARED_MOE.halves, "self_attn.fused_qkv_a_proj": _LATENTS},
 )
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
+    **dict.fromkeys(("mixtral", "phimoe"), _LLAMA),
     **dict.fromkeys(("glm4", "nemotron", "starcoder2"), _FUSED_MLP),
     "glm": replace(_FUSED_MLP, gathered=("mlp.gate_up_proj",)),
-    "olmo2": replace(_LLAMA, whole=_QK_NORMS),
+    **dict.fromkeys(("olmo2", "olmoe"), replace(_LLAMA, whole=_QK_NORMS)),
     "phi3": Names(),
     "internlm2": Names(
         halves={"feed_forward.gate_up_proj": ("feed_forward.w1", "feed_forward.w3")}, gathered=("attention.wqkv",)
     ),
-    "mixtral": replace(_LLAMA, renamed=_experts("block_sparse_moe")),
-    "phimoe": _MOE,
     "granitemoe": replace(
         _LLAMA,
         renamed={
@@ -103,33 +92,29 @@ VLLM: Mapping[str, Names] = {
             "block_sparse_moe.gate": "block_sparse_moe.router.layer",
         },
     ),
-    "olmoe": replace(_MOE, whole=_QK_NORMS),
     "qwen2_moe": replace(
-        _MOE,
-        renamed=_experts("mlp") | {_SHARED: "mlp.shared_expert", f"{_SHARED}.expert_gate": "mlp.shared_expert_gate"},
+        _LLAMA,
+        renamed={_SHARED: "mlp.shared_expert", f"{_SHARED}.expert_gate": "mlp.shared_expert_gate"},
         halves=_swiglu("mlp") | _swiglu("mlp.shared_expert"),
     ),
-    "qwen3_moe": replace(_MOE, renamed=_experts("mlp") | {"mlp.experts.gate": "mlp.gate"}),
+    "qwen3_moe": replace(_LLAMA, renamed={"mlp.experts.gate": "mlp.gate"}),
     "glm4_moe": replace(
         _SHARED_MOE,
-        renamed=_experts("mlp")
-        | {_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
+        renamed={_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
     ),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _DEEPSEEK),
     "gpt_oss": Names(
         roots={"model.embedding": "model.embed_tokens"},
-        renamed=_experts("mlp") | {"attn": "self_attn"},
+        renamed={"attn": "self_attn"},
         qkv="self_attn.qkv_proj",
         turned=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-        once=("mlp.experts.down_proj_bias",),
+        once=("mlp.experts.routed_experts.w2_bias",),
     ),
     "gpt2": Names(turned=("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")),
     "gptj": Names(qkv="attn.qkv_proj"),
     "gpt_neox": Names(roots={"model": "gpt_neox", "lm_head": "embed_out"}),
     "gpt_bigcode": Names(whole=("mlp.c_fc", "mlp.c_proj"), roots={"model": "transformer"}),
-    "bloom": _BLOOM,
-    "falcon": _BLOOM,
+    **dict.fromkeys(("bloom", "falcon", "RefinedWeb", "RefinedWebModel"), _BLOOM),
     "opt": Names(qkv="self_attn.qkv_proj"),
 }
 
@@ -141,78 +126,68 @@ def even(total: int, rank: int, tp: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of a set."""
+    """One rank of a set, in the terms of a source."""
 
     ranks: Sequence[FileWeights]
     names: Names
     family: Family
     rank: int
+    source: FileWeights
 
-    @cached_property
-    def held(self) -> dict[str, Stored]:
-        """The rank's parameters in the source's terms; no scales."""
+    def pieces(self) -> Placed:
+        """The rank's tensors under the source's names, base prefix included; no scales of an unquantised cache.
+
+        What the source has no tensor for keeps its own name, and is left out where it changes nothing.
+        """
         weights = self.ranks[self.rank]
-        names = [name for name in weights.names() if name.rpartition(".")[2] not in SCALES]
-        return {self.names.of(name): Stored(weights, name) for name in names}
+        for name in weights.names():
+            if name.rpartition(".")[2] not in SCALES:
+                found = _LAYER.fullmatch(self.names.of(name))
+                layer, tensor = ("", self.names.of(name)) if found is None else (found[1], found[2])
+                yield from self._parts(layer, tensor, Stored(weights, name))
 
-    def pieces(self) -> Pieces:
-        """The rank's tensors under the source's names, base prefix included."""
-        for name, stored in self.held.items():
-            found = _LAYER.fullmatch(name)
-            if found is None:
-                yield name, stored
-            else:
-                yield from ((found[1] + part, piece) for part, piece in self._parts(found[1], found[2], stored))
-
-    def _parts(self, layer: str, tensor: str, stored: Stored) -> Pieces:
+    def _parts(self, layer: str, tensor: str, stored: Stored) -> Placed:
         names, family = self.names, self.family
+        parts = Parts(self.source, layer, len(self.ranks), self.rank)
         module, _, suffix = tensor.rpartition(".")
-        if module == names.qkv:
-            parts = zip(family.qkv, self._q_k_v(layer, stored), strict=True)
-            yield from ((f"{part}.{suffix}", Rows(stored, at)) for part, at in parts)
+        if tensor in names.once:
+            stored = Stored(self.ranks[0], stored.name)
+        if experts := _EXPERTS.fullmatch(tensor):
+            yield from parts.experts(experts[1], experts[2], stored, names.turned)
+        elif module == names.qkv:
+            yield from parts.fused([f"{part}.{suffix}" for part in family.qkv], stored)
         elif module in names.halves:
-            one, other, *inner = names.halves[module]
-            rows = stored.shape[0]
-            first = self._inputs(layer, inner[0], rows) if inner else rows // 2
-            yield f"{one}.{suffix}", Rows(stored, torch.arange(first))
-            yield f"{other}.{suffix}", Rows(stored, torch.arange(first, rows))
+            yield from parts.fused([f"{half}.{suffix}" for half in names.halves[module]], stored)
         elif tensor in names.turned:
-            yield tensor, Turned(stored)
-        elif tensor in names.once:
-            yield tensor, Stored(self.ranks[0], stored.name)
+            yield f"{layer}{tensor}", Turned(stored)
         elif module == names.grouped and family.fused in ("heads", "groups"):
-            yield tensor, Rows(stored, self._interleaved(layer, stored))
+            yield f"{layer}{tensor}", Rows(stored, self._interleaved(stored))
         elif module in names.gathered:
-            yield tensor, self._of_all(layer, module, stored)
+            yield f"{layer}{tensor}", self._of_all(stored)
         elif module in names.whole:
-            yield tensor, self._part(layer, module, suffix, stored)
+            yield f"{layer}{tensor}", self._part(module, suffix, stored)
         else:
-            yield tensor, stored
+            yield from parts.alone(tensor, stored)
 
-    def _inputs(self, layer: str, module: str, other: int) -> int:
-        """How many inputs a module of the layer has; `other` where there is none."""
-        weight = self.held.get(f"{layer}{module}.weight")
-        return other if weight is None else weight.shape[-1]
-
-    def _q_k_v(self, layer: str, stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
+    def _q_k_v(self, stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of q, k and v in a fused one. Where no whole heads fit, all are q's, which the decoder refuses."""
         rows, d = stored.shape[0], self.family.head_dim
-        q = self._inputs(layer, self.family.out, rows)
+        q = self.family.heads * d // len(self.ranks)
         if q % d or rows <= q or (rows - q) % (2 * d):
             return torch.arange(rows), torch.arange(0), torch.arange(0)
         kv = (rows - q) // 2
         return torch.arange(q), torch.arange(q, q + kv), torch.arange(q + kv, rows)
 
-    def _interleaved(self, layer: str, stored: Stored) -> Tensor:
+    def _interleaved(self, stored: Stored) -> Tensor:
         """The rows of [q; k; v] in the order of the source: for each KV group its q heads, its k, its v."""
-        q, k, v = self._q_k_v(layer, stored)
+        q, k, v = self._q_k_v(stored)
         d = self.family.head_dim
         groups = len(k) // d
         if not groups or len(q) // d % groups:
             return torch.cat((q, k, v))
         return torch.cat((q.view(groups, -1), k.view(groups, d), v.view(groups, d)), 1).flatten()
 
-    def _of_all(self, layer: str, module: str, stored: Stored) -> RankPiece:
+    def _of_all(self, stored: Stored) -> RankPiece:
         """This rank's rows of a module whose outputs all ranks gather and then sort."""
         tp, name, every = len(self.ranks), stored.name, []
         for rank, weights in enumerate(self.ranks):
@@ -227,11 +202,11 @@ class Rank:
         if rows != fitting:
             message = f"the ranks' rows of {name} together are not the model's q, k and v"
             raise DifferentError(message, tensor=name, expected=fitting, found=rows)
-        apart = [self._q_k_v(layer, stored) for stored in every]
+        apart = [self._q_k_v(stored) for stored in every]
         sorted_rows = [Rows(every[other], apart[other][i]) for i in range(3) for other in range(tp)]
         return Rows(Joined(sorted_rows), even(rows, self.rank, tp))
 
-    def _part(self, layer: str, module: str, suffix: str, stored: Stored) -> RankPiece:
+    def _part(self, module: str, suffix: str, stored: Stored) -> RankPiece:
         """This rank's share of what it computes whole: the ranks' sum is then what each of them has."""
         shape, tp = stored.shape, len(self.ranks)
         if module == self.family.down:
@@ -239,8 +214,7 @@ class Rank:
             return stored if suffix == "bias" else Columns(stored, first, last)
         if module == _QK_NORMS[1]:
             # KV heads fewer than ranks are repeated.
-            fused = self.held.get(f"{layer}{self.names.qkv}.weight")
-            rows = 1 if fused is None else max(1, len(self._q_k_v(layer, fused)[1]))
+            rows = max(self.family.head_dim, shape[0] // tp)
             first = self.rank * (shape[0] // rows) // tp * rows if shape[0] < rows * tp else self.rank * rows
             return Rows(stored, torch.arange(first, min(first + rows, shape[0])))
         return Rows(stored, even(shape[0], self.rank, tp))
@@ -255,5 +229,5 @@ def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
                 raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
             if module.endswith(names.whole) and not equal(weights, ranks[0], name):
                 raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
-            if rank and names.of(name).endswith(names.once) and bool(weights.get(name).any()):
+            if rank and name.endswith(names.once) and bool(weights.get(name).any()):
                 raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")

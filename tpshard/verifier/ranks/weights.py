@@ -17,6 +17,16 @@ def move(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Ten
     return there if dtype is None else there.to(dtype)
 
 
+def named(name: str, names: Collection[str]) -> str | None:
+    """A name as others have it who may leave out its base prefix, or a part of it; None where they do not have it."""
+    dot = "."
+    while dot:
+        if name in names:
+            return name
+        _, dot, name = name.partition(".")
+    return None
+
+
 class Weights(Protocol):
     """The stored tensors of one rank, or of the whole model."""
 

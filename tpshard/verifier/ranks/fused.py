@@ -1,0 +1,164 @@
+"""What one of vLLM's parameters holds of several of the source's tensors: q, k and v, gate and up, all experts.
+
+Where one ends and the next begins follows from the source's shapes, whatever unit they count in: rows, blocks, words.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tpshard.errors import DifferentError
+from tpshard.storage.torch_pickle import DTYPES
+from tpshard.verifier.ranks.open import FileWeights
+from tpshard.verifier.ranks.pieces import Columns, RankPiece, Stored, Turned
+from tpshard.verifier.ranks.weights import named
+
+Placed = Iterator[tuple[str, RankPiece | None]]
+"""The source's tensors, and what a rank has of each; None where vLLM has no place for it."""
+_MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3")), "w2": (("down_proj",), ("w2",))}
+_STACKED = {"w13": "gate_up_proj", "w2": "down_proj"}
+_BY_COLUMN = ("qweight", "qzeros", "scales")
+"""What GPTQ and AWQ store as [in, out]."""
+_SHAPE = "weight_shape"
+_NUMBERS = ("scale", "scale_2", "zero_point")
+"""How the names end of what may be one number, of which vLLM has one for each matrix, or for all that it fuses."""
+_ON, _OFF = (1.0, -1.0), (0.0,)
+_NEUTRAL: Mapping[str, tuple[float, ...]] = {
+    **{"k_scale": _ON, "v_scale": _ON, "q_scale": _ON, "prob_scale": _ON},
+    **{"k_zero_point": _OFF, "v_zero_point": _OFF, "q_zero_point": _OFF, "w13_bias": _OFF, "w2_bias": _OFF},
+    **{f"{which}_{name}": (1.0,) for which in _MATRICES for name in ("input_scale", "input_global_scale")},
+    "input_scale": (math.nan,),
+}
+"""What changes nothing, by the names of parameters that vLLM has and the source has not. A scale of -1 says that there
+is none, and NaN stands where vLLM drops what it has loaded."""
+
+
+def within(stored: Stored, first: int, shape: tuple[int, ...]) -> Stored:
+    """The elements of a stored tensor from `first` on, as a tensor of this shape."""
+    info = stored.weights.infos[stored.name]
+    begin, end = (info.begin + each * DTYPES[info.dtype].itemsize for each in (first, first + math.prod(shape)))
+    return Stored(FileWeights([replace(info, shape=shape, begin=begin, end=end)]), stored.name)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensors that a source has in a layer ("" outside of layers), as a rank of `tp` holds them."""
+
+    source: FileWeights
+    layer: str
+    tp: int
+    rank: int
+
+    def alone(self, tensor: str, stored: Stored) -> Placed:
+        """A tensor that is fused with no other. What the attention has for its cache, any of its modules may store."""
+        names, (module, _, suffix) = [tensor], tensor.rpartition(".")
+        if suffix in _NEUTRAL:
+            attention = module.rpartition(".")[0]
+            names += [f"{attention}.{suffix}", *(f"{attention}.{each}_proj.{suffix}" for each in (suffix[0], "qkv"))]
+        yield from self._placed([next((name for name in names if self._named(name)), tensor)], stored)
+
+    def fused(self, tensors: Sequence[str], stored: Stored) -> Placed:
+        """Tensors that lie one behind another."""
+        yield from self._placed(tensors, stored)
+
+    def experts(self, which: str, suffix: str, stored: Stored, turned: Sequence[str]) -> Placed:
+        """Experts as the source has them: one by one, or stacked under the names of transformers' classes.
+
+        which: `w13` for gate and up, `w2` for down. turned: stacked ones with their last two dims exchanged.
+        """
+        count, *shape = stored.shape
+        for module in ("mlp.experts", "block_sparse_moe.experts"):
+            for matrices in _MATRICES[which]:
+                if self._named(f"{module}.0.{matrices[-1]}.{suffix}"):
+                    for expert in range(count):
+                        one = within(stored, expert * math.prod(shape), tuple(shape))
+                        yield from self._placed([f"{module}.{expert}.{each}.{suffix}" for each in matrices], one)
+                    return
+        name, end = f"mlp.experts.{_STACKED[which]}", f"_{suffix.removeprefix('weight_')}"
+        ends = ("", "_blocks") if suffix == "weight" else (end, f"{end}s")
+        tensor = next((f"{name}{end}" for end in ends if self._named(f"{name}{end}")), f"{name}{ends[0]}")
+        if tensor in turned:
+            yield f"{self.layer}{tensor}", Turned(stored)
+        else:
+            yield from self._placed([tensor], stored)
+
+    def _named(self, tensor: str) -> str | None:
+        """A tensor of the layer as the source has it."""
+        return named(f"{self.layer}{tensor}", self.source.names())
+
+    def _placed(self, tensors: Sequence[str], stored: Stored) -> Placed:
+        names = [name for name in map(self._named, tensors) if name is not None]
+        if not names:
+            last = stored.name.rpartition(".")[2]
+            if last in _NEUTRAL:
+                self._require_neutral(stored, _NEUTRAL[last])
+            else:
+                yield f"{self.layer}{tensors[0]}", stored
+            return
+        if len(names) < len(tensors):
+            raise self._differs(stored, "holds more than the source has", ", ".join(names), ", ".join(tensors))
+        shapes, count = [self.source.shape(name) for name in names], math.prod(stored.shape)
+        if shapes[0] and stored.shape[len(shapes[0]) :] == (1,):  # vectors of the source are columns in vLLM
+            stored = within(stored, 0, stored.shape[:-1])
+        numbers = names[0].endswith(_NUMBERS) and {math.prod(shape) for shape in shapes} == {1}
+        if len(names) > 1 and (names[0].endswith(_SHAPE) or (numbers and count == 1)):
+            yield from ((name, None) for name in names[:-1])
+            yield names[-1], within(stored, 0, shapes[-1])
+        elif numbers:
+            yield from self._numbers(names, stored)
+        elif len(names) == 1:
+            yield names[0], _in_dims(stored, shapes[0])
+        else:
+            yield from zip(names, self._apart(stored, names, shapes), strict=True)
+
+    def _numbers(self, names: Sequence[str], stored: Stored) -> Placed:
+        """One number each; one that the source has for a matrix that it stores fused fills all places."""
+        count = math.prod(stored.shape)
+        if len(names) == 1 and count > 1:
+            values = stored.weights.get(stored.name).flatten()
+            if bool((values != values[0]).any()):
+                raise self._differs(stored, "is one number in the source, and others here", None, values.tolist())
+        elif count != len(names):
+            raise self._differs(stored, f"does not hold {', '.join(names)}", len(names), count)
+        for place, name in enumerate(names):
+            yield name, within(stored, place, self.source.shape(name))
+
+    def _apart(self, stored: Stored, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Iterator[RankPiece]:
+        """Tensors one behind another: whole, or of the first an even share, and of the others equal ones."""
+        dim = 1 if names[0].endswith(_BY_COLUMN) else 0
+        shape, sizes = stored.shape, [full[dim] if len(full) > dim else 0 for full in shapes]
+        held = shape[dim] if len(shape) > dim else 0
+        if sum(sizes) != held:
+            first, others = sizes[0] // self.tp, len(sizes) - 1
+            rest = held - first
+            if sizes[0] % self.tp or rest < 0 or rest % others:
+                raise self._differs(stored, f"does not hold shares of {', '.join(names)}", sizes, held)
+            sizes = [first, *[rest // others] * others]
+        begin = 0
+        for size in sizes:
+            if dim:
+                yield Columns(stored, begin, begin + size)
+            else:
+                yield within(stored, begin * math.prod(shape[1:]), (size, *shape[1:]))
+            begin += size
+
+    def _require_neutral(self, stored: Stored, values: Sequence[float]) -> None:
+        """DifferentError where a parameter that the source does not have is none that changes nothing."""
+        found = stored.weights.get(stored.name).double().flatten().tolist()
+        if not all(value in values or (math.isnan(value) and math.isnan(values[0])) for value in found):
+            expected = " or ".join(f"{value:g}" for value in values)
+            raise self._differs(stored, "would change what the source computes, which has none", expected, found[:8])
+
+    def _differs(self, stored: Stored, what: str, expected: object, found: object) -> DifferentError:
+        message = f"{stored.name} of rank {self.rank} {what}"
+        return DifferentError(message, tensor=stored.name, expected=expected, found=found)
+
+
+def _in_dims(stored: Stored, full: tuple[int, ...]) -> Stored:
+    """A tensor with the dims that the source has, of which the engine has the last ones as one."""
+    *before, last = stored.shape or (0,)
+    inner = full[len(stored.shape) :]
+    size = math.prod(inner)
+    if not stored.shape or not inner or last % size:
+        return stored
+    return within(stored, 0, (*before, last // size, *inner))
