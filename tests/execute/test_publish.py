@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -297,6 +298,26 @@ def test_overwrite_spares_what_tpshard_did_not_write(stage: dict[str, Scene], tm
         scene.run(tmp_path / "root", OVER)
     assert raised.value.found == stranger
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(("place", "state"), [("out", "old"), ("out.replaced", "complete")])
+def test_sums_that_cannot_be_read_are_no_strangers(
+    stage: dict[str, Scene], tmp_path: Path, place: str, state: str
+) -> None:
+    """What a disk does not give now is not somebody else's: the run fails, and the next one ends it."""
+    scene, read, broken = stage["overwrite"], Path.read_bytes, tmp_path / place / SUMS
+    scene.prepare(tmp_path)
+
+    def reading(path: Path) -> bytes:
+        if path == broken:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    with mock.patch.object(Path, "read_bytes", reading), pytest.raises(LocalIOError, match="cannot read") as raised:
+        scene.run(tmp_path, OVER)
+    assert raised.value.path == str(broken) and scene.state(tmp_path) == state
+    assert ("the old out is untouched" in str(raised.value.hint)) == (state == "old")
+    scene.again(tmp_path, OVER)
 
 
 def test_overwrite_spares_an_ordinary_checkpoint(source: Path, base: Path, tmp_path: Path) -> None:

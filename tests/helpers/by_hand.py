@@ -36,7 +36,7 @@ def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: 
     module, _, suffix = name.rpartition(".")
     module = module.rpartition(".")[2]
     whole_norm = config["model_type"] in NORM_OF_ALL_HEADS
-    kv = config["num_key_value_heads"]
+    kv = _kv_heads(name, config)
 
     def share(tensor: Tensor, dim: int) -> Tensor:
         return tensor.chunk(tp, dim)[rank]
@@ -44,12 +44,20 @@ def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: 
     if module in ("embed_tokens", "lm_head", "head", "embeddings"):
         rows = -(-VOCAB // tp) * tp
         return share(torch.cat([whole, whole.new_zeros(rows - VOCAB, *whole.shape[1:])]), 0)
-    if suffix == "sinks" or module in ("q_proj", "q_b_proj", "kv_b_proj") or (module == "q_norm" and whole_norm):
+    if (
+        suffix in ("sinks", "attention_sink_bias")
+        or module in ("q_proj", "q_b_proj", "kv_b_proj")
+        or (module == "q_norm" and whole_norm)
+    ):
         return share(whole, 0)
     if module in ("k_proj", "v_proj") or (module == "k_norm" and whole_norm):
         return whole.chunk(kv)[rank * kv // tp] if kv < tp else share(whole, 0)
     if module in ("gate_proj", "up_proj", "w1", "w3"):
         return share(whole, 0)
+    if module == "out_proj" and config["model_type"] in ("lfm2", "lfm2_moe"):
+        return whole if suffix == "bias" else share(whole, 1)
+    if config["model_type"] in ("lfm2", "lfm2_moe") and ".conv." in name:
+        return _fused(whole, 0, [1, 1, 1], rank, tp) if module == "in_proj" else share(whole, 0)
     if module in ("o_proj", "down_proj", "w2"):
         return whole if suffix == "bias" else share(whole, 1)
     if config["model_type"] == "gpt_oss" and module == "experts":  # stored [expert, in, out], gate and up by turns
@@ -68,6 +76,15 @@ def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: 
     if ".linear_attn." in name and module != "norm":
         return _of_linear_attention(name, whole, config, rank, tp)
     return whole
+
+
+def _kv_heads(name: str, config: Mapping[str, Any]) -> int:
+    """The KV heads of the layer that a tensor is in."""
+    kv: int = config["num_key_value_heads"]
+    layer = next((part for part in name.split(".") if part.isdecimal()), None)
+    if config["model_type"] == "mimo_v2_flash" and layer and config["layer_types"][int(layer)] == "sliding_attention":
+        return 2 * kv
+    return int(config.get("per_layer_config", {}).get(layer, {}).get("num_key_value_heads", kv))
 
 
 def _fused(whole: Tensor, dim: int, sizes: Sequence[int], rank: int, tp: int) -> Tensor:
@@ -134,9 +151,12 @@ def tensors_of_file(path: Path) -> dict[str, Tensor]:
 def logits(path: Path) -> Tensor:
     """transformers' logits, of copied weights: in the mapped file they need not be aligned, and sums differ then."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    config, auto = transformers.AutoConfig.from_pretrained(path), transformers.AutoModelForCausalLM
+    own = f"{type(config).__name__.removesuffix('Config')}ForCausalLM"  # a text model that is registered in larger ones
+    made = auto if type(config) in auto._model_mapping else getattr(transformers, own)
+    model = made.from_pretrained(path, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

@@ -221,16 +221,16 @@ def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     another config those of the same shape stay as they were. `dtype` and `attn_implementation` are overrides too.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from tpshard.verifier.hf.skeleton import class_of
 
     variant = VARIANTS[name]
     settings = _COMMON | variant.config | config_overrides
     dtype = getattr(torch, settings.pop("dtype", variant.dtype))
     attention = settings.pop("attn_implementation", "eager")
     config = AutoConfig.for_model(variant.model_type, **settings)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-        config, dtype=dtype, attn_implementation=attention
-    )
+    model: PreTrainedModel = class_of(config)(config, dtype=dtype, attn_implementation=attention)
     norm_center = norm_center_of(variant.model_type)
     with torch.no_grad():
         saved = model.state_dict()

@@ -37,6 +37,35 @@ def _rope(*sections: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}}
 
 
+_GLM_VISION = {
+    **{"depth": 2, "num_heads": 4, "patch_size": 14, "image_size": 28, "hidden_size": 32},
+    **{"intermediate_size": 48, "out_hidden_size": 64},
+}
+_GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}
+_GLM = {"num_attention_heads": 4, "rope_parameters": _GLM_ROPE}
+MORE_CONFIGS: dict[str, dict[str, Any]] = {
+    "glm4v": {"text_config": _TEXT | _GLM | {"head_dim": 16}, "vision_config": _GLM_VISION},
+    "glm4v_moe": {
+        "text_config": _TEXT
+        | _GLM
+        | {"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16},
+        "vision_config": _GLM_VISION,
+    },
+    "qwen3_vl_moe": {
+        "text_config": _TEXT
+        | _rope(4, 2, 2)
+        | {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+            "norm_topk_prob": True,
+        },
+        "vision_config": _QWEN_VISION
+        | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    },
+}
+"""Those of which one test is enough: others have their layers."""
 CONFIGS: dict[str, dict[str, Any]] = {
     "llava": {
         "text_config": _TEXT | {"model_type": "llama"},
@@ -78,7 +107,7 @@ def make(model_type: str, path: Path) -> Path:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    config = AutoConfig.for_model(model_type, **CONFIGS[model_type])
+    config = AutoConfig.for_model(model_type, **(CONFIGS | MORE_CONFIGS)[model_type])
     model = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():

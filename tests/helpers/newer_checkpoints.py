@@ -46,6 +46,16 @@ _MAMBA = _GQA | {
     "mamba_chunk_size": 8,
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
 NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": (
         "llama4_text",
@@ -98,10 +108,50 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "falcon_h1-no-norm": ("falcon_h1", _MAMBA | {"mamba_d_ssm": 128, "mamba_norm_before_gate": False}),
     "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
+    "mistral4": ("mistral4", _LATENT | {"rope_parameters": _YARN}),
+    "gemma4_text": (
+        "gemma4_text",
+        _WIDE
+        | {"global_head_dim": 24, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 251},
+    ),
+    "gemma4_text-moe": (
+        "gemma4_text",
+        _WIDE
+        | {"global_head_dim": 24, "layer_types": ["sliding_attention", "full_attention"], "attention_k_eq_v": True}
+        | {"num_global_key_value_heads": 4, "hidden_size_per_layer_input": 0, "enable_moe_block": True}
+        | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
+    "gemma4_text-shared": (
+        "gemma4_text",
+        _WIDE
+        | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 24}
+        | {
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 251,
+        },
+    ),
+    "lfm2": (
+        "lfm2",
+        _GQA
+        | {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16, "block_ffn_dim_multiplier": 1.1}
+        | {"conv_bias": True},
+    ),
+    "lfm2_moe": ("lfm2_moe", _GQA | _EXPERTS | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        _WIDE
+        | _ROUTED
+        | {"v_head_dim": 12, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+        | {"attention_bias": True},
+    ),
     "afmoe": ("afmoe", _WIDE | _EXPERTS | {"num_dense_layers": 1}),
 }
 AS_THEY_ARE = frozenset(
     {"llama4_text", "granitemoeshared", "granitemoehybrid", "granitemoehybrid-dense", "qwen3_5_text", "bamba"}
-    | {"falcon_h1", "falcon_h1-no-norm"}
+    | {"falcon_h1", "falcon_h1-no-norm", "mistral4", "gemma4_text", "gemma4_text-moe", "gemma4_text-shared"}
+    | {"lfm2", "lfm2_moe"}
 )
 """Those whose experts are always stacked, or that have none."""

@@ -35,7 +35,8 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "One row per head, which goes with its head. The plan leaves it out.": {"cohere": _QK_NORM},
     "Latent attention whole on every rank. What each head has of it is cut here, as in the plan of deepseek_v2.": {
-        "deepseek_v3": (*(f"self_attn.{name}_proj" for name in ("q", "q_b", "kv_b")), "self_attn.o_proj")
+        model_type: (*(f"self_attn.{name}_proj" for name in ("q", "q_b", "kv_b")), "self_attn.o_proj")
+        for model_type in ("deepseek_v3", "mistral4")
     },
     "A query without a latent, which the plan leaves out.": {"glm4_moe_lite": ("self_attn.q_proj",)},
     "A plan of the experts alone. The attention is LLaMA's and is cut as in LLaMA, and so is a dense layer.": {
@@ -43,6 +44,10 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
         "afmoe": (*_QKVO, "self_attn.gate_proj", *(f"mlp.{name}" for name in _GATED)),
         "granitemoehybrid": _QKVO,
         "nemotron_h": tuple(f"mixer.{letter}_proj" for letter in ("q", "k", "v", "o", "up", "down")),
+        "lfm2_moe": (*_QKVO[:3], "self_attn.out_proj", *(f"feed_forward.w{number}" for number in (1, 2, 3))),
+    },
+    "A plan of the experts alone. Each feature passes through the convolution by itself.": {
+        "lfm2_moe": ("conv.in_proj", "conv.conv", "conv.out_proj")
     },
     "A plan of the experts alone. Each head of Mamba 2 goes with the group that it reads.": {
         "granitemoehybrid": tuple(f"mamba.{name}" for name in _MAMBA),
@@ -68,10 +73,12 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
             for model_type in (
                 "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "olmoe",
                 "qwen2_moe", "qwen3_moe", "afmoe", "cohere2_moe", "deepseek_v32", "exaone_moe", "flex_olmo",
-                "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "qwen3_5_moe_text", "qwen3_next", "solar_open",
+                "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "qwen3_5_moe_text", "qwen3_next", "solar_open", "mistral4",
+                "mimo_v2_flash", "glm4v_moe_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text",
             )
         },
         **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), _W123),
+        "lfm2_moe": tuple(f"feed_forward.experts.*.w{number}" for number in (1, 2, 3)),
         "nemotron_h": ("mixer.experts.*.up_proj", "mixer.experts.*.down_proj"),
     },
     "Experts under the names of the files; the plan speaks of those in memory.": {
@@ -80,6 +87,9 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
             ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
         ),
         "hy_v3": tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
+    },
+    "The name of the files; the plan has that of newer code.": {
+        "mimo_v2_flash": ("self_attn.attention_sink_bias",)
     },
 }  # fmt: skip
 """What is cut here and not in transformers' plan: reason → model_type → modules of a layer.

@@ -20,6 +20,7 @@ CONFIG: dict[str, Any] = {
     "layers": [0, 2],
     "kinds": ["sparse", "dense"],
     "inner": {"heads": 8},
+    "by_layer": {"1": {"width": 24}},
 }
 
 
@@ -58,6 +59,10 @@ CONFIG: dict[str, Any] = {
         ("inner['kv']", None),
         ("len(kinds) + len(kind)", 6),
         ("len(nothing) or heads", 4),
+        ("int(heads * 3 // 2)", 6),
+        ("inner['3']['x'] or 1", 1),
+        ("by_layer[heads - 3]['width']", 24),  # a table by layer, as JSON has it
+        ("by_layer[0]['width']", None),
     ],
 )
 def test_the_value_is_pythons(text: str, value: object) -> None:
@@ -72,11 +77,12 @@ def test_the_value_is_pythons(text: str, value: object) -> None:
         "__import__('os').system('true')",
         "().__class__",
         "hidden_size.real",
-        "config['x']['y']",
         "kinds[0:1]",
         "kinds[f()]",
         "len(a, b)",
         "len(a or b)",
+        "int(a, b)",
+        "int()",
         "max(a)",
         "(a or b)[0]",
         "[1, 2]",

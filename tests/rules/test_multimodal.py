@@ -315,7 +315,7 @@ def test_verify_runs_the_text_model_and_says_what_it_does_not_run(
     assert any("visual" in name or "vision" in name for name in found["not_run"])
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm4v_moe", "qwen3_vl_moe"])
 def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, published: Any) -> None:
     """Positions in three dimensions are the same in each for text."""
     import torch
@@ -328,12 +328,13 @@ def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, p
     from tpshard.verifier.ranks.open import open_source
 
     config, source = open_source(published(name))
-    ids = torch.arange(3, 35).view(2, 16)
-    sides = TransformersBackend(source, (), Threads(1), ids, torch.device("cpu"), frame_of(model_config(config)))
+    ids, frame = torch.arange(3, 35).view(2, 16), frame_of(model_config(config)).of_source(source)
+    sides = TransformersBackend(source, (), Threads(1), ids, torch.device("cpu"), frame)
     with torch.no_grad():
         ours = sides.reference(torch.float64).run(Single(), [ids], Pinned())
         wanted = AutoModelForImageTextToText.from_pretrained(published(name), dtype=torch.float32)(input_ids=ids).logits
     assert float((ours - wanted).norm() / wanted.norm()) <= 1e-5
+    assert tpshard.plan(published(name), 2).to_json()["architecture"]["text"]["model_type"] == f"{name}_text"
 
 
 def test_verify_says_that_it_does_not_know_the_model(published: Any, tmp_path: Path, quick: Settings) -> None:

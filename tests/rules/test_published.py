@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.command import succeeds, tpshard
 from tests.helpers.grids import ALL
 from tests.helpers.toys import Tensor, random_tensor, read_all, read_rank, write_checkpoint
@@ -27,7 +28,7 @@ class Published:
     """A published form. made: the checkpoint that it is made of. names: how names begin, and what they begin with here.
 
     config: what differs from the config of `made`. key: where the decoder's config is nested in `config`; None: it is
-    not, or `flat`, its values are beside the outer ones. beside: other tensors, by name and shape, whole on every rank.
+    not, or its values are beside the outer ones. beside: other tensors, by name and shape, whole on every rank.
     vllm: whether its names there are known. verified: what verify says.
     """
 
@@ -70,6 +71,16 @@ PUBLISHED = {
         "language_config",
         {"vision.blocks.0.attn.qkv.weight": (96, 32), "projector.layers.0.weight": (64, 32)},
     ),
+    "qwen2_5_omni": Published(
+        "qwen2-bias",
+        {"": "thinker."},
+        {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {"model_type": "qwen2_5_omni_text"}}},
+        "thinker_config.text_config",
+        {
+            "thinker.visual.blocks.0.attn.q.weight": (32, 32),
+            "token2wav.code2wav_dit_model.input_embed.proj.bias": (32,),
+        },
+    ),
     "shieldgemma2": Published(
         "gemma3_text",
         {"": "model.language_model."},
@@ -85,12 +96,17 @@ def write(name: str, made: Made, out: Path) -> Path:
     form = PUBLISHED[name]
     model = made(form.made)
     plain = json.loads((model / "config.json").read_text())
-    config = dict(form.config)
+    config = json.loads(json.dumps(form.config))
     if form.key is None:
         config = plain | config
     else:
-        config[form.key] = plain | config[form.key]
+        inner = config
+        for key in form.key.split("."):
+            inner = inner[key]
+        inner |= plain | inner
     tensors = {_renamed(name, form.names): tensor for name, tensor in read_all(model).items()}
+    if "thinker_config" in config:  # a talker has such a decoder too
+        tensors |= copied(tensors, "thinker.model.", "talker.model.")
     rng, dtype = np.random.default_rng(0), next(iter(tensors.values())).dtype
     return write_checkpoint(out, config, tensors | {n: random_tensor(rng, dtype, s) for n, s in form.beside.items()})
 
@@ -111,11 +127,12 @@ def test_there_and_back(name: str, made: Made, tmp_path: Path) -> None:
         assert read_all(merged) == read_all(model)
     plan = succeeds("plan", model, "--tp", 2, "--json").json
     whole = {tensor["name"] for tensor in plan["tensors"] if tensor["rule"] == "replicate"}
-    assert form.beside.keys() <= whole
+    beside = {*form.beside, *(name for name in read_all(model) if name.startswith("talker."))}
+    assert beside <= whole
     tiers = "weights,exact,native" if ALL else "weights"
     found = tpshard("verify", tmp_path / "native", "--source", model, "--tier", tiers, "--tokens", 1, "--json").json
     assert found["verdict"] == form.verified, found["reason"]
-    assert set(found["not_run"]) >= form.beside.keys()
+    assert set(found["not_run"]) >= beside
 
 
 def test_a_form_that_vllm_has_no_names_for_is_refused(made: Made, tmp_path: Path) -> None:
@@ -164,3 +181,29 @@ def test_what_predicts_further_tokens_is_cut_like_the_layers_that_it_copies(
     found = tpshard("verify", out, "--source", model, "--tier", "weights", "--json").json
     assert (found["verdict"], set(found["not_run"])) == ("inconclusive", extra.keys())
     assert "--allow-not-run" in found["reason"]
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """Stacked matrices, each transposed."""
+    numbers = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape).swapaxes(1, 2)
+    return Tensor(tensor.dtype, numbers.shape, numbers.tobytes())
+
+
+def test_experts_of_qwen3_vl_are_stored_for_products_from_either_side(tmp_path: Path) -> None:
+    """Published files have them from the left, transformers saves them from the right: the same cut."""
+    saved = multimodal.make("qwen3_vl_moe", tmp_path / "saved")
+    config, tensors = json.loads((saved / "config.json").read_text()), read_all(saved)
+    left = {name: turned(tensor) if ".experts." in name else tensor for name, tensor in tensors.items()}
+    model = write_checkpoint(tmp_path / "published", config, left)
+    for each in (saved, model):
+        out = tmp_path / f"{each.name}-tp2"
+        succeeds("split", each, "--tp", 2, "-o", out, "--no-fsync")
+        succeeds("check", out, "--source", each)
+        succeeds("merge", out, "-o", tmp_path / f"{each.name}-merged", "--no-fsync")
+        assert read_all(tmp_path / f"{each.name}-merged") == read_all(each)
+        tiers = "weights,exact,native" if ALL else "weights,exact"
+        found = tpshard("verify", out, "--source", each, "--tier", tiers, "--tokens", 1, "--json").json
+        assert (found["verdict"], found["reason"]) == ("pass", None)
+    for rank in range(2):
+        right, other = (read_rank(tmp_path / f"{each.name}-tp2", rank, 2) for each in (saved, model))
+        assert other == {name: turned(tensor) if ".experts." in name else tensor for name, tensor in right.items()}

@@ -25,10 +25,13 @@ from tests.helpers.tp_plans import (
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint
 
-OPTIONAL = {f"layers.*.self_attn.{name}" for name in ("q_proj", "q_b_proj")} | {
-    f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")
-}
-"""Modules of which a config has one or the other: a query through a latent or not, dense layers among sparse ones."""
+OPTIONAL = (
+    {f"layers.*.self_attn.{name}" for name in ("q_proj", "q_b_proj")}
+    | {f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")}
+    | {"layers.*.self_attn.sinks"}
+)
+"""Modules of which a config has one or the other: a query through a latent or not, dense layers among sparse ones. And
+what files call otherwise."""
 
 
 @pytest.mark.parametrize("model_type", sorted(known()))

@@ -100,12 +100,15 @@ def strangers(directory: Path, expected: set[str], ours: Ours, *, models: bool) 
 
 def _listed(directory: Path) -> Collection[str]:
     """What SHA256SUMS lists of an output of ours, whole or begun; nothing of another directory."""
+    path = directory / SUMS
     if not any((directory / name).is_file() for name in (MANIFEST, LOCK)):
         return ()
     try:
-        return read_sums((directory / SUMS).read_bytes()).keys()
-    except (OSError, ValueError):
+        return read_sums(path.read_bytes()).keys()
+    except (FileNotFoundError, ValueError):
         return ()
+    except OSError as error:  # not known is not somebody else's
+        raise local_error(error, "cannot read", path) from error
 
 
 def check_target(out: Path, expected: set[str], ours: Ours, *, models: bool, overwrite: bool) -> None:

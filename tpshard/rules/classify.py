@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
-from tpshard.rules.architecture import Architecture, Rule, compile_pattern
+from tpshard.rules.architecture import EITHER, Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher, contradiction, tell_numbers
 from tpshard.rules.presence import check_biases, float32_on_purpose
 from tpshard.rules.quantisation.schemes import WHOLE, Companion, ratio_of
@@ -146,6 +146,12 @@ def _cut(
         return Cut(rule.kind)
     if companion.whole:
         return Cut("replicate")
+    if dims is not None and dims[-1] == EITHER:
+        *dims_, one, other, _ = dims
+        dims = (*dims_, one, other)
+        size, turned = sum(axes[name].count * axes[name].unit for name in rule.axes), (*dims_, other, one)
+        if tensor.shape[dims.index(axis)] != size == tensor.shape[turned.index(axis)]:
+            dims = turned
     if dims is not None and axis in dims:
         dim = dims.index(axis)
         ratio = _ratio(tensor, companion, axis, dim, rule, axes)

@@ -40,7 +40,7 @@ def _item(items: Any, key: Any) -> Any:
     if isinstance(items, list | str) and isinstance(key, int):
         return items[key] if 0 <= key < len(items) else None
     if isinstance(items, dict):
-        return items.get(key)
+        return items.get(key, items.get(str(key)))  # of a table by layer, JSON makes the number a name
     raise TypeError(f"{items!r} has no {key!r}")
 
 
@@ -71,9 +71,11 @@ def _is_known(node: ast.expr) -> bool:
     match node:
         case ast.Constant(value=bool() | int() | str() | None) | ast.Name() | ast.BoolOp() | ast.IfExp():
             return True
-        case ast.UnaryOp(op=ast.Not()) | ast.Subscript(value=ast.Name()):
+        case ast.UnaryOp(op=ast.Not()) | ast.Subscript(value=ast.Name() | ast.Subscript()):
             return True
         case ast.Call(func=ast.Name(id="len"), args=[ast.Name()], keywords=[]):
+            return True
+        case ast.Call(func=ast.Name(id="int"), args=[_], keywords=[]):
             return True
         case ast.BinOp(op=op):
             return type(op) in _BINARY
@@ -84,7 +86,7 @@ def _is_known(node: ast.expr) -> bool:
 
 def names(text: str) -> tuple[str, ...]:
     """The config keys an expression mentions, sorted."""
-    return tuple(sorted({node.id for node in ast.walk(parse(text)) if isinstance(node, ast.Name)} - {"len"}))
+    return tuple(sorted({node.id for node in ast.walk(parse(text)) if isinstance(node, ast.Name)} - {"len", "int"}))
 
 
 def evaluate(text: str, config: Mapping[str, Any]) -> Any:
@@ -138,6 +140,8 @@ def _value(node: ast.expr, config: Mapping[str, Any]) -> Any:
             return _COMPARE[type(op)](_value(left, config), _value(right, config))
         case ast.Subscript(value=of, slice=key):
             return _item(_value(of, config), _value(key, config))
+        case ast.Call(func=ast.Name(id="int"), args=[of]):
+            return int(_value(of, config))
         case ast.Call(args=[of]):
             items = _value(of, config)
             return None if items is None else len(items)

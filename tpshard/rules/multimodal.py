@@ -20,17 +20,23 @@ from tpshard.storage.safetensors import TensorInfo
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 """The keys under which configs nest the text model's: in transformers, InternVL and DeepSeek-VL2."""
+THINKER = "thinker"
+"""The part of Qwen's omni models that has the text model: `thinker_config` nests its config, beside a talker's."""
 _INHERITED = ("tie_word_embeddings",)
 """Keys that a text config inherits from the outer one if it lacks them; others may mean something else there."""
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text model that a config nests, under `key`; None if the outer config itself holds its values."""
+    """The text model that a config nests, under `key`; None if the outer config itself holds its values.
+
+    part: of the model, which alone is looked at; its name is the beginning of its tensors'.
+    """
 
     model_type: str
     key: str | None
     config: Mapping[str, Any]
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ class ModelRules:
 def text_config(config: Mapping[str, Any]) -> TextConfig | None:
     """The text model that a config nests, or None. Its model_type is by default `x_text` if the outer one is `x`."""
     outer = config.get("model_type")
+    thinker = config.get(f"{THINKER}_config")
+    if isinstance(thinker, dict) and (inner := text_config(thinker)):
+        return replace(inner, key=f"{THINKER}_config.{inner.key}", part=THINKER)
     for key in TEXT_KEYS:
         if isinstance(inner := config.get(key), dict):
             inherited = {name: config[name] for name in _INHERITED if name in config}
@@ -103,7 +112,8 @@ def find_prefix(architecture: Architecture, text: TextConfig, tensors: Sequence[
     """The shortest prefix that has the whole decoder below it and nothing else."""
     below: dict[str, list[str]] = {}
     for tensor in tensors:
-        for prefix in _prefixes(tensor.name):
+        parted = not text.part or tensor.name.startswith(f"{text.part}.")
+        for prefix in _prefixes(tensor.name) if parted else ():
             below.setdefault(prefix, []).append(tensor.name[len(prefix) :])
     complete: dict[str, list[str]] = {}  # prefix -> names below it that have no rule
     nearest: tuple[int, str, list[str]] | None = None

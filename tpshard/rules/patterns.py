@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
-from tpshard.rules.architecture import Architecture, Rule, asks_layer, compile_pattern
+from tpshard.rules.architecture import EITHER, Architecture, Rule, asks_layer, compile_pattern
 from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.tensor_names import numbered
@@ -223,6 +223,8 @@ class Matcher:
             return companion.axes(len(shape))
         self.seen_dims.add(pattern)
         dims = self.architecture.dims[pattern]
+        either = dims[-1:] if dims[-1] == EITHER else ()
+        dims = dims[: len(dims) - len(either)]
         if companion.role != "plain" and (
             not companion.turns or (companion.role == "scale" and len(dims) != len(shape))
         ):
@@ -232,7 +234,7 @@ class Matcher:
             raise CorruptError(f"{name} has {len(shape)} dims", tensor=name, expected=expected, found=f"shape {shape}")
         if "expert" in dims and self.architecture.experts and shape[dims.index("expert")] != self._experts:
             raise contradiction(tensor, dims.index("expert"), self._experts, f"experts, {self.architecture.name} rules")
-        return dims
+        return (*dims, *either)
 
     @cached_property
     def _experts(self) -> int:

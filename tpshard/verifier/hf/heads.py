@@ -76,6 +76,12 @@ def _kv(
 ) -> RankShares:
     """The ranks' KV heads: by k_proj, by what a fused projection has beside q, or as many as q heads (MLA)."""
     heads, kv_heads = total_heads(config)
+    key, width = getattr(module, "k_proj", None), getattr(module, "head_dim", None)
+    if isinstance(key, nn.Linear) and isinstance(width, int) and key.out_features % width == 0:
+        kv_heads = key.out_features // width  # layers may differ
+    if getattr(module, "is_kv_shared_layer", False):  # has the keys of a layer before
+        group = int(module.num_key_value_groups)  # type: ignore[arg-type]
+        return RankShares(0, tuple(max(1, n // group) for n in q), heads // group)
     if hasattr(module, "k_proj"):
         k = cuts.get(f"{name}.k_proj.weight")
         if k is None:

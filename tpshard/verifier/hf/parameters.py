@@ -20,12 +20,13 @@ RENAMED = (
     (".mlp.moe_statics.", ".mlp.gate.moe_statics."),
     (".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
     (".mlp.router.gate.", ".mlp.gate."),
+    (".attention_sink_bias", ".sinks"),
     (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
     (".mlp.shared_mlp.", ".mlp.shared_experts."),
     ("backbone.", "model."),
     ("embed_out.", "lm_head."),
 )
-"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, Hy3,
+"""Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, MiMo, Hy3,
 Nemotron-H, GPT-NeoX."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
@@ -37,12 +38,14 @@ MATRICES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2"
 class StoredParts:
     """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows.
 
-    `first` is the number of the first expert: a rank may hold some, whole, and no others.
+    `first` is the number of the first expert: a rank may hold some, whole, and no others. `turned`: stored with the
+    last two dims exchanged.
     """
 
     experts: tuple[tuple[str, ...], ...]
     stacked: bool
     first: int = 0
+    turned: bool = False
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -51,14 +54,16 @@ class StoredParts:
     def shape(self, weights: Weights) -> tuple[int, ...]:
         """The parameter's shape, known without reading anything."""
         if not self.stacked:
-            return weights.shape(self.experts[0][0])
+            shape = weights.shape(self.experts[0][0])
+            return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
         shapes = [weights.shape(name) for name in self.experts[0]]
         return (len(self.experts), sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def tensor(self, weights: Weights) -> Tensor:
         """The parameter, in its stored dtype."""
         if not self.stacked:
-            return weights.get(self.experts[0][0])
+            tensor = weights.get(self.experts[0][0])
+            return tensor.transpose(-1, -2) if self.turned else tensor
         return torch.stack([torch.cat([weights.get(name) for name in expert]) for expert in self.experts])
 
 

@@ -1,7 +1,6 @@
 """What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -68,7 +67,7 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBac
     ids, layers, tokens = decide(opened, options, same=same, vocab=config.vocab_size, layers=depth, positions=positions)
     frame = frame_of(config, layers)
     frame.require_described(opened.source, opened.config.get("architectures"))
-    frame = replace(frame, headless=frame.head not in frame.recipes(opened.source))
+    frame = frame.of_source(opened.source)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)

@@ -1,9 +1,9 @@
 """A model of transformers, given the parameters of one rank, or of the whole model; no collectives yet."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,17 +22,23 @@ MODEL_TYPES = frozenset(
     (
         "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
         " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2"
-        " gemma3_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj granite"
-        " granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe"
-        " hy_v3 hyperclovax internlm3 iquestcoder jais2 llama llama4_text minimax_m2 ministral ministral3"
-        " mistral mixtral mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3"
-        " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3"
-        " solar_open stablelm starcoder2 vaultgemma xglm"
+        " gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj"
+        " granite granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense"
+        " hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 lfm2 lfm2_moe llama llama4_text"
+        " mimo_v2_flash minimax_m2 ministral ministral3 mistral mistral4 mixtral mpt nanochat nemotron"
+        " nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3"
+        " qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"
+        " starcoder2 vaultgemma xglm"
     ).split()
 )
 COMPUTES_AS = {
     "kimi_k2": "deepseek_v3",
     "llama_bidirec": "llama",  # but for the mask, which every rank has whole
+    "glm4v_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_omni_moe_text": "qwen3_moe",
+    "qwen3_vl_moe_text": "qwen3_moe",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
     "qwen3_vl_text": "qwen3",
@@ -49,6 +55,7 @@ TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text model: the config itself, or what a multimodal one nests."""
+    config = config["thinker_config"] if isinstance(config.get("thinker_config"), Mapping) else config
     nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
     outer = str(config.get("model_type"))
     if outer not in MODEL_TYPES and nested is None and f"{outer}_text" in COMPUTES_AS:
@@ -103,10 +110,13 @@ def model_config(config: Mapping[str, Any]) -> Any:
 
     settings = {key: _plain(value) for key, value in config.items() if key not in _LEFT_OUT}
     try:
-        return AutoConfig.for_model(config["model_type"], **settings)
+        made = AutoConfig.for_model(config["model_type"], **settings)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         reason, hint = " ".join(str(error).split()), "a newer transformers may"
         raise UnsupportedError(f"this transformers does not read the config: {reason}", hint=hint) from None
+    if hasattr(made, "per_layer_config"):
+        made.allow_global_per_layer_attribute_access = True  # for what is said of most layers
+    return made
 
 
 def _plain(value: Any) -> Any:
@@ -145,16 +155,24 @@ def _empty_parameters() -> Iterator[None]:
         PreTrainedModel.initialize_weights = initialize  # type: ignore[method-assign]
 
 
-def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The unsharded model, with eager attention and experts, without its parameters' memory."""
+def class_of(config: Any) -> Callable[..., Any]:
+    """What makes a model of a config that computes logits. Some are registered only as a part of larger ones."""
+    import transformers
     from transformers import AutoModelForCausalLM
 
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM.from_config
+    kind = type(config).__name__.removesuffix("Config")
+    made: Callable[..., Any] = getattr(transformers, f"{kind}ForCausalLM")._from_config
+    return made
+
+
+def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The unsharded model, with eager attention and experts, without its parameters' memory."""
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"
     with _empty_parameters(), precision(dtype):
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, dtype=dtype, attn_implementation="eager"
-        )
+        model: Any = class_of(config)(config, dtype=dtype, attn_implementation="eager")
     built: nn.Module = model.train(False)
     for module in built.modules():
         if isinstance(module, nn.Embedding):
@@ -180,7 +198,8 @@ class Frame:
 
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
     `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
-    embedding is taken in its place, so that what the model computes before it is seen.
+    embedding is taken in its place, so that what the model computes before it is seen. `turned`: stacked experts that
+    the source stores for products from the left.
     """
 
     config: Any
@@ -191,6 +210,7 @@ class Frame:
     layers: tuple[int, ...]
     buffers: frozenset[str]
     headless: bool = False
+    turned: frozenset[str] = frozenset()
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
@@ -225,7 +245,17 @@ class Frame:
         tied = self.config.tie_word_embeddings or self.headless
         if self.head not in found and self.embedding in found and tied:
             found[self.head] = found[self.embedding]
+        found |= {key: replace(found[key], turned=True) for key in self.turned & found.keys()}
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
+
+    def of_source(self, source: Weights) -> "Frame":
+        """The frame of a model as this source stores it."""
+        found, turned = self.recipes(source), set()
+        for key, recipe in found.items():
+            experts, *dims = self.shapes[key] if len(self.shapes[key]) == 3 else (0,)
+            if dims and dims[0] != dims[1] and recipe.shape(source) == (experts, dims[1], dims[0]):
+                turned.add(key)
+        return replace(self, headless=self.head not in found, turned=frozenset(turned))
 
     def stored(self, weights: Weights) -> list[str]:
         """The stored tensors that the parameters are made of."""
