@@ -53,6 +53,26 @@ def refused(code: int, *arguments: object) -> dict[str, Any]:
     return error
 
 
+def test_a_model_type_of_its_own_is_computed_as_rules_say(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """By the name of a built-in architecture; without it nothing is guessed, and nothing is proved."""
+    model = Path(shutil.copytree(pair[0], tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "aquila", "architectures": ["AquilaForCausalLM"]}
+    (model / "config.json").write_text(json.dumps(config))
+    assert tpshard("split", model, "--tp", 2, "-o", tmp_path / "out", "--rules", "llama").code == 0
+    found = tpshard("verify", tmp_path / "out", *CPU, "--rules", "llama", "--json")
+    assert found.code == 0 and found.json["verdict"] == "pass"
+    assert {tier["name"]: tier["status"] for tier in found.json["tiers"]} == dict.fromkeys(
+        ("bytes", "weights", "exact", "native"), "pass"
+    )
+    assert found.json["warnings"] == ["a model_type 'aquila' is computed as llama, because --rules says so"]
+    broken = exchanged(tmp_path / "out", tmp_path / "exchanged")
+    assert tpshard("verify", broken, *CPU, "--rules", "llama", "--tier", "exact").code == 1
+    unknown = tpshard("verify", tmp_path / "out", *CPU, "--tier", "bytes,exact", "--json")
+    assert unknown.code != 0 and "aquila" in unknown.out
+    assert tpshard("verify", pair[1], *CPU, "--rules", "mistral", "--json").json["model_type"] == "llama"
+
+
 def test_a_pass_on_a_terminal(pair: tuple[Path, Path]) -> None:
     result = tpshard("verify", pair[1], *CPU)
     assert result.code == 0, result.err

@@ -7,8 +7,9 @@ end, byte for byte.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -25,6 +26,8 @@ SMALL = {
     "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "vocab_size": 29,
 }  # fmt: skip
 Tree = dict[str, bytes]
+_PATCHING = threading.Lock()
+"""Several faults are looked at at the same time, and a patch that two threads make stays when both are done."""
 WRITES = [call for call in CALLS if call not in READS]
 
 
@@ -105,7 +108,10 @@ class Scene:
 
     def run(self, root: Path, settings: Settings) -> None:
         """Run the command."""
-        with mock.patch("tpshard.execute.target.replaceable", return_value=False) if self.in_place else nullcontext():
+        if not self.in_place:
+            self.command(self.out(root), settings)
+            return
+        with _PATCHING, mock.patch("tpshard.execute.target.replaceable", return_value=False):
             self.command(self.out(root), settings)
 
     def state(self, root: Path) -> str:

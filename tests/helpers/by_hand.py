@@ -99,6 +99,12 @@ def _of_mamba(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp
     """A rank's heads, and the groups that they read."""
     import torch
 
+    if config["model_type"] == "jamba":
+        if name.endswith(("in_proj.weight", "in_proj.bias")):
+            return _fused(whole, 0, [1, 1], rank, tp)
+        if "layernorm" in name or name.endswith("out_proj.bias"):
+            return whole
+        return whole.chunk(tp, 1 if name.endswith(("x_proj.weight", "out_proj.weight")) else 0)[rank]
     if config["model_type"] == "nemotron_h":
         keys = ("mamba_num_heads", "n_groups", "ssm_state_size", "mamba_head_dim")
     else:

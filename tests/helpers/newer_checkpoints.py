@@ -133,6 +133,12 @@ NEWER: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size_per_layer_input": 251,
         },
     ),
+    "jamba": (
+        "jamba",
+        _GQA
+        | {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 12, "mamba_dt_rank": 8}
+        | {"mamba_proj_bias": True},
+    ),
     "lfm2": (
         "lfm2",
         _GQA

@@ -44,7 +44,11 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
         "afmoe": (*_QKVO, "self_attn.gate_proj", *(f"mlp.{name}" for name in _GATED)),
         "granitemoehybrid": _QKVO,
         "nemotron_h": tuple(f"mixer.{letter}_proj" for letter in ("q", "k", "v", "o", "up", "down")),
+        "jamba": (*_QKVO, *(f"feed_forward.{name}" for name in _GATED)),
         "lfm2_moe": (*_QKVO[:3], "self_attn.out_proj", *(f"feed_forward.w{number}" for number in (1, 2, 3))),
+    },
+    "A plan of the experts alone. Each feature of Mamba 1 has a state of its own.": {
+        "jamba": tuple(f"mamba.{name}" for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj"))
     },
     "A plan of the experts alone. Each feature passes through the convolution by itself.": {
         "lfm2_moe": ("conv.in_proj", "conv.conv", "conv.out_proj")
@@ -78,6 +82,7 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
             )
         },
         **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), _W123),
+        "jamba": tuple(f"feed_forward.experts.*.{name}" for name in _GATED),
         "lfm2_moe": tuple(f"feed_forward.experts.*.w{number}" for number in (1, 2, 3)),
         "nemotron_h": ("mixer.experts.*.up_proj", "mixer.experts.*.down_proj"),
     },

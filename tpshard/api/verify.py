@@ -74,6 +74,11 @@ def verify(
 
 def verify_with(options: VerifyOptions, say: Say) -> Verdict:
     """The verdict that the options ask for."""
+    if isinstance(options.rules, str):
+        from tpshard.rules.architecture import given_architecture
+
+        architecture, by_name = given_architecture(options.rules)
+        options = replace(options, model_type=architecture.model_types[0] if by_name else None)
     group = launch.surroundings()
     if group is not None:
         if options.nproc is not None:

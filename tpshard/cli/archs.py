@@ -46,7 +46,7 @@ def show(
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
-    """Print the rules of one architecture: the form of a file that --rules takes."""
+    """Print the rules of one architecture: the form that --rules takes."""
     with opened(json, quiet) as console:
         from tpshard.api.archs import rules_of
 

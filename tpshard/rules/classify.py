@@ -146,7 +146,7 @@ def _cut(
         return Cut(rule.kind)
     if companion.whole:
         return Cut("replicate")
-    if dims is not None and dims[-1] == EITHER:
+    if dims and dims[-1] == EITHER:
         *dims_, one, other, _ = dims
         dims = (*dims_, one, other)
         size, turned = sum(axes[name].count * axes[name].unit for name in rule.axes), (*dims_, other, one)

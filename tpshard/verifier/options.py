@@ -26,7 +26,7 @@ class VerifyOptions:
     model's tokenizer; None: ids from `seed`. `reference` "transformers" adds that library's own model as a reference.
     `engine` says whose code runs the ranks; auto: transformers' where tpshard's does not cover the model. `nproc` None:
     a process for each rank on a host with several GPUs, otherwise one for all. `allow_not_run`: how the names of cut
-    tensors begin that need not be run.
+    tensors begin that need not be run. `model_type`: as what a model of a type that nothing here runs is computed.
     """
 
     shards: Path
@@ -48,6 +48,7 @@ class VerifyOptions:
     nproc: int | None = None
     allow_not_run: tuple[str, ...] = ()
     follow_symlinks: bool = False
+    model_type: str | None = None
 
     def __post_init__(self) -> None:
         for what, given, known in (

@@ -110,18 +110,21 @@ def _exchanged(backend: Backend, rank: int, other: int) -> bool:
 
 @dataclass(frozen=True)
 class _Damaged:
-    """A tensor whose first block of rows is changed as it is read."""
+    """A tensor whose first `count` rows are changed as they are read."""
 
     held: Readable
     change: Callable[[Tensor], Tensor]
+    count: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.held.shape
 
     def rows(self, start: int, stop: int) -> Tensor:
-        rows = self.held.rows(start, stop)
-        return rows if start else self.change(rows.clone())
+        if start >= self.count:
+            return self.held.rows(start, stop)
+        changed = self.change(self.held.rows(0, self.count).clone())[start:stop]
+        return changed if stop <= self.count else torch.cat((changed, self.held.rows(self.count, stop)))
 
 
 def _bit_flipped(rows: Tensor) -> Tensor:
@@ -140,17 +143,27 @@ def _rows_exchanged(rows: Tensor) -> Tensor:
     return rows
 
 
-Damage = Callable[[Parameter], Readable | None]
-"""What the last rank has of a parameter, with a fault; None where the fault does not apply."""
+Damage = Callable[[Parameter, int], Readable | None]
+"""What a rank has of a parameter, with a fault; None where the fault does not apply."""
+_ROWS = 64
+"""In how many of a tensor's first rows a fault is put, where it has so many."""
 
 
 def _in_rows(change: Callable[[Tensor], Tensor]) -> Damage:
-    return lambda parameter: _Damaged(parameter.ranks[-1], change)
+    return lambda parameter, rank: _Damaged(parameter.ranks[rank], change, min(_ROWS, _own_rows(parameter, rank)))
+
+
+def _own_rows(parameter: Parameter, rank: int) -> int:
+    """How many of a rank's rows are rows of the model: none of an empty tensor, or where all are padding."""
+    shape = parameter.ranks[rank].shape
+    rows = shape[0] if shape else 1
+    padding = parameter.shares()[rank].padding if parameter.padded else 0
+    return rows - padding if torch.Size(shape).numel() else 0
 
 
 def _in_companions(fault: str) -> Damage:
-    def damage(parameter: Parameter) -> Readable | None:
-        mine, other = parameter.ranks[-1], parameter.ranks[0]
+    def damage(parameter: Parameter, rank: int) -> Readable | None:
+        mine, other = parameter.ranks[rank], parameter.ranks[0]
         if not (isinstance(mine, Held) and isinstance(other, Held) and isinstance(mine.weights, DequantisedWeights)):
             return None
         if not isinstance(other.weights, DequantisedWeights) or mine.name not in mine.weights.recipes:
@@ -171,18 +184,23 @@ _FAULTS: Mapping[str, Damage] = {
 
 
 def weights_canaries(backend: Backend) -> list[Canary]:
-    """Faults in one tensor of each kind, in the last rank's memory; one that changes nothing there is left out."""
-    kinds: dict[str, Parameter] = {}
+    """Faults in one tensor of each kind, in memory; one that changes nothing there is left out.
+
+    They are put into the last rank that has any rows of the model's: of a small vocabulary the last may have none.
+    """
+    kinds: dict[str, tuple[Parameter, int]] = {}
     for parameter in backend.parameters():
-        if torch.Size(parameter.ranks[-1].shape).numel() and parameter.runs:
-            kinds.setdefault(re.sub(r"\.\d+\.", ".*.", parameter.name), parameter)
+        kind = re.sub(r"\.\d+\.", ".*.", parameter.name)
+        if parameter.runs and kind not in kinds:
+            if own := [rank for rank in range(len(parameter.ranks)) if _own_rows(parameter, rank)]:
+                kinds[kind] = (parameter, own[-1])
 
     def work() -> list[Canary]:
         canaries = []
         for name, damage in _FAULTS.items():
             # Of a cut that nobody knows, the order of what a rank holds is not judged.
-            sure = [each for each in kinds.values() if each.known or each.dim is None or name == _BIT]
-            judged = [_caught(parameter, damage(parameter)) for parameter in sure]
+            sure = [each for each in kinds.values() if each[0].known or each[0].dim is None or name == _BIT]
+            judged = [_caught(*each, damage(*each)) for each in sure]
             if any(caught is not None for caught in judged):
                 missed = sum(caught is False for caught in judged)
                 canaries.append(Canary(name, "weights", "missed" if missed else "caught", float(missed)))
@@ -191,13 +209,13 @@ def weights_canaries(backend: Backend) -> list[Canary]:
     return backend.team.once(work)
 
 
-def _caught(parameter: Parameter, damaged: Readable | None) -> bool | None:
-    """Whether the tier sees a changed tensor of the last rank; None where the change changes nothing."""
-    if damaged is None or _alike(damaged, parameter.ranks[-1]):
+def _caught(parameter: Parameter, rank: int, damaged: Readable | None) -> bool | None:
+    """Whether the tier sees a changed tensor of a rank; None where the change changes nothing."""
+    if damaged is None or _alike(damaged, parameter.ranks[rank]):
         return None
-    changed = replace(parameter, ranks=(*parameter.ranks[:-1], damaged))
+    changed = replace(parameter, ranks=(*parameter.ranks[:rank], damaged, *parameter.ranks[rank + 1 :]))
     try:
-        return difference(damaged, changed.shares()[-1]) is not None
+        return difference(damaged, changed.shares()[rank]) is not None
     except DifferentError:
         return True
 

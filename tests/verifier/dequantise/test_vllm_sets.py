@@ -13,29 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.engines.check_vllm_quantised import LOADED
 from tests.helpers.command import Result, succeeds, tpshard
 from tests.helpers.gpt_oss import with_blocks
 from tests.helpers.grids import every_other, some
 from tests.helpers.toys import metadata
 from tests.quantised.fixture_table import FIXTURES
 
-REFUSED = {
-    "autoround-mixed-bits",
-    "ct-int4-g-idx",
-    "ct-int4-nested-text-config",
-    "fbgemm-fp8",
-    "fp4-experts-deepseek",
-    "gptq-int4-asym",
-    "gptq-int4-desc-act",
-    "gptq-int4-v2",
-    "modelopt-fp8-pb-wo",
-    "modelopt-w4a8-awq",
-}
-WRITTEN = sorted({path.name for path in FIXTURES.iterdir()} - REFUSED)
 FEW = (
     "ct-int4-asym-group",
     "ct-nvfp4-qwen3-moe",
-    "fp8-block-deepseek",
+    "fp8-block-llama",
     "gptq-int4",
     "modelopt-fp8-kv",
 )
@@ -75,7 +63,7 @@ def bit_flipped(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@pytest.mark.parametrize("name", some(WRITTEN, FEW))
+@pytest.mark.parametrize("name", some(LOADED, FEW))
 def test_what_vllm_loads_is_proved(name: str) -> None:
     """It passes; with a bit of a value or of a companion turned over, that tensor is named as the source names it."""
     tensors = split(name)
@@ -200,6 +188,11 @@ STRANGE: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
         "ct-int4-group",
         lambda tensors: tensors.update({f"{LAYER}mlp.down_proj.weight_g_idx": torch.zeros(64, dtype=torch.int32)}),
         f"{LAYER}mlp.down_proj.weight_g_idx",
+    ),
+    "a tensor twice": (
+        "ct-int8-w8a8",
+        lambda tensors: tensors.update({f"{LAYER}self_attn.q_proj.weight_scale": torch.ones(64, 1)}),
+        f"{LAYER}self_attn.q",
     ),
     "rows of another width": (
         "ct-int4-group",

@@ -111,10 +111,11 @@ def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., Tran
 
 
 def test_every_model_type_with_rules_is_run() -> None:
-    """By the decoder, by its class, or, of a multimodal model, by the class that computes the same."""
+    """By the decoder, by its class, or by a class that computes the same; of some, there is remote code alone."""
     files = Path(tpshard.__file__).parent.glob("rules/architectures/*.toml")
     rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
-    assert rules <= FAMILIES.keys() | MODEL_TYPES | COMPUTES_AS.keys()
+    remote = {"baichuan", "chatglm", "exaone", "qwen"}
+    assert rules - remote <= FAMILIES.keys() | MODEL_TYPES | COMPUTES_AS.keys()
     assert set(COMPUTES_AS.values()) <= MODEL_TYPES
 
 

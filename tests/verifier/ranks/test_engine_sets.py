@@ -104,6 +104,23 @@ def judged(model: Path, shards: Path) -> Verdict:
     return verify(VerifyOptions(shards, tiers=("exact",), device="cpu"), model)
 
 
+@pytest.mark.parametrize("vocab", [29, 70])
+def test_a_rank_that_holds_padding_alone_hides_no_fault(vocab: int, tmp_path: Path) -> None:
+    """At tp 2 vLLM's vocabulary is a multiple of 64: of 29 words the last rank has none, of 70 few and a long rest."""
+    model = make("llama-gqa", tmp_path / "model", vocab_size=vocab)
+    settings = Settings(fsync=False, workers=1)
+    api.split(model, 2, tmp_path / "shards", format="vllm", settings=settings)
+    found = verify(VerifyOptions(tmp_path / "shards", tiers=("weights",), device="cpu"), model)
+    assert (found.verdict, found.reason) == ("pass", None)
+    assert {(each.name, each.status) for each in found.canaries} >= {
+        ("bit-flipped", "caught"),
+        ("rows-exchanged", "caught"),
+    }
+    rewrite(tmp_path / "shards", 0, lambda tensors: tensors["lm_head.weight"][5].neg_())
+    found = verify(VerifyOptions(tmp_path / "shards", tiers=("weights",), device="cpu"), model)
+    assert found.verdict == "fail" and "lm_head.weight" in str(found.reason)
+
+
 def rewrite(shards: Path, rank: int, change: Change) -> None:
     """Change a rank's tensors in its file, which keeps what it says of itself."""
     path = shards / f"model-rank-{rank}-part-0.safetensors"

@@ -18,9 +18,9 @@ from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.criteria import no_tf32
 from tpshard.verifier.dequantise.sides import dequantised, quantised
-from tpshard.verifier.families.configs import describe
+from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.group import Processes
-from tpshard.verifier.hf.skeleton import fill, frame_of, model_config, skeleton
+from tpshard.verifier.hf.skeleton import covers, fill, frame_of, model_config, skeleton
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
 from tpshard.verifier.ranks.open import (
@@ -68,6 +68,11 @@ def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[st
     opened = open_shards(options.shards)
     how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
     config, weights = open_source(source, cast=opened.cast, **how)
+    if options.model_type is not None and not (config.get("model_type") in FAMILIES or covers(config)):
+        computed = {"model_type": options.model_type}
+        what = f"a model_type {config.get('model_type')!r} is computed as {options.model_type}, because --rules says so"
+        opened = replace(opened, config={**opened.config, **computed}, warnings=(*opened.warnings, what))
+        config = {**config, **computed}
     found = quantised(opened, weights, config, source)
     opened = translated(opened, weights)
     if found:

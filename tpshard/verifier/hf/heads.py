@@ -20,6 +20,9 @@ FUSED = ("qkv_proj", "c_attn", "Wqkv")
 LINEAR_NUMBERS = ("A_log", "dt_bias")
 MIXER_NUMBERS = (*LINEAR_NUMBERS, "D")
 """What linear attention has of each value head beside its features, and a Mamba 2 mixer of each head."""
+STATES = ("A_log", "D")
+FEATURES = ("conv1d", "x_proj", "dt_proj", "out_proj")
+"""What a Mamba 1 mixer has of each feature: parameters of its own, and modules."""
 OUT = ("o_proj", "out_proj", "c_proj", "dense")
 BIASES = ("position_bias", "alibi")
 """Arguments that hold a value for each head of the whole model."""
@@ -108,6 +111,8 @@ def tell_mixers(model: nn.Module, cuts: Mapping[str, RankShares], rank: int) -> 
             _tell_linear(name, module, cuts, rank)
         elif all(hasattr(module, leaf) for leaf in ("num_heads", "n_groups", "ssm_state_size", "conv_dim")):
             _tell_mixer(name, module, cuts, rank)
+        elif all(hasattr(module, leaf) for leaf in ("x_proj", "time_step_rank")):
+            _tell_features(name, module, cuts, rank)
 
 
 def _held(name: str, leaves: Sequence[str], cuts: Mapping[str, RankShares], rank: int) -> list[int | None]:
@@ -128,6 +133,15 @@ def _tell_linear(name: str, module: Any, cuts: Mapping[str, RankShares], rank: i
         raise DifferentError(what, tensor=f"{name}.conv1d.weight", expected=wanted, found=held)
     module.num_k_heads, module.num_v_heads, module.conv_dim = k, v, wide
     module.key_dim, module.value_dim = k * module.head_k_dim, v * module.head_v_dim
+
+
+def _tell_features(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
+    """A Mamba 1 mixer, whose features have a state each: as many everywhere, or a rank's are not the same ones."""
+    gates, *features = _held(name, ("in_proj.weight", *(f"{leaf}.weight" for leaf in FEATURES), *STATES), cuts, rank)
+    if not gates or set(features) != {gates // 2} or gates % 2:
+        what, held = f"rank {rank}: {name} does not hold whole features", f"{features} beside {gates} rows"
+        raise DifferentError(what, tensor=f"{name}.in_proj.weight", expected="as many of each", found=held)
+    module.intermediate_size = gates // 2
 
 
 def _tell_mixer(name: str, module: Any, cuts: Mapping[str, RankShares], rank: int) -> None:

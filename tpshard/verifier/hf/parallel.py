@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from tpshard.errors import DifferentError
 from tpshard.verifier.elements import RankShares
 from tpshard.verifier.group import Group, Single
-from tpshard.verifier.hf.heads import LINEAR_NUMBERS, MIXER_NUMBERS, attentions, heads_of, output_of, tell, tell_mixers
+from tpshard.verifier.hf.heads import (
+    LINEAR_NUMBERS,
+    MIXER_NUMBERS,
+    STATES,
+    attentions,
+    heads_of,
+    output_of,
+    tell,
+    tell_mixers,
+)
 
 BY_CORE, CORES = "CodeGenAttention", 4
 """A class that reads q, v and k by core of the machine that trained CodeGen, and needs heads for each of them."""
@@ -119,7 +128,9 @@ def _connect(
         module.forward = _over_all_ranks(module, weight, rank, link)
     else:
         # A value for each head, or in a norm a row for each head.
-        numbers: tuple[set[str], ...] = ({"sinks"},) if attends else (set(LINEAR_NUMBERS), set(MIXER_NUMBERS))
+        numbers: tuple[set[str], ...] = (
+            ({"sinks"},) if attends else tuple(map(set, (LINEAR_NUMBERS, MIXER_NUMBERS, STATES)))
+        )
         return cuts.keys() in numbers or (name.endswith(QK_NORMS) and len(_weight(module).shape) == 2)
     return True
 

@@ -24,7 +24,7 @@ MODEL_TYPES = frozenset(
         " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2"
         " gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj"
         " granite granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense"
-        " hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 lfm2 lfm2_moe llama llama4_text"
+        " hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba lfm2 lfm2_moe llama llama4_text"
         " mimo_v2_flash minimax_m2 ministral ministral3 mistral mistral4 mixtral mpt nanochat nemotron"
         " nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3"
         " qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"

@@ -65,8 +65,12 @@ def _complete(rank: Rank) -> dict[str, RankPiece]:
 
     What makes a quantised weight, the weight itself will miss.
     """
-    found, source = dict(rank.pieces()), rank.source
-    for name, piece in found.items():
+    found, source = dict[str, RankPiece | None](), rank.source
+    for name, piece in rank.pieces():
+        if piece is not None and name in found:
+            what = f"rank {rank.rank} has {name} twice, also as {stored(piece).name}"
+            raise DifferentError(what, tensor=stored(piece).name)
+        found[name] = piece
         if piece is not None and name not in source.names() and not name.endswith((".weight", ".bias")):
             what = f"{stored(piece).name} of rank {rank.rank} is nothing that the source has"
             raise DifferentError(what, tensor=stored(piece).name)
