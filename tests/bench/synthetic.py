@@ -118,6 +118,27 @@ def deepseek_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, 
     return ends[:1] + layers + ends[1:]
 
 
+FP8_IN_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+"""quantization_config as DeepSeek publishes it."""
+_NOT_QUANTISED = ("embed_tokens", "lm_head", "mlp.gate", "eh_proj", "shared_head.head")
+
+
+def in_blocks(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """The tensors of a DeepSeek-V3 as it is published, in FP8: matrices, each with a scale for 128 x 128 of its values.
+
+    Embeddings, heads, routers and what joins the layer beyond the last stay as they are.
+    """
+    found = []
+    for name, dtype, shape in tensors:
+        module = name.removesuffix(".weight")
+        if len(shape) < 2 or module.endswith(_NOT_QUANTISED):
+            found.append((name, dtype, shape))
+            continue
+        found.append((name, "F8_E4M3", shape))
+        found.append((f"{name}_scale_inv", "F32", tuple(-(-size // 128) for size in shape)))
+    return found
+
+
 def write_llama(path: Path, config: dict[str, Any], *, data: bool, shard_bytes: int = 5_000_000_000) -> int:
     """Write a LLaMA checkpoint, see `write`."""
     return write(path, {"model_type": "llama", **config}, llama_tensors(config), data=data, shard_bytes=shard_bytes)

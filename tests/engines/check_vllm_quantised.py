@@ -1,25 +1,26 @@
 """`--format vllm` of quantised checkpoints against vLLM's own loader, bit for bit: every fixture of the table.
 
-Run by `make test-engines`. Loading needs no kernels, so `held.py` takes their choosers out; nothing is run, and nothing
-processed after loading, which is where vLLM's own loader of `sharded_state` puts the files' tensors too.
+Run by `make test-engines`. Loading needs no kernels, so `held.py` takes their choosers out, and processes nothing after
+loading, which is where vLLM's own loader of `sharded_state` puts the files' tensors too. Where a CPU has the kernels,
+the engine is started: on the unsharded checkpoint, on ours, and on what vLLM saves itself.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import tpshard
-from tests.engines.check_vllm import Engine, differences, everything, written
+from tests.engines.running import Generator, Loader, Ranks, differences, everything, written
 from tests.helpers.gpt_oss import with_blocks
 from tests.quantised.fixture_table import FIXTURES, TABLE
 from tpshard.errors import UnsupportedError
 
+pytest_plugins = ("tests.engines.engine_fixtures",)
 REFUSED = {
     "autoround-mixed-bits": "INC",
     "ct-int4-g-idx": "activation ordering",
@@ -53,16 +54,6 @@ AT_FOUR = (
 """Those with KV heads repeated; a fixture for each way in which companions become something else."""
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """One process of vLLM for all tests."""
-    started = Engine(tmp_path_factory.mktemp("engine") / "log")
-    yield started
-    assert started.process.stdin is not None
-    started.process.stdin.close()
-    started.process.wait(30)
-
-
 def completed(name: str, directory: Path) -> Path:
     """A copy of a fixture, with what vLLM needs in its config."""
     shutil.copytree(FIXTURES / name, directory)
@@ -75,13 +66,13 @@ def completed(name: str, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "tp"), [*((name, 2) for name in LOADED), *((name, 4) for name in AT_FOUR)])
-def test_ours_loads_as_what_vllm_holds(name: str, tp: int, engine: Engine, tmp_path: Path) -> None:
+def test_ours_loads_as_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
     source = completed(name, tmp_path / "source")
-    theirs = engine.held(source, tp, "auto", tmp_path / "theirs")
+    theirs = loader.held(source, tp, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
     tpshard.split(source, tp, shards, format="vllm")
     assert differences(in_dtypes_of(theirs, written(shards, tp)), theirs) == []
-    assert differences(engine.held(shards, tp, "sharded_state", tmp_path / "loaded"), theirs) == []
+    assert differences(loader.held(shards, tp, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert not tpshard.check(shards, source).differences
     tpshard.merge(shards, tmp_path / "merged")
     merged, whole = everything(tmp_path / "merged"), everything(source)
@@ -91,10 +82,10 @@ def test_ours_loads_as_what_vllm_holds(name: str, tp: int, engine: Engine, tmp_p
 
 
 @pytest.mark.parametrize("blocks", [5, 7])
-def test_blocks_that_do_not_divide(blocks: int, engine: Engine, tmp_path: Path) -> None:
+def test_blocks_that_do_not_divide(blocks: int, loader: Loader, tmp_path: Path) -> None:
     """gpt-oss' parameters are as large as the kernel wants, and hold ours in their first rows and columns."""
     source, shards = with_blocks(blocks, tmp_path / "source"), tmp_path / "shards"
-    theirs = engine.held(source, 2, "auto", tmp_path / "theirs")
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
     tpshard.split(source, 2, shards, format="vllm")
     ours = written(shards, 2)
     inside = [
@@ -102,11 +93,8 @@ def test_blocks_that_do_not_divide(blocks: int, engine: Engine, tmp_path: Path) 
         for mine, rank in zip(ours, theirs, strict=True)
     ]
     assert differences(in_dtypes_of(inside, ours), inside) == []
-    assert differences(engine.held(shards, 2, "sharded_state", tmp_path / "loaded", roomy=True), theirs) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded", roomy=True), theirs) == []
     assert any(rank[name].shape != tensor.shape for rank in inside for name, tensor in theirs[0].items())
-
-
-Ranks = list[dict[str, torch.Tensor]]
 
 
 def in_dtypes_of(theirs: Ranks, ours: Ranks) -> Ranks:
@@ -118,9 +106,56 @@ def in_dtypes_of(theirs: Ranks, ours: Ranks) -> Ranks:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_is_what_vllm_refuses(name: str, engine: Engine, tmp_path: Path) -> None:
+def test_refused_is_what_vllm_refuses(name: str, loader: Loader, tmp_path: Path) -> None:
     source = completed(name, tmp_path / "source")
     with pytest.raises(UnsupportedError):
         tpshard.split(source, 2, tmp_path / "shards", format="vllm")
     with pytest.raises(RuntimeError, match=REFUSED[name]):
-        engine.held(source, 2, "auto", tmp_path / "theirs")
+        loader.held(source, 2, "auto", tmp_path / "theirs")
+
+
+RUN = ("ct-fp8-channel", "ct-int8-static", "ct-int8-w8a8")
+"""Those for which every CPU has kernels."""
+RUN_WITH_AVX512 = (
+    "autoround-awq",
+    "autoround-gptq",
+    "ct-int4-asym-group",
+    "ct-int4-channel",
+    "ct-int4-group",
+    "gptq-int4",
+    "gptq-int4-channel",
+)
+"""Those whose kernel is only in vLLM's build for AVX-512: INT4. What the other says of the unsharded checkpoint: """
+NO_KERNEL = "object has no attribute 'cpu_gemm_wna16'"
+
+
+@pytest.mark.parametrize("name", [*RUN, *RUN_WITH_AVX512])
+def test_tokens_of_the_started_engine(name: str, generator: Generator, tmp_path: Path) -> None:
+    source = completed(name, tmp_path / "source")
+    if name in RUN_WITH_AVX512 and not torch.cpu._is_avx512_supported():
+        with pytest.raises(RuntimeError, match=NO_KERNEL):
+            generator.tokens(source, "auto", tmp_path / "unsharded")
+        return
+    unsharded = generator.tokens(source, "auto", tmp_path / "unsharded")
+    assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
+    tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    assert generator.tokens(tmp_path / "shards", "sharded_state", tmp_path / "sharded") == unsharded
+
+
+def test_what_vllm_saves_of_int8_has_no_weights_and_does_not_load(generator: Generator, tmp_path: Path) -> None:
+    source, saved = completed("ct-int8-w8a8", tmp_path / "source"), tmp_path / "saved"
+    saved.mkdir()
+    generator.tokens(source, "auto", tmp_path / "unsharded", saved)
+    names = everything(saved).keys()
+    assert "model.layers.0.mlp.down_proj.azp_adj" in names and "model.layers.0.mlp.down_proj.weight" not in names
+    shutil.copy(source / "config.json", saved)
+    with pytest.raises(RuntimeError, match=r"KeyError: 'model\.layers\.0\.mlp\.down_proj\.azp_adj'"):
+        generator.tokens(saved, "sharded_state", tmp_path / "reloaded")
+
+
+def test_vllm_cannot_save_fp8_per_channel_itself(generator: Generator, tmp_path: Path) -> None:
+    source, saved = completed("ct-fp8-channel", tmp_path / "source"), tmp_path / "saved"
+    saved.mkdir()
+    with pytest.raises(RuntimeError, match="view size is not compatible"):  # the weights are turned round by then
+        generator.tokens(source, "auto", tmp_path / "unsharded", saved)
+    assert not list(saved.iterdir())

@@ -23,7 +23,7 @@ from tests.helpers.checkpoints import make
 from tests.helpers.paths import DOCS
 from tpshard.errors import CorruptError, TpshardError, UnsupportedError, UsageError
 from tpshard.execute.publish import Settings
-from tpshard.formats.engine_tables import load_table, match
+from tpshard.formats.engine_tables import EngineFamily, load_table
 
 Tensors = dict[str, torch.Tensor]
 TABLES = Path(tpshard.__file__).parent / "formats" / "tables"
@@ -349,9 +349,17 @@ def test_tables_name_only_modules_that_some_architecture_has(table: str) -> None
 
 
 def test_patterns() -> None:
-    fit = match("model.layers.*.experts.#.w1.weight", "model.layers.3.experts.12.w1.weight")
-    assert fit is not None
-    assert (fit.components, fit.stacked, fit.rest) == (("3",), 12, "")
-    assert fit.into("model.layers.*.w13_weight") == "model.layers.3.w13_weight"
-    assert match("model.layers.*.q", "model.layers.3.q_proj") is None
-    assert match("model.layers.*.q", "model.layers.3.q.bias").into("h.*.r") == "h.3.r.bias"  # type: ignore[union-attr]
+    family = EngineFamily(
+        layer="model.layers.*",
+        fused={"model.layers.*.w13_": ("model.layers.*.experts.#.w1", "model.layers.*.experts.#.w3")},
+        renamed={"model.layers.*.q": "h.*.r", "model": "m"},
+    )
+    expert = family.kind("model.layers.3.experts.12.w3.weight_scale")
+    assert expert.fused == (("model.layers.*.w13_", 1, "model.layers.{0}.w13_weight_scale", 1),)
+    assert family.kind("model.layers.4.experts.0.w3.weight_scale") is expert
+    assert family.layer_of("model.layers.3.experts.12.w3.weight_scale") == 3
+    assert family.layer_of("model.norm.weight") is None
+    assert family.rename("model.layers.3.q.bias") == "h.3.r.bias"
+    assert family.rename("model.layers.3.q_proj") == "m.layers.3.q_proj"
+    assert family.rename("model.layers.3.{x}.weight") == "m.layers.3.{x}.weight"
+    assert family.rename("lm_head.{0}.7") == "lm_head.{0}.7"

@@ -373,6 +373,15 @@ def test_an_expert_that_one_layer_lacks_is_named(gone: str, message: str) -> Non
     assert (error.value.expected, error.value.found) == ("experts 0 to 2", "2 experts")
 
 
+def test_a_number_that_is_no_layers_and_no_experts_tells_tensors_apart() -> None:
+    rules = MIXED.replace("[rules]", '[rules]\n"replicate if sparse_layer" = ["model.layers.*.experts.*.part.*"]')
+    parts = {f"model.layers.{layer}.experts.{e}.part.{p}": (3,) for layer in (1, 2) for e in range(3) for p in (4, 7)}
+    assert run(mixed() | parts, rules=rules, **SPARSE).cuts["model.layers.2.experts.1.part.7"] == Cut("replicate")
+    del parts["model.layers.2.experts.1.part.7"]
+    with pytest.raises(CorruptError, match=r"model.layers.2.experts.\*.part.7: experts 1 missing"):
+        run(mixed() | parts, rules=rules, **SPARSE)
+
+
 def test_an_expert_that_the_config_does_not_know_is_named() -> None:
     with pytest.raises(CorruptError, match=r"model.layers.1.experts.\*.up.weight: experts 2 beyond the config"):
         run(mixed(), rules=MIXED, **SPARSE | {"n_experts": 2})

@@ -1,6 +1,7 @@
 """Plans and inspections as tables for a terminal; layers that are alike become one row."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,8 @@ def print_plan(report: PlanReport, every: bool) -> None:
     """A plan: a row per tensor, a row per rank, and what is padded, replicated, tied or not possible."""
     console = Console.rich()
     split = report.split
-    cells: dict[TensorKind, tuple[str, ...]] = {}
-    for _, kind in report.tensors:
-        if kind not in cells:
-            cells[kind] = _cells(kind)
-    rows = ((name, cells[kind]) for name, kind in report.tensors)
+    cells = cache(_cells)
+    rows = ((name, cells(kind)) for name, kind in report.tensors)
     _print_table(console, ("tensor", "dtype", "shape", "rule", "each rank holds"), rows, every)
     if split.model.quantisation:
         console.print(f"quantised: {quantisation_line(split.model.quantisation)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_layout import ParameterParts, Share
-from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, fit, match
+from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, match
 from tpshard.planning.box import Shape, full
 from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, StoredTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
@@ -89,7 +89,7 @@ def counted_last(quantised: QuantisedModules, family: EngineFamily, model: Model
         beside = quantised.last_of_experts_without.get(suffix)
         if beside is None or f"{module}.{beside}" in dtypes:
             return False
-        return any(fit(pattern, name).stacked is not None for _, _, pattern in family.kind(name).fused)
+        return any(each.stacked is not None for each in family.kind(name).fused)
 
     return frozenset(name for name, full_name in names.items() if counts(full_name))
 
@@ -99,7 +99,7 @@ def unplaced(quantised: QuantisedModules, family: EngineFamily, model: Model, la
     names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
 
     def is_before(name: str) -> bool:
-        return any(place < len(family.fused[target]) - 1 for target, place, _ in family.kind(name).fused)
+        return any(place < len(family.fused[target]) - 1 for target, place, *_ in family.kind(name).fused)
 
     return frozenset(
         name
@@ -228,9 +228,9 @@ def constants(
         if name not in there:
             yield Row(name, (), known[key])
 
-    layers = sorted({layer for name in names if (layer := family.layer_of(name)) is not None})
     said, cached = _declared(model), bool(model.quantisation and model.quantisation["kv_cache"])
     buffers = [b for b in method.buffers if cached or not any(said.get(key) == v for key, v in b.unless.items())]
+    layers = family.layers_of(names) if buffers else []
     for layer, pattern, buffer in product(layers, family.scales, buffers):
         module = pattern.replace("*", str(layer))
         if not (buffer.not_in and module.endswith(f".{buffer.not_in}")):

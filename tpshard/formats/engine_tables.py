@@ -7,33 +7,45 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+from tpshard.storage.tensor_names import numbered
+
 STACK = "#"
 """The component of a pattern that stands for every expert of a layer."""
+
+
+class FusedInto(NamedTuple):
+    """A parameter that tensors are parts of, as the table has it: their place in it, and its name for their numbers.
+
+    stacked: which of their numbers is the expert's, where experts are stacked.
+    """
+
+    target: str
+    place: int
+    name: str
+    stacked: int | None
 
 
 class NameKind(NamedTuple):
     """What an engine's table says of tensors whose names differ in numbers alone.
 
-    in_layer: whether they are in a layer. refusal: why the engine cannot take them. cut: the engine's, where it is not
-    the architecture's. fused: the parameters that they are parts of, each with the place of their pattern in it, and
-    the pattern. renamed: the pattern by which they are.
+    layer: which of their numbers is the layer's. refusal: why the engine cannot take them. cut: the engine's, where it
+    is not the architecture's. fused: what they are parts of. renamed: what they are called, for their numbers.
     """
 
-    in_layer: bool
+    layer: int | None
     refusal: str | None
     cut: str | None
     transposed: bool
     float32: bool
     unrepeated: bool
-    fused: tuple[tuple[str, int, str], ...]
-    renamed: str | None
+    fused: tuple[FusedInto, ...]
+    renamed: str
 
 
 @dataclass(frozen=True)
@@ -58,34 +70,52 @@ class EngineFamily:
 
     def kind(self, name: str) -> NameKind:
         """What the table says of a tensor, looked up once for all names that differ in numbers alone."""
-        if name not in self._kinds:
-            masked = _NUMBER.sub("0", name)  # no pattern has a number of its own
-            if masked not in self._kinds:
-                self._kinds[masked] = self._kind(masked)
-            self._kinds[name] = self._kinds[masked]
-        return self._kinds[name]
+        kind, _ = numbered(name)  # no pattern has a number of its own
+        found = self._kinds.get(kind)
+        if found is None:
+            found = self._kinds[kind] = self._kind(kind)
+        return found
 
     @cached_property
     def _kinds(self) -> dict[str, NameKind]:
         return {}
 
     def _kind(self, name: str) -> NameKind:
-        renamed = [pattern for pattern in self.renamed if match(pattern, name)]
+        renamed = max((p for p in self.renamed if match(p, name)), key=lambda p: p.count("."), default=None)
         fused = ((target, *each) for target, patterns in self.fused.items() for each in enumerate(patterns))
+        parts = [part.replace("{", "{{").replace("}", "}}") for part in name.split(".")]
+        places = [place for place, part in enumerate(parts) if part == "0"]
+        for number, place in enumerate(places):
+            parts[place] = f"{{{number}}}"
+        by_numbers = ".".join(parts)
         return NameKind(
-            in_layer=match(self.layer, name) is not None,
+            layer=places.index(_places(self.layer)[0][0]) if match(self.layer, name) else None,
             refusal=next((reason for pattern, reason in self.refused.items() if match(pattern, name)), None),
             cut=next((cut for cut, patterns in self.cuts.items() if fits_any(patterns, name)), None),
             transposed=fits_any(self.transposed, name),
             float32=fits_any(self.float32, name),
             unrepeated=fits_any(self.unrepeated, name),
-            fused=tuple(each for each in fused if match(each[2], name)),
-            renamed=max(renamed, key=lambda pattern: pattern.count("."), default=None),
+            fused=tuple(
+                FusedInto(
+                    target,
+                    place,
+                    _into(pattern, by_numbers, target.removesuffix("?")),
+                    None if (stack := _places(pattern)[1]) is None else places.index(stack),
+                )
+                for target, place, pattern in fused
+                if match(pattern, name)
+            ),
+            renamed=by_numbers if renamed is None else _into(renamed, by_numbers, self.renamed[renamed]),
         )
 
     def layer_of(self, name: str) -> int | None:
         """The number of the layer that a tensor is in; None outside the layers."""
-        return int(name.split(".")[_places(self.layer)[0][0]]) if self.kind(name).in_layer else None
+        place = self.kind(name).layer
+        return None if place is None else numbered(name)[1][place]
+
+    def layers_of(self, names: Iterable[str]) -> list[int]:
+        """The numbers of all layers that tensors are in."""
+        return sorted({layer for name in names if (layer := self.layer_of(name)) is not None})
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""
@@ -93,22 +123,7 @@ class EngineFamily:
 
     def rename(self, name: str) -> str:
         """A tensor's name in the engine; the longest pattern counts."""
-        pattern = self.kind(name).renamed
-        return name if pattern is None else fit(pattern, name).into(self.renamed[pattern])
-
-
-class Fit(NamedTuple):
-    """How a pattern fits a name: what its `*` stand for, the number that STACK stands for, and what follows."""
-
-    components: tuple[str, ...]
-    stacked: int | None
-    rest: str
-
-    def into(self, target: str) -> str:
-        """The name that another pattern with the same `*` has in this place; one that ends with `_` takes the rest."""
-        values = iter(self.components)
-        name = ".".join(next(values) if part == "*" else part for part in target.split("."))
-        return name + (self.rest.removeprefix(".") if target.endswith("_") else self.rest)
+        return self.kind(name).renamed.format(*numbered(name)[1])
 
 
 @dataclass(frozen=True)
@@ -191,17 +206,22 @@ class Table:
     quantised: QuantisedModules
 
 
-def match(pattern: str, name: str) -> Fit | None:
-    """How a pattern fits a tensor's name, or None."""
-    return fit(pattern, name) if _compile(pattern).fullmatch(name) else None
+def match(pattern: str, name: str) -> bool:
+    """Whether a pattern fits a tensor's name."""
+    return _compile(pattern).fullmatch(name) is not None
 
 
-def fit(pattern: str, name: str) -> Fit:
-    """How a pattern fits a tensor's name, which it does."""
-    stars, stack, length = _places(pattern)
+def _into(pattern: str, name: str, target: str) -> str:
+    """The name that a target with the `*` of a pattern has for one that the pattern fits.
+
+    What follows in the name stays; a target that ends with `_` takes it without the dot.
+    """
+    stars, _, length = _places(pattern)
     parts = name.split(".")
-    rest = "." + ".".join(parts[length:]) if len(parts) > length else ""
-    return Fit(tuple([parts[place] for place in stars]), None if stack is None else int(parts[stack]), rest)
+    values = iter([parts[place] for place in stars])
+    into = ".".join(next(values) if part == "*" else part for part in target.split("."))
+    rest = ".".join(("", *parts[length:]))
+    return into + (rest.removeprefix(".") if target.endswith("_") else rest)
 
 
 @lru_cache(maxsize=4096)

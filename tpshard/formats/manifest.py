@@ -125,13 +125,27 @@ def cut_from_json(entry: Mapping[str, Any]) -> Cut:
 
 def _all_stored(rows: LayoutRows) -> Iterator[str]:
     """A line for every stored tensor, with what each rank has of it; null for a rank that has none."""
-    known: dict[RowKind, list[str | int]] = {}
+    known: dict[RowKind, tuple[list[str], list[int]]] = {}
     for row in rows.rows:
         if row.kind not in known:
-            known[row.kind] = _kind(row.kind)
+            known[row.kind] = _apart(_kind(row.kind))
+        texts, owners = known[row.kind]
         names = list(map(compact, row.tensors))
-        held = "".join([piece if isinstance(piece, str) else names[piece] for piece in known[row.kind]])
-        yield f'{{"name":{compact(row.name)},{held}}}'
+        pieces = [""] * (len(texts) + len(owners))
+        pieces[::2], pieces[1::2] = texts, [names[owner] for owner in owners]
+        yield f'{{"name":{compact(row.name)},{"".join(pieces)}}}'
+
+
+def _apart(pieces: Iterable[str | int]) -> tuple[list[str], list[int]]:
+    """The texts of a line, and which of the row's tensors is named between each two of them."""
+    texts, owners = [""], []
+    for piece in pieces:
+        if isinstance(piece, str):
+            texts[-1] += piece
+        else:
+            owners.append(piece)
+            texts.append("")
+    return texts, owners
 
 
 def _kind(kind: RowKind) -> list[str | int]:

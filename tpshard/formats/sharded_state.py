@@ -27,7 +27,7 @@ from tpshard.formats.engine_quantised import (
     require_whole_blocks,
     unplaced,
 )
-from tpshard.formats.engine_tables import EngineFamily, fit, load_table
+from tpshard.formats.engine_tables import EngineFamily, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
@@ -36,6 +36,7 @@ from tpshard.planning.model import Model
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
+from tpshard.storage.tensor_names import numbered
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
@@ -61,12 +62,14 @@ class ShardedState(Format):
         dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
         tensors = [tensor for tensor in model.tensors if tensor.name not in unloaded]
+        reasons: dict[tuple[object, ...], str | None] = {}  # layers are alike
         for tensor in tensors:
             name = model.full_name(tensor.name)
-            reason = family.refusal(name)
-            if model.quantisation and reason is None:
-                reason = refusal(quantised, family, tensor, name)
-            if reason:
+            key = numbered(name)[0], tensor.dtype, tensor.shape, tensor.cut
+            if key not in reasons:
+                own = refusal(quantised, family, tensor, name) if model.quantisation else None
+                reasons[key] = family.refusal(name) or own
+            if reason := reasons[key]:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
         shares = shares_of(family, model, tensors, dealt)
@@ -155,7 +158,7 @@ class ShardedState(Format):
         """The engine's ranges of the axes, the vocabulary padded as it pads it."""
         single = {
             segment
-            for tensor in model.tensors
+            for tensor in (model.tensors if family.unrepeated else ())
             if family.kind(model.full_name(tensor.name)).unrepeated
             for segment in tensor.cut.segments
         }
@@ -170,7 +173,9 @@ class ShardedState(Format):
     def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""
         names = {tensor.name: model.full_name(tensor.name) for tensor in tensors}
-        stored = {family.rename(name) for name in names.values()}
+        stored = {
+            family.rename(kind) for kind in {numbered(name)[0] for name in names.values()}
+        }  # the head has no number
         head = f"{family.head}.weight"
         if model.tied:
             _, embedding = next(iter(model.tied.items()))
@@ -197,14 +202,14 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
     """Tensors that the engine has no place for and needs none for, with the reason."""
     dropped = {}
     layers = model.config.get(family.extra_layers) if family.extra_layers else None
+    heads = () if family.head else tuple(f"{head}.weight" for head in model.tied)
     for tensor in model.tensors:
         name = model.full_name(tensor.name)
-        layer = family.layer_of(name)
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
-        elif isinstance(layers, int) and layer is not None and layer >= layers:
+        elif isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers:
             dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
-        elif not family.head and name in {f"{head}.weight" for head in model.tied}:
+        elif name in heads:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
     return dropped
 
@@ -223,10 +228,10 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
     """
     found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
-        for target, place, pattern in family.kind(full_name).fused:
-            how = fit(pattern, full_name)
-            into = how.into(target.removesuffix("?"))
-            found.setdefault((into, target), {}).setdefault(how.stacked, {})[place] = name
+        _, numbers = numbered(full_name)
+        for target, place, into, stacked in family.kind(full_name).fused:
+            group = None if stacked is None else numbers[stacked]
+            found.setdefault((into.format(*numbers), target), {}).setdefault(group, {})[place] = name
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
@@ -260,7 +265,7 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
 def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for layer in sorted({layer for name in names if (layer := family.layer_of(name)) is not None}):
+    for layer in family.layers_of(names) if family.scales else ():
         for pattern in family.scales:
             for scale in _SCALES:
                 yield Row(f"{pattern.replace('*', str(layer))}.{scale}", (), one)

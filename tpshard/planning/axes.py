@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from tpshard.planning.mesh import Along
@@ -58,6 +58,14 @@ class Cut:
     segments: tuple[str, ...] = ()
     interleave: str | None = None
     ratio: int | Fraction = 1
+    _hash: int = field(init=False, repr=False, compare=False)  # what is alike is looked up by it, for every tensor
+
+    def __post_init__(self) -> None:
+        values = (self.kind, self.dim, self.segments, self.interleave, self.ratio)
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def rule(self) -> str:

@@ -12,17 +12,20 @@ from itertools import groupby
 from typing import Any
 
 from tpshard.errors import UsageError
+from tpshard.planning.axes import Cut
+from tpshard.planning.box import Shape
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.storage.safetensors import DTYPE_BITS, nbytes
+from tpshard.storage.tensor_names import numbered
 from tpshard.units import human_bytes
 
 USABLE = 0.9
 """The share of a device's memory that weights and cache may fill; the rest is for activations and the runtime."""
 KV_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8": "F8_E4M3"}
 """The names that `--kv-dtype` knows."""
-_LAYER = re.compile(r"(?<![^.])(\d+)\.([^.]+)")
+_LAYER = re.compile(r"(?<![^.])0\.([^.]+)")
 _LATENT = re.compile(r"kv_a_proj_with_mqa\.(?:weight|weight_packed|scales)$")
 """Makes what DeepSeek's latent attention caches: the compressed key and value of all heads, and one rotary key."""
 
@@ -84,12 +87,16 @@ def traits(model: Model) -> Traits:
     blocks: set[tuple[int, str]] = set()
     hidden = latent = 0
     sizes: Counter[str] = Counter()
+    alike: dict[tuple[str, str, Shape, Cut], tuple[LogicalTensor, list[int]]] = {}
     for tensor in model.tensors:
+        kind, numbers = numbered(tensor.name)
+        key = kind, tensor.dtype, tensor.shape, tensor.cut
+        alike.setdefault(key, (tensor, []))[1].append(numbers[0] if numbers else 0)
+    for (kind, *_), (tensor, layers) in alike.items():
         if tensor.dtype in CASTABLE:
-            sizes[tensor.dtype] += nbytes(tensor.dtype, tensor.shape)
-        if tensor.cut.kind == "row" and (found := _LAYER.search(tensor.name)):
-            if not isinstance(count, int) or int(found[1]) < count:
-                blocks.add((int(found[1]), found[2]))
+            sizes[tensor.dtype] += nbytes(tensor.dtype, tensor.shape) * len(layers)
+        if tensor.cut.kind == "row" and (found := _LAYER.search(kind)):
+            blocks |= {(layer, found[1]) for layer in layers if not isinstance(count, int) or layer < count}
             hidden = max(hidden, _out(tensor))
         elif _LATENT.search(tensor.name):
             latent = tensor.shape[-1 if tensor.name.endswith("scales") else 0]

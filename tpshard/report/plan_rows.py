@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +15,9 @@ from tpshard.planning.axes import Axis
 from tpshard.planning.box import volume
 from tpshard.planning.layout import LogicalTensor, Row, RowKind
 from tpshard.storage.safetensors import nbytes
+from tpshard.storage.tensor_names import numbered, with_numbers
 
 _Key = TypeVar("_Key", bound=Hashable)
-_NUMBER = re.compile(r"(?<![^.])(\d+)(?=\.)")
 _encode = json.JSONEncoder().encode
 
 Share = tuple[tuple[int, ...], int]
@@ -172,27 +171,29 @@ def fold(rows: Iterable[tuple[str, _Key]]) -> list[tuple[str, list[str], _Key]]:
     A row is a name, and what must be the same; with the names that it stands for. Order is that of the first row of
     each kind. Experts are folded in each layer, then layers.
     """
-    return _fold(_fold(((name, [name], key) for name, key in rows), 1), 0)
+    numbers = ((*numbered(name), [name], key) for name, key in rows)
+    return [(with_numbers(kind, texts), names, key) for kind, texts, names, key in _fold(_fold(numbers, 1), 0)]
 
 
-def _fold(rows: Iterable[tuple[str, list[str], _Key]], which: int) -> list[tuple[str, list[str], _Key]]:
-    """Fold the first number of the names, or the second."""
-    groups: dict[tuple[str, str | None, _Key], tuple[list[int], list[list[str]]]] = {}
-    for name, names, key in rows:
-        parts = _NUMBER.split(name, which + 1)
-        if len(parts) > 2 * which + 2:
-            group, number = ("".join(parts[:-2]), parts[-1], key), int(parts[-2])
-        else:
-            group, number = (name, None, key), -1
-        if group not in groups:
-            groups[group] = [], []
-        numbers, folded = groups[group]
-        numbers.append(number)
+_Texts = tuple[int | str | None, ...]
+"""What stands in a name in place of its numbers: numbers still, or the text of a span of them."""
+
+
+def _fold(
+    rows: Iterable[tuple[str, _Texts, list[str], _Key]], which: int
+) -> Iterator[tuple[str, _Texts, list[str], _Key]]:
+    """Fold the first number of the names, or the second; one that ends a name is no layer's and no expert's."""
+    groups: dict[tuple[str, _Texts, _Key], tuple[list[int], list[list[str]]]] = {}
+    for kind, texts, names, key in rows:
+        number = texts[which] if which < len(texts) - f".{kind}".endswith(".0") else None
+        apart = texts if number is None else (*texts[:which], None, *texts[which + 1 :])
+        numbers, folded = groups.setdefault((kind, apart, key), ([], []))
+        if isinstance(number, int):
+            numbers.append(number)
         folded.append(names)
-    return [
-        (before if after is None else before + _span(numbers) + after, list(chain.from_iterable(folded)), key)
-        for (before, after, key), (numbers, folded) in groups.items()
-    ]
+    for (kind, apart, key), (numbers, folded) in groups.items():
+        texts = (*apart[:which], _span(numbers), *apart[which + 1 :]) if numbers else apart
+        yield kind, texts, list(chain.from_iterable(folded)), key
 
 
 def _span(numbers: list[int]) -> str:

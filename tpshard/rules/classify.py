@@ -16,10 +16,11 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.rules import expression
 from tpshard.rules.architecture import EITHER, Architecture, Rule, compile_pattern
-from tpshard.rules.patterns import Matcher, contradiction
+from tpshard.rules.patterns import Matcher, contradiction, tell_numbers
 from tpshard.rules.presence import check_biases, float32_on_purpose
 from tpshard.rules.quantisation.schemes import WHOLE, Companion, ratio_of
 from tpshard.storage.safetensors import TensorInfo
+from tpshard.storage.tensor_names import numbered
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -104,7 +105,7 @@ def recognise(
     with _fitting(architecture):
         matcher = Matcher(architecture, _with_found(architecture, config, names))
         found = {name: matcher.find(name, exact=exact)[1] for name in names}
-    seen = {pattern.text for candidates in found.values() for pattern, *_ in candidates}
+    seen = {each.pattern.text for candidates in found.values() for each in candidates}
     missing = [p.text for p in matcher.patterns if p.required and not p.condition and p.text not in seen]
     return missing, [name for name, candidates in found.items() if not candidates]
 
@@ -113,6 +114,8 @@ def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Se
     """The config, with defaults for keys that it lacks and the keys of [found], which depend on the tensors."""
     config = {**architecture.defaults, **config}
     beginnings = (("", ""), *architecture.beginnings)
+    if architecture.found and not tell_numbers(architecture.found.values()):
+        names = list(dict.fromkeys(numbered(name)[0] for name in names))
     for key, pattern in architecture.found.items():
         compiled = compile_pattern(pattern)
         begun = (new + name[len(old) :] for name in names for old, new in beginnings if name.startswith(old))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
-from tpshard.rules.architecture import EITHER, NUMBER, Architecture, Rule, asks_layer, compile_pattern
+from tpshard.rules.architecture import EITHER, Architecture, Rule, asks_layer, compile_pattern
 from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
+from tpshard.storage.tensor_names import numbered
 
 HEADS = ("score", "score.*", "classifier", "qa_outputs", "v_head", "v_head.summary")
 """Heads of other tasks than predicting tokens, which any architecture may have: sequences and tokens are classified
@@ -39,44 +40,52 @@ class Pattern:
     indices: dict[str, dict[int, set[int]]] = field(default_factory=dict)
 
 
-Match = tuple[Pattern, list[int], str, bool]
-"""A pattern that matches a name, the numbers of layer and expert in the name, and the name with `*` for them; and
-whether the pattern matches another name that stands in for it."""
 Matched = tuple[Rule, Companion, tuple[str, ...] | None]
 """The rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims."""
 
 
-class _Candidate(NamedTuple):
-    """A pattern that matches names which differ in numbers alone.
+_Found = tuple[Matched, tuple[str, str], set[int]]
+"""What matches a name, how it begins and how what they match begins in place of that, and where to note experts."""
 
-    numbers: which components of a name are the layer and the expert. rest: the name with `*` for them, None where it
-    has other numbers. place: of the name that matches among those which stand in for the tensor's own, 0 for that.
+
+class Candidate(NamedTuple):
+    """A pattern that matches the names of a kind.
+
+    places: which components of a name are the layer and the expert. alone: whether a name has no other numbers. place:
+    of the name that matches among those which stand in for the tensor's own, 0 for that.
     """
 
     pattern: Pattern
-    numbers: tuple[int, ...]
-    rest: str | None
+    places: tuple[int, ...]
+    alone: bool
     place: int
 
-    def of(self, full: str, components: Sequence[str]) -> Match:
-        """What it says of one name."""
-        pattern, places, rest, place = self
-        if rest is None:
-            rest = _masked((full, *stand_ins(full))[place], places)
-        return pattern, [int(components[each]) for each in places], rest, place > 0
+    def numbers(self, full: str) -> list[int]:
+        """The numbers of layer and expert in a name."""
+        components = full.split(".")
+        return [int(components[each]) for each in self.places]
+
+    def rest(self, full: str) -> str:
+        """The name that matches in place of one, with `*` for layer and expert."""
+        return _masked((full, *stand_ins(full))[self.place], self.places)
 
 
-def _candidate(pattern: Pattern, known: str, place: int, numbers: int) -> _Candidate:
-    """numbers: how many there are in the name `known`."""
+def _candidate(pattern: Pattern, known: str, place: int) -> Candidate:
     found = pattern.compiled.fullmatch(known)
     assert found is not None
     places = tuple(known.count(".", 0, found.start(group)) for group in range(1, len(found.groups()) + 1))
-    return _Candidate(pattern, places, _masked(known, places) if numbers == len(places) else None, place)
+    return Candidate(pattern, places, len(numbered(known)[1]) == len(places), place)
 
 
 def _masked(name: str, places: Collection[int]) -> str:
     """A name with `*` for some of its components."""
     return ".".join("*" if place in places else part for place, part in enumerate(name.split(".")))
+
+
+def tell_numbers(patterns: Iterable[str]) -> bool:
+    """Whether a component of a pattern, other than `*`, can tell one number from another."""
+    components = {part for pattern in patterns for part in pattern.removesuffix("?").split(".")}
+    return any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
 
 
 class Matcher:
@@ -104,44 +113,42 @@ class Matcher:
         self.dims = [(pattern, compile_pattern(pattern.removesuffix("?"))) for pattern in architecture.dims]
         self.seen_dims: set[str] = set()
         self.names: dict[str, str] = {}  # name with the prefix -> name in the checkpoint
-        # Layers are alike, and so are experts: the patterns that fit a name are looked up once for all names that
-        # differ in numbers alone, unless a component of a pattern other than `*` can tell one number from another.
-        components = {part for pattern in self.patterns for part in pattern.text.removesuffix("?").split(".")}
-        numbered = any(not re.search(r"[^\d*]", re.sub(r"\[[^]]*\]", "", part)) for part in components - {"*"})
-        self._index = re.compile(r"(?!)" if numbered else rf"(?<![^.]){NUMBER}(?![^.])")
-        self._candidates: dict[tuple[str, bool], list[tuple[str, str, list[_Candidate]]]] = {}
-        self._matched: dict[tuple[object, ...], Matched] = {}
+        # The patterns that fit a name are looked up once for its kind, unless they tell one number from another.
+        self._one_by_one = tell_numbers(pattern.text for pattern in self.patterns)
+        self._candidates: dict[tuple[str, bool], list[tuple[tuple[str, str], list[Candidate]]]] = {}
+        self._matched: dict[tuple[object, ...], _Found] = {}
+        self._apart: set[str] = set()  # kinds of names that have more numbers than a layer's and an expert's
+        self._rows: dict[tuple[object, ...], Matched] = {}
         self._holding: dict[tuple[str, int], bool] = {}
 
-    def find(self, name: str, *, exact: bool = False) -> tuple[str, list[Match]]:
-        """The patterns that match a name, and the name that they match.
+    def find(self, name: str, *, exact: bool = False) -> tuple[tuple[str, str], list[Candidate]]:
+        """The patterns that match a name; and how it begins, and how what they match begins in place of that.
 
-        That is the name itself or, unless `exact`, what it is with the architecture's prefix. A companion of a
+        They match the name itself or, unless `exact`, what it is with the architecture's prefix. A companion of a
         quantised module is matched under the name that its weight would have without.
         """
-        key = self._index.sub("0", name), exact
+        key = name if self._one_by_one else numbered(name)[0], exact
         if key not in self._candidates:
             self._candidates[key] = list(self._alternatives(*key))
-        for old, new, candidates in self._candidates[key]:
+        for (old, new), candidates in self._candidates[key]:
             full = new + name[len(old) :]
-            components = full.split(".")
-            matches = [each.of(full, components) for each in candidates]
-            if held := [match for match in matches if not match[0].condition or self._holds(match[0], match[1][0])]:
-                return full, held
-        return name, []
+            held = [
+                each
+                for each in candidates
+                if not each.pattern.condition or self._holds(each.pattern, each.numbers(full)[0])
+            ]
+            if held:
+                return (old, new), held
+        return ("", ""), []
 
-    def _alternatives(self, name: str, exact: bool) -> Iterator[tuple[str, str, list[_Candidate]]]:
-        """The patterns that match a name, or else the name with the prefix, or else one that stands in for either.
-
-        Before them how the name begins, and how what they match begins.
-        """
+    def _alternatives(self, name: str, exact: bool) -> Iterator[tuple[tuple[str, str], list[Candidate]]]:
+        """The patterns that match a name, or else the name with the prefix, or else one that stands in for either."""
         for old, new in (("", ""), *(() if exact else self.architecture.beginnings)):
             full = new + name[len(old) :]
             for place, known in enumerate((full, *stand_ins(full))) if name.startswith(old) else ():
                 own = [pattern for pattern in self.patterns if pattern.compiled.fullmatch(known)]
                 if found := own or [head for head in self.heads if head.compiled.fullmatch(known)]:
-                    alone = len(self._index.findall(known))
-                    yield old, new, [_candidate(pattern, known, place, alone) for pattern in found]
+                    yield (old, new), [_candidate(pattern, known, place) for pattern in found]
 
     def match(self, tensor: TensorInfo, known_as: str) -> Matched:
         """The one rule of a tensor's module, what the tensor is to the module, and the axis of each of its dims.
@@ -149,32 +156,53 @@ class Matcher:
         Tensors that are alike have the same object. known_as: the tensor's name as the rules have it, the prefix
         perhaps excepted.
         """
-        name = tensor.name
-        full, candidates = self.find(known_as)
-        stands_in = name not in self.quantised and any(stands_in for *_, stands_in in candidates)
-        if not candidates or stands_in:
-            what = f"no {self.architecture.name} rule matches the tensor {name}"
-            hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
-            raise UnsupportedError(what, path=tensor.file, tensor=name, found=f"shape {list(tensor.shape)}", hint=hint)
-        if len(candidates) > 1:
-            what = f"{len(candidates)} rules match the tensor {name}: {', '.join(p.text for p, *_ in candidates)}"
-            raise UsageError(what, tensor=name, hint="make the patterns of the rules file disjoint")
+        name, companion = tensor.name, self.quantised.get(tensor.name)
+        kind, numbers = numbered(known_as)
+        key = known_as if self._one_by_one or kind in self._apart else kind, numbers[:1], tensor.shape, id(companion)
+        found = self._matched.get(key)
+        if found is not None:
+            found[2].update(numbers[1:])
+        else:
+            found, alone = self._match(tensor, known_as, companion)
+            if alone:
+                self._matched[key] = found
+            else:
+                self._apart.add(kind)
+        matched, (old, new), _ = found
+        full = new + known_as[len(old) :]
         if full in self.names:
             what = f"{name} and {self.names[full]} are one tensor, with the prefix and without"
             expected = f"one of them, with or without {self.architecture.prefix!r}"
             raise CorruptError(what, path=tensor.file, tensor=name, expected=expected)
         self.names[full] = name
-        pattern, numbers, rest, _ = candidates[0]
-        companion = self.quantised.get(name)
-        key = id(pattern), rest, full.rpartition(".")[2], id(companion), tensor.shape
-        if key not in self._matched:
-            row = companion or companion_of(full)
-            self._matched[key] = pattern.rule, row, self._dims(full, row, tensor)
-        if self._matched[key][1].role in ("plain", "values"):  # a scale is no sign that the weight is there
+        return matched
+
+    def _match(self, tensor: TensorInfo, known_as: str, companion: Companion | None) -> tuple[_Found, bool]:
+        """What is found of a tensor, and whether that holds for every name of its kind in this layer."""
+        name = tensor.name
+        beginning, candidates = self.find(known_as)
+        if not candidates or (companion is None and any(each.place for each in candidates)):
+            what = f"no {self.architecture.name} rule matches the tensor {name}"
+            hint = "a tensor is never guessed: write a rule for it and give the file with --rules FILE"
+            raise UnsupportedError(what, path=tensor.file, tensor=name, found=f"shape {list(tensor.shape)}", hint=hint)
+        if len(candidates) > 1:
+            texts = ", ".join(each.pattern.text for each in candidates)
+            what = f"{len(candidates)} rules match the tensor {name}: {texts}"
+            raise UsageError(what, tensor=name, hint="make the patterns of the rules file disjoint")
+        (candidate,) = candidates
+        full = beginning[1] + known_as[len(beginning[0]) :]
+        pattern, numbers, rest = candidate.pattern, candidate.numbers(full), candidate.rest(full)
+        row = companion or companion_of(full)
+        key = id(pattern), rest, full.rpartition(".")[2], id(row), tensor.shape
+        if key not in self._rows:
+            self._rows[key] = pattern.rule, row, self._dims(full, row, tensor)
+        experts: set[int] = set()
+        if row.role in ("plain", "values"):  # a scale is no sign that the weight is there
             pattern.seen = True
             if pattern.required and numbers:
-                pattern.indices.setdefault(rest, {}).setdefault(numbers[0], set()).update(numbers[1:])
-        return self._matched[key]
+                experts = pattern.indices.setdefault(rest, {}).setdefault(numbers[0], experts)
+                experts.update(numbers[1:])
+        return (self._rows[key], beginning, experts), candidate.alone
 
     def _holds(self, pattern: Pattern, layer: int) -> bool:
         """Whether a pattern's rule holds in a layer."""

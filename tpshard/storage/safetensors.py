@@ -240,14 +240,20 @@ def _document(text: _Text, data_begin: int) -> tuple[list[TensorInfo], dict[str,
         raise _bad(text.file, None, "the header is not a JSON object", "{ as its first byte", text.show(0), _AGAIN)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] | None = None
+    alike: dict[tuple[str, str], TensorInfo] = {}  # by dtype and the shape's text
     closed = _CLOSE.match(text.json, 1)
     at, delimiter = (closed.end(), "}") if closed else (1, ",")
     while delimiter == ",":
         if usual := _USUAL.match(text.json, at):
-            name, dtype, shape, begin, end, delimiter = usual.groups()
-            fields: dict[str, _Value] = {"dtype": dtype, "shape": _numbers(shape)}
-            fields["data_offsets"] = int(begin), int(end)
-            at = usual.end()
+            name, dtype, shape, first, last, delimiter = usual.groups()
+            at, begin, end = usual.end(), int(first), int(last)
+            like = alike.get((dtype, shape))
+            if like is not None and end - begin == like.nbytes and name not in tensors and name != "__metadata__":
+                tensors[name] = TensorInfo(
+                    name, like.dtype, like.shape, text.file, data_begin + begin, data_begin + end
+                )
+                continue
+            fields: dict[str, _Value] = {"dtype": dtype, "shape": _numbers(shape), "data_offsets": (begin, end)}
         else:
             name, fields, delimiter, at = _member(text, at)
         if name in tensors or (name == "__metadata__" and metadata is not None):
@@ -256,6 +262,8 @@ def _document(text: _Text, data_begin: int) -> tuple[list[TensorInfo], dict[str,
             metadata = _metadata(text.file, fields)
         else:
             tensors[name] = _tensor(text.file, data_begin, name, fields)
+            if usual:
+                alike[dtype, shape] = tensors[name]
     if not _END.match(text.json, at):
         raise text.broken(at, "nothing but space after the last }")
     return list(tensors.values()), metadata or {}

@@ -137,7 +137,9 @@ def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CorruptError("the index has no weight_map of names to files", path=path, expected="an object of strings")
+    base_names = {}
     for name in sorted(set(weight_map.values())):
+        base_names[name] = PurePosixPath(name).name  # it may begin with ./
         pure = PurePosixPath(name.replace("\\", "/"))
         if pure.is_absolute() or ".." in pure.parts or re.match(r"[A-Za-z]:", name):
             what = "the index points outside the model"
@@ -149,7 +151,7 @@ def _parse_index(raw: bytes, path: str) -> tuple[dict[str, str], object]:
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if isinstance(total, str) and re.fullmatch(r"\d{1,20}", total):
         total = int(total)
-    return {name: PurePosixPath(file).name for name, file in weight_map.items()}, total  # a file may begin with ./
+    return {name: base_names[file] for name, file in weight_map.items()}, total
 
 
 def _listed_in_root(raw: bytes, name: str) -> list[str]:

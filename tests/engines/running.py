@@ -1,0 +1,104 @@
+"""vLLM in processes of its own: what its classes hold after loading, and what a started engine generates."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+HERE = Path(__file__).parent
+Ranks = list[dict[str, torch.Tensor]]
+
+
+class Engine:
+    """A process that has vLLM imported, and forks to answer: `held.py` or `generate.py`."""
+
+    def __init__(self, script: str, log: Path) -> None:
+        self.log = log
+        command = [os.environ["ENGINE_PYTHON"], str(HERE / script)]
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+
+    def ask(self, job: dict[str, str | int]) -> None:
+        """Have a job done; RuntimeError with what vLLM said when it fails."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        assert line, f"vLLM's process ended: {self.log.read_text()[-2000:]}"
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+
+    def end(self) -> None:
+        """Let it end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+class Loader(Engine):
+    """vLLM's classes, loaded and not run."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__("held.py", log)
+
+    def held(self, model: Path, tp: int, load_format: str, out: Path, *, roomy: bool = False) -> Ranks:
+        """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
+
+        roomy: parameters may be larger than what is loaded.
+        """
+        self.ask({"model": str(model), "tp": tp, "load_format": load_format, "out": str(out), "roomy": roomy})
+        return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp)]
+
+
+class Generator(Engine):
+    """Engines of vLLM that are started, at tp 2."""
+
+    def __init__(self, log: Path) -> None:
+        super().__init__("generate.py", log)
+
+    def tokens(self, model: Path, load_format: str, out: Path, saved: Path | None = None) -> list[dict[str, Any]]:
+        """Greedy tokens and their logprobs; RuntimeError with what the engine said when it does not start.
+
+        out: where to keep them. saved: where vLLM then saves the model itself.
+        """
+        job: dict[str, str | int] = {"model": str(model), "tp": 2, "load_format": load_format, "out": str(out)}
+        self.ask(job | ({} if saved is None else {"saved": str(saved)}))
+        found: list[dict[str, Any]] = json.loads(out.read_text())
+        return found
+
+
+def differences(ours: Ranks, theirs: Ranks) -> list[str]:
+    """Every name, dtype, shape and bit in which two sets of ranks differ."""
+    found = []
+    for rank, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        found += [f"rank {rank}: {name} is only in one" for name in sorted(set(a) ^ set(b))]
+        for name in sorted(set(a) & set(b)):
+            if (a[name].dtype, a[name].shape) != (b[name].dtype, b[name].shape):
+                found.append(f"rank {rank}: {name}: {a[name].dtype} {a[name].shape}, {b[name].dtype} {b[name].shape}")
+            elif not torch.equal(bits(a[name]), bits(b[name])):
+                found.append(f"rank {rank}: {name}: other bits")
+    return found
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bytes."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def written(directory: Path, tp: int) -> Ranks:
+    """Our files, by rank."""
+    return [load_file(directory / f"model-rank-{rank}-part-0.safetensors") for rank in range(tp)]
+
+
+def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
