@@ -79,7 +79,7 @@ class Dcp(Format):
         dealt = even_or_less(model, options)
         for tensor, by_rank in chunks(model, dealt):
             require_storage(tensor.name, tensor.dtype)
-            name = model.full_name(tensor.name)
+            name = model.complete_name(tensor.name)
             several = any(len(boxes) > 1 for boxes in by_rank)
             for row, boxes in zip(rows, by_rank, strict=True):
                 for number, box in enumerate(boxes):
@@ -115,7 +115,7 @@ class Dcp(Format):
                     )
                     found.setdefault(part.tensor, []).append(where)
         tensors = [
-            Described(split.model.full_name(tensor.name), tensor.dtype, tensor.shape, found[tensor.name])
+            Described(split.model.complete_name(tensor.name), tensor.dtype, tensor.shape, found[tensor.name])
             for tensor in split.kept.tensors
         ]
         return {DCP_METADATA: metadata_pickle(tensors, split.set_id)}

@@ -28,7 +28,7 @@ class DcpHf(Format):
         rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]
         dealt = even_or_less(model, options)
         for tensor, by_rank in chunks(model, dealt):
-            name = model.full_name(tensor.name)
+            name = model.complete_name(tensor.name)
             if tensor.dtype in _UNREAD:
                 raise UnsupportedError(
                     f"torch reads no {tensor.dtype} from safetensors files", tensor=name, hint="use --format native"

@@ -49,6 +49,11 @@ class Model:
         """A tensor's name as the architecture's rules have it."""
         return self.full_names.get(name, name)
 
+    def complete_name(self, name: str) -> str:
+        """A tensor's name with the base prefix that it may lack; in a model with more than text, the source's own."""
+        full = self.full_name(name)
+        return full if full.endswith(name) else name
+
     def without(self, names: Collection[str]) -> Self:
         """The model without some tensors."""
         if not names:

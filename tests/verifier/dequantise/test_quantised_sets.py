@@ -160,3 +160,15 @@ def test_streamed_and_cast() -> None:
     quantised("fp8-block", Path("model"))
     succeeds("split", "model", "--tp", 2, "-o", "out", "--no-fsync", "--dtype", "float32")
     assert verify("--stream").json["verdict"] == "pass"
+
+
+def test_a_nested_model_keeps_its_names_in_torchs_own_format() -> None:
+    """What stands before the text model's names stays, as vision tower and projector keep theirs."""
+    model = FIXTURES / "ct-int4-nested-text-config"
+    succeeds("split", model, "--tp", 2, "--format", "dcp-hf", "-o", "out", "--no-fsync")
+    files = sorted(Path("out").glob("*.safetensors"))
+    stored = {name for file in files for name in load_file(file)}
+    assert stored == set(load_file(model / "model.safetensors")) and len(files) == 2
+    succeeds("verify", "out", "--source", model, "--tier", "weights", "--device", "cpu")
+    succeeds("merge", "out", "-o", "whole")
+    assert load_file(Path("whole/model.safetensors")).keys() == stored
