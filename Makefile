@@ -7,7 +7,7 @@ ENGINES ?= .venv-engines
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all check fuzz test-crash soak test-engines bench bench-others power power-trained power-engine gpu-check docs dist \
+.PHONY: demo test test-all test-bytes check fuzz test-crash soak test-engines bench bench-others power power-trained power-engine gpu-check docs dist \
 	test-signing test-action clean
 
 demo: $(VENV)/.base
@@ -24,6 +24,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Flips every byte of small sets of each format, one after the other, and looks whether check finds it. Hours.
+test-bytes: $(VENV)/.dev
+	TPSHARD_EVERY_BYTE=1 $(BIN)/python -m pytest -q -n 2 tests/api/test_every_byte.py -k flipped $(ARGS)
 
 # Kills and fails every system call of the real command, with strace (Linux). About 10 minutes.
 test-crash: $(VENV)/.dev
