@@ -31,7 +31,7 @@ from tpshard.formats.split import Options
 from tpshard.verifier.options import VerifyOptions
 
 WORK = Workload(batch=3, seq=77, kv_dtype="float8", gpu_memory=80 * 10**9, bandwidth=450e9)
-MODEL = ModelOptions("x", "branch", Path("r.toml"), "float16", True)
+MODEL = ModelOptions("x", "branch", "r.toml", "float16", True)
 TARGET = TargetOptions(2, True, ["0.6", "0.4"], 640, 5_000_000, "vllm", "0.32")
 HOW = Settings(workers=3, checksum=False, fsync=False, overwrite=True)
 """Nothing in these has its default, and no two options that could be exchanged are alike."""
@@ -41,7 +41,7 @@ TARGET_TEXT = (
 )
 WORK_TEXT = "--batch 3 --seq 77 --kv-dtype float8 --gpu-memory 80"
 HOW_TEXT = "--workers 3 --overwrite --no-fsync"
-MODEL_WORDS = {"revision": "branch", "rules": Path("r.toml")}
+MODEL_WORDS = {"revision": "branch", "rules": "r.toml"}
 TARGET_WORDS: dict[str, Any] = {
     **{"uneven": True, "shares": ["0.6", "0.4"], "pad_vocab_to": 640, "max_file_size": 5_000_000},
     **{"format": "vllm", "engine_version": "0.32"},
@@ -116,7 +116,7 @@ CASES = {
         f"s --source x --tp 5 {MODEL_TEXT} --allow-pickle --follow-symlinks --workers 3",
         (Path("s"), "x"),
         {**MODEL_WORDS, **FOLLOW, "tp": 5, "allow_pickle": True, "settings": Settings(3, False)},
-        CheckOptions(Path("s"), "x", 5, "branch", Path("r.toml"), True, settings=Settings(3, False), **FOLLOW),
+        CheckOptions(Path("s"), "x", 5, "branch", "r.toml", True, settings=Settings(3, False), **FOLLOW),
     ),
     "advise": Case(
         f"x --gpus 6 {MODEL_TEXT} --dtype float16 --follow-symlinks {WORK_TEXT}",
@@ -146,7 +146,7 @@ CASES = {
             **{"shards": Path("s"), "source": "x", "tiers": ("exact", "bytes"), "device": "cpu", "tokens": 7},
             **{"seed": 9, "float32": True, "layers": (0, -1), "stream": True, "sequence_parallel": True},
             **{"reference": "transformers", "engine": "tpshard", "prompt": "text", "revision": "branch"},
-            **{"rules": Path("r.toml"), "allow_pickle": True, "nproc": 4, "allow_not_run": ("mtp", "model.mtp")},
+            **{"rules": "r.toml", "allow_pickle": True, "nproc": 4, "allow_not_run": ("mtp", "model.mtp")},
             **FOLLOW,
         ),
     ),

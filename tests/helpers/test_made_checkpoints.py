@@ -123,7 +123,7 @@ def test_every_family_is_there_and_gqa_families_need_repeated_kv_heads() -> None
     few = {v.model_type for v in VARIANTS.values() if 2 in (v.config.get(key) for key in keys)}
     as_many_as_heads = {"gpt2", "gpt_neox", "gptj", "gpt_bigcode", "gpt_neo", "bloom", "opt", "mpt", "codegen"}
     as_many_as_heads |= {"persimmon", "xglm", "biogpt", "deepseek_v2", "deepseek_v3", "deepseek_v32"}
-    as_many_as_heads |= {"glm4_moe_lite", "glm_moe_dsa"}
+    as_many_as_heads |= {"glm4_moe_lite", "glm_moe_dsa", "mistral4"}
     assert few == set(FAMILIES) - as_many_as_heads
 
 

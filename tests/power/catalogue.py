@@ -113,7 +113,7 @@ def open_case(variant: str, form: str, tp: int, folder: Path) -> DecoderBackend:
         checkpoints.make(variant, model, dtype="bfloat16")
     tpshard.split(model, tp, out, format=form, settings=Settings(workers=1, fsync=False))
     config, source = open_source(model)
-    opened = translated(open_shards(out), source.names())
+    opened = translated(open_shards(out), source)
     family, cpu = describe(config), torch.device("cpu")
     ranks = [resident(rank, DTYPE, cpu) for rank in opened.ranks]
     return DecoderBackend(
