@@ -65,9 +65,12 @@ def logits(model: Any) -> Any:
 
 def load(path: Path) -> Any:
     """The model, its weights copied: in the mapped file they need not be aligned, and sums differ in the last bit."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    from tpshard.verifier.hf.skeleton import class_of
+
+    kind: Any = class_of(AutoConfig.from_pretrained(path))
+    model = kind.__self__.from_pretrained(path, attn_implementation="eager")
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
