@@ -27,20 +27,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @cache
 def model_of(name: str, **changes: Any) -> tuple[dict[str, Any], Shapes, Any]:
-    """A variant's config, the shapes of its state_dict, and its class; without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A variant's config, the shapes of its stored tensors, and its model; without memory."""
+    from transformers import AutoConfig
     from transformers.core_model_loading import revert_weight_conversion
+
+    from tpshard.verifier.hf.skeleton import class_of
 
     variant = VARIANTS[name]
     config = AutoConfig.for_model(variant.model_type, **{**_COMMON, **variant.config, **changes})
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = class_of(config)(config)
     stored = revert_weight_conversion(model, model.state_dict())  # type: ignore[no-untyped-call]
     found = {key: tuple(value.shape) for key, value in stored.items()}
     if config.tie_word_embeddings:
         found.pop("lm_head.weight", None)
     said = {**config.to_dict(), "model_type": variant.model_type, "architectures": [type(model).__name__]}
-    return said, found, type(model)
+    return said, found, model
 
 
 def infos(shapes: Shapes) -> list[TensorInfo]:
@@ -97,10 +99,13 @@ def test_what_must_be_there_is_what_transformers_class_has(name: str) -> None:
 @pytest.mark.parametrize("name", some(VARIANTS, FEW))
 def test_what_transformers_keeps_in_float32_stays_so(name: str) -> None:
     """The strict list of a class in any checkpoint, the other in one that is stored in fewer bits."""
-    config, shapes, cls = model_of(name)
-    strict, soft = (getattr(cls, key) or () for key in ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"))
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config, shapes, model = model_of(name)
+    strict, soft = (getattr(model, key) or () for key in ("_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"))
     for mixed, modules in ((False, {*strict}), (True, {*strict, *soft})):
-        kept = [each for each in shapes if any(_has(each, module) for module in modules)]
+        held = {key: value for key, value in model.state_dict().items() if any(_has(key, each) for each in modules)}
+        kept = shapes.keys() & revert_weight_conversion(model, held)
         tensors = [replace(info, dtype="F32" if info.name in kept or not mixed else "BF16") for info in infos(shapes)]
         found, _ = find_rules(config, None, "config.json").classify(tensors, {})
         assert set(kept) <= set(found.float32), (mixed, set(kept) - set(found.float32))

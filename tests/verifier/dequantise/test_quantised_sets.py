@@ -30,11 +30,11 @@ SHIFTED = PLAIN | {"scales-shifted"}
 ZEROS, GROUPS = {"zeros-of-another-rank"}, {"groups-of-another-rank"}
 HALVES, ORDER, TWINS = {"nibbles-exchanged"}, {"order-of-awq-exchanged"}, {"gate-and-up-scales-exchanged"}
 CANARIES: dict[str, set[str]] = {
-    "fp8-block": SHIFTED,
+    "fp8-block": SHIFTED | TWINS,
     "fp8-tensor": PLAIN | TWINS,
     "fp8-channel": SHIFTED,
     "fp8-row": SHIFTED,
-    "fp8-four-dims": SHIFTED,
+    "fp8-four-dims": SHIFTED | TWINS,
     "mxfp8": SHIFTED,
     "int8": SHIFTED,
     "int3-zeros": SHIFTED | ZEROS,

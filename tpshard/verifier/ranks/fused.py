@@ -115,10 +115,11 @@ class Parts:
         """One number each; one that the source has for a matrix that it stores fused fills all places."""
         count = math.prod(stored.shape)
         if len(names) == 1 and count > 1:
-            values = stored.weights.get(stored.name).flatten()
-            if bool((values != values[0]).any()):
-                raise self._differs(stored, "is one number in the source, and others here", None, values.tolist())
-        elif count != len(names):
+            values, wanted = stored.weights.get(stored.name).flatten(), self.source.get(names[0]).flatten()
+            first = int((values.double() != wanted.double()).double().argmax())  # one that is another, if any is
+            yield names[0], within(stored, first, self.source.shape(names[0]))
+            return
+        if count != len(names):
             raise self._differs(stored, f"does not hold {', '.join(names)}", len(names), count)
         for place, name in enumerate(names):
             yield name, within(stored, place, self.source.shape(name))
