@@ -38,7 +38,8 @@ def test_a_correct_split_is_equal_and_a_faulty_one_is_not(name: str, made: Made,
         mutants = (fault.mutant(one.places(i)) for i in one.frame.layers[::-1])
         bad = next(mutant for mutant in mutants if mutant)
         assert library.error(replace(one, ranks=bad), wanted, pins) > 1e3 * EXACT_LIMIT
-        assert len(list(canaries_of(one.with_layers(1).places()))) >= 5
+        # LFM2's lie in a layer without heads, whose convolution has no fault of its own in the catalogue.
+        assert len(list(canaries_of(one.with_layers(1).places()))) >= (3 if name == "lfm2" else 5)
 
 
 @pytest.fixture(scope="module")
