@@ -82,7 +82,7 @@ def env(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
 def _print_advice(console: Console, found: Advice) -> None:
     """A line for every tp that is possible, one for those that would cut a unit, then the tp to take."""
     from tpshard.report.capacity import USABLE
-    from tpshard.report.plan_rows import ranges
+    from tpshard.report.plan_rows import by_reason
 
     memory = found.workload.gpu_memory
     assert memory is not None
@@ -90,17 +90,13 @@ def _print_advice(console: Console, found: Advice) -> None:
         f"{found.name} ({found.model_type}) on {found.gpus} devices of {human_bytes(memory)}, of which weights and "
         f"cache may fill {human_bytes(USABLE * memory)}; batch {found.workload.batch} x {found.workload.seq} tokens"
     )
-    cut: dict[str, list[int]] = {}
     for choice in found.choices:
         if choice.possible:
             state = "fits" if choice.fits else "too large"
             needs = f"{human_bytes(choice.weights or 0)} weights + {human_bytes(choice.kv_cache or 0)} KV cache"
             reason = "" if choice.reason == "fits" else f"; {choice.reason}"
             console.show(f"tp {choice.tp:<3} {state}: {needs}{reason}")
-        else:
-            cut.setdefault(choice.reason.partition(" on ")[0], []).append(choice.tp)
-    if cut:
-        reasons = (f"tp {ranges(tps).replace(',', ', ')} ({units} do not divide)" for units, tps in cut.items())
+    if reasons := by_reason((choice.tp, choice.cut) for choice in found.choices if not choice.possible):
         console.show(f"not possible: {'; '.join(reasons)}")
     if found.possible_above:
         console.show(f"possible on more devices: tp {', '.join(map(str, found.possible_above))}")

@@ -23,6 +23,7 @@ class TpChoice:
     """One tp. weights, kv_cache: bytes of the fullest rank, and `total` both; None where the tp is not possible.
 
     short: bytes that the fullest rank has too many, 0 where it fits. bytes_per_token: what each rank sends for a token.
+    cut: the units that would be cut, which `reason` names as well.
     """
 
     tp: int
@@ -34,10 +35,12 @@ class TpChoice:
     short: int | None = None
     bytes_per_token: int | None = None
     reason: str = ""
+    cut: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """An entry of `choices` in the JSON contract."""
-        return {**asdict(self), "total": self.total if self.possible else None}
+        entry = {**asdict(self), "total": self.total if self.possible else None}
+        return {key: value for key, value in entry.items() if key != "cut"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def rank_weights(model: Model, tp: int) -> list[int]:
 
 def _choice(model: Model, tp: int, workload: Workload) -> TpChoice:
     assert workload.gpu_memory is not None
-    if cut := [str(axis) for axis in model.axes.values() if why_not(axis, tp)]:
-        return TpChoice(tp, possible=False, reason=f"{', '.join(cut)} on {tp} ranks would be cut")
+    if cut := ", ".join(str(axis) for axis in model.axes.values() if why_not(axis, tp)):
+        return TpChoice(tp, possible=False, reason=f"{cut} on {tp} ranks would be cut", cut=cut)
     facts = traits(model)
     weights = max(rank_weights(model, tp))
     cache = max(cache_bytes(model, facts, deal(model.axes, Mesh(tp)), workload))

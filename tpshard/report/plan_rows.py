@@ -202,6 +202,14 @@ def _span(numbers: list[int]) -> str:
     return text if len(numbers) == 1 else "{" + text + "}"
 
 
+def by_reason(cut: Iterable[tuple[int, str]]) -> list[str]:
+    """The tp that would cut a unit, by what does not divide: `tp 3, 5-7 (8 heads do not divide)`."""
+    shown: dict[str, list[int]] = {}
+    for tp, units in cut:
+        shown.setdefault(units, []).append(tp)
+    return [f"tp {ranges(tps).replace(',', ', ')} ({units} do not divide)" for units, tps in shown.items()]
+
+
 def ranges(numbers: list[int]) -> str:
     """`0-31`, `0-3,5` or `7`."""
     runs: list[list[int]] = []

@@ -15,7 +15,7 @@ from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
 from tpshard.planning.layout import Row
 from tpshard.report import plan_rows
-from tpshard.report.plan_rows import TensorRows, ranges
+from tpshard.report.plan_rows import TensorRows, by_reason
 from tpshard.storage.carried import LeftOut
 from tpshard.storage.safetensors import TensorInfo
 
@@ -78,11 +78,7 @@ class PlanReport:
     @property
     def impossible(self) -> str:
         """Each tp up to 16 that would cut a unit, by what it would cut; of the many above, just that they are."""
-        shown: dict[str, list[int]] = {}
-        for tp, axis in self.cut_axes:
-            if tp <= _MOST_TP:
-                shown.setdefault(f"{axis.count} {axis.name} do not divide", []).append(tp)
-        reasons = [f"tp {ranges(numbers).replace(',', ', ')} ({why})" for why, numbers in shown.items()]
+        reasons = by_reason((tp, f"{axis.count} {axis.name}") for tp, axis in self.cut_axes if tp <= _MOST_TP)
         rest = sum(tp > _MOST_TP for tp, _ in self.cut_axes)
         return "; ".join(reasons + ([f"{rest} more above {_MOST_TP} (--json lists them)"] if rest else []))
 
