@@ -173,9 +173,8 @@ class ShardedState(Format):
     def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""
         names = {tensor.name: model.full_name(tensor.name) for tensor in tensors}
-        stored = {
-            family.rename(kind) for kind in {numbered(name)[0] for name in names.values()}
-        }  # the head has no number
+        kinds = {numbered(name)[0] for name in names.values()}  # the head and the embedding have no number
+        stored = {family.rename(kind) for kind in kinds}
         head = f"{family.head}.weight"
         if model.tied:
             _, embedding = next(iter(model.tied.items()))

@@ -1,6 +1,5 @@
 """Which built-in rules fit a checkpoint whose model_type has none: what the refusal suggests, and never takes."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from tpshard.rules.classify import Classification
 from tpshard.rules.multimodal import ModelRules, find_prefix, text_config
 from tpshard.rules.quantisation.schemes import Companion
 from tpshard.storage.safetensors import TensorInfo
+from tpshard.storage.tensor_names import numbered
 
 _MOST = 4
 """The number of architectures that are suggested."""
@@ -28,7 +28,7 @@ def with_fitting(
     """
     known = all_builtin()
     named = next((architecture for architecture in known if _names(config, architecture)), None)
-    sample = list({re.sub(r"\d+", "0", tensor.name): tensor for tensor in reversed(tensors)}.values())
+    sample = list({numbered(tensor.name)[0]: tensor for tensor in reversed(tensors)}.values())
     fitting: dict[str, Classification] = {}
     hints = [error.hint or ""]
     for architecture in sorted(known, key=lambda each: (each is not named, each.name != "llama", each.name)):

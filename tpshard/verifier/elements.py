@@ -214,7 +214,8 @@ def _slices(tensor: Readable, dim: int) -> Iterator[bytes]:
         yield whole[index].contiguous().numpy().tobytes()
 
 
-def _rows(tensor: Readable) -> int:
+def row_count(tensor: Readable) -> int:
+    """How many rows a tensor has; one without dims has one."""
     return tensor.shape[0] if tensor.shape else 1
 
 
@@ -243,7 +244,7 @@ def difference(held: Readable, share: Share) -> FirstDifference | None:
 
     What is beyond the model's last row is nobody's business here.
     """
-    rows = _rows(held) - share.padding
+    rows = row_count(held) - share.padding
     count = torch.Size(held.shape).numel()
     step = max(1, BLOCK_BYTES * rows // max(1, 8 * count))
     for start in range(0, rows if count else 0, step):
@@ -280,7 +281,7 @@ class Readables:
         if name in self.kept:
             return self.kept[name]
         tensor = self.tensors[name]
-        found = _own(tensor.rows(0, _rows(tensor))).view(tensor.shape)
+        found = _own(tensor.rows(0, row_count(tensor))).view(tensor.shape)
         if self.device is not None:
             found = self.kept[name] = found.to(self.device)
         return found

@@ -1,7 +1,6 @@
 """The weights tier: every element that a rank holds is the source's, whatever a prompt would meet."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,11 +8,12 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
+from tpshard.storage.tensor_names import numbered
 from tpshard.verifier.backend import Backend, Canaries
 from tpshard.verifier.dequantise.faults import COMPANION_FAULTS, with_fault
 from tpshard.verifier.dequantise.sides import stored
 from tpshard.verifier.dequantise.view import DequantisedWeights
-from tpshard.verifier.elements import FirstDifference, Held, Parameter, Readable, Share, difference
+from tpshard.verifier.elements import FirstDifference, Held, Parameter, Readable, Share, difference, row_count
 from tpshard.verifier.options import Say
 from tpshard.verifier.progress import Progress
 from tpshard.verifier.report.verdict import Canary, Finding, Place, Tier, layer_of
@@ -155,10 +155,9 @@ def _in_rows(change: Callable[[Tensor], Tensor]) -> Damage:
 
 def _own_rows(parameter: Parameter, rank: int) -> int:
     """How many of a rank's rows are rows of the model: none of an empty tensor, or where all are padding."""
-    shape = parameter.ranks[rank].shape
-    rows = shape[0] if shape else 1
+    held = parameter.ranks[rank]
     padding = parameter.shares()[rank].padding if parameter.padded else 0
-    return rows - padding if torch.Size(shape).numel() else 0
+    return row_count(held) - padding if torch.Size(held.shape).numel() else 0
 
 
 def _in_companions(fault: str) -> Damage:
@@ -190,7 +189,7 @@ def weights_canaries(backend: Backend) -> list[Canary]:
     """
     kinds: dict[str, tuple[Parameter, int]] = {}
     for parameter in backend.parameters():
-        kind = re.sub(r"\.\d+\.", ".*.", parameter.name)
+        kind, _ = numbered(parameter.name)
         if parameter.runs and kind not in kinds:
             if own := [rank for rank in range(len(parameter.ranks)) if _own_rows(parameter, rank)]:
                 kinds[kind] = (parameter, own[-1])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tpshard.storage.tensor_names import numbered
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import layer_of
 
@@ -98,7 +99,7 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
 
 def place_of(names: Collection[str], keys: Collection[str], prefix: str) -> str:
     """What precedes the text model's names: below it are the most parameters."""
-    alike = {re.sub(r"\d+", "0", name): name for name in names}.values()  # layers are
+    alike = {numbered(name)[0]: name for name in names}.values()  # layers are
     below = Counter(
         start for name in alike for start in _starts(name) if _key(name.removeprefix(start), keys, prefix) is not None
     )
