@@ -28,7 +28,7 @@ VERBS = (("check", "set"), ("merge", "set"), ("reshard", "set", "--tp", 2), ("in
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undamaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a checkpoint and a shard set of it."""
     folder = tmp_path_factory.mktemp("made")
     with contextlib.chdir(folder):
@@ -37,9 +37,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def here(undamaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of them in the working directory, for one test to damage."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(undamaged, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
 

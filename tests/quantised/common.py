@@ -104,6 +104,11 @@ def keep_fixture(name: str, saved: Path) -> Path:
     return folder
 
 
+def module_of(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """A module's tensors by suffix."""
+    return {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
+
+
 def config_of(model: PreTrainedModel) -> dict[str, Any]:
     config: dict[str, Any] = model.config.to_dict()
     architectures = [type(model).__name__]

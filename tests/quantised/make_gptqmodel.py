@@ -23,7 +23,16 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from tests.quantised.common import DENSE, FIXTURES, SMALL, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import (
+    DENSE,
+    FIXTURES,
+    SMALL,
+    keep_fixture,
+    module_of,
+    random_model,
+    tensors_of,
+    write_reference,
+)
 
 
 def calibration() -> list[dict[str, list[int]]]:
@@ -60,7 +69,7 @@ def reference(name: str) -> None:
     older = described.get("checkpoint_format", "gptq") != "gptq_v2"
     found = {}
     for module in sorted({key.rpartition(".")[0] for key in tensors if key.endswith(".qweight")}):
-        local = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
+        local = module_of(tensors, module)
         found[module] = awq(local) if packed_as_awq else gptq(local, older)
     code = "gptqmodel " + ("dequantize_gemm" if packed_as_awq else "TorchLinear.dequantize_weight")
     write_reference(name, f"{code}, scales in float32, transposed to [out, in]", found)

@@ -28,7 +28,16 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import (
+    DENSE,
+    EXPERTS,
+    SMALL,
+    keep_fixture,
+    module_of,
+    random_model,
+    tensors_of,
+    write_reference,
+)
 
 NVFP4_TOLERANCE = 1.2e-7
 NVFP4_REASON = "theirs, run in float32, divides the block's scale by the global scale first: two roundings"
@@ -146,8 +155,7 @@ def nested(name: str) -> None:
     scheme = QuantizationScheme(targets=["Linear"], weights=grouped(), format="pack-quantized")
     found = {}
     for module in [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]:
-        local = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
-        found[module] = dequantised(local, scheme)
+        found[module] = dequantised(module_of(tensors, module), scheme)
     write_reference(name, "compressed_tensors decompress (pack-quantized), float32", found)
     print(name, sorted({key.rpartition(".")[2] for key in tensors}), flush=True)
 

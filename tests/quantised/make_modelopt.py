@@ -20,7 +20,17 @@ from modelopt.torch.export.quant_utils import pack_int4_in_uint8
 from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP8QTensor, NVFP4QTensor
 from torch import Tensor
 
-from tests.quantised.common import DENSE, EXPERTS, SMALL, WIDE, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import (
+    DENSE,
+    EXPERTS,
+    SMALL,
+    WIDE,
+    keep_fixture,
+    module_of,
+    random_model,
+    tensors_of,
+    write_reference,
+)
 
 
 def calibrate(model: torch.nn.Module) -> None:
@@ -81,8 +91,7 @@ def fixture(
     tensors = tensors_of(kept)
     found = {}
     for module in sorted({key.rpartition(".")[0] for key in tensors if key.endswith(".weight_scale")}):
-        local = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
-        found[module] = dequantised(name, local)
+        found[module] = dequantised(name, module_of(tensors, module))
     tolerance = 1.2e-7 if "nvfp4" in name or "mixed" in name else 0.0
     why = "theirs multiplies the two scales first, in float32: two roundings" if tolerance else ""
     code = "modelopt.torch.quantization.qtensor dequantize, float32"

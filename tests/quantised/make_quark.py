@@ -26,7 +26,7 @@ from quark.torch.quantization.config.config import (
 from quark.torch.utils.pack import Pack_fp4
 from torch import Tensor
 
-from tests.quantised.common import SMALL, keep_fixture, random_model, tensors_of, write_reference
+from tests.quantised.common import SMALL, keep_fixture, module_of, random_model, tensors_of, write_reference
 
 CODE = "quark.torch.kernel.hw_emulation dequantize_impl, float32"
 
@@ -58,8 +58,7 @@ def fixture(name: str, weight: DataTypeSpec, activation: DataTypeSpec | None = N
     tensors = tensors_of(kept)
     found = {}
     for module in sorted({key.rpartition(".")[0] for key in tensors if key.endswith(".weight_scale")}):
-        local = {key.rpartition(".")[2]: t for key, t in tensors.items() if key.rpartition(".")[0] == module}
-        found[module] = dequantised(local)
+        found[module] = dequantised(module_of(tensors, module))
     write_reference(name, CODE, found)
     print(name, sorted({key.rpartition(".")[2] for key in tensors}), flush=True)
 

@@ -182,7 +182,8 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
         # Hosts that share a directory write the same small files, each under temporary names of its own.
         tag = f".{job.claims[0].strip('.')}" if job.shared else ""
         listed = {name: sha256(content_of(content)).hexdigest() for name, content in job.small.items()}
-        if (job.shared or in_place) and _is_listed(listed, work):  # maybe with records, which it must not be less than
+        if (job.shared or in_place) and _is_listed(listed, work):
+            # Kept: it may list the weights as well, and the records that make the output look whole may be there.
             unlink_if_there(files, work / f".{SUMS}{tag}.tmp")  # what a killed run of ours left of writing the same
         elif job.sums:
             write_small(files, work / SUMS, sums(listed, {}), fsync=fsync, tag=tag)
@@ -260,7 +261,7 @@ def _finish(
     else:
         for name, data in records.items():
             write_small(files, work / name, data, fsync=fsync)
-            if fsync and name == SUMS and work == out:  # the records would make it look whole without
+            if fsync and name == SUMS and work == out:  # else the records may be on disk, and it not
                 sync_directory(files, work)
     writer.remove_journals()
     if fsync:
