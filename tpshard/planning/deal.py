@@ -69,7 +69,8 @@ def _deal_axis(
     if axis.replicate and count < tp:
         if tp % count:
             what = f"{count} {axis.name} units cannot be repeated evenly on {tp} ranks"
-            raise UnsupportedError(what, expected=f"a tp of at most {count}, or a multiple of it", found=f"tp {tp}")
+            expected = f"a tp of at most {count}, or a multiple of it"
+            raise UnsupportedError(what, expected=expected, found=f"tp {tp}", hint="use one of those")
         return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))  # ranks 0 and 1 hold unit 0
     if axis.rest_last:
         share = _rounded_up(axis, tp) * axis.step
