@@ -180,6 +180,9 @@ def test_weighted_ranges_cover_the_axis_and_are_close_to_their_weight(count: int
         (10, 2, [2, 1, 3, 1], [3, 2, 4, 1], [1, 1, 1, 1]),
         (8, 8, [1, 1, 1], [3, 3, 2], [3, 3, 2]),
         (8, 1, [3, 1], [6, 2], [1, 1]),
+        (9, 3, [1, 1, 1, 1], [3, 2, 2, 2], [1, 1, 2, 1]),  # q heads 5 and 6 need KV heads 1 and 2
+        (8, 2, [1, 1, 1], [3, 3, 2], [1, 2, 1]),
+        (12, 4, ["0.5", "0.2", "0.1", "0.1", "0.1"], [6, 3, 1, 1, 1], [2, 1, 1, 1, 1]),
     ],
 )
 def test_query_heads_are_dealt_by_kv_group(
@@ -190,7 +193,17 @@ def test_query_heads_are_dealt_by_kv_group(
     assert sizes(dealt(k, len(shares), shares, q)) == expected_kv
 
 
-def test_uneven_shares_do_not_help_where_copies_would_differ() -> None:
+def test_kv_heads_that_neighbours_need_too_lie_on_both() -> None:
+    q, k = Axis("heads", 64, 128, group="kv"), Axis("kv", 8, 128, replicate=True)
+    for tp in range(9, 65):
+        mine, its = dealt(q, tp, [1] * tp, k), dealt(k, tp, [1] * tp, q)
+        assert sum(sizes(mine)) == 64 and min(sizes(mine)) >= 1
+        assert its == [(first // 8, (last - 1) // 8 + 1) for first, last in mine]
+    with pytest.raises(UnsupportedError, match="64 heads on 65 ranks: a unit is never cut"):
+        dealt(q, 65, [1] * 65, k)
+
+
+def test_uneven_shares_do_not_help_where_nothing_says_who_needs_a_unit() -> None:
     with pytest.raises(UnsupportedError, match="2 kv units cannot be repeated evenly on 3 ranks") as error:
         dealt(Axis("kv", 2, 8, replicate=True), 3, [1, 1, 1])
     assert error.value.expected == "a tp of at most 2, or a multiple of it"

@@ -192,7 +192,13 @@ DTYPE = Annotated[Dtype | None, Option(help="Cast floating-point weights [defaul
 CAST_ALL = Annotated[bool, Option("--cast-all", help="Cast what is float32 on purpose as well.")]
 _OVERFLOW_HELP = "Write infinity for values that the dtype has no number for."
 OVERFLOW = Annotated[bool, Option("--allow-overflow", help=_OVERFLOW_HELP)]
-UNEVEN = Annotated[bool, Option("--uneven", help="Deal heads and ffn columns unevenly where they do not divide.")]
+UNEVEN = Annotated[
+    bool,
+    Option(
+        "--uneven",
+        help="Deal heads and ffn columns unevenly where they do not divide: any tp up to the number of heads.",
+    ),
+]
 _SHARES_HELP = "Deal unevenly, by one weight for each rank, as in 0.5,0.3,0.2."
 SHARES = Annotated[str | None, Option("--shares", help=_SHARES_HELP, metavar="WEIGHTS")]
 _PAD_HELP = "Vocab size after padding [default: the next multiple of tp]."

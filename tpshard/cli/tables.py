@@ -1,5 +1,6 @@
 """Plans and inspections as tables for a terminal; layers that are alike become one row."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -67,10 +68,12 @@ def print_plan(report: PlanReport, every: bool) -> None:
         console.print(line)
     for entry in report.padding():
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
-    tp = split.options.tp
     for name in report.replicated:
+        held = Counter(unit for low, high in report.deal.ranges[name] for unit in range(low, high))
+        fewest, most = min(held.values()), max(held.values())
+        each = f"each on {most}" if fewest == most else f"each on {fewest} to {most}"
         count = split.model.axes[name].count
-        console.print(f"replicated: {count} {name} on {tp} ranks, each on {tp // count} ranks in a row")
+        console.print(f"replicated: {count} {name} on {split.options.tp} ranks, {each} ranks in a row")
     for module, to in split.model.tied.items():
         console.print(f"tied: {module} = {to}")
     console.print(f"possible tp: {', '.join(map(str, report.possible_tp))}")

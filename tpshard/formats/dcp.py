@@ -26,12 +26,17 @@ _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
 
 
 def even_or_less(model: Model, options: Options) -> Deal:
-    """The deal of a model without padding; UnsupportedError when padding is asked for."""
+    """The deal of a model without padding; UnsupportedError when padding is asked for, or ranks overlap in part."""
     if options.pad_vocab_to is not None:
         what = "torch.distributed.checkpoint describes the model's own tensors: it has no place for padding"
         hint = "leave it out: the last ranks get less, as torch's DTensor does it; or use --format native"
         raise UnsupportedError(what, found=f"--pad-vocab-to {options.pad_vocab_to}", hint=hint)
-    return deal(model.axes, Mesh(options.tp), options.weights())
+    dealt = deal(model.axes, Mesh(options.tp), options.weights())
+    for name in (name for name, ends in dealt.ends.items() if ends):
+        what = f"torch's files hold every rectangle once: no two ranks can have one of {model.axes[name]} between them"
+        expected = f"a tp of at most {model.axes[name].count}, or a multiple of it"
+        raise UnsupportedError(what, expected=expected, found=f"tp {options.tp}", hint="use --format native")
+    return dealt
 
 
 def chunks(model: Model, dealt: Deal) -> Iterator[tuple[LogicalTensor, list[list[Box]]]]:

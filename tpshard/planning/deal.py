@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from math import gcd, lcm
 from typing import TYPE_CHECKING
@@ -35,6 +36,11 @@ class Deal:
     def of(self, axis: str, rank: int) -> Range:
         """A rank's range of units of an axis."""
         return self.ranges[axis][self.mesh.place(rank, self.axes[axis].along)]
+
+    @cached_property
+    def ends(self) -> Mapping[str, tuple[int, ...]]:
+        """Where ranges of an axis begin and end that lie across one another; of the others nothing."""
+        return {name: _ends(ranges) for name, ranges in self.ranges.items()}
 
 
 def deal(
@@ -68,9 +74,9 @@ def _deal_axis(
     group = axes[axis.group] if axis.group else None
     if axis.replicate and count < tp:
         if tp % count:
-            what = f"{count} {axis.name} units cannot be repeated evenly on {tp} ranks"
-            expected = f"a tp of at most {count}, or a multiple of it"
-            raise UnsupportedError(what, expected=expected, found=f"tp {tp}", hint="use one of those")
+            if group is not None and group.replicate and group.count == count:
+                return _deal_axis(group, axes, tp, shares, pad_to)
+            return _needed(axis, axes, tp, shares, pad_to)
         return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))  # ranks 0 and 1 hold unit 0
     if axis.rest_last:
         share = _rounded_up(axis, tp) * axis.step
@@ -80,6 +86,10 @@ def _deal_axis(
     if group is None or group.count == count or count % group.count:
         return _ranges(_apportion(axis, count, shares, _common_step(axis, axes)))
     per_group = count // group.count
+    if group.count < tp and tp % group.count:
+        return _ranges(
+            _apportion(axis, count, shares, _common_step(axis, axes))
+        )  # the group follows, not the other way
     if group.count >= tp:
         return tuple((a * per_group, b * per_group) for a, b in _deal_axis(group, axes, tp, shares, pad_to))
     together = tp // group.count  # ranks that share one group divide its units among themselves
@@ -89,6 +99,36 @@ def _deal_axis(
         for size in _apportion(axis, per_group, shares[g * together : (g + 1) * together], axis.step)
     ]
     return _ranges(sizes)
+
+
+def _needed(
+    axis: Axis, axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None
+) -> tuple[Range, ...]:
+    """Of units that cannot be repeated evenly: each rank has those that its units of other axes need (KV for q heads).
+
+    So a unit may lie on several ranks, and a rank may have two of which each neighbour has one.
+    """
+    dealt_by = [each for each in axes.values() if each.group == axis.name and not each.replicate]
+    if not dealt_by:
+        what = (
+            f"{axis.count} {axis.name} units cannot be repeated evenly on {tp} ranks, and no others say who needs them"
+        )
+        expected = f"a tp of at most {axis.count}, or a multiple of it"
+        raise UnsupportedError(what, expected=expected, found=f"tp {tp}", hint="use one of those")
+    needed: list[Range] = [(axis.count, 0)] * tp
+    for each in dealt_by:
+        size = each.count // axis.count
+        for rank, (first, last) in enumerate(_deal_axis(each, axes, tp, shares, pad_to)):
+            low, high = needed[rank]
+            needed[rank] = min(low, first // size), max(high, -(-last // size))
+    return tuple(needed)
+
+
+def _ends(ranges: Sequence[Range]) -> tuple[int, ...]:
+    apart = sorted(set(ranges))
+    if all(one[1] <= other[0] for one, other in pairwise(apart)):
+        return ()
+    return tuple(sorted({end for each in apart for end in each}))
 
 
 def _rounded_up(axis: Axis, tp: int) -> int:

@@ -6,7 +6,7 @@ A *deal* gives each rank a range of units of each axis; a layout follows from th
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from math import prod
 from typing import NamedTuple, overload
 
@@ -252,6 +252,7 @@ def intervals(
             axes[name].unit,
             *dealt.of(name, rank),
             axes[name].count if axes[name].replicate and axes[name].count < dealt.mesh.width(axes[name].along) else 0,
+            dealt.ends[name],
         )
         for name in cut.segments
     )
@@ -260,11 +261,12 @@ def intervals(
 
 @lru_cache(maxsize=4096)
 def _intervals(
-    segments: tuple[tuple[int, int, int, int, int], ...], repeats: int
+    segments: tuple[tuple[int, int, int, int, int, tuple[int, ...]], ...], repeats: int
 ) -> tuple[tuple[Interval, ...], tuple[tuple[int, int], ...], int]:
-    """segments: (count, unit, first, last, shared) with a rank's units [first, last); `repeats` interleaves them.
+    """segments: (count, unit, first, last, shared, ends) with a rank's units [first, last); `repeats` interleaves them.
 
-    shared: among how many groups of ranks that hold the same the axis is divided, 0 when no two ranks do.
+    shared: among how many groups of ranks that hold the same the axis is divided, 0 when no two ranks do. ends: where
+    another rank's units begin or end, if not where this one's do.
     Neighbouring intervals become one, unless they are shared otherwise: replicas stay equal boxes.
     """
     kept: list[Interval] = []
@@ -272,19 +274,21 @@ def _intervals(
     fills: list[tuple[int, int]] = []
     logical = stored = 0
     for repeat in range(repeats):
-        for count, unit, first, last, shared in segments:
+        for count, unit, first, last, shared, ends in segments:
             size = count // repeats
             low, high = max(first, repeat * size), min(last, (repeat + 1) * size)
-            start = logical + (low - repeat * size) * unit
-            length = max(0, high - low) * unit
+            begin = logical - repeat * size * unit
             logical += size * unit
-            follows = kept and kept[-1][1] == start and kept[-1][2] + start - kept[-1][0] == stored
-            if length and follows and shared == last_shared:
-                kept[-1] = (kept[-1][0], start + length, kept[-1][2])
-            elif length:
-                kept.append((start, start + length, stored))
-            last_shared = shared if length else last_shared
-            stored += length
+            between = (end for end in ends if low < end < high)
+            for one, other in pairwise((low, *between, high)):
+                start, length = begin + one * unit, max(0, other - one) * unit
+                follows = kept and kept[-1][1] == start and kept[-1][2] + start - kept[-1][0] == stored
+                if length and follows and shared == last_shared and one not in ends:
+                    kept[-1] = (kept[-1][0], start + length, kept[-1][2])
+                elif length:
+                    kept.append((start, start + length, stored))
+                last_shared = shared if length else last_shared
+                stored += length
             if repeat == repeats - 1 and last > count:
                 extra = (last - max(first, count)) * unit
                 fills.append((stored, stored + extra))

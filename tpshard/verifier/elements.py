@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -89,21 +90,30 @@ class Share:
 class RankShares:
     """How a parameter is spread over the ranks: along which dim, how much each rank has, how much there is.
 
-    `alike` says that every rank has all of it.
+    `alike` says that every rank has all of it. starts: where each begins, if not one behind another.
     """
 
     dim: int
     sizes: tuple[int, ...]
     total: int
     alike: bool = False
+    starts: tuple[int, ...] | None = None
 
     def first(self, rank: int) -> int:
         """Where a rank's share begins in the unsharded parameter; neighbours hold the same where there are too few."""
+        if self.starts is not None:
+            return self.starts[rank]
         size, tp = self.sizes[0], len(self.sizes)
         groups, rest = divmod(self.total, size) if size else (0, 0)
         if groups and not rest and set(self.sizes) == {size} and tp > groups and tp % groups == 0:
             return rank * groups // tp * size
         return 0 if self.alike else sum(self.sizes[:rank])
+
+
+def needed_kv(q: Sequence[int], group: int) -> list[tuple[int, int]]:
+    """The first KV head and the number of them that ranks need for their q heads, `group` of which attend to one."""
+    firsts = list(accumulate(q, initial=0))
+    return [(first // group, -(-last // group) - first // group) for first, last in pairwise(firsts)]
 
 
 @dataclass(frozen=True)

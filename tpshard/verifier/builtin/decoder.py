@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from tpshard.verifier.builtin.layers import (
     visible,
 )
 from tpshard.verifier.builtin.store import Store
+from tpshard.verifier.elements import needed_kv
 from tpshard.verifier.families.family import ACTIVATIONS, Family
 from tpshard.verifier.group import Group, slice_of
 from tpshard.verifier.ranks.weights import Weights
@@ -55,6 +56,13 @@ class HeadShare:
     first_kv: int
     first_ffn: int
 
+    def q_of_kv(self, group: int) -> list[int]:
+        """How many of its q heads attend to each of its KV heads, `group` q heads to one in the whole model."""
+        ends = [
+            min(max(i * group - self.first_q, 0), self.q) for i in range(self.first_kv, self.first_kv + self.kv + 1)
+        ]
+        return [stop - start for start, stop in pairwise(ends)]
+
 
 def share_of(family: Family, layer: int, ranks: Sequence[tuple[int, int, int]], rank: int) -> HeadShare:
     """A rank's share of a layer, by what every rank holds of it; DifferentError where that does not add up."""
@@ -62,14 +70,15 @@ def share_of(family: Family, layer: int, ranks: Sequence[tuple[int, int, int]], 
     heads, kv_heads, _ = (column[-1] for column in firsts)
     if heads != family.heads:
         raise DifferentError(f"layer {layer}: the ranks' heads do not add up", expected=family.heads, found=heads)
+    q, kv, ffn = ranks[rank]
     first_kv = firsts[1][rank]
     if kv_heads != family.kv_heads:
-        # Fewer KV heads than ranks: neighbouring ranks hold copies, by the config and not by what is stored.
-        if len(ranks) % family.kv_heads or any(count != 1 for _, count, _ in ranks):
+        # Fewer KV heads than ranks: each rank holds those of its q heads, by the config and not by what is stored.
+        needed = needed_kv([heads for heads, _, _ in ranks], family.heads // family.kv_heads)
+        if len(ranks) <= family.kv_heads or [count for _, count in needed] != [count for _, count, _ in ranks]:
             what = f"layer {layer}: the ranks' KV heads do not add up"
             raise DifferentError(what, expected=family.kv_heads, found=kv_heads)
-        first_kv = rank * family.kv_heads // len(ranks)
-    q, kv, ffn = ranks[rank]
+        first_kv = needed[rank][0]
     return HeadShare(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
 
 
@@ -263,8 +272,10 @@ class Decoder:
             q, k, v = torch.split(fused, [share.q, share.kv, share.kv], -2)
         else:
             # "heads" is the case of "groups" where a group has one q head.
-            grouped = parts[0].view(*parts[0].shape[:-1], share.kv, share.q // share.kv + 2, d)
-            q, k, v = grouped[..., :-2, :].flatten(-3, -2), grouped[..., -2, :], grouped[..., -1, :]
+            grouped = parts[0].view(*parts[0].shape[:-1], -1, d)
+            counts = share.q_of_kv(family.heads // family.kv_heads)
+            groups = torch.split(grouped, [each for count in counts for each in (count, 1, 1)], -2)
+            q, k, v = (torch.cat(groups[i::3], -2) for i in range(3))
         return q, k, v
 
     def _for_each_q(self, share: HeadShare, x: Tensor) -> Tensor:

@@ -28,12 +28,16 @@ def parameters(family: Family, source: Weights, ranks: Sequence[Weights], layers
             if not any(store.has(module, suffix) for store in (whole, *stores)):
                 continue
             sides = [_held(store, module, suffix) for store in (whole, *stores)]
-            fused = family.fused is not None and layer is not None and module.endswith(family.qkv[0])
+            projects = layer is not None and module.removeprefix(family.layer.format(layer)) in family.qkv
             orders = None
-            if fused and sides[0].shape != sides[1].shape:
+            if projects and any(side.shape != sides[0].shape for side in sides):
                 counts = [store.held(layer or 0) for store in stores]
                 shares = [share_of(family, layer or 0, counts, rank) for rank in range(len(ranks))]
-                orders = [fused_order(family, share) for share in shares]
+                if family.fused is not None:
+                    orders = [fused_order(family, share) for share in shares]
+                elif not module.endswith(family.qkv[0]):
+                    d = family.head_dim
+                    orders = [torch.arange(each.first_kv * d, (each.first_kv + each.kv) * d) for each in shares]
             padded = module in (family.embed, *family.heads_names)
             seen.add(f"{whole.full(module)}.{suffix}")
             yield Parameter(f"{whole.full(module)}.{suffix}", sides[0], sides[1:], orders, padded)
@@ -102,10 +106,11 @@ def fused_order(family: Family, share: HeadShare) -> Tensor:
     if family.fused == "segments":
         q, k, v = torch.split(rows.view(-1, d), [heads, kv, kv])
     else:
-        groups = rows.view(kv, heads // kv + 2, d)
-        q, k, v = groups[:, :-2].reshape(heads, d), groups[:, -2], groups[:, -1]
+        stored = rows.view(kv, heads // kv + 2, d)
+        q, k, v = stored[:, :-2].reshape(heads, d), stored[:, -2], stored[:, -1]
     q = q[share.first_q : share.first_q + share.q]
     k, v = (each[share.first_kv : share.first_kv + share.kv] for each in (k, v))
     if family.fused == "segments":
         return torch.cat([q, k, v]).flatten()
-    return torch.cat([q.view(share.kv, -1, d), k.unsqueeze(1), v.unsqueeze(1)], 1).flatten()
+    groups = zip(torch.split(q, share.q_of_kv(heads // kv)), torch.split(k, 1), torch.split(v, 1), strict=True)
+    return torch.cat([torch.cat(each) for each in groups]).flatten()

@@ -1,10 +1,12 @@
 """Where heads and biases lie in shards that the built-in decoder runs, by the family's names and stored shapes."""
 
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from tpshard.verifier.builtin.decoder import share_of
 from tpshard.verifier.builtin.store import Store
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.places import Stretch
@@ -61,9 +63,12 @@ class DecoderPlaces:
             if family.fused == "segments":
                 first += {"q": 0, "k": q, "v": q + kv}[kind]
             elif family.fused is not None:
-                per = q // kv
-                group, within = divmod(head, per) if kind == "q" else (head, per + "kv".index(kind))
-                first = group * (per + 2) + within
+                share = share_of(family, self.layer, self.held, rank)
+                ends = list(accumulate(share.q_of_kv(family.heads // family.kv_heads)))
+                if kind == "q":
+                    first += 2 * sum(end <= head for end in ends)
+                else:
+                    first += ends[head] + head + "kv".index(kind)
             module = family.layer.format(self.layer) + module
             name = self.stores[0].name(module, "bias" if bias else "weight")
             dim = int(not bias and module in self.stores[0].transposed)

@@ -1,15 +1,16 @@
 """Which heads a rank has, from the shapes of its attention's parameters, and the module told so."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpshard.errors import DifferentError
-from tpshard.verifier.elements import RankShares
+from tpshard.errors import DifferentError, UnsupportedError
+from tpshard.verifier.elements import RankShares, needed_kv
 
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KV_COUNTS = ("num_key_value_heads", "num_kv_heads")
@@ -24,18 +25,23 @@ STATES = ("A_log", "D")
 FEATURES = ("conv1d", "x_proj", "dt_proj", "out_proj")
 """What a Mamba 1 mixer has of each feature: parameters of its own, and modules."""
 OUT = ("o_proj", "out_proj", "c_proj", "dense")
+_KEYS_AND_VALUES = re.compile(r"\.(k_proj|v_proj|k_norm|k_layernorm)\.(weight|bias)$")
 BIASES = ("position_bias", "alibi")
 """Arguments that hold a value for each head of the whole model."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A rank's q heads and KV heads in an attention module, and the first of each among all."""
+    """A rank's q heads and KV heads in an attention module, and the first of each among all.
+
+    of_q: of each q head its KV head among the rank's, where these have not as many q heads each.
+    """
 
     q: int
     kv: int
     first_q: int
     first_kv: int
+    of_q: tuple[int, ...] = ()
 
 
 def attentions(model: nn.Module) -> dict[str, nn.Module]:
@@ -64,14 +70,44 @@ def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankS
         raise DifferentError(f"the ranks' {row} are not {heads} whole heads", tensor=row, expected=wanted, found=sizes)
     counts = [size * heads // out.total for size in out.sizes]
     q, first_q = counts[rank], sum(counts[:rank])
-    kv = _kv(name, module, config, cuts, counts, out.total // heads)
+    kv = sharing(_kv(name, module, config, cuts, counts, out.total // heads), counts)
     held, first, group = kv.sizes[rank], kv.first(rank), heads // kv.total
     # Global q head h attends to KV head h // group; the model's own code deals a rank's KV heads to its q heads evenly.
-    if held < 1 or q % held or any((first_q + i) // group - first != i // (q // held) for i in range(q)):
+    of_q = tuple((first_q + i) // group - first for i in range(q))
+    even = held > 0 and q % held == 0 and of_q == tuple(i // (q // held) for i in range(q))
+    if not even and kv.starts is None:
         wanted, kept = f"KV heads of q heads {first_q} to {first_q + q - 1}", f"{held} KV heads from {first} on"
         what = f"rank {rank}: {name} has q heads without their k and v"
         raise DifferentError(what, tensor=row, expected=wanted, found=kept)
-    return Heads(q, held, first_q, first)
+    return Heads(q, held, first_q, first, () if even else of_q)
+
+
+def sharing(cut: RankShares, q: Sequence[int]) -> RankShares:
+    """Where the ranks' KV heads begin, if these are just what their q heads need and some are on several ranks.
+
+    q: the ranks' q heads. What is cut is any of the features of KV heads: layers and values may have their own widths.
+    """
+    if cut.alike or sum(cut.sizes) == cut.total:
+        return cut
+    heads = sum(q)
+    for kv in (count for count in range(1, len(q)) if heads % count == 0 and cut.total % count == 0):
+        needed, width = needed_kv(q, heads // kv), cut.total // kv
+        if cut.sizes == tuple(count * width for _, count in needed):
+            return replace(cut, starts=tuple(first * width for first, _ in needed))
+    return cut
+
+
+def with_shared_heads(cuts: Mapping[str, RankShares], heads: int) -> dict[str, RankShares]:
+    """The cuts, with the starts of what makes keys and values by the q heads of the same module, `heads` in all."""
+    found = dict(cuts)
+    for key, cut in cuts.items():
+        if match := _KEYS_AND_VALUES.search(key):
+            parent = key[: match.start()]
+            outs = (cuts.get(f"{parent}.{leaf}.weight") for leaf in OUT)
+            out = next((out for out in outs if out is not None), None)
+            if out is not None and not any(size * heads % out.total for size in out.sizes):
+                found[key] = sharing(cut, [size * heads // out.total for size in out.sizes])
+    return found
 
 
 def _kv(
@@ -84,7 +120,7 @@ def _kv(
         kv_heads = key.out_features // width  # layers may differ
     if getattr(module, "is_kv_shared_layer", False):  # has the keys of a layer before
         group = int(module.num_key_value_groups)  # type: ignore[arg-type]
-        return RankShares(0, tuple(max(1, n // group) for n in q), heads // group)
+        return RankShares(0, tuple(count for _, count in needed_kv(q, group)), heads // group)
     if hasattr(module, "k_proj"):
         k = cuts.get(f"{name}.k_proj.weight")
         if k is None:
@@ -153,6 +189,9 @@ def _tell_mixer(name: str, module: Any, cuts: Mapping[str, RankShares], rank: in
     features = wide + 2 * g * module.ssm_state_size
     # The module's own code deals a rank's groups to its heads evenly.
     even = h > 0 and h % g == 0 and all((first + i) // each - first // each == i // (h // g) for i in range(h))
+    if h and not even and conv == features and rows == wide + features + h and set(numbers) == {h}:
+        what = f"{name}: transformers' mixer cannot run groups that have unlike numbers of a rank's heads"
+        raise UnsupportedError(what, expected=f"{each} heads for each group, or a share of one group")
     if not even or conv != features or rows != wide + features + h or set(numbers) != {h}:
         what = f"rank {rank}: {name} does not hold whole heads with their groups"
         wanted = f"heads of {module.head_dim}, {each} to a group of {module.ssm_state_size}"
@@ -178,16 +217,45 @@ def _cut_buffers(module: Any, first: int, heads: int, first_group: int, groups: 
         module.groups_time_state_size = groups * state
 
 
+def _repeat_for_each_q(module: Any, heads: Heads, norms_all: bool) -> None:
+    """Give the module keys and values once for each q head: the rank's KV heads have unlike numbers of them.
+
+    norms_all: whether a norm of keys has a value for each feature of all heads, or a row for each head.
+    """
+    of_q = torch.tensor(heads.of_q)
+
+    def repeated(x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], heads.kv, -1)[..., of_q.to(x.device), :].flatten(-2)
+
+    def fused(x: Tensor) -> Tensor:
+        head = x.shape[-1] // (heads.q + 2 * heads.kv)
+        q, k, v = torch.split(x, [heads.q * head, heads.kv * head, heads.kv * head], -1)
+        return torch.cat([q, repeated(k), repeated(v)], -1)
+
+    keys = "k_proj"
+    if norms_all and module.k_norm.weight.dim() == 1:
+        keys = "k_norm"
+    elif norms_all:
+        module.k_norm.weight = nn.Parameter(module.k_norm.weight[of_q.to(module.k_norm.weight.device)], False)
+    for leaf, change in (*((leaf, fused) for leaf in FUSED), (keys, repeated), ("v_proj", repeated)):
+        if isinstance(getattr(module, leaf, None), nn.Module):
+            getattr(module, leaf).register_forward_hook(lambda _, __, out, change=change: change(out))
+
+
 def tell(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
     """Set the numbers that an attention module's own code reads, and cut what comes by head."""
     heads, (total, _) = heads_of(name, module, config, cuts, rank), total_heads(config)
     head = cuts[f"{name}.{output_of(module)}.weight"].total // total
-    for names, value in ((COUNTS, heads.q), (KV_COUNTS, heads.kv)):
+    kv = heads.kv
+    if heads.of_q:
+        _repeat_for_each_q(module, heads, f"{name}.k_norm.weight" in cuts)
+        kv = heads.q
+    for names, value in ((COUNTS, heads.q), (KV_COUNTS, kv)):
         for attribute in names:
             if isinstance(getattr(module, attribute, None), int):
                 setattr(module, attribute, value)
     if hasattr(module, "num_key_value_groups"):
-        module.num_key_value_groups = heads.q // heads.kv  # type: ignore[assignment]
+        module.num_key_value_groups = heads.q // kv  # type: ignore[assignment]
     for attribute in WIDTHS:
         if hasattr(module, attribute):
             setattr(module, attribute, heads.q * head)
@@ -195,13 +263,15 @@ def tell(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShare
         mine: Any = copy.copy(module.config)
         mine.num_attention_heads = heads.q
         if hasattr(mine, "num_key_value_heads"):
-            mine.num_key_value_heads = heads.kv
+            mine.num_key_value_heads = kv
         module.config = mine
     # StableLM has a norm for each head; every rank stores them all.
-    for leaf, first, count in (("q_layernorm", heads.first_q, heads.q), ("k_layernorm", heads.first_kv, heads.kv)):
+    of_q = heads.of_q or range(heads.kv)
+    for leaf, mine_of in (("q_layernorm", range(heads.q)), ("k_layernorm", of_q)):
         norms = getattr(getattr(module, leaf, None), "norms", None)
         if isinstance(norms, nn.ModuleList):
-            getattr(module, leaf).norms = norms[first : first + count]
+            first = heads.first_q if leaf == "q_layernorm" else heads.first_kv
+            getattr(module, leaf).norms = nn.ModuleList(norms[first + each] for each in mine_of)
 
     def cut_biases(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         for key in BIASES:

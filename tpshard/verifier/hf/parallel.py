@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -125,7 +126,7 @@ def _connect(
     elif is_experts(module) and cuts.keys() == module._parameters.keys():
         module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
     elif weight is not None and _norms_all_heads(name, module):
-        module.forward = _over_all_ranks(module, weight, rank, link)
+        module.forward = _over_all_ranks(name, module, weight, rank, link)
     else:
         # A value for each head, or in a norm a row for each head.
         numbers: tuple[set[str], ...] = (
@@ -229,18 +230,27 @@ def _all_heads(module: nn.Module, row: RankShares, rank: int, link: Link) -> Non
     out.register_forward_pre_hook(lambda _, args: (args[0].narrow(-1, row.first(rank), row.sizes[rank]),))
 
 
-def _over_all_ranks(module: nn.Module, cut: RankShares, rank: int, link: Link) -> Callable[..., Tensor]:
+def _over_all_ranks(name: str, module: nn.Module, cut: RankShares, rank: int, link: Link) -> Callable[..., Tensor]:
     """A norm over all heads at once: the ranks' heads (and gates) are put together, and the module's own code norms.
 
-    Heads that several ranks hold come as often as each other, which changes no mean.
+    Each comes once, also of those that several ranks hold.
     """
-    own, size, first = module.forward, cut.sizes[rank], sum(cut.sizes[:rank])
+    own, size, first = module.forward, cut.sizes[rank], cut.first(rank)
     mine = _weight(module)
+    firsts = [cut.first(each) for each in range(len(cut.sizes))]
+    held = torch.cat([torch.arange(start, start + count) for start, count in zip(firsts, cut.sizes, strict=True)])
+    features, places = held.sort(stable=True)
+    if set(features.tolist()) != set(range(cut.total)):
+        what, sizes = f"{name} is not held by the ranks together", ", ".join(map(str, cut.sizes))
+        raise DifferentError(what, tensor=f"{name}.weight", expected=cut.total, found=sizes)
+    order = places[torch.searchsorted(features, torch.arange(cut.total))]
+
+    def put_together(x: Tensor, dim: int) -> Tensor:
+        return link.group.all_gather(x, dim).index_select(dim, order.to(x.device))
 
     def norm(*args: Tensor) -> Tensor:
-        group = link.group
-        module._parameters["weight"] = nn.Parameter(group.all_gather(mine, 0), requires_grad=False)
-        whole: Tensor = own(*(group.all_gather(x, -1) for x in args))
+        module._parameters["weight"] = nn.Parameter(put_together(mine, 0), requires_grad=False)
+        whole: Tensor = own(*(put_together(x, -1) for x in args))
         module._parameters["weight"] = nn.Parameter(mine, requires_grad=False)
         return whole.narrow(-1, first, size)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
@@ -13,7 +14,7 @@ from tpshard.verifier.hf.skeleton import Frame
 from tpshard.verifier.ranks.weights import Weights
 
 _PLAIN = re.compile(
-    r"\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|w[123]|fc1|fc2|q_b_proj|kv_b_proj)(\.(weight|bias))?$"
+    r"\.([qkvo]_proj|[qk]_norm|gate_proj|up_proj|down_proj|w[123]|fc1|fc2|q_b_proj|kv_b_proj)(\.(weight|bias))?$"
 )
 """Modules that are cut in ranges, one a rank: heads or features lie one behind another in every class that runs."""
 
@@ -42,6 +43,7 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
     used = {name for recipe in whole.values() for name in recipe.stored}
     place = place_of(source.names(), frame.shapes.keys(), frame.prefix)
     ends = {key.rpartition(".")[0] for key in (frame.head, frame.embedding)}
+    cuts = frame.cuts(source, ranks)
     for key in (key for key in frame.shapes if key in whole):
         for rank, found in enumerate(held):
             if key not in found:
@@ -54,7 +56,10 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
                 yield Parameter(name.removeprefix(place), Held(source, name), held_by)  # named like the keys
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
-        yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded)
+        cut, orders = cuts.get(key), None
+        if cut is not None and cut.starts is not None:
+            orders = [torch.arange(first, first + size) for first, size in zip(cut.starts, cut.sizes, strict=True)]
+        yield Parameter(key, sides[0], sides[1:], orders, padded, known=known or padded)
     yield from idle(source, ranks, used, frame.layers, frame.config.num_hidden_layers)
 
 

@@ -120,9 +120,10 @@ class Feeder:
                 if is_row(name, module, cuts):
                     hooks.enter_context(module.register_forward_pre_hook(partial(self._share, name)))
                 elif is_linear(module):
-                    hooks.enter_context(module.register_forward_hook(partial(self._part, name)))
+                    hooks.enter_context(module.register_forward_hook(partial(self._part, name), prepend=True))
         for name in self.names:
-            hooks.enter_context(self.side.modules[name].register_forward_hook(partial(self._judge, name)))
+            module = self.side.modules[name]  # before what repeats its keys and values
+            hooks.enter_context(module.register_forward_hook(partial(self._judge, name), prepend=True))
         hooks.callback(setattr, self.side.link, "show", self.side.link.show)
         self.side.link.show = self._summand
         return hooks
