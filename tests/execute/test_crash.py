@@ -48,15 +48,15 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scene]
 
 
 def until_undisturbed() -> Iterator[int]:
-    """1, 2, 3 …, for a loop that breaks at the first run that was over before call n; every third if not of all."""
-    yield from range(1, MOST, 1 if ALL else 3)
+    """1, 2, 3 …, for a loop that breaks at the first run that was over before call n; every fifth if not of all."""
+    yield from range(1, MOST, 1 if ALL else 5)
     pytest.fail(f"more than {MOST} calls")
 
 
 def calls(scene: Scene, root: Path, *, reads: bool = False) -> Iterator[int]:
     """The numbers of a run's calls, and one more.
 
-    Not all: of reads and writes of data in a row the first and the last; of these every other, and the first of a name.
+    Of reads and writes of data in a row the first and the last; every fourth of these, and the first of a name.
     """
     scene.prepare(root)
     recorder = Recorder()
@@ -65,7 +65,7 @@ def calls(scene: Scene, root: Path, *, reads: bool = False) -> Iterator[int]:
     kinds = ["", *("data" if name in ("preadv", "pwritev") else name for name in names), ""]
     every = range(1, len(names) + 1)
     edges = [n for n in every if kinds[n] != "data" or {kinds[n - 1], kinds[n + 1]} != {"data"}]
-    yield from some(every, {*edges[::2], *(names.index(name) + 1 for name in names)})
+    yield from some(every, {*edges[::4], *(names.index(name) + 1 for name in names)})
     yield len(names) + 1
     pytest.fail(f"more than {len(names)} calls")
 

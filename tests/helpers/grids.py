@@ -19,9 +19,9 @@ def some(every: Iterable[T], chosen: Collection[T]) -> list[T]:
     return cases if ALL else [case for case in cases if case in chosen]
 
 
-def every_other(cases: Sequence[T]) -> list[T]:
-    """Every second case, from the first on; all under `make test-all`."""
-    return list(cases) if ALL else list(cases[::2])
+def one_in(step: int, cases: Sequence[T]) -> list[T]:
+    """Every `step`-th case, from the first on; all under `make test-all`."""
+    return list(cases) if ALL else list(cases[::step])
 
 
 def without(every: Iterable[T], left_out: Collection[T]) -> list[T]:

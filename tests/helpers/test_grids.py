@@ -23,6 +23,10 @@ def test_a_case_that_the_grid_lacks_is_refused(every: bool) -> None:
         grids.some("abcd", {"a", "e"})
 
 
+def test_one_in_some_is_spread_over_the_grid(every: bool) -> None:
+    assert grids.one_in(3, "abcdefg") == (list("abcdefg") if every else ["a", "d", "g"])
+
+
 def test_each_row_and_each_column_is_met(every: bool) -> None:
     found = grids.in_turn("abcde", (2, 4))
     assert {row for row, _ in found} == set("abcde") and {column for _, column in found} == {2, 4}

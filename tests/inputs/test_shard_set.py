@@ -15,7 +15,7 @@ import pytest
 from tests.crash.scene import fine_grained
 from tests.crash.seams import Died, Faulty, one_thread
 from tests.helpers.command import fails, llama, succeeds, tpshard
-from tests.helpers.grids import every_other
+from tests.helpers.grids import one_in
 from tests.helpers.toys import Tensor, metadata, read, read_all
 from tpshard.api import convert as api
 from tpshard.errors import CorruptError
@@ -437,7 +437,7 @@ def test_any_change_of_the_manifest_is_found() -> None:
     path = Path("set/tpshard.json")
     tried = 0
     document = json.loads(path.read_text())
-    for place, mutant in every_other([*mutants(document, places(document))]):
+    for place, mutant in one_in(5, [*mutants(document, places(document))]):
         if place[0] == "tool" or mutant.get("format_version") == 7:  # a remark; a version that is not ours to judge
             continue
         path.write_text(json.dumps(mutant))
@@ -452,7 +452,7 @@ def test_a_manifest_that_was_made_consistent_again_is_of_another_set() -> None:
     """Whoever computes the digest anew gets an error of ours too: the rank files say which set they are of."""
     path = Path("set/tpshard.json")
     document = json.loads(path.read_text())
-    for place, mutant in every_other([*mutants(document, places(document))]):
+    for place, mutant in one_in(5, [*mutants(document, places(document))]):
         if place[0] in ("format", "format_version", "set", "tool"):
             continue
         path.write_text(json.dumps(mutant))
