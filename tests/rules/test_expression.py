@@ -122,7 +122,9 @@ def test_what_is_no_expression_is_named(text: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("text", ["(" * 100_000, "not " * 50_000 + "1", "1" + "+1" * 50_000, "-" * 999 + "1"])
+@pytest.mark.parametrize(
+    "text", ["(" * 100_000, "not " * 50_000 + "1", "1" + "+1" * 50_000, "-" * 999 + "1", "a " + "{" * 200 + " b"]
+)
 def test_an_expression_cannot_exhaust_the_stack(text: str) -> None:
     with pytest.raises(ExpressionError) as error:
         parse(text)

@@ -58,7 +58,7 @@ def parse(text: str) -> ast.expr:
         raise ExpressionError(f"an expression of {len(text)} characters, of which {_LONGEST} are read")
     try:
         tree = ast.parse(text, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last: nested too deep for the parser
         raise ExpressionError(f"cannot read the expression {text!r}: {error}") from None
     for node in ast.walk(tree):
         if isinstance(node, ast.expr) and not _is_known(node):

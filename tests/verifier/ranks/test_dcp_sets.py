@@ -373,6 +373,9 @@ def test_the_metadata_builds_nothing_else(splits: Splits, tmp_path: Path, capsys
     (shards / ".metadata").write_bytes(b"\x80\x04.")
     with pytest.raises(CorruptError, match="not torch's metadata"):
         judged(model, shards)
+    (shards / ".metadata").write_bytes(b"\x80\x02}r" + (10**8).to_bytes(4, "little") + b".")  # 1.6 GB of places
+    with pytest.raises(CorruptError, match="place 100000000 of what a pickle of 9 bytes remembers"):
+        judged(model, shards)
 
 
 def test_what_torch_itself_writes_is_read(tmp_path: Path) -> None:

@@ -49,11 +49,12 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
             if key not in found:
                 name = whole[key].stored[0]
                 raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
-        padded, known = key.rpartition(".")[0] in ends, _PLAIN.search(key) is not None
+        padded, known = key.rpartition(".")[0] in ends, frame.tried and _PLAIN.search(key) is not None
         if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
             for name in whole[key].stored:
                 held_by = [Held(rank, name) for rank in ranks]
-                yield Parameter(name.removeprefix(place), Held(source, name), held_by)  # named like the keys
+                like_keys = name.removeprefix(place)
+                yield Parameter(like_keys, Held(source, name), held_by, known=frame.tried)
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
         cut, orders = cuts.get(key), None

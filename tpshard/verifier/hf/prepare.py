@@ -1,22 +1,36 @@
 """What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-from tpshard.errors import UnsupportedError
+from tpshard.errors import CorruptError, DifferentError, TpshardError, UnsupportedError
 from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, same_model
+from tpshard.verifier.hf.skeleton import MODEL_TYPES, Frame, covers, frame_of, model_config, same_model
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, require_finite
 from tpshard.verifier.ranks.open import elements, main_dtype, require_floats
-from tpshard.verifier.report.verdict import Tier
+from tpshard.verifier.report.verdict import Canary, Tier
 from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
+
+_STUMBLES = (
+    DifferentError,
+    CorruptError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AssertionError,
+    StopIteration,
+)
+"""How code that expects other classes stumbles over one."""
+_UNTRIED = "transformers' {} model was never tried here, and it cannot be told whether the shards are wrong or we are"
 
 
 def engine_of(asked: str, config: Mapping[str, Any]) -> str:
@@ -65,16 +79,58 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBac
     same, depth = same_model(config, model_config(shards.config)), config.num_hidden_layers
     positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
     ids, layers, tokens = decide(opened, options, same=same, vocab=config.vocab_size, layers=depth, positions=positions)
-    frame = frame_of(config, layers)
-    frame.require_described(opened.source, opened.config.get("architectures"))
-    frame = frame.of_source(opened.source)
+    frame = _framed(config, layers, opened)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)
-    kind = type(config).__name__.removesuffix("Config")
-    opened.say(f"transformers' own {kind} model: about {need / 1e9:.1f} GB of memory")
+    opened.say(f"transformers' own {_kind(config)} model: about {need / 1e9:.1f} GB of memory")
     require_memory(need, free, device, "--layers looks at fewer layers, --float32 --tier exact takes half")
     return TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame), tokens
+
+
+def _framed(config: Any, layers: tuple[int, ...] | None, opened: OpenedSet) -> Frame:
+    """The class's parameters, held against the source; a class that was never tried may be unlike all others."""
+    try:
+        frame = frame_of(config, layers)
+        frame.require_described(opened.source, opened.config.get("architectures"))
+        return frame.of_source(opened.source)
+    except _STUMBLES as error:
+        if config.model_type in MODEL_TYPES:
+            raise
+        raise _unlike(config, error) from error
+
+
+def _unlike(config: Any, error: Exception) -> UnsupportedError:
+    said = str(error) if isinstance(error, TpshardError) else f"{type(error).__name__}: {error}"
+    what = f"{_UNTRIED.format(_kind(config))}: {' '.join(said.split())[:300]}"
+    return UnsupportedError(what, hint="--tier bytes compares the files, --tier weights every element")
+
+
+def _kind(config: Any) -> str:
+    return type(config).__name__.removesuffix("Config")
+
+
+def _unsure(config: Any, judge: JudgeTier) -> JudgeTier:
+    """A tier of a class that was never tried: equal is equal, but a difference may be of how the class was run."""
+
+    def judged() -> tuple[Tier, Canaries | None]:
+        try:
+            tier, canaries = judge()
+        except _STUMBLES as error:
+            raise _unlike(config, error) from error
+        if tier.status == "fail":
+            reason = f"{tier.reason}; {_UNTRIED.format(_kind(config))}"
+            return replace(tier, status="inconclusive", reason=reason), None
+        return tier, canaries if canaries is None else partial(_injected, config, canaries)
+
+    return judged
+
+
+def _injected(config: Any, canaries: Canaries) -> list[Canary]:
+    try:
+        return canaries()
+    except _STUMBLES as error:
+        raise _unlike(config, error) from error
 
 
 def _memory(opened: OpenedSet, frame: Frame, tokens: int) -> int:
@@ -105,4 +161,6 @@ def _begin(
 
     judge_elements = partial(judge_weights, sides, options.allow_not_run, opened.say)
     judges: dict[str, JudgeTier] = {"weights": judge_elements, "exact": judge_exact, "native": judge_native}
+    if not sides.frame.tried:
+        judges |= {name: _unsure(sides.frame.config, judges[name]) for name in ("exact", "native")}
     return {name: judge for name, judge in judges.items() if name in options.computed}

@@ -18,7 +18,8 @@ from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
 
-# Those that were tried: other classes may read sizes from places that nobody here knows of.
+# Those that were tried: other classes may read sizes from places that nobody here knows of, and a difference of theirs
+# says nothing of the shards.
 MODEL_TYPES = frozenset(
     (
         "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
@@ -82,8 +83,15 @@ def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def covers(config: Mapping[str, Any]) -> bool:
-    """Whether models of this config were tried."""
-    return str(text_of(config).get("model_type")) in MODEL_TYPES
+    """Whether a class of transformers computes logits for this config, tried here or not. Remote code never does."""
+    model_type = str(text_of(config).get("model_type"))
+    if model_type in MODEL_TYPES:
+        return True
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ImportError:
+        return False
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def model_config(config: Mapping[str, Any]) -> Any:
@@ -99,11 +107,8 @@ def model_config(config: Mapping[str, Any]) -> Any:
         hint = "pip install transformers, or --tier bytes"
         raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
     if not covers(config):
-        what, tried = (
-            f"--engine transformers was not tried with {config.get('model_type')}",
-            ", ".join(sorted(MODEL_TYPES)),
-        )
-        raise UnsupportedError(what, expected=tried, hint="--tier bytes compares the files")
+        what = f"this transformers has no class that computes logits for the model type {config.get('model_type')!r}"
+        raise UnsupportedError(what, hint="--tier bytes compares the files; remote code is never run")
     from huggingface_hub.errors import StrictDataclassError
 
     # Every rank's model would repeat the library's remarks on the config.
@@ -212,6 +217,11 @@ class Frame:
     buffers: frozenset[str]
     headless: bool = False
     turned: frozenset[str] = frozenset()
+
+    @property
+    def tried(self) -> bool:
+        """Whether this class was split and run here, so that a difference is the shards' and not ours."""
+        return self.config.model_type in MODEL_TYPES
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.

@@ -7,6 +7,7 @@ import io
 import json
 import operator
 import pickle
+import pickletools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -72,6 +73,16 @@ class _Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _require_memo(content: bytes) -> None:
+    """ValueError for a pickle that remembers something at a place which it is too short for.
+
+    Python's reader would make room for all places up to that one, gigabytes of it.
+    """
+    for opcode, place, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and int(place or 0) > len(content):
+            raise ValueError(f"place {place} of what a pickle of {len(content)} bytes remembers")
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where `.metadata` puts a rectangle of a tensor, the tensor's dtype, and the shapes of what begins there."""
@@ -93,7 +104,9 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
     """
     path = directory / DCP_METADATA
     try:
-        sizes, places = _listed(_Metadata(io.BytesIO(path.read_bytes())).load(), path)
+        content = path.read_bytes()
+        _require_memo(content)
+        sizes, places = _listed(_Metadata(io.BytesIO(content)).load(), path)
     except FileNotFoundError:
         raise CorruptError(".metadata is missing", path=path) from None
     except (TpshardError, OSError):
