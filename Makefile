@@ -68,7 +68,7 @@ power: $(VENV)/.dev
 power-trained: $(VENV)/.dev
 	$(BIN)/python -m tests.power.trained $(ARGS)
 
-# The same where transformers' own classes run the ranks. About 10 minutes.
+# The same where transformers' own classes run the ranks. Up to 40 minutes.
 power-engine: $(VENV)/.dev
 	$(BIN)/python -m tests.power.engine $(ARGS)
 
