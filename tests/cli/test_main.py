@@ -730,7 +730,7 @@ def test_outputs_do_not_depend_on_where_they_are_made(model: Path, monkeypatch: 
 
 def test_archs() -> None:
     out = succeeds("archs").out
-    names = [line.split()[0] for line in out.splitlines()]
+    names = list(dict.fromkeys(line.split()[0] for line in out.splitlines()[1:]))  # below the columns' names
     assert names == sorted(names) and {"llama", "gpt2", "opt", "falcon"} <= set(names)
     assert succeeds("archs", "list").out == out
     listed = succeeds("archs", "list", "--json").json
@@ -858,3 +858,14 @@ def test_what_a_user_types_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fails(2, "plan", "model", "--tp", 2, "--gpu-memory", "80TB")["expected"] == "gigabytes, as in 80 or 80GB"
     outputs = [succeeds("split", "model", "--tp", 2, *form, "-q").out.strip() for form in ((), ("--format", "vllm"))]
     assert outputs == ["model-tp2", "model-tp2-vllm"]
+
+
+def test_the_list_says_what_is_done_for_each_model_type() -> None:
+    lines = [line.split() for line in succeeds("archs", "list").out.splitlines()]
+    assert lines[0] == ["architecture", "verify", "engines", "model_types"]
+    rows = {(line[0], line[-1]): line[1:-1] for line in lines[1:]}
+    assert rows["qwen3", "qwen3"] == ["tpshard", "vllm", "sglang"]
+    assert rows["mixtral", "mixtral"] == ["transformers", "vllm"]
+    assert rows["chatglm", "chatglm"] == ["bytes", "-"]
+    listed = {entry["name"]: entry["supported"] for entry in succeeds("archs", "--json").json["architectures"]}
+    assert {"model_type": "kimi_k2", "verify": "transformers", "engines": ["vllm"]} in listed["deepseek_v3"]

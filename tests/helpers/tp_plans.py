@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from tests.helpers.paths import DOCS
+from tpshard.api.archs import supported
 from tpshard.rules.architecture import Architecture, all_builtin
 
 KINDS = {
@@ -184,8 +185,13 @@ model_type `tpshard archs draft` writes [rules to start from](rules.md).
 A test compares the rules with the tensor-parallel plans that transformers {version} publishes (`base_model_tp_plan`):
 {compared} of the model_types below have one. Whatever a plan cuts is cut here; the differences are listed further down.
 
-| rules | model_types | transformers' plan |
-|---|---|---|
+*verify* is whose code `tpshard verify` runs by itself: its own decoder (*tpshard*), a class of transformers, or neither
+(*bytes*: there is remote code alone, files are compared and nothing is run). *engines* are the formats for engines that
+have a table of its names (`--format`). `tpshard archs --json` says all of this. Quantised modules are cut by what they
+are made of, in every architecture ([formats](formats.md#quantised-models)).
+
+| rules | model_types | verify | engines | transformers' plan |
+|---|---|---|---|---|
 {rows}
 
 ## Cut here, and not by transformers' plan
@@ -202,14 +208,17 @@ def page() -> str:
     """The page of the documentation: this file's data and the rules', test-checked."""
     import transformers
 
-    rows, compared = [], 0
+    rows, compared, done = [], 0, supported()
     for architecture in all_builtin():
         planned = [model_type for model_type in architecture.model_types if model_type in plans()]
         compared += len(planned)
         differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE).values())
         verdict = ("more is cut here" if differ else "the same") if planned else "none"
-        types = ", ".join(f"`{model_type}`" for model_type in architecture.model_types)
-        rows.append(f"| {architecture.name} | {types} | {verdict} |")
+        alike: dict[tuple[str, str], list[str]] = {}
+        for each in done[architecture.name]:
+            alike.setdefault((each.verify, ", ".join(each.engines)), []).append(f"`{each.model_type}`")
+        for (verify, engines), types in alike.items():
+            rows.append(f"| {architecture.name} | {', '.join(types)} | {verify} | {engines or '–'} | {verdict} |")
     text = {"rows": "\n".join(rows), "differences": _reasons(DIFFERENCES), "otherwise": _reasons(OTHERWISE)}
     version = ".".join(transformers.__version__.split(".")[:2])
     return _TEXT.format(version=version, compared=compared, **text)

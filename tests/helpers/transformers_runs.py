@@ -16,7 +16,8 @@ from tpshard.verifier.criteria import relative
 from tpshard.verifier.group import Single, Threads
 from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.overrides import Pinned
-from tpshard.verifier.hf.skeleton import MODEL_TYPES, frame_of, model_config
+from tpshard.verifier.hf.skeleton import frame_of, model_config
+from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident
 from tpshard.verifier.ranks.translate import translated
@@ -28,7 +29,7 @@ WIDTHS = (2, 4)
 VARIANTS = tuple(
     name
     for name, variant in checkpoints.VARIANTS.items()
-    if variant.model_type in MODEL_TYPES and variant.dtype == "float32" and name not in NEWER
+    if variant.model_type in TRIED and variant.dtype == "float32" and name not in NEWER
 )
 ONE_OF_EACH = tuple({checkpoints.VARIANTS[name].model_type: name for name in reversed(VARIANTS)}.values())
 

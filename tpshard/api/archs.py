@@ -1,13 +1,17 @@
 """`archs`: the built-in architectures, and rules to start from for others."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from tpshard.errors import TargetError, UnsupportedError, UsageError
+from tpshard.formats import FORMATS, format_of
+from tpshard.formats.sharded_state import ShardedState
 from tpshard.inputs.checkpoint import open_headers
 from tpshard.rules.architecture import all_builtin, builtin
 from tpshard.rules.draft.render import Draft, decoder_tensors, make
 from tpshard.rules.multimodal import text_config
 from tpshard.rules.quantisation.recognise import recognise
+from tpshard.verifier.model_types import ProvedBy, proved_by
 
 rules_of = builtin
 """A built-in architecture by its name or a model_type; UnsupportedError when there is none."""
@@ -16,6 +20,29 @@ rules_of = builtin
 def model_types() -> dict[str, tuple[str, ...]]:
     """The built-in architectures by name, with the model_types that each is for."""
     return {architecture.name: architecture.model_types for architecture in all_builtin()}
+
+
+@dataclass(frozen=True)
+class Supported:
+    """A model_type with rules: whose code `verify` runs ("tpshard", "transformers" or "bytes"), and which engines'
+    formats hold it.
+    """
+
+    model_type: str
+    verify: ProvedBy
+    engines: tuple[str, ...]
+
+
+def supported() -> dict[str, list[Supported]]:
+    """What is done for each model_type, by the name of its architecture."""
+    formats = {name: format_of(name) for name in FORMATS}
+    known = {name: each.model_types for name, each in formats.items() if isinstance(each, ShardedState)}
+
+    def of(model_type: str) -> Supported:
+        engines = tuple(engine for engine, types in known.items() if model_type in types)
+        return Supported(model_type, proved_by(model_type), engines)
+
+    return {name: list(map(of, types)) for name, types in model_types().items()}
 
 
 def draft(

@@ -1,6 +1,7 @@
 """The commands `archs`, `archs list`, `archs show` and `archs draft`."""
 
 import shlex
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from tpshard.cli.console import opened
 from tpshard.cli.options import again
 
 app = typer.Typer(rich_markup_mode=None)
+_LINE = "{:<20} {:<12} {:<11} {}"
 
 
 @app.callback(invoke_without_command=True)
@@ -27,17 +29,33 @@ def archs(context: typer.Context, json: opt.JSON = False, quiet: opt.QUIET = Fal
 
 @app.command("list")
 def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
-    """List the built-in architectures and their model_types."""
-    with opened(json, quiet) as console:
-        from tpshard.api.archs import model_types
+    """List the built-in architectures: whose code verify runs, which engines' formats hold them, their model_types.
 
-        found = model_types()
+    Where verify says "bytes", there is remote code alone: files are compared, nothing is run. What is not listed splits
+    with rules of your own: `tpshard archs draft`.
+    """
+    with opened(json, quiet) as console:
+        from tpshard.api.archs import supported
+
+        found = supported()
         if console.as_json:
-            entries = [{"name": name, "model_types": list(types)} for name, types in found.items()]
+            entries = [
+                {
+                    "name": name,
+                    "model_types": [each.model_type for each in types],
+                    "supported": list(map(asdict, types)),
+                }
+                for name, types in found.items()
+            ]
             console.data({"schema_version": 1, "command": "archs", "architectures": entries})
         else:
+            console.show(_LINE.format("architecture", "verify", "engines", "model_types"))
             for name, types in found.items():
-                console.show(f"{name:<14} {', '.join(types)}")
+                alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+                for each in types:
+                    alike.setdefault((each.verify, each.engines), []).append(each.model_type)
+                for (verify, engines), those in alike.items():
+                    console.show(_LINE.format(name, verify, " ".join(engines) or "-", ", ".join(those)))
 
 
 @app.command("show")

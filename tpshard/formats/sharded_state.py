@@ -53,6 +53,12 @@ class ShardedState(Format):
         self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
+    @property
+    def model_types(self) -> frozenset[str]:
+        """The text models whose names the table knows."""
+        table = load_table(self.path)
+        return frozenset(table.families.keys() - table.refused_models.keys())
+
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         family, quantised = self._family(model, options), load_table(self.path).quantised

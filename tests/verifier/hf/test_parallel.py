@@ -31,7 +31,8 @@ from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.heads import heads_of
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
-from tpshard.verifier.hf.skeleton import COMPUTES_AS, MODEL_TYPES, model_config
+from tpshard.verifier.hf.skeleton import model_config
+from tpshard.verifier.model_types import COMPUTES_AS, DECODED, TRIED, proved_by
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.weights import InMemory, replaced
 from tpshard.verifier.tiers import exact, native
@@ -113,12 +114,14 @@ def test_every_model_type_with_rules_is_run() -> None:
     files = Path(tpshard.__file__).parent.glob("rules/architectures/*.toml")
     rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
     remote = {"baichuan", "chatglm", "exaone", "qwen"}
-    assert rules - remote <= FAMILIES.keys() | MODEL_TYPES | COMPUTES_AS.keys()
-    assert set(COMPUTES_AS.values()) <= MODEL_TYPES
+    assert rules - remote <= FAMILIES.keys() | TRIED | COMPUTES_AS.keys()
+    assert FAMILIES.keys() == DECODED
+    assert {name for name in rules if proved_by(name) == "bytes"} == remote
+    assert set(COMPUTES_AS.values()) <= TRIED
 
 
 def test_every_architecture_has_a_variant() -> None:
-    assert {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} == MODEL_TYPES
+    assert {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} == TRIED
 
 
 @pytest.mark.parametrize(

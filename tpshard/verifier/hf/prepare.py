@@ -10,8 +10,9 @@ from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.skeleton import MODEL_TYPES, Frame, covers, frame_of, model_config, same_model
+from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, same_model
 from tpshard.verifier.memory import require_memory, usable
+from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, require_finite
 from tpshard.verifier.ranks.open import elements, main_dtype, require_floats
@@ -95,7 +96,7 @@ def _framed(config: Any, layers: tuple[int, ...] | None, opened: OpenedSet) -> F
         frame.require_described(opened.source, opened.config.get("architectures"))
         return frame.of_source(opened.source)
     except _STUMBLES as error:
-        if config.model_type in MODEL_TYPES:
+        if config.model_type in TRIED:
             raise
         raise _unlike(config, error) from error
 

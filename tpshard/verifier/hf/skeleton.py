@@ -15,37 +15,10 @@ from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.heads import total_heads, with_shared_heads
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
+from tpshard.verifier.model_types import COMPUTES_AS, TRIED
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
 
-# Those that were tried: other classes may read sizes from places that nobody here knows of, and a difference of theirs
-# says nothing of the shards.
-MODEL_TYPES = frozenset(
-    (
-        "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
-        " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2"
-        " gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj"
-        " granite granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense"
-        " hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba lfm2 lfm2_moe llama llama4_text"
-        " mimo_v2_flash minimax_m2 ministral ministral3 mistral mistral4 mixtral mpt nanochat nemotron"
-        " nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3"
-        " qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"
-        " starcoder2 vaultgemma xglm"
-    ).split()
-)
-COMPUTES_AS = {
-    "kimi_k2": "deepseek_v3",
-    "llama_bidirec": "llama",  # but for the mask, which every rank has whole
-    "glm4v_text": "glm4",
-    "glm4v_moe_text": "glm4_moe",
-    "qwen2_5_omni_text": "qwen2",
-    "qwen3_omni_moe_text": "qwen3_moe",
-    "qwen3_vl_moe_text": "qwen3_moe",
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-}
-"""Text models that compute as these do, some of them on text alone: its positions in three dimensions are one."""
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
@@ -60,10 +33,10 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     config = config["thinker_config"] if isinstance(config.get("thinker_config"), Mapping) else config
     nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
     outer = str(config.get("model_type"))
-    if outer not in MODEL_TYPES and nested is None and f"{outer}_text" in COMPUTES_AS:
+    if outer not in TRIED and nested is None and f"{outer}_text" in COMPUTES_AS:
         # The first files of Qwen2-VL and Qwen2.5-VL have the text model's values beside the vision model's.
         return _on_text_alone({**config, "model_type": f"{outer}_text"})
-    if outer in MODEL_TYPES or nested is None:
+    if outer in TRIED or nested is None:
         return _on_text_alone(config)
     tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
     return {**_on_text_alone(nested), "tie_word_embeddings": tied}
@@ -85,7 +58,7 @@ def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def covers(config: Mapping[str, Any]) -> bool:
     """Whether a class of transformers computes logits for this config, tried here or not. Remote code never does."""
     model_type = str(text_of(config).get("model_type"))
-    if model_type in MODEL_TYPES:
+    if model_type in TRIED:
         return True
     try:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -221,7 +194,7 @@ class Frame:
     @property
     def tried(self) -> bool:
         """Whether this class was split and run here, so that a difference is the shards' and not ours."""
-        return self.config.model_type in MODEL_TYPES
+        return self.config.model_type in TRIED
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.

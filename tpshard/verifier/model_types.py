@@ -1,0 +1,48 @@
+"""Whose code runs a model in `verify`, by its model_type. Without torch: lists of what is supported need no more."""
+
+from typing import Literal
+
+ProvedBy = Literal["tpshard", "transformers", "bytes"]
+
+DECODED = frozenset(
+    (
+        "RefinedWeb RefinedWebModel bloom falcon gemma2 gpt2 gpt_bigcode gpt_neo gpt_neox gptj internlm2 llama"
+        " mistral opt qwen2 qwen3"
+    ).split()
+)
+"""Those that tpshard's own decoder computes."""
+# Those that were tried: other classes may read sizes from places that nobody here knows of, and a difference of theirs
+# says nothing of the shards.
+TRIED = frozenset(
+    (
+        "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
+        " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo gemma gemma2"
+        " gemma3_text gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_neox gpt_oss gptj"
+        " granite granite_swa granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense"
+        " hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jamba lfm2 lfm2_moe llama llama4_text"
+        " mimo_v2_flash minimax_m2 ministral ministral3 mistral mistral4 mixtral mpt nanochat nemotron"
+        " nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3"
+        " qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"
+        " starcoder2 vaultgemma xglm"
+    ).split()
+)
+COMPUTES_AS = {
+    "kimi_k2": "deepseek_v3",
+    "llama_bidirec": "llama",  # but for the mask, which every rank has whole
+    "glm4v_text": "glm4",
+    "glm4v_moe_text": "glm4_moe",
+    "qwen2_5_omni_text": "qwen2",
+    "qwen3_omni_moe_text": "qwen3_moe",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+}
+"""Text models that compute as these do, some of them on text alone: its positions in three dimensions are one."""
+
+
+def proved_by(model_type: str) -> ProvedBy:
+    """Whose code `verify` runs by default; "bytes" where it has none that was tried."""
+    if model_type in DECODED:
+        return "tpshard"
+    return "transformers" if COMPUTES_AS.get(model_type, model_type) in TRIED else "bytes"
