@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from safetensors.torch import load_file
 
 from tests.helpers.command import fails, succeeds, tpshard
 from tests.helpers.grids import some
+from tests.helpers.toys import read_all
 
 # Projections one by one, fused by groups and one behind another; norms of each head, of all heads, with a row a head.
 DECODER = ("llama-gqa", "qwen3", "falcon-new", "gemma2", "ministral")
 CLASSES = ("phi3-gqa-head-dim", "olmo2", "cohere-qk-norm", "stablelm-bias", "mixtral", "gpt_oss", "gemma4_text-shared")
 CLASSES += ("minimax_m2", "mimo_v2_flash", "qwen3_next", "llama4_text")
 Made = Callable[..., Path]
+FIXTURES = Path(__file__).parents[1] / "quantised" / "fixtures"
 QUICK = ("llama-gqa", "falcon-new", "phi3-gqa-head-dim", "olmo2", "cohere-qk-norm", "gemma4_text-shared")
 
 
@@ -47,6 +50,59 @@ def test_transformers_agrees(made: Made) -> None:
     assert [held["model.layers.0.self_attn.q_proj.weight"].shape[0] // 8 for held in shapes] == [3, 2, 1, 1, 1]
     assert [held["model.layers.0.self_attn.k_proj.weight"].shape[0] // 8 for held in shapes] == [1, 2, 1, 1, 1]
     succeeds("verify", "out", "--source", model, "--engine", "transformers", "--reference", "transformers")
+
+
+def test_one_head_on_more_ranks_than_another(made: Made) -> None:
+    """Ranks 1 and 2 hold KV head 1, and nobody two: no range overlaps in part."""
+    model = made("llama-gqa")
+    succeeds("split", model, "--tp", 3, "--shares", "2,1,1", "-o", "out", "--no-fsync")
+    shapes = [load_file(f"out/rank-0000{rank}-of-00003.safetensors") for rank in range(3)]
+    assert [held["model.layers.0.self_attn.k_proj.weight"].shape[0] // 8 for held in shapes] == [1, 1, 1]
+    for engine in ("tpshard", "transformers"):
+        succeeds("verify", "out", "--source", model, "--engine", engine)
+    assert fails(4, "split", model, "--tp", 3, "--shares", "2,1,1", "--format", "dcp", "-o", "x")["hint"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shares", "engine"),
+    [
+        ("fp8-block-ue8m0", "1,1,1", "tpshard"),
+        ("fp8-block-ue8m0", "1,2,1", "transformers"),
+        ("gptq-int4-asym", "1,2,1", "tpshard"),
+        ("ct-fp8-channel", "1,1,1", "transformers"),
+        ("ct-fp8-static-phi3", "1,2,1", "auto"),
+    ],
+)
+def test_a_quantised_model(name: str, shares: str, engine: str) -> None:
+    """4 q heads and 2 KV heads: ranks 1 and 2 hold KV head 1, or rank 1 holds both."""
+    model = FIXTURES / name
+    succeeds("split", model, "--tp", 3, "--shares", shares, "-o", "out", "--no-fsync")
+    verdict = succeeds("verify", "out", "--source", model, "--engine", engine, "--json").json
+    assert [tier["status"] for tier in verdict["tiers"]] == ["pass"] * 4
+    succeeds("merge", "out", "-o", "again", "--no-fsync")
+    assert read_all(Path("again")) == read_all(model)
+
+
+def test_from_one_such_set_to_another(made: Made) -> None:
+    model = made("falcon-new")
+    succeeds("split", model, "--tp", 3, "--uneven", "-o", "out", "--no-fsync")
+    succeeds("reshard", "out", "--tp", 5, "--shares", "3,2,1,1,1", "-o", "other", "--no-fsync")
+    succeeds("split", model, "--tp", 5, "--shares", "3,2,1,1,1", "-o", "direct", "--no-fsync")
+    files = sorted(path.name for path in Path("direct").iterdir() if path.suffix == ".safetensors")
+    assert len(files) == 5
+    assert all((Path("other") / name).read_bytes() == (Path("direct") / name).read_bytes() for name in files)
+
+
+def test_q_heads_without_their_kv_heads_fail(made: Made) -> None:
+    """A rule that forgets what q heads are dealt by."""
+    rules = succeeds("archs", "show", "falcon").out
+    assert 'group = "kv"' in rules
+    Path("mine.toml").write_text(re.sub(r'(,\s*)?group = "kv"(\n)?', "", rules))
+    model = made("falcon-new")
+    succeeds("split", model, "--tp", 2, "--shares", "3,5", "--rules", "mine.toml", "-o", "out", "--no-fsync")
+    for tier in ("weights", "exact"):
+        verdict = tpshard("verify", "out", "--source", model, "--rules", "mine.toml", "--tier", tier, "--json")
+        assert verdict.code == 1 and "q heads without their k and v" in verdict.json["reason"], verdict
 
 
 @pytest.mark.parametrize(("name", "engine"), [("llama-gqa", "tpshard"), ("olmo2", "transformers")])

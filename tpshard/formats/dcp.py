@@ -15,7 +15,7 @@ from tpshard.formats.dcp_metadata import Described, StoredChunk, metadata_pickle
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
 from tpshard.planning.box import Box, Shape, corner, extents
-from tpshard.planning.deal import Deal, deal
+from tpshard.planning.deal import Deal, deal, unequally_repeated
 from tpshard.planning.join import OutputFile, Placed, parts_by_size, uncollected
 from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, shard
 from tpshard.planning.mesh import Mesh
@@ -26,15 +26,16 @@ _FILE = re.compile(r"__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
 
 
 def even_or_less(model: Model, options: Options) -> Deal:
-    """The deal of a model without padding; UnsupportedError when padding is asked for, or ranks overlap in part."""
+    """The deal of a model without padding; UnsupportedError for padding, or for units that some ranks share."""
     if options.pad_vocab_to is not None:
         what = "torch.distributed.checkpoint describes the model's own tensors: it has no place for padding"
         hint = "leave it out: the last ranks get less, as torch's DTensor does it; or use --format native"
         raise UnsupportedError(what, found=f"--pad-vocab-to {options.pad_vocab_to}", hint=hint)
     dealt = deal(model.axes, Mesh(options.tp), options.weights())
-    for name in (name for name, ends in dealt.ends.items() if ends):
-        what = f"torch's files hold every rectangle once: no two ranks can have one of {model.axes[name]} between them"
-        expected = f"a tp of at most {model.axes[name].count}, or a multiple of it"
+    shared = next((axis for axis in model.axes.values() if unequally_repeated(axis, options.tp)), None)
+    if shared is not None:
+        what = f"torch's files hold every rectangle once, and do not say which ranks share {shared}"
+        expected = f"a tp of at most {shared.count}, or a multiple of it"
         raise UnsupportedError(what, expected=expected, found=f"tp {options.tp}", hint="use --format native")
     return dealt
 

@@ -39,7 +39,7 @@ class Deal:
 
     @cached_property
     def ends(self) -> Mapping[str, tuple[int, ...]]:
-        """Where ranges of an axis begin and end that lie across one another; of the others nothing."""
+        """Where the ranges of an axis begin and end, if any two of them overlap in part; else nothing."""
         return {name: _ends(ranges) for name, ranges in self.ranges.items()}
 
 
@@ -72,24 +72,20 @@ def _deal_axis(
 ) -> tuple[Range, ...]:
     count = padded(axis, tp, pad_to)
     group = axes[axis.group] if axis.group else None
+    if unequally_repeated(axis, tp):
+        if group is not None and group.replicate and group.count == count:
+            return _deal_axis(group, axes, tp, shares, pad_to)
+        return _needed(axis, axes, tp, shares, pad_to)
     if axis.replicate and count < tp:
-        if tp % count:
-            if group is not None and group.replicate and group.count == count:
-                return _deal_axis(group, axes, tp, shares, pad_to)
-            return _needed(axis, axes, tp, shares, pad_to)
         return tuple((r * count // tp, r * count // tp + 1) for r in range(tp))  # ranks 0 and 1 hold unit 0
     if axis.rest_last:
         share = _rounded_up(axis, tp) * axis.step
         return tuple((min(r * share, count), min((r + 1) * share, count)) for r in range(tp))
     if shares is None:
         return tuple((r * count // tp, (r + 1) * count // tp) for r in range(tp))
-    if group is None or group.count == count or count % group.count:
+    if group is None or group.count == count or count % group.count or unequally_repeated(group, tp):
         return _ranges(_apportion(axis, count, shares, _common_step(axis, axes)))
     per_group = count // group.count
-    if group.count < tp and tp % group.count:
-        return _ranges(
-            _apportion(axis, count, shares, _common_step(axis, axes))
-        )  # the group follows, not the other way
     if group.count >= tp:
         return tuple((a * per_group, b * per_group) for a, b in _deal_axis(group, axes, tp, shares, pad_to))
     together = tp // group.count  # ranks that share one group divide its units among themselves
@@ -101,6 +97,11 @@ def _deal_axis(
     return _ranges(sizes)
 
 
+def unequally_repeated(axis: Axis, tp: int) -> bool:
+    """Whether there are fewer units than ranks, and some are on more ranks than others."""
+    return axis.replicate and axis.count < tp and tp % axis.count > 0
+
+
 def _needed(
     axis: Axis, axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None
 ) -> tuple[Range, ...]:
@@ -109,10 +110,8 @@ def _needed(
     So a unit may lie on several ranks, and a rank may have two of which each neighbour has one.
     """
     dealt_by = [each for each in axes.values() if each.group == axis.name and not each.replicate]
-    if not dealt_by:
-        what = (
-            f"{axis.count} {axis.name} units cannot be repeated evenly on {tp} ranks, and no others say who needs them"
-        )
+    if not dealt_by or any(each.count % axis.count for each in dealt_by):
+        what = f"{axis.count} {axis.name} units cannot be repeated evenly on {tp} ranks"
         expected = f"a tp of at most {axis.count}, or a multiple of it"
         raise UnsupportedError(what, expected=expected, found=f"tp {tp}", hint="use one of those")
     needed: list[Range] = [(axis.count, 0)] * tp

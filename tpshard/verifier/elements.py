@@ -4,10 +4,11 @@ A prompt meets what it meets; here every element of every parameter counts, bit 
 """
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -120,9 +121,10 @@ def needed_kv(q: Sequence[int], group: int) -> list[tuple[int, int]]:
 class Parameter:
     """A tensor of the model: the source's, and what each rank has in its place.
 
-    orders: the indices along the cut dim that each rank must hold, where they are not one range after another. padded:
-    whether ranks may hold zeros behind the last index. runs: whether the backend computes with it. known: whether the
-    backend knows how it is cut; else ranges are tried, and then where each index is found.
+    orders: the indices along the cut dim that each rank must hold, where they are no ranges. starts: where the ranges
+    begin, where they are not one behind another. padded: whether ranks may hold zeros behind the last index. runs:
+    whether the backend computes with it. known: whether the backend knows how it is cut; else ranges are tried, and
+    then where each index is found.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Parameter:
     padded: bool = False
     runs: bool = True
     known: bool = True
+    starts: Sequence[int] | None = None
 
     @cached_property
     def dim(self) -> int | None:
@@ -156,6 +159,8 @@ class Parameter:
         total = self.source.shape[self.dim]
         parts = (1,) if self.known else (1, 2)
         tried = [list(self.orders)] if self.orders else [self._ranges(self.dim, count) for count in parts]
+        if not self.known and not self.padded:
+            tried = [orders for orders in tried if not any(bool((order < 0).any()) for order in orders)]
         for orders in tried:
             shares = [Share(self.source, self.dim, order) for order in orders]
             if self.known or all(share.fits(held) for held, share in zip(self.ranks, shares, strict=True)):
@@ -170,23 +175,14 @@ class Parameter:
     def _searched(self, dim: int, tried: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Where the source has what each rank holds: every index, and each as often as it likes.
 
-        What is nearly an order that was `tried` is that one with a few wrong elements: of values that are few, as a
-        norm's are, a wrong one would be found somewhere else. One index alone cannot be out of order.
+        Ranks that hold as many indices as there are hold each of them once. Where values repeat, as in a norm, and one
+        of them is there too often, some element is wrong: the nearest order that was `tried` says which.
         """
         source = list(_slices(self.source, dim))
         places: dict[bytes, int] = {}
-        for index, piece in enumerate(source):
-            places.setdefault(piece, index)
-        nothing = bytes(len(source[0]))
+        first = [places.setdefault(piece, index) for index, piece in enumerate(source)]
         if self.padded:
-            places.setdefault(nothing, -1)
-        few = max(1, len(source) // 50)
-        for each in tried:
-            wanted = (source[i] if i >= 0 else nothing for order in each for i in order.tolist())
-            found = (piece for held in self.ranks for piece in _slices(held, dim))
-            wrong = (1 for one, other in zip(wanted, found, strict=False) if one != other)
-            if sum(islice(wrong, few + 1)) <= few:
-                return list(each)
+            places.setdefault(bytes(len(source[0])), -1)
         orders = []
         for rank, held in enumerate(self.ranks):
             indices = [places.get(piece) for piece in _slices(held, dim)]
@@ -194,16 +190,22 @@ class Parameter:
                 what = f"holds at index {indices.index(None)} of dim {dim} what the source does not have"
                 raise self._differs(f"of rank {rank} {what}", None, None)
             orders.append(torch.tensor(indices))
-        lacking = set(places.values()) - set(torch.cat(orders).tolist()) - {-1}
+        found = torch.cat(orders).tolist()
+        lacking = set(places.values()) - set(found) - {-1}
         if lacking:
             raise self._differs(f"is not held by any rank at index {min(lacking)} of dim {dim}", None, None)
+        if len(found) == len(source) and Counter(found) != Counter(first):
+            wanted = torch.tensor(first)
+            apart = [sum(int((wanted[o] != f).sum()) for o, f in zip(each, orders, strict=True)) for each in tried]
+            return list(tried[apart.index(min(apart))])
         return orders
 
     def _ranges(self, dim: int, parts: int) -> list[Tensor]:
         """One range after another of each part; where ranks hold more than there is, neighbours hold the same."""
         sizes = tuple(rank.shape[dim] // parts for rank in self.ranks)
         total = self.source.shape[dim] // parts
-        shares = RankShares(dim, sizes, total)
+        starts = tuple(self.starts) if self.starts is not None and parts == 1 else None
+        shares = RankShares(dim, sizes, total, starts=starts)
         firsts = [sum(sizes[:rank]) if self.padded else shares.first(rank) for rank in range(len(sizes))]
         ranges = [torch.arange(first, first + size) for first, size in zip(firsts, sizes, strict=False)]
         return [

@@ -5,6 +5,7 @@ Each changes one layer (or the embedding, or the head) of a sharded model, and g
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from operator import mul, truediv
 
 import torch
@@ -54,9 +55,17 @@ def _with_biases(places: Places, rank: int, kind: str) -> list[Stretch]:
 
 
 def _wrong_kv_replica(shards: DamagedShards, places: Places) -> None:
-    """Tiled copies, [0, 1, 0, 1], where repeated ones, [0, 0, 1, 1], belong."""
+    """Tiled copies, [0, 1, 0, 1], where repeated ones, [0, 0, 1, 1], belong; a rank's second head for its first."""
     count = places.kv_heads
-    if count >= shards.tp or shards.tp % count:
+    if count >= shards.tp:
+        return
+    if shards.tp % count:
+        several = (rank for rank in range(shards.tp) if len(places.part(rank, "k")) > 1)
+        for rank in islice(several, 1):
+            for kind in "kv":
+                for bias in (False, True):
+                    if heads := places.part(rank, kind, bias=bias):
+                        shards.put(rank, heads[0], shards.ranks[rank].get(heads[1].name).cpu()[heads[1].index])
         return
     order = [(rank % count) * shards.tp // count for rank in range(shards.tp)]
     shards.borrow(order, places.tensors("k_norm"))

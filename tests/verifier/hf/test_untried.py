@@ -120,3 +120,23 @@ def test_a_cut_that_no_class_here_has_is_named() -> None:
     assert "model.layers.0.self_attn.attn_sub_norm.weight is cut" in verdict.json["reason"]
     statuses = {tier["name"]: tier["status"] for tier in verdict.json["tiers"]}
     assert (statuses["bytes"], statuses["weights"], statuses["exact"]) == ("pass", "pass", "inconclusive")
+
+
+def test_a_class_without_attention_is_met() -> None:
+    """Nothing of it is like the classes that were tried: whatever cannot be told is no crash."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "vocab_size": 32, "time_step_rank": 2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).save_pretrained("model")
+    layer = "backbone.layers.*."
+    mixers = ("A_log", "D", "conv1d", "in_proj", "x_proj", "dt_proj", "out_proj")
+    leaves = ["norm", *(f"mixer.{leaf}" for leaf in mixers)]
+    whole = json.dumps([layer + leaf for leaf in leaves] + ["backbone.norm_f"])
+    Path("mine.toml").write_text(
+        'model_types = ["mamba"]\nprefix = "backbone."\nlayers = "num_hidden_layers"\n'
+        'tied = { lm_head = "backbone.embeddings" }\n[axes]\nvocab = { count = "vocab_size", pad = true }\n'
+        f'[rules]\n"column vocab" = ["backbone.embeddings", "lm_head?"]\n"replicate" = {whole}\n'
+    )
+    split()
+    verdict = tpshard("verify", "out", "--source", "model", "--rules", "mine.toml", "--json")
+    assert verdict.code in (0, 8), verdict.err

@@ -79,7 +79,12 @@ def share_of(family: Family, layer: int, ranks: Sequence[tuple[int, int, int]], 
             what = f"layer {layer}: the ranks' KV heads do not add up"
             raise DifferentError(what, expected=family.kv_heads, found=kv_heads)
         first_kv = needed[rank][0]
-    return HeadShare(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
+    share = HeadShare(q, kv, ffn, firsts[0][rank], first_kv, firsts[2][rank])
+    if sum(share.q_of_kv(family.heads // family.kv_heads)) != q:
+        what, held = f"rank {rank} holds q heads without their k and v", f"{kv} KV heads from {first_kv} on"
+        asked = f"KV heads of q heads {share.first_q} to {share.first_q + q - 1}"
+        raise DifferentError(what, expected=asked, found=held)
+    return share
 
 
 class Decoder:
@@ -282,13 +287,6 @@ class Decoder:
         """The KV head of every local q head: global q head h attends to KV head h // (heads / kv_heads)."""
         group = self.family.heads // self.family.kv_heads
         wanted = [(share.first_q + q) // group - share.first_kv for q in range(share.q)]
-        if any(not 0 <= head < share.kv for head in wanted):
-            what, held = (
-                f"rank {self.group.rank} holds q heads without their k and v",
-                f"{share.kv} KV heads from {share.first_kv} on",
-            )
-            asked = f"KV heads of q heads {share.first_q} to {share.first_q + share.q - 1}"
-            raise DifferentError(what, expected=asked, found=held)
         return x if wanted == list(range(share.kv)) else x[:, wanted]
 
     def mlp(self, i: int, x: Tensor) -> Tensor:

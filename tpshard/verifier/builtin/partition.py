@@ -29,18 +29,17 @@ def parameters(family: Family, source: Weights, ranks: Sequence[Weights], layers
                 continue
             sides = [_held(store, module, suffix) for store in (whole, *stores)]
             projects = layer is not None and module.removeprefix(family.layer.format(layer)) in family.qkv
-            orders = None
+            orders = starts = None
             if projects and any(side.shape != sides[0].shape for side in sides):
                 counts = [store.held(layer or 0) for store in stores]
                 shares = [share_of(family, layer or 0, counts, rank) for rank in range(len(ranks))]
                 if family.fused is not None:
                     orders = [fused_order(family, share) for share in shares]
                 elif not module.endswith(family.qkv[0]):
-                    d = family.head_dim
-                    orders = [torch.arange(each.first_kv * d, (each.first_kv + each.kv) * d) for each in shares]
+                    starts = [each.first_kv * family.head_dim for each in shares]
             padded = module in (family.embed, *family.heads_names)
             seen.add(f"{whole.full(module)}.{suffix}")
-            yield Parameter(f"{whole.full(module)}.{suffix}", sides[0], sides[1:], orders, padded)
+            yield Parameter(f"{whole.full(module)}.{suffix}", sides[0], sides[1:], orders, padded, starts=starts)
     yield from idle(source, ranks, seen, layers, family.layers)
 
 

@@ -57,14 +57,14 @@ class DecoderPlaces:
         """The rows of each head."""
         family, d = self.family, self.family.head_dim
         q, kv, _ = self.held[rank]
+        share = share_of(family, self.layer, self.held, rank)
+        ends = list(accumulate(share.q_of_kv(family.heads // family.kv_heads)))
         found = []
         for head in range(q if kind == "q" else kv):
             module, first = family.qkv["qkv".index(kind) if family.fused is None else 0], head
             if family.fused == "segments":
                 first += {"q": 0, "k": q, "v": q + kv}[kind]
             elif family.fused is not None:
-                share = share_of(family, self.layer, self.held, rank)
-                ends = list(accumulate(share.q_of_kv(family.heads // family.kv_heads)))
                 if kind == "q":
                     first += 2 * sum(end <= head for end in ends)
                 else:

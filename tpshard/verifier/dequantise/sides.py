@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,18 @@ def stored(parameter: Parameter) -> Iterator[Parameter]:
     views = [each.weights for each in held if isinstance(each.weights, DequantisedWeights)]
     if len(held) < len(sides) or not all(each.name in view.recipes for each, view in zip(held, views, strict=True)):
         return
-    known = parameter.known and parameter.orders is None
     for role, name in views[0].recipes[held[0].name].stored.items():
         if role not in ("groups", "shape"):
             source, *ranks = (Held(view.companions, name) for view in views)
-            yield Parameter(name, source, ranks, padded=parameter.padded, known=known)
+            yield _alike(parameter, Parameter(name, source, ranks, padded=parameter.padded))
+
+
+def _alike(weight: Parameter, companion: Parameter) -> Parameter:
+    """A companion, cut where the weight is: its ranges begin at the same fractions of the whole, if they are ranges."""
+    if weight.starts is None or weight.dim is None or companion.dim is None:
+        return replace(companion, known=weight.known and weight.orders is None)
+    whole, total = weight.source.shape[weight.dim], companion.source.shape[companion.dim]
+    starts = [Fraction(start * total, whole) for start in weight.starts]
+    if all(start.denominator == 1 for start in starts):
+        return replace(companion, starts=list(map(int, starts)), known=weight.known)
+    return replace(companion, known=False)

@@ -97,14 +97,15 @@ def sharing(cut: RankShares, q: Sequence[int]) -> RankShares:
     return cut
 
 
-def with_shared_heads(cuts: Mapping[str, RankShares], heads: int) -> dict[str, RankShares]:
-    """The cuts, with the starts of what makes keys and values by the q heads of the same module, `heads` in all."""
+def with_shared_heads(cuts: Mapping[str, RankShares], config: Any) -> dict[str, RankShares]:
+    """The cuts, with the starts of what makes keys and values by the q heads of the same module."""
     found = dict(cuts)
     for key, cut in cuts.items():
         if match := _KEYS_AND_VALUES.search(key):
             parent = key[: match.start()]
             outs = (cuts.get(f"{parent}.{leaf}.weight") for leaf in OUT)
             out = next((out for out in outs if out is not None), None)
+            heads = total_heads(config)[0]
             if out is not None and not any(size * heads % out.total for size in out.sizes):
                 found[key] = sharing(cut, [size * heads // out.total for size in out.sizes])
     return found

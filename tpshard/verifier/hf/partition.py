@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from tpshard.errors import DifferentError
@@ -57,10 +56,8 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
                 yield Parameter(like_keys, Held(source, name), held_by, known=frame.tried)
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
-        cut, orders = cuts.get(key), None
-        if cut is not None and cut.starts is not None:
-            orders = [torch.arange(first, first + size) for first, size in zip(cut.starts, cut.sizes, strict=True)]
-        yield Parameter(key, sides[0], sides[1:], orders, padded, known=known or padded)
+        starts = cuts[key].starts if key in cuts else None
+        yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded, starts=starts)
     yield from idle(source, ranks, used, frame.layers, frame.config.num_hidden_layers)
 
 

@@ -1,9 +1,12 @@
 """What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
+
+import torch
 
 from tpshard.errors import CorruptError, DifferentError, TpshardError, UnsupportedError
 from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
@@ -20,17 +23,6 @@ from tpshard.verifier.report.verdict import Canary, Tier
 from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
 
-_STUMBLES = (
-    DifferentError,
-    CorruptError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AssertionError,
-    StopIteration,
-)
-"""How code that expects other classes stumbles over one."""
 _UNTRIED = "transformers' {} model was never tried here, and it cannot be told whether the shards are wrong or we are"
 
 
@@ -77,10 +69,14 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
 def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
     shards, device = opened.shards, opened.device
     config = model_config(opened.config)
-    same, depth = same_model(config, model_config(shards.config)), config.num_hidden_layers
-    positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
-    ids, layers, tokens = decide(opened, options, same=same, vocab=config.vocab_size, layers=depth, positions=positions)
-    frame = _framed(config, layers, opened)
+    same = same_model(config, model_config(shards.config))
+    with _unlike_others(config):
+        depth, vocab = config.num_hidden_layers, config.vocab_size
+        positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
+        ids, layers, tokens = decide(opened, options, same=same, vocab=vocab, layers=depth, positions=positions)
+        frame = frame_of(config, layers)
+        frame.require_described(opened.source, opened.config.get("architectures"))
+        frame = frame.of_source(opened.source)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)
@@ -89,36 +85,34 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBac
     return TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame), tokens
 
 
-def _framed(config: Any, layers: tuple[int, ...] | None, opened: OpenedSet) -> Frame:
-    """The class's parameters, held against the source; a class that was never tried may be unlike all others."""
-    try:
-        frame = frame_of(config, layers)
-        frame.require_described(opened.source, opened.config.get("architectures"))
-        return frame.of_source(opened.source)
-    except _STUMBLES as error:
-        if config.model_type in TRIED:
-            raise
-        raise _unlike(config, error) from error
-
-
-def _unlike(config: Any, error: Exception) -> UnsupportedError:
-    said = str(error) if isinstance(error, TpshardError) else f"{type(error).__name__}: {error}"
-    what = f"{_UNTRIED.format(_kind(config))}: {' '.join(said.split())[:300]}"
-    return UnsupportedError(what, hint="--tier bytes compares the files, --tier weights every element")
-
-
 def _kind(config: Any) -> str:
     return type(config).__name__.removesuffix("Config")
 
 
+@contextmanager
+def _unlike_others(config: Any, *, differing: bool = True) -> Iterator[None]:
+    """What code that expects classes like those which were tried stumbles over in another, as an UnsupportedError.
+
+    differing: whether a difference, too, may be of the class and not of the files.
+    """
+    ours = (DifferentError, CorruptError) if differing else ()
+    try:
+        yield
+    except Exception as error:
+        foreseen = isinstance(error, (TpshardError, OSError, torch.OutOfMemoryError)) and not isinstance(error, ours)
+        if foreseen or config.model_type in TRIED:
+            raise
+        said = str(error) if isinstance(error, TpshardError) else f"{type(error).__name__}: {error}"
+        what = f"{_UNTRIED.format(_kind(config))}: {' '.join(said.split())[:300]}"
+        raise UnsupportedError(what, hint="--tier bytes compares the files") from error
+
+
 def _unsure(config: Any, judge: JudgeTier) -> JudgeTier:
-    """A tier of a class that was never tried: equal is equal, but a difference may be of how the class was run."""
+    """A tier that runs a class which was never tried: equal is equal, but a difference may be of how it was run."""
 
     def judged() -> tuple[Tier, Canaries | None]:
-        try:
+        with _unlike_others(config):
             tier, canaries = judge()
-        except _STUMBLES as error:
-            raise _unlike(config, error) from error
         if tier.status == "fail":
             reason = f"{tier.reason}; {_UNTRIED.format(_kind(config))}"
             return replace(tier, status="inconclusive", reason=reason), None
@@ -128,10 +122,8 @@ def _unsure(config: Any, judge: JudgeTier) -> JudgeTier:
 
 
 def _injected(config: Any, canaries: Canaries) -> list[Canary]:
-    try:
+    with _unlike_others(config):
         return canaries()
-    except _STUMBLES as error:
-        raise _unlike(config, error) from error
 
 
 def _memory(opened: OpenedSet, frame: Frame, tokens: int) -> int:
@@ -160,7 +152,10 @@ def _begin(
         tier = native(sides.counting("native", opened.say), dtype, *taught())
         return tier, partial(native_canaries, sides, dtype) if len(sides.ranks) > 1 else None
 
-    judge_elements = partial(judge_weights, sides, options.allow_not_run, opened.say)
+    def judge_elements() -> tuple[Tier, Canaries | None]:
+        with _unlike_others(sides.frame.config, differing=False):
+            return judge_weights(sides, options.allow_not_run, opened.say)
+
     judges: dict[str, JudgeTier] = {"weights": judge_elements, "exact": judge_exact, "native": judge_native}
     if not sides.frame.tried:
         judges |= {name: _unsure(sides.frame.config, judges[name]) for name in ("exact", "native")}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.dequantise.find import QUANTISATION
 from tpshard.verifier.elements import RankShares
-from tpshard.verifier.hf.heads import total_heads, with_shared_heads
+from tpshard.verifier.hf.heads import with_shared_heads
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.model_types import COMPUTES_AS, TRIED
@@ -264,7 +264,7 @@ class Frame:
                 raise DifferentError(f"{name} does not have the model's shape", tensor=name, expected=full, found=shown)
             for dim in dims:
                 cuts[key] = RankShares(dim, tuple(shape[dim] for shape in shapes), full[dim])
-        return with_shared_heads(cuts, total_heads(self.config)[0])
+        return with_shared_heads(cuts, self.config)
 
 
 def _experts_in_order(key: str, recipes: Sequence[StoredParts], shapes: Sequence[tuple[int, ...]], total: int) -> None:
