@@ -429,7 +429,11 @@ CONTRACT: dict[str, Any] = {
         "tensors": [{"name": str, "dtype": str, "shape": [int], "bytes": int, "file": str}],
     },
     "archs": {
-        "schema_version": int, "command": str, "architectures": [{"name": str, "model_types": [str]}],
+        "schema_version": int, "command": str,
+        "architectures": [{
+            "name": str, "model_types": [str],
+            "supported": [{"model_type": str, "verify": str, "engines": list}],
+        }],
     },
 }  # fmt: skip
 

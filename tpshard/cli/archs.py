@@ -29,7 +29,7 @@ def archs(context: typer.Context, json: opt.JSON = False, quiet: opt.QUIET = Fal
 
 @app.command("list")
 def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
-    """List the built-in architectures: whose code verify runs, which engines' formats hold them, their model_types.
+    """List architectures, and who runs and loads them.
 
     Where verify says "bytes", there is remote code alone: files are compared, nothing is run. What is not listed splits
     with rules of your own: `tpshard archs draft`.
