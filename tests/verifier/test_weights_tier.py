@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tests.helpers.checkpoints import make
 from tests.helpers.command import Result, succeeds, tpshard
+from tpshard.errors import DifferentError
+from tpshard.verifier.elements import Held, Parameter
+from tpshard.verifier.ranks.weights import InMemory
 
 Made = Callable[..., Path]
 
@@ -144,3 +147,25 @@ def test_a_device_that_does_not_repeat_itself(made: Made, monkeypatch: pytest.Mo
     monkeypatch.setattr("tpshard.verifier.tiers.digest", lambda logits: str(next(numbers)))
     result = tpshard("verify", "out", "--source", model, "--tier", "native", "--tokens", 1, "--json")
     assert result.code == 8 and "does not repeat itself on this device" in result.json["reason"]
+
+
+@pytest.mark.parametrize(
+    ("source", "ranks", "right"),
+    [
+        ([1, 2, 1, 2, 3, 3], [[1, 2, 3], [1, 2, 3]], True),  # of an order that nobody knows, three on a rank
+        ([1, 2, 1, 2, 3, 3], [[1, 2, 1], [2, 3, 2]], False),  # 2 is there once too often
+        ([0, 0, 5, 0, 0, 7, 0, 0], [[5, 0, 0, 0], [7, 0, 0, 0]], True),  # nearly the ranges, and right
+        ([0, 0, 5, 0, 0, 7, 0, 0], [[0, 0, 5, 0], [0, 0, 0, 0]], None),  # 7 is nowhere
+    ],
+)
+def test_where_no_cut_is_known(source: list[int], ranks: list[list[int]], right: bool | None) -> None:
+    """Values that repeat can lie in any order, but each as often as in the source."""
+    whole = Held(InMemory({"x": torch.tensor(source)}), "x")
+    held = [Held(InMemory({"x": torch.tensor(rank)}), "x") for rank in ranks]
+    parameter = Parameter("x", whole, held, known=False)
+    if right is None:
+        with pytest.raises(DifferentError, match="not held by any rank"):
+            parameter.shares()
+    else:
+        fits = [share.fits(rank) for share, rank in zip(parameter.shares(), held, strict=True)]
+        assert all(fits) is right

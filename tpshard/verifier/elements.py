@@ -159,8 +159,10 @@ class Parameter:
         total = self.source.shape[self.dim]
         parts = (1,) if self.known else (1, 2)
         tried = [list(self.orders)] if self.orders else [self._ranges(self.dim, count) for count in parts]
-        if not self.known and not self.padded:
-            tried = [orders for orders in tried if not any(bool((order < 0).any()) for order in orders)]
+        if not self.known:
+            held_by = [rank.shape[self.dim] for rank in self.ranks]
+            tried = [orders for orders in tried if [len(order) for order in orders] == held_by]
+            tried = [orders for orders in tried if self.padded or int(torch.cat(orders).min()) >= 0]
         for orders in tried:
             shares = [Share(self.source, self.dim, order) for order in orders]
             if self.known or all(share.fits(held) for held, share in zip(self.ranks, shares, strict=True)):
