@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from tests.helpers.paths import DOCS
-from tpshard.api.archs import supported
+from tpshard.api.archs import rows
 from tpshard.rules.architecture import Architecture, all_builtin
 
 KINDS = {
@@ -208,18 +208,17 @@ def page() -> str:
     """The page of the documentation: this file's data and the rules', test-checked."""
     import transformers
 
-    rows, compared, done = [], 0, supported()
+    verdicts, compared = {}, 0
     for architecture in all_builtin():
         planned = [model_type for model_type in architecture.model_types if model_type in plans()]
         compared += len(planned)
         differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE).values())
-        verdict = ("more is cut here" if differ else "the same") if planned else "none"
-        alike: dict[tuple[str, str], list[str]] = {}
-        for each in done[architecture.name]:
-            alike.setdefault((each.verify, ", ".join(each.engines)), []).append(f"`{each.model_type}`")
-        for (verify, engines), types in alike.items():
-            rows.append(f"| {architecture.name} | {', '.join(types)} | {verify} | {engines or '–'} | {verdict} |")
-    text = {"rows": "\n".join(rows), "differences": _reasons(DIFFERENCES), "otherwise": _reasons(OTHERWISE)}
+        verdicts[architecture.name] = ("more is cut here" if differ else "the same") if planned else "none"
+    lines = []
+    for name, verify, engines, those in rows():
+        types = ", ".join(f"`{model_type}`" for model_type in those)
+        lines.append(f"| {name} | {types} | {verify} | {', '.join(engines) or '–'} | {verdicts[name]} |")
+    text = {"rows": "\n".join(lines), "differences": _reasons(DIFFERENCES), "otherwise": _reasons(OTHERWISE)}
     version = ".".join(transformers.__version__.split(".")[:2])
     return _TEXT.format(version=version, compared=compared, **text)
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
@@ -66,6 +68,12 @@ def random_model(
                 noise *= widths[..., : parameter.shape[-2], : parameter.shape[-1]]
             parameter.copy_(noise + 1 if "norm" in name else noise)
     return model.eval()
+
+
+def numbers_as_words() -> PreTrainedTokenizerFast:
+    """A tokenizer, for tools that ask for one whenever they get a data set or a model's name."""
+    words = Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
 
 
 def saved_names(model: PreTrainedModel, folder: Path) -> dict[str, Tensor]:

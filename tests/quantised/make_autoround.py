@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 from auto_round import AutoRound
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
-from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, random_model, tensors_of
+from tests.quantised.common import DENSE, EXPERTS, SMALL, keep_fixture, numbers_as_words, random_model, tensors_of
 from tests.quantised.make_gptqmodel import reference
 
 GROUPS = {"bits": 4, "group_size": 32, "sym": True, "data_type": "int", "act_bits": 16}
@@ -36,11 +34,9 @@ def fixture(
     with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as folder:
         random_model(model_type, config, torch.float16).save_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
-        words = Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
         rounding = AutoRound(
             model,
-            tokenizer,
+            numbers_as_words(),
             scheme={**GROUPS, **scheme},
             layer_config=dict(layers or {}),
             iters=0,

@@ -18,10 +18,7 @@ from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from tests.quantised.common import (
     DENSE,
@@ -29,6 +26,7 @@ from tests.quantised.common import (
     SMALL,
     keep_fixture,
     module_of,
+    numbers_as_words,
     random_model,
     tensors_of,
     write_reference,
@@ -86,8 +84,7 @@ def fixture(
         return
     with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as folder:
         random_model(model_type, config, dtype).save_pretrained(source)
-        words = Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0"))
-        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0").save_pretrained(source)
+        numbers_as_words().save_pretrained(source)
         settings = QuantizeConfig(**({"bits": 4, "group_size": 32, "device": "cpu", "offload_to_disk": False} | how))
         model = GPTQModel.load(source, settings, backend=BACKEND.AUTO, dtype=dtype)
         model.quantize(calibration(), batch_size=4)

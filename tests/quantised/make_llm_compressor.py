@@ -23,10 +23,8 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.quantised.common import (
     DENSE,
@@ -34,6 +32,7 @@ from tests.quantised.common import (
     SMALL,
     keep_fixture,
     module_of,
+    numbers_as_words,
     random_model,
     tensors_of,
     write_reference,
@@ -60,14 +59,6 @@ def linears(scheme: QuantizationArgs, targets: str | list[str] = "Linear", **mor
 def calibration() -> Dataset:
     ids = torch.randint(3, 64, (16, 32), generator=torch.Generator().manual_seed(2)).tolist()
     return Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * 32] * 16})
-
-
-def numbers_as_words() -> PreTrainedTokenizerFast:
-    """A tokenizer, which llm-compressor asks for whenever it gets a data set."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0")),
-        pad_token="0",
-    )
 
 
 def dequantised(module: Mapping[str, Tensor], scheme: QuantizationScheme) -> Tensor:

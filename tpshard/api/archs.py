@@ -1,5 +1,6 @@
 """`archs`: the built-in architectures, and rules to start from for others."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def model_types() -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Supported:
-    """A model_type with rules: whose code `verify` runs ("tpshard", "transformers" or "bytes"), and which engines'
-    formats hold it.
+    """What is done for a model_type that has rules.
+
+    verify: whose code runs it, "tpshard" or "transformers"; "bytes" where nobody's does and files are compared.
+    engines: the formats for engines that know its names.
     """
 
     model_type: str
@@ -43,6 +46,16 @@ def supported() -> dict[str, list[Supported]]:
         return Supported(model_type, proved_by(model_type), engines)
 
     return {name: list(map(of, types)) for name, types in model_types().items()}
+
+
+def rows() -> Iterator[tuple[str, str, tuple[str, ...], list[str]]]:
+    """Name of the architecture, verify, engines, and its model_types of which these are the same."""
+    for name, types in supported().items():
+        alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for each in types:
+            alike.setdefault((each.verify, each.engines), []).append(each.model_type)
+        for (verify, engines), those in alike.items():
+            yield name, verify, engines, those
 
 
 def draft(

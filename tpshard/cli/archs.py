@@ -35,9 +35,8 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
     with rules of your own: `tpshard archs draft`.
     """
     with opened(json, quiet) as console:
-        from tpshard.api.archs import supported
+        from tpshard.api.archs import rows, supported
 
-        found = supported()
         if console.as_json:
             entries = [
                 {
@@ -45,17 +44,13 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
                     "model_types": [each.model_type for each in types],
                     "supported": list(map(asdict, types)),
                 }
-                for name, types in found.items()
+                for name, types in supported().items()
             ]
             console.data({"schema_version": 1, "command": "archs", "architectures": entries})
         else:
             console.show(_LINE.format("architecture", "verify", "engines", "model_types"))
-            for name, types in found.items():
-                alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-                for each in types:
-                    alike.setdefault((each.verify, each.engines), []).append(each.model_type)
-                for (verify, engines), those in alike.items():
-                    console.show(_LINE.format(name, verify, " ".join(engines) or "-", ", ".join(those)))
+            for name, verify, engines, those in rows():
+                console.show(_LINE.format(name, verify, " ".join(engines) or "-", ", ".join(those)))
 
 
 @app.command("show")

@@ -15,7 +15,7 @@ from tpshard.formats.dcp_metadata import Described, StoredChunk, metadata_pickle
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
 from tpshard.planning.box import Box, Shape, corner, extents
-from tpshard.planning.deal import Deal, deal, unequally_repeated
+from tpshard.planning.deal import Deal, deal, equal_repeats, unequally_repeated
 from tpshard.planning.join import OutputFile, Placed, parts_by_size, uncollected
 from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, shard
 from tpshard.planning.mesh import Mesh
@@ -35,8 +35,9 @@ def even_or_less(model: Model, options: Options) -> Deal:
     shared = next((axis for axis in model.axes.values() if unequally_repeated(axis, options.tp)), None)
     if shared is not None:
         what = f"torch's files hold every rectangle once, and do not say which ranks share {shared}"
-        expected = f"a tp of at most {shared.count}, or a multiple of it"
-        raise UnsupportedError(what, expected=expected, found=f"tp {options.tp}", hint="use --format native")
+        raise UnsupportedError(
+            what, expected=equal_repeats(shared), found=f"tp {options.tp}", hint="use --format native"
+        )
     return dealt
 
 

@@ -102,6 +102,11 @@ def unequally_repeated(axis: Axis, tp: int) -> bool:
     return axis.replicate and axis.count < tp and tp % axis.count > 0
 
 
+def equal_repeats(axis: Axis) -> str:
+    """The values of tp at which no unit is on more ranks than another."""
+    return f"a tp of at most {axis.count}, or a multiple of it"
+
+
 def _needed(
     axis: Axis, axes: Mapping[str, Axis], tp: int, shares: Sequence[Fraction | int] | None, pad_to: int | None
 ) -> tuple[Range, ...]:
@@ -112,8 +117,7 @@ def _needed(
     dealt_by = [each for each in axes.values() if each.group == axis.name and not each.replicate]
     if not dealt_by or any(each.count % axis.count for each in dealt_by):
         what = f"{axis.count} {axis.name} units cannot be repeated evenly on {tp} ranks"
-        expected = f"a tp of at most {axis.count}, or a multiple of it"
-        raise UnsupportedError(what, expected=expected, found=f"tp {tp}", hint="use one of those")
+        raise UnsupportedError(what, expected=equal_repeats(axis), found=f"tp {tp}", hint="use one of those")
     needed: list[Range] = [(axis.count, 0)] * tp
     for each in dealt_by:
         size = each.count // axis.count

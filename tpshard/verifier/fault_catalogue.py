@@ -5,7 +5,7 @@ Each changes one layer (or the embedding, or the head) of a sharded model, and g
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import product
 from operator import mul, truediv
 
 import torch
@@ -60,12 +60,10 @@ def _wrong_kv_replica(shards: DamagedShards, places: Places) -> None:
     if count >= shards.tp:
         return
     if shards.tp % count:
-        several = (rank for rank in range(shards.tp) if len(places.part(rank, "k")) > 1)
-        for rank in islice(several, 1):
-            for kind in "kv":
-                for bias in (False, True):
-                    if heads := places.part(rank, kind, bias=bias):
-                        shards.put(rank, heads[0], shards.ranks[rank].get(heads[1].name).cpu()[heads[1].index])
+        several = [rank for rank in range(shards.tp) if len(places.part(rank, "k")) > 1]
+        for rank, kind, bias in product(several[:1], "kv", (False, True)):
+            if heads := places.part(rank, kind, bias=bias):
+                shards.put(rank, heads[0], shards.read(rank, heads[1].name)[heads[1].index])
         return
     order = [(rank % count) * shards.tp // count for rank in range(shards.tp)]
     shards.borrow(order, places.tensors("k_norm"))

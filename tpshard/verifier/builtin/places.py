@@ -57,24 +57,28 @@ class DecoderPlaces:
         """The rows of each head."""
         family, d = self.family, self.family.head_dim
         q, kv, _ = self.held[rank]
-        share = share_of(family, self.layer, self.held, rank)
-        ends = list(accumulate(share.q_of_kv(family.heads // family.kv_heads)))
+        grouped = family.fused not in (None, "segments")
+        ends = self._ends_of_groups(rank) if grouped else []
         found = []
         for head in range(q if kind == "q" else kv):
             module, first = family.qkv["qkv".index(kind) if family.fused is None else 0], head
             if family.fused == "segments":
                 first += {"q": 0, "k": q, "v": q + kv}[kind]
-            elif family.fused is not None:
-                if kind == "q":
-                    first += 2 * sum(end <= head for end in ends)
-                else:
-                    first += ends[head] + head + "kv".index(kind)
+            elif grouped and kind == "q":
+                first += 2 * sum(end <= head for end in ends)
+            elif grouped:
+                first += ends[head] + head + "kv".index(kind)
             module = family.layer.format(self.layer) + module
             name = self.stores[0].name(module, "bias" if bias else "weight")
             dim = int(not bias and module in self.stores[0].transposed)
             if name in self.names:
                 found.append(Stretch(name, dim, slice(first * d, (first + 1) * d)))
         return found
+
+    def _ends_of_groups(self, rank: int) -> list[int]:
+        """Before which of a rank's q heads each of its groups ends: its q heads, then its k and v."""
+        share = share_of(self.family, self.layer, self.held, rank)
+        return list(accumulate(share.q_of_kv(self.family.heads // self.family.kv_heads)))
 
     def gates(self, rank: int) -> list[tuple[Stretch, Stretch]]:
         return [(Stretch(g), Stretch(up)) for g, up in zip(self.tensors("gate"), self.tensors("up"), strict=False)]

@@ -82,11 +82,11 @@ def stored(parameter: Parameter) -> Iterator[Parameter]:
     for role, name in views[0].recipes[held[0].name].stored.items():
         if role not in ("groups", "shape"):
             source, *ranks = (Held(view.companions, name) for view in views)
-            yield _alike(parameter, Parameter(name, source, ranks, padded=parameter.padded))
+            yield _cut_like(parameter, Parameter(name, source, ranks, padded=parameter.padded))
 
 
-def _alike(weight: Parameter, companion: Parameter) -> Parameter:
-    """A companion, cut where the weight is: its ranges begin at the same fractions of the whole, if they are ranges."""
+def _cut_like(weight: Parameter, companion: Parameter) -> Parameter:
+    """A companion of a weight that is cut where the weight is: at the same fractions of the whole."""
     if weight.starts is None or weight.dim is None or companion.dim is None:
         return replace(companion, known=weight.known and weight.orders is None)
     whole, total = weight.source.shape[weight.dim], companion.source.shape[companion.dim]

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tpshard.errors import DifferentError
 from tpshard.verifier.elements import Held, Parameter, idle
 from tpshard.verifier.hf.parameters import StoredParts, place_of
 from tpshard.verifier.hf.skeleton import Frame
@@ -36,18 +35,14 @@ class HeldParts:
 def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Iterator[Parameter]:
     """Every parameter in the model's order, then the source's tensors that the class has no place for.
 
-    DifferentError where a rank lacks one.
+    DifferentError where a rank lacks one, or shapes fit no cut.
     """
     whole, held = frame.recipes(source), [frame.recipes(rank) for rank in ranks]
     used = {name for recipe in whole.values() for name in recipe.stored}
     place = place_of(source.names(), frame.shapes.keys(), frame.prefix)
     ends = {key.rpartition(".")[0] for key in (frame.head, frame.embedding)}
-    cuts = frame.cuts(source, ranks)
+    cuts = frame.cuts_by(whole, held, source, ranks)
     for key in (key for key in frame.shapes if key in whole):
-        for rank, found in enumerate(held):
-            if key not in found:
-                name = whole[key].stored[0]
-                raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
         padded, known = key.rpartition(".")[0] in ends, frame.tried and _PLAIN.search(key) is not None
         if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
             for name in whole[key].stored:

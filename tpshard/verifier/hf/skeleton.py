@@ -247,8 +247,16 @@ class Frame:
 
     def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, RankShares]:
         """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
-        whole = self.recipes(source)
-        held = [self.recipes(rank) for rank in ranks]
+        return self.cuts_by(self.recipes(source), [self.recipes(rank) for rank in ranks], source, ranks)
+
+    def cuts_by(
+        self,
+        whole: Mapping[str, StoredParts],
+        held: Sequence[Mapping[str, StoredParts]],
+        source: Weights,
+        ranks: Sequence[Weights],
+    ) -> dict[str, RankShares]:
+        """The same by recipes that are there: the source's, and each rank's."""
         cuts = {}
         for key, recipe in whole.items():
             full, name = recipe.shape(source), recipe.stored[0]
