@@ -176,13 +176,51 @@ def test_a_reference_that_was_asked_for_and_cannot_judge_is_inconclusive(pair: t
     assert result.code == 8 and result.out.startswith("INCONCLUSIVE: ")
 
 
-def torchrun(*arguments: object) -> Result:
-    """`torchrun --nproc-per-node 2 -m tpshard verify`; the output of both processes together."""
+def torchrun(*arguments: object, script: Path | None = None) -> Result:
+    """`torchrun --nproc-per-node 2 -m tpshard verify`, or a script's; the output of both processes together."""
     root = Path(package.__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "tpshard", "verify"]
+    what = ["-m", "tpshard", "verify"] if script is None else [str(script), "verify"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *what]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment)
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+SLOW = """
+import os, sys, time
+from tpshard.cli import verify
+from tpshard.cli.main import main
+
+if os.environ["RANK"] == "0":
+    for name in ("_print", "_say_error"):
+        def late(*given, speak=getattr(verify, name)):
+            time.sleep(3)
+            speak(*given)
+        setattr(verify, name, late)
+main()
+"""
+"""Rank 0 takes its time before it says what came of it."""
+
+ALONE = """
+import os, sys, time
+from datetime import timedelta
+from tpshard.errors import LocalIOError
+from tpshard.verifier import launch
+from tpshard.api import verify as judging
+
+launch.LAST_WORD = timedelta(seconds=2)
+verify = judging.judge
+def judge(*given, **more):
+    if os.environ["RANK"] == "1":
+        raise LocalIOError("rank 1 has no memory left")
+    if "busy" in sys.argv[0]:
+        time.sleep(60)
+    return verify(*given, **more)
+judging.judge = judge
+from tpshard.cli.main import main
+main()
+"""
+"""Rank 1 fails by itself; rank 0 waits for it, or computes for long."""
 
 
 def test_torchruns_processes_take_a_rank_each_and_one_of_them_speaks(
@@ -193,11 +231,27 @@ def test_torchruns_processes_take_a_rank_each_and_one_of_them_speaks(
     assert good.json["verdict"] == "pass" and good.json["settings"]["processes"] == 2
     assert good.err.count("exact tier\n") == 1
     shards = exchanged(pair[1], tmp_path / "shards")
-    bad = torchrun(shards, "--source", pair[0], *CPU, "--tier", "weights,exact", "--json")
+    # torchrun stops rank 0 as soon as another ends with an error, so that one waits for rank 0's word.
+    (tmp_path / "slow.py").write_text(SLOW)
+    slow = {"script": tmp_path / "slow.py"}
+    bad = torchrun(shards, "--source", pair[0], *CPU, "--tier", "weights,exact", "--json", **slow)
     assert bad.code != 0 and bad.json["reason"] == "the files of ranks 0 and 1 are exchanged"
     (shards / "config.json").write_text("{")
-    worse = torchrun(shards, "--source", pair[0], *CPU, "--json")
+    worse = torchrun(shards, "--source", pair[0], *CPU, "--json", **slow)
     assert worse.code != 0 and worse.json["error"]["code"] == "corrupt"
+    assert worse.err.count("error: ") == 1
+
+
+def test_what_fails_in_another_rank_alone_is_said(
+    pair: tuple[Path, Path], tmp_path: Path, warm_processes: None
+) -> None:
+    for name in ("alone.py", "busy.py"):
+        (tmp_path / name).write_text(ALONE)
+    result = torchrun(pair[1], *CPU, "--json", script=tmp_path / "alone.py")
+    assert result.code != 0 and result.json["error"]["code"] == "io", result.err
+    assert result.json["error"]["message"] == "another process failed, rank 1: rank 1 has no memory left"
+    result = torchrun(pair[1], *CPU, "--json", script=tmp_path / "busy.py")
+    assert result.code != 0 and "error: rank 1 has no memory left\n" in result.err and not result.out
 
 
 def test_slurms_tasks_find_each_other(pair: tuple[Path, Path], warm_processes: None) -> None:

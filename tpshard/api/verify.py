@@ -35,6 +35,16 @@ def is_first() -> bool:
     return group is None or group.rank == 0
 
 
+def has_spoken() -> None:
+    """The process that speaks for its group has said all it has to say, and the others may end."""
+    launch.spoken()
+
+
+def was_spoken_for() -> bool:
+    """Whether the one that speaks for this process has done so, which is waited for: torchrun stops it otherwise."""
+    return launch.heard()
+
+
 def verify(
     shards: str | Path,
     source: str | Path | None = None,

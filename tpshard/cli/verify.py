@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -135,23 +136,24 @@ def verify(
             )
             verdict = verifying.verify_with(options, console.say)
         except TpshardError as error:
-            if not speaks:
-                raise typer.Exit(error.exit_code) from None
-            _report_error(console, error, shards, reports)
-            if json:
-                from tpshard.verifier.report.write import error_json
-
-                console.data(error_json(error))
-                console.as_json = False  # the object, which has a verdict, is out; the message on stderr is left
+            if speaks:
+                _report_error(console, error, shards, reports)
+                _say_error(console, error)
+                verifying.has_spoken()
+            elif not verifying.was_spoken_for():
+                console.as_json = False
                 console.error(error)
-                raise typer.Exit(error.exit_code) from None
-            raise
+            raise typer.Exit(error.exit_code) from None
         except Exception as error:
             if speaks:
                 _report_error(console, TpshardError(f"{type(error).__name__}: {error}"), shards, reports)
             raise
         if speaks:
             _print(console, verdict, shards, source, reports)
+            sys.stdout.flush()
+            verifying.has_spoken()
+        elif verdict.exit_code:
+            verifying.was_spoken_for()
     raise typer.Exit(verdict.exit_code)
 
 
@@ -173,6 +175,15 @@ def _report_error(console: Console, error: TpshardError, shards: Path, reports: 
             write_error(error, shards.name, path)
         except TpshardError as another:
             console.warn(str(another))
+
+
+def _say_error(console: Console, error: TpshardError) -> None:
+    if console.as_json:
+        from tpshard.verifier.report.write import error_json
+
+        console.data(error_json(error))
+        console.as_json = False  # the object, which has a verdict, is out; the message on stderr is left
+    console.error(error)
 
 
 def _print(console: Console, verdict: Verdict, shards: Path, source: str | None, reports: list[Path]) -> None:

@@ -12,22 +12,31 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tpshard.errors import LocalIOError, UsageError
+from tpshard.errors import LocalIOError, TpshardError, UsageError
 
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
     from tpshard.verifier.group import Processes
 
 T = TypeVar("T")
 JOIN = timedelta(minutes=5)
 """How long ranks wait for each other at the start; after that, as long as the slowest of them computes."""
 WORK = timedelta(hours=24)
+LAST_WORD = timedelta(seconds=20)
+"""How long the other ranks stay after they are done, so that rank 0 can say what came of it."""
 _POLL = 0.1
+_BEFORE = 2.0
+_FAILED = "tpshard/failed"
+_SPOKEN = "tpshard/spoken"
+_met: Store | None = None
+"""Where this process met the others, kept until it ends."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ def join(group: Surroundings, device: str, work: Callable[[Processes, int], T]) 
 
     It is also told how many of this host's processes share a device.
     """
+    global _met
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -93,6 +103,7 @@ def join(group: Surroundings, device: str, work: Callable[[Processes, int], T]) 
         given = (group.rank, group.size) if group.url.startswith("file:") else (-1, -1)
         store, rank, size = next(rendezvous(group.url, *given, timeout=JOIN))
         store.set_timeout(JOIN)
+        _met = store
         mine = _device(torch.cuda.current_device() if gpus else None)
         store.set(f"tpshard/device/{rank}", mine)
         devices = [store.get(f"tpshard/device/{other}").decode() for other in range(size)]
@@ -104,8 +115,46 @@ def join(group: Surroundings, device: str, work: Callable[[Processes, int], T]) 
         raise LocalIOError("the processes could not meet", found=str(error).split("\n")[0], hint=hint) from None
     try:
         return work(Processes(), devices.count(mine))
+    except TpshardError as error:
+        with suppress(RuntimeError):
+            store.set(_FAILED, f"{rank}: {error}")
+        raise
+    except RuntimeError as error:  # maybe only because another is gone
+        if first := _failed(store):
+            raise LocalIOError(f"another process failed, rank {first}") from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _failed(store: Store) -> str:
+    """Rank and words of a process that failed, empty when there is none."""
+    try:
+        return store.get(_FAILED).decode() if store.check([_FAILED]) else ""
+    except RuntimeError:  # rank 0, which may hold the store, has ended
+        return ""
+
+
+def spoken() -> None:
+    """By rank 0, when it has said what came of it: the others may end."""
+    if _met is not None:
+        with suppress(RuntimeError):  # they have ended already, and their starter with them
+            _met.set(_SPOKEN, "")
+
+
+def heard() -> bool:
+    """By another rank, before it ends: whether rank 0 has said what came of it, which is waited for.
+
+    torchrun and srun stop all that is left as soon as one process ends with an error.
+    """
+    if _met is None:  # all refuse alike before they meet, rank 0 at about the same time
+        time.sleep(_BEFORE)
+        return True
+    try:
+        _met.wait([_SPOKEN], LAST_WORD)
+    except RuntimeError as error:  # DistError: the time is over, or rank 0, which may hold the store, has ended
+        return "imeout" not in str(error)
+    return True
 
 
 def _device(index: int | None) -> str:
