@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Check:
     small: bool
     seconds: float
     result: dict[str, Any]
+    models: Sequence[str] = ()
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -239,7 +240,7 @@ def plain_forward(check: Check, name: str) -> dict[str, Any]:
 
 def run(check: Check) -> None:
     """All steps, small models first: what is cut off by the time is the largest."""
-    for name in SMALL_MODELS if check.small else MODELS:
+    for name in check.models:
         run_model(check, name, large=name == LARGE, llama=name.startswith("llama"))
     if check.gpus < 2:
         check.result["notes"].append(f"NCCL was not run: it needs two GPUs, and there {figures.are(check.gpus)}.")
@@ -278,6 +279,9 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where to make the models [default: a temporary directory]")
     parser.add_argument("--seconds", type=float, default=460, help="begin nothing that would end later than this")
     parser.add_argument("--small", action="store_true", help="models of a few kilobytes, to try the script itself")
+    parser.add_argument(
+        "--models", nargs="+", choices=sorted({*MODELS, *SMALL_MODELS}), help="these of the models alone"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args()
     found = torch.cuda.is_available()
@@ -290,7 +294,8 @@ def main() -> None:
             sys.exit("models of real size need a GPU; --small runs the script on a CPU")
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         result = {"environment": figures.environment(device), "small": options.small, "rows": [], "notes": []}
-        check = Check(Path(folder), options.output, device, options.small, options.seconds, result)
+        models = options.models or (SMALL_MODELS if options.small else MODELS)
+        check = Check(Path(folder), options.output, device, options.small, options.seconds, result, models)
         run(check)
         check.write()
     print((options.output / "gpu.md").read_text())

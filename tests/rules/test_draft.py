@@ -66,7 +66,7 @@ def layouts(path: Path, rules: Path | None) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("name", some(VARIANTS, one_in(6, DIFFERENT)))
+@pytest.mark.parametrize("name", some(VARIANTS, one_in(10, DIFFERENT)))
 def test_a_draft_is_right_or_refused(name: str, made: Made, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(made(name))
     config, draft = hidden(checkpoint)

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +51,12 @@ def _root(
         raise typer.Exit(UsageError.exit_code)
 
 
+@cache
+def _command() -> Any:
+    """What typer makes of the app, once: a test that calls `main` a thousand times waits for it once."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The `tpshard` command. Exits with the documented codes."""
     for name in ("stdout", "stderr"):
@@ -59,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold bytes that are not text
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = _command()(args=arguments, standalone_mode=False)
     except TpshardError as error:
         meant = error
     except OSError as error:
