@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.helpers.checkpoints import _COMMON, VARIANTS
+from tests.helpers.checkpoints import _COMMON, VARIANTS, make
 from tests.helpers.command import LLAMA, fails, llama, llama_tensors, succeeds, tpshard
 from tests.helpers.grids import some
 from tests.helpers.toys import Tensor, write_checkpoint
@@ -148,6 +149,25 @@ def test_a_bias_that_the_config_does_not_have_and_a_head_that_a_base_model_has_n
     base = {name: tensor for name, tensor in llama_tensors().items() if name != "lm_head.weight"}
     model = write_checkpoint(Path("base"), LLAMA | {"architectures": ["LlamaModel"]}, base)
     succeeds("split", model, "--tp", 2, "-o", "out", "--no-fsync")
+
+
+@pytest.mark.parametrize("format", ["native", "vllm"])
+def test_a_stored_head_that_is_not_the_embedding_it_is_tied_to_is_said(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is kept, in vLLM's names too: transformers computes with it."""
+    monkeypatch.chdir(tmp_path)
+    out = ("--tp", 2, "--format", format, "-o", "set", "--overwrite", "--no-fsync", "--json")
+    model = make("llama-gqa", tmp_path / "model")
+    config, weights = model / "config.json", model / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    (said,) = succeeds("split", model, *out).json["warnings"]
+    assert said.startswith("config.json ties lm_head.weight to model.embed_tokens.weight, but another one is stored")
+    result = tpshard("verify", "set", "--source", model, "--tier", "exact", "--reference", "transformers")
+    assert result.code == 0, result.err
+    tensors = load_file(weights)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, weights)
+    assert succeeds("split", model, *out).json["warnings"] == []
 
 
 def test_verify_holds_the_source_against_its_config_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

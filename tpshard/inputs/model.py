@@ -15,6 +15,7 @@ from tpshard.rules.multimodal import find_rules
 from tpshard.rules.quantisation.recognise import Quantisation, recognise
 from tpshard.storage.foreign import wrapped
 from tpshard.storage.local import read_range
+from tpshard.storage.safetensors import TensorInfo
 
 
 def from_checkpoint(
@@ -60,7 +61,12 @@ def from_checkpoint(
         config=checkpoint.config,
         text_config=None if subject.text is None else subject.text.config,
         quantisation=quantised.to_json(),
-        notes=(*_heads(classified.heads), *_notes(dtype, quantised), *_kept(float32)),
+        notes=(
+            *_heads(classified.heads),
+            *_two_heads(checkpoint, classified.tied),
+            *_notes(dtype, quantised),
+            *_kept(float32),
+        ),
         cast_all=cast_all,
     )
 
@@ -68,6 +74,34 @@ def from_checkpoint(
 def _heads(names: Sequence[str]) -> tuple[str, ...]:
     """What is said of heads that do not predict tokens."""
     return (f"a head of another task, whole on every rank: {', '.join(names)}",) if names else ()
+
+
+_ENDS = 1 << 16
+
+
+def _two_heads(checkpoint: Checkpoint, tied: Mapping[str, str]) -> tuple[str, ...]:
+    """What is said of a tied head that is stored, and is not the embedding: both are kept, and engines disagree.
+
+    Their first and last bytes are compared: no two of a trained model are alike there. Nothing is read of a checkpoint
+    whose headers alone are here.
+    """
+    infos = {info.name: info for info in checkpoint.tensors} if tied and checkpoint.directory is not None else {}
+    said = []
+    for head, embedding in tied.items():
+        pair = infos.get(f"{head}.weight"), infos.get(f"{embedding}.weight")
+        if pair[0] is None or pair[1] is None:
+            continue
+        first, second = (
+            (info.dtype, info.shape, *(read_range(info.file, *span) for span in _ends(info))) for info in pair if info
+        )
+        if first != second:
+            what = f"config.json ties {head}.weight to {embedding}.weight, but another one is stored: it is kept"
+            said.append(f"{what} as the head, as transformers takes it; vLLM, given the checkpoint itself, does not")
+    return tuple(said)
+
+
+def _ends(info: TensorInfo) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (info.begin, min(info.end, info.begin + _ENDS)), (max(info.begin, info.end - _ENDS), info.end)
 
 
 def _notes(dtype: str | None, quantised: Quantisation) -> tuple[str, ...]:
