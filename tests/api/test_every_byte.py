@@ -35,6 +35,8 @@ SAMPLE = 10 if ALL else 2
 """How many bytes of a file are flipped, where not every one is."""
 LARGE = 100_000
 """The size of a file of which not every byte is flipped: of DeepSeek's every 499th."""
+SMALL = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4}
+"""A DeepSeek of few tensors: every byte of its manifest is flipped."""
 FORMATS = ["native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "deepseek"]
 
 
@@ -44,7 +46,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     made = {
         "llama": llama(root / "llama", vocab_size=12, num_hidden_layers=1),
-        "deepseek": make("deepseek_v3", root / "v3", vocab_size=256),
+        "deepseek": make("deepseek_v3", root / "v3", vocab_size=256, **SMALL),
     }
     for model in made.values():
         (model / "tokenizer.json").write_text('{"version": "1.0"}\n')
