@@ -66,7 +66,11 @@ def succeeds(*arguments: object) -> Result:
 
 
 def fails(code: int, *arguments: object) -> dict[str, Any]:
-    """Run a command that must fail with `code`, as text and as JSON, and write nothing here; the error object."""
+    """Run a command that must fail with `code`, as text and as JSON, and write nothing here; the error object.
+
+    Here is a directory of the test's own: others write into the project's at the same time.
+    """
+    assert not Path("pyproject.toml").exists(), "chdir to tmp_path first"
     before = tree(Path())
     text = tpshard(*arguments)
     assert text.code == code, text.err

@@ -16,6 +16,13 @@ from tpshard.rules.architecture import all_builtin
 from tpshard.rules.patterns import HEADS
 
 Made = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 LINEAR = {"score.weight": (2, 64)}
 WITH_HEADS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "sequences": ("llama-gqa", {"architectures": ["LlamaForSequenceClassification"]}, LINEAR),
