@@ -24,7 +24,7 @@ from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Handles
 from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.storage.local import Content, content_of, load_json, read_bytes, read_range, safe_path
-from tpshard.storage.names import CONFIG, MANIFEST, SUMS, record_name
+from tpshard.storage.names import CONFIG, MANIFEST, SUMS
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
 from tpshard.storage.source import RankFile
@@ -99,7 +99,7 @@ def check_sums(shards: ShardSet, listed: Mapping[str, str]) -> None:
     needed = [MANIFEST]
     if lists_records(shards, listed):
         recorded = (name for name, digest in weights.items() if digest is not None)
-        needed = [*recorded, *(record_name(rank, shards.tp) for rank in shards.records), MANIFEST]
+        needed = [*recorded, *(shards.split.record_name(rank) for rank in shards.records), MANIFEST]
     for name in needed:
         if name not in listed:
             raise CorruptError(f"{SUMS} does not list {name}", path=directory / SUMS, hint=_CHANGED)
@@ -115,7 +115,7 @@ def check_sums(shards: ShardSet, listed: Mapping[str, str]) -> None:
 
 def lists_records(shards: ShardSet, listed: Mapping[str, str] | None) -> bool:
     """Whether SHA256SUMS is that of a whole output: where several hosts wrote, it has the small files alone."""
-    return listed is not None and any(record_name(rank, shards.tp) in listed for rank in range(shards.tp))
+    return listed is not None and any(shards.split.record_name(rank) in listed for rank in range(shards.size))
 
 
 def check_framing(shards: ShardSet, expected: Split) -> list[Difference]:
@@ -182,7 +182,7 @@ def check_source(
     Returns the differences, one for each tensor and file.
     """
     differences, outputs = [], []
-    for rank in range(shards.tp):
+    for rank in range(shards.size):
         infos = {info.name: info for file in shards.files[rank] for info in file.tensors}
         placed = []
         for stored in expected.layout[rank]:
@@ -247,8 +247,8 @@ def check(
 def check_with(options: CheckOptions) -> CheckReport:
     """Check as the options ask for it."""
     found = open_set(Path(options.shards), options.allow_pickle)
-    if options.tp not in (None, found.tp):
-        here, wanted = f"tp {found.tp}", f"tp {options.tp}"
+    if options.tp not in (None, found.mesh.tp):
+        here, wanted = f"tp {found.mesh.tp}", f"tp {options.tp}"
         message = f"the shard set is for {here}, not {wanted}"
         hint = f"`tpshard reshard {found.directory} --tp {options.tp}` makes one"
         raise DifferentError(message, path=found.directory, expected=wanted, found=here, hint=hint)

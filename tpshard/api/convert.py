@@ -31,7 +31,7 @@ from tpshard.planning.join import OutputFile, Placed, join, uncollected
 from tpshard.planning.model import Model
 from tpshard.report.results import PlanReport, RankPart, WriteReport
 from tpshard.storage.local import Content, load_json, read_bytes
-from tpshard.storage.names import LOCK, MANIFEST, rank_stem, record_name
+from tpshard.storage.names import LOCK, MANIFEST
 
 if TYPE_CHECKING:
     from tpshard.report.capacity import Workload
@@ -50,6 +50,8 @@ def plan(
     max_file_size: int | None = None,
     format: str = "native",
     engine_version: str | None = None,
+    pp: int = 1,
+    pp_layers: Sequence[int] | None = None,
     allow_pickle: bool = False,
     follow_symlinks: bool = False,
     workload: Workload | None = None,
@@ -62,12 +64,13 @@ def plan(
     dtype: what floating-point weights are cast to, as `bfloat16`; None leaves them as they are. cast_all: those as well
     that are float32 on purpose. uneven: deal units that do not divide. shares: a weight for each rank, as `["0.5",
     "0.3", "0.2"]`. pad_vocab_to: the vocab's size after padding; None is the next multiple of tp. max_file_size: bytes
-    (default: 50 GB). format: as `--format` takes it.
+    (default: 50 GB). format: as `--format` takes it. pp: pipeline stages, of `tp` ranks each. pp_layers: how many
+    layers each stage has (default: as many, and of the rest one each from the last but one back).
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
     source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
-    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers)
     return plan_with(PlanOptions(source, target, workload))
 
 
@@ -96,6 +99,8 @@ def split(
     max_file_size: int | None = None,
     format: str = "native",
     engine_version: str | None = None,
+    pp: int = 1,
+    pp_layers: Sequence[int] | None = None,
     allow_pickle: bool = False,
     follow_symlinks: bool = False,
     ranks: Iterable[int] | None = None,
@@ -104,7 +109,7 @@ def split(
     cast_all: bool = False,
     allow_overflow: bool = False,
 ) -> WriteReport:
-    """Split a checkpoint for `tp` ranks into `out` (default: MODEL-tpN in the current directory).
+    """Split a checkpoint for `tp * pp` ranks into `out` (default: MODEL-tpN in the current directory).
 
     The model's options are those of `plan`. ranks: write only these, into a directory that other hosts write the other
     ranks into. progress: show a bar. allow_overflow: write infinity where a value is beyond `dtype`, which is otherwise
@@ -112,7 +117,7 @@ def split(
     error or a kill the same call resumes.
     """
     source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
-    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers)
     with followed("split", settings, progress) as how:
         return split_with(SplitOptions(model=source, target=target, out=out, ranks=ranks, settings=how))
 
@@ -145,6 +150,8 @@ def reshard(
     max_file_size: int | None = None,
     format: str = "native",
     engine_version: str | None = None,
+    pp: int = 1,
+    pp_layers: Sequence[int] | None = None,
     allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
@@ -155,7 +162,7 @@ def reshard(
     The options are those of `split`; allow_pickle: of Meta's own files. DifferentError when ranks that hold the same
     part disagree, CorruptError when ranks are missing.
     """
-    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers)
     with followed("reshard", settings, progress) as how:
         return reshard_with(
             ReshardOptions(shards=shards, target=target, out=out, ranks=ranks, allow_pickle=allow_pickle, settings=how)
@@ -208,7 +215,9 @@ def merge_with(options: MergeOptions) -> WriteReport:
     )
     unread = is_shard_set(source.directory) and not recorded
     left_out = source.left_out
-    return WriteReport("merge", target, source.tp, made_of, nbytes, (), (), unread_checksums=unread, left_out=left_out)
+    return WriteReport(
+        "merge", target, source.mesh, made_of, nbytes, (), (), unread_checksums=unread, left_out=left_out
+    )
 
 
 def _write_split(
@@ -227,26 +236,26 @@ def _write_split(
 
     max_file_size: of a format without ranks. refuse: values that a cast would make infinite.
     """
-    tp, chosen, set_id = planned.options.tp, options.chosen, planned.set_id
+    mesh, chosen, set_id = planned.options.mesh, options.chosen, planned.set_id
     if not planned.format.has_ranks:
         how = options.settings
         nbytes, notes = _write_whole(
             planned.model, placed, small, set_id, max_file_size, target, how, recorded, refuse=refuse
         )
-        return WriteReport(verb, target, 1, set_id, nbytes, (), (*warnings, *notes))
-    writing = list(range(tp)) if chosen is None else [r for r in chosen if not _is_written(target, planned, r)]
+        return WriteReport(verb, target, mesh, set_id, nbytes, (), (*warnings, *notes))
+    writing = list(range(mesh.size)) if chosen is None else [r for r in chosen if not _is_written(target, planned, r)]
     if chosen and not writing:
         return _complete(verb, planned, target, chosen)
     files = {rank: planned.files(rank) for rank in writing}
 
     def records(digests: Mapping[str, str | None]) -> dict[str, bytes]:
-        return {record_name(r, tp): record(planned, r, files[r], digests) for r in writing}
+        return {planned.record_name(r): record(planned, r, files[r], digests) for r in writing}
 
     beside = {**planned.format.side_files(planned, small), MANIFEST: planned.manifest}
     parts = [(rank, file) for rank, held in files.items() for file in held]
     outputs = [file for _, file in parts]
     plan, identity = join(planned.kept.tensors, placed, outputs), {"set": set_id}
-    claims = [f".{rank_stem(rank, tp)}.lock" for rank in writing] if chosen else [LOCK]
+    claims = [f".{planned.rank_stem(rank)}.lock" for rank in writing] if chosen else [LOCK]
     convert = _convert(placed, outputs, refuse)
     job = Job(
         plan, beside, identity, records, convert, shared=bool(chosen), claims=claims, verb=verb, ours=writes,
@@ -255,12 +264,12 @@ def _write_split(
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     notes = () if convert is None else convert.notes()
-    return WriteReport(verb, target, tp, set_id, plan.nbytes, written, (*warnings, *notes))
+    return WriteReport(verb, target, mesh, set_id, plan.nbytes, written, (*warnings, *notes))
 
 
 def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions | ReshardOptions) -> None:
     """Refuse what cannot be written, from sizes alone: the steps of a large model take a minute to plan."""
-    ranks = range(planned.options.tp) if options.chosen is None else options.chosen
+    ranks = range(planned.options.mesh.size) if options.chosen is None else options.chosen
     needed = sum(planned.layouts.rows.rank_bytes[rank] for rank in ranks)
     verb = verb if planned.format.has_ranks else "merge"
     how = options.settings
@@ -269,13 +278,13 @@ def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions |
 
 def _complete(verb: str, planned: Split, target: Path, ranks: Sequence[int]) -> WriteReport:
     """The report of ranks that an earlier run has completed, as when a job is queued again."""
-    tp, parts = planned.options.tp, []
+    mesh, parts = planned.options.mesh, []
     for rank in ranks:
-        path = target / record_name(rank, tp)
+        path = target / planned.record_name(rank)
         for part in load_json(read_bytes(path), path)["parts"]:
             parts.append(RankPart(rank, part["file"], part["size"], part["sha256"]))
     there = f"nothing was written: rank {', '.join(map(str, ranks))} is already there and complete"
-    return WriteReport(verb, target, tp, planned.set_id, 0, tuple(parts), (there,))
+    return WriteReport(verb, target, mesh, planned.set_id, 0, tuple(parts), (there,))
 
 
 def _write_whole(
@@ -316,7 +325,8 @@ def _target(out: str | Path | None, model: Model, suffix: str) -> Path:
 def _suffix(options: Options) -> str:
     """What tells an output from others of the same model: its tp, and its format where that is not the native one."""
     named = () if options.format == DEFAULT_FORMAT else (options.format,)
-    return "-".join((f"tp{options.tp}", *named)) if format_of(options.format).has_ranks else options.format
+    stages = () if options.pp == 1 else (f"pp{options.pp}",)
+    return "-".join((f"tp{options.tp}", *stages, *named)) if format_of(options.format).has_ranks else options.format
 
 
 def _check_distinct(source: Path | None, target: Path) -> None:
@@ -330,4 +340,4 @@ def _is_written(target: Path, planned: Split, rank: int) -> bool:
     """Whether a rank of this very set is complete in a shared directory."""
     files = planned.files(rank)
     expected = record(planned, rank, files, dict.fromkeys(file.name for file in files))
-    return is_written(target / record_name(rank, planned.options.tp), expected)
+    return is_written(target / planned.record_name(rank), expected)

@@ -1,6 +1,7 @@
 """`inspect`: what a path is."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def inspect(path: str | Path, *, follow_symlinks: bool = False) -> InspectReport
         tensors = tuple(info for rank in sorted(shards.files) for file in shards.files[rank] for info in file.tensors)
         facts = {
             "model_type": shards.model.architecture["model_type"],
-            "mesh": {"tp": shards.tp, "pp": 1, "ep": 1},
+            "mesh": asdict(shards.mesh),
             "set": shards.manifest["set"],
             "source": dict(shards.model.source),
             "bytes": sum(file.size for files in shards.files.values() for file in files),

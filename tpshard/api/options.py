@@ -61,7 +61,7 @@ class TargetOptions:
 
     uneven: deal units that do not divide. shares: a weight for each rank. pad_vocab_to: the vocab's size after padding.
     max_file_size: in bytes; None is 50 GB, or files as in the source where there are no ranks. engine_version: whose
-    names the files have.
+    names the files have. pp: pipeline stages, of `tp` ranks each. pp_layers: how many layers each stage has.
     """
 
     tp: int
@@ -71,16 +71,23 @@ class TargetOptions:
     max_file_size: int | None = None
     format: str = "native"
     engine_version: str | None = None
+    pp: int = 1
+    pp_layers: Sequence[int] | None = None
     layout: Options = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.tp < 1:
-            raise UsageError("tp must be at least 1", found=self.tp)
+        if min(self.tp, self.pp) < 1:
+            raise UsageError("tp and pp must be at least 1", found=f"tp {self.tp}, pp {self.pp}")
+        sizes = None if self.pp_layers is None else tuple(self.pp_layers)
+        if sizes is not None and (len(sizes) != self.pp or min(sizes) < 1):
+            what, found = "--pp-layers takes one number for each stage", ", ".join(map(str, sizes))
+            raise UsageError(what, expected=f"{self.pp} numbers from 1", found=found, hint="give --pp beside it")
         shares = None if self.shares is None else _weights(self.shares, self.tp)
         size = DEFAULT_MAX_FILE_SIZE if self.max_file_size is None else self.max_file_size
         if size < 1:
             raise UsageError("--max-file-size must be positive", found=size)
-        layout = Options(self.tp, self.uneven, shares, self.pad_vocab_to, size, self.format, self.engine_version)
+        named = self.format, self.engine_version
+        layout = Options(self.tp, self.uneven, shares, self.pad_vocab_to, size, *named, self.pp, sizes)
         object.__setattr__(self, "layout", layout)
 
 
@@ -119,13 +126,13 @@ class _RankOptions:
     chosen: list[int] | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        chosen, tp = None if self.ranks is None else sorted(set(self.ranks)), self.target.tp
+        chosen, size = None if self.ranks is None else sorted(set(self.ranks)), self.target.layout.mesh.size
         if chosen is not None and not format_of(self.target.format).has_ranks:
             found = f"--format {self.target.format}"
             raise UsageError("--ranks needs a format with ranks", found=found, hint="leave --ranks out")
-        if chosen is not None and (not chosen or chosen[0] < 0 or chosen[-1] >= tp):
+        if chosen is not None and (not chosen or chosen[0] < 0 or chosen[-1] >= size):
             found = ", ".join(map(str, chosen))
-            raise UsageError("--ranks takes ranks of the set", expected=f"0 to {tp - 1}", found=found)
+            raise UsageError("--ranks takes ranks of the set", expected=f"0 to {size - 1}", found=found)
         object.__setattr__(self, "chosen", chosen)
 
 

@@ -52,7 +52,7 @@ def check(
             against = report.source or "its recorded checksums"
             every = "every byte of " if report.source else ""
             verdict = f"equal to {every}{against}" if report.equal else f"DIFFERENT from {against}"
-            console.show(f"{shards}: {report.shards.tp} ranks, {verdict}")
+            console.show(f"{shards}: {report.shards.size} ranks, {verdict}")
         if not report.equal:
             raise typer.Exit(1)
 

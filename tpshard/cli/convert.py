@@ -12,7 +12,7 @@ import typer
 
 from tpshard.cli import options as opt
 from tpshard.cli.console import Console, opened
-from tpshard.cli.options import again, check_report, rank_list, settings, share_list, workload
+from tpshard.cli.options import again, check_report, layer_list, rank_list, settings, share_list, workload
 from tpshard.errors import UsageError, local_error
 from tpshard.units import human_bytes
 
@@ -32,6 +32,8 @@ def plan(
     rules: opt.RULES = None,
     dtype: opt.DTYPE = None,
     cast_all: opt.CAST_ALL = False,
+    pp: opt.PP = 1,
+    pp_layers: opt.PP_LAYERS = None,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -66,7 +68,17 @@ def plan(
         from tpshard.api.options import ModelOptions, PlanOptions, TargetOptions
 
         source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
-        target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
+        target = TargetOptions(
+            tp,
+            uneven,
+            share_list(shares),
+            pad_vocab_to,
+            max_file_size,
+            format,
+            engine_version,
+            pp,
+            layer_list(pp_layers),
+        )
         work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
         if grouped and not json:
             raise UsageError("--grouped is for --json", hint="the table has a row for layers that are alike as it is")
@@ -83,6 +95,8 @@ def split(
     dtype: opt.DTYPE = None,
     cast_all: opt.CAST_ALL = False,
     allow_overflow: opt.OVERFLOW = False,
+    pp: opt.PP = 1,
+    pp_layers: opt.PP_LAYERS = None,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -113,11 +127,21 @@ def split(
         from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions, TargetOptions
 
         source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
-        target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
+        target = TargetOptions(
+            tp,
+            uneven,
+            share_list(shares),
+            pad_vocab_to,
+            max_file_size,
+            format,
+            engine_version,
+            pp,
+            layer_list(pp_layers),
+        )
         if dry_run:
             _show(console, PlanOptions(source, target))
             return
-        chosen = rank_list(ranks, tp)
+        chosen = rank_list(ranks, tp * pp)
         with settings(console, "split", workers, checksum, overwrite, no_fsync) as how:
             report = split_with(SplitOptions(model=source, target=target, out=out, ranks=chosen, settings=how))
         check = ["tpshard", "check", str(report.output), "--source", model]
@@ -163,6 +187,8 @@ def reshard(
     tp: opt.TP,
     out: opt.OUT = None,
     ranks: opt.RANKS = None,
+    pp: opt.PP = 1,
+    pp_layers: opt.PP_LAYERS = None,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -188,8 +214,18 @@ def reshard(
         from tpshard.api.convert import reshard_with
         from tpshard.api.options import ReshardOptions, TargetOptions
 
-        target = TargetOptions(tp, uneven, share_list(shares), pad_vocab_to, max_file_size, format, engine_version)
-        chosen = rank_list(ranks, tp)
+        target = TargetOptions(
+            tp,
+            uneven,
+            share_list(shares),
+            pad_vocab_to,
+            max_file_size,
+            format,
+            engine_version,
+            pp,
+            layer_list(pp_layers),
+        )
+        chosen = rank_list(ranks, tp * pp)
         with settings(console, "reshard", workers, checksum, overwrite, no_fsync) as how:
             report = reshard_with(
                 ReshardOptions(
@@ -256,6 +292,6 @@ def _print_written(console: Console, report: WriteReport, following: Sequence[st
     console.path(report.output)
     console.say(f"{report.command}: {human_bytes(report.nbytes)} in {report.output}")
     ranks = {part.rank for part in report.parts}
-    when = "next, when all ranks are there" if report.parts and len(ranks) < report.tp else "next"
+    when = "next, when all ranks are there" if report.parts and len(ranks) < report.mesh.size else "next"
     if following:
         console.say(f"{when}: {shlex.join(following)}")

@@ -86,8 +86,19 @@ def share_list(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",")]
 
 
-def rank_list(text: str | None, tp: int) -> list[int] | None:
-    """`0,3` or `0-3` as a list of ranks, which must be below `tp`."""
+def layer_list(text: str | None) -> list[int] | None:
+    """`20,21,20,19` as a list of numbers."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        expected = "a whole number for each stage, as in 20,21,20,19"
+        raise UsageError("--pp-layers does not take these", expected=expected, found=repr(text))
+    return list(map(int, parts))
+
+
+def rank_list(text: str | None, size: int) -> list[int] | None:
+    """`0,3` or `0-3` as a list of ranks, which must be below `size`."""
     if text is None:
         return None
     ranks: list[int] = []
@@ -95,11 +106,11 @@ def rank_list(text: str | None, tp: int) -> list[int] | None:
         for part in text.split(","):
             first, dash, last = part.strip().partition("-")
             span = range(int(first), int(last if dash else first) + 1)
-            if not span or span[-1] >= tp:
+            if not span or span[-1] >= size:
                 raise ValueError
             ranks.extend(span)
     except ValueError:
-        expected = f"numbers from 0 to {tp - 1}, as in 0,3 or 0-3"
+        expected = f"numbers from 0 to {size - 1}, as in 0,3 or 0-3"
         raise UsageError("--ranks does not take these", expected=expected, found=repr(text)) from None
     return ranks
 
@@ -180,6 +191,9 @@ MODEL = Annotated[str, Argument(help="A directory, a .safetensors file, or a Hub
 SHARDS = Annotated[Path, Argument(help="The directory that `tpshard split` wrote.", metavar="SHARDS")]
 PATH = Annotated[Path, Argument(help="A checkpoint, a shard set, or one safetensors file.", metavar="PATH")]
 TP = Annotated[int, number("--tp", "Number of tensor-parallel ranks.", MAX_TP)]
+PP = Annotated[int, number("--pp", "Number of pipeline stages, each of --tp ranks.", MAX_TP)]
+_PP_LAYERS_HELP = "Layers of each stage, as in 20,21,20,19 [default: as many each, as vLLM deals them]."
+PP_LAYERS = Annotated[str | None, Option("--pp-layers", help=_PP_LAYERS_HELP, metavar="LAYERS")]
 SET_TP = Annotated[int | None, number("--tp", "The number of ranks that the set must have.")]
 SOURCE = Annotated[str | None, Option(help="The unsharded model: compare every byte with it.", metavar="MODEL")]
 OUT = Annotated[Path | None, _out("Directory to write [default: ./MODEL-tpN, or ./MODEL-tpN-FORMAT].", "DIR")]

@@ -66,6 +66,9 @@ def print_plan(report: PlanReport, every: bool) -> None:
         _print_table(console, ("the files have", "made of", "each rank holds"), made, every)
     for line in number_lines(report.numbers()):
         console.print(line)
+    if stages := split.layouts.stages:
+        layers = ", ".join(f"{first}-{last - 1}" if last - first > 1 else str(first) for first, last in stages.ranges)
+        console.print(f"stages: layers {layers}, each on {split.options.tp} ranks")
     for entry in report.padding():
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
     for name in report.replicated:
@@ -84,7 +87,7 @@ def print_plan(report: PlanReport, every: bool) -> None:
 def _cells(kind: TensorKind) -> tuple[str, ...]:
     """What a row says of tensors of one kind, after the name."""
     tensor, shares = kind.first, kind.shares
-    ranks = _same_or_each([_shape(shape) for shape, _ in shares]) if shares else "nothing"
+    ranks = _same_or_each([_shape(shape) for _, shape, _ in shares]) if shares else "nothing"
     rule = "replicate" if tensor.cut.dim is None else tensor.cut.rule
     return tensor.dtype, _shape(tensor.shape), rule if shares else f"drop: {kind.fields['reason']}", ranks
 

@@ -14,12 +14,12 @@ from tpshard.execute.writer import read_journal
 from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Files, require_space
 from tpshard.storage.lock import Lock
-from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, journal_path, side_files
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, RANK_STEM, SUMS, journal_path, side_files
 
 Ours = Callable[[str], bool]
 """Whether some format gives its files such a name."""
 _MOUNTED = {"lost+found"}  # what a new ext4 file system holds
-_RANK = r"rank-\d{5}-of-\d{5}"
+_RANK = RANK_STEM.replace("(\\d", "(?:\\d")
 _TEMPORARY = re.compile(rf"\.(.+?)(\.{_RANK}\.lock)?\.(tmp|journal|lock)")
 _SET = re.compile(rf"{_RANK}((-part-\d{{5}}-of-\d{{5}})?\.safetensors|\.json)?|tpshard(\.json)?|{SUMS}")
 _MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")

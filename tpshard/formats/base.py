@@ -10,6 +10,7 @@ from tpshard.planning.axes import Axis
 from tpshard.planning.box import corner
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import StoredTensor
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content
 
@@ -19,14 +20,15 @@ class Format(ABC):
 
     side_names: small files that the source does not have. container: the files are no safetensors files, and all bytes
     of them but the tensors' follow from the split. own_names: each rank stores its share of each tensor of the model as
-    one tensor under the same name, in the model's order. has_ranks: the files are those of a shard set.
-    no_quantised: why it holds no quantised models, empty where it does.
+    one tensor under the same name, in the model's order. has_ranks: the files are those of a shard set. has_stages: it
+    holds pipelines. no_quantised: why it holds no quantised models, empty where it does.
     """
 
     side_names: frozenset[str] = frozenset()
     container: bool = False
     own_names: bool = False
     has_ranks: bool = True
+    has_stages: bool = False
     no_quantised: str = ""
 
     @abstractmethod
@@ -34,12 +36,12 @@ class Format(ABC):
         """The ranks' stored tensors. UnsupportedError for a model or options that the format cannot hold."""
 
     @abstractmethod
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The name of a rank's file."""
 
     @abstractmethod
     def parse_name(self, name: str) -> Mapping[str, int] | None:
-        """What a file's name says of `rank`, `tp`, `part` and `parts`; None when it is no rank file of this format."""
+        """What a file's name says of `rank`, `ranks`, `part` and `parts`; None of other files."""
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
         """What a file's safetensors metadata says beside what says every file's."""
@@ -50,7 +52,7 @@ class Format(ABC):
         parts = parts_by_size(split.layout[rank], split.options.max_file_size)
         return tuple(
             output_file(
-                self.file_name(rank, split.options.tp, index, len(parts)),
+                self.file_name(rank, split.options.mesh, index, len(parts)),
                 tensors,
                 {**split.metadata(rank, index, len(parts)), **self.metadata(split, tensors)},
             )

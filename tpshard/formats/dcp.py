@@ -93,7 +93,7 @@ class Dcp(Format):
                     row.append(chunk(f"{name}#{number}" if several else name, tensor, box))
         return RankLayouts(tuple(map(tuple, rows)), dealt)
 
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """torch's threads each have a file; here several are there only above the file size."""
         return f"__{rank}_{part}.distcp"
 
@@ -105,7 +105,7 @@ class Dcp(Format):
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
         """One archive after the other, each aligned like its tensor; each says of which set and rank it is."""
         parts = parts_by_size(split.layout[rank], split.options.max_file_size)
-        names = [self.file_name(rank, split.options.tp, part, len(parts)) for part in range(len(parts))]
+        names = [self.file_name(rank, split.options.mesh, part, len(parts)) for part in range(len(parts))]
         return tuple(_file(split, rank, name, tensors) for name, tensors in zip(names, parts, strict=True))
 
     @uncollected

@@ -13,6 +13,7 @@ from tpshard.formats.base import Format, saved_offsets
 from tpshard.formats.dcp import chunk, chunks, even_or_less
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.layout import StoredTensor
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
 _FILE = re.compile(r"shard-(\d{5})-model-(\d{5})-of-(\d{5})\.safetensors")
@@ -45,7 +46,7 @@ class DcpHf(Format):
                 row.extend(chunk(name, tensor, box) for box in boxes)
         return RankLayouts(tuple(map(tuple, rows)), dealt)
 
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """As torch's _gen_file_name."""
         return f"shard-{rank + 1:05}-model-{part + 1:05}-of-{parts:05}.safetensors"
 

@@ -13,6 +13,7 @@ from tpshard.formats.split import Options, RankLayouts
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard, whole
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
 _FILE = re.compile(r"model(0|[1-9]\d*)-mp([1-9]\d*)\.safetensors")
@@ -71,17 +72,17 @@ class DeepSeek(Format):
                     row.append(stored._replace(name=_name(name, tensor)))
         return RankLayouts(tuple(map(tuple, rows)), dealt, dropped)
 
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """Rank and width; a rank is never in several files."""
         if parts > 1:
             what = "DeepSeek's code takes one file for one rank"
             raise UsageError(what, found="a rank larger than --max-file-size", hint="give a larger --max-file-size")
-        return f"model{rank}-mp{tp}.safetensors"
+        return f"model{rank}-mp{mesh.size}.safetensors"
 
     def parse_name(self, name: str) -> Mapping[str, int] | None:
         """Rank and width."""
         found = _FILE.fullmatch(name)
-        return {"rank": int(found[1]), "tp": int(found[2]), "part": 0, "parts": 1} if found else None
+        return {"rank": int(found[1]), "ranks": int(found[2]), "part": 0, "parts": 1} if found else None
 
 
 def _name(full_name: str, tensor: LogicalTensor) -> str:

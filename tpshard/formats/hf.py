@@ -28,7 +28,7 @@ def outputs(
     else:
         groups = parts_by_size([whole(tensor) for tensor in alignment_order(tensors)], max_file_size)
     count = len(groups)
-    names = [FORMAT.file_name(0, 1, part, count) for part in range(count)]
+    names = [FORMAT.file_name(0, Mesh(1), part, count) for part in range(count)]
     written = [output_file(name, group, {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
     if count == 1:
         return written, {}
@@ -50,7 +50,7 @@ class HuggingFace(Format):
             raise UsageError(what, expected="--tp 1", found=f"--tp {options.tp}", hint=hint)
         return RankLayouts((tuple(map(whole, model.tensors)),), deal(model.axes, Mesh(1)))
 
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """As transformers names them, which count from 1."""
         return f"model-{part + 1:05}-of-{parts:05}.safetensors" if parts > 1 else "model.safetensors"
 

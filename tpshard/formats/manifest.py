@@ -18,7 +18,6 @@ from tpshard import __version__
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, volume
 from tpshard.planning.layout import LayoutRows, Part, RankShare, RowKind, StoredTensor
-from tpshard.planning.mesh import Mesh
 
 if TYPE_CHECKING:
     from tpshard.formats.split import Split
@@ -55,10 +54,11 @@ def _digest(body: Iterable[_Line]) -> str:
 
 def _body(split: Split) -> Iterator[_Line]:
     """The manifest's lines, but for those that say who wrote it."""
-    model, options = split.model, split.options
+    model, options, stages = split.model, split.options, split.layouts.stages
     yield from _lines(
         {
-            "mesh": asdict(Mesh(options.tp)),
+            "mesh": asdict(options.mesh),
+            **({"stages": [list(each) for each in stages.ranges]} if stages else {}),
             "source": dict(model.source),
             "architecture": dict(model.architecture),
             "options": {
@@ -70,9 +70,11 @@ def _body(split: Split) -> Iterator[_Line]:
                 "max_file_size": options.max_file_size,
                 "format": options.format,
                 "engine_version": options.engine_version,
+                **({} if options.pp_layers is None else {"pp_layers": list(options.pp_layers)}),
             },
             "axes": {name: _axis(axis) for name, axis in sorted(model.axes.items())},
             "tied": dict(model.tied),
+            **({"layers": asdict(model.layers)} if model.layers else {}),
             **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
         }
     )
@@ -84,13 +86,19 @@ def _body(split: Split) -> Iterator[_Line]:
 def _tensors(split: Split) -> Iterator[str]:
     """A row for every tensor of the model, with what each rank has of it where those are what the ranks store."""
     model, dropped, rows = split.model, split.layouts.dropped, split.layouts.rows.rows
+    options, stages = split.options, split.layouts.stages
     known: dict[object, tuple[str, str, str]] = {}  # layers are alike
     for index, tensor in enumerate(model.tensors):
         name, cut = tensor.name, tensor.cut
-        if (key := (tensor.shape, cut, tensor.dtype)) not in known:
-            held = [share for share in rows[index].kind.shares if share] if split.format.own_names else []
+        if (key := (tensor.shape, cut, tensor.dtype, stages and rows[index].kind)) not in known:
+            kind = rows[index].kind
+            held = [share for share in kind.shares if share] if split.format.own_names else []
+            held = held[: options.tp]  # every stage that has a tensor cuts it alike
             ranks = ",".join("".join(map(str, _stored(share, named=False))) for share in held)
             end = "" if cut.dim is None else f",{_cut(cut)}" + (f',"ranks":[{ranks}]' if held else "")
+            if stages:
+                on = dict.fromkeys(options.mesh.coordinate(rank)[0] for rank in kind.holders)
+                end += f',"stages":{integers(list(on))}'
             whole = f'"dtype":"{tensor.dtype}","shape":{integers(tensor.shape)}'
             known[key] = whole, f'"rule":"{cut.kind}"', end
         whole, rule, end = known[key]

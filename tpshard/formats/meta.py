@@ -21,6 +21,7 @@ from tpshard.planning.box import Shape, full
 from tpshard.planning.deal import Deal
 from tpshard.planning.join import OutputFile
 from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content
 from tpshard.storage.names import META_PARAMS
@@ -82,7 +83,7 @@ class Meta(Format):
             rows.append(row)
         return RankLayouts(tuple(map(tuple, rows)), dealt, dropped)
 
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """Two digits, as Meta's code sorts them."""
         return f"consolidated.{rank:02}.pth"
 
@@ -93,7 +94,7 @@ class Meta(Format):
 
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
         """One archive a rank, whatever its size: Meta's code takes one file for one rank."""
-        return (archive_file(self.file_name(rank, split.options.tp, 0, 1), split.layout[rank]),)
+        return (archive_file(self.file_name(rank, split.options.mesh, 0, 1), split.layout[rank]),)
 
     def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """The source's, and params.json."""

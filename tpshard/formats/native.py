@@ -9,33 +9,39 @@ from tpshard.planning.deal import deal
 from tpshard.planning.layout import StoredTensor, shard
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
-from tpshard.storage.names import rank_stem
+from tpshard.storage.names import RANK_STEM, rank_stem
 
-_NAME = re.compile(r"rank-(\d{5})-of-(\d{5})(?:-part-(\d{5})-of-(\d{5}))?\.safetensors")
+_NAME = re.compile(rf"{RANK_STEM}(?:-part-(\d{{5}})-of-(\d{{5}}))?\.safetensors")
 
 
 class Native(Format):
-    """`rank-00000-of-00004.safetensors`, with `-part-00000-of-00003` where a rank has several files."""
+    """`rank-00000-of-00004.safetensors`, with `-part-00000-of-00003` where there are several, and stages likewise."""
 
     own_names = True
+    has_stages = True
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
-        """Every tensor cut as its rule says, in the model's order."""
-        dealt = deal(model.axes, Mesh(options.tp), options.weights(), options.pad_vocab_to)
-        return RankLayouts(shard(model.tensors, model.axes, dealt), dealt)
+        """Every tensor cut as its rule says, in the model's order, on the stages that have its layer."""
+        dealt = deal(model.axes, options.mesh, options.weights(), options.pad_vocab_to)
+        if options.pp == 1:
+            return RankLayouts(shard(model.tensors, model.axes, dealt), dealt)
+        found = model.stages(options.pp, options.pp_layers)
+        of = {tensor.name: found.of(tensor.name, model.full_name(tensor.name)) for tensor in model.tensors}
+        return RankLayouts(shard(model.tensors, model.axes, dealt, of.__getitem__), dealt, stages=found)
 
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """Numbered parts only where there are several."""
         middle = f"-part-{part:05}-of-{parts:05}" if parts > 1 else ""
-        return f"{rank_stem(rank, tp)}{middle}.safetensors"
+        return f"{rank_stem(rank, mesh.tp, mesh.pp)}{middle}.safetensors"
 
     def parse_name(self, name: str) -> Mapping[str, int] | None:
-        """All four numbers."""
+        """All of them; ranks of all stages together."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        numbers = (int(group or default) for group, default in zip(match.groups(), (0, 1, 0, 1), strict=True))
-        return dict(zip(("rank", "tp", "part", "parts"), numbers, strict=True))
+        usual = (0, 1, 0, 1, 0, 1)
+        rank, tp, stage, pp, part, parts = (int(n or one) for n, one in zip(match.groups(), usual, strict=True))
+        return {"rank": stage * tp + rank, "ranks": pp * tp, "part": part, "parts": parts}
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
         """torch's description of rectangles: of all tensors of a set or of none, or its reader fails."""

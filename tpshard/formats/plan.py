@@ -18,6 +18,9 @@ def plan_split(model: Model, options: Options) -> Split:
         what = f"--format {options.format} takes no quantised models: {format.no_quantised}"
         found = f"quantised by {model.quantisation['method']}"
         raise UnsupportedError(what, expected="plain weights", found=found, hint="use --format native")
+    if options.pp > 1 and not format.has_stages:
+        what = f"--format {options.format} holds no pipeline stages"
+        raise UnsupportedError(what, expected="pp 1", found=f"pp {options.pp}", hint="use --format native")
     layouts = format.lay(model, options)
     assert_coverage([tensor for tensor in model.tensors if tensor.name not in layouts.dropped], layouts.rows)
     return Split(model, options, format, layouts)

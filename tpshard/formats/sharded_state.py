@@ -32,6 +32,7 @@ from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
@@ -97,7 +98,7 @@ class ShardedState(Format):
         row, limit = split.layout[rank], split.options.max_file_size
         loaded = sum(not stored.name.startswith(f"{NOT_LOADED}.") for stored in row)
         parts = parts_by_size(row[:loaded], limit)
-        names = [self.file_name(rank, split.options.tp, part, 0) for part in range(len(parts))]
+        names = [self.file_name(rank, split.options.mesh, part, 0) for part in range(len(parts))]
         if loaded < len(row):
             beside = parts_by_size(row[loaded:], limit)
             names += [f"{NOT_LOADED}-rank-{rank}-part-{len(parts) + part}.safetensors" for part in range(len(beside))]
@@ -107,7 +108,7 @@ class ShardedState(Format):
             for part, (name, tensors) in enumerate(zip(names, parts, strict=True))
         )
 
-    def file_name(self, rank: int, tp: int, part: int, parts: int) -> str:
+    def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The engine's default pattern; it reads all parts that there are."""
         return f"model-rank-{rank}-part-{part}.safetensors"
 

@@ -15,6 +15,8 @@ from tpshard.planning.join import OutputFile, uncollected
 from tpshard.planning.layout import Layout, LayoutRows, rows_of
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.planning.stages import Stages
+from tpshard.storage.names import rank_stem
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -29,7 +31,8 @@ DEFAULT_MAX_FILE_SIZE = 50_000_000_000
 class Options:
     """What a split is asked for beside the model. shares: weights as the user wrote them, or None.
 
-    engine_version: whose names the files have, where a format's names changed between versions of its engine.
+    engine_version: whose names the files have, where a format's names changed between versions of its engine. pp: the
+    stages of the pipeline. pp_layers: how many layers each of them has, None for as many as `even_layers` gives it.
     """
 
     tp: int
@@ -39,6 +42,13 @@ class Options:
     max_file_size: int = DEFAULT_MAX_FILE_SIZE
     format: str = "native"
     engine_version: str | None = None
+    pp: int = 1
+    pp_layers: tuple[int, ...] | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return Mesh(self.tp, self.pp)
 
     def weights(self) -> tuple[Fraction | int, ...] | None:
         """The ranks' relative shares, None for even ones."""
@@ -65,11 +75,13 @@ class RankLayouts:
     """What a format makes of a model: each rank's stored tensors, and the logical ones that it has no room for.
 
     deal: which units the ranks have, None of a set that was read. dropped: name → reason, as the plan says it.
+    stages: of a pipeline, None where all layers are on every rank.
     """
 
     layout: Layout
     deal: Deal | None
     dropped: Mapping[str, str] = field(default_factory=dict)
+    stages: Stages | None = None
 
     @cached_property
     def rows(self) -> LayoutRows:
@@ -110,6 +122,14 @@ class Split:
     def layout(self) -> Layout:
         """Every rank's stored tensors."""
         return self.layouts.layout
+
+    def rank_stem(self, rank: int) -> str:
+        """How the names of a rank's record and lock begin."""
+        return rank_stem(rank, self.options.tp, self.options.pp)
+
+    def record_name(self, rank: int) -> str:
+        """The name of a rank's record."""
+        return f"{self.rank_stem(rank)}.json"
 
     @property
     def kept(self) -> Model:

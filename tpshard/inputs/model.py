@@ -68,6 +68,7 @@ def from_checkpoint(
             *_kept(float32),
         ),
         cast_all=cast_all,
+        layers=classified.layers,
     )
 
 

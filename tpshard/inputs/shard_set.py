@@ -17,12 +17,14 @@ from tpshard.formats.torch_archive import check_literals
 from tpshard.planning.axes import Axis
 from tpshard.planning.join import Placed
 from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.planning.sound import why_unsound
+from tpshard.planning.stages import Layers, Stages
 from tpshard.storage.carried import LeftOut, select
 from tpshard.storage.foreign import recognised
 from tpshard.storage.local import Directory, load_json, read_bytes, read_header, safe_path
-from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS, record_name
+from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS
 from tpshard.storage.safetensors import TensorInfo, nbytes
 from tpshard.storage.source import RankFile
 from tpshard.units import MAX_TP
@@ -65,9 +67,14 @@ class ShardSet:
         return self.split.layout
 
     @property
-    def tp(self) -> int:
+    def mesh(self) -> Mesh:
+        """The ranks."""
+        return self.options.mesh
+
+    @property
+    def size(self) -> int:
         """The number of ranks."""
-        return self.options.tp
+        return self.mesh.size
 
     @property
     def recorded(self) -> dict[str, str]:
@@ -77,7 +84,7 @@ class ShardSet:
 
     def missing(self) -> list[int]:
         """Ranks that are not there, or not complete."""
-        return [rank for rank in range(self.tp) if rank not in self.records]
+        return [rank for rank in range(self.size) if rank not in self.records]
 
     def require_complete(self) -> None:
         """CorruptError when a rank is missing."""
@@ -85,14 +92,14 @@ class ShardSet:
             raise CorruptError(
                 f"the shard set is not complete: rank {', '.join(map(str, missing))} missing, its files or its record",
                 path=self.directory,
-                expected=f"ranks 0 to {self.tp - 1}",
-                found=f"{self.tp - len(missing)} of {self.tp}",
+                expected=f"ranks 0 to {self.size - 1}",
+                found=f"{self.size - len(missing)} of {self.size}",
                 hint=_resume(self.directory) or f"{_again(self.directory, missing)} writes what is missing",
             )
 
     def placed(self) -> list[Placed]:
         """Every stored tensor of every rank, where it lies."""
-        infos = [{info.name: info for file in self.files[rank] for info in file.tensors} for rank in range(self.tp)]
+        infos = [{info.name: info for file in self.files[rank] for info in file.tensors} for rank in range(self.size)]
         pairs = ((stored, of[stored.name]) for of, rank in zip(infos, self.layout, strict=True) for stored in rank)
         return [Placed(stored, info.file, info.begin) for stored, info in pairs]
 
@@ -154,9 +161,9 @@ def open_shards(directory: Path) -> ShardSet:
     files = _rank_files(directory, names, split)
     for rank, parts in files.items():
         _check_tensors(rank, parts, split.layout[rank])
-    tp = split.options.tp
-    records = {rank: record for rank in files if (record := _record(directory, rank, tp, split.set_id))}
-    ours = {MANIFEST, SUMS, *split.format.side_names, *(record_name(rank, tp) for rank in range(tp))}
+    size = split.options.mesh.size
+    records = {rank: record for rank in files if (record := _record(directory, rank, split))}
+    ours = {MANIFEST, SUMS, *split.format.side_names, *(split.record_name(rank) for rank in range(size))}
     ours |= {file.path.name for parts in files.values() for file in parts}
     return ShardSet(directory, manifest, split, files, records, *beside(directory, ours))
 
@@ -169,19 +176,33 @@ def beside(directory: Path, ours: Collection[str]) -> tuple[dict[str, Path], tup
 
 
 def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
-    tp = manifest["mesh"]["tp"]
-    if manifest["mesh"] != {"tp": tp, "pp": 1, "ep": 1} or type(tp) is not int or not 0 < tp <= MAX_TP:
+    tp, pp = manifest["mesh"]["tp"], manifest["mesh"]["pp"]
+    if manifest["mesh"] != {"tp": tp, "pp": pp, "ep": 1} or not all(
+        type(each) is int and each > 0 for each in (tp, pp)
+    ):
         raise ValueError(f"mesh {manifest['mesh']}")
+    if tp * pp > MAX_TP:
+        raise ValueError(f"{tp * pp} ranks")
     chosen = manifest["options"]
     if (format := chosen["format"]) not in FORMATS:
         what, hint = "the set is of a format that is not known", f"upgrade tpshard, or {_SAME}"
         raise CorruptError(what, path=directory / MANIFEST, expected=", ".join(FORMATS), found=format, hint=hint)
     shares = None if chosen["shares"] is None else tuple(chosen["shares"])
-    names = ("pad_vocab_to", "max_file_size", "format", "engine_version")
-    options = Options(tp, chosen["uneven"], shares, *(chosen[name] for name in names))
+    sizes = chosen.get("pp_layers")
+    given = None if sizes is None else tuple(sizes)
+    options = Options(
+        tp=tp,
+        uneven=chosen["uneven"],
+        shares=shares,
+        pad_vocab_to=chosen["pad_vocab_to"],
+        max_file_size=chosen["max_file_size"],
+        format=format,
+        engine_version=chosen["engine_version"],
+        pp=pp,
+        pp_layers=given,
+    )
     entries = manifest["tensors"]
     tensors = tuple(LogicalTensor(e["name"], e["dtype"], tuple(e["shape"]), cut_from_json(e)) for e in entries)
-    layout = tuple(tuple(_stored(manifest, tensors, rank)) for rank in range(tp))
     model = Model(
         tensors=tensors,
         axes={name: Axis(**axis) for name, axis in manifest["axes"].items()},
@@ -194,20 +215,50 @@ def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         full_names={entry["name"]: entry["full"] for entry in entries if "full" in entry},
         config=_config(directory),
         quantisation=manifest.get("quantisation", {}),
+        layers=_layers(manifest),
     )
+    stages = _stages(manifest, model)
+    layout = tuple(tuple(_stored(manifest, tensors, options.mesh, rank)) for rank in range(tp * pp))
     if reason := why_unsound(tensors, layout):
         raise ValueError(reason)
     dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
-    layouts = RankLayouts(layout, None, dropped)
+    layouts = RankLayouts(layout, None, dropped, stages)
     return Split(model, options, format_of(options.format), layouts, (manifest["set"], raw))
 
 
-def _stored(manifest: Mapping[str, Any], tensors: Sequence[LogicalTensor], rank: int) -> Iterator[StoredTensor]:
+def _layers(manifest: Mapping[str, Any]) -> Layers | None:
+    """Where the tensors stand in a pipeline; None of a set that was made before there were any."""
+    if (said := manifest.get("layers")) is None:
+        return None
+    within, count, before = said["within"], said["count"], said["before"]
+    if type(count) is not int or not all(isinstance(each, str) for each in (within, *before)):
+        raise ValueError("layers")
+    return Layers(within, count, tuple(before))
+
+
+def _stages(manifest: Mapping[str, Any], model: Model) -> Stages | None:
+    """The stages as the manifest has them, which must be those of its options; None where there is but one."""
+    mesh = manifest["mesh"]
+    if mesh["pp"] == 1:
+        return None
+    found = model.stages(mesh["pp"], manifest["options"].get("pp_layers"))
+    if [list(each) for each in found.ranges] != manifest["stages"]:
+        raise ValueError(f"stages {manifest['stages']}")
+    for entry in manifest["tensors"]:
+        if entry["stages"] != list(found.of(entry["name"], model.full_name(entry["name"]))):
+            raise ValueError(f"{entry['name']} on stages {entry['stages']}")
+    return found
+
+
+def _stored(
+    manifest: Mapping[str, Any], tensors: Sequence[LogicalTensor], mesh: Mesh, rank: int
+) -> Iterator[StoredTensor]:
     """What a rank stores: shares of the model's own tensors, or the tensors that the manifest lists beside those."""
     if "stored" not in manifest:
         for tensor, entry in zip(tensors, manifest["tensors"], strict=True):
-            held = entry.get("ranks")
-            yield stored_from_json(tensor.name, tensor.dtype, held[rank], tensor.name) if held else whole(tensor)
+            held, (pp, tp) = entry.get("ranks"), mesh.coordinate(rank)
+            if mesh.pp == 1 or pp in entry["stages"]:
+                yield stored_from_json(tensor.name, tensor.dtype, held[tp], tensor.name) if held else whole(tensor)
     for entry in manifest.get("stored", ()):
         if (held := entry["every"] if "every" in entry else entry["ranks"][rank]) is not None:
             yield stored_from_json(entry["name"], entry["dtype"], held)
@@ -247,11 +298,11 @@ def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tup
 
     CorruptError when it is not of the set, or anything in it that is no tensor is not as written.
     """
-    rank, tp = numbers["rank"], split.options.tp
-    outputs = split.files(rank) if rank < tp else ()
+    rank, size = numbers["rank"], split.options.mesh.size
+    outputs = split.files(rank) if rank < size else ()
     output = next((output for output in outputs if output.name == path.name), None)
     if output is None:
-        expected = f"the files of ranks 0 to {tp - 1}"
+        expected = f"the files of ranks 0 to {size - 1}"
         raise CorruptError(f"{path.name} is no file of this set", path=path, expected=expected, hint=_ONE_SET)
     with _can_be_written_again(path, rank):
         check_literals(output, path)
@@ -264,15 +315,15 @@ def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tup
 
 def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> tuple[tuple[TensorInfo, ...], int]:
     """The tensors of a safetensors file, and how many files its rank has; CorruptError when it is not of the set."""
-    tp = split.options.tp
+    mesh = split.options.mesh
     with _can_be_written_again(path, numbers["rank"]):
         header = read_header(path)
     said = {key.removeprefix("tpshard."): value for key, value in header.metadata.items() if key.startswith("tpshard.")}
-    if said.get("set") != split.set_id or numbers.get("tp", tp) != tp:
-        expected, found = f"set {split.set_id}, tp {tp}", f"set {said.get('set')}, tp {said.get('tp')}"
+    if said.get("set") != split.set_id or numbers.get("ranks", mesh.size) != mesh.size:
+        expected, found = f"set {split.set_id}, tp {mesh.tp}", f"set {said.get('set')}, tp {said.get('tp')}"
         raise CorruptError(f"{path.name} is not of this set", path=path, expected=expected, found=found, hint=_ONE_SET)
-    for key, value in {"tp": tp, **numbers}.items():
-        if said.get(key) != str(value):
+    for key, value in {**numbers, "tp": mesh.tp}.items():
+        if key != "ranks" and said.get(key) != str(value):
             what, found = f"{path.name} does not hold what its name says", f"{key} {said.get(key)}"
             hint = "files may have been exchanged: give each the name that its content says"
             raise CorruptError(what, path=path, expected=f"{key} {value}", found=found, hint=hint)
@@ -317,16 +368,16 @@ def _check_tensors(rank: int, files: tuple[RankFile, ...], expected: tuple[Store
         raise CorruptError(f"rank {rank} holds {name}, which the manifest does not list", path=info.file, tensor=name)
 
 
-def _record(directory: Path, rank: int, tp: int, set_id: str) -> Mapping[str, Any] | None:
+def _record(directory: Path, rank: int, split: Split) -> Mapping[str, Any] | None:
     """A rank's record: None when there is none, CorruptError when it is not one of this set and rank."""
-    name = record_name(rank, tp)
+    name = split.record_name(rank)
     if not (directory / name).exists():
         return None
     path = safe_path(directory, name)
     record = load_json(read_bytes(path), path)
     if not isinstance(record, dict) or not isinstance(record.get("parts"), list):
         raise CorruptError("not a rank's record", path=path, expected="set, rank, tp and parts", hint=_REMAKE)
-    for key, value in {"set": set_id, "rank": rank, "tp": tp}.items():
+    for key, value in {"set": split.set_id, "rank": rank, "tp": split.options.tp}.items():
         if (said := record.get(key)) != value:
             what, hint = "the record is of another set or rank", f"{_ONE_SET}; records may have been exchanged"
             raise CorruptError(what, path=path, expected=f"{key} {value}", found=f"{key} {said}", hint=hint)

@@ -3,7 +3,7 @@
 A *deal* gives each rank a range of units of each axis; a layout follows from the deal and the tensors' cuts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, pairwise
@@ -296,17 +296,30 @@ def _intervals(
     return tuple(kept), tuple(fills), stored
 
 
-def shard(tensors: Sequence[LogicalTensor], axes: Mapping[str, Axis], dealt: Deal) -> LayoutRows:
-    """The layout of a tensor-parallel split: every rank's tensors, in the order of `tensors`."""
-    known: dict[tuple[Shape, Cut, str], RowKind] = {}  # layers are alike
+def shard(
+    tensors: Sequence[LogicalTensor],
+    axes: Mapping[str, Axis],
+    dealt: Deal,
+    stages_of: Callable[[str], tuple[int, ...]] | None = None,
+) -> LayoutRows:
+    """The layout of a split: every rank's tensors, in the order of `tensors`.
+
+    stages_of: which stages hold a tensor, by name; None where there is one stage.
+    """
+    mesh, everywhere = dealt.mesh, (0,)
+    known: dict[tuple[Shape, Cut, str, tuple[int, ...]], RowKind] = {}  # layers are alike
     rows = []
     for tensor in tensors:
-        key = (tensor.shape, tensor.cut, tensor.dtype)
+        stages = stages_of(tensor.name) if stages_of else everywhere
+        key = (tensor.shape, tensor.cut, tensor.dtype, stages)
         if key not in known:
             _check_ratio(tensor, tensors, axes, dealt)
-            known[key] = RowKind(tuple(_share(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size)))
+            held = [mesh.coordinate(rank)[0] in stages for rank in range(mesh.size)]
+            known[key] = RowKind(
+                tuple(_share(tensor, axes, dealt, rank) if here else None for rank, here in enumerate(held))
+            )
         rows.append(Row(tensor.name, (tensor.name,), known[key]))
-    return LayoutRows(rows, dealt.mesh.size)
+    return LayoutRows(rows, mesh.size)
 
 
 def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> RankShare:

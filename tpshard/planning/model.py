@@ -3,13 +3,14 @@
 A checkpoint and a shard set both give one, so split and reshard differ in nothing but where the bytes are read.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from tpshard.errors import UnsupportedError
 from tpshard.planning.axes import Axis
 from tpshard.planning.layout import LogicalTensor
+from tpshard.planning.stages import Layers, Stages, stages
 
 CASTABLE = ("F64", "F32", "F16", "BF16")
 """Dtypes that `--dtype` casts from and to; everything else (integers, FP8) travels untouched."""
@@ -28,7 +29,7 @@ class Model:
     config: of the model. text_config: of its decoder, where the model nests one.
     full_names: of tensors whose name in the source lacks the architecture's prefix.
     quantisation: what the manifest says of it (plain JSON); empty where nothing is quantised.
-    notes: what the user should know of it.
+    notes: what the user should know of it. layers: where its tensors stand in a pipeline; None where nobody says.
     """
 
     tensors: tuple[LogicalTensor, ...]
@@ -44,6 +45,7 @@ class Model:
     quantisation: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     cast_all: bool = False
+    layers: Layers | None = None
 
     def full_name(self, name: str) -> str:
         """A tensor's name as the architecture's rules have it."""
@@ -53,6 +55,13 @@ class Model:
         """A tensor's name with the base prefix that it may lack; in a model with more than text, the source's own."""
         full = self.full_name(name)
         return full if full.endswith(name) else name
+
+    def stages(self, pp: int, given: Sequence[int] | None) -> Stages:
+        """The stages of a pipeline. given: how many layers each has. The last has the embedding of a tied head too."""
+        stored = {
+            each.rpartition(".")[0] for tensor in self.tensors for each in (tensor.name, self.full_name(tensor.name))
+        }
+        return stages(self.layers, pp, given, [to for head, to in self.tied.items() if head not in stored])
 
     def without(self, names: Collection[str]) -> Self:
         """The model without some tensors."""

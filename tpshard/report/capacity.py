@@ -7,16 +7,17 @@ in bytes, bandwidth in bytes per second, times in seconds.
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 from tpshard.errors import UsageError
 from tpshard.planning.axes import Cut
 from tpshard.planning.box import Shape
-from tpshard.planning.deal import Deal
+from tpshard.planning.deal import Deal, Range
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
+from tpshard.planning.stages import Stages
 from tpshard.storage.safetensors import DTYPE_BITS, nbytes
 from tpshard.storage.tensor_names import numbered
 from tpshard.units import human_bytes
@@ -61,20 +62,33 @@ class Workload:
 class Traits:
     """What memory and communication depend on.
 
-    layers: those that cache keys and values. sums: row-parallel sums of the whole model, each one all-reduce of
-    batch x seq x hidden elements. dtype: of activations. cache_dtype: of keys and values. cache_axis: the axis whose
-    units have a key and a value each; None with latent attention, of which `latent` elements are cached by every rank.
-    window: of sliding attention.
+    blocks: the row-parallel sums of each layer that has any, by its number; each is one all-reduce of batch x seq x
+    hidden elements, and each such layer caches keys and values. dtype: of activations. cache_dtype: of keys and values.
+    cache_axis: the axis whose units have a key and a value each; None with latent attention, of which `latent` elements
+    are cached by every rank. window: of sliding attention.
     """
 
-    layers: int
-    sums: int
+    blocks: Mapping[int, int]
     hidden: int
     dtype: str
     cache_dtype: str
     cache_axis: str | None
     latent: int
     window: int | None
+
+    @property
+    def layers(self) -> int:
+        """How many layers cache keys and values."""
+        return len(self.blocks)
+
+    @property
+    def sums(self) -> int:
+        """How many all-reduces there are."""
+        return sum(self.blocks.values())
+
+    def of(self, layers: Range) -> Self:
+        """The traits of some of the layers."""
+        return replace(self, blocks={layer: count for layer, count in self.blocks.items() if layer in range(*layers)})
 
 
 def traits(model: Model) -> Traits:
@@ -108,8 +122,7 @@ def traits(model: Model) -> Traits:
         activations = DTYPE_NAMES.get(named, activations)
     window = config.get("sliding_window")
     return Traits(
-        layers=len({layer for layer, _ in blocks}),
-        sums=len(blocks),
+        blocks=Counter(layer for layer, _ in blocks),
         hidden=hidden,
         dtype=activations,
         cache_dtype=model.quantisation.get("kv_cache") or activations,
@@ -125,14 +138,18 @@ def _out(tensor: LogicalTensor) -> int:
     return max((shape[dim] for dim in range(len(shape) > 2, len(shape)) if dim != tensor.cut.dim), default=0)
 
 
-def cache_bytes(model: Model, facts: Traits, dealt: Deal, workload: Workload) -> list[int]:
-    """What each rank caches of `batch` sequences of `seq` tokens: a key and a value per KV head and layer."""
-    bits = workload.batch * workload.seq * facts.layers * DTYPE_BITS[workload.cache_dtype(facts.cache_dtype)]
-    if facts.cache_axis is None:
-        return [bits * facts.latent // 8] * dealt.mesh.size
-    unit = model.axes[facts.cache_axis].unit
-    held = (dealt.of(facts.cache_axis, rank) for rank in range(dealt.mesh.size))
-    return [bits * 2 * unit * (last - first) // 8 for first, last in held]
+def cache_bytes(
+    model: Model, facts: Traits, dealt: Deal, workload: Workload, stages: Stages | None = None
+) -> list[int]:
+    """What each rank caches of `batch` sequences of `seq` tokens: keys and values of its KV heads and layers."""
+    layers = [facts.of(each).layers for each in stages.ranges] if stages else [facts.layers]
+    bits = workload.batch * workload.seq * DTYPE_BITS[workload.cache_dtype(facts.cache_dtype)]
+    found = []
+    for rank in range(dealt.mesh.size):
+        first, last = (0, 1) if facts.cache_axis is None else dealt.of(facts.cache_axis, rank)
+        each = facts.latent if facts.cache_axis is None else 2 * model.axes[facts.cache_axis].unit
+        found.append(bits * layers[dealt.mesh.coordinate(rank)[0]] * each * (last - first) // 8)
+    return found
 
 
 def ring_bytes(facts: Traits, tp: int, tokens: int) -> int:
@@ -145,11 +162,17 @@ def fits(total: int, gpu_memory: int) -> bool:
     return total <= USABLE * gpu_memory
 
 
-def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workload) -> dict[str, Any]:
-    """The `numbers` object of the plan's JSON. weights: bytes of tensors of each rank."""
-    facts, tp = traits(model), len(weights)
+def numbers(
+    model: Model, dealt: Deal, weights: Sequence[int], workload: Workload, stages: Stages | None = None
+) -> dict[str, Any]:
+    """The `numbers` object of the plan's JSON. weights: bytes of tensors of each rank.
+
+    What ranks send is that of a stage with the most all-reduces; stages hand on the activations of each token besides.
+    """
+    facts, tp = traits(model), dealt.mesh.tp
     ranks = []
-    for rank, (held, cached) in enumerate(zip(weights, cache_bytes(model, facts, dealt, workload), strict=True)):
+    caches = cache_bytes(model, facts, dealt, workload, stages)
+    for rank, (held, cached) in enumerate(zip(weights, caches, strict=True)):
         entry: dict[str, Any] = {"rank": rank, "weights": held, "kv_cache": cached, "total": held + cached}
         if workload.gpu_memory is not None:
             entry["free"] = workload.gpu_memory - held - cached
@@ -157,9 +180,13 @@ def numbers(model: Model, dealt: Deal, weights: Sequence[int], workload: Workloa
         ranks.append(entry)
     cache = {"layers": facts.layers, "axis": facts.cache_axis, "latent": facts.latent or None}
     cache |= {"dtype": workload.cache_dtype(facts.cache_dtype), "window": facts.window}
+    if stages:
+        facts = max(map(facts.of, stages.ranges), key=lambda each: each.sums)
     per_token, per_prompt = ring_bytes(facts, tp, 1), ring_bytes(facts, tp, workload.batch * workload.seq)
     sent: dict[str, Any] = {"all_reduces": facts.sums if tp > 1 else 0, "hidden": facts.hidden, "dtype": facts.dtype}
     sent |= {"bytes_per_token": per_token, "bytes_per_prompt": per_prompt}
+    if stages:
+        sent["handed_on_per_token"] = facts.hidden * DTYPE_BITS[facts.dtype] // 8
     if workload.bandwidth is not None:
         sent["bandwidth"] = workload.bandwidth
         sent["seconds_per_token"] = workload.batch * per_token / workload.bandwidth
@@ -196,6 +223,9 @@ def number_lines(found: Mapping[str, Any]) -> list[str]:
         each = f"{sent['all_reduces']} all-reduces of {sent['hidden']} numbers a token"
         sizes = f"{human_bytes(sent['bytes_per_token'])} a token, {human_bytes(sent['bytes_per_prompt'])} a prompt"
         texts.append(f"each rank sends: {sizes} ({each}, {sent['dtype']}, in a ring)")
+    if "handed_on_per_token" in sent:
+        each = human_bytes(sent["handed_on_per_token"])
+        texts.append(f"each stage hands on: {each} a token ({sent['hidden']} numbers, {sent['dtype']})")
     if sent["all_reduces"] and "bandwidth" in sent:
         token, prompt = sent["seconds_per_token"] * 1e6, sent["seconds_per_prompt"] * 1e3
         times = f"{prompt:.3g} ms for the prompts, {token:.3g} us a decoding step"

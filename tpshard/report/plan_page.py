@@ -42,8 +42,8 @@ def page_data(report: PlanReport) -> dict[str, Any]:
     name = split.model.source["repo_id"] or split.model.source["name"]
     options = split.options
     return {
-        "title": f"{name} on {options.tp} ranks",
-        "tp": options.tp,
+        "title": f"{name} on {options.mesh.size} ranks",
+        "tp": options.mesh.size,
         "facts": [
             f"{split.model.architecture['model_type']}, format {options.format}, {len(split.model.tensors)} tensors",
             *([f"quantised: {quantisation_line(split.model.quantisation)}"] if split.model.quantisation else []),

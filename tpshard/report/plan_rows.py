@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, starmap
 from math import prod
 from typing import Any, TypeVar
 
@@ -20,15 +20,15 @@ from tpshard.storage.tensor_names import numbered, with_numbers
 _Key = TypeVar("_Key", bound=Hashable)
 _encode = json.JSONEncoder().encode
 
-Share = tuple[tuple[int, ...], int]
-"""What a rank holds of a logical tensor: shape, and bytes with padding."""
+Share = tuple[int, tuple[int, ...], int]
+"""What a rank holds of a logical tensor: the rank, shape, and bytes with padding."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorKind:
     """What a plan says of tensors that are alike: all but the name. fields: as JSON has them.
 
-    first: one of them. shares: what each rank holds, nothing of what is dropped.
+    first: one of them. shares: of the ranks that hold it, none of what is dropped.
     """
 
     first: LogicalTensor
@@ -62,17 +62,20 @@ class TensorRows:
         return TensorKind(tensor, shares, _fields(tensor, self.split.model.axes, shares, dropped))
 
     def _shares(self, tensor: LogicalTensor, where: Sequence[tuple[RowKind, int]]) -> Iterator[Share]:
-        """What each rank holds of a tensor: as it is stored, or the boxes of it that lie in stored tensors."""
-        for rank in range(len(self.split.layouts.rows)):
+        """What ranks hold of a tensor: as it is stored, or the boxes of it that lie in stored tensors."""
+        mesh = self.split.options.mesh
+        for rank in range(mesh.size):
+            if mesh.pp > 1 and all(kind.shares[rank] is None for kind, _ in where):
+                continue
             if self.split.format.own_names:
                 ((kind, _),) = where
-                yield kind.shape(rank), kind.nbytes[rank]
+                yield rank, kind.shape(rank), kind.nbytes[rank]
                 continue
             count = sum(volume(part.box) for kind, owner in where for part in kind.parts[owner][rank])
             shape, dim = tensor.shape, tensor.cut.dim
             if dim is not None and count != prod(shape):
                 shape = (*shape[:dim], count * shape[dim] // max(1, prod(shape)), *shape[dim + 1 :])
-            yield shape, nbytes(tensor.dtype, (count,))
+            yield rank, shape, nbytes(tensor.dtype, (count,))
 
 
 def _fields(
@@ -89,7 +92,7 @@ def _fields(
         "dim": cut.dim,
         "segments": [{"axis": axis.name, "count": axis.count, "unit": axis.unit} for axis in segments],
         "interleave": cut.interleave,
-        "ranks": [_held(rank, *share) for rank, share in enumerate(shares)],
+        "ranks": list(starmap(_held, shares)),
         **({} if dropped is None else {"reason": dropped}),
     }
 

@@ -14,6 +14,7 @@ from tpshard.formats.split import Split
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, largest_tp, possible_tp, why_not
 from tpshard.planning.layout import Row
+from tpshard.planning.mesh import Mesh
 from tpshard.report import plan_rows
 from tpshard.report.plan_rows import TensorRows, by_reason
 from tpshard.storage.carried import LeftOut
@@ -55,7 +56,8 @@ class PlanReport:
         """Memory and communication of the ranks: the `numbers` object of the JSON contract."""
         from tpshard.report.capacity import Workload, numbers  # not when something is written: imports count
 
-        return numbers(self.split.model, self.deal, self.rank_bytes, self.workload or Workload())
+        work, stages = self.workload or Workload(), self.split.layouts.stages
+        return numbers(self.split.model, self.deal, self.rank_bytes, work, stages)
 
     @property
     def deal(self) -> Deal:
@@ -110,13 +112,14 @@ class PlanReport:
         return object_text(self._json(plan_rows.tensors_text(self.tensors), plan_rows.stored_text))
 
     def _json(self, tensors: Iterable[object], stored: Callable[[Iterable[Row]], Iterable[object]]) -> dict[str, Any]:
-        split, model, tp = self.split, self.split.model, self.split.options.tp
+        split, model = self.split, self.split.model
         return result(
             "plan",
             model_type=model.architecture["model_type"],
             source=dict(model.source),
             architecture=dict(model.architecture),
-            mesh={"tp": tp, "pp": 1, "ep": 1},
+            mesh=asdict(split.options.mesh),
+            **({"stages": [list(each) for each in stages.ranges]} if (stages := split.layouts.stages) else {}),
             set=split.set_id,
             format=split.options.format,
             tensors=tensors,
@@ -186,7 +189,7 @@ class WriteReport:
 
     command: str
     output: Path
-    tp: int
+    mesh: Mesh
     set_id: str
     nbytes: int
     parts: tuple[RankPart, ...]
@@ -202,7 +205,7 @@ class WriteReport:
         return result(
             self.command,
             output=str(self.output),
-            mesh={"tp": self.tp, "pp": 1, "ep": 1},
+            mesh=asdict(self.mesh),
             set=self.set_id,
             bytes=self.nbytes,
             ranks=[{"rank": rank, "parts": parts} for rank, parts in sorted(ranks.items())],
@@ -238,7 +241,7 @@ class CheckReport:
             "check",
             path=str(self.shards.directory),
             source=self.source,
-            mesh={"tp": self.shards.tp, "pp": 1, "ep": 1},
+            mesh=asdict(self.shards.mesh),
             set=self.shards.manifest["set"],
             equal=self.equal,
             differences=[asdict(difference) for difference in self.differences],

@@ -51,6 +51,7 @@ class Architecture:
     prefix: str
     other_prefixes: tuple[str, ...]
     layers: str
+    before: tuple[str, ...]
     tied: Mapping[str, str]
     defaults: Mapping[str, Any]
     axes: Mapping[str, Mapping[str, Any]]
@@ -66,6 +67,12 @@ class Architecture:
     def beginnings(self) -> tuple[tuple[str, str], ...]:
         """How a name may begin that lacks the prefix or has another one, and how it begins in the rules."""
         return ("", self.prefix), *((other, self.prefix) for other in self.other_prefixes)
+
+    @property
+    def within(self) -> str:
+        """How the names of layers begin, up to their number: what most patterns of required modules begin with."""
+        begun = [p.partition("*")[0] for rule in self.rules for p in rule.patterns if "*" in p and not p.endswith("?")]
+        return max(begun, key=begun.count, default="")
 
     @property
     def digest(self) -> str:
@@ -95,6 +102,7 @@ _TOP_KEYS: _Keys = {
     "model_types": (_is_list, "a list of strings"),
     "prefix": (_is(str), "a string"),
     "other_prefixes": (_is_list, "a list of strings"),
+    "before": (_is_list, "a list of strings"),
     **dict.fromkeys(("layers", "extra_layers", "experts"), (_is_expression, "an expression")),
     **dict.fromkeys(("found", "conditions", "tied", "copies"), (_table_of(_is(str)), "a table of strings")),
     "defaults": (_is(dict), "a table"),
@@ -150,6 +158,7 @@ def parse_architecture(text: str, path: str) -> Architecture:
         prefix=data.get("prefix", ""),
         other_prefixes=tuple(data.get("other_prefixes", ())),
         layers=str(data["layers"]),
+        before=(*data.get("before", ()), *data.get("tied", {}).values()),
         tied=data.get("tied", {}),
         defaults=data.get("defaults", {}),
         axes=data["axes"],

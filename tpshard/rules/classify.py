@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
+from tpshard.planning.stages import Layers
 from tpshard.rules import expression
 from tpshard.rules.architecture import EITHER, Architecture, Rule, compile_pattern
 from tpshard.rules.patterns import Matcher, contradiction, tell_numbers
@@ -32,6 +33,7 @@ class Classification:
 
     tied: module → module. full_names: for tensors whose name lacks the prefix, the name with it. float32: the tensors
     that are float32 on purpose. heads: those of heads of another task than the architecture's.
+    layers: under the rules' names.
     """
 
     axes: Mapping[str, Axis]
@@ -40,6 +42,7 @@ class Classification:
     full_names: Mapping[str, str]
     float32: Collection[str] = ()
     heads: tuple[str, ...] = ()
+    layers: Layers | None = None
 
 
 def classify(
@@ -82,7 +85,8 @@ def classify(
     axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    return Classification(axes=axes, cuts=cuts, tied=tied, full_names=full_names, float32=float32, heads=heads)
+    layers = Layers(architecture.within, matcher.layers, tuple(dict.fromkeys(architecture.before)))
+    return Classification(axes, cuts, tied, full_names, float32, heads, layers)
 
 
 @contextmanager

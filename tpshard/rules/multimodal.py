@@ -66,7 +66,8 @@ class ModelRules:
         others = {".".join(t.name.split(".")[:depth]) for t in tensors if t.name not in names}
         entry = {"model_type": self.text.model_type, "config": self.text.key, "prefix": prefix}
         tied = _tied(found.tied, names, prefix, self.architecture)
-        return replace(found, cuts=cuts, tied=tied), {**entry, "replicated": sorted(others)}
+        layers = found.layers and replace(found.layers, before=(*found.layers.before, *sorted(others)))
+        return replace(found, cuts=cuts, tied=tied, layers=layers), {**entry, "replicated": sorted(others)}
 
 
 def text_config(config: Mapping[str, Any]) -> TextConfig | None:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from tpshard.storage.names import SUMS, WEIGHTS, fits
+from tpshard.storage.names import RANK_STEM, SUMS, WEIGHTS, fits
 
 CARRIED_LIMIT = 100_000_000
 """Bytes of the largest file that travels."""
-_OTHER_SUMS = re.compile(rf"{SUMS}|rank-\d{{5}}-of-\d{{5}}(\..*)?")
+_OTHER_SUMS = re.compile(rf"{SUMS}|{RANK_STEM}(\..*)?")
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,14 +83,22 @@ def side_files(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if "/" not in name and fits(name, SIDE_PATTERNS))
 
 
-def rank_stem(rank: int, tp: int) -> str:
-    """`rank-00000-of-00004`, the beginning of the names of a rank's record and lock in every format."""
-    return f"rank-{rank:05}-of-{tp:05}"
+RANK_STEM = r"rank-(\d{5})-of-(\d{5})(?:-stage-(\d{5})-of-(\d{5}))?"
+"""What `rank_stem` gives: rank and ranks of a stage, stage and stages where there are several."""
 
 
-def record_name(rank: int, tp: int) -> str:
+def rank_stem(rank: int, tp: int, pp: int = 1) -> str:
+    """`rank-00000-of-00004`, the beginning of the names of a rank's record and lock in every format.
+
+    rank: of all `tp * pp`. Where there are stages, `-stage-00001-of-00002` follows, and the rank is that within it.
+    """
+    stage, place = divmod(rank, tp)
+    return f"rank-{place:05}-of-{tp:05}" + (f"-stage-{stage:05}-of-{pp:05}" if pp > 1 else "")
+
+
+def record_name(rank: int, tp: int, pp: int = 1) -> str:
     """The name of a rank's record, which says that its files are complete."""
-    return f"{rank_stem(rank, tp)}.json"
+    return f"{rank_stem(rank, tp, pp)}.json"
 
 
 def journal_path(directory: Path, name: str) -> Path:

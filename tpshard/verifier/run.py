@@ -16,6 +16,7 @@ from tpshard.verifier.group import Processes, Threads
 from tpshard.verifier.memory import pick_device
 from tpshard.verifier.options import Say, VerifyOptions, silent
 from tpshard.verifier.ranks.claims import false_claims
+from tpshard.verifier.ranks.stages import injected
 from tpshard.verifier.ranks.translate import require_replicas, stored_in
 from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
@@ -92,7 +93,9 @@ def _judged(name: str, opened: OpenedSet, judge: JudgeTier, run: EngineRun) -> t
         if 0 in opened.team.here:
             require_replicas(opened.shards)
         tier, inject = judge()
-        return tier, inject() if inject is not None and tier.status == "pass" else None
+        if inject is None or tier.status != "pass":
+            return tier, None
+        return tier, [*(_in_stages(opened) if name == "weights" else ()), *inject()]
 
     try:
         tier, canaries = opened.team.together(work)
@@ -109,6 +112,15 @@ def _judged(name: str, opened: OpenedSet, judge: JudgeTier, run: EngineRun) -> t
         reason = "no fault could be injected that this tier would notice"
         tier = replace(tier, status="inconclusive", reason=reason)
     return tier, canaries
+
+
+def _in_stages(opened: OpenedSet) -> list[Canary]:
+    """The canaries of a pipeline: what lies on another stage than it must."""
+    shards = opened.shards
+    seen = injected(shards.on_stages, shards.stages, opened.config) if shards.stages else {}
+    return [
+        Canary(name, "weights", "caught" if caught else "missed", float(not caught)) for name, caught in seen.items()
+    ]
 
 
 def _named(tier: Tier, opened: OpenedSet) -> Tier:
@@ -142,6 +154,7 @@ def _verdict(run: EngineRun, opened: OpenedSet, options: VerifyOptions, judged: 
             "float32": options.float32,
             "layers": None if options.layers is None else list(run.layers or ()),
             "sequence_parallel": options.sequence_parallel,
+            **({"pp": len(shards.stages)} if shards.stages else {}),
             "streamed": run.streamed,
             "processes": team.size if isinstance(team, Processes) else 1,
             **run.settings,

@@ -11,21 +11,21 @@ from typing import Any
 from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
 from tpshard.verifier.ranks.open import RankSet
+from tpshard.verifier.ranks.stages import EMBEDDINGS, HEADS, misplaced, stale
 from tpshard.verifier.ranks.weights import Weights, named
 
 _TIED = "tie_word_embeddings"
 _LISTS = {"modules_to_not_convert": False, "modules_in_block_to_quantize": True}
 """Lists in a quantization_config, and whether they are of modules that are quantised."""
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_EMBEDDINGS = tuple(
-    f"{each}.weight" for each in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-)
 
 
 def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) -> list[str]:
     """What of a set's config and headers is not so, where its tensors are judged against this source."""
     changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened, source))
-    return [*(f"config.json: {each}" for each in changed), *_misplaced(opened.said, source)]
+    claims = [*(f"config.json: {each}" for each in changed), *_misplaced(opened.said, source)]
+    if opened.stages:
+        claims += [*misplaced(opened.on_stages, opened.stages, config), *stale(opened.copies)]
+    return claims
 
 
 def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
@@ -42,7 +42,7 @@ def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
     if each.key != _TIED:
         return False
     names = opened.ranks[0].names()
-    both = any(name in names for name in _HEADS) and any(name.endswith(_EMBEDDINGS) for name in names)
+    both = any(name in names for name in HEADS) and any(name.endswith(EMBEDDINGS) for name in names)
     return each.found == ("false" if both else "true")
 
 

@@ -9,7 +9,8 @@ from tpshard.errors import CorruptError
 
 _NAMES = {
     "native": re.compile(
-        r"rank-(?P<rank>\d{5})-of-(?P<tp>\d{5})(?:-part-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.safetensors"
+        r"rank-(?P<rank>\d{5})-of-(?P<tp>\d{5})(?:-stage-(?P<stage>\d{5})-of-(?P<pp>\d{5}))?"
+        r"(?:-part-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.safetensors"
     ),
     "vllm": re.compile(r"model-rank-(?P<rank>\d{1,5})-part-(?P<part>\d{1,5})\.safetensors"),
     "meta": re.compile(r"consolidated\.(?P<rank>\d\d)\.pth"),
@@ -21,11 +22,11 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class RankFiles:
-    """The files of a set: what names them, how many ranks there are, and each rank's files in order."""
+    """The files of a set: what names them, how many ranks a stage has, and each rank's files in order, by stage."""
 
     format: str
     tp: int
-    ranks: Mapping[int, tuple[str, ...]]
+    ranks: Mapping[int, tuple[tuple[str, ...], ...]]
 
 
 def _numbered(directory: Path) -> Iterator[tuple[str, dict[str, int], str]]:
@@ -47,26 +48,33 @@ def rank_files(directory: Path) -> RankFiles:
         raise CorruptError("no rank files here", path=directory, expected=expected, hint=hint)
     if len(kinds) > 1:
         raise CorruptError("rank files of several formats", path=directory, found=", ".join(kinds))
-    widths, ranks, counts = set(), dict[int, dict[int, str]](), dict[int, set[int]]()
+    widths, ranks, counts = set(), dict[tuple[int, int], dict[int, str]](), dict[tuple[int, int], set[int]]()
     for _, said, name in files:
-        widths.add(said.get("tp"))
-        ranks.setdefault(said["rank"], {})[said.get("part", 0)] = name
-        counts.setdefault(said["rank"], set()).add(said.get("parts", 0))
+        widths.add((said.get("tp"), said.get("pp", 1)))
+        place = said["rank"], said.get("stage", 0)
+        ranks.setdefault(place, {})[said.get("part", 0)] = name
+        counts.setdefault(place, set()).add(said.get("parts", 0))
     if len(widths) > 1:
-        raise CorruptError("rank files of several widths", path=directory, found=sorted(w or 0 for w in widths))
+        raise CorruptError(
+            "rank files of several widths", path=directory, found=sorted((w or 0) * pp for w, pp in widths)
+        )
     # Engines' names do not say the width: then it is as many ranks as there are.
-    tp = widths.pop() or max(ranks) + 1
-    missing = [rank for rank in range(tp) if rank not in ranks]
-    for rank, parts in ranks.items():
-        if counts[rank] != {len(parts)} and (counts[rank] != {0} or len(parts) != max(parts) + 1):
-            missing.append(rank)
+    named, pp = widths.pop()
+    tp = named or max(rank for rank, _ in ranks) + 1
+    places = [(rank, stage) for stage in range(pp) for rank in range(tp)]
+    missing = [place for place in places if place not in ranks]
+    for place, parts in ranks.items():
+        if counts[place] != {len(parts)} and (counts[place] != {0} or len(parts) != max(parts) + 1):
+            missing.append(place)
     if missing:
-        expected, found = f"ranks 0 to {tp - 1}", f"all but {', '.join(map(str, sorted(missing)))}"
+        gone = sorted(stage * tp + rank for rank, stage in missing)
+        expected, found = f"ranks 0 to {tp * pp - 1}", f"all but {', '.join(map(str, gone))}"
         raise CorruptError("ranks are missing or incomplete", path=directory, expected=expected, found=found)
-    return RankFiles(kinds[0], tp, {rank: tuple(name for _, name in sorted(ranks[rank].items())) for rank in range(tp)})
+    held = {place: tuple(name for _, name in sorted(parts.items())) for place, parts in ranks.items()}
+    return RankFiles(kinds[0], tp, {rank: tuple(held[rank, stage] for stage in range(pp)) for rank in range(tp)})
 
 
 def width(directory: Path) -> int:
-    """The number of ranks, as the names of the files say it; 1 where there are none, which others will complain of."""
+    """The ranks of a stage, as the names of the files say it; 1 where there are none, which others will complain of."""
     files = _numbered(directory) if directory.is_dir() else ()
     return max([1, *(said.get("tp", said["rank"] + 1) for _, said, _ in files)])

@@ -1,10 +1,10 @@
 """Shard sets and unsharded checkpoints on disk as weights that are read when they are needed, and no earlier."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +94,9 @@ class RankSet:
 
     The ranks have the names and shapes of their files, which `translate.translated` turns into the source's; it keeps
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them; `said` are the
-    places that headers of other files state as well, for torch. `cast_name` names what a set was cast to.
+    places that headers of other files state as well, for torch. `cast_name` names what a set was cast to. `stages` are
+    the layers of each stage as the manifest has them, `on_stages` the stages that have a rank's tensors, and `copies`
+    the tensors that two stages have; none where there is one stage.
     """
 
     directory: Path
@@ -107,6 +109,9 @@ class RankSet:
     stored: tuple[FileWeights, ...] = ()
     chunks: tuple[Chunks, ...] = ()
     said: tuple[Chunks, ...] = ()
+    stages: tuple[tuple[int, int], ...] = ()
+    on_stages: tuple[Mapping[str, tuple[int, ...]], ...] = ()
+    copies: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
 
 
 def _json(path: Path) -> Any:
@@ -130,17 +135,43 @@ def open_shards(directory: Path) -> RankSet:
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
     opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
+    pp = len(files.ranks[0])
     return RankSet(
         directory=directory,
         config=_json(directory / CONFIG),
-        ranks=tuple(weights for weights, _, _ in opened),
+        ranks=tuple(each.weights for each in opened),
         cast=_casts(manifest, directory),
         cast_name=_said(manifest, "options", "dtype", None),
         warnings=tuple(warnings),
         format=files.format,
-        chunks=tuple(chunks for _, chunks, _ in opened) if files.format.startswith("dcp") else (),
-        said=tuple(said for _, _, said in opened),
+        chunks=tuple(each.chunks for each in opened) if files.format.startswith("dcp") else (),
+        said=tuple(each.said for each in opened),
+        stages=_stages(manifest, pp) if pp > 1 else (),
+        on_stages=tuple(each.on_stages for each in opened),
+        copies=tuple(copy for each in opened for copy in each.copies),
     )
+
+
+class _Opened(NamedTuple):
+    """What the files of one rank hold; see `RankSet`."""
+
+    weights: FileWeights
+    chunks: Chunks
+    said: Chunks
+    on_stages: Mapping[str, tuple[int, ...]]
+    copies: Sequence[tuple[TensorInfo, TensorInfo]]
+
+
+def _stages(manifest: Any, pp: int) -> tuple[tuple[int, int], ...]:
+    """The layers of each stage, as the manifest says them; CorruptError where it does not."""
+    try:
+        found = tuple((int(first), int(last)) for first, last in manifest["stages"])
+    except (KeyError, TypeError, ValueError):
+        found = ()
+    if len(found) != pp:
+        expected = f"`stages`, the layers of each of {pp}"
+        raise CorruptError(f"{MANIFEST} does not say which layers the stages have", path=MANIFEST, expected=expected)
+    return found
 
 
 def _said(manifest: Any, part: str, key: str, default: Any) -> Any:
@@ -173,11 +204,11 @@ def _casts(manifest: Any, directory: Path) -> Mapping[str, torch.dtype] | None:
 
 def _open_rank(
     directory: Path, files: RankFiles, rank: int, listed: Mapping[str, list[Chunk]], warnings: list[str]
-) -> tuple[FileWeights, Chunks, Chunks]:
-    infos: list[TensorInfo] = []
+) -> _Opened:
     chunks: list[Chunk] = []
     said: list[Chunk] = []
-    for name in files.ranks[rank]:
+    held: dict[str, list[tuple[int, TensorInfo]]] = {}
+    for stage, name in ((stage, name) for stage, names in enumerate(files.ranks[rank]) for name in names):
         path = directory / name
         if files.format == "dcp":
             chunks += listed.get(name, [])
@@ -186,19 +217,30 @@ def _open_rank(
         if files.format == "dcp-hf":
             chunks += of_header(header, path)
         else:
-            infos += header.tensors
+            for info in header.tensors:
+                held.setdefault(info.name, []).append((stage, info))
             said += of_header(header, path) if SHARDING in header.metadata else ()
-        for key, number in (("rank", rank), ("tp", files.tp)):
+        for key, number in (("rank", stage * files.tp + rank), ("tp", files.tp)):
             if (stated := header.metadata.get(f"tpshard.{key}", str(number))) != str(number):
                 warnings.append(f"{name} says that it is of {key} {stated}")
-    record = directory / record_name(rank, files.tp)
+    pp = len(files.ranks[rank])
+    records = [directory / record_name(stage * files.tp + rank, files.tp, pp) for stage in range(pp)]
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
-    for file, size in _recorded(record) if record.exists() else ():
+    for file, size in (each for record in records if record.exists() for each in _recorded(record)):
         if sizes.get(file, size) != size:
             warnings.append(f"{file} has {sizes[file]} bytes, its record says {size}")
     named = _numbered(chunks)
-    weights = FileWeights([*infos, *(chunk.info for each in named.values() for chunk in each)])
-    return weights, named, _numbered(said)
+    weights = FileWeights([*_of_first_stage(held), *(chunk.info for each in named.values() for chunk in each)])
+    copies = [(each[0][1], info) for each in held.values() for _, info in each[1:]]
+    on = {name: tuple(stage for stage, _ in each) for name, each in held.items()} if pp > 1 else {}
+    return _Opened(weights, named, _numbered(said), on, copies)
+
+
+def _of_first_stage(held: Mapping[str, Sequence[tuple[int, TensorInfo]]]) -> Iterator[TensorInfo]:
+    """Each tensor once; all of those that one stage has in two files, which `FileWeights` refuses."""
+    for each in held.values():
+        first = each[0][0]
+        yield from (info for stage, info in each if stage == first)
 
 
 def _recorded(record: Path) -> list[tuple[str, int]]:

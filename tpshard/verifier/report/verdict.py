@@ -93,6 +93,11 @@ class Verdict:
         return "pass" if statuses == {"pass"} else "inconclusive"
 
     @property
+    def mesh(self) -> str:
+        """The ranks for people: `tp 4`, and the stages where there are several."""
+        return f"tp {self.tp}" + (f", pp {self.settings['pp']}" if "pp" in self.settings else "")
+
+    @property
     def not_run(self) -> tuple[str, ...]:
         """Tensors that no tier computes with."""
         return tuple(name for tier in self.tiers for name in tier.not_run)

@@ -1,0 +1,196 @@
+"""Pipelines: split, check, verify, merge and reshard of tp x pp ranks, through the commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import tpshard
+from tests.helpers.command import fails, succeeds
+from tests.helpers.command import tpshard as command
+from tests.helpers.grids import some
+from tests.helpers.quantised import make as quantised
+from tests.helpers.toys import read_all
+from tpshard.errors import UsageError
+
+Made = Callable[..., Path]
+QUICK = ("--no-fsync", "-q")
+FAMILIES = ["llama-gqa", "gpt2", "opt-project-prenorm", "bloom", "gpt_neox", "mixtral", "deepseek_v3", "qwen3_next"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("name", some(FAMILIES, ["llama-gqa", "gpt2", "deepseek_v3"]))
+def test_what_is_split_is_proved_and_merged(name: str, made: Made) -> None:
+    """And any mesh is resharded into any other, byte for byte what a direct split writes."""
+    model = made(name)
+    succeeds("split", model, "--tp", 2, "--pp", 2, "-o", "set", *QUICK)
+    assert len(list(Path("set").glob("rank-*.safetensors"))) == 4
+    succeeds("check", "set", "--source", model)
+    result = command("verify", "set", "--source", model, "--json")
+    assert result.code == 0, result.json["reason"]
+    assert result.json["settings"]["pp"] == 2
+    stages = {each["name"]: each["status"] for each in result.json["canaries"] if "stage" in each["name"]}
+    assert stages == {"stages-exchanged": "caught", "layer-on-another-stage": "caught"}
+    succeeds("merge", "set", "-o", "merged", *QUICK)
+    assert read_all(Path("merged")) == read_all(model)
+    ways: list[tuple[object, ...]] = [("--tp", 1), ("--tp", 1, "--pp", 2), ("--tp", 2, "--pp", 2)]
+    for number, way in enumerate(ways):
+        succeeds("split", model, *way, "-o", f"direct-{number}", *QUICK)
+        succeeds("reshard", "set", *way, "-o", f"again-{number}", *QUICK)
+        assert bytes_of(Path(f"again-{number}")) == bytes_of(Path(f"direct-{number}"))
+    succeeds("reshard", "direct-0", "--tp", 2, "--pp", 2, "-o", "from-one", *QUICK)
+    assert bytes_of(Path("from-one")) == bytes_of(Path("set"))
+
+
+def test_each_stage_has_its_layers_and_what_stands_before_and_behind_them(made: Made) -> None:
+    model = made("llama-gqa")
+    succeeds("split", model, "--tp", 1, "--pp", 2, "--pp-layers", "1,2", "-o", "set", *QUICK)
+    first, last = (load_file(f"set/rank-00000-of-00001-stage-0000{stage}-of-00002.safetensors") for stage in (0, 1))
+    assert {name.split(".")[2] for name in first if ".layers." in name} == {"0"}
+    assert {name.split(".")[2] for name in last if ".layers." in name} == {"1", "2"}
+    assert {name for name in first if ".layers." not in name} == {"model.embed_tokens.weight"}
+    assert {name for name in last if ".layers." not in name} == {"model.norm.weight", "lm_head.weight"}
+    manifest = json.loads(Path("set/tpshard.json").read_text())
+    assert manifest["mesh"] == {"tp": 1, "pp": 2, "ep": 1} and manifest["stages"] == [[0, 1], [1, 3]]
+    assert manifest["options"]["pp_layers"] == [1, 2]
+    plan = succeeds("plan", model, "--tp", 2, "--pp", 2, "--json").json
+    assert plan["stages"] == [[0, 2], [2, 3]]
+    ranks = {row["name"]: [each["rank"] for each in row["ranks"]] for row in plan["tensors"]}
+    assert ranks["model.embed_tokens.weight"] == ranks["model.layers.1.mlp.up_proj.weight"] == [0, 1]
+    assert ranks["model.layers.2.mlp.up_proj.weight"] == ranks["lm_head.weight"] == [2, 3]
+    cached = [each["kv_cache"] for each in plan["numbers"]["ranks"]]
+    assert cached[0] == cached[1] == 2 * cached[2] == 2 * cached[3] > 0
+    assert [each["bytes"] for each in plan["ranks"]] == [
+        sum(t.nbytes for t in tpshard.load_rank(tpshard_set(model), rank).values()) for rank in range(4)
+    ]
+    assert "stages: layers 0-1, 2, each on 2 ranks" in succeeds("plan", model, "--tp", 2, "--pp", 2).out
+
+
+def tpshard_set(model: Path) -> Path:
+    """The set of that plan, written once."""
+    if not Path("two").exists():
+        succeeds("split", model, "--tp", 2, "--pp", 2, "-o", "two", *QUICK)
+    return Path("two")
+
+
+def test_a_rank_is_loaded_by_its_number_or_its_coordinate(made: Made) -> None:
+    found = tpshard_set(made("llama-gqa"))
+    by_number, by_place = tpshard.load_rank(found, 3), tpshard.load_rank(found, pp=1, tp=1)
+    assert by_number.keys() == by_place.keys() and "lm_head.weight" in by_place
+    assert all(bool((by_number[name] == by_place[name]).all()) for name in by_number)
+    for wrong in ({"rank": 4}, {"pp": 2}, {"pp": 1, "tp": 2}, {}, {"rank": 0, "pp": 0}):
+        with pytest.raises(UsageError):
+            tpshard.load_rank(found, **wrong)  # type: ignore[arg-type]
+
+
+def test_a_tied_embedding_is_on_both_ends_and_a_stale_copy_is_found(made: Made) -> None:
+    model = made("llama-tied")
+    succeeds("split", model, "--tp", 1, "--pp", 3, "-o", "set", *QUICK, "--checksum", "none")
+    files = [Path(f"set/rank-00000-of-00001-stage-0000{stage}-of-00003.safetensors") for stage in range(3)]
+    names = [name for name in load_file(files[0]) if name.endswith("embed_tokens.weight")]
+    assert [names[0] in load_file(file) for file in files] == [True, False, True]
+    data = bytearray(files[2].read_bytes())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    data[8 + int.from_bytes(data[:8], "little") + header[names[0]]["data_offsets"][0]] ^= 1
+    files[2].write_bytes(data)
+    result = command("merge", "set", "-o", "merged", *QUICK)
+    assert result.code == 1 and names[0] in result.err
+    result = command("verify", "set", "--source", model, "--tier", "weights", "--json")
+    assert result.code == 1
+    assert f"{names[0]} is not the same on the stages that have it" in result.json["reason"]
+    assert command("check", "set", "--source", model).code == 1
+
+
+def moved(name: str, first: Path, second: Path) -> None:
+    """Take a tensor out of one file and put it into another one."""
+    one, other = load_file(first), load_file(second)
+    other[name] = one.pop(name)
+    for path, tensors in ((first, one), (second, other)):
+        data = path.read_bytes()
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        save_file(tensors, path, {key: value for key, value in metadata.items() if "DCP" not in key})
+
+
+@pytest.mark.parametrize("damage", ["layer", "norm", "stages"])
+def test_what_lies_on_another_stage_is_named(damage: str, made: Made) -> None:
+    model = made("llama-gqa")
+    succeeds("split", model, "--tp", 1, "--pp", 3, "-o", "set", *QUICK, "--checksum", "none")
+    files = [Path(f"set/rank-00000-of-00001-stage-0000{stage}-of-00003.safetensors") for stage in range(3)]
+    if damage == "stages":
+        shutil.move(files[0], "aside")
+        shutil.move(files[1], files[0])
+        shutil.move("aside", files[1])
+        says = "layer 0 is on stage 1, and its place is stage 0"
+    elif damage == "layer":
+        for name in [name for name in load_file(files[0]) if ".layers.0." in name]:
+            moved(name, files[0], files[1])
+        says = "layer 0 is on stage 1, and its place is stage 0"
+    else:
+        moved("lm_head.weight", files[2], files[0])
+        says = "lm_head.weight is on stage 0, and its place is stage 2"
+    result = command("verify", "set", "--source", model, "--tier", "weights", "--json")
+    assert result.code == 1 and says in result.json["reason"], result.out
+    assert command("check", "set", "--source", model).code in (1, 3)
+
+
+def test_quantised_weights_keep_their_blocks() -> None:
+    model = quantised(Path("model"), "fp8 blocks", parts=1)
+    succeeds("split", model, "--tp", 2, "--pp", 2, "-o", "set", *QUICK)
+    succeeds("check", "set", "--source", model)
+    succeeds("merge", "set", "-o", "merged", *QUICK)
+    assert read_all(Path("merged")) == read_all(model)
+
+
+def test_hosts_write_their_own_stages(made: Made) -> None:
+    model = made("llama-gqa")
+    for ranks in ("2-3", "0,1"):
+        succeeds("split", model, "--tp", 2, "--pp", 2, "-o", "shared", "--ranks", ranks, *QUICK)
+    whole, shared = bytes_of(tpshard_set(model)), bytes_of(Path("shared"))
+    assert {name: data for name, data in whole.items() if name != "SHA256SUMS"} == {
+        name: data for name, data in shared.items() if name != "SHA256SUMS"
+    }
+    Path("shared/rank-00001-of-00002-stage-00001-of-00002.safetensors").unlink()
+    assert "rank 3 missing" in command("check", "shared").err
+
+
+def test_what_is_no_pipeline_is_refused(made: Made) -> None:
+    model = made("llama-gqa")
+    assert fails(4, "plan", model, "--tp", 1, "--pp", 4)["expected"] == "pp of at most 3"
+    assert fails(2, "plan", model, "--tp", 1, "--pp", 2, "--pp-layers", "1,1")["hint"] == "for example --pp-layers 2,1"
+    assert "one number for each stage" in fails(2, "plan", model, "--tp", 1, "--pp", 3, "--pp-layers", "1,2")["message"]
+    fails(2, "plan", model, "--tp", 1, "--pp", 2, "--pp-layers", "1,x")
+    fails(2, "plan", model, "--tp", 1, "--pp", 0)
+    for format in ("sglang", "meta", "dcp", "dcp-hf", "hf"):
+        assert fails(4, "plan", model, "--tp", 1, "--pp", 2, "--format", format)["hint"] == "use --format native"
+    fails(2, "split", model, "--tp", 2, "--pp", 2, "--ranks", "4", "-o", "set")
+
+
+def test_a_set_from_before_pipelines_is_read_and_says_why_it_has_no_stages(made: Made) -> None:
+    """Its manifest has no `layers`: one is made of today's, with the digest that it must have."""
+    from tpshard.formats.manifest import digest_of, dump
+
+    succeeds("split", made("llama-gqa"), "--tp", 2, "-o", "set", *QUICK, "--checksum", "none")
+    manifest = json.loads(Path("set/tpshard.json").read_text())
+    del manifest["layers"]
+    old, new = manifest["set"], digest_of(manifest)
+    Path("set/tpshard.json").write_bytes(dump(manifest | {"set": new}))
+    for path in Path("set").glob("rank-*"):
+        path.write_bytes(path.read_bytes().replace(old.encode(), new.encode()))
+    Path("set/SHA256SUMS").unlink()
+    succeeds("merge", "set", "-o", "merged", *QUICK)
+    succeeds("reshard", "set", "--tp", 1, "-o", "one", *QUICK)
+    error = fails(4, "reshard", "set", "--tp", 1, "--pp", 2, "-o", "stages")
+    assert "nothing says which modules come before the layers" in error["message"]

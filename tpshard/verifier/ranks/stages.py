@@ -1,0 +1,96 @@
+"""Pipeline stages: whether each stage has the layers that it must have, and copies on two of them are equal.
+
+The decoder reads a rank's tensors from whichever stage has them and hands activations from layer to layer, as stages
+do; so where a tensor lies is judged here, by the order of layers and what the manifest says of them.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from tpshard.storage.local import read_range
+from tpshard.storage.safetensors import TensorInfo
+
+EMBEDDINGS = tuple(
+    f"{each}.weight" for each in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+)
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|h|blocks)\.(\d+)\.")
+_BLOCK = 1 << 24
+
+OnStages = Mapping[str, tuple[int, ...]]
+"""A rank's tensors by name, and the stages that have them."""
+
+
+def misplaced(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config: Mapping[str, Any]) -> Iterator[str]:
+    """What lies on another stage than it must. ranges: the layers of each stage, as the manifest says it."""
+    first, last = ranks[0], len(ranges) - 1
+    for rank, held in enumerate(ranks):
+        apart = next((name for name in {**first, **held} if first.get(name) != held.get(name)), None)
+        if apart is not None:
+            one, other = _listed(first.get(apart)), _listed(held.get(apart))
+            yield f"{apart} is on {one} of rank 0, and on {other} of rank {rank}"
+            return
+    if [begin for begin, _ in ranges] != [0, *(end for _, end in ranges[:-1])]:
+        yield f"the stages have layers {_listed_ranges(ranges)}, which are not one behind the other"
+        return
+    stacks: dict[str, dict[int, set[tuple[int, ...]]]] = {}
+    for name, where in first.items():
+        if found := _LAYER.search(name):
+            stacks.setdefault(name[: found.start()], {}).setdefault(int(found[1]), set()).add(where)
+    # Of several stacks (a tower, a decoder) the decoder's layers are on all stages.
+    before, decoder = max(stacks.items(), key=lambda item: len({where for each in item[1].values() for where in each}))
+    for layer, places in sorted(decoder.items()):
+        stage = next((at for at, (begin, end) in enumerate(ranges) if begin <= layer < end), last)
+        if places != {(stage,)}:
+            found_on = _listed(tuple(sorted({each for place in places for each in place})))
+            yield f"layer {layer} is on {found_on}, and its place is stage {stage}"
+    tied = config.get("tie_word_embeddings") is True and not any(name.endswith(HEADS) for name in first)
+    for name, where in first.items():
+        outside = name.startswith(before) and not _LAYER.search(name)
+        if name.endswith(HEADS) and where != (last,):
+            yield f"{name} is on {_listed(where)}, and its place is stage {last}"
+        elif outside and name.endswith(EMBEDDINGS) and where != ((0, last) if tied else (0,)):
+            yield f"{name} is on {_listed(where)}, and its place is {_listed((0, last) if tied else (0,))}"
+        elif len(where) > 1 and not name.endswith(EMBEDDINGS):
+            yield f"{name} is on {_listed(where)}"
+
+
+def _listed(stages: tuple[int, ...] | None) -> str:
+    return f"stage {' and '.join(map(str, stages))}" if stages else "no stage"
+
+
+def _listed_ranges(ranges: Sequence[Sequence[int]]) -> str:
+    return ", ".join(f"{begin} to {end - 1}" for begin, end in ranges)
+
+
+def stale(copies: Sequence[tuple[TensorInfo, TensorInfo]]) -> Iterator[str]:
+    """The tensors on two stages that are not the same on both, byte for byte."""
+    for one, other in copies:
+        same = (one.dtype, one.shape) == (other.dtype, other.shape)
+        ends = [*range(0, one.nbytes, _BLOCK), one.nbytes]
+        if not same or any(
+            read_range(one.file, one.begin + begin, one.begin + end)
+            != read_range(other.file, other.begin + begin, other.begin + end)
+            for begin, end in pairwise(ends)
+        ):
+            yield f"{one.name} is not the same on the stages that have it"
+
+
+def injected(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config: Mapping[str, Any]) -> dict[str, bool]:
+    """Faults put into this set on purpose, and whether `misplaced` sees them."""
+    last = len(ranges) - 1
+    faults: dict[str, Callable[[str, tuple[int, ...]], tuple[int, ...]]] = {
+        "stages-exchanged": lambda _, where: tuple(sorted(last - stage for stage in where)),
+        "layer-on-another-stage": lambda name, where: (last,) if _number(name) == 0 else where,
+    }
+    return {
+        fault: any(misplaced([{name: at(name, held[name]) for name in held} for held in ranks], ranges, config))
+        for fault, at in faults.items()
+    }
+
+
+def _number(name: str) -> int | None:
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
