@@ -22,7 +22,7 @@ PACKAGE = Path(tpshard.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "storage": (),
     "planning": ("storage.safetensors",),
-    "rules": ("planning.axes", "storage.safetensors", "storage.tensor_names"),
+    "rules": ("planning.axes", "planning.stages", "storage.safetensors", "storage.tensor_names"),
     "formats": ("planning", "storage"),
     "execute": ("planning", "storage"),
     "inputs": ("rules", "formats", "planning", "storage"),

@@ -34,6 +34,20 @@ def test_ours_is_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_path: P
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize("name", models.PIPELINES)
+def test_ours_is_what_vllm_holds_on_each_stage(name: str, tp: int, pp: int, loader: Loader, tmp_path: Path) -> None:
+    source = models.make(name, tmp_path / "source")
+    theirs = loader.held(source, tp, "auto", tmp_path / "theirs", pp=pp)
+    shards = tmp_path / "shards"
+    tpshard.split(source, tp, shards, format="vllm", pp=pp)
+    assert differences(written(shards, tp, pp), theirs) == []
+    assert differences(loader.held(shards, tp, "sharded_state", tmp_path / "loaded", pp=pp), theirs) == []
+    assert not tpshard.check(shards, source).differences
+    tpshard.merge(shards, tmp_path / "merged")
+    assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
+
+
 @pytest.mark.parametrize("name", models.REFUSED)
 def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")

@@ -1,7 +1,7 @@
 """What vLLM's own classes hold after loading, written by plain gloo processes without starting an engine.
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
-{"model": DIR, "tp": N, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL}
+{"model": DIR, "tp": N, "pp": N, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL}
 → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
@@ -119,11 +119,12 @@ class Complaints(logging.Handler):
 
 def load(job: dict[str, object], rank: int, port: int) -> None:
     """One rank's model, loaded and written; raises for whatever vLLM refuses, and for a parameter left unset."""
-    tp, load_format = int(str(job["tp"])), str(job["load_format"])
+    tp, pp, load_format = int(str(job["tp"])), int(str(job["pp"])), str(job["load_format"])
     arguments = EngineArgs(
         model=str(job["model"]),
         skip_tokenizer_init=True,
         tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
         load_format=load_format,
         enforce_eager=True,
         max_model_len=64,
@@ -132,8 +133,8 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     complaints = Complaints()
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
     with set_current_vllm_config(config):
-        init_distributed_environment(tp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
-        initialize_model_parallel(tp)
+        init_distributed_environment(tp * pp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
+        initialize_model_parallel(tp, pp)
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
             model = initialize_model(vllm_config=config)
         fresh = set(ShardedStateLoader._filter_subtensors(model.state_dict()))
@@ -178,7 +179,7 @@ def run(job: dict[str, object]) -> dict[str, object]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
-    for rank in range(int(str(job["tp"]))):
+    for rank in range(int(str(job["tp"])) * int(str(job["pp"]))):
         child = os.fork()
         if child == 0:
             status = 1

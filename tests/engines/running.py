@@ -50,13 +50,14 @@ class Loader(Engine):
     def __init__(self, log: Path) -> None:
         super().__init__("held.py", log)
 
-    def held(self, model: Path, tp: int, load_format: str, out: Path, *, roomy: bool = False) -> Ranks:
+    def held(self, model: Path, tp: int, load_format: str, out: Path, *, pp: int = 1, roomy: bool = False) -> Ranks:
         """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
 
         roomy: parameters may be larger than what is loaded.
         """
-        self.ask({"model": str(model), "tp": tp, "load_format": load_format, "out": str(out), "roomy": roomy})
-        return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp)]
+        job = {"model": str(model), "tp": tp, "pp": pp, "load_format": load_format, "out": str(out), "roomy": roomy}
+        self.ask(job)
+        return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp * pp)]
 
 
 class Generator(Engine):
@@ -94,9 +95,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def written(directory: Path, tp: int) -> Ranks:
+def written(directory: Path, tp: int, pp: int = 1) -> Ranks:
     """Our files, by rank."""
-    return [load_file(directory / f"model-rank-{rank}-part-0.safetensors") for rank in range(tp)]
+    ranks = [f"pp-{stage}-tp-{rank}" if pp > 1 else f"rank-{rank}" for stage in range(pp) for rank in range(tp)]
+    return [load_file(directory / f"model-{rank}-part-0.safetensors") for rank in ranks]
 
 
 def everything(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -41,7 +41,7 @@ class Format(ABC):
 
     @abstractmethod
     def parse_name(self, name: str) -> Mapping[str, int] | None:
-        """What a file's name says of `rank`, `ranks`, `part` and `parts`; None of other files."""
+        """What a file's name says of `rank` and `ranks` of a stage, `stage`, `part`, `parts`; None of other files."""
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
         """What a file's safetensors metadata says beside what says every file's."""

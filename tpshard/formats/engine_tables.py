@@ -204,6 +204,7 @@ class Table:
     families: Mapping[str, EngineFamily]
     refused_models: Mapping[str, str]
     quantised: QuantisedModules
+    pipelines: frozenset[str] = frozenset()
 
 
 def match(pattern: str, name: str) -> bool:
@@ -259,7 +260,8 @@ def load_table(path: Path) -> Table:
         family = _family(data["families"], name)
         family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
-    return Table(tuple(data["versions"]), families, data["refused_models"], _quantised(data.get("quantised", {})))
+    quantised, pipelines = _quantised(data.get("quantised", {})), frozenset(data.get("pipelines", ()))
+    return Table(tuple(data["versions"]), families, data["refused_models"], quantised, pipelines)
 
 
 def _quantised(entry: Mapping[str, Any]) -> QuantisedModules:

@@ -85,24 +85,21 @@ def _body(split: Split) -> Iterator[_Line]:
 
 def _tensors(split: Split) -> Iterator[str]:
     """A row for every tensor of the model, with what each rank has of it where those are what the ranks store."""
-    model, dropped, rows = split.model, split.layouts.dropped, split.layouts.rows.rows
-    options, stages = split.options, split.layouts.stages
+    model, dropped, rows, stages = split.model, split.layouts.dropped, split.layouts.rows.rows, split.layouts.stages
     known: dict[object, tuple[str, str, str]] = {}  # layers are alike
     for index, tensor in enumerate(model.tensors):
-        name, cut = tensor.name, tensor.cut
-        if (key := (tensor.shape, cut, tensor.dtype, stages and rows[index].kind)) not in known:
-            kind = rows[index].kind
-            held = [share for share in kind.shares if share] if split.format.own_names else []
-            held = held[: options.tp]  # every stage that has a tensor cuts it alike
+        name, cut, full_name = tensor.name, tensor.cut, model.full_name(tensor.name)
+        on = stages.of(name, full_name) if stages else ()
+        if (key := (tensor.shape, cut, tensor.dtype, on)) not in known:
+            held = [share for share in rows[index].kind.shares if share] if split.format.own_names else []
+            held = held[: split.options.tp]  # every stage that has a tensor cuts it alike
             ranks = ",".join("".join(map(str, _stored(share, named=False))) for share in held)
             end = "" if cut.dim is None else f",{_cut(cut)}" + (f',"ranks":[{ranks}]' if held else "")
-            if stages:
-                on = dict.fromkeys(options.mesh.coordinate(rank)[0] for rank in kind.holders)
-                end += f',"stages":{integers(list(on))}'
+            end += f',"stages":{integers(on)}' if on else ""
             whole = f'"dtype":"{tensor.dtype}","shape":{integers(tensor.shape)}'
             known[key] = whole, f'"rule":"{cut.kind}"', end
         whole, rule, end = known[key]
-        full = "" if (full_name := model.full_name(name)) == name else f',"full":{compact(full_name)}'
+        full = "" if full_name == name else f',"full":{compact(full_name)}'
         why = f',"dropped":{compact(dropped[name])}' if name in dropped else ""
         file = compact(model.file_of[name])
         yield f'{{"name":{compact(name)},{whole},"file":{file},{rule}{full}{why}{end}}}'

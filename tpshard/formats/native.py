@@ -35,13 +35,12 @@ class Native(Format):
         return f"{rank_stem(rank, mesh.tp, mesh.pp)}{middle}.safetensors"
 
     def parse_name(self, name: str) -> Mapping[str, int] | None:
-        """All of them; ranks of all stages together."""
+        """All of them."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
-        usual = (0, 1, 0, 1, 0, 1)
-        rank, tp, stage, pp, part, parts = (int(n or one) for n, one in zip(match.groups(), usual, strict=True))
-        return {"rank": stage * tp + rank, "ranks": pp * tp, "part": part, "parts": parts}
+        numbers = (int(group or usual) for group, usual in zip(match.groups(), (0, 1, 0, 1, 0, 1), strict=True))
+        return dict(zip(("rank", "ranks", "stage", "stages", "part", "parts"), numbers, strict=True))
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
         """torch's description of rectangles: of all tensors of a set or of none, or its reader fails."""

@@ -27,6 +27,7 @@ from tpshard.formats.engine_quantised import (
     require_whole_blocks,
     unplaced,
 )
+from tpshard.formats.engine_stages import on_stages
 from tpshard.formats.engine_tables import EngineFamily, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.deal import Deal
@@ -43,14 +44,16 @@ VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
 _SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 _ONE = struct.pack("<f", 1.0)
-_NAME = re.compile(rf"(?:model|{NOT_LOADED})-rank-(0|[1-9]\d*)-part-(0|[1-9]\d*)\.safetensors")
+_NUMBER = r"(0|[1-9]\d*)"
+_NAME = re.compile(rf"(?:(?:model|{NOT_LOADED})-rank|model-pp-{_NUMBER}-tp)-{_NUMBER}-part-{_NUMBER}\.safetensors")
 
 
 class ShardedState(Format):
     """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
 
-    def __init__(self, engine: str, table: str, no_quantised: str = "") -> None:
+    def __init__(self, engine: str, table: str, no_quantised: str = "", *, has_stages: bool = False) -> None:
         self.engine = engine
+        self.has_stages = has_stages
         self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
@@ -91,7 +94,14 @@ class ShardedState(Format):
         rows += _scales(family, named.values(), options.tp)
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
         rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
-        return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
+        if options.pp == 1:
+            return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
+        if (model_type := str(model.architecture.get("model_type"))) not in load_table(self.path).pipelines:
+            what = f"what {self.engine} holds of {model_type} on each stage of a pipeline is not known"
+            raise self._unsupported(what)
+        found, mesh = model.stages(options.pp, options.pp_layers), options.mesh
+        rows = on_stages(rows, family, model, found, mesh)
+        return RankLayouts(LayoutRows(rows, mesh.size), replace(dealt, mesh=mesh), dropped, found)
 
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
         """The engine's files of one rank, and behind them those with what it has no place for."""
@@ -109,13 +119,14 @@ class ShardedState(Format):
         )
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
-        """The engine's default pattern; it reads all parts that there are."""
-        return f"model-rank-{rank}-part-{part}.safetensors"
+        """The engine's default patterns; it reads all parts that there are."""
+        pp, tp = mesh.coordinate(rank)
+        return f"model-{f'pp-{pp}-tp' if mesh.pp > 1 else 'rank'}-{tp}-part-{part}.safetensors"
 
     def parse_name(self, name: str) -> Mapping[str, int] | None:
         """Rank and part; the width is only in the file's metadata."""
         found = _NAME.fullmatch(name)
-        return {"rank": int(found[1]), "part": int(found[2])} if found else None
+        return {"rank": int(found[2]), "part": int(found[3]), "stage": int(found[1] or 0)} if found else None
 
     def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
         """config.json says whether the head is tied as the files have it, and which modules are quantised."""

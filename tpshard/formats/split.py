@@ -65,7 +65,7 @@ class Options:
             what = f"{who} takes even shares only, and no padding but its own"
             hint = "leave them out, or use --format native"
             raise UsageError(what, found="--uneven, --shares or --pad-vocab-to", hint=hint)
-        mesh = Mesh(self.tp, ep=ep)
+        mesh = Mesh(self.tp, ep=ep)  # of one stage: each deals alike
         require_even(axes, mesh, f"{who} takes even shares only: use one of those")
         return deal(axes, mesh)
 

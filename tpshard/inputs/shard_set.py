@@ -287,8 +287,9 @@ def _rank_files(directory: Path, names: list[str], split: Split) -> dict[int, tu
         if numbers is None:
             _refuse_other(directory, name, split)
             continue
-        rank, path = numbers["rank"], safe_path(directory, name)
-        tensors, parts_of[rank] = open_file(path, numbers, split)
+        rank = split.options.mesh.rank(numbers.get("stage", 0), numbers["rank"])
+        path = safe_path(directory, name)
+        tensors, parts_of[rank] = open_file(path, {**numbers, "rank": rank}, split)
         files.setdefault(rank, []).append(RankFile(path, path.stat().st_size, tensors))
     return {rank: tuple(found) for rank, found in files.items() if len(found) == parts_of[rank]}
 
@@ -319,16 +320,22 @@ def _open_safetensors(path: Path, numbers: Mapping[str, int], split: Split) -> t
     with _can_be_written_again(path, numbers["rank"]):
         header = read_header(path)
     said = {key.removeprefix("tpshard."): value for key, value in header.metadata.items() if key.startswith("tpshard.")}
-    if said.get("set") != split.set_id or numbers.get("ranks", mesh.size) != mesh.size:
+    if said.get("set") != split.set_id or not _is_of(numbers, mesh):
         expected, found = f"set {split.set_id}, tp {mesh.tp}", f"set {said.get('set')}, tp {said.get('tp')}"
         raise CorruptError(f"{path.name} is not of this set", path=path, expected=expected, found=found, hint=_ONE_SET)
-    for key, value in {**numbers, "tp": mesh.tp}.items():
-        if key != "ranks" and said.get(key) != str(value):
+    for key in ("tp", "rank", "part", "parts"):
+        value = mesh.tp if key == "tp" else numbers.get(key)
+        if value is not None and said.get(key) != str(value):
             what, found = f"{path.name} does not hold what its name says", f"{key} {said.get(key)}"
             hint = "files may have been exchanged: give each the name that its content says"
             raise CorruptError(what, path=path, expected=f"{key} {value}", found=found, hint=hint)
     parts = said.get("parts", "")
     return header.tensors, int(parts) if parts.isdecimal() else 0
+
+
+def _is_of(numbers: Mapping[str, int], mesh: Mesh) -> bool:
+    """Whether a file's name is that of a rank of this mesh, as far as it says so."""
+    return (numbers.get("ranks", mesh.tp), numbers.get("stages", mesh.pp)) == (mesh.tp, mesh.pp)
 
 
 @contextmanager

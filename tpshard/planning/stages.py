@@ -46,9 +46,12 @@ class Stages:
         position, last = self.layers.position(full_name), len(self.ranges) - 1
         if any(each.startswith(f"{module}.") for module in self.twice for each in (name, full_name)):
             return tuple(sorted({0, last}))
-        if position < 0:
-            return (0,)
-        return (next((stage for stage, (_, end) in enumerate(self.ranges) if position < end), last),)
+        return self.of_layer(position)
+
+    def of_layer(self, layer: int) -> tuple[int, ...]:
+        """The stage that has a layer, the first what comes before layers, the last what comes behind them."""
+        last = len(self.ranges) - 1
+        return (next((stage for stage, (_, end) in enumerate(self.ranges) if layer < end), last),)
 
 
 def stages(layers: Layers | None, pp: int, given: Sequence[int] | None, twice: Collection[str] = ()) -> Stages:

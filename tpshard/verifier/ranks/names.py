@@ -12,7 +12,9 @@ _NAMES = {
         r"rank-(?P<rank>\d{5})-of-(?P<tp>\d{5})(?:-stage-(?P<stage>\d{5})-of-(?P<pp>\d{5}))?"
         r"(?:-part-(?P<part>\d{5})-of-(?P<parts>\d{5}))?\.safetensors"
     ),
-    "vllm": re.compile(r"model-rank-(?P<rank>\d{1,5})-part-(?P<part>\d{1,5})\.safetensors"),
+    "vllm": re.compile(
+        r"model-(?:pp-(?P<stage>\d{1,5})-tp|rank)-(?P<rank>\d{1,5})-part-(?P<part>\d{1,5})\.safetensors"
+    ),
     "meta": re.compile(r"consolidated\.(?P<rank>\d\d)\.pth"),
     "deepseek": re.compile(r"model(?P<rank>\d{1,5})-mp(?P<tp>\d{1,5})\.safetensors"),
     "dcp": re.compile(r"__(?P<rank>\d{1,5})_(?P<part>\d{1,5})\.distcp"),
@@ -50,7 +52,7 @@ def rank_files(directory: Path) -> RankFiles:
         raise CorruptError("rank files of several formats", path=directory, found=", ".join(kinds))
     widths, ranks, counts = set(), dict[tuple[int, int], dict[int, str]](), dict[tuple[int, int], set[int]]()
     for _, said, name in files:
-        widths.add((said.get("tp"), said.get("pp", 1)))
+        widths.add((said.get("tp"), said.get("pp", 0 if "stage" in said else 1)))
         place = said["rank"], said.get("stage", 0)
         ranks.setdefault(place, {})[said.get("part", 0)] = name
         counts.setdefault(place, set()).add(said.get("parts", 0))
@@ -58,9 +60,9 @@ def rank_files(directory: Path) -> RankFiles:
         raise CorruptError(
             "rank files of several widths", path=directory, found=sorted((w or 0) * pp for w, pp in widths)
         )
-    # Engines' names do not say the width: then it is as many ranks as there are.
-    named, pp = widths.pop()
-    tp = named or max(rank for rank, _ in ranks) + 1
+    # Engines' names do not say the width: then it is as many ranks and stages as there are.
+    wide, deep = widths.pop()
+    tp, pp = wide or max(rank for rank, _ in ranks) + 1, deep or max(stage for _, stage in ranks) + 1
     places = [(rank, stage) for stage in range(pp) for rank in range(tp)]
     missing = [place for place in places if place not in ranks]
     for place, parts in ranks.items():

@@ -17,6 +17,7 @@ from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 from tpshard.verifier.ranks.dcp import SHARDING, Chunk, Chunks, of_header, of_metadata
 from tpshard.verifier.ranks.names import RankFiles, rank_files
+from tpshard.verifier.ranks.stages import EMBEDDINGS, HEADS
 from tpshard.verifier.ranks.weights import Borrowed, Weights, blocks, move, replaced
 from tpshard.verifier.report.verdict import layer_of
 
@@ -134,11 +135,13 @@ def open_shards(directory: Path) -> RankSet:
         raise CorruptError(message, path=directory, expected=f"tp {recorded}", found=f"tp {tp}")
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
-    opened = [_open_rank(directory, files, rank, listed, warnings) for rank in range(tp)]
+    config = _json(directory / CONFIG)
+    tied = isinstance(config, dict) and config.get("tie_word_embeddings") is True
+    opened = [_open_rank(directory, files, rank, listed, warnings, tied) for rank in range(tp)]
     pp = len(files.ranks[0])
     return RankSet(
         directory=directory,
-        config=_json(directory / CONFIG),
+        config=config,
         ranks=tuple(each.weights for each in opened),
         cast=_casts(manifest, directory),
         cast_name=_said(manifest, "options", "dtype", None),
@@ -203,7 +206,12 @@ def _casts(manifest: Any, directory: Path) -> Mapping[str, torch.dtype] | None:
 
 
 def _open_rank(
-    directory: Path, files: RankFiles, rank: int, listed: Mapping[str, list[Chunk]], warnings: list[str]
+    directory: Path,
+    files: RankFiles,
+    rank: int,
+    listed: Mapping[str, list[Chunk]],
+    warnings: list[str],
+    tied: bool,
 ) -> _Opened:
     chunks: list[Chunk] = []
     said: list[Chunk] = []
@@ -224,6 +232,8 @@ def _open_rank(
             if (stated := header.metadata.get(f"tpshard.{key}", str(number))) != str(number):
                 warnings.append(f"{name} says that it is of {key} {stated}")
     pp = len(files.ranks[rank])
+    if tied and files.format == "vllm" and pp > 1:
+        _as_one(held)
     records = [directory / record_name(stage * files.tp + rank, files.tp, pp) for stage in range(pp)]
     sizes = {path.name: path.stat().st_size for path in directory.iterdir() if path.is_file()}
     for file, size in (each for record in records if record.exists() for each in _recorded(record)):
@@ -234,6 +244,17 @@ def _open_rank(
     copies = [(each[0][1], info) for each in held.values() for _, info in each[1:]]
     on = {name: tuple(stage for stage, _ in each) for name, each in held.items()} if pp > 1 else {}
     return _Opened(weights, named, _numbered(said), on, copies)
+
+
+def _as_one(held: dict[str, list[tuple[int, TensorInfo]]]) -> None:
+    """Take a head that vLLM has on the last stage, where the embedding on the first is the head too, for a copy of it.
+
+    Its files of one stage then have the one under the head's name.
+    """
+    embedding = next((name for name in held if name.endswith(EMBEDDINGS)), None)
+    head = next((name for name in held if name.endswith(HEADS)), None)
+    if embedding and head:
+        held[embedding] += held.pop(head)
 
 
 def _of_first_stage(held: Mapping[str, Sequence[tuple[int, TensorInfo]]]) -> Iterator[TensorInfo]:
