@@ -37,7 +37,7 @@ CHANGES = "changelog.md"
 MENU: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "install.md", "tutorial.md"),
     "Release models": ("how-to/ci.md", "how-to/sign.md", "how-to/reproduce.md"),
-    "Serve models": ("how-to/engines.md", "how-to/cluster.md", "explanation/numbers.md"),
+    "Serve models": ("how-to/engines.md", "how-to/two-nodes.md", "how-to/cluster.md", "explanation/numbers.md"),
     "Large and new models": ("how-to/large-models.md", "how-to/own-architecture.md"),
     "Look up": (
         CLI,

@@ -194,3 +194,44 @@ def test_a_set_from_before_pipelines_is_read_and_says_why_it_has_no_stages(made:
     succeeds("reshard", "set", "--tp", 1, "-o", "one", *QUICK)
     error = fails(4, "reshard", "set", "--tp", 1, "--pp", 2, "-o", "stages")
     assert "nothing says which modules come before the layers" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "name", some(["llama-tied", "llama-gqa", "qwen3", "gemma2", "mixtral"], ["llama-tied", "gemma2"])
+)
+def test_vllms_files_of_stages(name: str, made: Made) -> None:
+    """What is in them `make test-engines` compares with vLLM's own classes."""
+    model = made(name)
+    tied = json.loads((model / "config.json").read_text())["tie_word_embeddings"]
+    succeeds("split", model, "--tp", 2, "--pp", 2, "--format", "vllm", "-o", "set", *QUICK)
+    files = {stage: load_file(f"set/model-pp-{stage}-tp-0-part-0.safetensors") for stage in (0, 1)}
+    layers = [{key.split(".")[2] for key in held if ".layers." in key} for held in files.values()]
+    assert layers == [{"0", "1"}, {"2"}] if len(layers[0]) > 1 else [{"0"}, {"1"}]
+    assert ("lm_head.weight" in files[1]) == (name != "gemma2") and "lm_head.weight" not in files[0]
+    assert "model.embed_tokens.weight" in files[0]
+    assert ("model.embed_tokens.weight" in files[1]) == (name == "gemma2"), "a tied head has its own name"
+    assert [("model.norm.weight" in held) for held in files.values()] == [name == "gemma2", True]
+    assert json.loads(Path("set/config.json").read_text())["tie_word_embeddings"] == tied
+    succeeds("check", "set", "--source", model)
+    result = command("verify", "set", "--source", model, "--json")
+    assert result.code == 0, result.json["reason"]
+    succeeds("merge", "set", "-o", "merged", *QUICK)
+    assert read_all(Path("merged")) == read_all(model)
+    succeeds("split", model, "--tp", 1, "--pp", 2, "-o", "native", *QUICK)
+    succeeds("reshard", "set", "--tp", 1, "--pp", 2, "-o", "again", *QUICK)
+    assert bytes_of(Path("again")) == bytes_of(Path("native"))
+
+
+def test_vllm_is_told_of_stages_that_it_would_make_otherwise(made: Made) -> None:
+    model = made("llama-gqa")
+    usual = succeeds("plan", model, "--tp", 1, "--pp", 2, "--pp-layers", "2,1", "--format", "vllm", "--json").json
+    assert usual["warnings"] == []
+    says = "vLLM deals layers otherwise by itself: set VLLM_PP_LAYER_PARTITION=1,2 wherever it starts"
+    way = ("--tp", 1, "--pp", 2, "--pp-layers", "1,2", "--format", "vllm", "--json")
+    assert succeeds("plan", model, *way).json["warnings"] == [says]
+    assert succeeds("split", model, *way, "-o", "set", "--no-fsync").json["warnings"] == [says]
+
+
+def test_what_vllm_holds_on_stages_is_not_guessed(made: Made) -> None:
+    error = fails(4, "plan", made("gpt2"), "--tp", 1, "--pp", 2, "--format", "vllm")
+    assert "what vLLM holds of gpt2 on each stage of a pipeline is not known" in error["message"]

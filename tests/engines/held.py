@@ -42,6 +42,7 @@ from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLo
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+SHARED = "tpshard-"
 UNSET = 7.0
 """Parameters hold this before loading, so that one that the loader leaves out is seen."""
 _BACKENDS = {
@@ -119,6 +120,7 @@ class Complaints(logging.Handler):
 
 def load(job: dict[str, object], rank: int, port: int) -> None:
     """One rank's model, loaded and written; raises for whatever vLLM refuses, and for a parameter left unset."""
+    os.environ["VLLM_DIST_IDENT"] = f"{SHARED}{port}"  # names the memory in which stages meet
     tp, pp, load_format = int(str(job["tp"])), int(str(job["pp"])), str(job["load_format"])
     arguments = EngineArgs(
         model=str(job["model"]),
@@ -193,6 +195,8 @@ def run(job: dict[str, object]) -> dict[str, object]:
                 os._exit(status)
         children.append(child)
     failed = [os.waitpid(child, 0)[1] != 0 for child in children]
+    for left in Path("/dev/shm").glob(f"*{SHARED}{port}*"):  # forked processes that end at once leave it
+        left.unlink()
     if not any(failed):
         return {"ok": True}
     texts = [(out / f"error-{rank}.txt") for rank, bad in enumerate(failed) if bad]

@@ -82,6 +82,7 @@ def plan_with(options: PlanOptions) -> PlanReport:
     built = from_checkpoint(checkpoint, model.rules, model.dtype, cast_all=model.cast_all)
     warnings = (*checkpoint.warnings, *built.notes)
     planned = plan_split(built, options.target.layout)
+    warnings += planned.format.notes(planned)
     return PlanReport(planned, warnings, options.workload, checkpoint.left_out)
 
 
@@ -264,7 +265,9 @@ def _write_split(
     digests = publish(job, target, options.settings)
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     notes = () if convert is None else convert.notes()
-    return WriteReport(verb, target, mesh, set_id, plan.nbytes, written, (*warnings, *notes))
+    return WriteReport(
+        verb, target, mesh, set_id, plan.nbytes, written, (*warnings, *planned.format.notes(planned), *notes)
+    )
 
 
 def _check_room(verb: str, planned: Split, target: Path, options: SplitOptions | ReshardOptions) -> None:

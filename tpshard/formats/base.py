@@ -43,6 +43,10 @@ class Format(ABC):
     def parse_name(self, name: str) -> Mapping[str, int] | None:
         """What a file's name says of `rank` and `ranks` of a stage, `stage`, `part`, `parts`; None of other files."""
 
+    def notes(self, split: Split) -> tuple[str, ...]:
+        """What whoever loads the set must know of it."""
+        return ()
+
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:
         """What a file's safetensors metadata says beside what says every file's."""
         return {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from tpshard.formats.engine_tables import EngineFamily
+from tpshard.formats.engine_tables import EngineFamily, fits_any
 from tpshard.planning.layout import Row, RowKind
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
@@ -32,6 +32,8 @@ def on_stages(rows: Iterable[Row], family: EngineFamily, model: Model, stages: S
         else:
             _, numbers = numbered(row.name)
             on = [stages.of_layer(numbers[0] if numbers else stages.layers.count)]
+        if fits_any(family.every_stage, row.name):
+            on = [tuple(range(mesh.pp))]
         for name, where in zip(names, on, strict=True):
             if (row.kind, where) not in placed:
                 placed[row.kind, where] = _at(row.kind, where, mesh)

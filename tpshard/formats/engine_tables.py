@@ -66,6 +66,7 @@ class EngineFamily:
     renamed: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
+    every_stage: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def kind(self, name: str) -> NameKind:

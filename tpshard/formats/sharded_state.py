@@ -35,6 +35,7 @@ from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.planning.stages import even_layers
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
@@ -117,6 +118,15 @@ class ShardedState(Format):
             output_file(name, tensors, split.metadata(rank, part, len(parts)))
             for part, (name, tensors) in enumerate(zip(names, parts, strict=True))
         )
+
+    def notes(self, split: Split) -> tuple[str, ...]:
+        """How the engine is told of stages that it would make otherwise: nothing in the files says so."""
+        stages, pp = split.layouts.stages, split.options.pp
+        sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
+        if stages is None or sizes == even_layers(stages.layers.count, pp):
+            return ()
+        variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
+        return (f"{self.engine} deals layers otherwise by itself: set {variable} wherever it starts",)
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The engine's default patterns; it reads all parts that there are."""

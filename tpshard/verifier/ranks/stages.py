@@ -49,12 +49,11 @@ def misplaced(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config
     tied = config.get("tie_word_embeddings") is True and not any(name.endswith(HEADS) for name in first)
     for name, where in first.items():
         outside = name.startswith(before) and not _LAYER.search(name)
-        if name.endswith(HEADS) and where != (last,):
-            yield f"{name} is on {_listed(where)}, and its place is stage {last}"
-        elif outside and name.endswith(EMBEDDINGS) and where != ((0, last) if tied else (0,)):
-            yield f"{name} is on {_listed(where)}, and its place is {_listed((0, last) if tied else (0,))}"
-        elif len(where) > 1 and not name.endswith(EMBEDDINGS):
-            yield f"{name} is on {_listed(where)}"
+        needed = {last} if name.endswith(HEADS) else set()
+        if outside and name.endswith(EMBEDDINGS):
+            needed = {0, last} if tied else {0}
+        if not needed <= {*where}:  # on more of them it is a copy, which is compared
+            yield f"{name} is on {_listed(where)}, and its place is {_listed(tuple(sorted(needed)))}"
 
 
 def _listed(stages: tuple[int, ...] | None) -> str:
