@@ -52,6 +52,7 @@ def plan(
     engine_version: str | None = None,
     pp: int = 1,
     pp_layers: Sequence[int] | None = None,
+    ep: int = 1,
     allow_pickle: bool = False,
     follow_symlinks: bool = False,
     workload: Workload | None = None,
@@ -65,7 +66,8 @@ def plan(
     that are float32 on purpose. uneven: deal units that do not divide. shares: a weight for each rank, as `["0.5",
     "0.3", "0.2"]`. pad_vocab_to: the vocab's size after padding; None is the next multiple of tp. max_file_size: bytes
     (default: 50 GB). format: as `--format` takes it. pp: pipeline stages, of `tp` ranks each. pp_layers: how many
-    layers each stage has (default: as many, and of the rest one each from the last but one back).
+    layers each stage has (default: as many, and of the rest one each from the last but one back). ep: 1, or tp: experts
+    are dealt whole.
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
@@ -102,6 +104,7 @@ def split(
     engine_version: str | None = None,
     pp: int = 1,
     pp_layers: Sequence[int] | None = None,
+    ep: int = 1,
     allow_pickle: bool = False,
     follow_symlinks: bool = False,
     ranks: Iterable[int] | None = None,
@@ -153,6 +156,7 @@ def reshard(
     engine_version: str | None = None,
     pp: int = 1,
     pp_layers: Sequence[int] | None = None,
+    ep: int = 1,
     allow_pickle: bool = False,
     ranks: Iterable[int] | None = None,
     settings: Settings | None = None,
@@ -328,8 +332,8 @@ def _target(out: str | Path | None, model: Model, suffix: str) -> Path:
 def _suffix(options: Options) -> str:
     """What tells an output from others of the same model: its tp, and its format where that is not the native one."""
     named = () if options.format == DEFAULT_FORMAT else (options.format,)
-    stages = () if options.pp == 1 else (f"pp{options.pp}",)
-    return "-".join((f"tp{options.tp}", *stages, *named)) if format_of(options.format).has_ranks else options.format
+    more = [f"{name}{size}" for name, size in (("pp", options.pp), ("ep", options.ep)) if size > 1]
+    return "-".join((f"tp{options.tp}", *more, *named)) if format_of(options.format).has_ranks else options.format
 
 
 def _check_distinct(source: Path | None, target: Path) -> None:

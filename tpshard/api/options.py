@@ -62,6 +62,7 @@ class TargetOptions:
     uneven: deal units that do not divide. shares: a weight for each rank. pad_vocab_to: the vocab's size after padding.
     max_file_size: in bytes; None is 50 GB, or files as in the source where there are no ranks. engine_version: whose
     names the files have. pp: pipeline stages, of `tp` ranks each. pp_layers: how many layers each stage has.
+    ep: among how many whole experts are dealt.
     """
 
     tp: int
@@ -73,11 +74,16 @@ class TargetOptions:
     engine_version: str | None = None
     pp: int = 1
     pp_layers: Sequence[int] | None = None
+    ep: int = 1
     layout: Options = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if min(self.tp, self.pp) < 1:
-            raise UsageError("tp and pp must be at least 1", found=f"tp {self.tp}, pp {self.pp}")
+        if min(self.tp, self.pp, self.ep) < 1:
+            found = f"tp {self.tp}, pp {self.pp}, ep {self.ep}"
+            raise UsageError("tp, pp and ep must be at least 1", found=found)
+        if self.tp % self.ep:
+            what, found = f"ep {self.ep} does not divide tp {self.tp}", f"ep {self.ep}"
+            raise UsageError(what, expected=f"ep 1 or {self.tp}", found=found, hint=f"use --ep {self.tp}")
         sizes = None if self.pp_layers is None else tuple(self.pp_layers)
         if sizes is not None and (len(sizes) != self.pp or min(sizes) < 1):
             what, found = "--pp-layers takes one number for each stage", ", ".join(map(str, sizes))
@@ -87,7 +93,7 @@ class TargetOptions:
         if size < 1:
             raise UsageError("--max-file-size must be positive", found=size)
         named = self.format, self.engine_version
-        layout = Options(self.tp, self.uneven, shares, self.pad_vocab_to, size, *named, self.pp, sizes)
+        layout = Options(self.tp, self.uneven, shares, self.pad_vocab_to, size, *named, self.pp, sizes, self.ep)
         object.__setattr__(self, "layout", layout)
 
 

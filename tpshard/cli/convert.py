@@ -34,6 +34,7 @@ def plan(
     cast_all: opt.CAST_ALL = False,
     pp: opt.PP = 1,
     pp_layers: opt.PP_LAYERS = None,
+    ep: opt.EP = 1,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -78,6 +79,7 @@ def plan(
             engine_version,
             pp,
             layer_list(pp_layers),
+            ep,
         )
         work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
         if grouped and not json:
@@ -97,6 +99,7 @@ def split(
     allow_overflow: opt.OVERFLOW = False,
     pp: opt.PP = 1,
     pp_layers: opt.PP_LAYERS = None,
+    ep: opt.EP = 1,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -137,6 +140,7 @@ def split(
             engine_version,
             pp,
             layer_list(pp_layers),
+            ep,
         )
         if dry_run:
             _show(console, PlanOptions(source, target))
@@ -189,6 +193,7 @@ def reshard(
     ranks: opt.RANKS = None,
     pp: opt.PP = 1,
     pp_layers: opt.PP_LAYERS = None,
+    ep: opt.EP = 1,
     uneven: opt.UNEVEN = False,
     shares: opt.SHARES = None,
     pad_vocab_to: opt.PAD = None,
@@ -224,6 +229,7 @@ def reshard(
             engine_version,
             pp,
             layer_list(pp_layers),
+            ep,
         )
         chosen = rank_list(ranks, tp * pp)
         with settings(console, "reshard", workers, checksum, overwrite, no_fsync) as how:

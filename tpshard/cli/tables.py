@@ -69,6 +69,9 @@ def print_plan(report: PlanReport, every: bool) -> None:
     if stages := split.layouts.stages:
         layers = ", ".join(f"{first}-{last - 1}" if last - first > 1 else str(first) for first, last in stages.ranges)
         console.print(f"stages: layers {layers}, each on {split.options.tp} ranks")
+    if (placement := split.layouts.placement) and placement.experts:
+        whole = ", ".join(f"{first}-{last - 1}" for first, last in placement.experts[1])
+        console.print(f"experts: {whole}, whole on each rank")
     for entry in report.padding():
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
     for name in report.replicated:

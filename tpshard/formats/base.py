@@ -21,7 +21,8 @@ class Format(ABC):
     side_names: small files that the source does not have. container: the files are no safetensors files, and all bytes
     of them but the tensors' follow from the split. own_names: each rank stores its share of each tensor of the model as
     one tensor under the same name, in the model's order. has_ranks: the files are those of a shard set. has_stages: it
-    holds pipelines. no_quantised: why it holds no quantised models, empty where it does.
+    holds pipelines. has_experts: it holds whole experts that are dealt to ranks. no_quantised: why it holds no
+    quantised models, empty where it does.
     """
 
     side_names: frozenset[str] = frozenset()
@@ -29,6 +30,7 @@ class Format(ABC):
     own_names: bool = False
     has_ranks: bool = True
     has_stages: bool = False
+    has_experts: bool = False
     no_quantised: str = ""
 
     @abstractmethod

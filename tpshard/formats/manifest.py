@@ -18,6 +18,7 @@ from tpshard import __version__
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, volume
 from tpshard.planning.layout import LayoutRows, Part, RankShare, RowKind, StoredTensor
+from tpshard.planning.mesh import Mesh
 
 if TYPE_CHECKING:
     from tpshard.formats.split import Split
@@ -54,11 +55,11 @@ def _digest(body: Iterable[_Line]) -> str:
 
 def _body(split: Split) -> Iterator[_Line]:
     """The manifest's lines, but for those that say who wrote it."""
-    model, options, stages = split.model, split.options, split.layouts.stages
+    model, options, placement = split.model, split.options, split.layouts.placement
     yield from _lines(
         {
             "mesh": asdict(options.mesh),
-            **({"stages": [list(each) for each in stages.ranges]} if stages else {}),
+            **(placement.ranges if placement else {}),
             "source": dict(model.source),
             "architecture": dict(model.architecture),
             "options": {
@@ -75,6 +76,7 @@ def _body(split: Split) -> Iterator[_Line]:
             "axes": {name: _axis(axis) for name, axis in sorted(model.axes.items())},
             "tied": dict(model.tied),
             **({"layers": asdict(model.layers)} if model.layers else {}),
+            **({"experts": asdict(model.experts)} if model.experts else {}),
             **({"quantisation": dict(model.quantisation)} if model.quantisation else {}),
         }
     )
@@ -90,11 +92,12 @@ def _tensors(split: Split) -> Iterator[str]:
     for index, tensor in enumerate(model.tensors):
         name, cut, full_name = tensor.name, tensor.cut, model.full_name(tensor.name)
         on = stages.of(name, full_name) if stages else ()
-        if (key := (tensor.shape, cut, tensor.dtype, on)) not in known:
-            held = [share for share in rows[index].kind.shares if share] if split.format.own_names else []
-            held = held[: split.options.tp]  # every stage that has a tensor cuts it alike
-            ranks = ",".join("".join(map(str, _stored(share, named=False))) for share in held)
-            end = "" if cut.dim is None else f",{_cut(cut)}" + (f',"ranks":[{ranks}]' if held else "")
+        kind = rows[index].kind if split.format.own_names else None
+        if (key := (tensor.shape, cut, tensor.dtype, on, kind if split.layouts.placement else None)) not in known:
+            end = "" if cut.dim is None else f",{_cut(cut)}"
+            held = _of_a_stage(kind, split.options.mesh) if kind else ()
+            if held and (cut.dim is not None or any(share != held[0] for share in held)):
+                end += f',"ranks":[{",".join(map(_share, held))}]'
             end += f',"stages":{integers(on)}' if on else ""
             whole = f'"dtype":"{tensor.dtype}","shape":{integers(tensor.shape)}'
             known[key] = whole, f'"rule":"{cut.kind}"', end
@@ -103,6 +106,16 @@ def _tensors(split: Split) -> Iterator[str]:
         why = f',"dropped":{compact(dropped[name])}' if name in dropped else ""
         file = compact(model.file_of[name])
         yield f'{{"name":{compact(name)},{whole},"file":{file},{rule}{full}{why}{end}}}'
+
+
+def _of_a_stage(kind: RowKind, mesh: Mesh) -> Sequence[RankShare | None]:
+    """What the ranks of a stage have: every stage that has a tensor cuts it alike."""
+    stage, _ = mesh.coordinate(kind.holders[0])
+    return kind.shares[stage * mesh.tp : (stage + 1) * mesh.tp]
+
+
+def _share(share: RankShare | None) -> str:
+    return "null" if share is None else "".join(map(str, _stored(share, named=False)))
 
 
 def _axis(axis: Axis) -> dict[str, Any]:

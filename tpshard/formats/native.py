@@ -9,6 +9,7 @@ from tpshard.planning.deal import deal
 from tpshard.planning.layout import StoredTensor, shard
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.planning.placement import placement
 from tpshard.storage.names import RANK_STEM, rank_stem
 
 _NAME = re.compile(rf"{RANK_STEM}(?:-part-(\d{{5}})-of-(\d{{5}}))?\.safetensors")
@@ -19,15 +20,19 @@ class Native(Format):
 
     own_names = True
     has_stages = True
+    has_experts = True
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
-        """Every tensor cut as its rule says, in the model's order, on the stages that have its layer."""
-        dealt = deal(model.axes, options.mesh, options.weights(), options.pad_vocab_to)
-        if options.pp == 1:
+        """Every tensor cut as its rule says, in the model's order, on the ranks that have its layer and its expert."""
+        mesh = options.mesh
+        if mesh.pp == mesh.ep == 1:
+            dealt = deal(model.axes, mesh, options.weights(), options.pad_vocab_to)
             return RankLayouts(shard(model.tensors, model.axes, dealt), dealt)
-        found = model.stages(options.pp, options.pp_layers)
-        of = {tensor.name: found.of(tensor.name, model.full_name(tensor.name)) for tensor in model.tensors}
-        return RankLayouts(shard(model.tensors, model.axes, dealt, of.__getitem__), dealt, stages=found)
+        placed = placement(model, mesh, options.pp_layers)
+        axes = placed.axes
+        dealt = deal(axes, mesh, options.weights(), options.pad_vocab_to)
+        tensors, dealt = placed.dealt(model.tensors, dealt)
+        return RankLayouts(shard(tensors, dealt.axes, dealt, placed.ranks), dealt, placement=placed)
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """Numbered parts only where there are several."""

@@ -21,6 +21,9 @@ def plan_split(model: Model, options: Options) -> Split:
     if options.pp > 1 and not format.has_stages:
         what = f"--format {options.format} holds no pipeline stages"
         raise UnsupportedError(what, expected="pp 1", found=f"pp {options.pp}", hint="use --format native")
+    if options.ep > 1 and not format.has_experts:
+        what = f"--format {options.format} is not written with --ep"
+        raise UnsupportedError(what, expected="ep 1", found=f"ep {options.ep}", hint="use --format native")
     layouts = format.lay(model, options)
     assert_coverage([tensor for tensor in model.tensors if tensor.name not in layouts.dropped], layouts.rows)
     return Split(model, options, format, layouts)

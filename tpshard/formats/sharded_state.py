@@ -35,6 +35,7 @@ from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.planning.placement import placement
 from tpshard.planning.stages import even_layers
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
@@ -100,9 +101,10 @@ class ShardedState(Format):
         if (model_type := str(model.architecture.get("model_type"))) not in load_table(self.path).pipelines:
             what = f"what {self.engine} holds of {model_type} on each stage of a pipeline is not known"
             raise self._unsupported(what)
-        found, mesh = model.stages(options.pp, options.pp_layers), options.mesh
-        rows = on_stages(rows, family, model, found, mesh)
-        return RankLayouts(LayoutRows(rows, mesh.size), replace(dealt, mesh=mesh), dropped, found)
+        placed, mesh = placement(model, options.mesh, options.pp_layers), options.mesh
+        assert placed.stages is not None
+        rows = on_stages(rows, family, model, placed.stages, mesh)
+        return RankLayouts(LayoutRows(rows, mesh.size), replace(dealt, mesh=mesh), dropped, placed)
 
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
         """The engine's files of one rank, and behind them those with what it has no place for."""

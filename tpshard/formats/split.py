@@ -15,6 +15,7 @@ from tpshard.planning.join import OutputFile, uncollected
 from tpshard.planning.layout import Layout, LayoutRows, rows_of
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.planning.placement import Placement
 from tpshard.planning.stages import Stages
 from tpshard.storage.names import rank_stem
 
@@ -33,6 +34,7 @@ class Options:
 
     engine_version: whose names the files have, where a format's names changed between versions of its engine. pp: the
     stages of the pipeline. pp_layers: how many layers each of them has, None for as many as `even_layers` gives it.
+    ep: among how many whole experts are dealt; 1 where they are cut like the rest.
     """
 
     tp: int
@@ -44,11 +46,12 @@ class Options:
     engine_version: str | None = None
     pp: int = 1
     pp_layers: tuple[int, ...] | None = None
+    ep: int = 1
 
     @property
     def mesh(self) -> Mesh:
         """The ranks."""
-        return Mesh(self.tp, self.pp)
+        return Mesh(self.tp, self.pp, self.ep)
 
     def weights(self) -> tuple[Fraction | int, ...] | None:
         """The ranks' relative shares, None for even ones."""
@@ -75,13 +78,17 @@ class RankLayouts:
     """What a format makes of a model: each rank's stored tensors, and the logical ones that it has no room for.
 
     deal: which units the ranks have, None of a set that was read. dropped: name → reason, as the plan says it.
-    stages: of a pipeline, None where all layers are on every rank.
+    placement: which ranks have which tensors, None where each rank has a share of all. stages: of a pipeline.
     """
 
     layout: Layout
     deal: Deal | None
     dropped: Mapping[str, str] = field(default_factory=dict)
-    stages: Stages | None = None
+    placement: Placement | None = None
+    stages: Stages | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", self.placement.stages if self.placement else None)
 
     @cached_property
     def rows(self) -> LayoutRows:

@@ -69,6 +69,7 @@ def from_checkpoint(
         ),
         cast_all=cast_all,
         layers=classified.layers,
+        experts=classified.experts,
     )
 
 

@@ -3,7 +3,7 @@
 Everything is read from the manifest and the files' headers. The rules that made the set are not needed.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,26 +11,22 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
-from tpshard.formats.manifest import FORMAT_VERSION, cut_from_json, digest_of, stored_from_json
-from tpshard.formats.split import Options, RankLayouts, Split
+from tpshard.formats.manifest import FORMAT_VERSION, digest_of
+from tpshard.formats.split import Options, Split
 from tpshard.formats.torch_archive import check_literals
-from tpshard.planning.axes import Axis
+from tpshard.inputs.recorded import SAME, parse
 from tpshard.planning.join import Placed
-from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, whole
+from tpshard.planning.layout import Layout, StoredTensor
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
-from tpshard.planning.sound import why_unsound
-from tpshard.planning.stages import Layers, Stages
 from tpshard.storage.carried import LeftOut, select
 from tpshard.storage.foreign import recognised
 from tpshard.storage.local import Directory, load_json, read_bytes, read_header, safe_path
 from tpshard.storage.names import LOCK, MANIFEST, PARTIAL, SUMS
 from tpshard.storage.safetensors import TensorInfo, nbytes
 from tpshard.storage.source import RankFile
-from tpshard.units import MAX_TP
 
 _ONE_SET = "keep one set in one directory"
-_SAME = "copy it from where the rank files come from: it is the same on every host"
 _REMAKE = "copy it again from where the rank's file comes from, or write the rank again"
 
 
@@ -135,7 +131,7 @@ def open_shards(directory: Path) -> ShardSet:
             hint = "give the directory that `tpshard split` wrote; it takes an unsharded checkpoint"
             missing = f"not a shard set: no {MANIFEST} here"
             raise UsageError(missing, path=directory, hint=_resume(directory) or hint)
-        raise CorruptError(f"{MANIFEST} is missing", path=directory, hint=_SAME)
+        raise CorruptError(f"{MANIFEST} is missing", path=directory, hint=SAME)
     path = safe_path(directory, MANIFEST)
     raw = read_bytes(path)
     manifest = load_json(raw, path)
@@ -151,11 +147,11 @@ def open_shards(directory: Path) -> ShardSet:
         if manifest.get("set") != digest:
             what = "the manifest was changed or is damaged: its set is not the digest of its content"
             found = f"set {manifest.get('set')}"
-            raise CorruptError(what, path=path, expected=f"set {digest}", found=found, hint=_SAME)
-        split = _parse(manifest, raw, directory)
+            raise CorruptError(what, path=path, expected=f"set {digest}", found=found, hint=SAME)
+        split = parse(manifest, raw, directory)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CorruptError("the manifest is damaged", path=path, found=reason, hint=_SAME) from None
+        raise CorruptError("the manifest is damaged", path=path, found=reason, hint=SAME) from None
     names = sorted(entry.name for entry in directory.iterdir())
     _check_derived(directory, split)
     files = _rank_files(directory, names, split)
@@ -175,106 +171,10 @@ def beside(directory: Path, ours: Collection[str]) -> tuple[dict[str, Path], tup
     return {name: safe_path(directory, name) for name in selection.carried}, tuple(shown)
 
 
-def _parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
-    tp, pp = manifest["mesh"]["tp"], manifest["mesh"]["pp"]
-    if manifest["mesh"] != {"tp": tp, "pp": pp, "ep": 1} or not all(
-        type(each) is int and each > 0 for each in (tp, pp)
-    ):
-        raise ValueError(f"mesh {manifest['mesh']}")
-    if tp * pp > MAX_TP:
-        raise ValueError(f"{tp * pp} ranks")
-    chosen = manifest["options"]
-    if (format := chosen["format"]) not in FORMATS:
-        what, hint = "the set is of a format that is not known", f"upgrade tpshard, or {_SAME}"
-        raise CorruptError(what, path=directory / MANIFEST, expected=", ".join(FORMATS), found=format, hint=hint)
-    shares = None if chosen["shares"] is None else tuple(chosen["shares"])
-    sizes = chosen.get("pp_layers")
-    given = None if sizes is None else tuple(sizes)
-    options = Options(
-        tp=tp,
-        uneven=chosen["uneven"],
-        shares=shares,
-        pad_vocab_to=chosen["pad_vocab_to"],
-        max_file_size=chosen["max_file_size"],
-        format=format,
-        engine_version=chosen["engine_version"],
-        pp=pp,
-        pp_layers=given,
-    )
-    entries = manifest["tensors"]
-    tensors = tuple(LogicalTensor(e["name"], e["dtype"], tuple(e["shape"]), cut_from_json(e)) for e in entries)
-    model = Model(
-        tensors=tensors,
-        axes={name: Axis(**axis) for name, axis in manifest["axes"].items()},
-        tied=manifest["tied"],
-        file_of={entry["name"]: entry["file"] for entry in entries},
-        source=manifest["source"],
-        architecture=manifest["architecture"],
-        dtype=chosen["dtype"],
-        cast_all=chosen.get("cast_all", True),  # before there was a choice, everything was cast
-        full_names={entry["name"]: entry["full"] for entry in entries if "full" in entry},
-        config=_config(directory),
-        quantisation=manifest.get("quantisation", {}),
-        layers=_layers(manifest),
-    )
-    stages = _stages(manifest, model)
-    layout = tuple(tuple(_stored(manifest, tensors, options.mesh, rank)) for rank in range(tp * pp))
-    if reason := why_unsound(tensors, layout):
-        raise ValueError(reason)
-    dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
-    layouts = RankLayouts(layout, None, dropped, stages)
-    return Split(model, options, format_of(options.format), layouts, (manifest["set"], raw))
-
-
-def _layers(manifest: Mapping[str, Any]) -> Layers | None:
-    """Where the tensors stand in a pipeline; None of a set that was made before there were any."""
-    if (said := manifest.get("layers")) is None:
-        return None
-    within, count, before = said["within"], said["count"], said["before"]
-    if type(count) is not int or not all(isinstance(each, str) for each in (within, *before)):
-        raise ValueError("layers")
-    return Layers(within, count, tuple(before))
-
-
-def _stages(manifest: Mapping[str, Any], model: Model) -> Stages | None:
-    """The stages as the manifest has them, which must be those of its options; None where there is but one."""
-    mesh = manifest["mesh"]
-    if mesh["pp"] == 1:
-        return None
-    found = model.stages(mesh["pp"], manifest["options"].get("pp_layers"))
-    if [list(each) for each in found.ranges] != manifest["stages"]:
-        raise ValueError(f"stages {manifest['stages']}")
-    for entry in manifest["tensors"]:
-        if entry["stages"] != list(found.of(entry["name"], model.full_name(entry["name"]))):
-            raise ValueError(f"{entry['name']} on stages {entry['stages']}")
-    return found
-
-
-def _stored(
-    manifest: Mapping[str, Any], tensors: Sequence[LogicalTensor], mesh: Mesh, rank: int
-) -> Iterator[StoredTensor]:
-    """What a rank stores: shares of the model's own tensors, or the tensors that the manifest lists beside those."""
-    if "stored" not in manifest:
-        for tensor, entry in zip(tensors, manifest["tensors"], strict=True):
-            held, (pp, tp) = entry.get("ranks"), mesh.coordinate(rank)
-            if mesh.pp == 1 or pp in entry["stages"]:
-                yield stored_from_json(tensor.name, tensor.dtype, held[tp], tensor.name) if held else whole(tensor)
-    for entry in manifest.get("stored", ()):
-        if (held := entry["every"] if "every" in entry else entry["ranks"][rank]) is not None:
-            yield stored_from_json(entry["name"], entry["dtype"], held)
-
-
 def _check_derived(directory: Path, split: Split) -> None:
     for name, data in split.format.derived(split).items():
         if read_bytes(safe_path(directory, name)) != data:
-            raise CorruptError(f"{name} is not the one of this set", path=directory / name, hint=_SAME)
-
-
-def _config(directory: Path) -> Mapping[str, Any]:
-    """The config beside the ranks' files; only formats that need more than the manifest look at it."""
-    path = directory / "config.json"
-    config = load_json(read_bytes(path), path) if path.is_file() else {}
-    return config if isinstance(config, dict) else {}
+            raise CorruptError(f"{name} is not the one of this set", path=directory / name, hint=SAME)
 
 
 def _rank_files(directory: Path, names: list[str], split: Split) -> dict[int, tuple[RankFile, ...]]:

@@ -300,26 +300,23 @@ def shard(
     tensors: Sequence[LogicalTensor],
     axes: Mapping[str, Axis],
     dealt: Deal,
-    stages_of: Callable[[str], tuple[int, ...]] | None = None,
+    ranks_of: Callable[[str], tuple[int, ...]] | None = None,
 ) -> LayoutRows:
     """The layout of a split: every rank's tensors, in the order of `tensors`.
 
-    stages_of: which stages hold a tensor, by name; None where there is one stage.
+    ranks_of: which ranks hold a tensor, by name; None where all hold all.
     """
-    mesh, everywhere = dealt.mesh, (0,)
+    every = tuple(range(dealt.mesh.size))
     known: dict[tuple[Shape, Cut, str, tuple[int, ...]], RowKind] = {}  # layers are alike
     rows = []
     for tensor in tensors:
-        stages = stages_of(tensor.name) if stages_of else everywhere
-        key = (tensor.shape, tensor.cut, tensor.dtype, stages)
+        ranks = ranks_of(tensor.name) if ranks_of else every
+        key = (tensor.shape, tensor.cut, tensor.dtype, ranks)
         if key not in known:
             _check_ratio(tensor, tensors, axes, dealt)
-            held = [mesh.coordinate(rank)[0] in stages for rank in range(mesh.size)]
-            known[key] = RowKind(
-                tuple(_share(tensor, axes, dealt, rank) if here else None for rank, here in enumerate(held))
-            )
+            known[key] = RowKind(tuple(_share(tensor, axes, dealt, rank) if rank in ranks else None for rank in every))
         rows.append(Row(tensor.name, (tensor.name,), known[key]))
-    return LayoutRows(rows, mesh.size)
+    return LayoutRows(rows, len(every))
 
 
 def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> RankShare:

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from tpshard.errors import UnsupportedError
 from tpshard.planning.axes import Axis
+from tpshard.planning.experts import Experts
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.stages import Layers, Stages, stages
 
@@ -30,6 +31,7 @@ class Model:
     full_names: of tensors whose name in the source lacks the architecture's prefix.
     quantisation: what the manifest says of it (plain JSON); empty where nothing is quantised.
     notes: what the user should know of it. layers: where its tensors stand in a pipeline; None where nobody says.
+    experts: its routed experts, if it has any.
     """
 
     tensors: tuple[LogicalTensor, ...]
@@ -46,6 +48,7 @@ class Model:
     notes: tuple[str, ...] = ()
     cast_all: bool = False
     layers: Layers | None = None
+    experts: Experts | None = None
 
     def full_name(self, name: str) -> str:
         """A tensor's name as the architecture's rules have it."""

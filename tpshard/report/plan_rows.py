@@ -65,7 +65,7 @@ class TensorRows:
         """What ranks hold of a tensor: as it is stored, or the boxes of it that lie in stored tensors."""
         mesh = self.split.options.mesh
         for rank in range(mesh.size):
-            if mesh.pp > 1 and all(kind.shares[rank] is None for kind, _ in where):
+            if self.split.layouts.placement and all(kind.shares[rank] is None for kind, _ in where):
                 continue
             if self.split.format.own_names:
                 ((kind, _),) = where

@@ -119,7 +119,7 @@ class PlanReport:
             source=dict(model.source),
             architecture=dict(model.architecture),
             mesh=asdict(split.options.mesh),
-            **({"stages": [list(each) for each in stages.ranges]} if (stages := split.layouts.stages) else {}),
+            **(split.layouts.placement.ranges if split.layouts.placement else {}),
             set=split.set_id,
             format=split.options.format,
             tensors=tensors,

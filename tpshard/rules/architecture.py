@@ -74,6 +74,14 @@ class Architecture:
         begun = [p.partition("*")[0] for rule in self.rules for p in rule.patterns if "*" in p and not p.endswith("?")]
         return max(begun, key=begun.count, default="")
 
+    def expert_kinds(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """How the kinds of experts' names begin up to their number, and the kinds of modules that stack them."""
+        patterns = [p.removesuffix("?").split(".") for rule in self.rules for p in rule.patterns]
+        second = ((each, [place for place, part in enumerate(each) if part == "*"]) for each in patterns)
+        within = {".".join(["0" if part == "*" else part for part in each[: at[1]]]) for each, at in second if at[1:]}
+        stacked = {p.removesuffix("?").replace("*", "0") for p, dims in self.dims.items() if "expert" in dims}
+        return tuple(sorted(f"{each}." for each in within)), tuple(sorted(stacked))
+
     @property
     def digest(self) -> str:
         """sha256 of the file's text, which identifies the exact rules that a shard set was made with."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
+from tpshard.planning.experts import Experts
 from tpshard.planning.stages import Layers
 from tpshard.rules import expression
 from tpshard.rules.architecture import EITHER, Architecture, Rule, compile_pattern
@@ -43,6 +44,7 @@ class Classification:
     float32: Collection[str] = ()
     heads: tuple[str, ...] = ()
     layers: Layers | None = None
+    experts: Experts | None = None
 
 
 def classify(
@@ -86,7 +88,13 @@ def classify(
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
     layers = Layers(architecture.within, matcher.layers, tuple(dict.fromkeys(architecture.before)))
-    return Classification(axes, cuts, tied, full_names, float32, heads, layers)
+    return Classification(axes, cuts, tied, full_names, float32, heads, layers, _experts(architecture, config))
+
+
+def _experts(architecture: Architecture, config: Mapping[str, Any]) -> Experts | None:
+    """The routed experts, where the rules count them and the config has some."""
+    count = expression.count_or_none(architecture.experts, config) if architecture.experts else None
+    return Experts(count, *architecture.expert_kinds()) if count else None
 
 
 @contextmanager

@@ -25,18 +25,17 @@ OnStages = Mapping[str, tuple[int, ...]]
 
 def misplaced(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config: Mapping[str, Any]) -> Iterator[str]:
     """What lies on another stage than it must. ranges: the layers of each stage, as the manifest says it."""
-    first, last = ranks[0], len(ranges) - 1
-    for rank, held in enumerate(ranks):
-        apart = next((name for name in {**first, **held} if first.get(name) != held.get(name)), None)
-        if apart is not None:
-            one, other = _listed(first.get(apart)), _listed(held.get(apart))
-            yield f"{apart} is on {one} of rank 0, and on {other} of rank {rank}"
+    held, last = dict[str, tuple[int, ...]](), len(ranges) - 1
+    for rank, mine in enumerate(ranks):  # an expert may be on one rank alone
+        if (apart := next((name for name, where in mine.items() if held.get(name, where) != where), None)) is not None:
+            yield f"{apart} is on {_listed(mine[apart])} of rank {rank}, and on {_listed(held[apart])} of another"
             return
+        held |= mine
     if [begin for begin, _ in ranges] != [0, *(end for _, end in ranges[:-1])]:
         yield f"the stages have layers {_listed_ranges(ranges)}, which are not one behind the other"
         return
     stacks: dict[str, dict[int, set[tuple[int, ...]]]] = {}
-    for name, where in first.items():
+    for name, where in held.items():
         if found := _LAYER.search(name):
             stacks.setdefault(name[: found.start()], {}).setdefault(int(found[1]), set()).add(where)
     # Of several stacks (a tower, a decoder) the decoder's layers are on all stages.
@@ -46,8 +45,8 @@ def misplaced(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config
         if places != {(stage,)}:
             found_on = _listed(tuple(sorted({each for place in places for each in place})))
             yield f"layer {layer} is on {found_on}, and its place is stage {stage}"
-    tied = config.get("tie_word_embeddings") is True and not any(name.endswith(HEADS) for name in first)
-    for name, where in first.items():
+    tied = config.get("tie_word_embeddings") is True and not any(name.endswith(HEADS) for name in held)
+    for name, where in held.items():
         outside = name.startswith(before) and not _LAYER.search(name)
         needed = {last} if name.endswith(HEADS) else set()
         if outside and name.endswith(EMBEDDINGS):
