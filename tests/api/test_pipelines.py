@@ -1,4 +1,4 @@
-"""Pipelines: split, check, verify, merge and reshard of tp x pp ranks, through the commands."""
+"""Meshes: split, check, verify, merge and reshard of tp x pp ranks, with experts cut or whole, through the commands."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from tests.helpers.grids import some
 from tests.helpers.quantised import make as quantised
 from tests.helpers.toys import read_all
 from tpshard.errors import UsageError
+from tpshard.execute.publish import Settings
+from tpshard.planning.experts import Experts
 
 Made = Callable[..., Path]
 QUICK = ("--no-fsync", "-q")
@@ -235,3 +237,74 @@ def test_vllm_is_told_of_stages_that_it_would_make_otherwise(made: Made) -> None
 def test_what_vllm_holds_on_stages_is_not_guessed(made: Made) -> None:
     error = fails(4, "plan", made("gpt2"), "--tp", 1, "--pp", 2, "--format", "vllm")
     assert "what vLLM holds of gpt2 on each stage of a pipeline is not known" in error["message"]
+
+
+def whole_experts(model: Path, tp: int) -> dict[int, set[str]]:
+    """The experts of each rank's file, of which each has all of some."""
+    found: dict[int, set[str]] = {}
+    shapes = {name: tensor.shape for name, tensor in read_all(model).items()}
+    for rank in range(tp):
+        held = load_file(f"set/rank-{rank:05}-of-{tp:05}.safetensors")
+        experts = {name for name in held if ".experts." in name}
+        assert all(held[name].shape == tuple(shapes[name]) for name in experts)
+        found[rank] = {name.partition(".experts.")[2].partition(".")[0] for name in experts}
+    return found
+
+
+def test_experts_are_dealt_whole(made: Made) -> None:
+    """8 experts on 3 ranks: the first two have one more, as vLLM places them."""
+    model = made("mixtral")
+    succeeds("split", model, "--tp", 2, "--ep", 2, "-o", "set", *QUICK)
+    assert whole_experts(model, 2) == {0: {"0", "1", "2", "3"}, 1: {"4", "5", "6", "7"}}
+    manifest = json.loads(Path("set/tpshard.json").read_text())
+    assert manifest["mesh"]["ep"] == 2 and manifest["expert_ranges"] == [[0, 4], [4, 8]]
+    rows = {row["name"]: row for row in manifest["tensors"]}
+    assert rows["model.layers.0.block_sparse_moe.experts.5.w1.weight"]["ranks"][0] is None
+    plan = succeeds("plan", model, "--tp", 2, "--ep", 2, "--json").json
+    assert plan["expert_ranges"] == [[0, 4], [4, 8]]
+    row = next(row for row in plan["tensors"] if row["name"].endswith("experts.5.w1.weight"))
+    assert [(each["rank"], each["shape"]) for each in row["ranks"]] == [(1, row["shape"])]
+    assert "experts: 0-3, 4-7, whole on each rank" in succeeds("plan", model, "--tp", 2, "--ep", 2).out
+    assert Experts(8, (), ()).ranges(3) == ((0, 3), (3, 6), (6, 8))
+
+
+@pytest.mark.parametrize("format", ["native", "vllm"])
+@pytest.mark.parametrize("name", some(["mixtral", "deepseek_v3", "gpt_oss"], ["deepseek_v3", "gpt_oss"]))
+def test_whole_experts_are_proved_and_merged(name: str, format: str, made: Made) -> None:
+    """One by one and stacked; on one stage and on two. Any mesh becomes any other, as a direct split writes it."""
+    model = made(name)
+    for pp in (1, 2):
+        out = f"set-{pp}"
+        tpshard.split(model, 2, out, ep=2, pp=pp, format=format, settings=Settings(fsync=False))
+        succeeds("check", out, "--source", model)
+        result = command("verify", out, "--source", model, "--json")
+        assert result.code == 0, result.json["reason"]
+        succeeds("merge", out, "-o", f"merged-{pp}", *QUICK)
+        assert read_all(Path(f"merged-{pp}")) == read_all(model)
+        succeeds("reshard", out, "--tp", 2, "-o", f"cut-{pp}", *QUICK)
+        assert tpshard.load_rank(f"cut-{pp}", 0).keys() == tpshard.load_rank(f"cut-{pp}", 1).keys()
+    assert bytes_of(Path("cut-1")) == bytes_of(Path("cut-2"))
+    succeeds("reshard", "cut-1", "--tp", 2, "--ep", 2, "--format", format, "-o", "whole", *QUICK)
+    assert bytes_of(Path("whole")) == bytes_of(Path("set-1"))
+
+
+def test_experts_of_another_rank_are_found(made: Made) -> None:
+    """Two experts exchanged between two ranks: each has as many as it must, of another's."""
+    model = made("mixtral")
+    succeeds("split", model, "--tp", 2, "--ep", 2, "-o", "set", *QUICK, "--checksum", "none")
+    files = [Path(f"set/rank-0000{rank}-of-00002.safetensors") for rank in (0, 1)]
+    for name in [name for name in load_file(files[0]) if ".layers.1." in name and ".experts.3." in name]:
+        moved(name, files[0], files[1])
+        moved(name.replace(".experts.3.", ".experts.4."), files[1], files[0])
+    result = command("verify", "set", "--source", model, "--tier", "weights", "--json")
+    assert result.code == 1 and "has other experts of model.layers.1" in result.json["reason"], result.out
+    assert command("check", "set", "--source", model).code in (1, 3)
+
+
+def test_what_is_no_place_for_experts_is_refused(made: Made) -> None:
+    assert fails(2, "plan", made("mixtral"), "--tp", 4, "--ep", 3)["hint"] == "use --ep 4"
+    assert fails(4, "plan", made("mixtral"), "--tp", 4, "--ep", 2)["expected"] == "ep 1 or 4"
+    assert "no routed experts" in fails(4, "plan", made("llama-gqa"), "--tp", 2, "--ep", 2)["message"]
+    for format in ("sglang", "dcp", "deepseek"):
+        error = fails(4, "plan", made("mixtral"), "--tp", 2, "--ep", 2, "--format", format)
+        assert error["hint"] == "use --format native"

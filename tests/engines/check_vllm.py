@@ -48,6 +48,20 @@ def test_ours_is_what_vllm_holds_on_each_stage(name: str, tp: int, pp: int, load
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
 
 
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("name", models.WHOLE_EXPERTS)
+def test_ours_is_what_vllm_holds_of_whole_experts(name: str, tp: int, pp: int, loader: Loader, tmp_path: Path) -> None:
+    source = models.make(name, tmp_path / "source")
+    theirs = loader.held(source, tp, "auto", tmp_path / "theirs", pp=pp, ep=True)
+    shards = tmp_path / "shards"
+    tpshard.split(source, tp, shards, format="vllm", pp=pp, ep=tp)
+    assert differences(written(shards, tp, pp), theirs) == []
+    assert differences(loader.held(shards, tp, "sharded_state", tmp_path / "loaded", pp=pp, ep=True), theirs) == []
+    assert not tpshard.check(shards, source).differences
+    tpshard.merge(shards, tmp_path / "merged")
+    assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
+
+
 @pytest.mark.parametrize("name", models.REFUSED)
 def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")

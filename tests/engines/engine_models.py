@@ -141,6 +141,18 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", _GLM_MOE | _UNTIED),
     "glm4_moe-bias": ("glm4_moe", _GLM_MOE | _UNTIED | _BIAS),
 }
+
+PIPELINES = [
+    "llama", "llama-tied-bias", "mistral", "qwen2", "qwen2-tied", "qwen3", "qwen3-tied", "gemma2", "gpt_neox",
+    "gpt_neox-tied-nobias", "phi3", "phi3-tied", "starcoder2", "starcoder2-untied-nobias", "olmo", "olmo2",
+    "olmo2-tied-bias", "cohere", "cohere2", "granite", "granite-untied-bias", "glm", "glm-tied-nobias", "glm4",
+    "smollm3", "smollm3-untied-bias", "nemotron", "exaone4", "exaone4-untied", "seed_oss", "mixtral", "mixtral-tied",
+    "qwen2_moe", "qwen2_moe-tied", "qwen3_moe-tied", "olmoe", "granitemoe", "granitemoe-untied", "phimoe",
+    "phimoe-tied", "deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "deepseek_v3-no-q-lora", "gpt_oss",
+]  # fmt: skip
+"""Those whose stages are compared: of every family that the table lists under `pipelines`."""
+WHOLE_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe-tied", "olmoe", "granitemoe", "phimoe", "deepseek_v3", "gpt_oss"]
+"""Those that are compared where vLLM has whole experts on each rank."""
 """What vLLM loads."""
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -1,7 +1,7 @@
 """What vLLM's own classes hold after loading, written by plain gloo processes without starting an engine.
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
-{"model": DIR, "tp": N, "pp": N, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL}
+{"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL}
 → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
@@ -127,6 +127,7 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         skip_tokenizer_init=True,
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
+        enable_expert_parallel=bool(job["ep"]),
         load_format=load_format,
         enforce_eager=True,
         max_model_len=64,

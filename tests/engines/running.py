@@ -50,13 +50,15 @@ class Loader(Engine):
     def __init__(self, log: Path) -> None:
         super().__init__("held.py", log)
 
-    def held(self, model: Path, tp: int, load_format: str, out: Path, *, pp: int = 1, roomy: bool = False) -> Ranks:
+    def held(
+        self, model: Path, tp: int, load_format: str, out: Path, *, pp: int = 1, ep: bool = False, roomy: bool = False
+    ) -> Ranks:
         """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
 
         roomy: parameters may be larger than what is loaded.
         """
-        job = {"model": str(model), "tp": tp, "pp": pp, "load_format": load_format, "out": str(out), "roomy": roomy}
-        self.ask(job)
+        mesh = {"tp": tp, "pp": pp, "ep": ep}
+        self.ask({"model": str(model), **mesh, "load_format": load_format, "out": str(out), "roomy": roomy})
         return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp * pp)]
 
 

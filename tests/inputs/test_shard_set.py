@@ -555,3 +555,15 @@ def test_the_digest_of_the_manifest_is_documented_arithmetic() -> None:
     lines = Path("set/tpshard.json").read_bytes().splitlines(keepends=True)
     body = b"".join([lines[0], *lines[5:]])
     assert hashlib.sha256(body).hexdigest()[:32] == json.loads(b"".join(lines))["set"]
+
+
+def test_a_tensor_that_no_rank_stores() -> None:
+    """Of a format whose own index follows from the manifest: it is damaged, whatever is made of it first."""
+    from tpshard.formats.manifest import digest_of, dump
+
+    split(Path("model"), "dcp", 2, "--format", "dcp")
+    path = Path("dcp/tpshard.json")
+    manifest = json.loads(path.read_text())
+    manifest["stored"] = [each for each in manifest["stored"] if "down_proj" not in each["name"]]
+    path.write_bytes(dump(manifest | {"set": digest_of(manifest)}))
+    assert fails(3, "merge", "dcp")["message"] == "the manifest is damaged"

@@ -72,7 +72,7 @@ def plan(
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """
     source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
-    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers, ep)
     return plan_with(PlanOptions(source, target, workload))
 
 
@@ -121,7 +121,7 @@ def split(
     error or a kill the same call resumes.
     """
     source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
-    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers, ep)
     with followed("split", settings, progress) as how:
         return split_with(SplitOptions(model=source, target=target, out=out, ranks=ranks, settings=how))
 
@@ -167,7 +167,7 @@ def reshard(
     The options are those of `split`; allow_pickle: of Meta's own files. DifferentError when ranks that hold the same
     part disagree, CorruptError when ranks are missing.
     """
-    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers)
+    target = TargetOptions(tp, uneven, shares, pad_vocab_to, max_file_size, format, engine_version, pp, pp_layers, ep)
     with followed("reshard", settings, progress) as how:
         return reshard_with(
             ReshardOptions(shards=shards, target=target, out=out, ranks=ranks, allow_pickle=allow_pickle, settings=how)

@@ -8,7 +8,7 @@ from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
-from tpshard.planning.deal import Deal, deal, why_not
+from tpshard.planning.deal import Deal, Range, deal, why_not
 from tpshard.planning.layout import LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
 from tpshard.planning.model import CASTABLE, Model
 
@@ -119,9 +119,16 @@ def _transposed(share: Share) -> Share:
 
 
 def joined(
-    recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]], shapes: Mapping[str, Shape], tp: int
+    recipes: Mapping[str, ParameterParts],
+    shares: Mapping[str, tuple[Share, ...]],
+    shapes: Mapping[str, Shape],
+    tp: int,
+    experts: Mapping[str, Sequence[Range]],
 ) -> list[Row]:
-    """The parameters by their recipes: shares fused along one dim, experts stacked before the first."""
+    """The parameters by their recipes: shares fused along one dim, experts stacked before the first.
+
+    experts: which of them each rank has, of parameters whose experts are not on all.
+    """
     rows = []
     known: dict[object, RowKind] = {}  # layers are alike
     for name, recipe in recipes.items():
@@ -129,9 +136,29 @@ def joined(
         how = (recipe.stacked, recipe.dim, recipe.flat, tuple(map(len, recipe.groups)))
         key = (how, *[id(shares[tensor]) for tensor in tensors])
         if key not in known:
-            known[key] = RowKind(tuple(_join(name, recipe, rank, shares, shapes) for rank in range(tp)))
+            held = [_join(name, recipe, rank, shares, shapes) for rank in range(tp)]
+            if name in experts:
+                held = [_rows(share, *span) for share, span in zip(held, experts[name], strict=True)]
+            known[key] = RowKind(tuple(held))
         rows.append(Row(name, tensors, known[key]))
     return rows
+
+
+def _rows(held: RankShare, first: int, last: int) -> RankShare:
+    """What of a parameter lies in some of its rows."""
+    stored, parts, owners = held.stored, list[Part](), list[int]()
+    assert not stored.fills and stored.view is None
+    for part, owner in zip(stored.parts, held.owners, strict=True):
+        dim = part.order[0] if part.order else 0
+        begin, end = part.box[dim]
+        low, high = max(first, part.at[0]), min(last, part.at[0] + end - begin)
+        if low < high:
+            side = (begin + low - part.at[0], begin + high - part.at[0])
+            box = (*part.box[:dim], side, *part.box[dim + 1 :])
+            parts.append(part._replace(box=box, at=(low - first, *part.at[1:])))
+            owners.append(owner)
+    shape = (last - first, *stored.shape[1:])
+    return RankShare(stored._replace(shape=shape, parts=tuple(parts)), tuple(owners))
 
 
 def _join(

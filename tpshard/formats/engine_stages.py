@@ -33,7 +33,7 @@ def on_stages(rows: Iterable[Row], family: EngineFamily, model: Model, stages: S
             _, numbers = numbered(row.name)
             on = [stages.of_layer(numbers[0] if numbers else stages.layers.count)]
         if fits_any(family.every_stage, row.name):
-            on = [tuple(range(mesh.pp))]
+            names, on = [row.name], [tuple(range(mesh.pp))]
         for name, where in zip(names, on, strict=True):
             if (row.kind, where) not in placed:
                 placed[row.kind, where] = _at(row.kind, where, mesh)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_layout import ParameterParts, joined, shares_of
+from tpshard.formats.engine_layout import ParameterParts, Share, joined, shares_of
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -30,12 +30,13 @@ from tpshard.formats.engine_quantised import (
 from tpshard.formats.engine_stages import on_stages
 from tpshard.formats.engine_tables import EngineFamily, load_table
 from tpshard.formats.split import Options, RankLayouts, Split
-from tpshard.planning.deal import Deal
+from tpshard.planning.axes import Axis
+from tpshard.planning.deal import Deal, Range
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
-from tpshard.planning.placement import placement
+from tpshard.planning.placement import Placement, placement
 from tpshard.planning.stages import even_layers
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
@@ -55,7 +56,7 @@ class ShardedState(Format):
 
     def __init__(self, engine: str, table: str, no_quantised: str = "", *, has_stages: bool = False) -> None:
         self.engine = engine
-        self.has_stages = has_stages
+        self.has_stages = self.has_experts = has_stages
         self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
 
@@ -69,7 +70,8 @@ class ShardedState(Format):
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         family, quantised = self._family(model, options), load_table(self.path).quantised
         method = method_of(quantised, model, self.engine)
-        dealt = self._deal(family, model, options)
+        placed = placement(model, options.mesh, options.pp_layers)
+        dealt = self._deal(family, placed.axes, model, options)
         last = counted_last(quantised, family, model)
         dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
@@ -84,25 +86,25 @@ class ShardedState(Format):
             if reason := reasons[key]:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
-        shares = shares_of(family, model, tensors, dealt)
+        shares = self._shares(family, model, tensors, dealt, placed)
         if model.quantisation:
             named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
             shares = in_shapes(quantised, family, named, shares, last)
         recipes = {into: fused(quantised, named, shares, each) for into, each in _recipes(family, named, last).items()}
         require_whole_blocks(model, recipes, shares)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
-        rows = joined(recipes, shares, shapes, options.tp)
+        rows = joined(recipes, shares, shapes, options.tp, _experts_of(model, placed, recipes))
         rows += constants(method, family, model, rows, named.values(), options.tp)
         rows += _scales(family, named.values(), options.tp)
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
         rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
         if options.pp == 1:
-            return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
+            return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped, placed if placed.experts else None)
         if (model_type := str(model.architecture.get("model_type"))) not in load_table(self.path).pipelines:
             what = f"what {self.engine} holds of {model_type} on each stage of a pipeline is not known"
             raise self._unsupported(what)
-        placed, mesh = placement(model, options.mesh, options.pp_layers), options.mesh
         assert placed.stages is not None
+        mesh = options.mesh
         rows = on_stages(rows, family, model, placed.stages, mesh)
         return RankLayouts(LayoutRows(rows, mesh.size), replace(dealt, mesh=mesh), dropped, placed)
 
@@ -184,7 +186,25 @@ class ShardedState(Format):
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
 
-    def _deal(self, family: EngineFamily, model: Model, options: Options) -> Deal:
+    def _shares(
+        self,
+        family: EngineFamily,
+        model: Model,
+        tensors: Sequence[LogicalTensor],
+        dealt: Deal,
+        placed: Placement,
+    ) -> dict[str, tuple[Share, ...]]:
+        """The ranks' shares; of whole experts all of each, of which `joined` takes the rank's."""
+        if placed.experts is None:
+            return shares_of(family, model, tensors, dealt)
+        if model.quantisation:
+            raise self._unsupported("whole experts of a quantised model were not compared with what the engine holds")
+        whole = [tensor for tensor in tensors if placed.of_experts(tensor)]
+        alone = self._deal(family, model.axes, model, Options(1))
+        found = {name: held * placed.mesh.tp for name, held in shares_of(family, model, whole, alone).items()}
+        return found | shares_of(family, model, [each for each in tensors if each.name not in found], dealt)
+
+    def _deal(self, family: EngineFamily, model_axes: Mapping[str, Axis], model: Model, options: Options) -> Deal:
         """The engine's ranges of the axes, the vocabulary padded as it pads it."""
         single = {
             segment
@@ -193,7 +213,7 @@ class ShardedState(Format):
             for segment in tensor.cut.segments
         }
         axes = {}
-        for name, axis in model.axes.items():
+        for name, axis in model_axes.items():
             padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
             repeated = axis.replicate and name not in single
             rest_last = axis.step > 1 and name in family.rest_last
@@ -225,6 +245,22 @@ class ShardedState(Format):
             what = "the checkpoint has no head, and its config does not say that it is tied to the embedding"
             raise CorruptError(what, tensor=head, hint="use --format native, or complete the checkpoint")
         return names
+
+
+def _experts_of(
+    model: Model, placed: Placement, recipes: Mapping[str, ParameterParts]
+) -> Mapping[str, Sequence[Range]]:
+    """Of the parameters that stack experts, which of them each rank has, where they are whole."""
+    if placed.experts is None:
+        return {}
+    experts, ranges = placed.experts
+    first = {name: model.full_name(recipe.tensors[0]) for name, recipe in recipes.items()}
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+    return {
+        name: ranges
+        for name, full_name in first.items()
+        if experts.number(full_name) is not None or experts.are_stacked(full_name, shapes[recipes[name].tensors[0]])
+    }
 
 
 def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:

@@ -149,11 +149,11 @@ def open_shards(directory: Path) -> ShardSet:
             found = f"set {manifest.get('set')}"
             raise CorruptError(what, path=path, expected=f"set {digest}", found=found, hint=SAME)
         split = parse(manifest, raw, directory)
+        _check_derived(directory, split)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=SAME) from None
     names = sorted(entry.name for entry in directory.iterdir())
-    _check_derived(directory, split)
     files = _rank_files(directory, names, split)
     for rank, parts in files.items():
         _check_tensors(rank, parts, split.layout[rank])

@@ -47,7 +47,7 @@ class Placement:
         """The axes that are dealt: without those that whole experts alone have."""
         if self.experts is None:
             return self.model.axes
-        names = {name for each in self.model.tensors if self._cut(each) == each.cut for name in _axes_of(each.cut)}
+        names = {name for each in self.model.tensors if not self.of_experts(each) for name in _axes_of(each.cut)}
         names |= {group for name in names if (group := self.model.axes[name].group)}
         return {name: axis for name, axis in self.model.axes.items() if name in names}
 
@@ -60,6 +60,10 @@ class Placement:
         cuts = map(self._cut, tensors)
         with_experts = Deal(deal.mesh, {**deal.axes, AXIS: axis}, {**deal.ranges, AXIS: ranges})
         return [replace(tensor, cut=cut) for tensor, cut in zip(tensors, cuts, strict=True)], with_experts
+
+    def of_experts(self, tensor: LogicalTensor) -> bool:
+        """Whether a tensor is of an expert, or of all, and experts are whole."""
+        return self._cut(tensor) is not tensor.cut
 
     def _cut(self, tensor: LogicalTensor) -> Cut:
         """A tensor's cut, where experts are whole if they are."""

@@ -262,7 +262,9 @@ class Frame:
             full, name = recipe.shape(source), recipe.stored[0]
             for rank, found in enumerate(held):
                 if key not in found:
-                    raise DifferentError(f"rank {rank} has no tensor {name}", tensor=name)
+                    some = recipe.stacked and any(each in ranks[rank].names() for each in recipe.stored)
+                    what = f"has other experts of {key} than are its own" if some else f"has no tensor {name}"
+                    raise DifferentError(f"rank {rank} {what}", tensor=name)
             shapes = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
             if recipe.stacked and all(found[key].stacked for found in held):
                 _experts_in_order(key, [found[key] for found in held], shapes, full[0])

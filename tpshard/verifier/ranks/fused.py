@@ -61,18 +61,21 @@ class Parts:
         """Tensors that lie one behind another."""
         yield from self._placed(tensors, stored)
 
-    def experts(self, which: str, suffix: str, stored: Stored, turned: Sequence[str]) -> Placed:
+    def experts(self, which: str, suffix: str, stored: Stored, turned: Sequence[str], before: int) -> Placed:
         """Experts as the source has them: one by one, or stacked under the names of transformers' classes.
 
-        which: `w13` for gate and up, `w2` for down. turned: stacked ones with their last two dims exchanged.
+        which: `w13` for gate and up, `w2` for down. turned: stacked ones with their last two dims exchanged. before:
+        how many experts the ranks before this one hold, should each rank hold some of them whole.
         """
         count, *shape = stored.shape
         for module in ("mlp.experts", "block_sparse_moe.experts"):
             for matrices in _MATRICES[which]:
                 if self._named(f"{module}.0.{matrices[-1]}.{suffix}"):
+                    whole = self._named(f"{module}.{count}.{matrices[-1]}.{suffix}") is not None
                     for expert in range(count):
                         one = within(stored, expert * math.prod(shape), tuple(shape))
-                        yield from self._placed([f"{module}.{expert}.{each}.{suffix}" for each in matrices], one)
+                        number = expert + before if whole else expert
+                        yield from self._placed([f"{module}.{number}.{each}.{suffix}" for each in matrices], one)
                     return
         name, end = f"mlp.experts.{_STACKED[which]}", f"_{suffix.removeprefix('weight_')}"
         ends = ("", "_blocks") if suffix == "weight" else (end, f"{end}s")

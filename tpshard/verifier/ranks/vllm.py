@@ -150,10 +150,11 @@ class Rank:
         names, family = self.names, self.family
         parts = Parts(self.source, layer, len(self.ranks), self.rank)
         module, _, suffix = tensor.rpartition(".")
-        if tensor in names.once:
+        if tensor in names.once and not _some_experts(self.ranks, stored.name):
             stored = Stored(self.ranks[0], stored.name)
         if experts := _EXPERTS.fullmatch(tensor):
-            yield from parts.experts(experts[1], experts[2], stored, names.turned)
+            before = sum(each.shape(stored.name)[0] for each in self.ranks[: self.rank])
+            yield from parts.experts(experts[1], experts[2], stored, names.turned, before)
         elif module == names.qkv:
             yield from parts.fused([f"{part}.{suffix}" for part in family.qkv], stored)
         elif module in names.halves:
@@ -220,6 +221,12 @@ class Rank:
         return Rows(stored, even(shape[0], self.rank, tp))
 
 
+def _some_experts(ranks: Sequence[FileWeights], name: str) -> bool:
+    """Whether each rank holds some experts whole: then the router counts more of them than a rank's tensor has."""
+    router = f"{name.partition('.experts.')[0]}.router.weight"
+    return router in ranks[0].names() and ranks[0].shape(router)[0] > ranks[0].shape(name)[0]
+
+
 def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
     """DifferentError where what an engine takes from each rank, and we take from one, is not the same on all."""
     for rank, weights in enumerate(ranks):
@@ -229,5 +236,6 @@ def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
                 raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
             if module.endswith(names.whole) and not equal(weights, ranks[0], name):
                 raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
-            if rank and name.endswith(names.once) and bool(weights.get(name).any()):
+            summed = rank and name.endswith(names.once) and not _some_experts(ranks, name)
+            if summed and bool(weights.get(name).any()):
                 raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")
