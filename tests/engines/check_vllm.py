@@ -34,6 +34,21 @@ def test_ours_is_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_path: P
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
 
 
+@pytest.mark.parametrize("name", models.DRAFTS)
+def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
+    name: str, loader: Loader, tmp_path: Path
+) -> None:
+    source = models.with_draft(name, tmp_path / "source")
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
+    shards = tmp_path / "shards"
+    tpshard.split(source, 2, shards, format="vllm")
+    assert differences(written(shards, 2), theirs) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
+    assert not tpshard.check(shards, source).differences
+    plain = models.make(name, tmp_path / "plain")
+    assert differences(written(shards, 2), loader.held(plain, 2, "auto", tmp_path / "plain-held")) == []
+
+
 @pytest.mark.parametrize("name", models.REFUSED)
 def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")

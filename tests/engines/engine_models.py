@@ -58,6 +58,39 @@ _GLM_MOE = _HEAD | {
 }
 _GPT_OSS = _LOCAL | {"head_dim": 32}
 
+_SPARSE = _LATENT | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "topk_method": "noaux_tc"}
+_LITE = _LATENT | {"n_group": 1, "topk_group": 1}
+_LINEAR = (
+    _FINE
+    | {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128}
+    | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48}
+    | {"mlp_only_layers": [0], "decoder_sparse_step": 1}
+)
+# Its published config has keys that transformers' own has under other names, and vLLM reads.
+_MINIMAX = _LOCAL | {"head_dim": 32, "rotary_dim": 16, "use_routing_bias": True, "scoring_func": "sigmoid"}
+_ERNIE = _GQA | {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2}
+_HY = (
+    _FINE
+    | {"num_hidden_layers": 3, "num_shared_experts": 1, "first_k_dense_replace": 1}
+    | {"expert_hidden_dim": 64, "qk_norm": True, "route_norm": True}
+)
+_EXAONE = _FINE | {"sliding_window": 8, "num_shared_experts": 1}
+_AF = (
+    _FINE
+    | {"num_dense_layers": 1, "num_shared_experts": 2}
+    | {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+)
+_MIMO = (
+    _HEAD
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "v_head_dim": 16}
+    | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    | {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-6, "sliding_window_size": 8}
+    | {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "swa_head_dim": 32, "swa_v_head_dim": 16}
+    | {"add_swa_attention_sink_bias": True, "n_group": 1, "topk_group": 1}
+)
+
+_BIASES = ("correction_bias", "expert_bias")
+
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 _BIAS = {"attention_bias": True}
@@ -140,6 +173,24 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", _GPT_OSS | _UNTIED | _FOUR),
     "glm4_moe": ("glm4_moe", _GLM_MOE | _UNTIED),
     "glm4_moe-bias": ("glm4_moe", _GLM_MOE | _UNTIED | _BIAS),
+    "deepseek_v32": ("deepseek_v32", _SPARSE | _UNTIED),
+    "glm_moe_dsa": ("glm_moe_dsa", _SPARSE | _UNTIED),
+    "glm_moe_dsa-shared": ("glm_moe_dsa", _SPARSE | _UNTIED | {"index_topk_pattern": "FSF"}),
+    "glm4_moe_lite": ("glm4_moe_lite", _LITE | _UNTIED),
+    "glm4_moe_lite-no-q-lora": ("glm4_moe_lite", _LITE | _UNTIED | {"q_lora_rank": None}),
+    "qwen3_next": ("qwen3_next", _LINEAR | _UNTIED),
+    "minimax_m2": ("minimax_m2", _MINIMAX | _UNTIED),
+    "ernie4_5_moe": ("ernie4_5_moe", _ERNIE | _UNTIED),
+    "ernie4_5_moe-tied-no-shared": ("ernie4_5_moe", _ERNIE | _TIED | {"moe_num_shared_experts": 0}),
+    "hy_v3": ("hy_v3", _HY | _UNTIED),
+    "hy_v3-tied": ("hy_v3", _HY | _TIED),
+    "exaone_moe": ("exaone_moe", _EXAONE | _UNTIED),
+    "exaone_moe-tied": ("exaone_moe", _EXAONE | _TIED),
+    "afmoe": ("afmoe", _AF | _UNTIED),
+    "granitemoeshared": ("granitemoeshared", _LOCAL | _TIED | {"shared_intermediate_size": 128}),
+    "granitemoeshared-untied": ("granitemoeshared", _LOCAL | _UNTIED | {"shared_intermediate_size": 128}),
+    "mimo_v2_flash": ("mimo_v2_flash", _MIMO | _UNTIED),
+    "mimo_v2_flash-bias": ("mimo_v2_flash", _MIMO | _UNTIED | _BIAS),
 }
 """What vLLM loads."""
 
@@ -165,6 +216,20 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-tied": ("glm4_moe", _GLM_MOE | _TIED),
     "gpt_oss-tied": ("gpt_oss", _GPT_OSS | _TIED | _FOUR),
     "gpt_oss-repeated-kv": ("gpt_oss", _GPT_OSS | _UNTIED),
+    "deepseek_v32-bias": ("deepseek_v32", _SPARSE | _UNTIED | _BIAS),
+    "deepseek_v32-tied": ("deepseek_v32", _SPARSE | _TIED),
+    "glm4_moe_lite-bias": ("glm4_moe_lite", _LITE | _UNTIED | _BIAS),
+    "glm4_moe_lite-tied": ("glm4_moe_lite", _LITE | _TIED),
+    "qwen3_next-bias": ("qwen3_next", _LINEAR | _UNTIED | _BIAS),
+    "qwen3_next-tied": ("qwen3_next", _LINEAR | _TIED),
+    "minimax_m2-tied": ("minimax_m2", _MINIMAX | _TIED),
+    "ernie4_5_moe-bias": ("ernie4_5_moe", _ERNIE | _UNTIED | {"use_bias": True}),
+    "hy_v3-bias": ("hy_v3", _HY | _UNTIED | _BIAS),
+    "hy_v3-mlp-bias": ("hy_v3", _HY | _UNTIED | {"mlp_bias": True}),
+    "afmoe-bias": ("afmoe", _AF | _UNTIED | _BIAS),
+    "afmoe-tied": ("afmoe", _AF | _TIED),
+    "granitemoeshared-bias": ("granitemoeshared", _LOCAL | _UNTIED | _BIAS | {"shared_intermediate_size": 128}),
+    "mimo_v2_flash-tied": ("mimo_v2_flash", _MIMO | _TIED),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
 
@@ -180,6 +245,44 @@ NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
 """What vLLM loads whole and cannot run; at tp 2."""
 
 
+_MTP = ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
+_NEXT = tuple(f"model.layers.3.{each}" for each in ("enorm", "hnorm", "eh_proj"))
+DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "deepseek_v32": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
+    "glm4_moe_lite": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
+    "qwen3_next": ("model.layers.1.", "mtp.layers.0.", _MTP),
+    "ernie4_5_moe": (
+        "model.layers.0.",
+        "model.mtp_block.0.",
+        ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
+    ),
+    "hy_v3": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.final_layernorm")),
+    "exaone_moe": ("model.layers.0.", "mtp.layers.0.", _MTP),
+    "mimo_v2_flash": ("model.layers.1.self_attn.", "model.mtp.layers.0.self_attn.", ("model.mtp.layers.0.eh_proj",)),
+}
+"""Of which layer what predicts further tokens is a copy, under which name, and what is around it."""
+
+
+def with_draft(name: str, path: Path) -> Path:
+    """A checkpoint with a layer that predicts one more token, as published files have it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copied, copy, around = DRAFTS[name]
+    make(name, path)
+    tensors = load_file(path / "model.safetensors")
+    width = tensors["model.norm.weight"].shape[0]
+    drafted = {copy + each.removeprefix(copied): t.clone() for each, t in tensors.items() if each.startswith(copied)}
+    assert drafted
+    for module in around:
+        shape = (width,) if "norm" in module else (width, 2 * width)
+        drafted[f"{module}.weight"] = torch.ones(shape, dtype=torch.bfloat16)
+    save_file(tensors | drafted, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return path
+
+
 def make(name: str, path: Path) -> Path:
     """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
     model_type, config = {**LOADED, **REFUSED, **NOT_RUN}[name]
@@ -192,7 +295,7 @@ def make(name: str, path: Path) -> Path:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
     with torch.no_grad():
-        state = [*model.named_parameters(), *(each for each in model.named_buffers() if "correction_bias" in each[0])]
+        state = [*model.named_parameters(), *(each for each in model.named_buffers() if each[0].endswith(_BIASES))]
         for each, parameter in state:
             generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
             parameter.copy_((parameter.dim() == 1) + 0.08 * torch.randn(parameter.shape, generator=generator))

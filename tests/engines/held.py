@@ -33,6 +33,7 @@ os.environ |= {
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
+from vllm import ModelRegistry
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
@@ -73,6 +74,37 @@ class NoKernel:
     @staticmethod
     def is_supported(*_: object) -> tuple[bool, None]:
         return True, None
+
+
+class NoSparseAttention(NoKernel):
+    """In place of a backend of sparse attention, and of what it makes: a CPU has none."""
+
+    is_sparse = True
+    supports_dense_mha_prefill = False
+    dcp_world_size = 1
+
+    @staticmethod
+    def get_name() -> str:
+        return "none"
+
+    @classmethod
+    def get_impl_cls(cls) -> type[NoSparseAttention]:
+        return cls
+
+
+def as_on_gpus() -> None:
+    """Have the classes that vLLM takes on GPUs where it has others for CPUs: their parameters have other names."""
+    import vllm.model_executor.layers.attention.mla_attention as attention
+    from vllm.models.deepseek_v32.nvidia.model import DeepseekV32ForCausalLM
+
+    for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"):
+        ModelRegistry.register_model(name, DeepseekV32ForCausalLM)
+    chosen = attention.get_attn_backend
+
+    def backend(*sizes: object, use_sparse: bool = False, **options: object) -> object:
+        return NoSparseAttention if use_sparse else chosen(*sizes, **options)
+
+    attention.get_attn_backend = backend
 
 
 def without_kernels() -> None:
@@ -120,6 +152,7 @@ class Complaints(logging.Handler):
 def load(job: dict[str, object], rank: int, port: int) -> None:
     """One rank's model, loaded and written; raises for whatever vLLM refuses, and for a parameter left unset."""
     tp, load_format = int(str(job["tp"])), str(job["load_format"])
+    os.environ["VLLM_DIST_IDENT"] = str(rank)  # no two agree on it, so none shares memory with others
     arguments = EngineArgs(
         model=str(job["model"]),
         skip_tokenizer_init=True,
@@ -205,6 +238,7 @@ def main() -> None:
     """Answer jobs until stdin ends."""
     torch.set_num_threads(1)
     without_kernels()
+    as_on_gpus()
     AutoConfig.register("internlm2", InternLM2Config)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

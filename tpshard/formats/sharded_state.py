@@ -212,7 +212,9 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
         name = model.full_name(tensor.name)
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
-        elif isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers:
+        elif family.kind(name).draft or (
+            isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers
+        ):
             dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
         elif name in heads:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
@@ -270,7 +272,7 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
 def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for layer in family.layers_of(names) if family.scales else ():
+    for layer in family.attending(names) if family.scales else ():
         for pattern in family.scales:
             for scale in _SCALES:
                 yield Row(f"{pattern.replace('*', str(layer))}.{scale}", (), one)

@@ -33,6 +33,12 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
 is none, and NaN stands where vLLM drops what it has loaded."""
 
 
+def begun(name: str, table: Mapping[str, str]) -> str:
+    """The name with the longest beginning that the table has exchanged."""
+    old = max((old for old in table if name == old or name.startswith(f"{old}.")), key=len, default=None)
+    return name if old is None else table[old] + name.removeprefix(old)
+
+
 def within(stored: Stored, first: int, shape: tuple[int, ...]) -> Stored:
     """The elements of a stored tensor from `first` on, as a tensor of this shape."""
     info = stored.weights.infos[stored.name]
@@ -42,12 +48,16 @@ def within(stored: Stored, first: int, shape: tuple[int, ...]) -> Stored:
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors that a source has in a layer ("" outside of layers), as a rank of `tp` holds them."""
+    """The tensors that a source has in a layer ("" outside of layers), as a rank of `tp` holds them.
+
+    otherwise: how names below the layer begin in sources that do not have them as the others do.
+    """
 
     source: FileWeights
     layer: str
     tp: int
     rank: int
+    otherwise: Mapping[str, str]
 
     def alone(self, tensor: str, stored: Stored) -> Placed:
         """A tensor that is fused with no other. What the attention has for its cache, any of its modules may store."""
@@ -84,7 +94,8 @@ class Parts:
 
     def _named(self, tensor: str) -> str | None:
         """A tensor of the layer as the source has it."""
-        return named(f"{self.layer}{tensor}", self.source.names())
+        tried = (f"{self.layer}{name}" for name in (tensor, begun(tensor, self.otherwise)))
+        return next((name for each in tried if (name := named(each, self.source.names()))), None)
 
     def _placed(self, tensors: Sequence[str], stored: Stored) -> Placed:
         names = [name for name in map(self._named, tensors) if name is not None]
@@ -125,16 +136,16 @@ class Parts:
             yield name, within(stored, place, self.source.shape(name))
 
     def _apart(self, stored: Stored, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Iterator[RankPiece]:
-        """Tensors one behind another: whole, or of the first an even share, and of the others equal ones."""
+        """Tensors one behind another: whole, or of the first an even share, and of the others as much as is left."""
         dim = 1 if names[0].endswith(_BY_COLUMN) else 0
         shape, sizes = stored.shape, [full[dim] if len(full) > dim else 0 for full in shapes]
         held = shape[dim] if len(shape) > dim else 0
         if sum(sizes) != held:
-            first, others = sizes[0] // self.tp, len(sizes) - 1
+            first, others = sizes[0] // self.tp, sizes[1:]
             rest = held - first
-            if sizes[0] % self.tp or rest < 0 or rest % others:
+            if sizes[0] % self.tp or rest < 0 or any(rest * size % sum(others) for size in others):
                 raise self._differs(stored, f"does not hold shares of {', '.join(names)}", sizes, held)
-            sizes = [first, *[rest // others] * others]
+            sizes = [first, *(rest * size // sum(others) for size in others)]
         begin = 0
         for size in sizes:
             if dim:
@@ -156,7 +167,9 @@ class Parts:
 
 
 def _in_dims(stored: Stored, full: tuple[int, ...]) -> Stored:
-    """A tensor with the dims that the source has, of which the engine has the last ones as one."""
+    """A tensor with the dims that the source has, of which the engine has the last ones as one, or no first of 1."""
+    if full == (1, *stored.shape):
+        return within(stored, 0, full)
     *before, last = stored.shape or (0,)
     inner = full[len(stored.shape) :]
     size = math.prod(inner)
