@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 _BIAS = {"attention_bias": True}
 _FOUR = {"num_key_value_heads": 4}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GQA | _UNTIED),
@@ -155,6 +157,39 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "seed_oss": ("seed_oss", _HEAD | _UNTIED),
     "seed_oss-tied-bias": ("seed_oss", _HEAD | _TIED | {"attention_out_bias": True, "mlp_bias": True}),
+    "ministral": ("ministral", _HEAD | _UNTIED),
+    "ministral3": ("ministral3", _HEAD | _UNTIED),
+    "ministral3-tied": ("ministral3", _HEAD | _TIED),
+    "ernie4_5": ("ernie4_5", _HEAD | _UNTIED),
+    "ernie4_5-tied": ("ernie4_5", _HEAD | _TIED),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _HEAD | _UNTIED),
+    "hunyuan_v1_dense-tied-bias": ("hunyuan_v1_dense", _HEAD | _TIED | _BIAS),
+    "apertus": ("apertus", _GQA | _UNTIED | _ROPE),
+    "apertus-tied-bias": ("apertus", _GQA | _TIED | _BIAS | _ROPE),
+    "arcee": ("arcee", _HEAD | _UNTIED | _ROPE),
+    "arcee-tied-bias": ("arcee", _HEAD | _TIED | _BIAS | _ROPE | {"mlp_bias": True}),
+    "exaone": ("exaone", _GQA | _UNTIED | {"bias": False, "mlp_bias": False}),
+    "exaone-tied-bias": ("exaone", _GQA | _TIED | {"bias": True, "mlp_bias": False}),
+    "cwm": ("cwm", _HEAD | _UNTIED | _ROPE),
+    "cwm-tied-bias": ("cwm", _HEAD | _TIED | _ROPE | {"mlp_bias": True}),
+    "helium": ("helium", _HEAD | _UNTIED),
+    "helium-tied-bias": ("helium", _HEAD | _TIED | _BIAS | {"mlp_bias": True}),
+    "internlm3": ("internlm3", _HEAD | _UNTIED),
+    "internlm3-tied-bias": ("internlm3", _HEAD | _TIED | {"qkv_bias": True, "bias": True}),
+    "iquestcoder": ("iquestcoder", _HEAD | _UNTIED),
+    "iquestcoder-tied-bias": ("iquestcoder", _HEAD | _TIED | _BIAS | {"mlp_bias": True}),
+    "nanochat": ("nanochat", _HEAD | _UNTIED),
+    "nanochat-tied-bias": ("nanochat", _HEAD | _TIED | _BIAS),
+    "hyperclovax": ("hyperclovax", _HEAD | _UNTIED),
+    "hyperclovax-tied-bias": ("hyperclovax", _HEAD | _TIED | _BIAS | {"mlp_bias": True, "use_post_norm": False}),
+    "jais2": ("jais2", _HEAD | _UNTIED),
+    "jais2-tied-nobias": ("jais2", _HEAD | _TIED | {"attention_bias": False, "mlp_bias": False}),
+    "granite_swa": ("granite_swa", _HEAD | _TIED),
+    "granite_swa-untied-bias": ("granite_swa", _HEAD | _UNTIED | _BIAS | {"mlp_bias": True}),
+    "vaultgemma": ("vaultgemma", _HEAD | _TIED),
+    "vaultgemma-untied-bias": ("vaultgemma", _HEAD | _UNTIED | _BIAS),
+    "olmo3": ("olmo3", _GQA | _UNTIED),
+    "olmo3-tied-bias": ("olmo3", _GQA | _TIED | _BIAS),
     "mixtral": ("mixtral", _LOCAL | _UNTIED),
     "mixtral-tied": ("mixtral", _LOCAL | _TIED),
     "qwen2_moe": ("qwen2_moe", _FINE | _UNTIED | {"shared_expert_intermediate_size": 128, "mlp_only_layers": [0]}),
@@ -201,6 +236,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj-tied": ("gptj", _GPTJ | _TIED),
     "stablelm-norms": ("stablelm", _GQA | _UNTIED | {"qk_layernorm": True}),
     "phi": ("phi", _GQA | _UNTIED),
+    "ernie4_5-bias": ("ernie4_5", _HEAD | _UNTIED | {"use_bias": True}),
     "phimoe-head-bias": ("phimoe", _LOCAL | _UNTIED | {"lm_head_bias": True}),
     "qwen3-bias": ("qwen3", _HEAD | _UNTIED | _BIAS),
     "qwen3_moe-bias": ("qwen3_moe", _FINE | _UNTIED | _BIAS),
@@ -286,8 +322,9 @@ def with_draft(name: str, path: Path) -> Path:
 def make(name: str, path: Path) -> Path:
     """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
     model_type, config = {**LOADED, **REFUSED, **NOT_RUN}[name]
-    if model_type == "internlm2":
-        return _internlm2(path, config)
+    if model_type in WRITTEN:
+        architecture, shapes = WRITTEN[model_type]
+        return _written(path, model_type, architecture, shapes(config), config)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -303,15 +340,14 @@ def make(name: str, path: Path) -> Path:
     return path
 
 
-def _internlm2(path: Path, config: dict[str, Any]) -> Path:
-    """InternLM 2 has no class in transformers."""
-    import torch
-    from safetensors.torch import save_file
-
+def _internlm2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"] + 2 * config["num_key_value_heads"]
     qkv = heads * hidden // config["num_attention_heads"]
-    shapes = {"model.tok_embeddings.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.tok_embeddings.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
     if not config["tie_word_embeddings"]:
         shapes["output.weight"] = (vocab, hidden)
     for layer in range(config["num_hidden_layers"]):
@@ -327,6 +363,43 @@ def _internlm2(path: Path, config: dict[str, Any]) -> Path:
         }
         if config["bias"]:
             shapes |= {f"{prefix}attention.wqkv.bias": (qkv,), f"{prefix}attention.wo.bias": (hidden,)}
+    return shapes
+
+
+def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (vocab, hidden),
+        "transformer.ln_f.weight": (hidden,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"transformer.h.{layer}."
+        attention = f"{prefix}attn.attention."
+        rows = {"q_proj": hidden, "k_proj": kv, "v_proj": kv, "out_proj": hidden}
+        shapes |= {f"{attention}{module}.weight": (each, hidden) for module, each in rows.items()}
+        shapes |= {f"{attention}{module}.bias": (each,) for module, each in rows.items() if config["bias"]}
+        shapes |= {f"{prefix}mlp.{module}.weight": (ffn, hidden) for module in ("c_fc_0", "c_fc_1")}
+        shapes[f"{prefix}mlp.c_proj.weight"] = (hidden, ffn)
+        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in ("ln_1", "ln_2")}
+    return shapes
+
+
+WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
+    "internlm2": ("InternLM2ForCausalLM", _internlm2),
+    "exaone": ("ExaoneForCausalLM", _exaone),
+}
+"""What transformers has no class for: the class that the config names, and the tensors' shapes."""
+
+
+def _written(
+    path: Path, model_type: str, architecture: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -334,10 +407,12 @@ def _internlm2(path: Path, config: dict[str, Any]) -> Path:
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     written = {
-        "architectures": ["InternLM2ForCausalLM"],
-        "model_type": "internlm2",
+        "architectures": [architecture],
+        "model_type": model_type,
         "hidden_act": "silu",
+        "activation_function": "silu",
         "rms_norm_eps": 1e-6,
+        "layer_norm_epsilon": 1e-6,
         "rope_theta": 10000.0,
         "dtype": "bfloat16",
         **config,

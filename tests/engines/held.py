@@ -19,7 +19,7 @@ import sys
 import traceback
 from enum import EnumMeta
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -41,6 +41,7 @@ from vllm.model_executor.layers.fused_moe import oracle
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 UNSET = 7.0
@@ -132,10 +133,19 @@ def without_kernels() -> None:
                     setattr(module, name, stubs[value])
 
 
-class InternLM2Config(LlamaConfig):
-    """Its published config is code of its own, which nobody has to run for a few numbers."""
+def without_images() -> None:
+    """Let text models be made whose modules also import what processes images, of which there is none here."""
+    parts = ("torchvision", "transforms", "v2", "functional")
+    for count in range(1, len(parts) + 1):
+        name = ".".join(parts[:count])
+        sys.modules[name] = ModuleType(name)
+    registry._run_in_subprocess = lambda ask: ask()
 
-    model_type = "internlm2"
+
+def with_configs() -> None:
+    """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
+    for name in ("internlm2", "internlm3", "exaone", "iquestcoder"):
+        AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
 
 
 class Complaints(logging.Handler):
@@ -162,6 +172,8 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         max_model_len=64,
     )
     config = arguments.create_engine_config()
+    # Where the processor has what vLLM's own kernels need, ranks talk through shared memory if they agree on its name.
+    os.environ["VLLM_DIST_IDENT"] = f"none-{rank}"
     complaints = Complaints()
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
     with set_current_vllm_config(config):
@@ -239,7 +251,8 @@ def main() -> None:
     torch.set_num_threads(1)
     without_kernels()
     as_on_gpus()
-    AutoConfig.register("internlm2", InternLM2Config)
+    without_images()
+    with_configs()
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 

@@ -90,6 +90,8 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "afmoe": {},
     "granitemoeshared": {},
     "mimo_v2_flash": {},
+    "apertus": {},
+    "hyperclovax": {},
 }
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
 OTHERWISE = ("minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
@@ -185,7 +187,10 @@ def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
     written = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())["families"]
     assert known.keys() == {name for family in written.values() for name in family.get("model_types", ())}
-    tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {"internlm2"}
+    tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {
+        "internlm2",
+        "exaone",
+    }
     assert tried <= known.keys()
     alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon")]
     assert all(known[other] in alike for other in known.keys() - tried)

@@ -83,10 +83,14 @@ _GLM_MOE = replace(
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
+    **dict.fromkeys(("ministral", "ministral3", "ernie4_5", "hunyuan_v1_dense", "cwm", "internlm3", "helium"), _LLAMA),
+    **dict.fromkeys(("hyperclovax", "iquestcoder", "granite_swa", "vaultgemma"), _LLAMA),
+    **dict.fromkeys(("apertus", "arcee", "jais2", "nanochat"), _FUSED_MLP),
+    "exaone": Names(qkv="attn.attention.qkv_proj", halves={"mlp.gate_up_proj": ("mlp.c_fc_0", "mlp.c_fc_1")}),
     **dict.fromkeys(("mixtral", "phimoe"), _LLAMA),
     **dict.fromkeys(("glm4", "nemotron", "starcoder2"), _FUSED_MLP),
     "glm": replace(_FUSED_MLP, gathered=("mlp.gate_up_proj",)),
-    **dict.fromkeys(("olmo2", "olmoe"), replace(_LLAMA, whole=_QK_NORMS)),
+    **dict.fromkeys(("olmo2", "olmo3", "olmoe"), replace(_LLAMA, whole=_QK_NORMS)),
     "phi3": Names(),
     "internlm2": Names(
         halves={"feed_forward.gate_up_proj": ("feed_forward.w1", "feed_forward.w3")}, gathered=("attention.wqkv",)
