@@ -192,7 +192,7 @@ def test_every_name_that_vllm_has_is_tried() -> None:
         "exaone",
     }
     assert tried <= known.keys()
-    alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon")]
+    alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon", "olmo2")]
     assert all(known[other] in alike for other in known.keys() - tried)
 
 
