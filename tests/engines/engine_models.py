@@ -96,7 +96,19 @@ _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 _BIAS = {"attention_bias": True}
 _FOUR = {"num_key_value_heads": 4}
+_LINEAR = _HEAD | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_MAMBA = _GQA | {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 1}
+_HUNYUAN = _HEAD | {"num_experts": 8, "num_experts_per_tok": 2, "moe_topk": 2, "intermediate_size": 128}
+_CONV = _GQA | {"layer_types": ["conv", "full_attention"]}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+
+_MIXED = {"num_shared_experts": 2, "prefix_dense_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GQA | _UNTIED),
@@ -190,6 +202,24 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "vaultgemma-untied-bias": ("vaultgemma", _HEAD | _UNTIED | _BIAS),
     "olmo3": ("olmo3", _GQA | _UNTIED),
     "olmo3-tied-bias": ("olmo3", _GQA | _TIED | _BIAS),
+    "qwen3_5_text": ("qwen3_5_text", _LINEAR | _UNTIED),
+    "qwen3_5_text-tied": ("qwen3_5_text", _LINEAR | _TIED),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _LINEAR | _FINE | _UNTIED | {"shared_expert_intermediate_size": 128}),
+    "lfm2": ("lfm2", _CONV | _TIED | {"conv_dim": 256, "block_dim": 256}),
+    "lfm2-bias": ("lfm2", _CONV | _TIED | {"conv_dim": 256, "block_dim": 256, "conv_bias": True}),
+    "lfm2_moe": ("lfm2_moe", _CONV | _FINE | _TIED | {"num_dense_layers": 1}),
+    "lfm2_moe-bias": (
+        "lfm2_moe",
+        _CONV | _FINE | _TIED | {"num_dense_layers": 0, "use_expert_bias": False, "conv_bias": True},
+    ),
+    "dots1": ("dots1", _GLM_MOE | _UNTIED | {"n_group": 1, "topk_group": 1}),
+    "dots1-tied-bias": ("dots1", _GLM_MOE | _TIED | _BIAS | {"n_group": 1, "topk_group": 1}),
+    "solar_open": ("solar_open", _GLM_MOE | _UNTIED),
+    "cohere2_moe": ("cohere2_moe", _FINE | _TIED | _MIXED),
+    "flex_olmo": ("flex_olmo", _GQA | _UNTIED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "flex_olmo-tied-bias": ("flex_olmo", _GQA | _TIED | _BIAS | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", _HUNYUAN | _UNTIED),
+    "hunyuan_v1_moe-tied-bias": ("hunyuan_v1_moe", _HUNYUAN | _TIED | _BIAS),
     "mixtral": ("mixtral", _LOCAL | _UNTIED),
     "mixtral-tied": ("mixtral", _LOCAL | _TIED),
     "qwen2_moe": ("qwen2_moe", _FINE | _UNTIED | {"shared_expert_intermediate_size": 128, "mlp_only_layers": [0]}),
@@ -237,6 +267,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm-norms": ("stablelm", _GQA | _UNTIED | {"qk_layernorm": True}),
     "phi": ("phi", _GQA | _UNTIED),
     "ernie4_5-bias": ("ernie4_5", _HEAD | _UNTIED | {"use_bias": True}),
+    "qwen3_5_text-bias": ("qwen3_5_text", _LINEAR | _UNTIED | _BIAS),
+    "lfm2-untied": ("lfm2", _CONV | _UNTIED | {"conv_dim": 256, "block_dim": 256}),
+    "lfm2-without-conv_dim": ("lfm2", _CONV | _TIED),
+    "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
+    "codegen": ("codegen", _GPTJ | _UNTIED),
+    "xglm": ("xglm", _TOKENS | {"d_model": 256, "attention_heads": 8, "num_layers": 2, "ffn_dim": 512}),
+    "cohere2_moe-untied": ("cohere2_moe", _FINE | _UNTIED | _MIXED),
     "phimoe-head-bias": ("phimoe", _LOCAL | _UNTIED | {"lm_head_bias": True}),
     "qwen3-bias": ("qwen3", _HEAD | _UNTIED | _BIAS),
     "qwen3_moe-bias": ("qwen3_moe", _FINE | _UNTIED | _BIAS),

@@ -172,8 +172,6 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         max_model_len=64,
     )
     config = arguments.create_engine_config()
-    # Where the processor has what vLLM's own kernels need, ranks talk through shared memory if they agree on its name.
-    os.environ["VLLM_DIST_IDENT"] = f"none-{rank}"
     complaints = Complaints()
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
     with set_current_vllm_config(config):

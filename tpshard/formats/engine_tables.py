@@ -61,6 +61,7 @@ class EngineFamily:
     tied: str = ""
     extra_layers: str = ""
     needs: Mapping[str, str] = field(default_factory=dict)
+    says: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     attends: tuple[str, ...] = ()
     drafts: tuple[str, ...] = ()

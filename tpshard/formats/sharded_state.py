@@ -155,6 +155,10 @@ class ShardedState(Format):
         for key, reason in family.needs.items():
             if not model.config.get(key, True):
                 raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
+        for key, reason in family.says.items():
+            if key not in model.config:
+                what = f"{self.engine} does not load {model_type} with a config that does not say {key}: {reason}"
+                raise UnsupportedError(what, expected=key, hint="take the published config.json")
         return replace(family)  # one that remembers the names of this model alone
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:

@@ -92,6 +92,14 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "mimo_v2_flash": {},
     "apertus": {},
     "hyperclovax": {},
+    "qwen3_5_text": {},
+    "qwen3_5_moe_text": {},
+    "lfm2": {"conv_dim": 64, "block_dim": 64},
+    "lfm2_moe": {},
+    "solar_open": {"attention_bias": False},
+    "cohere2_moe": {},
+    "flex_olmo": {},
+    "hunyuan_v1_moe": {},
 }
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
 OTHERWISE = ("minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
@@ -192,7 +200,7 @@ def test_every_name_that_vllm_has_is_tried() -> None:
         "exaone",
     }
     assert tried <= known.keys()
-    alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon", "olmo2")]
+    alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon", "olmo2", "solar_open")]
     assert all(known[other] in alike for other in known.keys() - tried)
 
 

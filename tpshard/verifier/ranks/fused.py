@@ -16,6 +16,7 @@ from tpshard.verifier.ranks.weights import named
 Placed = Iterator[tuple[str, RankPiece | None]]
 """The source's tensors, and what a rank has of each; None where vLLM has no place for it."""
 _MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3")), "w2": (("down_proj",), ("w2",))}
+_EXPERTS = ("mlp.experts", "block_sparse_moe.experts", "feed_forward.experts")
 _STACKED = {"w13": "gate_up_proj", "w2": "down_proj"}
 _BY_COLUMN = ("qweight", "qzeros", "scales")
 """What GPTQ and AWQ store as [in, out]."""
@@ -77,16 +78,17 @@ class Parts:
         which: `w13` for gate and up, `w2` for down. turned: stacked ones with their last two dims exchanged.
         """
         count, *shape = stored.shape
-        for module in ("mlp.experts", "block_sparse_moe.experts"):
+        for module in _EXPERTS:
             for matrices in _MATRICES[which]:
                 if self._named(f"{module}.0.{matrices[-1]}.{suffix}"):
                     for expert in range(count):
                         one = within(stored, expert * math.prod(shape), tuple(shape))
                         yield from self._placed([f"{module}.{expert}.{each}.{suffix}" for each in matrices], one)
                     return
-        name, end = f"mlp.experts.{_STACKED[which]}", f"_{suffix.removeprefix('weight_')}"
+        end = f"_{suffix.removeprefix('weight_')}"
         ends = ("", "_blocks") if suffix == "weight" else (end, f"{end}s")
-        tensor = next((f"{name}{end}" for end in ends if self._named(f"{name}{end}")), f"{name}{ends[0]}")
+        tried = [f"{module}.{_STACKED[which]}{end}" for module in _EXPERTS for end in ends]
+        tensor = next(filter(self._named, tried), tried[0])
         if tensor in turned:
             yield f"{self.layer}{tensor}", Turned(stored)
         else:

@@ -80,6 +80,15 @@ _GLM_MOE = replace(
     _SHARED_MOE,
     renamed={_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
 )
+_LINEAR = {
+    "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+}
+_SHORT_CONV = Names(
+    renamed={"short_conv": "conv", f"feed_forward.experts.routed_experts.{_BIAS}": "feed_forward.expert_bias"},
+    qkv="self_attn.qkv_proj",
+    halves={"feed_forward.w13": ("feed_forward.w1", "feed_forward.w3")},
+)
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
@@ -109,6 +118,23 @@ VLLM: Mapping[str, Names] = {
     "qwen2_moe": _QWEN2_MOE,
     "qwen3_next": replace(_QWEN2_MOE, renamed={**_QWEN2_MOE.renamed, "mlp.experts.gate": "mlp.gate"}),
     "qwen3_moe": replace(_LLAMA, renamed={"mlp.experts.gate": "mlp.gate"}),
+    "qwen3_5_text": replace(_LLAMA, halves={**_LLAMA.halves, **_LINEAR}),
+    "qwen3_5_moe_text": replace(
+        _QWEN2_MOE,
+        renamed={**_QWEN2_MOE.renamed, "mlp.experts.gate": "mlp.gate"},
+        halves={**_QWEN2_MOE.halves, **_LINEAR},
+    ),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _SHORT_CONV),
+    **dict.fromkeys(
+        ("dots1", "solar_open"),
+        replace(
+            _SHARED_MOE,
+            renamed={f"{_SHARED}.shared_experts": "mlp.shared_experts", "mlp.experts.gate": "mlp.gate"},
+        ),
+    ),
+    "cohere2_moe": replace(_SHARED_MOE, renamed={_SHARED: "mlp.shared_experts"}),
+    "flex_olmo": replace(_LLAMA, renamed={"mlp.experts.gate": "mlp.gate"}, whole=_QK_NORMS),
+    "hunyuan_v1_moe": replace(_LLAMA, halves=_swiglu("mlp") | _swiglu("mlp.shared_mlp")),
     "glm4_moe": _GLM_MOE,
     "glm4_moe_lite": Names(renamed={**_GLM_MOE.renamed, **_MLA}, halves=_DEEPSEEK.halves),
     "mimo_v2_flash": replace(
