@@ -105,6 +105,14 @@ _LINEAR = _HEAD | {
 }
 _MAMBA = _GQA | {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 1}
 _HUNYUAN = _HEAD | {"num_experts": 8, "num_experts_per_tok": 2, "moe_topk": 2, "intermediate_size": 128}
+_HYBRID = {"shared_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention"]}
+_JAMBA = {
+    "num_experts": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 16,
+}
 _CONV = _GQA | {"layer_types": ["conv", "full_attention"]}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
@@ -220,6 +228,15 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "flex_olmo-tied-bias": ("flex_olmo", _GQA | _TIED | _BIAS | {"num_experts": 8, "num_experts_per_tok": 2}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", _HUNYUAN | _UNTIED),
     "hunyuan_v1_moe-tied-bias": ("hunyuan_v1_moe", _HUNYUAN | _TIED | _BIAS),
+    "granitemoehybrid": ("granitemoehybrid", _MAMBA | _LOCAL | _UNTIED | _HYBRID),
+    "granitemoehybrid-tied-dense": ("granitemoehybrid", _MAMBA | _TIED | _BIAS | _HYBRID | {"num_local_experts": 0}),
+    "falcon_h1": ("falcon_h1", _MAMBA | _UNTIED | {"head_dim": 32, "mamba_d_ssm": 512, "mamba_rms_norm": True}),
+    "falcon_h1-tied-groups": (
+        "falcon_h1",
+        _MAMBA | _TIED | {"head_dim": 32, "mamba_d_ssm": 512, "mamba_rms_norm": False, "mamba_n_groups": 4},
+    ),
+    "jamba": ("jamba", _GQA | _UNTIED | _JAMBA),
+    "jamba-bias": ("jamba", _GQA | _UNTIED | _JAMBA | {"mamba_proj_bias": True}),
     "mixtral": ("mixtral", _LOCAL | _UNTIED),
     "mixtral-tied": ("mixtral", _LOCAL | _TIED),
     "qwen2_moe": ("qwen2_moe", _FINE | _UNTIED | {"shared_expert_intermediate_size": 128, "mlp_only_layers": [0]}),
@@ -270,6 +287,18 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text-bias": ("qwen3_5_text", _LINEAR | _UNTIED | _BIAS),
     "lfm2-untied": ("lfm2", _CONV | _UNTIED | {"conv_dim": 256, "block_dim": 256}),
     "lfm2-without-conv_dim": ("lfm2", _CONV | _TIED),
+    "granitemoehybrid-no-conv-bias": (
+        "granitemoehybrid",
+        _MAMBA | _LOCAL | _UNTIED | _HYBRID | {"mamba_conv_bias": False},
+    ),
+    "granitemoehybrid-proj-bias": (
+        "granitemoehybrid",
+        _MAMBA | _LOCAL | _UNTIED | _HYBRID | {"mamba_proj_bias": True},
+    ),
+    "falcon_h1-groups": ("falcon_h1", _MAMBA | _UNTIED | {"mamba_d_ssm": 512, "mamba_n_groups": 2}),
+    "falcon_h1-bias": ("falcon_h1", _MAMBA | _UNTIED | _BIAS | {"mamba_d_ssm": 512}),
+    "falcon_h1-mlp-bias": ("falcon_h1", _MAMBA | _UNTIED | {"mamba_d_ssm": 512, "mlp_bias": True}),
+    "jamba-tied": ("jamba", _GQA | _TIED | _JAMBA),
     "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
     "codegen": ("codegen", _GPTJ | _UNTIED),
     "xglm": ("xglm", _TOKENS | {"d_model": 256, "attention_heads": 8, "num_layers": 2, "ffn_dim": 512}),

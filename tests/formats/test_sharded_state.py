@@ -157,7 +157,7 @@ def test_sglang_is_vllm_without_scales(made: Get, tmp_path: Path, quick: Setting
         assert len(theirs) > len(ours)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-new", "bloom", "gpt_neox", "opt-350m-like"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-new", "bloom", "gpt_neox", "opt-350m-like", "jamba"])
 def test_resharded_from_any_format_equals_split(name: str, made: Get, tmp_path: Path, quick: Settings) -> None:
     """native → vllm, vllm at another width → vllm, and vllm → native are each what a split gives."""
 

@@ -47,6 +47,7 @@ class NameKind(NamedTuple):
     squeezed: bool
     plain: bool
     float32: bool
+    function: str
     unrepeated: bool
     fused: tuple[FusedInto, ...]
     renamed: str
@@ -66,6 +67,7 @@ class EngineFamily:
     attends: tuple[str, ...] = ()
     drafts: tuple[str, ...] = ()
     unrepeated: tuple[str, ...] = ()
+    alone_repeated: tuple[str, ...] = ()
     rest_last: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
@@ -74,6 +76,7 @@ class EngineFamily:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -107,6 +110,7 @@ class EngineFamily:
             squeezed=fits_any(self.squeezed, name),
             plain=fits_any(self.plain, name),
             float32=fits_any(self.float32, name),
+            function=next((each for each, patterns in self.computed.items() if fits_any(patterns, name)), ""),
             unrepeated=fits_any(self.unrepeated, name),
             fused=tuple(
                 FusedInto(

@@ -89,6 +89,7 @@ class ShardedState(Format):
         rows += constants(method, family, model, rows, named.values(), options.tp)
         rows += _scales(family, named.values(), options.tp)
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
+        beside |= {tensor.name for tensor in tensors if family.kind(model.full_name(tensor.name)).function}
         rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
         return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped)
 
@@ -176,6 +177,7 @@ class ShardedState(Format):
         for name, axis in model.axes.items():
             padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
             repeated = axis.replicate and name not in single
+            repeated = repeated and (axis.count == 1 or name not in family.alone_repeated)
             rest_last = axis.step > 1 and name in family.rest_last
             axes[name] = replace(axis, count=padded, pad=False, replicate=repeated, group=None, rest_last=rest_last)
         return options.even_deal(self.engine, axes)

@@ -96,6 +96,9 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "qwen3_5_moe_text": {},
     "lfm2": {"conv_dim": 64, "block_dim": 64},
     "lfm2_moe": {},
+    "granitemoehybrid": {"mamba_proj_bias": False},
+    "falcon_h1": {"mamba_n_groups": 4},
+    "jamba": {},
     "solar_open": {"attention_bias": False},
     "cohere2_moe": {},
     "flex_olmo": {},
@@ -360,6 +363,12 @@ FAULTS = {
         "glm",
         swapped("model.layers.1.mlp.gate_up_proj.weight", slice(0, 1), slice(1, 2)),
         "input of model.layers.1.mlp.down_proj of rank 0",
+        None,
+    ),
+    "a number that is no exponential": (
+        "jamba",
+        lambda tensors: tensors["model.layers.0.mamba.A"][5].mul_(1.0001),
+        "input of model.layers.0.mamba.out_proj of rank 1",
         None,
     ),
     "scale": (

@@ -7,10 +7,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from tpshard.errors import DifferentError
 from tpshard.storage.torch_pickle import DTYPES
 from tpshard.verifier.ranks.open import FileWeights
-from tpshard.verifier.ranks.pieces import Columns, RankPiece, Stored, Turned
+from tpshard.verifier.ranks.pieces import Columns, Logarithm, RankPiece, Rows, Stored, Turned
 from tpshard.verifier.ranks.weights import named
 
 Placed = Iterator[tuple[str, RankPiece | None]]
@@ -71,6 +73,15 @@ class Parts:
     def fused(self, tensors: Sequence[str], stored: Stored) -> Placed:
         """Tensors that lie one behind another."""
         yield from self._placed(tensors, stored)
+
+    def of_exponential(self, tensor: str, stored: Stored) -> tuple[str, RankPiece]:
+        """A tensor of whose even share minus the exponential is stored."""
+        name = self._named(tensor)
+        if name is None:
+            raise self._differs(stored, "is of a tensor that the source does not have", tensor, "none")
+        rows = self.source.shape(name)[0]
+        share = torch.arange(rows * self.rank // self.tp, rows * (self.rank + 1) // self.tp)
+        return name, Logarithm(stored, Rows(Stored(self.source, name), share))
 
     def experts(self, which: str, suffix: str, stored: Stored, turned: Sequence[str]) -> Placed:
         """Experts as the source has them: one by one, or stacked under the names of transformers' classes.

@@ -30,7 +30,8 @@ class Names:
 
     roots: how whole names begin. renamed: how names below a layer begin. otherwise: how these begin in sources that
     newer code has saved, under the names of its own modules. qkv: the fused module. halves: a module that is two, one
-    behind the other. turned: tensors with their last two dims exchanged. grouped: a module with its q, k and v apart
+    behind the other. turned: tensors with their last two dims exchanged. computed:
+    what is minus the exponential of one of the source's tensors. grouped: a module with its q, k and v apart
     that the source interleaves. gathered: modules that every rank computes for all, in even slices, or as if q, k and v
     lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that rank 0 alone adds, and
     the others hold zeros of.
@@ -42,6 +43,7 @@ class Names:
     qkv: str | None = None
     halves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     turned: tuple[str, ...] = ()
+    computed: Mapping[str, str] = field(default_factory=dict)
     grouped: str | None = None
     gathered: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
@@ -89,6 +91,7 @@ _SHORT_CONV = Names(
     qkv="self_attn.qkv_proj",
     halves={"feed_forward.w13": ("feed_forward.w1", "feed_forward.w3")},
 )
+_MAMBA = {"mamba.A": "mamba.A_log"}
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
@@ -114,6 +117,27 @@ VLLM: Mapping[str, Names] = {
                 "block_sparse_moe.gate": "block_sparse_moe.router.layer",
             },
         ),
+    ),
+    "granitemoehybrid": Names(
+        renamed={
+            "block_sparse_moe.experts.routed_experts.w13_weight": "block_sparse_moe.input_linear.weight",
+            "block_sparse_moe.experts.routed_experts.w2_weight": "block_sparse_moe.output_linear.weight",
+            "block_sparse_moe.gate": "block_sparse_moe.router.layer",
+        },
+        qkv="self_attn.qkv_proj",
+        computed=_MAMBA,
+    ),
+    "falcon_h1": Names(
+        renamed={"mamba.mamba": "mamba"},
+        qkv="self_attn.qkv_proj",
+        halves=_swiglu("feed_forward"),
+        computed=_MAMBA,
+    ),
+    "jamba": Names(
+        renamed={"qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj", "attn": "self_attn.attn"},
+        qkv="self_attn.qkv_proj",
+        halves=_swiglu("feed_forward"),
+        computed=_MAMBA,
     ),
     "qwen2_moe": _QWEN2_MOE,
     "qwen3_next": replace(_QWEN2_MOE, renamed={**_QWEN2_MOE.renamed, "mlp.experts.gate": "mlp.gate"}),
@@ -222,6 +246,8 @@ class Rank:
             yield from parts.fused([f"{part}.{suffix}" for part in family.qkv], stored)
         elif module in names.halves:
             yield from parts.fused([f"{half}.{suffix}" for half in names.halves[module]], stored)
+        elif tensor in names.computed:
+            yield parts.of_exponential(names.computed[tensor], stored)
         elif tensor in names.turned:
             yield f"{layer}{tensor}", Turned(stored)
         elif module == names.grouped and family.fused in ("heads", "groups"):
