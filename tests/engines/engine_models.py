@@ -89,6 +89,17 @@ _MIMO = (
     | {"add_swa_attention_sink_bias": True, "n_group": 1, "topk_group": 1}
 )
 
+_LFM2 = _GQA | {"layer_types": ["conv", "full_attention"], "conv_dim": 256, "block_dim": 256}
+_COHERE_MOE = _FINE | {"num_shared_experts": 2, "mlp_layer_types": ["dense", "sparse"]}
+
+_MAMBA = _GQA | {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 4}
+_NEMOTRON = (
+    _HEAD
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 4}
+    | {"mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 32, "n_groups": 4}
+    | {"moe_shared_expert_intermediate_size": 64, "hybrid_override_pattern": "M*-E"}
+)
+
 _BIASES = ("correction_bias", "expert_bias")
 
 _TIED = {"tie_word_embeddings": True}
@@ -191,6 +202,34 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared-untied": ("granitemoeshared", _LOCAL | _UNTIED | {"shared_intermediate_size": 128}),
     "mimo_v2_flash": ("mimo_v2_flash", _MIMO | _UNTIED),
     "mimo_v2_flash-bias": ("mimo_v2_flash", _MIMO | _UNTIED | _BIAS),
+    "qwen3_5_text": ("qwen3_5_text", _LINEAR | _UNTIED),
+    "qwen3_5_text-tied": ("qwen3_5_text", _LINEAR | _TIED),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _LINEAR | _UNTIED),
+    "ernie4_5": ("ernie4_5", _GQA | _TIED),
+    "ernie4_5-untied": ("ernie4_5", _GQA | _UNTIED),
+    "ministral3": ("ministral3", _HEAD | _UNTIED),
+    "ministral3-tied": ("ministral3", _HEAD | _TIED),
+    "apertus": ("apertus", _GQA | _UNTIED),
+    "apertus-tied-bias": ("apertus", _GQA | _TIED | _BIAS),
+    "olmo3": ("olmo3", _GQA | _UNTIED),
+    "olmo3-tied-bias": ("olmo3", _GQA | _TIED | _BIAS),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _HEAD | _UNTIED),
+    "hunyuan_v1_dense-tied-bias": ("hunyuan_v1_dense", _HEAD | _TIED | _BIAS),
+    "arcee": ("arcee", _GQA | _UNTIED),
+    "arcee-tied-bias": ("arcee", _GQA | _TIED | _BIAS | {"mlp_bias": True}),
+    "cwm": ("cwm", _HEAD | _UNTIED),
+    "cwm-tied-bias": ("cwm", _HEAD | _TIED | {"mlp_bias": True}),
+    "hyperclovax": ("hyperclovax", _GQA | _UNTIED),
+    "hyperclovax-tied-bias": ("hyperclovax", _GQA | _TIED | _BIAS | {"mlp_bias": True}),
+    "jais2": ("jais2", _GQA | _UNTIED),
+    "jais2-tied": ("jais2", _GQA | _TIED),
+    "granite_swa": ("granite_swa", _GQA | _TIED),
+    "granite_swa-untied-bias": ("granite_swa", _GQA | _UNTIED | _BIAS | {"mlp_bias": True}),
+    "vaultgemma": ("vaultgemma", _HEAD),
+    "lfm2": ("lfm2", _LFM2),
+    "lfm2-bias": ("lfm2", _LFM2 | {"conv_bias": True}),
+    "lfm2_moe": ("lfm2_moe", _FINE | {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "cohere2_moe": ("cohere2_moe", _COHERE_MOE | _TIED),
 }
 """What vLLM loads."""
 
@@ -229,6 +268,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe-bias": ("afmoe", _AF | _UNTIED | _BIAS),
     "afmoe-tied": ("afmoe", _AF | _TIED),
     "granitemoeshared-bias": ("granitemoeshared", _LOCAL | _UNTIED | _BIAS | {"shared_intermediate_size": 128}),
+    "qwen3_5_text-bias": ("qwen3_5_text", _LINEAR | _UNTIED | _BIAS),
+    "ernie4_5-bias": ("ernie4_5", _GQA | _UNTIED | {"use_bias": True}),
+    "cohere2_moe-bias": ("cohere2_moe", _COHERE_MOE | _TIED | _BIAS),
+    "cohere2_moe-untied": ("cohere2_moe", _COHERE_MOE | _UNTIED),
+    "lfm2-untied": ("lfm2", _LFM2 | _UNTIED),
+    "dots1": ("dots1", _GLM_MOE | _UNTIED),
+    "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
+    "falcon_h1": ("falcon_h1", _MAMBA | {"mamba_d_ssm": 512}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        _MAMBA
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 128}
+        | {"layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "nemotron_h": ("nemotron_h", _NEMOTRON),
+    "jamba": ("jamba", _GQA | {"num_experts": 8, "attn_layer_period": 2, "attn_layer_offset": 1}),
     "mimo_v2_flash-tied": ("mimo_v2_flash", _MIMO | _TIED),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
@@ -258,6 +313,7 @@ DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "hy_v3": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.final_layernorm")),
     "exaone_moe": ("model.layers.0.", "mtp.layers.0.", _MTP),
+    "qwen3_5_moe_text": ("model.layers.1.", "mtp.layers.0.", _MTP),
     "mimo_v2_flash": ("model.layers.1.self_attn.", "model.mtp.layers.0.self_attn.", ("model.mtp.layers.0.eh_proj",)),
 }
 """Of which layer what predicts further tokens is a copy, under which name, and what is around it."""

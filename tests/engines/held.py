@@ -19,7 +19,7 @@ import sys
 import traceback
 from enum import EnumMeta
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -90,6 +90,29 @@ class NoSparseAttention(NoKernel):
     @classmethod
     def get_impl_cls(cls) -> type[NoSparseAttention]:
         return cls
+
+
+class NoImages(ModuleType):
+    """In place of torchvision and its modules: models that see are imported for what they read."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> type[NoKernel]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return NoKernel
+
+
+def without_images() -> None:
+    """Have classes whose modules import torchvision, which the environment does not have."""
+    absent = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2", "torchvision.io")
+    sys.modules.update({name: NoImages(name) for name in absent})
+    from vllm.model_executor.models import qwen3_5
+
+    for name in absent:
+        del sys.modules[name]
+    for name in ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"):
+        ModelRegistry.register_model(name, vars(qwen3_5)[name])
 
 
 def as_on_gpus() -> None:
@@ -239,6 +262,7 @@ def main() -> None:
     torch.set_num_threads(1)
     without_kernels()
     as_on_gpus()
+    without_images()
     AutoConfig.register("internlm2", InternLM2Config)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

@@ -90,9 +90,25 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "afmoe": {},
     "granitemoeshared": {},
     "mimo_v2_flash": {},
+    "qwen3_5_text": {},
+    "qwen3_5_moe_text": {},
+    "cohere2_moe": {},
+    "lfm2": {},
+    "lfm2_moe": {},
+    "apertus": {},
+    "arcee": {},
+    "jais2": {},
+    "olmo3": {},
+    "cwm": {},
+    "ernie4_5": {"use_bias": False},
+    "granite_swa": {},
+    "hunyuan_v1_dense": {},
+    "hyperclovax": {},
+    "ministral3": {},
+    "vaultgemma": {},
 }
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
-OTHERWISE = ("minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
+OTHERWISE = ("minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash", "lfm2_moe")
 """Those of which newer code saves some tensors under other names than published files have."""
 
 

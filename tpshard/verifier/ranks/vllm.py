@@ -76,6 +76,12 @@ _QWEN2_MOE = replace(
     renamed={_SHARED: "mlp.shared_expert", f"{_SHARED}.expert_gate": "mlp.shared_expert_gate"},
     halves=_swiglu("mlp") | _swiglu("mlp.shared_expert"),
 )
+_QWEN3_NEXT = replace(_QWEN2_MOE, renamed={**_QWEN2_MOE.renamed, "mlp.experts.gate": "mlp.gate"})
+_QWEN3_5_HALVES = {
+    **_QWEN3_NEXT.halves,
+    "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+}
 _GLM_MOE = replace(
     _SHARED_MOE,
     renamed={_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
@@ -83,10 +89,12 @@ _GLM_MOE = replace(
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
+    **dict.fromkeys(("cwm", "ernie4_5", "granite_swa", "hunyuan_v1_dense", "hyperclovax", "ministral3"), _LLAMA),
+    "vaultgemma": _LLAMA,
     **dict.fromkeys(("mixtral", "phimoe"), _LLAMA),
-    **dict.fromkeys(("glm4", "nemotron", "starcoder2"), _FUSED_MLP),
+    **dict.fromkeys(("apertus", "arcee", "glm4", "jais2", "nemotron", "starcoder2"), _FUSED_MLP),
     "glm": replace(_FUSED_MLP, gathered=("mlp.gate_up_proj",)),
-    **dict.fromkeys(("olmo2", "olmoe"), replace(_LLAMA, whole=_QK_NORMS)),
+    **dict.fromkeys(("olmo2", "olmo3", "olmoe"), replace(_LLAMA, whole=_QK_NORMS)),
     "phi3": Names(),
     "internlm2": Names(
         halves={"feed_forward.gate_up_proj": ("feed_forward.w1", "feed_forward.w3")}, gathered=("attention.wqkv",)
@@ -103,7 +111,8 @@ VLLM: Mapping[str, Names] = {
         ),
     ),
     "qwen2_moe": _QWEN2_MOE,
-    "qwen3_next": replace(_QWEN2_MOE, renamed={**_QWEN2_MOE.renamed, "mlp.experts.gate": "mlp.gate"}),
+    "qwen3_next": _QWEN3_NEXT,
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), replace(_QWEN3_NEXT, halves=_QWEN3_5_HALVES)),
     "qwen3_moe": replace(_LLAMA, renamed={"mlp.experts.gate": "mlp.gate"}),
     "glm4_moe": _GLM_MOE,
     "glm4_moe_lite": Names(renamed={**_GLM_MOE.renamed, **_MLA}, halves=_DEEPSEEK.halves),
@@ -119,6 +128,19 @@ VLLM: Mapping[str, Names] = {
         _SHARED_MOE,
         renamed={_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate"},
         otherwise={f"mlp.{_BIAS}": f"mlp.gate.{_BIAS}"},
+    ),
+    "cohere2_moe": replace(_SHARED_MOE, renamed={_SHARED: "mlp.shared_experts"}),
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe"),
+        Names(
+            renamed={
+                "short_conv": "conv",
+                f"feed_forward.experts.routed_experts.{_BIAS}": "feed_forward.expert_bias",
+            },
+            otherwise={"mlp.experts": "feed_forward.experts"},
+            qkv="self_attn.qkv_proj",
+            halves={"feed_forward.w13": ("feed_forward.w1", "feed_forward.w3")},
+        ),
     ),
     "afmoe": replace(_SHARED_MOE, renamed={_SHARED: "mlp.shared_experts", "mlp.gate": "mlp.router.gate"}),
     "hy_v3": replace(
