@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,64 @@ _GLM_MOE = _HEAD | {
 }
 _GPT_OSS = _LOCAL | {"head_dim": 32}
 
+_SPARSE = _LATENT | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "topk_method": "noaux_tc"}
+_LITE = _LATENT | {"n_group": 1, "topk_group": 1}
+_LINEAR = (
+    _FINE
+    | {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128}
+    | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48}
+    | {"mlp_only_layers": [0], "decoder_sparse_step": 1}
+)
+# Its published config has keys that transformers' own has under other names, and vLLM reads.
+_MINIMAX = _LOCAL | {"head_dim": 32, "rotary_dim": 16, "use_routing_bias": True, "scoring_func": "sigmoid"}
+_ERNIE = _GQA | {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 2}
+_HY = (
+    _FINE
+    | {"num_hidden_layers": 3, "num_shared_experts": 1, "first_k_dense_replace": 1}
+    | {"expert_hidden_dim": 64, "qk_norm": True, "route_norm": True}
+)
+_EXAONE = _FINE | {"sliding_window": 8, "num_shared_experts": 1}
+_AF = (
+    _FINE
+    | {"num_dense_layers": 1, "num_shared_experts": 2}
+    | {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+)
+_MIMO = (
+    _HEAD
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "v_head_dim": 16}
+    | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    | {"hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "layernorm_epsilon": 1e-6, "sliding_window_size": 8}
+    | {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "swa_head_dim": 32, "swa_v_head_dim": 16}
+    | {"add_swa_attention_sink_bias": True, "n_group": 1, "topk_group": 1}
+)
+
+_BIASES = ("correction_bias", "expert_bias")
+
 _TIED = {"tie_word_embeddings": True}
 _UNTIED = {"tie_word_embeddings": False}
 _BIAS = {"attention_bias": True}
 _FOUR = {"num_key_value_heads": 4}
+_LINEAR = _HEAD | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+_MAMBA = _GQA | {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 1}
+_HUNYUAN = _HEAD | {"num_experts": 8, "num_experts_per_tok": 2, "moe_topk": 2, "intermediate_size": 128}
+_HYBRID = {"shared_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention"]}
+_JAMBA = {
+    "num_experts": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 16,
+    "mamba_dt_rank": 16,
+}
+_CONV = _GQA | {"layer_types": ["conv", "full_attention"]}
+_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+
+_MIXED = {"num_shared_experts": 2, "prefix_dense_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GQA | _UNTIED),
@@ -122,6 +177,66 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "seed_oss": ("seed_oss", _HEAD | _UNTIED),
     "seed_oss-tied-bias": ("seed_oss", _HEAD | _TIED | {"attention_out_bias": True, "mlp_bias": True}),
+    "ministral": ("ministral", _HEAD | _UNTIED),
+    "ministral3": ("ministral3", _HEAD | _UNTIED),
+    "ministral3-tied": ("ministral3", _HEAD | _TIED),
+    "ernie4_5": ("ernie4_5", _HEAD | _UNTIED),
+    "ernie4_5-tied": ("ernie4_5", _HEAD | _TIED),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", _HEAD | _UNTIED),
+    "hunyuan_v1_dense-tied-bias": ("hunyuan_v1_dense", _HEAD | _TIED | _BIAS),
+    "apertus": ("apertus", _GQA | _UNTIED | _ROPE),
+    "apertus-tied-bias": ("apertus", _GQA | _TIED | _BIAS | _ROPE),
+    "arcee": ("arcee", _HEAD | _UNTIED | _ROPE),
+    "arcee-tied-bias": ("arcee", _HEAD | _TIED | _BIAS | _ROPE | {"mlp_bias": True}),
+    "exaone": ("exaone", _GQA | _UNTIED | {"bias": False, "mlp_bias": False}),
+    "exaone-tied-bias": ("exaone", _GQA | _TIED | {"bias": True, "mlp_bias": False}),
+    "cwm": ("cwm", _HEAD | _UNTIED | _ROPE),
+    "cwm-tied-bias": ("cwm", _HEAD | _TIED | _ROPE | {"mlp_bias": True}),
+    "helium": ("helium", _HEAD | _UNTIED),
+    "helium-tied-bias": ("helium", _HEAD | _TIED | _BIAS | {"mlp_bias": True}),
+    "internlm3": ("internlm3", _HEAD | _UNTIED),
+    "internlm3-tied-bias": ("internlm3", _HEAD | _TIED | {"qkv_bias": True, "bias": True}),
+    "iquestcoder": ("iquestcoder", _HEAD | _UNTIED),
+    "iquestcoder-tied-bias": ("iquestcoder", _HEAD | _TIED | _BIAS | {"mlp_bias": True}),
+    "nanochat": ("nanochat", _HEAD | _UNTIED),
+    "nanochat-tied-bias": ("nanochat", _HEAD | _TIED | _BIAS),
+    "hyperclovax": ("hyperclovax", _HEAD | _UNTIED),
+    "hyperclovax-tied-bias": ("hyperclovax", _HEAD | _TIED | _BIAS | {"mlp_bias": True, "use_post_norm": False}),
+    "jais2": ("jais2", _HEAD | _UNTIED),
+    "jais2-tied-nobias": ("jais2", _HEAD | _TIED | {"attention_bias": False, "mlp_bias": False}),
+    "granite_swa": ("granite_swa", _HEAD | _TIED),
+    "granite_swa-untied-bias": ("granite_swa", _HEAD | _UNTIED | _BIAS | {"mlp_bias": True}),
+    "vaultgemma": ("vaultgemma", _HEAD | _TIED),
+    "vaultgemma-untied-bias": ("vaultgemma", _HEAD | _UNTIED | _BIAS),
+    "olmo3": ("olmo3", _GQA | _UNTIED),
+    "olmo3-tied-bias": ("olmo3", _GQA | _TIED | _BIAS),
+    "qwen3_5_text": ("qwen3_5_text", _LINEAR | _UNTIED),
+    "qwen3_5_text-tied": ("qwen3_5_text", _LINEAR | _TIED),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", _LINEAR | _FINE | _UNTIED | {"shared_expert_intermediate_size": 128}),
+    "lfm2": ("lfm2", _CONV | _TIED | {"conv_dim": 256, "block_dim": 256}),
+    "lfm2-bias": ("lfm2", _CONV | _TIED | {"conv_dim": 256, "block_dim": 256, "conv_bias": True}),
+    "lfm2_moe": ("lfm2_moe", _CONV | _FINE | _TIED | {"num_dense_layers": 1}),
+    "lfm2_moe-bias": (
+        "lfm2_moe",
+        _CONV | _FINE | _TIED | {"num_dense_layers": 0, "use_expert_bias": False, "conv_bias": True},
+    ),
+    "dots1": ("dots1", _GLM_MOE | _UNTIED | {"n_group": 1, "topk_group": 1}),
+    "dots1-tied-bias": ("dots1", _GLM_MOE | _TIED | _BIAS | {"n_group": 1, "topk_group": 1}),
+    "solar_open": ("solar_open", _GLM_MOE | _UNTIED),
+    "cohere2_moe": ("cohere2_moe", _FINE | _TIED | _MIXED),
+    "flex_olmo": ("flex_olmo", _GQA | _UNTIED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "flex_olmo-tied-bias": ("flex_olmo", _GQA | _TIED | _BIAS | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", _HUNYUAN | _UNTIED),
+    "hunyuan_v1_moe-tied-bias": ("hunyuan_v1_moe", _HUNYUAN | _TIED | _BIAS),
+    "granitemoehybrid": ("granitemoehybrid", _MAMBA | _LOCAL | _UNTIED | _HYBRID),
+    "granitemoehybrid-tied-dense": ("granitemoehybrid", _MAMBA | _TIED | _BIAS | _HYBRID | {"num_local_experts": 0}),
+    "falcon_h1": ("falcon_h1", _MAMBA | _UNTIED | {"head_dim": 32, "mamba_d_ssm": 512, "mamba_rms_norm": True}),
+    "falcon_h1-tied-groups": (
+        "falcon_h1",
+        _MAMBA | _TIED | {"head_dim": 32, "mamba_d_ssm": 512, "mamba_rms_norm": False, "mamba_n_groups": 4},
+    ),
+    "jamba": ("jamba", _GQA | _UNTIED | _JAMBA),
+    "jamba-bias": ("jamba", _GQA | _UNTIED | _JAMBA | {"mamba_proj_bias": True}),
     "mixtral": ("mixtral", _LOCAL | _UNTIED),
     "mixtral-tied": ("mixtral", _LOCAL | _TIED),
     "qwen2_moe": ("qwen2_moe", _FINE | _UNTIED | {"shared_expert_intermediate_size": 128, "mlp_only_layers": [0]}),
@@ -140,6 +255,24 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", _GPT_OSS | _UNTIED | _FOUR),
     "glm4_moe": ("glm4_moe", _GLM_MOE | _UNTIED),
     "glm4_moe-bias": ("glm4_moe", _GLM_MOE | _UNTIED | _BIAS),
+    "deepseek_v32": ("deepseek_v32", _SPARSE | _UNTIED),
+    "glm_moe_dsa": ("glm_moe_dsa", _SPARSE | _UNTIED),
+    "glm_moe_dsa-shared": ("glm_moe_dsa", _SPARSE | _UNTIED | {"index_topk_pattern": "FSF"}),
+    "glm4_moe_lite": ("glm4_moe_lite", _LITE | _UNTIED),
+    "glm4_moe_lite-no-q-lora": ("glm4_moe_lite", _LITE | _UNTIED | {"q_lora_rank": None}),
+    "qwen3_next": ("qwen3_next", _LINEAR | _UNTIED),
+    "minimax_m2": ("minimax_m2", _MINIMAX | _UNTIED),
+    "ernie4_5_moe": ("ernie4_5_moe", _ERNIE | _UNTIED),
+    "ernie4_5_moe-tied-no-shared": ("ernie4_5_moe", _ERNIE | _TIED | {"moe_num_shared_experts": 0}),
+    "hy_v3": ("hy_v3", _HY | _UNTIED),
+    "hy_v3-tied": ("hy_v3", _HY | _TIED),
+    "exaone_moe": ("exaone_moe", _EXAONE | _UNTIED),
+    "exaone_moe-tied": ("exaone_moe", _EXAONE | _TIED),
+    "afmoe": ("afmoe", _AF | _UNTIED),
+    "granitemoeshared": ("granitemoeshared", _LOCAL | _TIED | {"shared_intermediate_size": 128}),
+    "granitemoeshared-untied": ("granitemoeshared", _LOCAL | _UNTIED | {"shared_intermediate_size": 128}),
+    "mimo_v2_flash": ("mimo_v2_flash", _MIMO | _UNTIED),
+    "mimo_v2_flash-bias": ("mimo_v2_flash", _MIMO | _UNTIED | _BIAS),
 }
 
 PIPELINES = [
@@ -162,6 +295,26 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj-tied": ("gptj", _GPTJ | _TIED),
     "stablelm-norms": ("stablelm", _GQA | _UNTIED | {"qk_layernorm": True}),
     "phi": ("phi", _GQA | _UNTIED),
+    "ernie4_5-bias": ("ernie4_5", _HEAD | _UNTIED | {"use_bias": True}),
+    "qwen3_5_text-bias": ("qwen3_5_text", _LINEAR | _UNTIED | _BIAS),
+    "lfm2-untied": ("lfm2", _CONV | _UNTIED | {"conv_dim": 256, "block_dim": 256}),
+    "lfm2-without-conv_dim": ("lfm2", _CONV | _TIED),
+    "granitemoehybrid-no-conv-bias": (
+        "granitemoehybrid",
+        _MAMBA | _LOCAL | _UNTIED | _HYBRID | {"mamba_conv_bias": False},
+    ),
+    "granitemoehybrid-proj-bias": (
+        "granitemoehybrid",
+        _MAMBA | _LOCAL | _UNTIED | _HYBRID | {"mamba_proj_bias": True},
+    ),
+    "falcon_h1-groups": ("falcon_h1", _MAMBA | _UNTIED | {"mamba_d_ssm": 512, "mamba_n_groups": 2}),
+    "falcon_h1-bias": ("falcon_h1", _MAMBA | _UNTIED | _BIAS | {"mamba_d_ssm": 512}),
+    "falcon_h1-mlp-bias": ("falcon_h1", _MAMBA | _UNTIED | {"mamba_d_ssm": 512, "mlp_bias": True}),
+    "jamba-tied": ("jamba", _GQA | _TIED | _JAMBA),
+    "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
+    "codegen": ("codegen", _GPTJ | _UNTIED),
+    "xglm": ("xglm", _TOKENS | {"d_model": 256, "attention_heads": 8, "num_layers": 2, "ffn_dim": 512}),
+    "cohere2_moe-untied": ("cohere2_moe", _FINE | _UNTIED | _MIXED),
     "phimoe-head-bias": ("phimoe", _LOCAL | _UNTIED | {"lm_head_bias": True}),
     "qwen3-bias": ("qwen3", _HEAD | _UNTIED | _BIAS),
     "qwen3_moe-bias": ("qwen3_moe", _FINE | _UNTIED | _BIAS),
@@ -177,6 +330,20 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe-tied": ("glm4_moe", _GLM_MOE | _TIED),
     "gpt_oss-tied": ("gpt_oss", _GPT_OSS | _TIED | _FOUR),
     "gpt_oss-repeated-kv": ("gpt_oss", _GPT_OSS | _UNTIED),
+    "deepseek_v32-bias": ("deepseek_v32", _SPARSE | _UNTIED | _BIAS),
+    "deepseek_v32-tied": ("deepseek_v32", _SPARSE | _TIED),
+    "glm4_moe_lite-bias": ("glm4_moe_lite", _LITE | _UNTIED | _BIAS),
+    "glm4_moe_lite-tied": ("glm4_moe_lite", _LITE | _TIED),
+    "qwen3_next-bias": ("qwen3_next", _LINEAR | _UNTIED | _BIAS),
+    "qwen3_next-tied": ("qwen3_next", _LINEAR | _TIED),
+    "minimax_m2-tied": ("minimax_m2", _MINIMAX | _TIED),
+    "ernie4_5_moe-bias": ("ernie4_5_moe", _ERNIE | _UNTIED | {"use_bias": True}),
+    "hy_v3-bias": ("hy_v3", _HY | _UNTIED | _BIAS),
+    "hy_v3-mlp-bias": ("hy_v3", _HY | _UNTIED | {"mlp_bias": True}),
+    "afmoe-bias": ("afmoe", _AF | _UNTIED | _BIAS),
+    "afmoe-tied": ("afmoe", _AF | _TIED),
+    "granitemoeshared-bias": ("granitemoeshared", _LOCAL | _UNTIED | _BIAS | {"shared_intermediate_size": 128}),
+    "mimo_v2_flash-tied": ("mimo_v2_flash", _MIMO | _TIED),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
 
@@ -192,11 +359,50 @@ NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
 """What vLLM loads whole and cannot run; at tp 2."""
 
 
+_MTP = ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
+_NEXT = tuple(f"model.layers.3.{each}" for each in ("enorm", "hnorm", "eh_proj"))
+DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "deepseek_v32": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
+    "glm4_moe_lite": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
+    "qwen3_next": ("model.layers.1.", "mtp.layers.0.", _MTP),
+    "ernie4_5_moe": (
+        "model.layers.0.",
+        "model.mtp_block.0.",
+        ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
+    ),
+    "hy_v3": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.final_layernorm")),
+    "exaone_moe": ("model.layers.0.", "mtp.layers.0.", _MTP),
+    "mimo_v2_flash": ("model.layers.1.self_attn.", "model.mtp.layers.0.self_attn.", ("model.mtp.layers.0.eh_proj",)),
+}
+"""Of which layer what predicts further tokens is a copy, under which name, and what is around it."""
+
+
+def with_draft(name: str, path: Path) -> Path:
+    """A checkpoint with a layer that predicts one more token, as published files have it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copied, copy, around = DRAFTS[name]
+    make(name, path)
+    tensors = load_file(path / "model.safetensors")
+    width = tensors["model.norm.weight"].shape[0]
+    drafted = {copy + each.removeprefix(copied): t.clone() for each, t in tensors.items() if each.startswith(copied)}
+    assert drafted
+    for module in around:
+        shape = (width,) if "norm" in module else (width, 2 * width)
+        drafted[f"{module}.weight"] = torch.ones(shape, dtype=torch.bfloat16)
+    save_file(tensors | drafted, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    return path
+
+
 def make(name: str, path: Path) -> Path:
     """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
     model_type, config = {**LOADED, **REFUSED, **NOT_RUN}[name]
-    if model_type == "internlm2":
-        return _internlm2(path, config)
+    if model_type in WRITTEN:
+        architecture, shapes = WRITTEN[model_type]
+        return _written(path, model_type, architecture, shapes(config), config)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -204,7 +410,7 @@ def make(name: str, path: Path) -> Path:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.bfloat16)
     with torch.no_grad():
-        state = [*model.named_parameters(), *(each for each in model.named_buffers() if "correction_bias" in each[0])]
+        state = [*model.named_parameters(), *(each for each in model.named_buffers() if each[0].endswith(_BIASES))]
         for each, parameter in state:
             generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
             parameter.copy_((parameter.dim() == 1) + 0.08 * torch.randn(parameter.shape, generator=generator))
@@ -212,15 +418,14 @@ def make(name: str, path: Path) -> Path:
     return path
 
 
-def _internlm2(path: Path, config: dict[str, Any]) -> Path:
-    """InternLM 2 has no class in transformers."""
-    import torch
-    from safetensors.torch import save_file
-
+def _internlm2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"] + 2 * config["num_key_value_heads"]
     qkv = heads * hidden // config["num_attention_heads"]
-    shapes = {"model.tok_embeddings.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.tok_embeddings.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
     if not config["tie_word_embeddings"]:
         shapes["output.weight"] = (vocab, hidden)
     for layer in range(config["num_hidden_layers"]):
@@ -236,6 +441,43 @@ def _internlm2(path: Path, config: dict[str, Any]) -> Path:
         }
         if config["bias"]:
             shapes |= {f"{prefix}attention.wqkv.bias": (qkv,), f"{prefix}attention.wo.bias": (hidden,)}
+    return shapes
+
+
+def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (vocab, hidden),
+        "transformer.ln_f.weight": (hidden,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"transformer.h.{layer}."
+        attention = f"{prefix}attn.attention."
+        rows = {"q_proj": hidden, "k_proj": kv, "v_proj": kv, "out_proj": hidden}
+        shapes |= {f"{attention}{module}.weight": (each, hidden) for module, each in rows.items()}
+        shapes |= {f"{attention}{module}.bias": (each,) for module, each in rows.items() if config["bias"]}
+        shapes |= {f"{prefix}mlp.{module}.weight": (ffn, hidden) for module in ("c_fc_0", "c_fc_1")}
+        shapes[f"{prefix}mlp.c_proj.weight"] = (hidden, ffn)
+        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in ("ln_1", "ln_2")}
+    return shapes
+
+
+WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
+    "internlm2": ("InternLM2ForCausalLM", _internlm2),
+    "exaone": ("ExaoneForCausalLM", _exaone),
+}
+"""What transformers has no class for: the class that the config names, and the tensors' shapes."""
+
+
+def _written(
+    path: Path, model_type: str, architecture: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> Path:
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -243,10 +485,12 @@ def _internlm2(path: Path, config: dict[str, Any]) -> Path:
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     written = {
-        "architectures": ["InternLM2ForCausalLM"],
-        "model_type": "internlm2",
+        "architectures": [architecture],
+        "model_type": model_type,
         "hidden_act": "silu",
+        "activation_function": "silu",
         "rms_norm_eps": 1e-6,
+        "layer_norm_epsilon": 1e-6,
         "rope_theta": 10000.0,
         "dtype": "bfloat16",
         **config,

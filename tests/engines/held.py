@@ -19,7 +19,7 @@ import sys
 import traceback
 from enum import EnumMeta
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -33,6 +33,7 @@ os.environ |= {
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig
+from vllm import ModelRegistry
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
@@ -40,6 +41,7 @@ from vllm.model_executor.layers.fused_moe import oracle
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import registry
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 SHARED = "tpshard-"
@@ -76,6 +78,37 @@ class NoKernel:
         return True, None
 
 
+class NoSparseAttention(NoKernel):
+    """In place of a backend of sparse attention, and of what it makes: a CPU has none."""
+
+    is_sparse = True
+    supports_dense_mha_prefill = False
+    dcp_world_size = 1
+
+    @staticmethod
+    def get_name() -> str:
+        return "none"
+
+    @classmethod
+    def get_impl_cls(cls) -> type[NoSparseAttention]:
+        return cls
+
+
+def as_on_gpus() -> None:
+    """Have the classes that vLLM takes on GPUs where it has others for CPUs: their parameters have other names."""
+    import vllm.model_executor.layers.attention.mla_attention as attention
+    from vllm.models.deepseek_v32.nvidia.model import DeepseekV32ForCausalLM
+
+    for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"):
+        ModelRegistry.register_model(name, DeepseekV32ForCausalLM)
+    chosen = attention.get_attn_backend
+
+    def backend(*sizes: object, use_sparse: bool = False, **options: object) -> object:
+        return NoSparseAttention if use_sparse else chosen(*sizes, **options)
+
+    attention.get_attn_backend = backend
+
+
 def without_kernels() -> None:
     """Let quantised models be made and loaded on a machine that cannot run them; what they hold then is the same."""
     import vllm.model_executor.kernels.linear as linear
@@ -101,10 +134,19 @@ def without_kernels() -> None:
                     setattr(module, name, stubs[value])
 
 
-class InternLM2Config(LlamaConfig):
-    """Its published config is code of its own, which nobody has to run for a few numbers."""
+def without_images() -> None:
+    """Let text models be made whose modules also import what processes images, of which there is none here."""
+    parts = ("torchvision", "transforms", "v2", "functional")
+    for count in range(1, len(parts) + 1):
+        name = ".".join(parts[:count])
+        sys.modules[name] = ModuleType(name)
+    registry._run_in_subprocess = lambda ask: ask()
 
-    model_type = "internlm2"
+
+def with_configs() -> None:
+    """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
+    for name in ("internlm2", "internlm3", "exaone", "iquestcoder"):
+        AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
 
 
 class Complaints(logging.Handler):
@@ -211,7 +253,9 @@ def main() -> None:
     """Answer jobs until stdin ends."""
     torch.set_num_threads(1)
     without_kernels()
-    AutoConfig.register("internlm2", InternLM2Config)
+    as_on_gpus()
+    without_images()
+    with_configs()
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)
 

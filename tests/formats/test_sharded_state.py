@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import tpshard
 from tests.conftest import Get
+from tests.engines.engine_models import DRAFTS, with_draft
 from tests.engines.engine_models import make as make_for_engines
 from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.checkpoints import make
@@ -156,7 +157,7 @@ def test_sglang_is_vllm_without_scales(made: Get, tmp_path: Path, quick: Setting
         assert len(theirs) > len(ours)
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-new", "bloom", "gpt_neox", "opt-350m-like"])
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "falcon-new", "bloom", "gpt_neox", "opt-350m-like", "jamba"])
 def test_resharded_from_any_format_equals_split(name: str, made: Get, tmp_path: Path, quick: Settings) -> None:
     """native → vllm, vllm at another width → vllm, and vllm → native are each what a split gives."""
 
@@ -249,6 +250,47 @@ def test_a_bias_that_is_added_once_lies_on_rank_0_alone(tmp_path: Path, quick: S
     assert torch.equal(first, load(source)["model.layers.0.mlp.experts.down_proj_bias"])
     assert second.shape == first.shape
     assert not second.any()
+
+
+def test_a_first_dim_of_1_that_the_engine_does_not_have(tmp_path: Path, quick: Settings) -> None:
+    source = make("ernie4_5_moe", tmp_path / "source", use_bias=False)
+    tpshard.split(source, 2, tmp_path / "out", format="vllm", settings=quick)
+    bias = load(source)["model.layers.1.mlp.moe_statics.e_score_correction_bias"]
+    held = ranks(tmp_path / "out", 2)[1]["model.layers.1.mlp.experts.routed_experts.e_score_correction_bias"]
+    assert bias.shape == (1, *held.shape)
+    assert torch.equal(held, bias[0])
+
+
+def test_layers_that_do_not_attend_have_no_scales(made: Get, tmp_path: Path, quick: Settings) -> None:
+    tpshard.split(made("qwen3_next"), 2, tmp_path / "out", format="vllm", settings=quick)
+    scaled = {name for name in ranks(tmp_path / "out", 2)[0] if name.endswith(SCALES)}
+    assert scaled == set(scales("model.layers.1.self_attn.attn", 1))
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_what_predicts_further_tokens_is_left_out_and_named(name: str, tmp_path: Path, quick: Settings) -> None:
+    source, plain = with_draft(name, tmp_path / "source"), make_for_engines(name, tmp_path / "plain")
+    for model, out in ((source, "out"), (plain, "plain-out")):
+        tpshard.split(model, 2, tmp_path / out, format="vllm", settings=quick)
+    for ours, expected in zip(ranks(tmp_path / "out", 2), ranks(tmp_path / "plain-out", 2), strict=True):
+        assert_same(ours, expected)
+    plan = tpshard.plan(source, 2, format="vllm").to_json()
+    dropped = {row["name"] for row in plan["tensors"] if row["rule"] == "drop"}
+    assert dropped == load(source).keys() - load(plain).keys() != set()
+
+
+def test_what_the_class_holds_unquantised_is_refused_where_it_is_not(tmp_path: Path) -> None:
+    source = make_for_engines("deepseek_v32", tmp_path / "source")
+    tensors, config = load(source), json.loads((source / "config.json").read_text())
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}.self_attn.indexer.wk.weight"
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 2)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(UnsupportedError, match="indexer.wk.weight: it is quantised, and the engine's class"):
+        tpshard.split(source, 2, tmp_path / "out", format="vllm")
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ class FlatStep(NamedTuple):
     source_dtype: str | None
     target_dtype: str
     value: bytes
+    function: str = ""
 
     def blocks(self) -> Iterator[Box]:
         """Boxes that tile the tensor, each of at most BLOCK bytes unless one item is larger.
@@ -126,6 +127,7 @@ def flatten(step: Step) -> FlatStep:
         source_dtype=regions[0].dtype if a else None,
         target_dtype=regions[-1].dtype,
         value=value,
+        function="" if isinstance(step, Fill) else step.function,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from tpshard.errors import DifferentError
 from tpshard.execute.blocks import BLOCK, Flat, FlatStep, flatten, operations
+from tpshard.execute.functions import computed
 from tpshard.planning.box import Box
 from tpshard.planning.join import Step
 from tpshard.planning.layout import StoredTensor
@@ -57,6 +58,9 @@ class Loader:
             self._read(flat, block, buffer)
         for flat in step.replicas:
             self._compare(step, flat, block, buffer)
+        if step.function:
+            assert step.source_dtype is not None
+            return computed(step.function, buffer, step.source_dtype)
         if step.source_dtype != step.target_dtype:
             assert self.convert is not None and step.source_dtype is not None
             return self.convert(buffer, step.source_dtype, step.target_dtype, step.name)
@@ -205,8 +209,9 @@ def conversion(
     sources: Iterable[StoredTensor], targets: Iterable[StoredTensor], *, refuse: bool = False
 ) -> Convert | None:
     """torch's cast, if any tensor's dtype changes: only then is torch imported. refuse: values that become infinite."""
-    dtypes = {part.tensor: stored.dtype for stored in sources for part in stored.parts}
-    if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in targets for part in stored.parts):
+    dtypes = {part.tensor: stored.dtype for stored in sources if not stored.function for part in stored.parts}
+    moved = (stored for stored in targets if not stored.function)
+    if all(dtypes.get(part.tensor, stored.dtype) == stored.dtype for stored in moved for part in stored.parts):
         return None
     from tpshard.execute.cast import Cast
 

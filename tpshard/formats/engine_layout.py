@@ -42,11 +42,17 @@ def shares_of(
     known: dict[object, tuple[Share, ...]] = {}
     for tensor in tensors:
         kind = family.kind(model.full_name(tensor.name))
-        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.transposed, kind.float32)
+        turned = (kind.transposed, kind.squeezed, kind.function)
+        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, *turned)
+        if kind.function and tensor.dtype not in CASTABLE:
+            what = f"{tensor.name} is stored as {tensor.dtype}, of which nothing is computed"
+            raise UnsupportedError(what, tensor=tensor.name, hint="use --format native")
         if key not in known:
             cast = replace(tensor, dtype="F32") if kind.float32 and tensor.dtype in CASTABLE else tensor
             held = _cut(cast, kind.cut, model.axes, dealt)
-            known[key] = tuple(map(_transposed, held)) if kind.transposed else held
+            held = tuple(map(_squeezed, held)) if kind.squeezed and tensor.shape[0] == 1 else held
+            held = tuple(map(_transposed, held)) if kind.transposed else held
+            known[key] = tuple(_computed(share, kind.function) for share in held) if kind.function else held
         shares[tensor.name] = known[key]
     return shares
 
@@ -116,6 +122,17 @@ def _transposed(share: Share) -> Share:
     parts = tuple(part._replace(at=turned(part.at), order=order) for part in share.parts)
     fills = tuple(tuple(box[dim] for dim in order) for box in share.fills)
     return share._replace(shape=turned(share.shape), parts=parts, fills=fills)
+
+
+def _squeezed(share: Share) -> Share:
+    """The share without its first dim, which is 1."""
+    parts = (part._replace(box=part.box[1:], at=part.at[1:], view=share.shape[1:]) for part in share.parts)
+    return share._replace(shape=share.shape[1:], parts=tuple(parts))
+
+
+def _computed(share: Share, function: str) -> Share:
+    """What a function makes of the share's numbers."""
+    return share._replace(dtype="F32", function=function)
 
 
 def joined(

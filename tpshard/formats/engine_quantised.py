@@ -71,6 +71,8 @@ def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTe
     kind = family.kind(module)
     if (kind.transposed or kind.cut not in (None, "replicate")) and tensor.dtype not in CASTABLE:
         return "how the engine cuts or turns it where it is quantised is not known"
+    if kind.plain and tensor.dtype not in CASTABLE:
+        return "it is quantised, and the engine's class holds it in the dtype that it computes in"
     if len(tensor.shape) == 4 and suffix_of(name) in quantised.scalars and tensor.cut.ratio not in (1, _BLOCK):
         return f"it takes blocks of {_BLOCK} only"
     return quantised.refused.get(suffix_of(name))
@@ -230,7 +232,7 @@ def constants(
 
     said, cached = _declared(model), bool(model.quantisation and model.quantisation["kv_cache"])
     buffers = [b for b in method.buffers if cached or not any(said.get(key) == v for key, v in b.unless.items())]
-    layers = family.layers_of(names) if buffers else []
+    layers = family.attending(names) if buffers else []
     for layer, pattern, buffer in product(layers, family.scales, buffers):
         module = pattern.replace("*", str(layer))
         if not (buffer.not_in and module.endswith(f".{buffer.not_in}")):

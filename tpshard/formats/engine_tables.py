@@ -39,10 +39,15 @@ class NameKind(NamedTuple):
     """
 
     layer: int | None
+    attends: bool
+    draft: bool
     refusal: str | None
     cut: str | None
     transposed: bool
+    squeezed: bool
+    plain: bool
     float32: bool
+    function: str
     unrepeated: bool
     fused: tuple[FusedInto, ...]
     renamed: str
@@ -57,14 +62,21 @@ class EngineFamily:
     tied: str = ""
     extra_layers: str = ""
     needs: Mapping[str, str] = field(default_factory=dict)
+    says: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
+    attends: tuple[str, ...] = ()
+    drafts: tuple[str, ...] = ()
     unrepeated: tuple[str, ...] = ()
+    alone_repeated: tuple[str, ...] = ()
     rest_last: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    squeezed: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
     every_stage: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -91,10 +103,15 @@ class EngineFamily:
         by_numbers = ".".join(parts)
         return NameKind(
             layer=places.index(_places(self.layer)[0][0]) if match(self.layer, name) else None,
+            attends=fits_any(self.attends, name),
+            draft=fits_any(self.drafts, name),
             refusal=next((reason for pattern, reason in self.refused.items() if match(pattern, name)), None),
             cut=next((cut for cut, patterns in self.cuts.items() if fits_any(patterns, name)), None),
             transposed=fits_any(self.transposed, name),
+            squeezed=fits_any(self.squeezed, name),
+            plain=fits_any(self.plain, name),
             float32=fits_any(self.float32, name),
+            function=next((each for each, patterns in self.computed.items() if fits_any(patterns, name)), ""),
             unrepeated=fits_any(self.unrepeated, name),
             fused=tuple(
                 FusedInto(
@@ -114,9 +131,10 @@ class EngineFamily:
         place = self.kind(name).layer
         return None if place is None else numbered(name)[1][place]
 
-    def layers_of(self, names: Iterable[str]) -> list[int]:
-        """The numbers of all layers that tensors are in."""
-        return sorted({layer for name in names if (layer := self.layer_of(name)) is not None})
+    def attending(self, names: Iterable[str]) -> list[int]:
+        """The numbers of the layers that tensors are in, of those that attend."""
+        counted = (name for name in names if not self.attends or self.kind(name).attends)
+        return sorted({layer for name in counted if (layer := self.layer_of(name)) is not None})
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""
@@ -304,11 +322,12 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily
 
 
 def _merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """A family's keys over those of the one that it is like; tables key by key."""
+    """A family's keys over those that it is like, each over the one before; tables key by key."""
     entry = entries[name]
-    merged = _merged(entries, entry["like"]) if "like" in entry else {}
-    for key, value in entry.items():
-        if key in ("like", "model_types"):
-            continue
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    like = entry.get("like", [])
+    own = {key: value for key, value in entry.items() if key not in ("like", "model_types")}
+    merged: dict[str, Any] = {}
+    for each in (*(_merged(entries, other) for other in ([like] if isinstance(like, str) else like)), own):
+        for key, value in each.items():
+            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
     return merged

@@ -198,11 +198,13 @@ def _place(box: Box, at: Shape, view: Shape | None, order: tuple[int, ...] | Non
 
 
 @lru_cache(maxsize=4096)
-def _rest(fills: tuple[Box, ...], view: Shape | None, value: bytes) -> str:
+def _rest(fills: tuple[Box, ...], view: Shape | None, value: bytes, function: str) -> str:
     """What a stored tensor has beside shape and parts."""
     text = "" if view is None else f',"view":{integers(view)}'
     if any(volume(box) for box in fills):
         text += f',"padding":[{",".join(map(_boxes, fills))}]'
+    if function:
+        text += f',"function":"{function}"'
     return f'{text},"value":"{value.hex()}"' if value else text
 
 
@@ -242,6 +244,7 @@ def stored_from_json(name: str, dtype: str, entry: Mapping[str, Any], tensor: st
         tuple(box(fill) for fill in entry.get("padding", ())),
         numbers(entry.get("view")),
         bytes.fromhex(entry.get("value", "")),
+        entry.get("function", ""),
     )
 
 

@@ -97,6 +97,7 @@ class ShardedState(Format):
         rows += constants(method, family, model, rows, named.values(), options.tp)
         rows += _scales(family, named.values(), options.tp)
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
+        beside |= {tensor.name for tensor in tensors if family.kind(model.full_name(tensor.name)).function}
         rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
         if options.pp == 1:
             return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped, placed if placed.experts else None)
@@ -181,6 +182,10 @@ class ShardedState(Format):
         for key, reason in family.needs.items():
             if not model.config.get(key, True):
                 raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
+        for key, reason in family.says.items():
+            if key not in model.config:
+                what = f"{self.engine} does not load {model_type} with a config that does not say {key}: {reason}"
+                raise UnsupportedError(what, expected=key, hint="take the published config.json")
         return replace(family)  # one that remembers the names of this model alone
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
@@ -216,6 +221,7 @@ class ShardedState(Format):
         for name, axis in model_axes.items():
             padded = -(-axis.count // VOCAB_MULTIPLE) * VOCAB_MULTIPLE if axis.pad else axis.count
             repeated = axis.replicate and name not in single
+            repeated = repeated and (axis.count == 1 or name not in family.alone_repeated)
             rest_last = axis.step > 1 and name in family.rest_last
             axes[name] = replace(axis, count=padded, pad=False, replicate=repeated, group=None, rest_last=rest_last)
         return options.even_deal(self.engine, axes)
@@ -272,7 +278,9 @@ def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
         name = model.full_name(tensor.name)
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = f"a buffer that {engine} computes itself"
-        elif isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers:
+        elif family.kind(name).draft or (
+            isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers
+        ):
             dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
         elif name in heads:
             dropped[tensor.name] = f"tied: {engine} takes the embedding"
@@ -330,7 +338,7 @@ def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[s
 def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for layer in family.layers_of(names) if family.scales else ():
+    for layer in family.attending(names) if family.scales else ():
         for pattern in family.scales:
             for scale in _SCALES:
                 yield Row(f"{pattern.replace('*', str(layer))}.{scale}", (), one)

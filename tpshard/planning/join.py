@@ -73,13 +73,17 @@ class Region(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Move one logical tensor: read `sources`, which tile it; `replicas` must hold the same; write `targets`."""
+    """Move one logical tensor: read `sources`, which tile it; `replicas` must hold the same; write `targets`.
+
+    function: what the targets have of its numbers, if not themselves.
+    """
 
     name: str
     shape: Shape
     sources: tuple[Region, ...]
     replicas: tuple[Region, ...]
     targets: tuple[Region, ...]
+    function: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -180,13 +184,13 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
     own duty and asserted.
     """
     shapes = {tensor.name: tensor.shape for tensor in logical}
-    held = _by_tensor(sources)
+    held = _by_tensor(placed for placed in sources if not placed.stored.function)
     wanted = _by_tensor(placed for output in outputs for placed in output.tensors)
     # Of a stored tensor's name: the ranks list theirs in the same order, and one that others lack after its neighbour.
     position: dict[str, int] = {}
     at = -1
     steps: list[tuple[int, Step]] = []
-    done: set[str] = set()
+    done: set[tuple[str, str]] = set()
     for output in outputs:
         for placed in output.tensors:
             stored = placed.stored
@@ -195,10 +199,11 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
             )
             at = position.setdefault(stored.name, at + 1)
             for part in stored.parts:
-                if part.tensor not in done:
-                    done.add(part.tensor)
-                    name = part.tensor
-                    steps.append((at, _transfer(name, shapes[name], held.get(name, ()), wanted[name])))
+                name, function = key = part.tensor, stored.function
+                if key not in done:
+                    done.add(key)
+                    step = _transfer(name, shapes[name], held.get((name, ""), ()), wanted[key])
+                    steps.append((at, step._replace(function=function) if function else step))
             for box in stored.fills:
                 strides = row_major(stored.view or stored.shape)
                 offset = sum(start * stride for start, stride in zip(corner(box), strides, strict=True))
@@ -233,15 +238,15 @@ def _region(placed: Placed, pieces: tuple[Piece, ...]) -> Region:
     return Region(placed.file, placed.begin, placed.begin + nbytes(stored.dtype, stored.shape), stored.dtype, pieces)
 
 
-def _by_tensor(tensors: Iterable[Placed]) -> dict[str, list[tuple[Placed, tuple[Part, ...]]]]:
-    """Where each logical tensor lies, in the order of `tensors`."""
-    found: dict[str, list[tuple[Placed, tuple[Part, ...]]]] = {}
+def _by_tensor(tensors: Iterable[Placed]) -> dict[tuple[str, str], list[tuple[Placed, tuple[Part, ...]]]]:
+    """Where each logical tensor lies, and each function of it, in the order of `tensors`."""
+    found: dict[tuple[str, str], list[tuple[Placed, tuple[Part, ...]]]] = {}
     for placed in tensors:
         own: dict[str, list[Part]] = {}
         for part in placed.stored.parts:
             own.setdefault(part.tensor, []).append(part)
         for name, parts in own.items():
-            found.setdefault(name, []).append((placed, tuple(parts)))
+            found.setdefault((name, placed.stored.function), []).append((placed, tuple(parts)))
     return found
 
 
@@ -255,11 +260,11 @@ def _transfer(name: str, shape: Shape, held: _Held, wanted: _Held) -> Transfer:
             found=flow.found,
         )
     sides = ((held, flow.sources), (held, flow.replicas), (wanted, flow.targets))
-    regions = [
+    sources, replicas, targets = [
         tuple([_region(placed, each) for (placed, _), each in zip(side, pieces, strict=True) if each])
         for side, pieces in sides
     ]
-    return Transfer(name, flow.fine, *regions)
+    return Transfer(name, flow.fine, sources, replicas, targets)
 
 
 _Kind = tuple[Shape, tuple[_Place, ...]]

@@ -28,6 +28,10 @@ class LogicalTensor:
     cut: Cut
 
 
+FUNCTIONS = ("-exp",)
+"""What a stored number may be of the source's; the result is F32."""
+
+
 class Part(NamedTuple):
     """A box of a logical tensor, and its corner in the stored tensor.
 
@@ -46,7 +50,7 @@ class StoredTensor(NamedTuple):
     """One tensor of one rank: parts of logical tensors, and boxes of a constant (padding).
 
     view: the shape in which parts and fills see it, if not its own. value: the bytes of one element of the fills;
-    none for zeros.
+    none for zeros. function: by which it is computed from its parts (one of FUNCTIONS), so that it gives nothing back.
     """
 
     name: str
@@ -56,6 +60,7 @@ class StoredTensor(NamedTuple):
     fills: tuple[Box, ...] = ()
     view: Shape | None = None
     value: bytes = b""
+    function: str = ""
 
 
 Layout = Sequence[tuple[StoredTensor, ...]]
@@ -115,10 +120,11 @@ class RowKind:
 
     @cached_property
     def parts(self) -> Mapping[int, tuple[tuple[Part, ...], ...]]:
-        """For each of a row's tensors, the parts that each rank has of it."""
+        """For each of a row's tensors, the parts that each rank has of it; of what is computed from it, none."""
         found: dict[int, list[list[Part]]] = {}
         for rank, share in enumerate(self.shares):
-            for owner, part in zip(share.owners, share.stored.parts, strict=True) if share else ():
+            given = share is not None and not share.stored.function
+            for owner, part in zip(share.owners, share.stored.parts, strict=True) if share and given else ():
                 found.setdefault(owner, [[] for _ in self.shares])[rank].append(part)
         return {owner: tuple(map(tuple, ranks)) for owner, ranks in found.items()}
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 import tpshard.formats
 from tests.helpers import transformers_runs as library
-from tests.helpers.checkpoints import VARIANTS, make
+from tests.helpers.checkpoints import VARIANTS, build, make
+from tests.helpers.command import succeeds
 from tests.helpers.grids import in_turn, one_in
+from tests.helpers.toys import read_all
 from tpshard.api import convert as api
 from tpshard.api import verify as verifying
 from tpshard.errors import CorruptError, UnsupportedError
@@ -77,8 +79,34 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "granitemoe": {},
     "phimoe": {"lm_head_bias": False},
     "qwen2_moe": {},
+    "deepseek_v32": {},
+    "glm_moe_dsa": {},
+    "glm4_moe_lite": {},
+    "qwen3_next": {},
+    "minimax_m2": {},
+    "ernie4_5_moe": {"use_bias": False},
+    "hy_v3": {},
+    "exaone_moe": {},
+    "afmoe": {},
+    "granitemoeshared": {},
+    "mimo_v2_flash": {},
+    "apertus": {},
+    "hyperclovax": {},
+    "qwen3_5_text": {},
+    "qwen3_5_moe_text": {},
+    "lfm2": {"conv_dim": 64, "block_dim": 64},
+    "lfm2_moe": {},
+    "granitemoehybrid": {"mamba_proj_bias": False},
+    "falcon_h1": {"mamba_n_groups": 4},
+    "jamba": {},
+    "solar_open": {"attention_bias": False},
+    "cohere2_moe": {},
+    "flex_olmo": {},
+    "hunyuan_v1_moe": {},
 }
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
+OTHERWISE = ("minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
+"""Those of which newer code saves some tensors under other names than published files have."""
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +180,30 @@ def test_a_correct_split_for_vllm_is_equal(name: str, tp: int, tmp_path: Path) -
     assert {finding.rank for finding in tier.findings} == set(range(tp))
 
 
+@pytest.mark.parametrize(
+    ("name", "published"), [*((name, True) for name in BY_TRANSFORMERS), *((name, False) for name in OTHERWISE)]
+)
+def test_there_and_back(name: str, published: bool, tmp_path: Path) -> None:
+    model, out, merged = tmp_path / "model", tmp_path / "out", tmp_path / "merged"
+    build(name, 0, **BY_TRANSFORMERS[name]).save_pretrained(model, save_original_format=published)
+    succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
+    succeeds("check", out, "--source", model)
+    succeeds("merge", out, "-o", merged, "--no-fsync")
+    assert read_all(merged) == read_all(model)
+    found = succeeds("verify", out, "--source", model, "--tier", "bytes,weights", "--json").json
+    assert (found["verdict"], found["reason"]) == ("pass", None)
+
+
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
     written = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())["families"]
     assert known.keys() == {name for family in written.values() for name in family.get("model_types", ())}
-    tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {"internlm2"}
+    tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {
+        "internlm2",
+        "exaone",
+    }
     assert tried <= known.keys()
-    alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon")]
+    alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon", "olmo2", "solar_open")]
     assert all(known[other] in alike for other in known.keys() - tried)
 
 
@@ -300,10 +345,30 @@ FAULTS = {
         "input of model.layers.1.self_attn.o_proj of rank 1",
         None,
     ),
+    # 16 rows of the keys by which tokens are chosen, then 4 of the heads' weights.
+    "keys of an index": (
+        "deepseek_v32",
+        swapped("model.layers.1.self_attn.indexer.wk_weights_proj.weight", slice(0, 4), slice(16, 20)),
+        "model.layers.1.self_attn.indexer.wk of rank 1",
+        "model.layers.1.self_attn.indexer.wk_weights_proj.weight",
+    ),
+    # In a window a rank of two has 4 heads of 16, then 2 KV heads: keys of 16, values of 12.
+    "values narrower than keys": (
+        "mimo_v2_flash",
+        swapped("model.layers.1.self_attn.qkv_proj.weight", slice(64, 76), slice(96, 108)),
+        "model.layers.1.self_attn.k_proj of rank 1",
+        "model.layers.1.self_attn.qkv_proj.weight",
+    ),
     "a matrix of all ranks' rows": (
         "glm",
         swapped("model.layers.1.mlp.gate_up_proj.weight", slice(0, 1), slice(1, 2)),
         "input of model.layers.1.mlp.down_proj of rank 0",
+        None,
+    ),
+    "a number that is no exponential": (
+        "jamba",
+        lambda tensors: tensors["model.layers.0.mamba.A"][5].mul_(1.0001),
+        "input of model.layers.0.mamba.out_proj of rank 1",
         None,
     ),
     "scale": (

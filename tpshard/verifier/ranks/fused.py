@@ -7,15 +7,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from tpshard.errors import DifferentError
 from tpshard.storage.torch_pickle import DTYPES
 from tpshard.verifier.ranks.open import FileWeights
-from tpshard.verifier.ranks.pieces import Columns, RankPiece, Stored, Turned
+from tpshard.verifier.ranks.pieces import Columns, Logarithm, RankPiece, Rows, Stored, Turned
 from tpshard.verifier.ranks.weights import named
 
 Placed = Iterator[tuple[str, RankPiece | None]]
 """The source's tensors, and what a rank has of each; None where vLLM has no place for it."""
 _MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3")), "w2": (("down_proj",), ("w2",))}
+_EXPERTS = ("mlp.experts", "block_sparse_moe.experts", "feed_forward.experts")
 _STACKED = {"w13": "gate_up_proj", "w2": "down_proj"}
 _BY_COLUMN = ("qweight", "qzeros", "scales")
 """What GPTQ and AWQ store as [in, out]."""
@@ -33,6 +36,12 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
 is none, and NaN stands where vLLM drops what it has loaded."""
 
 
+def begun(name: str, table: Mapping[str, str]) -> str:
+    """The name with the longest beginning that the table has exchanged."""
+    old = max((old for old in table if name == old or name.startswith(f"{old}.")), key=len, default=None)
+    return name if old is None else table[old] + name.removeprefix(old)
+
+
 def within(stored: Stored, first: int, shape: tuple[int, ...]) -> Stored:
     """The elements of a stored tensor from `first` on, as a tensor of this shape."""
     info = stored.weights.infos[stored.name]
@@ -42,12 +51,16 @@ def within(stored: Stored, first: int, shape: tuple[int, ...]) -> Stored:
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensors that a source has in a layer ("" outside of layers), as a rank of `tp` holds them."""
+    """The tensors that a source has in a layer ("" outside of layers), as a rank of `tp` holds them.
+
+    otherwise: how names below the layer begin in sources that do not have them as the others do.
+    """
 
     source: FileWeights
     layer: str
     tp: int
     rank: int
+    otherwise: Mapping[str, str]
 
     def alone(self, tensor: str, stored: Stored) -> Placed:
         """A tensor that is fused with no other. What the attention has for its cache, any of its modules may store."""
@@ -61,6 +74,15 @@ class Parts:
         """Tensors that lie one behind another."""
         yield from self._placed(tensors, stored)
 
+    def of_exponential(self, tensor: str, stored: Stored) -> tuple[str, RankPiece]:
+        """A tensor of whose even share minus the exponential is stored."""
+        name = self._named(tensor)
+        if name is None:
+            raise self._differs(stored, "is of a tensor that the source does not have", tensor, "none")
+        rows = self.source.shape(name)[0]
+        share = torch.arange(rows * self.rank // self.tp, rows * (self.rank + 1) // self.tp)
+        return name, Logarithm(stored, Rows(Stored(self.source, name), share))
+
     def experts(self, which: str, suffix: str, stored: Stored, turned: Sequence[str], before: int) -> Placed:
         """Experts as the source has them: one by one, or stacked under the names of transformers' classes.
 
@@ -68,7 +90,7 @@ class Parts:
         how many experts the ranks before this one hold, should each rank hold some of them whole.
         """
         count, *shape = stored.shape
-        for module in ("mlp.experts", "block_sparse_moe.experts"):
+        for module in _EXPERTS:
             for matrices in _MATRICES[which]:
                 if self._named(f"{module}.0.{matrices[-1]}.{suffix}"):
                     whole = self._named(f"{module}.{count}.{matrices[-1]}.{suffix}") is not None
@@ -77,9 +99,10 @@ class Parts:
                         number = expert + before if whole else expert
                         yield from self._placed([f"{module}.{number}.{each}.{suffix}" for each in matrices], one)
                     return
-        name, end = f"mlp.experts.{_STACKED[which]}", f"_{suffix.removeprefix('weight_')}"
+        end = f"_{suffix.removeprefix('weight_')}"
         ends = ("", "_blocks") if suffix == "weight" else (end, f"{end}s")
-        tensor = next((f"{name}{end}" for end in ends if self._named(f"{name}{end}")), f"{name}{ends[0]}")
+        tried = [f"{module}.{_STACKED[which]}{end}" for module in _EXPERTS for end in ends]
+        tensor = next(filter(self._named, tried), tried[0])
         if tensor in turned:
             yield f"{self.layer}{tensor}", Turned(stored)
         else:
@@ -87,7 +110,8 @@ class Parts:
 
     def _named(self, tensor: str) -> str | None:
         """A tensor of the layer as the source has it."""
-        return named(f"{self.layer}{tensor}", self.source.names())
+        tried = (f"{self.layer}{name}" for name in (tensor, begun(tensor, self.otherwise)))
+        return next((name for each in tried if (name := named(each, self.source.names()))), None)
 
     def _placed(self, tensors: Sequence[str], stored: Stored) -> Placed:
         names = [name for name in map(self._named, tensors) if name is not None]
@@ -128,16 +152,16 @@ class Parts:
             yield name, within(stored, place, self.source.shape(name))
 
     def _apart(self, stored: Stored, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> Iterator[RankPiece]:
-        """Tensors one behind another: whole, or of the first an even share, and of the others equal ones."""
+        """Tensors one behind another: whole, or of the first an even share, and of the others as much as is left."""
         dim = 1 if names[0].endswith(_BY_COLUMN) else 0
         shape, sizes = stored.shape, [full[dim] if len(full) > dim else 0 for full in shapes]
         held = shape[dim] if len(shape) > dim else 0
         if sum(sizes) != held:
-            first, others = sizes[0] // self.tp, len(sizes) - 1
+            first, others = sizes[0] // self.tp, sizes[1:]
             rest = held - first
-            if sizes[0] % self.tp or rest < 0 or rest % others:
+            if sizes[0] % self.tp or rest < 0 or any(rest * size % sum(others) for size in others):
                 raise self._differs(stored, f"does not hold shares of {', '.join(names)}", sizes, held)
-            sizes = [first, *[rest // others] * others]
+            sizes = [first, *(rest * size // sum(others) for size in others)]
         begin = 0
         for size in sizes:
             if dim:
@@ -159,7 +183,9 @@ class Parts:
 
 
 def _in_dims(stored: Stored, full: tuple[int, ...]) -> Stored:
-    """A tensor with the dims that the source has, of which the engine has the last ones as one."""
+    """A tensor with the dims that the source has, of which the engine has the last ones as one, or no first of 1."""
+    if full == (1, *stored.shape):
+        return within(stored, 0, full)
     *before, last = stored.shape or (0,)
     inner = full[len(stored.shape) :]
     size = math.prod(inner)

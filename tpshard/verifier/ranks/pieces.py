@@ -23,6 +23,9 @@ def rows_at(read: Callable[[int, int], Tensor], index: Tensor) -> Tensor:
     return torch.cat([read(first, last) for first, last in runs])[torch.searchsorted(firsts, index)]
 
 
+_LAST_BITS = 2.0**-22
+
+
 @dataclass(frozen=True)
 class Stored:
     """A stored tensor as it is."""
@@ -112,7 +115,32 @@ class Joined:
         return torch.cat(read) if read else self.pieces[0].rows(0, 0)
 
 
-RankPiece = Stored | Rows | Turned | Columns | Joined
+@dataclass(frozen=True)
+class Logarithm:
+    """What another piece is minus the exponential of.
+
+    Where that is the source's number but for the last bits of a float32, which depend on the processor, it is the
+    source's.
+    """
+
+    piece: "RankPiece"
+    source: "RankPiece"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.piece.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        found = self.piece.rows(start, stop)
+        if self.source.shape != self.shape:
+            return (-found).log()
+        source = self.source.rows(start, stop)
+        expected = source.double().exp()
+        same = (found.double() + expected).abs() <= _LAST_BITS * expected
+        return source.to(found.dtype).where(same, (-found).log())
+
+
+RankPiece = Stored | Rows | Turned | Columns | Joined | Logarithm
 """A tensor that is made of stored ones: it has a shape, and gives its rows from one to another."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.ranks.fused import Parts, Placed
+from tpshard.verifier.ranks.fused import Parts, Placed, begun
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
 from tpshard.verifier.ranks.weights import equal
@@ -28,18 +28,22 @@ class Names:
     """How vLLM names one family's parameters. `roots` and `renamed` give them the source's names, as far as it has one
     for them; all else is said in those, and below their layer.
 
-    roots: how whole names begin. renamed: how names below a layer begin. qkv: the fused module. halves: a module that
-    is two, one behind the other. turned: tensors with their last two dims exchanged. grouped: a module with its q, k
-    and v apart that the source interleaves. gathered: modules that every rank computes for all, in even slices, or as
-    if q, k and v lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that rank 0
-    alone adds, and the others hold zeros of.
+    roots: how whole names begin. renamed: how names below a layer begin. otherwise: how these begin in sources that
+    newer code has saved, under the names of its own modules. qkv: the fused module. halves: a module that is two, one
+    behind the other. turned: tensors with their last two dims exchanged. computed:
+    what is minus the exponential of one of the source's tensors. grouped: a module with its q, k and v apart
+    that the source interleaves. gathered: modules that every rank computes for all, in even slices, or as if q, k and v
+    lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that rank 0 alone adds, and
+    the others hold zeros of.
     """
 
     roots: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    otherwise: Mapping[str, str] = field(default_factory=dict)
     qkv: str | None = None
     halves: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     turned: tuple[str, ...] = ()
+    computed: Mapping[str, str] = field(default_factory=dict)
     grouped: str | None = None
     gathered: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
@@ -47,15 +51,9 @@ class Names:
 
     def of(self, stored: str) -> str:
         """A stored parameter's name in the source's terms."""
-        name = _begun(stored, self.roots)
+        name = begun(stored, self.roots)
         found = _LAYER.fullmatch(name)
-        return name if found is None else found[1] + _begun(found[2], self.renamed)
-
-
-def _begun(name: str, table: Mapping[str, str]) -> str:
-    """The name with the longest beginning that the table has exchanged."""
-    old = max((old for old in table if name == old or name.startswith(f"{old}.")), key=len, default=None)
-    return name if old is None else table[old] + name.removeprefix(old)
+        return name if found is None else found[1] + begun(found[2], self.renamed)
 
 
 def _swiglu(module: str) -> dict[str, tuple[str, ...]]:
@@ -69,40 +67,130 @@ _BLOOM = Names(grouped="self_attention.query_key_value")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _SHARED_MOE = replace(_LLAMA, halves=_swiglu("mlp") | _swiglu("mlp.shared_experts"))
 _LATENTS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
+_MLA = {"self_attn.mla_attn": "self_attn"}
 _DEEPSEEK = Names(
-    renamed={_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate", "self_attn.mla_attn": "self_attn"},
+    renamed={_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate", **_MLA},
     halves={**_SHARED_MOE.halves, "self_attn.fused_qkv_a_proj": _LATENTS},
 )
+_INDEX = ("self_attn.indexer.wk", "self_attn.indexer.weights_proj")
+_QWEN2_MOE = replace(
+    _LLAMA,
+    renamed={_SHARED: "mlp.shared_expert", f"{_SHARED}.expert_gate": "mlp.shared_expert_gate"},
+    halves=_swiglu("mlp") | _swiglu("mlp.shared_expert"),
+)
+_GLM_MOE = replace(
+    _SHARED_MOE,
+    renamed={_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
+)
+_LINEAR = {
+    "linear_attn.in_proj_qkvz": ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z"),
+    "linear_attn.in_proj_ba": ("linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+}
+_SHORT_CONV = Names(
+    renamed={"short_conv": "conv", f"feed_forward.experts.routed_experts.{_BIAS}": "feed_forward.expert_bias"},
+    qkv="self_attn.qkv_proj",
+    halves={"feed_forward.w13": ("feed_forward.w1", "feed_forward.w3")},
+)
+_MAMBA = {"mamba.A": "mamba.A_log"}
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
+    **dict.fromkeys(("ministral", "ministral3", "ernie4_5", "hunyuan_v1_dense", "cwm", "internlm3", "helium"), _LLAMA),
+    **dict.fromkeys(("hyperclovax", "iquestcoder", "granite_swa", "vaultgemma"), _LLAMA),
+    **dict.fromkeys(("apertus", "arcee", "jais2", "nanochat"), _FUSED_MLP),
+    "exaone": Names(qkv="attn.attention.qkv_proj", halves={"mlp.gate_up_proj": ("mlp.c_fc_0", "mlp.c_fc_1")}),
     **dict.fromkeys(("mixtral", "phimoe"), _LLAMA),
     **dict.fromkeys(("glm4", "nemotron", "starcoder2"), _FUSED_MLP),
     "glm": replace(_FUSED_MLP, gathered=("mlp.gate_up_proj",)),
-    **dict.fromkeys(("olmo2", "olmoe"), replace(_LLAMA, whole=_QK_NORMS)),
+    **dict.fromkeys(("olmo2", "olmo3", "olmoe"), replace(_LLAMA, whole=_QK_NORMS)),
     "phi3": Names(),
     "internlm2": Names(
         halves={"feed_forward.gate_up_proj": ("feed_forward.w1", "feed_forward.w3")}, gathered=("attention.wqkv",)
     ),
-    "granitemoe": replace(
-        _LLAMA,
+    **dict.fromkeys(
+        ("granitemoe", "granitemoeshared"),
+        replace(
+            _LLAMA,
+            renamed={
+                "block_sparse_moe.experts.routed_experts.w13_weight": "block_sparse_moe.input_linear.weight",
+                "block_sparse_moe.experts.routed_experts.w2_weight": "block_sparse_moe.output_linear.weight",
+                "block_sparse_moe.gate": "block_sparse_moe.router.layer",
+            },
+        ),
+    ),
+    "granitemoehybrid": Names(
         renamed={
             "block_sparse_moe.experts.routed_experts.w13_weight": "block_sparse_moe.input_linear.weight",
             "block_sparse_moe.experts.routed_experts.w2_weight": "block_sparse_moe.output_linear.weight",
             "block_sparse_moe.gate": "block_sparse_moe.router.layer",
         },
+        qkv="self_attn.qkv_proj",
+        computed=_MAMBA,
     ),
-    "qwen2_moe": replace(
-        _LLAMA,
-        renamed={_SHARED: "mlp.shared_expert", f"{_SHARED}.expert_gate": "mlp.shared_expert_gate"},
-        halves=_swiglu("mlp") | _swiglu("mlp.shared_expert"),
+    "falcon_h1": Names(
+        renamed={"mamba.mamba": "mamba"},
+        qkv="self_attn.qkv_proj",
+        halves=_swiglu("feed_forward"),
+        computed=_MAMBA,
     ),
+    "jamba": Names(
+        renamed={"qkv_proj": "self_attn.qkv_proj", "o_proj": "self_attn.o_proj", "attn": "self_attn.attn"},
+        qkv="self_attn.qkv_proj",
+        halves=_swiglu("feed_forward"),
+        computed=_MAMBA,
+    ),
+    "qwen2_moe": _QWEN2_MOE,
+    "qwen3_next": replace(_QWEN2_MOE, renamed={**_QWEN2_MOE.renamed, "mlp.experts.gate": "mlp.gate"}),
     "qwen3_moe": replace(_LLAMA, renamed={"mlp.experts.gate": "mlp.gate"}),
-    "glm4_moe": replace(
-        _SHARED_MOE,
-        renamed={_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
+    "qwen3_5_text": replace(_LLAMA, halves={**_LLAMA.halves, **_LINEAR}),
+    "qwen3_5_moe_text": replace(
+        _QWEN2_MOE,
+        renamed={**_QWEN2_MOE.renamed, "mlp.experts.gate": "mlp.gate"},
+        halves={**_QWEN2_MOE.halves, **_LINEAR},
     ),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _SHORT_CONV),
+    **dict.fromkeys(
+        ("dots1", "solar_open"),
+        replace(
+            _SHARED_MOE,
+            renamed={f"{_SHARED}.shared_experts": "mlp.shared_experts", "mlp.experts.gate": "mlp.gate"},
+        ),
+    ),
+    "cohere2_moe": replace(_SHARED_MOE, renamed={_SHARED: "mlp.shared_experts"}),
+    "flex_olmo": replace(_LLAMA, renamed={"mlp.experts.gate": "mlp.gate"}, whole=_QK_NORMS),
+    "hunyuan_v1_moe": replace(_LLAMA, halves=_swiglu("mlp") | _swiglu("mlp.shared_mlp")),
+    "glm4_moe": _GLM_MOE,
+    "glm4_moe_lite": Names(renamed={**_GLM_MOE.renamed, **_MLA}, halves=_DEEPSEEK.halves),
+    "mimo_v2_flash": replace(
+        _GLM_MOE, halves=_LLAMA.halves, otherwise={"self_attn.attention_sink_bias": "self_attn.sinks"}
+    ),
+    "ernie4_5_moe": replace(
+        _SHARED_MOE,
+        renamed={_SHARED: "mlp.shared_experts", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.moe_statics.{_BIAS}"},
+        otherwise={"mlp.moe_statics": "mlp.gate.moe_statics"},
+    ),
+    "exaone_moe": replace(
+        _SHARED_MOE,
+        renamed={_SHARED: "mlp.shared_experts", "mlp.experts.gate": "mlp.gate"},
+        otherwise={f"mlp.{_BIAS}": f"mlp.gate.{_BIAS}"},
+    ),
+    "afmoe": replace(_SHARED_MOE, renamed={_SHARED: "mlp.shared_experts", "mlp.gate": "mlp.router.gate"}),
+    "hy_v3": replace(
+        _LLAMA,
+        renamed={_SHARED: "mlp.shared_mlp", "mlp.gate": "mlp.router.gate"},
+        halves=_swiglu("mlp") | _swiglu("mlp.shared_mlp"),
+        otherwise={
+            "mlp.shared_mlp": "mlp.shared_experts",
+            "mlp.router.gate": "mlp.gate",
+            "mlp.expert_bias": f"mlp.{_BIAS}",
+        },
+    ),
+    "minimax_m2": replace(_LLAMA, otherwise={"block_sparse_moe": "mlp"}),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _DEEPSEEK),
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa"),
+        replace(_DEEPSEEK, halves={**_DEEPSEEK.halves, "self_attn.indexer.wk_weights_proj": _INDEX}),
+    ),
     "gpt_oss": Names(
         roots={"model.embedding": "model.embed_tokens"},
         renamed={"attn": "self_attn"},
@@ -148,7 +236,7 @@ class Rank:
 
     def _parts(self, layer: str, tensor: str, stored: Stored) -> Placed:
         names, family = self.names, self.family
-        parts = Parts(self.source, layer, len(self.ranks), self.rank)
+        parts = Parts(self.source, layer, len(self.ranks), self.rank, names.otherwise)
         module, _, suffix = tensor.rpartition(".")
         if tensor in names.once and not _some_experts(self.ranks, stored.name):
             stored = Stored(self.ranks[0], stored.name)
@@ -159,6 +247,8 @@ class Rank:
             yield from parts.fused([f"{part}.{suffix}" for part in family.qkv], stored)
         elif module in names.halves:
             yield from parts.fused([f"{half}.{suffix}" for half in names.halves[module]], stored)
+        elif tensor in names.computed:
+            yield parts.of_exponential(names.computed[tensor], stored)
         elif tensor in names.turned:
             yield f"{layer}{tensor}", Turned(stored)
         elif module == names.grouped and family.fused in ("heads", "groups"):
