@@ -42,13 +42,20 @@ def shares_of(
     known: dict[object, tuple[Share, ...]] = {}
     for tensor in tensors:
         kind = family.kind(model.full_name(tensor.name))
-        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.transposed, kind.float32)
+        turned = kind.transposed or (kind.either and _is_turned(tensor))
+        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, turned, kind.float32)
         if key not in known:
             cast = replace(tensor, dtype="F32") if kind.float32 and tensor.dtype in CASTABLE else tensor
             held = _cut(cast, kind.cut, model.axes, dealt)
-            known[key] = tuple(map(_transposed, held)) if kind.transposed else held
+            known[key] = tuple(map(_transposed, held)) if turned else held
         shares[tensor.name] = known[key]
     return shares
+
+
+def _is_turned(tensor: LogicalTensor) -> bool:
+    """Whether a matrix, or each of a stack, is stored as [in, out]: its cut says which dim is which."""
+    last = len(tensor.shape) - 1
+    return tensor.cut.dim == (last if tensor.cut.kind == "column" else last - 1)
 
 
 def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt: Deal) -> tuple[Share, ...]:

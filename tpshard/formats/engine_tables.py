@@ -42,6 +42,7 @@ class NameKind(NamedTuple):
     refusal: str | None
     cut: str | None
     transposed: bool
+    either: bool
     float32: bool
     unrepeated: bool
     fused: tuple[FusedInto, ...]
@@ -61,6 +62,7 @@ class EngineFamily:
     unrepeated: tuple[str, ...] = ()
     rest_last: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
+    either: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class EngineFamily:
             refusal=next((reason for pattern, reason in self.refused.items() if match(pattern, name)), None),
             cut=next((cut for cut, patterns in self.cuts.items() if fits_any(patterns, name)), None),
             transposed=fits_any(self.transposed, name),
+            either=fits_any(self.either, name),
             float32=fits_any(self.float32, name),
             unrepeated=fits_any(self.unrepeated, name),
             fused=tuple(
@@ -286,29 +289,29 @@ def _frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily:
-    merged = _merged(entries, name)
-    layer = merged.get("layer", "")
-
-    def full(value: Any) -> Any:
-        """With the layer before every pattern that begins with a dot."""
-        if isinstance(value, dict):
-            return {full(key): full(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return tuple(map(full, value))
-        return layer + value if isinstance(value, str) and value.startswith(".") else value
-
+    entry = merged(entries, name)
+    entry = below(entry.get("layer", ""), entry)
     known = {each.name for each in fields(EngineFamily)}
-    assert set(merged) <= known, f"unknown keys in {name}: {set(merged) - known}"
-    family = EngineFamily(**{key: full(value) for key, value in merged.items()})
+    assert set(entry) <= known, f"unknown keys in {name}: {set(entry) - known}"
+    family = EngineFamily(**entry)
     return replace(family, fused={target: sources for target, sources in family.fused.items() if sources})
 
 
-def _merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """A family's keys over those of the one that it is like; tables key by key."""
+def below(place: str, value: Any) -> Any:
+    """Part of a table with a place before every pattern that begins with a dot; its lists as tuples."""
+    if isinstance(value, dict):
+        return {below(place, key): below(place, each) for key, each in value.items()}
+    if isinstance(value, list):
+        return tuple(below(place, each) for each in value)
+    return place + value if isinstance(value, str) and value.startswith(".") else value
+
+
+def merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """A table's entry over the one that it is like, without its model_types; tables key by key."""
     entry = entries[name]
-    merged = _merged(entries, entry["like"]) if "like" in entry else {}
+    found = merged(entries, entry["like"]) if "like" in entry else {}
     for key, value in entry.items():
         if key in ("like", "model_types"):
             continue
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return merged
+        found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    return found
