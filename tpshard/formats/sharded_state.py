@@ -65,9 +65,10 @@ class ShardedState(Format):
 
     @property
     def model_types(self) -> frozenset[str]:
-        """The text models whose names the table knows."""
+        """The text models whose names the table knows, alone or in a model that nests them."""
         table = load_table(self.path)
-        return frozenset(table.families.keys() - table.refused_models.keys())
+        within = (text for family in self.nested.values() for text in family.texts)
+        return frozenset({*table.families, *within} - table.refused_models.keys())
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
