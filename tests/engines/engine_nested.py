@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
+
+from tests.engines import engine_models
 
 _TEXT = {
     **{"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
@@ -27,6 +30,12 @@ _GLM_VISION = {
     **{"intermediate_size": 192, "out_hidden_size": 256},
 }
 _GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+_KIMI = {
+    "text_config": engine_models.LOADED["deepseek_v3"][1] | {"model_type": "deepseek_v3"},
+    "vision_config": _VISION | {"pos_emb_height": 8, "pos_emb_width": 8},
+    "projection_hidden_size": 128,
+    "tie_word_embeddings": False,
+}
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl": (
         "qwen2_vl",
@@ -139,15 +148,38 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": _GLM_VISION,
         },
     ),
+    "kimi_k25": ("kimi_k25", _KIMI),
+    "kimi_vl": ("kimi_k25", _KIMI),
 }
 """What vLLM loads."""
 
 _TOWER = {"vision_tower.": "vision_tower.vision_model."}
+_KIMI_NAMES = {
+    "language_model.model.blocks.": "language_model.model.layers.",
+    "vision_tower.encoder.patch_embed.": "vision_tower.patch_embed.",
+    "model.mm_projector.": "mm_projector.",
+}
 _PUBLISHED: dict[str, dict[str, str]] = {
     **dict.fromkeys(("gemma3", "llava", "llava-siglip-mistral"), _TOWER),
     "qwen3_vl_moe": {},
+    "kimi_k25": _KIMI_NAMES,
+    "kimi_vl": _KIMI_NAMES
+    | {
+        "model.mm_projector.": "multi_modal_projector.",
+        "mm_projector.proj.0.": "multi_modal_projector.linear_1.",
+        "mm_projector.proj.2.": "multi_modal_projector.linear_2.",
+    },
 }
 """What transformers 5 saves otherwise than published files have it, which alone vLLM loads: beginnings of names."""
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": {"model_type": "kimi_k2"}},
+    "kimi_vl": {
+        "architectures": ["KimiVLForConditionalGeneration"],
+        "model_type": "kimi_vl",
+        "vision_config": {"model_type": "moonvit", "init_pos_emb_height": 8, "init_pos_emb_width": 8},
+    },
+}
+"""What published configs say otherwise, or of a model that has the same tensors under other names."""
 
 
 def make(name: str, path: Path) -> Path:
@@ -161,12 +193,18 @@ def make(name: str, path: Path) -> Path:
     made = AutoConfig.for_model(model_type, **config)
     model = AutoModelForImageTextToText.from_config(made, dtype=torch.bfloat16)
     with torch.no_grad():
-        for each, parameter in model.named_parameters():
+        state = [*model.named_parameters(), *(each for each in model.named_buffers() if "correction_bias" in each[0])]
+        for each, parameter in state:
             generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
             parameter.copy_((parameter.dim() == 1) + 0.08 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(path)
     if name in _PUBLISHED:
         _as_published(path / "model.safetensors", _PUBLISHED[name])
+    if name in _CONFIGS:
+        config = json.loads((path / "config.json").read_text())
+        for key, value in _CONFIGS[name].items():
+            config[key] = config[key] | value if isinstance(value, dict) else value
+        (path / "config.json").write_text(json.dumps(config, indent=2))
     return path
 
 
@@ -177,6 +215,6 @@ def _as_published(file: Path, begins: dict[str, str]) -> None:
     tensors = {}
     for name, tensor in load_file(file).items():
         old = next((each for each in begins if name.startswith(each)), "")
-        turned = tensor.dim() == 3 and ".experts." in name
+        turned = tensor.dim() == 3 and ".experts." in name and not begins
         tensors[begins.get(old, "") + name[len(old) :]] = tensor.mT.contiguous() if turned else tensor
     save_file(tensors, file, metadata={"format": "pt"})

@@ -26,6 +26,8 @@ _BEGINS = (
     ),
     ("vision_tower", ("vision_tower", "model.vision_tower")),
     ("multi_modal_projector", ("multi_modal_projector", "model.multi_modal_projector")),
+    ("mm_projector.linear_1", ("mm_projector.linear_1", "mm_projector.proj.0")),
+    ("mm_projector.linear_2", ("mm_projector.linear_2", "mm_projector.proj.2")),
 )
 """How names begin in vLLM, and in sources: where one has several of these, the first."""
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -106,6 +108,13 @@ _LLAVA = {
 _INTERN = Beside(
     rows=r"encoder\.layer\.\d+\.mlp\.fc1", columns=r"encoder\.layer\.\d+\.mlp\.fc2", heads=("", 1), by_head=r"(?!)"
 )
+_MOON = Beside(
+    rows=r"blocks\.\d+\.(wqkv|mlp\.fc0)",
+    columns=r"blocks\.\d+\.(wo|mlp\.fc1)",
+    heads=("num_attention_heads", 16),
+    by_head=r"\.(wqkv|wo)",
+    thirds=r"\.wqkv",
+)
 NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "qwen2_vl": _QWEN,
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_THIRDS),
@@ -114,6 +123,7 @@ NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "llava": _LLAVA,
     "mistral3": _projected(_PIXTRAL, -1),
     "internvl": _INTERN,
+    **dict.fromkeys(("kimi_vl", "kimi_k25"), _MOON),
 }
 """By the model_type of a config; those of several by that of its vision_config."""
 
