@@ -148,6 +148,60 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": _GLM_VISION,
         },
     ),
+    "llava-siglip-qwen2": (
+        "llava",
+        {
+            "text_config": _TEXT | {"model_type": "qwen2"},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+            "vision_feature_layer": -2,
+        },
+    ),
+    "llava_next": (
+        "llava_next",
+        {
+            "text_config": _TEXT | {"model_type": "mistral"},
+            "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        },
+    ),
+    "llava_next-qwen2": (
+        "llava_next",
+        {
+            "text_config": _TEXT | {"model_type": "qwen2"},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+        },
+    ),
+    "llava_next-llama": (
+        "llava_next",
+        {
+            "text_config": _TEXT | {"model_type": "llama"},
+            "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        },
+    ),
+    "llava_onevision": (
+        "llava_onevision",
+        {
+            "text_config": _TEXT | {"model_type": "qwen2"},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "internvl-qwen3": (
+        "internvl",
+        {
+            "text_config": _TEXT | {"model_type": "qwen3"},
+            "vision_config": _VISION | {"image_size": [56, 56], "patch_size": [14, 14]},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "internvl-qwen3_moe": (
+        "internvl",
+        {
+            "text_config": _TEXT
+            | {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2},
+            "vision_config": _VISION | {"image_size": [56, 56], "patch_size": [14, 14], "use_qk_norm": True},
+            "tie_word_embeddings": False,
+        },
+    ),
     "kimi_k25": ("kimi_k25", _KIMI),
     "kimi_vl": ("kimi_k25", _KIMI),
 }
@@ -160,7 +214,8 @@ _KIMI_NAMES = {
     "model.mm_projector.": "mm_projector.",
 }
 _PUBLISHED: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("gemma3", "llava", "llava-siglip-mistral"), _TOWER),
+    **dict.fromkeys(("gemma3", "llava", "llava-siglip-mistral", "llava-siglip-qwen2"), _TOWER),
+    **dict.fromkeys(("llava_next", "llava_next-qwen2", "llava_next-llama", "llava_onevision"), _TOWER),
     "qwen3_vl_moe": {},
     "kimi_k25": _KIMI_NAMES,
     "kimi_vl": _KIMI_NAMES

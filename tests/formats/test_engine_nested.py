@@ -158,9 +158,14 @@ def _other_heads(config: dict[str, Any]) -> None:
     config["vision_config"]["num_heads"] = 5
 
 
+def _several_layers(config: dict[str, Any]) -> None:
+    config["vision_feature_layer"] = [-2, -1]
+
+
 @pytest.mark.parametrize(
     ("name", "change", "code", "said"),
     [
+        ("llava", _several_layers, 4, "several layers"),
         ("glm4v", _without_bias, 4, "without attention_bias"),
         ("llava", _other_tower, 4, "tower"),
         ("qwen3_vl", _other_heads, 3, "contradicts the shape of model.visual"),

@@ -205,8 +205,10 @@ def _deepest(nested: NestedFamily, config: Mapping[str, Any]) -> int | None:
     if not nested.depth or type(total) is not int:
         return None
     chosen = config.get(nested.depth, nested.default_depth)
-    layers: list[int] = chosen if isinstance(chosen, list) else [chosen]
-    return max(total + layer + 1 if layer < 0 else layer for layer in layers)
+    if type(chosen) is not int:
+        what = "how the engine holds a model that takes features of several layers was not compared"
+        raise UnsupportedError(what, expected=f"one number in {nested.depth}", found=chosen, hint="use --format native")
+    return total + chosen + 1 if chosen < 0 else chosen
 
 
 @lru_cache(maxsize=4)

@@ -26,6 +26,7 @@ _BEGINS = (
     ),
     ("vision_tower", ("vision_tower", "model.vision_tower")),
     ("multi_modal_projector", ("multi_modal_projector", "model.multi_modal_projector")),
+    ("image_newline", ("image_newline", "model.image_newline")),
     ("mm_projector.linear_1", ("mm_projector.linear_1", "mm_projector.proj.0")),
     ("mm_projector.linear_2", ("mm_projector.linear_2", "mm_projector.proj.2")),
 )
@@ -88,22 +89,21 @@ _PIXTRAL = Beside(
 )
 
 
-def _projected(tower: Beside, depth: int) -> Beside:
-    """LLaVA's: a projector behind the tower, and of that what comes before the features that are taken."""
+def _featured(tower: Beside, depth: int) -> Beside:
+    """LLaVA's tower: what comes before the features that are taken."""
     spared = "|".join((r"vision_tower\.(vision_model\.)?post_layernorm\..+", *filter(None, (tower.spared,))))
-    return replace(
-        tower,
-        rows=rf"{tower.rows}|multi_modal_projector\.linear_1",
-        columns=rf"{tower.columns}|multi_modal_projector\.linear_2",
-        spared=spared,
-        depth=("vision_feature_layer", depth),
-    )
+    return replace(tower, spared=spared, depth=("vision_feature_layer", depth))
+
+
+def _projected(tower: Beside) -> Beside:
+    """A tower with a projector behind it that is cut, too."""
+    rows, columns = (rf"multi_modal_projector\.linear_{number}" for number in (1, 2))
+    return replace(tower, rows=rf"{tower.rows}|{rows}", columns=rf"{tower.columns}|{columns}")
 
 
 _LLAVA = {
-    "clip_vision_model": _projected(_CLIP, -2),
-    "siglip_vision_model": _projected(_CLIP, -2),
-    "pixtral": _projected(_PIXTRAL, -2),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model"), _projected(_featured(_CLIP, -2))),
+    "pixtral": _projected(_featured(_PIXTRAL, -2)),
 }
 _INTERN = Beside(
     rows=r"encoder\.layer\.\d+\.mlp\.fc1", columns=r"encoder\.layer\.\d+\.mlp\.fc2", heads=("", 1), by_head=r"(?!)"
@@ -120,8 +120,9 @@ NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_THIRDS),
     **dict.fromkeys(("glm4v", "glm4v_moe"), _GLM),
     "gemma3": _CLIP,
-    "llava": _LLAVA,
-    "mistral3": _projected(_PIXTRAL, -1),
+    **dict.fromkeys(("llava", "llava_next"), _LLAVA),
+    "llava_onevision": _featured(_CLIP, -1),
+    "mistral3": _projected(_featured(_PIXTRAL, -1)),
     "internvl": _INTERN,
     **dict.fromkeys(("kimi_vl", "kimi_k25"), _MOON),
 }
@@ -145,7 +146,7 @@ def names_in(source: Weights, text: Names, beside: Beside) -> tuple[Names, Names
     """vLLM's names of the text, and of what is beside it, in the terms of this source."""
     roots = {}
     for new, begins in _BEGINS:
-        there = (old for old in begins if any(name.startswith(f"{old}.") for name in source.names()))
+        there = (old for old in begins if any(f"{name}.".startswith(f"{old}.") for name in source.names()))
         if (old := next(there, None)) is not None:
             roots[new] = old
     roots |= {f"{TEXT}.{new}": f"{roots.get(f'{TEXT}.model', 'model')}{old.removeprefix('model')}"
