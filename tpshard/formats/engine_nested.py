@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,10 @@ from tpshard.storage.tensor_names import numbered
 
 _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3), "row": (1, 1)}
 """How a tower's tensors are cut: how many segments one has, and how often a segment has the axis' units."""
+
+_NO_NAMES = ("needs", "extra_layers", "rest_last")
+_NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots"), ("cuts",)
+"""What a family has that is no names, names that are keys alone, and values alone; elsewhere all are names."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,16 @@ def within(prefix: str, family: EngineFamily) -> EngineFamily:
             return tuple(map(full, value))
         return {full(key): full(each) for key, each in value.items()}
 
-    named = ("layer", "head", "tied", "scales", "unrepeated", "transposed", "either", "float32", "fused", "renamed")
-    changed = {key: full(getattr(family, key)) for key in named}
-    slots = {full(name): count for name, count in family.slots.items()}
-    refused = {full(name): reason for name, reason in family.refused.items()}
-    cuts = {how: full(names) for how, names in family.cuts.items()}
-    return replace(family, **changed, slots=slots, refused=refused, cuts=cuts)
+    changed: dict[str, Any] = {}
+    for key in (each.name for each in fields(EngineFamily) if each.name not in _NO_NAMES):
+        value = getattr(family, key)
+        if key in _NAMES_AS_KEYS:
+            changed[key] = {full(name): each for name, each in value.items()}
+        elif key in _NAMES_AS_VALUES:
+            changed[key] = {each: full(names) for each, names in value.items()}
+        else:
+            changed[key] = full(value)
+    return replace(family, **changed)
 
 
 def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsEngineHas:
