@@ -15,6 +15,7 @@ from torch import Tensor
 
 import tpshard
 from tests.engines import engine_models as models
+from tests.engines import engine_nested as nested
 from tests.engines.running import Generator, Loader, Ranks, bits, differences, everything, written
 from tpshard.errors import CorruptError, UnsupportedError
 
@@ -25,7 +26,17 @@ STARTED = ("llama", "gpt2", "opt", "qwen3", "mixtral")
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("name", models.LOADED)
 def test_ours_is_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
-    source = models.make(name, tmp_path / "source")
+    require_held(models.make(name, tmp_path / "source"), tp, loader, tmp_path)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", nested.LOADED)
+def test_ours_is_what_vllm_holds_of_a_model_and_its_tower(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
+    require_held(nested.make(name, tmp_path / "source"), tp, loader, tmp_path)
+
+
+def require_held(source: Path, tp: int, loader: Loader, tmp_path: Path) -> None:
+    """Our files are what vLLM holds of a checkpoint, it loads them as that, and they come back whole."""
     theirs = loader.held(source, tp, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
     tpshard.split(source, tp, shards, format="vllm")

@@ -176,6 +176,7 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     )
     config = arguments.create_engine_config()
     complaints = Complaints()
+    os.environ["VLLM_DIST_IDENT"] = str(rank)  # no two agree on it, so none shares memory with others
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
     with set_current_vllm_config(config):
         init_distributed_environment(tp * pp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")

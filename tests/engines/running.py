@@ -21,9 +21,11 @@ class Engine:
     def __init__(self, script: str, log: Path) -> None:
         self.log = log
         command = [os.environ["ENGINE_PYTHON"], str(HERE / script)]
+        # vLLM looks at classes in processes of its own, which import the same.
+        found = {**os.environ, "PYTHONPATH": str(HERE / "in_place")}
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=found
             )
 
     def ask(self, job: dict[str, str | int]) -> None:

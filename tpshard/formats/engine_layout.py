@@ -42,8 +42,9 @@ def shares_of(
     known: dict[object, tuple[Share, ...]] = {}
     for tensor in tensors:
         kind = family.kind(model.full_name(tensor.name))
-        turned = (kind.transposed, kind.squeezed, kind.function)
-        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, *turned)
+        turned = kind.transposed or (kind.either and _is_turned(tensor))
+        how = (turned, kind.squeezed, kind.function)
+        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, *how)
         if kind.function and tensor.dtype not in CASTABLE:
             what = f"{tensor.name} is stored as {tensor.dtype}, of which nothing is computed"
             raise UnsupportedError(what, tensor=tensor.name, hint="use --format native")
@@ -51,10 +52,16 @@ def shares_of(
             cast = replace(tensor, dtype="F32") if kind.float32 and tensor.dtype in CASTABLE else tensor
             held = _cut(cast, kind.cut, model.axes, dealt)
             held = tuple(map(_squeezed, held)) if kind.squeezed and tensor.shape[0] == 1 else held
-            held = tuple(map(_transposed, held)) if kind.transposed else held
+            held = tuple(map(_transposed, held)) if turned else held
             known[key] = tuple(_computed(share, kind.function) for share in held) if kind.function else held
         shares[tensor.name] = known[key]
     return shares
+
+
+def _is_turned(tensor: LogicalTensor) -> bool:
+    """Whether a matrix, or each of a stack, is stored as [in, out]: its cut says which dim is which."""
+    last = len(tensor.shape) - 1
+    return tensor.cut.dim == (last if tensor.cut.kind == "column" else last - 1)
 
 
 def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt: Deal) -> tuple[Share, ...]:

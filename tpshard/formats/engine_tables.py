@@ -46,6 +46,7 @@ class NameKind(NamedTuple):
     transposed: bool
     squeezed: bool
     plain: bool
+    either: bool
     float32: bool
     function: str
     unrepeated: bool
@@ -72,6 +73,7 @@ class EngineFamily:
     transposed: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
+    either: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -110,6 +112,7 @@ class EngineFamily:
             transposed=fits_any(self.transposed, name),
             squeezed=fits_any(self.squeezed, name),
             plain=fits_any(self.plain, name),
+            either=fits_any(self.either, name),
             float32=fits_any(self.float32, name),
             function=next((each for each, patterns in self.computed.items() if fits_any(patterns, name)), ""),
             unrepeated=fits_any(self.unrepeated, name),
@@ -224,6 +227,7 @@ class Table:
     refused_models: Mapping[str, str]
     quantised: QuantisedModules
     pipelines: frozenset[str] = frozenset()
+    whole_experts: frozenset[str] = frozenset()
 
 
 def match(pattern: str, name: str) -> bool:
@@ -279,8 +283,10 @@ def load_table(path: Path) -> Table:
         family = _family(data["families"], name)
         family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
-    quantised, pipelines = _quantised(data.get("quantised", {})), frozenset(data.get("pipelines", ()))
-    return Table(tuple(data["versions"]), families, data["refused_models"], quantised, pipelines)
+    meshes = (frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts"))
+    return Table(
+        tuple(data["versions"]), families, data["refused_models"], _quantised(data.get("quantised", {})), *meshes
+    )
 
 
 def _quantised(entry: Mapping[str, Any]) -> QuantisedModules:
@@ -304,30 +310,30 @@ def _frozen(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily:
-    merged = _merged(entries, name)
-    layer = merged.get("layer", "")
-
-    def full(value: Any) -> Any:
-        """With the layer before every pattern that begins with a dot."""
-        if isinstance(value, dict):
-            return {full(key): full(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return tuple(map(full, value))
-        return layer + value if isinstance(value, str) and value.startswith(".") else value
-
+    entry = merged(entries, name)
+    entry = below(entry.get("layer", ""), entry)
     known = {each.name for each in fields(EngineFamily)}
-    assert set(merged) <= known, f"unknown keys in {name}: {set(merged) - known}"
-    family = EngineFamily(**{key: full(value) for key, value in merged.items()})
+    assert set(entry) <= known, f"unknown keys in {name}: {set(entry) - known}"
+    family = EngineFamily(**entry)
     return replace(family, fused={target: sources for target, sources in family.fused.items() if sources})
 
 
-def _merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+def below(place: str, value: Any) -> Any:
+    """Part of a table with a place before every pattern that begins with a dot; its lists as tuples."""
+    if isinstance(value, dict):
+        return {below(place, key): below(place, each) for key, each in value.items()}
+    if isinstance(value, list):
+        return tuple(below(place, each) for each in value)
+    return place + value if isinstance(value, str) and value.startswith(".") else value
+
+
+def merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
     """A family's keys over those that it is like, each over the one before; tables key by key."""
     entry = entries[name]
     like = entry.get("like", [])
     own = {key: value for key, value in entry.items() if key not in ("like", "model_types")}
-    merged: dict[str, Any] = {}
-    for each in (*(_merged(entries, other) for other in ([like] if isinstance(like, str) else like)), own):
+    found: dict[str, Any] = {}
+    for each in (*(merged(entries, other) for other in ([like] if isinstance(like, str) else like)), own):
         for key, value in each.items():
-            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return merged
+            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
+    return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import ParameterParts, Share, joined, shares_of
+from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, load_nested, with_flag
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -54,26 +55,32 @@ _NAME = re.compile(rf"(?:(?:model|{NOT_LOADED})-rank|model-pp-{_NUMBER}-tp)-{_NU
 class ShardedState(Format):
     """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
 
-    def __init__(self, engine: str, table: str, no_quantised: str = "", *, has_stages: bool = False) -> None:
+    def __init__(
+        self, engine: str, table: str, no_quantised: str = "", *, has_stages: bool = False, nested: str = ""
+    ) -> None:
         self.engine = engine
         self.has_stages = self.has_experts = has_stages
         self.no_quantised = no_quantised
         self.path = Path(__file__).parent / "tables" / table
+        self.nested = load_nested(self.path.with_name(nested)) if nested else {}
 
     @property
     def model_types(self) -> frozenset[str]:
-        """The text models whose names the table knows."""
+        """The text models whose names the table knows, alone or in a model that nests them."""
         table = load_table(self.path)
-        return frozenset(table.families.keys() - table.refused_models.keys())
+        within = (text for family in self.nested.values() for text in family.texts)
+        return frozenset({*table.families, *within} - table.refused_models.keys())
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
-        family, quantised = self._family(model, options), load_table(self.path).quantised
+        family, model, unheld = self._as_engine_has(model, options.engine_version)
+        self._require_compared(model, options)
+        quantised = load_table(self.path).quantised
         method = method_of(quantised, model, self.engine)
         placed = placement(model, options.mesh, options.pp_layers)
         dealt = self._deal(family, placed.axes, model, options)
         last = counted_last(quantised, family, model)
-        dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last)
+        dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last) | unheld
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
         tensors = [tensor for tensor in model.tensors if tensor.name not in unloaded]
         reasons: dict[tuple[object, ...], str | None] = {}  # layers are alike
@@ -101,13 +108,19 @@ class ShardedState(Format):
         rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
         if options.pp == 1:
             return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped, placed if placed.experts else None)
-        if (model_type := str(model.architecture.get("model_type"))) not in load_table(self.path).pipelines:
-            what = f"what {self.engine} holds of {model_type} on each stage of a pipeline is not known"
-            raise self._unsupported(what)
         assert placed.stages is not None
         mesh = options.mesh
         rows = on_stages(rows, family, model, placed.stages, mesh)
         return RankLayouts(LayoutRows(rows, mesh.size), replace(dealt, mesh=mesh), dropped, placed)
+
+    def _require_compared(self, model: Model, options: Options) -> None:
+        """UnsupportedError for a mesh of which nobody has compared what the engine then holds of such models."""
+        table, model_type = load_table(self.path), str(model.architecture.get("model_type"))
+        what = f"what {self.engine} holds of {model_type}"
+        if options.pp > 1 and model_type not in table.pipelines:
+            raise self._unsupported(f"{what} on each stage of a pipeline is not known")
+        if options.ep > 1 and model_type not in table.whole_experts:
+            raise self._unsupported(f"{what} where experts are whole is not known")
 
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
         """The engine's files of one rank, and behind them those with what it has no place for."""
@@ -149,28 +162,31 @@ class ShardedState(Format):
         if "config.json" not in files:
             return files
         config = given = json.loads(content_of(files["config.json"]))
-        if split.model.tied:
-            head, embedding = next(iter(split.model.tied.items()))
-            stored = {split.kept.full_name(tensor.name) for tensor in split.kept.tensors}
-            config = {**config, "tie_word_embeddings": not {f"{head}.weight", f"{embedding}.weight"} <= stored}
+        _, model, _ = self._as_engine_has(split.model, split.options.engine_version)
+        if model.tied:
+            head, embedding = next(iter(model.tied.items()))
+            stored = {model.full_name(tensor.name) for tensor in split.kept.tensors}
+            tied = not {f"{head}.weight", f"{embedding}.weight"} <= stored
+            text = model.architecture.get("text")
+            config = with_flag(config, text["config"] if text else None, "tie_word_embeddings", tied)
         config = completed(method_of(load_table(self.path).quantised, split.model, self.engine), split.model, config)
         if config != given or split.model.tied:
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
-    def _family(self, model: Model, options: Options) -> EngineFamily:
+    def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
+        """The engine's names of a model. UnsupportedError where they are not known, or where it does not load it."""
         table = load_table(self.path)
         model_type = str(model.architecture.get("model_type"))
-        if options.engine_version is not None and options.engine_version not in table.versions:
-            what = f"the names of {self.engine} {options.engine_version} are not known"
+        if version is not None and version not in table.versions:
+            what = f"the names of {self.engine} {version} are not known"
             hint = f"names change between versions: split for {self.engine} {table.versions[0]} and load with that"
-            raise UnsupportedError(what, expected=", ".join(table.versions), found=options.engine_version, hint=hint)
+            raise UnsupportedError(what, expected=", ".join(table.versions), found=version, hint=hint)
         if reason := table.refused_models.get(model_type):
             raise self._unsupported(f"{self.engine} {table.versions[0]} does not load {model_type}: {reason}")
-        if model.architecture.get("text"):
-            raise self._unsupported(
-                f"the names that {self.engine} has in {model_type}, not a text model alone, are not known"
-            )
+        text = model.architecture.get("text")
+        if text:
+            return self._nested(model, table.families)
         if model_type not in table.families:
             raise UnsupportedError(
                 f"the names that {self.engine} has for model_type {model_type!r} are not known",
@@ -186,7 +202,22 @@ class ShardedState(Format):
             if key not in model.config:
                 what = f"{self.engine} does not load {model_type} with a config that does not say {key}: {reason}"
                 raise UnsupportedError(what, expected=key, hint="take the published config.json")
-        return replace(family)  # one that remembers the names of this model alone
+        return AsEngineHas(replace(family), model)  # one that remembers the names of this model alone
+
+    def _nested(self, model: Model, families: Mapping[str, EngineFamily]) -> AsEngineHas:
+        model_type, text_type = str(model.architecture["model_type"]), str(model.architecture["text"]["model_type"])
+        family = self.nested.get(model_type)
+        like = family.texts.get(text_type) if family else None
+        if family is None or like is None:
+            what = f"the names that {self.engine} has in {model_type} with {text_type} in it, not a text model alone,"
+            raise self._unsupported(f"{what} are not known")
+        if model.quantisation:
+            raise self._unsupported(f"how {self.engine} holds a quantised {model_type} was not compared")
+        found = as_engine_has(family, families[like], model)
+        for key, reason in family.required.items():
+            if not found.model.config.get(key):
+                raise self._unsupported(f"{self.engine} does not load {model_type} without {key}: {reason}")
+        return found
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")

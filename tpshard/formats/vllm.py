@@ -2,4 +2,4 @@
 
 from tpshard.formats.sharded_state import ShardedState
 
-FORMAT = ShardedState("vLLM", "vllm.toml", has_stages=True)
+FORMAT = ShardedState("vLLM", "vllm.toml", has_stages=True, nested="vllm_nested.toml")

@@ -124,7 +124,7 @@ class Parameter:
     orders: the indices along the cut dim that each rank must hold, where they are no ranges. starts: where the ranges
     begin, where they are not one behind another. padded: whether ranks may hold zeros behind the last index. runs:
     whether the backend computes with it. known: whether the backend knows how it is cut; else ranges are tried, and
-    then where each index is found.
+    then where each index is found. parts: of how many equal parts each rank has a range.
     """
 
     name: str
@@ -135,6 +135,7 @@ class Parameter:
     runs: bool = True
     known: bool = True
     starts: Sequence[int] | None = None
+    parts: int = 1
 
     @cached_property
     def dim(self) -> int | None:
@@ -157,7 +158,7 @@ class Parameter:
         """The indices of each rank; where nobody knows, ranges are tried, those of two halves, and last a search."""
         assert self.dim is not None
         total = self.source.shape[self.dim]
-        parts = (1,) if self.known else (1, 2)
+        parts = (self.parts,) if self.known else (1, 2)
         tried = [list(self.orders)] if self.orders else [self._ranges(self.dim, count) for count in parts]
         if not self.known:
             held_by = [rank.shape[self.dim] for rank in self.ranks]
@@ -219,11 +220,17 @@ class Parameter:
 
 
 def idle(
-    source: Weights, ranks: Sequence[Weights], used: Collection[str], layers: Collection[int], count: int
+    source: Weights,
+    ranks: Sequence[Weights],
+    used: Collection[str],
+    layers: Collection[int],
+    count: int,
+    aside: Mapping[str, int],
 ) -> Iterator[Parameter]:
     """The tensors beside the `used` ones, as far as every rank has them: of `layers`, and outside of layers.
 
-    Where these are all `count` layers, those of layers that follow as well, which predict further tokens.
+    Where these are all `count` layers, those of layers that follow as well, which predict further tokens. aside: those
+    of which it is known how they are cut, and in how many parts.
     """
     for name in source.names():
         layer = layer_of(name)
@@ -231,7 +238,8 @@ def idle(
         if asked and name not in used and all(name in rank.names() for rank in ranks):
             sides = [Held(rank, name) for rank in ranks]
             scale = name.endswith(ACTIVATION_SCALES)
-            yield Parameter(name, Held(source, name), sides, padded=not scale, runs=False, known=scale)
+            known, parts = scale or name in aside, aside.get(name, 1)
+            yield Parameter(name, Held(source, name), sides, padded=not known, runs=False, known=known, parts=parts)
 
 
 def _slices(tensor: Readable, dim: int) -> Iterator[bytes]:

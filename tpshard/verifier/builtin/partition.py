@@ -40,7 +40,7 @@ def parameters(family: Family, source: Weights, ranks: Sequence[Weights], layers
             padded = module in (family.embed, *family.heads_names)
             seen.add(f"{whole.full(module)}.{suffix}")
             yield Parameter(f"{whole.full(module)}.{suffix}", sides[0], sides[1:], orders, padded, starts=starts)
-    yield from idle(source, ranks, seen, layers, family.layers)
+    yield from idle(source, ranks, seen, layers, family.layers, {})
 
 
 def require_described(family: Family, config: Mapping[str, Any], source: Weights) -> None:

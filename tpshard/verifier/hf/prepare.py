@@ -69,14 +69,15 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
 def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
     shards, device = opened.shards, opened.device
     config = model_config(opened.config)
-    same = same_model(config, model_config(shards.config))
+    # An engine's files may have the head apart that the source ties: `claims` knows.
+    same = same_model(config, model_config(shards.config), ("tie_word_embeddings",) if shards.stored else ())
     with _unlike_others(config):
         depth, vocab = config.num_hidden_layers, config.vocab_size
         positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
         ids, layers, tokens = decide(opened, options, same=same, vocab=vocab, layers=depth, positions=positions)
         frame = frame_of(config, layers)
         frame.require_described(opened.source, opened.config.get("architectures"))
-        frame = frame.of_source(opened.source)
+        frame = replace(frame.of_source(opened.source), aside=shards.aside)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)

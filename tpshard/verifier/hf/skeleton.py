@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,10 +107,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def same_model(one: Any, other: Any) -> bool:
-    """Whether two configs are of models of the same sizes and settings."""
+def same_model(one: Any, other: Any, but: Collection[str] = ()) -> bool:
+    """Whether two configs are of models of the same sizes and settings. but: keys that others judge."""
     left, right = one.to_dict(), other.to_dict()
-    return all(left.get(key) == right.get(key) for key in (left.keys() | right.keys()) - NO_MATTER)
+    return all(left.get(key) == right.get(key) for key in (left.keys() | right.keys()) - NO_MATTER - {*but})
 
 
 @contextmanager
@@ -178,7 +178,7 @@ class Frame:
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
     `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
     embedding is taken in its place, so that what the model computes before it is seen. `turned`: stacked experts that
-    the source stores for products from the left.
+    the source stores for products from the left. `aside`: as in `RankSet`.
     """
 
     config: Any
@@ -190,6 +190,7 @@ class Frame:
     buffers: frozenset[str]
     headless: bool = False
     turned: frozenset[str] = frozenset()
+    aside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tried(self) -> bool:

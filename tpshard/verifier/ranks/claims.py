@@ -9,9 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpshard.storage.json_differences import KeyDifference, key_differences
+from tpshard.verifier.hf.skeleton import TEXT_KEYS
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
 from tpshard.verifier.ranks.open import RankSet
 from tpshard.verifier.ranks.stages import EMBEDDINGS, HEADS, misplaced, stale
+from tpshard.verifier.ranks.vllm import TEXT
 from tpshard.verifier.ranks.weights import Weights, named
 
 _TIED = "tie_word_embeddings"
@@ -39,10 +41,11 @@ def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
         quantised = {name.rpartition(".")[0] for name in opened.ranks[0].dequantised}
         plain = {name.rpartition(".")[0] for name in source.names()} - quantised
         return _lists(each, quantised if _LISTS[key] else plain)
-    if each.key != _TIED:
+    if key != _TIED or owner not in ("", *TEXT_KEYS):
         return False
     names = opened.ranks[0].names()
-    both = any(name in names for name in HEADS) and any(name.endswith(EMBEDDINGS) for name in names)
+    heads = (f"{place}{head}" for head in HEADS for place in ("", f"{TEXT}."))
+    both = any(name in names for name in heads) and any(name.endswith(EMBEDDINGS) for name in names)
     return each.found == ("false" if both else "true")
 
 

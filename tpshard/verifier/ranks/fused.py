@@ -103,10 +103,16 @@ class Parts:
         ends = ("", "_blocks") if suffix == "weight" else (end, f"{end}s")
         tried = [f"{module}.{_STACKED[which]}{end}" for module in _EXPERTS for end in ends]
         tensor = next(filter(self._named, tried), tried[0])
-        if tensor in turned:
+        if tensor in turned or self._is_turned(tensor, stored):
             yield f"{self.layer}{tensor}", Turned(stored)
         else:
             yield from self._placed([tensor], stored)
+
+    def _is_turned(self, tensor: str, stored: Stored) -> bool:
+        """Whether the source has a stack of matrices the other way round than vLLM: one dim is the model's, as told."""
+        name, dim = self._named(tensor), 1 if tensor.endswith(_STACKED["w2"]) else 2
+        full = () if name is None else self.source.shape(name)
+        return len(full) == 3 and full[dim] != stored.shape[dim] == full[3 - dim]
 
     def _named(self, tensor: str) -> str | None:
         """A tensor of the layer as the source has it."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +97,8 @@ class RankSet:
     them in `stored`. `chunks` are the rectangles in each rank's files, of a format that has them; `said` are the
     places that headers of other files state as well, for torch. `cast_name` names what a set was cast to. `stages` are
     the layers of each stage as the manifest has them, `on_stages` the stages that have a rank's tensors, and `copies`
-    the tensors that two stages have; none where there is one stage.
+    the tensors that two stages have; none where there is one stage. `aside` has the tensors of which it is known what
+    ranks hold, though nobody runs them: ranges of so many equal parts of each.
     """
 
     directory: Path
@@ -113,6 +114,7 @@ class RankSet:
     stages: tuple[tuple[int, int], ...] = ()
     on_stages: tuple[Mapping[str, tuple[int, ...]], ...] = ()
     copies: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    aside: Mapping[str, int] = field(default_factory=dict)
 
 
 def _json(path: Path) -> Any:

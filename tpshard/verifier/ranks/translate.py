@@ -8,17 +8,20 @@ from tpshard.errors import DifferentError, UnsupportedError
 from tpshard.verifier.elements import ACTIVATION_SCALES
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.families.family import Family
+from tpshard.verifier.hf.skeleton import text_of
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
+from tpshard.verifier.ranks.nested import NESTED, Beside, beside_of, names_in, shares_beside
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
-from tpshard.verifier.ranks.vllm import VLLM, Rank
+from tpshard.verifier.ranks.vllm import TEXT, VLLM, Names, Rank
 from tpshard.verifier.ranks.weights import named
 from tpshard.verifier.report.verdict import layer_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
+_TEXTS = (f"{TEXT}.model", f"{TEXT}.lm_head")
 
 _OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
 
@@ -33,7 +36,16 @@ def translated(opened: RankSet, source: FileWeights) -> RankSet:
         return opened
     made = _dealt(opened) if opened.chunks else _renamed(opened, source)
     ranks = [PieceWeights({_as_source(name, source): piece for name, piece in pieces.items()}) for pieces in made]
-    return replace(opened, ranks=tuple(ranks), stored=opened.ranks)
+    beside, aside = _beside(opened), dict[str, int]()
+    if beside is not None:
+        names, _ = names_in(source, Names(), beside)
+        aside = shares_beside(opened.config, beside, source, ranks, tuple(f"{names.of(each)}." for each in _TEXTS))
+    return replace(opened, ranks=tuple(ranks), stored=opened.ranks, aside=aside)
+
+
+def _beside(opened: RankSet) -> Beside | None:
+    """How vLLM has what is beside the text, in a set for it."""
+    return beside_of(opened.config) if opened.format == "vllm" else None
 
 
 def _as_source(name: str, source: FileWeights) -> str:
@@ -45,19 +57,24 @@ def _as_source(name: str, source: FileWeights) -> str:
 
 
 def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]:
-    model_type, known = str(opened.config.get("model_type")), _KNOWN[opened.format]
+    beside, known = _beside(opened), _KNOWN[opened.format]
+    config = opened.config if beside is None else text_of(opened.config)
+    model_type = str(config.get("model_type"))
     if model_type not in known:
+        known, model_type = {*known, *NESTED}, str(opened.config.get("model_type"))
         what = f"the names that the format {opened.format} has for model_type {model_type!r}"
         message, expected = f"verify does not know {what}", ", ".join(sorted(known))
         raise UnsupportedError(message, path=opened.directory, expected=expected, hint=_OTHERWISE)
-    family, every = _described(opened.config), range(len(opened.ranks))
+    family, every = _described(config), range(len(opened.ranks))
     if opened.format == "meta":
         return [dict(published.meta(opened.ranks, family, rank)) for rank in every]
     if opened.format == "vllm":
-        made = [_complete(Rank(opened.ranks, VLLM[model_type], family, rank, source)) for rank in every]
-    else:
-        made = [dict(published.deepseek(weights)) for weights in opened.ranks]
-    return [_tied(pieces, opened.config, family) for pieces in made]
+        names = (VLLM[model_type],) if beside is None else names_in(source, VLLM[model_type], beside)
+        made = [_complete(Rank(opened.ranks, names[0], family, rank, source, *names[1:])) for rank in every]
+        embedding = names[0].of(f"{TEXT}.model.{family.embed}.weight") if beside else ""
+        return [_tied(pieces, config, family, embedding) for pieces in made]
+    made = [dict(published.deepseek(weights)) for weights in opened.ranks]
+    return [_tied(pieces, config, family) for pieces in made]
 
 
 def _complete(rank: Rank) -> dict[str, RankPiece]:
@@ -99,10 +116,13 @@ def _described(config: Mapping[str, Any]) -> Family:
     return describe(config if model_type in FAMILIES else {**sizes, "model_type": "llama"})
 
 
-def _tied(pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family) -> dict[str, RankPiece]:
-    """A tied pair is one parameter in the file, and may be under the head's name."""
-    embedding = f"{family.prefixes[0]}{family.embed}.weight"
-    head = next((f"{name}.weight" for name in family.heads_names if f"{name}.weight" in pieces), None)
+def _tied(
+    pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family, embedding: str = ""
+) -> dict[str, RankPiece]:
+    """A tied pair is one parameter in the file, and may be under the head's name. embedding: its name in the source."""
+    embedding = embedding or f"{family.prefixes[0]}{family.embed}.weight"
+    heads = (f"{place}{name}.weight" for name in family.heads_names for place in ("", f"{TEXT}."))
+    head = next((name for name in heads if name in pieces), None)
     if config.get("tie_word_embeddings") is not True or embedding in pieces or head is None:
         return pieces
     return {embedding if name == head else name: piece for name, piece in pieces.items()}
@@ -119,4 +139,5 @@ def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
 def require_replicas(opened: RankSet) -> None:
     """DifferentError where what an engine takes from each rank, and the decoder from one, is not the same on all."""
     if opened.format == "vllm":
-        sharded_state.require_replicas(opened.stored, VLLM[str(opened.config.get("model_type"))])
+        config = opened.config if _beside(opened) is None else text_of(opened.config)
+        sharded_state.require_replicas(opened.stored, VLLM[str(config.get("model_type"))])

@@ -18,6 +18,8 @@ from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stor
 from tpshard.verifier.ranks.weights import equal
 
 Pieces = Iterator[tuple[str, RankPiece]]
+TEXT = "language_model"
+"""Below which a model that nests a text model has it."""
 SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 _LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
 _EXPERTS = re.compile(r".+\.experts\.routed_experts\.(w13|w2)_(.+)")
@@ -214,13 +216,14 @@ def even(total: int, rank: int, tp: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank of a set, in the terms of a source."""
+    """One rank of a set, in the terms of a source. beside: the names of all that is not below `TEXT`, if any is."""
 
     ranks: Sequence[FileWeights]
     names: Names
     family: Family
     rank: int
     source: FileWeights
+    beside: Names | None = None
 
     def pieces(self) -> Placed:
         """The rank's tensors under the source's names, base prefix included; no scales of an unquantised cache.
@@ -230,12 +233,13 @@ class Rank:
         weights = self.ranks[self.rank]
         for name in weights.names():
             if name.rpartition(".")[2] not in SCALES:
-                found = _LAYER.fullmatch(self.names.of(name))
-                layer, tensor = ("", self.names.of(name)) if found is None else (found[1], found[2])
-                yield from self._parts(layer, tensor, Stored(weights, name))
+                names = self.names if self.beside is None or name.startswith(f"{TEXT}.") else self.beside
+                found = _LAYER.fullmatch(names.of(name))
+                layer, tensor = ("", names.of(name)) if found is None else (found[1], found[2])
+                yield from self._parts(names, layer, tensor, Stored(weights, name))
 
-    def _parts(self, layer: str, tensor: str, stored: Stored) -> Placed:
-        names, family = self.names, self.family
+    def _parts(self, names: Names, layer: str, tensor: str, stored: Stored) -> Placed:
+        family = self.family
         parts = Parts(self.source, layer, len(self.ranks), self.rank, names.otherwise)
         module, _, suffix = tensor.rpartition(".")
         if tensor in names.once and not _some_experts(self.ranks, stored.name):

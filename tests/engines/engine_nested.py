@@ -1,0 +1,275 @@
+"""Small multimodal checkpoints for the engines: a text model with 8 heads and 2 KV heads, a tower with 4 heads."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from tests.engines import engine_models
+
+_TEXT = {
+    **{"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2},
+    **{"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128},
+}
+_VISION = {
+    **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"image_size": 56, "patch_size": 14},
+}
+_QWEN = {"depth": 2, "num_heads": 4, "patch_size": 14}
+
+
+def _rope(*sections: int) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}}
+
+
+_GLM_VISION = {
+    **{"depth": 2, "num_heads": 4, "patch_size": 14, "image_size": 56, "hidden_size": 128},
+    **{"intermediate_size": 192, "out_hidden_size": 256},
+}
+_GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+_KIMI = {
+    "text_config": engine_models.LOADED["deepseek_v3"][1] | {"model_type": "deepseek_v3"},
+    "vision_config": _VISION | {"pos_emb_height": 8, "pos_emb_width": 8},
+    "projection_hidden_size": 128,
+    "tie_word_embeddings": False,
+}
+LOADED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl": (
+        "qwen2_vl",
+        {"text_config": _TEXT | _rope(4, 6, 6), "vision_config": _QWEN | {"embed_dim": 128, "hidden_size": 256}},
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        {
+            "text_config": _TEXT | _rope(4, 6, 6),
+            "vision_config": _QWEN | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
+        },
+    ),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {
+            "text_config": _TEXT | _rope(6, 5, 5),
+            "vision_config": _QWEN
+            | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        {
+            "text_config": _TEXT
+            | _rope(6, 5, 5)
+            | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "norm_topk_prob": True},
+            "vision_config": _QWEN
+            | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256, "deepstack_visual_indexes": [0]},
+        },
+    ),
+    "qwen2_5_vl-tied": (
+        "qwen2_5_vl",
+        {
+            "text_config": _TEXT | _rope(4, 6, 6) | {"tie_word_embeddings": True},
+            "vision_config": _QWEN | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_vl-tied": (
+        "qwen3_vl",
+        {
+            "text_config": _TEXT | _rope(6, 5, 5) | {"tie_word_embeddings": True},
+            "vision_config": _QWEN
+            | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256, "deepstack_visual_indexes": [0]},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": ("gemma3", {"text_config": _TEXT, "vision_config": _VISION, "mm_tokens_per_image": 4}),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": _TEXT | {"model_type": "mistral"},
+            "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 32},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "llava": (
+        "llava",
+        {
+            "text_config": _TEXT | {"model_type": "llama"},
+            "vision_config": _VISION | {"model_type": "clip_vision_model"},
+            "vision_feature_layer": -2,
+        },
+    ),
+    "mistral3-tied": (
+        "mistral3",
+        {
+            "text_config": _TEXT | {"model_type": "mistral", "tie_word_embeddings": True},
+            "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 32},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llava-siglip-mistral": (
+        "llava",
+        {
+            "text_config": _TEXT | {"model_type": "mistral"},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+            "vision_feature_layer": -1,
+        },
+    ),
+    "llava-pixtral": (
+        "llava",
+        {
+            "text_config": _TEXT | {"model_type": "mistral"},
+            "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 32},
+            "vision_feature_layer": -1,
+        },
+    ),
+    "internvl": (
+        "internvl",
+        {
+            "text_config": _TEXT | {"model_type": "qwen2"},
+            "vision_config": _VISION | {"image_size": [56, 56], "patch_size": [14, 14]},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "glm4v": (
+        "glm4v",
+        {
+            "text_config": _TEXT | {"rope_parameters": _GLM_ROPE, "attention_bias": True},
+            "vision_config": _GLM_VISION,
+        },
+    ),
+    "glm4v_moe": (
+        "glm4v_moe",
+        {
+            "text_config": _TEXT
+            | {"rope_parameters": _GLM_ROPE, "n_routed_experts": 8, "moe_intermediate_size": 64}
+            | {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "use_qk_norm": False},
+            "vision_config": _GLM_VISION,
+        },
+    ),
+    "llava-siglip-qwen2": (
+        "llava",
+        {
+            "text_config": _TEXT | {"model_type": "qwen2"},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+            "vision_feature_layer": -2,
+        },
+    ),
+    "llava_next": (
+        "llava_next",
+        {
+            "text_config": _TEXT | {"model_type": "mistral"},
+            "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        },
+    ),
+    "llava_next-qwen2": (
+        "llava_next",
+        {
+            "text_config": _TEXT | {"model_type": "qwen2"},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+        },
+    ),
+    "llava_next-llama": (
+        "llava_next",
+        {
+            "text_config": _TEXT | {"model_type": "llama"},
+            "vision_config": _VISION | {"model_type": "clip_vision_model"},
+        },
+    ),
+    "llava_onevision": (
+        "llava_onevision",
+        {
+            "text_config": _TEXT | {"model_type": "qwen2"},
+            "vision_config": _VISION | {"model_type": "siglip_vision_model"},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "internvl-qwen3": (
+        "internvl",
+        {
+            "text_config": _TEXT | {"model_type": "qwen3"},
+            "vision_config": _VISION | {"image_size": [56, 56], "patch_size": [14, 14]},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "internvl-qwen3_moe": (
+        "internvl",
+        {
+            "text_config": _TEXT
+            | {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2},
+            "vision_config": _VISION | {"image_size": [56, 56], "patch_size": [14, 14], "use_qk_norm": True},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "kimi_k25": ("kimi_k25", _KIMI),
+    "kimi_vl": ("kimi_k25", _KIMI),
+}
+"""What vLLM loads."""
+
+_TOWER = {"vision_tower.": "vision_tower.vision_model."}
+_KIMI_NAMES = {
+    "language_model.model.blocks.": "language_model.model.layers.",
+    "vision_tower.encoder.patch_embed.": "vision_tower.patch_embed.",
+    "model.mm_projector.": "mm_projector.",
+}
+_PUBLISHED: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("gemma3", "llava", "llava-siglip-mistral", "llava-siglip-qwen2"), _TOWER),
+    **dict.fromkeys(("llava_next", "llava_next-qwen2", "llava_next-llama", "llava_onevision"), _TOWER),
+    "qwen3_vl_moe": {},
+    "kimi_k25": _KIMI_NAMES,
+    "kimi_vl": _KIMI_NAMES
+    | {
+        "model.mm_projector.": "multi_modal_projector.",
+        "mm_projector.proj.0.": "multi_modal_projector.linear_1.",
+        "mm_projector.proj.2.": "multi_modal_projector.linear_2.",
+    },
+}
+"""What transformers 5 saves otherwise than published files have it, which alone vLLM loads: beginnings of names."""
+_CONFIGS: dict[str, dict[str, Any]] = {
+    "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": {"model_type": "kimi_k2"}},
+    "kimi_vl": {
+        "architectures": ["KimiVLForConditionalGeneration"],
+        "model_type": "kimi_vl",
+        "vision_config": {"model_type": "moonvit", "init_pos_emb_height": 8, "init_pos_emb_width": 8},
+    },
+}
+"""What published configs say otherwise, or of a model that has the same tensors under other names."""
+
+
+def make(name: str, path: Path) -> Path:
+    """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model_type, config = LOADED[name]
+    made = AutoConfig.for_model(model_type, **config)
+    model = AutoModelForImageTextToText.from_config(made, dtype=torch.bfloat16)
+    with torch.no_grad():
+        state = [*model.named_parameters(), *(each for each in model.named_buffers() if "correction_bias" in each[0])]
+        for each, parameter in state:
+            generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+            parameter.copy_((parameter.dim() == 1) + 0.08 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(path)
+    if name in _PUBLISHED:
+        _as_published(path / "model.safetensors", _PUBLISHED[name])
+    if name in _CONFIGS:
+        config = json.loads((path / "config.json").read_text())
+        for key, value in _CONFIGS[name].items():
+            config[key] = config[key] | value if isinstance(value, dict) else value
+        (path / "config.json").write_text(json.dumps(config, indent=2))
+    return path
+
+
+def _as_published(file: Path, begins: dict[str, str]) -> None:
+    """Give tensors the names, and stacked experts the order of dims, that published files have."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        old = next((each for each in begins if name.startswith(each)), "")
+        turned = tensor.dim() == 3 and ".experts." in name and not begins
+        tensors[begins.get(old, "") + name[len(old) :]] = tensor.mT.contiguous() if turned else tensor
+    save_file(tensors, file, metadata={"format": "pt"})
