@@ -21,8 +21,8 @@ from tests.helpers.paths import TESTS
 PACKAGE = Path(tpshard.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "storage": (),
-    "planning": ("storage.safetensors",),
-    "rules": ("planning.axes", "planning.stages", "storage.safetensors", "storage.tensor_names"),
+    "planning": ("storage.safetensors", "storage.tensor_names"),
+    "rules": ("planning.axes", "planning.experts", "planning.stages", "storage.safetensors", "storage.tensor_names"),
     "formats": ("planning", "storage"),
     "execute": ("planning", "storage"),
     "inputs": ("rules", "formats", "planning", "storage"),
