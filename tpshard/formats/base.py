@@ -20,7 +20,8 @@ class Format(ABC):
     side_names: small files that the source does not have. container: the files are no safetensors files, and all bytes
     of them but the tensors' follow from the split. own_names: each rank stores its share of each tensor of the model as
     one tensor under the same name, in the model's order. has_ranks: the files are those of a shard set.
-    no_quantised: why it holds no quantised models, empty where it does.
+    no_quantised: why it holds no quantised models, empty where it does. folder: in which the ranks' files lie, if not
+    in the set's directory itself; names of files begin with it.
     """
 
     side_names: frozenset[str] = frozenset()
@@ -28,6 +29,7 @@ class Format(ABC):
     own_names: bool = False
     has_ranks: bool = True
     no_quantised: str = ""
+    folder: str = ""
 
     @abstractmethod
     def lay(self, model: Model, options: Options) -> RankLayouts:

@@ -21,6 +21,14 @@ class Foreign:
 
 
 _SAVE = "and save it with `model.save_pretrained(OUT)`"
+_OF_MEGATRON = (
+    "`tpshard merge DIR -o OUT` makes a Hugging Face checkpoint of it; `tpshard reshard DIR --tp N` splits it"
+)
+MEGATRON_LEGACY = (
+    "load it in Megatron-LM with --ckpt-format torch and save it with --ckpt-convert-format torch_dist: "
+    "`tpshard merge` reads that"
+)
+"""The way out of a file for each rank of Megatron's."""
 DIRECTORIES = (
     Foreign(
         ("rank-*.safetensors",),
@@ -35,7 +43,7 @@ DIRECTORIES = (
     Foreign(
         ("latest_checkpointed_iteration.txt",),
         "this is a directory of Megatron checkpoints",
-        "`AutoBridge.export_ckpt` of Megatron-Bridge makes a Hugging Face checkpoint of one of its iterations",
+        _OF_MEGATRON,
     ),
     Foreign(
         ("mp_rank_*_model_states.pt",),
@@ -49,13 +57,13 @@ DIRECTORIES = (
     ),
     Foreign(
         ("mp_rank_*",),
-        "this is a checkpoint of Megatron, cut for its ranks",
-        "`AutoBridge.export_ckpt` of Megatron-Bridge makes a Hugging Face checkpoint of it",
+        "this is a checkpoint of Megatron in its legacy form, cut for its ranks",
+        MEGATRON_LEGACY,
     ),
     Foreign(
         (".metadata", "common.pt"),
         "this is a distributed checkpoint of Megatron",
-        "`AutoBridge.export_ckpt` of Megatron-Bridge makes a Hugging Face checkpoint of it",
+        _OF_MEGATRON,
     ),
     Foreign(
         (".metadata",),
