@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import socket
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -187,9 +186,12 @@ class Wanted:
                 tensor = tensor.t() if suffix == "weight" else tensor
                 return self.qkv(*tensor.chunk(3))
             names = {
-                "self_attention.linear_proj": "attn.c_proj", "mlp.linear_fc1": "mlp.c_fc", "mlp.linear_fc2": "mlp.c_proj",
-                "input_layernorm": "ln_1", "pre_mlp_layernorm": "ln_2",
-            }  # fmt: skip
+                "self_attention.linear_proj": "attn.c_proj",
+                "mlp.linear_fc1": "mlp.c_fc",
+                "mlp.linear_fc2": "mlp.c_proj",
+                "input_layernorm": "ln_1",
+                "pre_mlp_layernorm": "ln_2",
+            }
             tensor = self.tensors[f"{at}{names[inside]}.{suffix}"]
             return tensor.t() if tensor.dim() == 2 else tensor
         at = f"model.layers.{layer}."
@@ -266,7 +268,7 @@ def sharded(model: Any, args: dict[str, Any], singly: bool) -> dict[str, Any]:
     return state
 
 
-def run(rank: int, options: argparse.Namespace, port: int) -> None:
+def run(rank: int, options: argparse.Namespace, store: str) -> None:
     """One process of a command."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel import random as tp_random
@@ -274,8 +276,7 @@ def run(rank: int, options: argparse.Namespace, port: int) -> None:
     torch.set_num_threads(1)
     tp, pp, ep = options.tp, options.pp, options.ep
     world = tp * pp * ep
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
     parallel_state.initialize_model_parallel(
         tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=tp if ep > 1 else None
     )
@@ -346,13 +347,11 @@ def main() -> None:
     parser.add_argument("--name", help="the folder of the iteration")
     parser.add_argument("--singly", action="store_true", help="a key for every layer, not one for all")
     options = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    if (world := options.tp * options.pp * options.ep) == 1:
-        run(0, options, port)
-    else:
-        mp.spawn(run, (options, port), nprocs=world)
+    with tempfile.TemporaryDirectory() as store:
+        if (world := options.tp * options.pp * options.ep) == 1:
+            run(0, options, store)
+        else:
+            mp.spawn(run, (options, store), nprocs=world)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tpshard.formats.base import Format
 from tpshard.formats.dcp import archive_at, archives
 from tpshard.formats.dcp_metadata import Described, StoredChunk, StoredObject, metadata_pickle
 from tpshard.formats.megatron_args import arguments
-from tpshard.formats.megatron_layout import EXPERTS, Layout, Parameter, megatron_layout
+from tpshard.formats.megatron_layout import EXPERTS, MegatronLayout, MegatronParameter, megatron_layout
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import object_archive, pickle_text, pickle_value, require_storage
 from tpshard.planning.box import Box, corner
@@ -130,7 +130,9 @@ def padded_vocab(model: Model, options: Options) -> int:
     return -(-axis.count // multiple) * multiple
 
 
-def _rectangle(layout: Layout, parameter: Parameter, box: Box, shapes: Mapping[str, tuple[int, ...]]) -> StoredTensor:
+def _rectangle(
+    layout: MegatronLayout, parameter: MegatronParameter, box: Box, shapes: Mapping[str, tuple[int, ...]]
+) -> StoredTensor:
     """A box of a parameter as a tensor of its own."""
     held = window(parameter.stored, box)
     if parameter.layer is None or layout.singly:

@@ -37,7 +37,7 @@ class Divided:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class MegatronParameter:
     """One of Megatron's parameters, whole, of one layer where it is in one.
 
     name: with the layer's number. divided: along what ranks divide it; nothing where they do not. experts: how many
@@ -75,14 +75,14 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MegatronLayout:
     """Megatron's parameters of a model. vocab: rows of the embedding, padding with them.
 
     singly: whether layers differ, so that each has keys of its own; else those of all layers are stacked.
     dropped: tensors that it has no place for, with the reason.
     """
 
-    parameters: tuple[Parameter, ...]
+    parameters: tuple[MegatronParameter, ...]
     axes: Mapping[str, Axis]
     vocab: int
     dropped: Mapping[str, str]
@@ -114,7 +114,7 @@ def family_of(model_type: object) -> EngineFamily:
     return replace(families()[str(model_type)])  # one that remembers the names of this model alone
 
 
-def megatron_layout(model: Model, vocab: int) -> Layout:
+def megatron_layout(model: Model, vocab: int) -> MegatronLayout:
     """Megatron's parameters of a model, the vocabulary padded to `vocab` rows. UnsupportedError for what it has not."""
     if model.architecture.get("text"):
         raise UnsupportedError("Megatron's GPTModel is a text model alone", hint="use --format native")
@@ -143,16 +143,16 @@ def megatron_layout(model: Model, vocab: int) -> Layout:
             of = [tensors[tensor] for tensor in recipe.groups[0]]
             stored, group = _by_group(name, of, [shares[tensor.name][0] for tensor in of], axes)
             axes[group.name] = group
-            parameters.append(Parameter(name, stored, (Divided(0, group.name, group.unit),)))
+            parameters.append(MegatronParameter(name, stored, (Divided(0, group.name, group.unit),)))
             continue
         stored, experts = held[into]._replace(name=name), len(recipe.groups) if recipe.stacked else 0
-        parameters.append(Parameter(name, stored, _divided(recipe.groups[0], tensors, stored, axes), experts))
+        parameters.append(MegatronParameter(name, stored, _divided(recipe.groups[0], tensors, stored, axes), experts))
         axis = model.axes[first.cut.segments[0]] if first.cut.segments else None
         if axis is not None and axis.pad:
             axes[axis.name] = replace(axis, count=vocab, pad=False)
             parameters[-1] = replace(parameters[-1], stored=_padded(stored, vocab))
     _require_biases(parameters)
-    return Layout(tuple(parameters), axes, vocab, dropped)
+    return MegatronLayout(tuple(parameters), axes, vocab, dropped)
 
 
 def _dropped(family: EngineFamily, model: Model) -> dict[str, str]:
@@ -233,7 +233,7 @@ def _padded(stored: StoredTensor, rows: int) -> StoredTensor:
     return stored._replace(shape=shape, fills=fills)
 
 
-def _require_biases(parameters: Sequence[Parameter]) -> None:
+def _require_biases(parameters: Sequence[MegatronParameter]) -> None:
     names = {each.name.removesuffix(".bias") for each in parameters if each.name.endswith(".bias")}
     for each in parameters:
         found = _LAYER.match(each.name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import format_of
-from tpshard.formats.megatron_layout import Layout, Parameter, family_of, megatron_layout
+from tpshard.formats.megatron_layout import MegatronLayout, MegatronParameter, family_of, megatron_layout
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.inputs.checkpoint import Checkpoint, read_config
 from tpshard.inputs.megatron_config import MAKE_CONFIG, config_of, require_gpt
@@ -26,7 +26,7 @@ from tpshard.planning.join import parts_by_size
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.model import Model
 from tpshard.planning.window import stack, window
-from tpshard.storage.distcp import Chunk, Described, Listing, read_listing
+from tpshard.storage.distcp import DcpChunk, DcpListing, DcpTensor, read_listing
 from tpshard.storage.foreign import MEGATRON_LEGACY
 from tpshard.storage.local import load_json, read_bytes, safe_path
 from tpshard.storage.names import CONFIG, MEGATRON_COMMON, MEGATRON_METADATA, MEGATRON_TRACKER, side_files
@@ -67,7 +67,7 @@ class _Opened:
     """One iteration: its directory, what its files hold, and the arguments that it was trained with."""
 
     directory: Path
-    found: Mapping[str, Described]
+    found: Mapping[str, DcpTensor]
     args: Mapping[str, Any]
 
 
@@ -146,7 +146,7 @@ def _first(names: Mapping[str, object]) -> str:
     return ", ".join(list(names)[:3]) or "no tensor"
 
 
-def _arguments(iteration: Path, listing: Listing) -> Mapping[str, Any]:
+def _arguments(iteration: Path, listing: DcpListing) -> Mapping[str, Any]:
     """Megatron's arguments, from common.pt, or from among the objects where newer versions have it; maybe none."""
     path = iteration / MEGATRON_COMMON
     if path.is_file():
@@ -206,7 +206,7 @@ def _model(directory: Path, config: Mapping[str, Any], opened: _Opened) -> Model
     return from_checkpoint(checkpoint)
 
 
-def _single(found: Mapping[str, Described]) -> Iterator[tuple[str, str, Shape]]:
+def _single(found: Mapping[str, DcpTensor]) -> Iterator[tuple[str, str, Shape]]:
     """Every parameter of every layer: the name that it has with its layer's number, dtype and shape."""
     singles = []
     for name, each in found.items():
@@ -223,7 +223,7 @@ def _position(name: str) -> tuple[int, int]:
     return (0 if name.startswith("embedding.") else 2, 0) if layer is None else (1, layer)
 
 
-def _placed(layout: Layout, model: Model, opened: _Opened) -> Iterator[StoredTensor]:
+def _placed(layout: MegatronLayout, model: Model, opened: _Opened) -> Iterator[StoredTensor]:
     """What each rectangle in the files is. CorruptError where a tensor is not of the shape that it must have."""
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
     parameters = {name: parameter for parameter in layout.parameters for name in names_of(parameter.name)}
@@ -243,11 +243,11 @@ def _placed(layout: Layout, model: Model, opened: _Opened) -> Iterator[StoredTen
                 yield window(parameters[name].stored, _box(chunk))._replace(name=chunk.info.name)
 
 
-def _box(chunk: Chunk) -> Box:
+def _box(chunk: DcpChunk) -> Box:
     return tuple((at, at + size) for at, size in zip(chunk.at, chunk.info.shape, strict=True))
 
 
-def _require_shape(name: str, shape: Shape, parameter: Parameter, opened: _Opened) -> None:
+def _require_shape(name: str, shape: Shape, parameter: MegatronParameter, opened: _Opened) -> None:
     if shape != parameter.stored.shape:
         what = f"{name} does not have the shape that it has in the model that the config describes"
         expected, found = list(parameter.stored.shape), list(shape)

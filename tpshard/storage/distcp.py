@@ -35,7 +35,7 @@ _CLASSES: Classes = {
 _DTYPES = {f"torch.{name}": dtype for dtype, (name, _) in TORCH_NAMES.items()}
 
 
-class Chunk(NamedTuple):
+class DcpChunk(NamedTuple):
     """A rectangle of a tensor: where it begins in it, and where its bytes are (`info` has its own shape)."""
 
     at: tuple[int, ...]
@@ -43,15 +43,15 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Described:
+class DcpTensor:
     """A tensor of a checkpoint: dtype, shape, and its rectangles."""
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[DcpChunk, ...]
 
 
-class Stretch(NamedTuple):
+class DcpPlace(NamedTuple):
     """Bytes of a file."""
 
     file: str
@@ -60,20 +60,20 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Listing:
+class DcpListing:
     """What `.metadata` says: tensors, of which the files are not yet looked at, and where objects lie, by name."""
 
     directory: Path
     tensors: Mapping[str, tuple[str, tuple[int, ...], Mapping[tuple[int, ...], tuple[int, ...]]]]
-    places: Mapping[tuple[str, tuple[int, ...]], Stretch]
-    objects: Mapping[str, Stretch]
+    places: Mapping[tuple[str, tuple[int, ...]], DcpPlace]
+    objects: Mapping[str, DcpPlace]
 
-    def archive(self, stretch: Stretch) -> Archive:
+    def archive(self, stretch: DcpPlace) -> Archive:
         """What torch.save wrote there."""
         path = safe_path(self.directory, stretch.file)
         return Archive(path, stretch.begin, stretch.length)
 
-    def described(self, wanted: Callable[[str], bool]) -> dict[str, Described]:
+    def described(self, wanted: Callable[[str], bool]) -> dict[str, DcpTensor]:
         """The tensors whose names are wanted, with all their rectangles found in the files.
 
         CorruptError where `.metadata` and a file disagree.
@@ -82,10 +82,10 @@ class Listing:
         for name, (dtype, shape, sizes) in self.tensors.items():
             if wanted(name):
                 chunks = tuple(self._chunk(name, dtype, at, size) for at, size in sizes.items())
-                found[name] = Described(dtype, shape, chunks)
+                found[name] = DcpTensor(dtype, shape, chunks)
         return found
 
-    def _chunk(self, name: str, dtype: str, at: tuple[int, ...], size: tuple[int, ...]) -> Chunk:
+    def _chunk(self, name: str, dtype: str, at: tuple[int, ...], size: tuple[int, ...]) -> DcpChunk:
         if (stretch := self.places.get((name, at))) is None:
             what = ".metadata does not say where a part of a tensor lies"
             raise CorruptError(what, path=self.directory / DCP_METADATA, tensor=name, found=f"nothing for {list(at)}")
@@ -96,10 +96,10 @@ class Listing:
             what = "the archive is not what .metadata says"
             raise CorruptError(what, path=archive.path, tensor=name, expected=expected, found=there)
         unique = f"{name}#{','.join(map(str, at))}"
-        return Chunk(at, TensorInfo(unique, dtype, shape, str(archive.path), begin, begin + nbytes(dtype, shape)))
+        return DcpChunk(at, TensorInfo(unique, dtype, shape, str(archive.path), begin, begin + nbytes(dtype, shape)))
 
 
-def read_listing(directory: Path) -> Listing:
+def read_listing(directory: Path) -> DcpListing:
     """What `.metadata` says. UnsafeError where the pickle names anything but torch's and Megatron's own classes."""
     path = safe_path(directory, DCP_METADATA)
     metadata = read_pickled(read_bytes(path), _CLASSES, path)
@@ -112,10 +112,10 @@ def read_listing(directory: Path) -> Listing:
         raise CorruptError("not the metadata of a distributed checkpoint", path=path, found=reason) from None
 
 
-def _listed(directory: Path, metadata: Built) -> Listing:
+def _listed(directory: Path, metadata: Built) -> DcpListing:
     tensors: dict[str, tuple[str, tuple[int, ...], dict[tuple[int, ...], tuple[int, ...]]]] = {}
-    objects: dict[str, Stretch] = {}
-    places: dict[tuple[str, tuple[int, ...]], Stretch] = {}
+    objects: dict[str, DcpPlace] = {}
+    places: dict[tuple[str, tuple[int, ...]], DcpPlace] = {}
     for name, each in metadata.fields["state_dict_metadata"].items():
         if "chunks" in each.fields:
             chunks = {_sizes(c.fields["offsets"]): _sizes(c.fields["sizes"]) for c in each.fields["chunks"]}
@@ -127,12 +127,12 @@ def _listed(directory: Path, metadata: Built) -> Listing:
         if Path(file).name != file or begin < 0 or length < 0:
             what = ".metadata puts a tensor outside of the checkpoint's files"
             raise CorruptError(what, path=directory / DCP_METADATA, tensor=index.fields["fqn"], found=file)
-        name, offset, stretch = index.fields["fqn"], index.get("offset"), Stretch(file, int(begin), int(length))
+        name, offset, stretch = index.fields["fqn"], index.get("offset"), DcpPlace(file, int(begin), int(length))
         if name in tensors:
             places[name, _sizes(offset)] = stretch
         else:
             objects[name] = stretch
-    return Listing(directory, tensors, places, objects)
+    return DcpListing(directory, tensors, places, objects)
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
