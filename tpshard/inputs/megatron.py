@@ -175,7 +175,7 @@ def _config(directory: Path, opened: _Opened, vocab_size: int | None) -> tuple[d
         config["vocab_size"] = vocab_size
     if (vocab := config.get("vocab_size")) is None:
         what = f"the vocabulary is padded to {padded} rows, and nothing states its true size"
-        hint = f"give it with --vocab-size, or {MAKE_CONFIG}"
+        hint = f"give it to `tpshard merge` with --vocab-size, or {MAKE_CONFIG}"
         raise UsageError(what, path=opened.directory, expected="--vocab-size, or config.json", hint=hint)
     if type(vocab) is not int or not 0 < vocab <= padded:
         what = "the vocabulary is larger than the embedding"
@@ -199,7 +199,7 @@ def _model(directory: Path, config: Mapping[str, Any], opened: _Opened) -> Model
         config=config,
         config_path=str(directory / CONFIG),
         files=(),
-        tensors=tuple(infos),
+        tensors=tuple(sorted(infos, key=lambda info: (file_of[info.name], info.name))),  # as safetensors sorts them
         file_of=file_of,
         side_files={},
     )

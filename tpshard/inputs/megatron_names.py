@@ -75,7 +75,7 @@ class Sources:
                 full = _filled(pattern, numbers, expert) + (f".{rest}" if rest else "")
                 own = (size, *inner[1:]) if inner else ()
                 turned = self.family.kind(full).transposed and len(own) == 2
-                yield TensorInfo(full, dtype, own[::-1] if turned else own, "", 0, 0)
+                yield TensorInfo(full, dtype, own[::-1] if turned else own, str(self.path), 0, 0)
 
     def _look_up(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
         """The patterns of a parameter's tensors, the numbers in its name, and the end of theirs."""
