@@ -272,6 +272,7 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
     """One process of a command."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.tensor_parallel import random as tp_random
+    from megatron.core.transformer.moe import moe_utils
 
     torch.set_num_threads(1)
     tp, pp, ep = options.tp, options.pp, options.ep
@@ -280,6 +281,7 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
     parallel_state.initialize_model_parallel(
         tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=tp if ep > 1 else None
     )
+    moe_utils.te_general_gemm = None  # it is asked whether there is one, and not there without Transformer Engine
     tp_random.get_cuda_rng_tracker().fork = lambda *a, **k: contextlib.nullcontext()
     config, tensors = read(options.model)
     multiple = 128 * tp
@@ -329,9 +331,14 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
             tokens = torch.arange(12).reshape(1, -1) * 7 % vocab
             positions = torch.arange(12).reshape(1, -1)
             mask = torch.triu(torch.ones(12, 12, dtype=torch.bool), diagonal=1)[None, None]
-            ours = model.eval()(tokens, positions, mask)[..., :vocab]
             theirs = reference.eval()(tokens).logits
-            print(json.dumps({"largest": theirs.abs().max().item(), "difference": (ours - theirs).abs().max().item()}))
+            found = {"largest": theirs.abs().max().item()}
+            for name in ("difference", "otherwise"):
+                ours = model.eval()(tokens, positions, mask)[..., :vocab]
+                found[name] = (ours - theirs).abs().max().item()
+                weight = model.decoder.layers[0].self_attention.linear_qkv.weight  # so that a difference is seen
+                weight.copy_(weight.flip(0))
+            print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
