@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from tests.helpers.checkpoints import make
-from tests.helpers.command import fails, llama, succeeds
-from tests.inputs.test_megatron import read_dcp
+from tests.helpers.command import fails, llama, succeeds, tpshard
+from tests.inputs.test_from_megatron import read_dcp
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +141,13 @@ def test_a_damaged_set() -> None:
     assert "release/.metadata" in fails(3, "merge", "out", "-o", "merged")["message"]
     Path("other/release/__1_0.distcp").unlink()
     assert "rank 1 missing" in fails(3, "check", "other")["message"]
+
+
+def test_verify_cannot_judge_it() -> None:
+    llama(Path("model"))
+    succeeds("split", "model", "--tp", 2, "--format", "megatron", "-o", "out")
+    result = tpshard("verify", "out", "--source", "model")
+    assert result.code == 8 and "verify does not read files of Megatron" in result.out + result.err
 
 
 def test_what_megatron_cannot_hold() -> None:

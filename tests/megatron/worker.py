@@ -78,6 +78,7 @@ def megatron_args(c: dict[str, Any], padded: int) -> dict[str, Any]:
             "moe_ffn_hidden_size": c.get("moe_intermediate_size") or c["intermediate_size"],
             "moe_router_topk": c["num_experts_per_tok"],
             "moe_layer_freq": 1,
+            "moe_router_pre_softmax": kind != "mixtral" and not c.get("norm_topk_prob", False),
             "moe_shared_expert_intermediate_size": c.get("shared_expert_intermediate_size"),
         }
     return args
@@ -110,7 +111,7 @@ def build(args: dict[str, Any], tp: int, pp: int, ep: int) -> Any:
         num_moe_experts=experts,
         moe_ffn_hidden_size=args.get("moe_ffn_hidden_size"),
         moe_router_topk=args.get("moe_router_topk", 2),
-        moe_router_pre_softmax=False,
+        moe_router_pre_softmax=args.get("moe_router_pre_softmax", False),
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="allgather",
         moe_shared_expert_intermediate_size=args.get("moe_shared_expert_intermediate_size"),

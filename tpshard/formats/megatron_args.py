@@ -85,6 +85,8 @@ def _experts(config: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
         "moe_ffn_hidden_size": config.get("moe_intermediate_size") or config.get("intermediate_size"),
         "moe_router_topk": config.get("num_experts_per_tok"),
         "moe_layer_freq": frequency,
+        # Chosen experts' weights that do not sum to 1 are those of a softmax over all experts.
+        "moe_router_pre_softmax": "num_local_experts" not in config and not config.get("norm_topk_prob"),
         "moe_shared_expert_intermediate_size": shared,
         "moe_router_enable_expert_bias": any(name.endswith("router.expert_bias") for name in names),
     }

@@ -128,7 +128,7 @@ def _experts(kind: str, args: Mapping[str, Any]) -> dict[str, Any]:
         intermediate = width or args["ffn_hidden_size"]
         return {"num_local_experts": count, "num_experts_per_tok": chosen, "intermediate_size": intermediate}
     found = {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": width}
-    found |= {"norm_topk_prob": kind == "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": []}
+    found |= {"norm_topk_prob": not args.get("moe_router_pre_softmax"), "decoder_sparse_step": 1, "mlp_only_layers": []}
     if kind == "qwen2_moe":
         found["shared_expert_intermediate_size"] = args["moe_shared_expert_intermediate_size"]
     return found
