@@ -147,7 +147,7 @@ def test_a_file_without_weights(name: str) -> None:
         (["model-rank-0-part-0.safetensors", "config.json"], "sharded_state of vLLM", "made of"),
         (["global_step10/", "latest", "zero_to_fp32.py", "config.json"], "DeepSpeed", "in that directory"),
         (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "DeepSpeed", "directory above"),
-        (["mp_rank_00/", "mp_rank_01/"], "its legacy form", "torch_dist"),
+        (["mp_rank_00/", "mp_rank_01/"], "its legacy form", "tpshard merge"),
         (["iter_0000010/", "latest_checkpointed_iteration.txt"], "Megatron checkpoints", "tpshard merge"),
         (["common.pt", ".metadata", "__0_0.distcp", "metadata.json"], "checkpoint of Megatron", "tpshard merge"),
         ([".metadata", "__0_0.distcp", "__1_0.distcp"], "DCP", "dcp_to_torch"),

@@ -194,8 +194,6 @@ def test_other_forms_of_megatron() -> None:
     iteration = copied("llama-tp2")
     (iteration / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert fails(4, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)["found"] == "zarr"
-    (iteration / "mp_rank_00").mkdir()
-    assert "legacy" in fails(4, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)["message"]
 
 
 def test_what_is_only_for_megatron() -> None:

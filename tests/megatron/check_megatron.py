@@ -39,13 +39,13 @@ class Case:
 
 
 CASES = (
-    Case("llama-gqa", ("--tp 2", "--pp 3", "--tp 2 --singly"), (*DENSE, "--tp 2 --singly")),
+    Case("llama-gqa", ("--tp 2", "--pp 3", "--tp 2 --singly", "--tp 2 --legacy"), (*DENSE, "--tp 2 --singly")),
     Case("llama-tied", ("--pp 3",), DENSE),
     Case("llama-bf16", ("--tp 2",), ("--tp 2",), computed=False),
     Case("mistral", ("--tp 2",), DENSE),
-    Case("qwen2-tied", ("--tp 2", "--pp 3"), DENSE),
+    Case("qwen2-tied", ("--tp 2", "--pp 3", "--pp 3 --legacy"), DENSE),
     Case("qwen3", ("--tp 2",), DENSE),
-    Case("mixtral", ("--ep 2", "--tp 2"), MOE),
+    Case("mixtral", ("--ep 2", "--tp 2", "--ep 2 --legacy"), MOE),
     Case("qwen3_moe", ("--ep 2",), MOE),
     Case("qwen2_moe", ("--ep 2",), MOE, config=(("mlp_only_layers", []),)),
     Case("gpt2", ("--tp 2",), ("--tp 1", "--tp 2", "--pp 2")),

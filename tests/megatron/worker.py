@@ -301,10 +301,22 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
                 parameter.copy_(part)
             directory.mkdir(parents=True, exist_ok=True)
             given = argparse.Namespace(
-                **args, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, hybrid_layer_pattern=None
+                **args,
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                expert_model_parallel_size=ep,
+                hybrid_layer_pattern=None,
             )
-            state = {**sharded(model, args, options.singly), "args": given, "checkpoint_version": 3.0, "iteration": 7}
-            dist_checkpointing.save(state, str(directory))
+            common = {"args": given, "checkpoint_version": 3.0, "iteration": 7}
+            if options.legacy:
+                coordinate = f"{parallel_state.get_tensor_model_parallel_rank():02}"
+                coordinate += f"_{parallel_state.get_pipeline_model_parallel_rank():03}" if pp > 1 else ""
+                coordinate += f"_{parallel_state.get_expert_model_parallel_rank():03}" if ep > 1 else ""
+                (directory / f"mp_rank_{coordinate}").mkdir()
+                model_state = model.state_dict_for_save_checkpoint()
+                torch.save({**common, "model": model_state}, directory / f"mp_rank_{coordinate}" / "model_optim_rng.pt")
+            else:
+                dist_checkpointing.save({**sharded(model, args, options.singly), **common}, str(directory))
             (options.directory / "latest_checkpointed_iteration.txt").write_text(
                 directory.name.removeprefix("iter_").lstrip("0")
             )
@@ -354,6 +366,7 @@ def main() -> None:
     parser.add_argument("--padded", type=int, help="the padded size of the vocabulary")
     parser.add_argument("--name", help="the folder of the iteration")
     parser.add_argument("--singly", action="store_true", help="a key for every layer, not one for all")
+    parser.add_argument("--legacy", action="store_true", help="a file for each rank")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as store:
         if (world := options.tp * options.pp * options.ep) == 1:

@@ -27,9 +27,8 @@ from tpshard.planning.layout import StoredTensor
 from tpshard.planning.model import Model
 from tpshard.planning.window import stack, window
 from tpshard.storage.distcp import DcpChunk, DcpListing, DcpTensor, read_listing
-from tpshard.storage.foreign import MEGATRON_LEGACY
 from tpshard.storage.local import load_json, read_bytes, safe_path
-from tpshard.storage.names import CONFIG, MEGATRON_COMMON, MEGATRON_METADATA, MEGATRON_TRACKER, side_files
+from tpshard.storage.names import CONFIG, MEGATRON_COMMON, MEGATRON_METADATA, MEGATRON_TRACKER, is_legacy, side_files
 from tpshard.storage.pickles import Archive, Built, Classes
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.source import RankFile
@@ -121,9 +120,27 @@ def _iteration(directory: Path) -> Path:
 
 def _open(iteration: Path) -> _Opened:
     """Read an iteration's metadata and arguments, and where its tensors lie."""
-    if any(iteration.glob("mp_rank_*")):
-        what = "this is a checkpoint of Megatron in its legacy form, cut for its ranks"
-        raise UnsupportedError(what, path=iteration, expected="torch_dist", found="mp_rank_*", hint=MEGATRON_LEGACY)
+    found: Mapping[str, DcpTensor]
+    if is_legacy(iteration):
+        from tpshard.inputs.megatron_legacy import open_legacy
+
+        found, args = open_legacy(iteration, _COMMON)
+    else:
+        found, args = _open_distributed(iteration)
+    if "embedding.word_embeddings.weight" not in found:
+        hint = "a GPTModel of Megatron is read here"
+        what = "the checkpoint has no embedding of a language model"
+        raise UnsupportedError(
+            what, path=iteration, expected="embedding.word_embeddings.weight", found=_first(found), hint=hint
+        )
+    for name, each in found.items():
+        if is_stacked(name) and not each.shape:
+            raise CorruptError(f"{name} has no dim of layers", path=iteration, tensor=name, found=each.shape)
+    return _Opened(iteration, found, args)
+
+
+def _open_distributed(iteration: Path) -> tuple[Mapping[str, DcpTensor], Mapping[str, Any]]:
+    """Tensors and arguments of a torch_dist checkpoint."""
     path = iteration / MEGATRON_METADATA
     said = load_json(read_bytes(safe_path(iteration, MEGATRON_METADATA)), path) if path.is_file() else {}
     backend = said.get("sharded_backend") if isinstance(said, dict) else None
@@ -133,13 +150,7 @@ def _open(iteration: Path) -> _Opened:
         raise UnsupportedError(what, path=path, expected="torch_dist", found=backend or "no sharded_backend", hint=hint)
     listing = read_listing(iteration)
     found = listing.described(lambda name: not _IGNORED.match(name))
-    if "embedding.word_embeddings.weight" not in found:
-        hint = "a GPTModel of Megatron is read here"
-        what = "the checkpoint has no embedding of a language model"
-        raise UnsupportedError(
-            what, path=iteration, expected="embedding.word_embeddings.weight", found=_first(found), hint=hint
-        )
-    return _Opened(iteration, found, _arguments(iteration, listing))
+    return found, _arguments(iteration, listing)
 
 
 def _first(names: Mapping[str, object]) -> str:

@@ -5,6 +5,7 @@ Source: torch/distributed/checkpoint/{metadata,filesystem,planner}.py, and what 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,13 +33,14 @@ _CLASSES: Classes = {
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
     "megatron.core.dist_checkpointing.strategies.checkpointable": {"MCoreMetadata", "MCoreSavePlan"},
 }  # fmt: skip
+Shape = tuple[int, ...]
 _DTYPES = {f"torch.{name}": dtype for dtype, (name, _) in TORCH_NAMES.items()}
 
 
 class DcpChunk(NamedTuple):
     """A rectangle of a tensor: where it begins in it, and where its bytes are (`info` has its own shape)."""
 
-    at: tuple[int, ...]
+    at: Shape
     info: TensorInfo
 
 
@@ -47,7 +49,7 @@ class DcpTensor:
     """A tensor of a checkpoint: dtype, shape, and its rectangles."""
 
     dtype: str
-    shape: tuple[int, ...]
+    shape: Shape
     chunks: tuple[DcpChunk, ...]
 
 
@@ -64,8 +66,8 @@ class DcpListing:
     """What `.metadata` says: tensors, of which the files are not yet looked at, and where objects lie, by name."""
 
     directory: Path
-    tensors: Mapping[str, tuple[str, tuple[int, ...], Mapping[tuple[int, ...], tuple[int, ...]]]]
-    places: Mapping[tuple[str, tuple[int, ...]], DcpPlace]
+    tensors: Mapping[str, tuple[str, Shape, Mapping[Shape, Shape]]]
+    places: Mapping[tuple[str, Shape], DcpPlace]
     objects: Mapping[str, DcpPlace]
 
     def archive(self, stretch: DcpPlace) -> Archive:
@@ -81,11 +83,25 @@ class DcpListing:
         found = {}
         for name, (dtype, shape, sizes) in self.tensors.items():
             if wanted(name):
+                self._require_sizes(name, shape, sizes)
                 chunks = tuple(self._chunk(name, dtype, at, size) for at, size in sizes.items())
                 found[name] = DcpTensor(dtype, shape, chunks)
         return found
 
-    def _chunk(self, name: str, dtype: str, at: tuple[int, ...], size: tuple[int, ...]) -> DcpChunk:
+    def _require_sizes(self, name: str, shape: Shape, sizes: Mapping[Shape, Shape]) -> None:
+        """CorruptError for rectangles that lie outside of their tensor, or are more or less than it has."""
+        inside = all(
+            len(at) == len(size) == len(shape)
+            and all(a >= 0 and s >= 0 and a + s <= n for a, s, n in zip(at, size, shape, strict=True))
+            for at, size in sizes.items()
+        )
+        if not inside or sum(map(prod, sizes.values())) != prod(shape):
+            what = "a tensor's pieces are not of the size that .metadata gives it"
+            found = ", ".join(f"{list(size)} at {list(at)}" for at, size in list(sizes.items())[:4])
+            place = self.directory / DCP_METADATA
+            raise CorruptError(what, path=place, tensor=name, expected=list(shape), found=found or "no piece")
+
+    def _chunk(self, name: str, dtype: str, at: Shape, size: Shape) -> DcpChunk:
         if (stretch := self.places.get((name, at))) is None:
             what = ".metadata does not say where a part of a tensor lies"
             raise CorruptError(what, path=self.directory / DCP_METADATA, tensor=name, found=f"nothing for {list(at)}")
@@ -113,9 +129,9 @@ def read_listing(directory: Path) -> DcpListing:
 
 
 def _listed(directory: Path, metadata: Built) -> DcpListing:
-    tensors: dict[str, tuple[str, tuple[int, ...], dict[tuple[int, ...], tuple[int, ...]]]] = {}
+    tensors: dict[str, tuple[str, Shape, dict[Shape, Shape]]] = {}
     objects: dict[str, DcpPlace] = {}
-    places: dict[tuple[str, tuple[int, ...]], DcpPlace] = {}
+    places: dict[tuple[str, Shape], DcpPlace] = {}
     for name, each in metadata.fields["state_dict_metadata"].items():
         if "chunks" in each.fields:
             chunks = {_sizes(c.fields["offsets"]): _sizes(c.fields["sizes"]) for c in each.fields["chunks"]}
@@ -135,7 +151,7 @@ def _listed(directory: Path, metadata: Built) -> DcpListing:
     return DcpListing(directory, tensors, places, objects)
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
+def _sizes(values: Any) -> Shape:
     return tuple(int(value) for value in values)
 
 

@@ -24,11 +24,6 @@ _SAVE = "and save it with `model.save_pretrained(OUT)`"
 _OF_MEGATRON = (
     "`tpshard merge DIR -o OUT` makes a Hugging Face checkpoint of it; `tpshard reshard DIR --tp N` splits it"
 )
-MEGATRON_LEGACY = (
-    "load it in Megatron-LM with --ckpt-format torch and save it with --ckpt-convert-format torch_dist: "
-    "`tpshard merge` reads that"
-)
-"""The way out of a file for each rank of Megatron's."""
 DIRECTORIES = (
     Foreign(
         ("rank-*.safetensors",),
@@ -58,7 +53,7 @@ DIRECTORIES = (
     Foreign(
         ("mp_rank_*",),
         "this is a checkpoint of Megatron in its legacy form, cut for its ranks",
-        MEGATRON_LEGACY,
+        _OF_MEGATRON,
     ),
     Foreign(
         (".metadata", "common.pt"),

@@ -109,10 +109,15 @@ def is_meta(directory: Path) -> bool:
 
 def is_megatron(directory: Path) -> bool:
     """Whether a directory looks like one of Megatron's: of several iterations, or of one."""
-    if (directory / MEGATRON_TRACKER).is_file() or any(directory.glob("mp_rank_[0-9][0-9]*/model_optim_rng.pt")):
+    if (directory / MEGATRON_TRACKER).is_file() or is_legacy(directory):
         return True
     beside = (MEGATRON_COMMON, MEGATRON_METADATA)
     return (directory / DCP_METADATA).is_file() and any((directory / name).is_file() for name in beside)
+
+
+def is_legacy(directory: Path) -> bool:
+    """Whether a directory holds an iteration of Megatron's in its legacy form: a file for each rank."""
+    return any(directory.glob("mp_rank_[0-9][0-9]*/model_optim_rng.pt"))
 
 
 NOT_LOADED = "source"

@@ -63,6 +63,13 @@ class Built:
         return self.fields.get(key, default)
 
 
+class _OrderedDict(dict[Any, Any]):
+    """What stands for an OrderedDict: state dicts of modules are such, with an attribute of no use here."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is remembered."""
+
+
 @lru_cache(maxsize=1024)
 def _stub(module: str, name: str) -> type[Built]:
     return type(name, (Built,), {"name": f"{module}.{name}"})
@@ -76,7 +83,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.classes.get(module, ()):
             raise UnsafeError("the pickle names what no checkpoint needs", found=f"{module}.{name}")
-        return dict if name == "OrderedDict" else tuple if name == "Size" else _stub(module, name)
+        return _OrderedDict if name == "OrderedDict" else tuple if name == "Size" else _stub(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
