@@ -88,7 +88,18 @@ def test_what_lies_beside_the_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-mha-bias", "qwen2-tied", "qwen3", "gpt2", "nemotron", "mixtral", "qwen2_moe", "deepseek_v2-lite"]
+    "name",
+    [
+        "llama-mha-bias",
+        "qwen2-tied",
+        "qwen3",
+        "gpt2",
+        "nemotron",
+        "mixtral",
+        "qwen2_moe",
+        "deepseek_v2-lite",
+        "deepseek_v3",
+    ],
 )
 def test_it_comes_back_by_the_manifest_and_without_it(name: str) -> None:
     """Layers that differ (deepseek, qwen2_moe) have keys of their own."""
@@ -102,7 +113,7 @@ def test_it_comes_back_by_the_manifest_and_without_it(name: str) -> None:
     succeeds("merge", "out", "-o", "again")
     assert Path("again/model.safetensors").read_bytes() == source
     keys = [key for key in read_dcp(Path("out/release")) if key.startswith("decoder.layers.")]
-    singly = name in ("qwen2_moe", "deepseek_v2-lite")
+    singly = name in ("qwen2_moe", "deepseek_v2-lite", "deepseek_v3")
     assert all(key.removeprefix("decoder.layers.").partition(".")[0].isdecimal() == singly for key in keys)
 
 

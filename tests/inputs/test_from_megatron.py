@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from tests.helpers.command import fails, llama, succeeds
 from tests.helpers.toys import read_all
@@ -95,6 +98,20 @@ def read_dcp(iteration: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def test_arguments_among_the_objects() -> None:
+    """As versions after 0.16 save them: no common.pt, and two fields alone in metadata.json."""
+    iteration = copied("llama-tp2")
+    common = (iteration / "common.pt").rename(iteration / "__9_0.distcp")
+    (iteration / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    metadata = dcp.FileSystemReader(iteration).read_metadata()
+    name = "common_state/shard_0_1"
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()
+    metadata.storage_data[MetadataIndex(name)] = _StorageInfo(common.name, 0, common.stat().st_size)
+    (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
+    succeeds("merge", "megatron", "-o", "merged", "--vocab-size", VOCAB)
+    assert read_all(Path("merged")) == RECORDED["llama-tp2"].tensors()
+
+
 # --- what is refused ---
 
 
@@ -134,6 +151,21 @@ def test_arguments_that_do_not_tell_the_model(changes: dict[str, object], says: 
     with_args(iteration, lambda args: vars(args).update(changes))
     error = fails(4, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)
     assert says in error["message"] and "config.json" in error["hint"]
+
+
+def test_arguments_of_the_wrong_kind() -> None:
+    iteration = copied("llama-tp2")
+    with_args(iteration, lambda args: setattr(args, "num_query_groups", [2]))
+    assert "arguments" in fails(3, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)["message"]
+
+
+def test_pieces_that_are_not_all_of_a_tensor() -> None:
+    iteration = copied("llama-tp2")
+    metadata = dcp.FileSystemReader(iteration).read_metadata()
+    metadata.state_dict_metadata["output_layer.weight"].size = torch.Size([17, 16])
+    (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
+    error = fails(3, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)
+    assert error["tensor"] == "output_layer.weight" and error["expected"] == "[17, 16]"
 
 
 def test_no_arguments_at_all() -> None:

@@ -54,6 +54,9 @@ def arguments(model: Model, tensors: Sequence[Described], tp: int) -> dict[str, 
         "ckpt_format": "torch_dist",
         "num_experts": either("num_local_experts", "num_experts", "n_routed_experts"),
     }
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if isinstance(scaling, dict) and scaling.get("rope_type") == "llama3":
+        args |= {"use_rope_scaling": True, "rope_scaling_factor": float(scaling.get("factor", 8))}
     if "kv_lora_rank" in config:
         args |= {
             "multi_latent_attention": True,

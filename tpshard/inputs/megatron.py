@@ -181,7 +181,11 @@ def _config(directory: Path, opened: _Opened, vocab_size: int | None) -> tuple[d
     else:
         dtype = opened.found["embedding.word_embeddings.weight"].dtype
         tied = "output_layer.weight" not in opened.found
-        config, given = config_of(opened.args, dtype, tied, opened.directory), {}
+        try:
+            config, given = config_of(opened.args, dtype, tied, opened.directory), {}
+        except (TypeError, ValueError) as error:
+            what = "the arguments in the checkpoint are not those of a model"
+            raise CorruptError(what, path=opened.directory, found=str(error)[:200], hint=MAKE_CONFIG) from None
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
     if (vocab := config.get("vocab_size")) is None:
