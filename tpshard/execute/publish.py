@@ -331,7 +331,7 @@ def _expected(job: Job) -> set[str]:
     journals = {str(journal_path(Path(), name)) for name in finals}
     names = finals | {name + PARTIAL for name in finals} | journals | small | set(job.claims)
     temporary = {str(Path(name).with_name(f".{Path(name).name}.tmp")) for name in small}
-    return names | temporary | folders_of(small | finals)
+    return names | temporary | folders_of(small)
 
 
 def _check_target(job: Job, out: Path, settings: Settings) -> None:
