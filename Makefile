@@ -4,11 +4,12 @@ export PYTHONDONTWRITEBYTECODE =
 PYTHON ?= python3
 VENV ?= .venv
 ENGINES ?= .venv-engines
+MEGATRON ?= .venv-megatron
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-bytes check fuzz test-crash soak test-engines bench bench-others power power-trained power-engine gpu-check docs dist \
-	test-signing test-action clean
+.PHONY: demo test test-all test-bytes check fuzz test-crash soak test-engines test-megatron bench bench-others power power-trained power-engine gpu-check docs \
+	dist test-signing test-action clean
 
 demo: $(VENV)/.base
 	$(BIN)/python -m tests.demo
@@ -59,6 +60,11 @@ bench-others: $(VENV)/.dev
 test-engines: $(VENV)/.dev $(ENGINES)/.ready
 	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m pytest -v tests/engines/check_vllm.py \
 		tests/engines/check_vllm_quantised.py $(ARGS)
+
+# Against megatron-core: what it saves is merged, what we write it loads, its forward pass beside transformers'. An
+# environment of 1.5 GB, half an hour.
+test-megatron: $(VENV)/.dev $(MEGATRON)/.ready
+	OMP_NUM_THREADS=1 MEGATRON_PYTHON=$(MEGATRON)/bin/python $(BIN)/python -m pytest -v tests/megatron/check_megatron.py $(ARGS)
 
 # What verify catches, and what common tests of equality let through. Up to two hours.
 power: $(VENV)/.dev
@@ -113,6 +119,12 @@ $(ENGINES)/.ready: tests/engines/requirements.txt
 	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@
 
+$(MEGATRON)/.ready: tests/megatron/requirements.txt
+	test -x $(MEGATRON)/bin/python || $(PYTHON) -m venv $(MEGATRON)
+	$(MEGATRON)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(MEGATRON)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement $<
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) torch && $(PIP) --editable '.[dev]' --config-settings editable_mode=compat
 	touch $@
@@ -122,4 +134,4 @@ $(VENV)/.docs: $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) $(MEGATRON) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

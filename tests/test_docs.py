@@ -104,11 +104,15 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def place(made: Callable[..., Path], even: dict[str, Path], tmp_path: Path) -> Path:
-    """A directory to work in: models, a split that somebody has published, a model of a family without rules."""
+    """A directory to work in: models, a split that somebody has published, checkpoints of Megatron with a config.json
+    beside, a model of a family without rules."""
     for name, model in even.items():
         (tmp_path / name).symlink_to(model)
     (tmp_path / "Llama-3.1-8B").symlink_to(made("llama-bf16"))
     api.split(tmp_path / "Llama-3.1-8B", 4, tmp_path / "published", settings=Settings(fsync=False))
+    api.split(tmp_path / "Llama-3.1-8B", 2, tmp_path / "checkpoints", format="megatron", settings=Settings(fsync=False))
+    for file in ("tpshard.json", "SHA256SUMS", "rank-00000-of-00002.json", "rank-00001-of-00002.json"):
+        (tmp_path / "checkpoints" / file).unlink()
     family = shutil.copytree(made("llama-bf16"), tmp_path / "new-family")
     config = json.loads((family / "config.json").read_text())
     (family / "config.json").write_text(json.dumps(config | {"model_type": "new_family"}))

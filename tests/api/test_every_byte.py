@@ -37,7 +37,7 @@ LARGE = 100_000
 """The size of a file of which not every byte is flipped: of DeepSeek's every 499th."""
 SMALL = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4}
 """A DeepSeek of few tensors: every byte of its manifest is flipped."""
-FORMATS = ["native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "deepseek"]
+FORMATS = ["native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "megatron", "deepseek"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_a_flipped_byte_is_noticed(form: str, checksum: bool, models: dict[str, 
     """With the source always, and without it where checksums were recorded: a sample, or all of them."""
     model = models["deepseek" if form == "deepseek" else "llama"]
     tpshard.split(model, 2, tmp_path / "set", format=form, settings=QUICK if checksum else PLAIN)
-    for path in sorted((tmp_path / "set").iterdir()):
+    for path in sorted(path for path in (tmp_path / "set").rglob("*") if path.is_file()):
         size = path.stat().st_size
         weights = path.suffix in (".safetensors", ".pth", ".distcp")
         for source in (model, None):
@@ -117,7 +117,7 @@ def test_every_byte_around_the_tensors_is_compared(form: str, models: dict[str, 
             out.seek(at)
             out.write(bytes([kept[at] ^ 1 << at % 8]))
             (difference,) = check_framing(found, planned)
-            assert difference.file == file.path.name and f"byte {at:,}" in difference.message
+            assert difference.file == found.name_of(file) and f"byte {at:,}" in difference.message
             out.seek(at)
             out.write(kept[at : at + 1])
 

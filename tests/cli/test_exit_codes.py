@@ -24,6 +24,9 @@ EXAMPLES = {
     "a path that is not there": "test_checkpoint.py::test_a_path_that_is_not_there",
     "a directory without a model": "test_checkpoint.py::test_a_directory_without_a_model",
     "the output is the source": "test_main.py::test_the_output_is_the_source",
+    "a vocabulary that Megatron padded and nobody states the size of": (
+        "test_from_megatron.py::test_a_vocabulary_whose_size_nobody_states"
+    ),
     "a damaged header": "test_checkpoint.py::test_damaged_weights",
     "a shard missing": "test_checkpoint.py::test_listed_shards_missing",
     "an index that disagrees": "test_checkpoint.py::test_index_lists_a_tensor_in_another_shard",
@@ -40,6 +43,9 @@ EXAMPLES = {
     "`merge` or `reshard` reads a file that is not what its recorded checksum says": (
         "test_main.py::test_a_damaged_set_is_not_passed_on"
     ),
+    "a tracker of Megatron that names a missing iteration": (
+        "test_from_megatron.py::test_a_tracker_that_names_an_iteration_that_is_not_there"
+    ),
     "no rules for the model_type": "test_checkpoint.py::test_unknown_model_type_names_the_closest",
     "a tp that cuts a unit": "test_checkpoint.py::test_a_tp_that_cuts_a_unit",
     "`--dtype` would make values infinite (`--allow-overflow`)": (
@@ -48,6 +54,7 @@ EXAMPLES = {
     "a method of quantisation that is not known": "test_quantised.py::test_a_method_that_is_refused",
     "a directory that holds something else": "test_checkpoint.py::test_a_directory_that_holds_something_else",
     "names of a wrapper": "test_checkpoint.py::test_names_of_a_wrapper",
+    "a hybrid model of Megatron": "test_from_megatron.py::test_a_hybrid_model",
     "an index or symlink that leaves the model": "test_checkpoint.py::test_a_symlink_that_leaves_the_model",
     "pickle without `--allow-pickle`": "test_torch_pickle.py::test_without_the_flag",
     "a pickle that calls functions": "test_torch_pickle.py::test_a_pickle_that_calls",

@@ -9,7 +9,7 @@ from pathlib import Path
 from tpshard.api.beside import written_beside
 from tpshard.api.options import CheckOptions
 from tpshard.api.progress import followed
-from tpshard.errors import CorruptError, DifferentError
+from tpshard.errors import CorruptError, DifferentError, UsageError
 from tpshard.execute.publish import Settings
 from tpshard.execute.run import Comparer, Convert, Loader, conversion, run
 from tpshard.formats.plan import plan_split
@@ -24,7 +24,7 @@ from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Handles
 from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.storage.local import Content, content_of, load_json, read_bytes, read_range, safe_path
-from tpshard.storage.names import CONFIG, MANIFEST, SUMS
+from tpshard.storage.names import CONFIG, MANIFEST, SUMS, is_megatron
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import DTYPE_BITS, TensorInfo
 from tpshard.storage.source import RankFile
@@ -40,13 +40,13 @@ def check_records(shards: ShardSet, settings: Settings) -> tuple[list[Difference
     for rank, record in sorted(shards.records.items()):
         listed = {part["file"]: part for part in record["parts"]}
         for file in shards.files[rank]:
-            part = listed.pop(file.path.name, None)
+            part = listed.pop(name := shards.name_of(file), None)
             if part is None or part["size"] != file.size:
                 expected = "not recorded" if part is None else part["size"]
-                message = f"{file.path.name} does not have its recorded size"
+                message = f"{name} does not have its recorded size"
                 raise CorruptError(message, path=file.path, expected=expected, found=file.size)
             if part["sha256"] is None:
-                notes.append(f"{file.path.name} was not compared beyond its header: it has no recorded checksum")
+                notes.append(f"{name} was not compared beyond its header: it has no recorded checksum")
             else:
                 work.append((str(file.path), part["sha256"], file.size))
         if listed:
@@ -122,7 +122,7 @@ def check_framing(shards: ShardSet, expected: Split) -> list[Difference]:
     """All bytes of the ranks' files that are no tensor's (headers, pickles, directories of archives), made anew."""
     differences = []
     for rank, files in sorted(shards.files.items()):
-        there = {file.path.name: file for file in files}
+        there = {shards.name_of(file): file for file in files}
         for output in expected.files(rank):
             if (file := there.pop(output.name, None)) is None:
                 differences.append(Difference(output.name, None, "the file is not there"))
@@ -246,6 +246,9 @@ def check(
 
 def check_with(options: CheckOptions) -> CheckReport:
     """Check as the options ask for it."""
+    if not is_shard_set(Path(options.shards)) and is_megatron(Path(options.shards)):
+        what, hint = "files that Megatron wrote have no checksums", "`tpshard merge` reads and converts them"
+        raise UsageError(what, path=options.shards, expected="a set that tpshard wrote", hint=hint)
     found = open_set(Path(options.shards), options.allow_pickle)
     if options.tp not in (None, found.mesh.tp):
         here, wanted = f"tp {found.mesh.tp}", f"tp {options.tp}"

@@ -195,21 +195,23 @@ def merge(
     *,
     max_file_size: int | None = None,
     allow_pickle: bool = False,
+    vocab_size: int | None = None,
     settings: Settings | None = None,
     progress: bool = False,
 ) -> WriteReport:
     """Make an ordinary Hugging Face checkpoint of a shard set: the source's names, dtypes, shapes and bits.
 
     out: default MODEL-merged in the current directory. max_file_size: bytes (default: files as in the source).
+    vocab_size: of a checkpoint of Megatron, whose vocabulary is padded; needed where no config.json lies beside it.
     DifferentError when ranks that hold the same part disagree, CorruptError when ranks are missing.
     """
     with followed("merge", settings, progress) as how:
-        return merge_with(MergeOptions(shards, out, max_file_size, allow_pickle, how))
+        return merge_with(MergeOptions(shards, out, max_file_size, allow_pickle, vocab_size, how))
 
 
 def merge_with(options: MergeOptions) -> WriteReport:
     """Merge as the options ask for it."""
-    source = open_set(Path(options.shards), options.allow_pickle)
+    source = open_set(Path(options.shards), options.allow_pickle, options.vocab_size)
     source.require_complete()
     target = _target(options.out, source.model, "merged")
     _check_distinct(source.directory, target)
@@ -219,9 +221,9 @@ def merge_with(options: MergeOptions) -> WriteReport:
         source.model, source.placed(), small_files(source), made_of, size, target, settings, recorded, sums=False
     )
     unread = is_shard_set(source.directory) and not recorded
-    left_out = source.left_out
+    left_out, notes = source.left_out, source.model.notes
     return WriteReport(
-        "merge", target, source.mesh, made_of, nbytes, (), (), unread_checksums=unread, left_out=left_out
+        "merge", target, source.mesh, made_of, nbytes, (), notes, unread_checksums=unread, left_out=left_out
     )
 
 

@@ -159,12 +159,16 @@ class ReshardOptions(_RankOptions):
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """A merge. out: None is MODEL-merged in the current directory. max_file_size: None is files as in the source."""
+    """A merge. out: None is MODEL-merged in the current directory. max_file_size: None is files as in the source.
+
+    vocab_size: the true size of a vocabulary that Megatron has padded.
+    """
 
     shards: str | Path
     out: str | Path | None = None
     max_file_size: int | None = None
     allow_pickle: bool = False
+    vocab_size: int | None = None
     settings: Settings = field(default_factory=Settings)
 
 

@@ -161,6 +161,7 @@ def merge(
     out: opt.MERGE_OUT = None,
     max_file_size: opt.MERGE_SIZE = None,
     allow_pickle: opt.META_PICKLE = False,
+    vocab_size: opt.VOCAB_SIZE = None,
     workers: opt.WORKERS = None,
     overwrite: opt.OVERWRITE = False,
     no_fsync: opt.NO_FSYNC = False,
@@ -180,7 +181,7 @@ def merge(
         from tpshard.api.options import MergeOptions
 
         with settings(console, "merge", workers, "none", overwrite, no_fsync) as how:
-            report = merge_with(MergeOptions(shards, out, max_file_size, allow_pickle, how))
+            report = merge_with(MergeOptions(shards, out, max_file_size, allow_pickle, vocab_size, how))
         _print_written(console, report)
         if not json and report.unread_checksums:
             console.say("this set was written without checksums, so nothing says whether its files are as they were")

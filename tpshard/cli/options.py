@@ -219,9 +219,11 @@ _SHARES_HELP = "Deal unevenly, by one weight for each rank, as in 0.5,0.3,0.2."
 SHARES = Annotated[str | None, Option("--shares", help=_SHARES_HELP, metavar="WEIGHTS")]
 _PAD_HELP = "Vocab size after padding [default: the next multiple of tp]."
 PAD = Annotated[int | None, number("--pad-vocab-to", _PAD_HELP, metavar="SIZE")]
+_VOCAB_HELP = "True size of a vocabulary that Megatron has padded [default: of a config.json beside]."
+VOCAB_SIZE = Annotated[int | None, number("--vocab-size", _VOCAB_HELP, metavar="SIZE")]
 SIZE = Annotated[int | None, _file_size("50GB")]
 MERGE_SIZE = Annotated[int | None, _file_size("as in the source")]
-_FORMAT_HELP = "How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, hf."
+_FORMAT_HELP = "How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, megatron, hf."
 FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT", autocompletion=_formats)]
 _VERSION_HELP = "Whose names the files have, as in 0.32 [default: the newest known]."
 ENGINE_VERSION = Annotated[str | None, Option("--engine-version", help=_VERSION_HELP, metavar="VERSION")]

@@ -189,6 +189,8 @@ def _publish(job: Job, out: Path, settings: Settings) -> dict[str, str | None]:
             write_small(files, work / SUMS, sums(listed, {}), fsync=fsync, tag=tag)
         for name, content in job.small.items():
             _write_beside(files, work, name, content_of(content), listed[name], fsync=fsync, tag=tag)
+        for folder in _folders(job):
+            make_directory(files, work / folder, fsync=fsync)
         try:
             digests = writer.write(job.convert, settings.workers)
         except (CorruptError, UnsupportedError) as error:
@@ -265,6 +267,8 @@ def _finish(
                 sync_directory(files, work)
     writer.remove_journals()
     if fsync:
+        for folder in _folders(job):
+            sync_directory(files, work / folder)
         sync_directory(files, work)
     if job.shared:
         for lock, name in zip(locks, records, strict=True):
@@ -310,6 +314,11 @@ def _write_beside(files: Files, work: Path, name: str, data: bytes, digest: str,
         sync_directory(files, path.parent)
 
 
+def _folders(job: Job) -> list[str]:
+    """The folders in which output files lie."""
+    return sorted(folders_of(output.name for output in job.plan.outputs))
+
+
 def _records(job: Job) -> Mapping[str, bytes]:
     """The records as they are planned: without checksums."""
     return job.records({output.name: None for output in job.plan.outputs})
@@ -319,7 +328,7 @@ def _expected(job: Job) -> set[str]:
     """Every name that a run of this job may have left in its directory."""
     finals = {output.name for output in job.plan.outputs}
     small = {SUMS, *job.small, *_records(job)}
-    journals = {journal_path(Path(), name).name for name in finals}
+    journals = {str(journal_path(Path(), name)) for name in finals}
     names = finals | {name + PARTIAL for name in finals} | journals | small | set(job.claims)
     temporary = {str(Path(name).with_name(f".{Path(name).name}.tmp")) for name in small}
     return names | temporary | folders_of(small)

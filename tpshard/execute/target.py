@@ -248,7 +248,7 @@ def is_written(path: Path, expected: bytes) -> bool:
     planned = json.loads(expected)
     if _without_checksums(found) != _without_checksums(planned):
         return False
-    files = [(path.with_name(part["file"]), part["size"]) for part in planned["parts"]]
+    files = [(path.parent / part["file"], part["size"]) for part in planned["parts"]]
     return all(file.is_file() and file.stat().st_size == size for file, size in files)
 
 

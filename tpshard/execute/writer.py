@@ -222,7 +222,7 @@ class Writer:
             # Gone before the partial file has its size again, or it would vouch for what is not yet written.
             unlink_if_there(self.files, file.journal)
             if self.fsync:
-                sync_directory(self.files, file.directory)
+                sync_directory(self.files, file.journal.parent)
         file.complete = file.durable
         with about(file.partial):
             file.fd = self.files.open_write(str(file.partial))

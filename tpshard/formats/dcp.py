@@ -6,7 +6,7 @@ Source: torch/distributed/checkpoint/{filesystem,metadata,planner_helpers}.py.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from tpshard.errors import UnsupportedError
@@ -106,7 +106,7 @@ class Dcp(Format):
         """One archive after the other, each aligned like its tensor; each says of which set and rank it is."""
         parts = parts_by_size(split.layout[rank], split.options.max_file_size)
         names = [self.file_name(rank, split.options.mesh, part, len(parts)) for part in range(len(parts))]
-        return tuple(_file(split, rank, name, tensors) for name, tensors in zip(names, parts, strict=True))
+        return tuple(archives(split, rank, name, tensors) for name, tensors in zip(names, parts, strict=True))
 
     @uncollected
     def derived(self, split: Split) -> dict[str, bytes]:
@@ -116,10 +116,8 @@ class Dcp(Format):
             for file in split.files(rank):
                 for placed in file.tensors:
                     (part,) = placed.stored.parts
-                    archive = _archive(split, rank, placed.stored)
-                    where = StoredChunk(
-                        corner(part.box), extents(part.box), file.name, placed.begin - archive.begin, archive.size
-                    )
+                    begin, length = archive_at(split, rank, placed)
+                    where = StoredChunk(corner(part.box), extents(part.box), file.name, begin, length)
                     found.setdefault(part.tensor, []).append(where)
         tensors = [
             Described(split.model.complete_name(tensor.name), tensor.dtype, tensor.shape, found[tensor.name])
@@ -132,7 +130,14 @@ def _archive(split: Split, rank: int, stored: StoredTensor) -> TensorArchive:
     return tensor_archive(stored.dtype, stored.shape, f"{split.set_id} {rank}\n".encode())
 
 
-def _file(split: Split, rank: int, name: str, tensors: list[StoredTensor]) -> OutputFile:
+def archive_at(split: Split, rank: int, placed: Placed) -> tuple[int, int]:
+    """Where in its file the archive of a tensor begins, and its bytes."""
+    archive = _archive(split, rank, placed.stored)
+    return placed.begin - archive.begin, archive.size
+
+
+def archives(split: Split, rank: int, name: str, tensors: Sequence[StoredTensor], more: bytes = b"") -> OutputFile:
+    """A file with an archive for each tensor, aligned like it, and behind them what else it holds."""
     end = 0
     placed, literals = [], []
     for stored in tensors:
@@ -143,8 +148,9 @@ def _file(split: Split, rank: int, name: str, tensors: list[StoredTensor]) -> Ou
         padding = -archive.size % ALIGN
         literals.append((end + archive.size, b"\0" * padding))
         end += archive.size + padding
-    header = literals.pop(0)[1] if literals else b""
-    return OutputFile(name, header, end, tuple(placed), tuple(literals))
+    literals.append((end, more))
+    header = literals.pop(0)[1]
+    return OutputFile(name, header, end + len(more), tuple(placed), tuple(literals))
 
 
 FORMAT = Dcp()

@@ -8,8 +8,9 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tpshard.formats.torch_archive import TORCH_NAMES, pickle_integer, pickle_integers, pickle_text
+from tpshard.formats.torch_archive import pickle_integer, pickle_integers, pickle_text
 from tpshard.planning.box import Shape
+from tpshard.storage.torch_names import TORCH_NAMES
 
 _CLASSES = "torch.distributed.checkpoint.metadata"
 _VERSION = "1.0.0"
@@ -35,7 +36,16 @@ class Described(NamedTuple):
     chunks: Sequence[StoredChunk]
 
 
-def metadata_pickle(tensors: Sequence[Described], set_id: str) -> bytes:
+class StoredObject(NamedTuple):
+    """Something that is no tensor, and the bytes of a file that hold its archive."""
+
+    name: str
+    file: str
+    begin: int
+    length: int
+
+
+def metadata_pickle(tensors: Sequence[Described], set_id: str, objects: Sequence[StoredObject] = ()) -> bytes:
     """The pickled Metadata of these tensors. set_id: what torch has a random `save_id` for."""
     known = _Known()
     names = [known.text(tensor.name) for tensor in tensors]
@@ -44,11 +54,17 @@ def metadata_pickle(tensors: Sequence[Described], set_id: str) -> bytes:
         for name, tensor in zip(names, tensors, strict=True)
         for number, chunk in enumerate(tensor.chunks)
     ]
+    described = [*zip(names, (_tensor(known, tensor) for tensor in tensors), strict=True)]
+    if objects:
+        described += [
+            (known.text(each.name), known.type(_CLASSES, "BytesStorageMetadata") + b")\x81") for each in objects
+        ]
+        placed += [(_object_index(known, each), _place(known, each)) for each in objects]
     body = known.object(
         _CLASSES,
         "Metadata",
-        state_dict_metadata=_map(zip(names, (_tensor(known, tensor) for tensor in tensors), strict=True)),
-        planner_data=_map((name, name + b"\x85") for name in names),  # a tuple of one
+        state_dict_metadata=_map(described),
+        planner_data=_map((name, name + b"\x85") for name, _ in described),  # a tuple of one
         storage_data=_map(placed),
         storage_meta=known.object(
             _CLASSES, "StorageMeta", checkpoint_id=b"N", save_id=pickle_text(set_id), load_id=b"N", modules=b"]"
@@ -133,7 +149,11 @@ def _index(known: _Known, name: bytes, number: int, chunk: StoredChunk) -> bytes
     )
 
 
-def _place(known: _Known, chunk: StoredChunk) -> bytes:
+def _object_index(known: _Known, each: StoredObject) -> bytes:
+    return known.object(_CLASSES, "MetadataIndex", fqn=known.text(each.name), index=b"N", offset=b"N")
+
+
+def _place(known: _Known, chunk: StoredChunk | StoredObject) -> bytes:
     return known.object(
         "torch.distributed.checkpoint.filesystem",
         "_StorageInfo",

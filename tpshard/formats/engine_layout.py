@@ -1,16 +1,18 @@
 """A rank's share of a tensor as an engine has it: cut its way, transposed, fused with others, stacked over experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import MappingProxyType
 
-from tpshard.errors import UnsupportedError
+from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, Range, deal, why_not
 from tpshard.planning.layout import LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
 from tpshard.planning.model import CASTABLE, Model
+from tpshard.storage.tensor_names import numbered
 
 Share = StoredTensor
 """A rank's share of one logical tensor, before it is named, fused or stacked: the names in it count for nothing."""
@@ -52,7 +54,7 @@ def shares_of(
             cast = replace(tensor, dtype="F32") if kind.float32 and tensor.dtype in CASTABLE else tensor
             held = _cut(cast, kind.cut, model.axes, dealt)
             held = tuple(map(_squeezed, held)) if kind.squeezed and tensor.shape[0] == 1 else held
-            held = tuple(map(_transposed, held)) if turned else held
+            held = tuple(map(transposed, held)) if turned else held
             known[key] = tuple(_computed(share, kind.function) for share in held) if kind.function else held
         shares[tensor.name] = known[key]
     return shares
@@ -118,7 +120,7 @@ def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank:
     return StoredTensor(tensor.name, tensor.dtype, shape, tuple(parts))
 
 
-def _transposed(share: Share) -> Share:
+def transposed(share: Share) -> Share:
     """The share with its last two dims exchanged."""
     last = len(share.shape) - 1
     order = (*range(last - 1), last, last - 1)
@@ -142,12 +144,55 @@ def _computed(share: Share, function: str) -> Share:
     return share._replace(dtype="F32", function=function)
 
 
+def recipes_of(
+    family: EngineFamily, named: Mapping[str, str], alone: Collection[str] = ()
+) -> dict[str, ParameterParts]:
+    """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name.
+
+    alone: tensors that count for all that are fused with theirs.
+    """
+    found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
+    for name, full_name in named.items():
+        _, numbers = numbered(full_name)
+        for target, place, into, stacked in family.kind(full_name).fused:
+            group = None if stacked is None else numbers[stacked]
+            found.setdefault((into.format(*numbers), target), {}).setdefault(group, {})[place] = name
+    recipes: dict[str, ParameterParts] = {}
+    members: dict[str, str] = {}
+    for (into, target), groups in found.items():
+        whole = len(family.fused[target])
+        lacking = [
+            group for group in groups.values() if len(group) < whole and not any(n in alone for n in group.values())
+        ]
+        if lacking and target.endswith("?"):
+            continue
+        if lacking:
+            raise CorruptError(
+                f"not all tensors that make {into} are there",
+                tensor=into,
+                expected=", ".join(family.fused[target]),
+                found=", ".join(lacking[0].values()),
+            )
+        ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
+        recipes[into] = ParameterParts(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
+        members |= {name: into for group in groups.values() for name in group.values()}
+    result: dict[str, ParameterParts] = {}
+    for name, full_name in named.items():
+        if name in members:
+            result[members[name]] = recipes[members[name]]
+        else:
+            renamed = family.rename(full_name)
+            assert renamed not in result, f"{name} and {result[renamed]} are one parameter"
+            result[renamed] = ParameterParts(((name,),))
+    return result
+
+
 def joined(
     recipes: Mapping[str, ParameterParts],
     shares: Mapping[str, tuple[Share, ...]],
     shapes: Mapping[str, Shape],
     tp: int,
-    experts: Mapping[str, Sequence[Range]],
+    experts: Mapping[str, Sequence[Range]] = MappingProxyType({}),
 ) -> list[Row]:
     """The parameters by their recipes: shares fused along one dim, experts stacked before the first.
 

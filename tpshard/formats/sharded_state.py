@@ -8,13 +8,13 @@ stands before them.
 import json
 import re
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_layout import ParameterParts, Share, joined, shares_of
+from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, load_nested, with_flag
 from tpshard.formats.engine_quantised import (
     completed,
@@ -97,7 +97,9 @@ class ShardedState(Format):
         if model.quantisation:
             named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
             shares = in_shapes(quantised, family, named, shares, last)
-        recipes = {into: fused(quantised, named, shares, each) for into, each in _recipes(family, named, last).items()}
+        recipes = {
+            into: fused(quantised, named, shares, each) for into, each in recipes_of(family, named, last).items()
+        }
         require_whole_blocks(model, recipes, shares)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         rows = joined(recipes, shares, shapes, options.tp, _experts_of(model, placed, recipes))
@@ -323,47 +325,6 @@ def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
     stored = whole(tensor)
     kind = RowKind((RankShare(stored, (0,)), *[None] * (tp - 1)))
     return Row(f"{NOT_LOADED}.{tensor.name}", (tensor.name,), kind)
-
-
-def _recipes(family: EngineFamily, named: Mapping[str, str], alone: Collection[str]) -> dict[str, ParameterParts]:
-    """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name.
-
-    alone: tensors that count for all that are fused with theirs.
-    """
-    found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
-    for name, full_name in named.items():
-        _, numbers = numbered(full_name)
-        for target, place, into, stacked in family.kind(full_name).fused:
-            group = None if stacked is None else numbers[stacked]
-            found.setdefault((into.format(*numbers), target), {}).setdefault(group, {})[place] = name
-    recipes: dict[str, ParameterParts] = {}
-    members: dict[str, str] = {}
-    for (into, target), groups in found.items():
-        whole = len(family.fused[target])
-        lacking = [
-            group for group in groups.values() if len(group) < whole and not any(n in alone for n in group.values())
-        ]
-        if lacking and target.endswith("?"):
-            continue
-        if lacking:
-            raise CorruptError(
-                f"not all tensors that make {into} are there",
-                tensor=into,
-                expected=", ".join(family.fused[target]),
-                found=", ".join(lacking[0].values()),
-            )
-        ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
-        recipes[into] = ParameterParts(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
-        members |= {name: into for group in groups.values() for name in group.values()}
-    result: dict[str, ParameterParts] = {}
-    for name, full_name in named.items():
-        if name in members:
-            result[members[name]] = recipes[members[name]]
-        else:
-            renamed = family.rename(full_name)
-            assert renamed not in result, f"{name} and {result[renamed]} are one parameter"
-            result[renamed] = ParameterParts(((name,),))
-    return result
 
 
 def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:

@@ -21,20 +21,8 @@ from tpshard.planning.join import OutputFile, Placed
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.strides import row_major
 from tpshard.storage.safetensors import nbytes
+from tpshard.storage.torch_names import TORCH_NAMES
 
-TORCH_NAMES = {
-    "F64": ("float64", "DoubleStorage"),
-    "F32": ("float32", "FloatStorage"),
-    "F16": ("float16", "HalfStorage"),
-    "BF16": ("bfloat16", "BFloat16Storage"),
-    "I64": ("int64", "LongStorage"),
-    "I32": ("int32", "IntStorage"),
-    "I16": ("int16", "ShortStorage"),
-    "I8": ("int8", "CharStorage"),
-    "U8": ("uint8", "ByteStorage"),
-    "BOOL": ("bool", "BoolStorage"),
-}
-"""What torch calls a dtype, and the storage class of its pickles; newer dtypes have none."""
 ALIGN = 64
 """Where storages begin in an archive: at multiples of this."""
 _LARGE = 0xFFFFFFFF
@@ -144,6 +132,17 @@ def tensor_archive(dtype: str, shape: Shape, note: bytes) -> TensorArchive:
     return TensorArchive(tuple(archive.literals), begin, archive.end)
 
 
+def object_archive(pickled: bytes) -> bytes:
+    """What torch.save writes of something without tensors, whose pickle this is."""
+    archive = _Zip("archive")
+    archive.add("data.pkl", pickled)
+    archive.add("byteorder", b"little")
+    archive.add("version", b"3\n")
+    archive.close()
+    ((_, data),) = archive.literals
+    return data
+
+
 def require_storage(name: str, dtype: str) -> None:
     """UnsupportedError for a dtype that torch's pickles have no storage class for."""
     if dtype not in TORCH_NAMES:
@@ -205,3 +204,21 @@ def pickle_integer(value: int) -> bytes:
 def pickle_integers(values: Sequence[int]) -> bytes:
     """A tuple of whole numbers."""
     return b"(" + b"".join(map(pickle_integer, values)) + b"t"
+
+
+def pickle_value(value: object) -> bytes:
+    """None, a boolean, a number, a string, a list or a dict of such."""
+    if value is None:
+        return b"N"
+    if isinstance(value, bool):
+        return b"\x88" if value else b"\x89"
+    if isinstance(value, int):
+        return pickle_integer(value)
+    if isinstance(value, float):
+        return b"G" + struct.pack(">d", value)
+    if isinstance(value, str):
+        return pickle_text(value)
+    if isinstance(value, list):
+        return b"](" + b"".join(map(pickle_value, value)) + b"e"
+    assert isinstance(value, dict)
+    return b"}(" + b"".join(pickle_value(part) for pair in value.items() for part in pair) + b"u"

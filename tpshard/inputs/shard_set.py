@@ -5,7 +5,7 @@ Everything is read from the manifest and the files' headers. The rules that made
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,10 @@ class ShardSet:
         """sha256 of the ranks' files by path, as far as it was recorded when they were written."""
         parts = (part for record in self.records.values() for part in record["parts"] if part["sha256"])
         return {str(self.directory / part["file"]): part["sha256"] for part in parts}
+
+    def name_of(self, file: RankFile) -> str:
+        """The name of a rank's file, with the folder that it lies in."""
+        return file.path.relative_to(self.directory).as_posix()
 
     def missing(self) -> list[int]:
         """Ranks that are not there, or not complete."""
@@ -154,14 +158,18 @@ def open_shards(directory: Path) -> ShardSet:
         reason = f"{type(error).__name__}: {error}"
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=SAME) from None
     names = sorted(entry.name for entry in directory.iterdir())
+    if (folder := split.format.folder) and (directory / folder).is_dir():
+        names += sorted(f"{folder}/{entry.name}" for entry in (directory / folder).iterdir())
     files = _rank_files(directory, names, split)
     for rank, parts in files.items():
         _check_tensors(rank, parts, split.layout[rank])
     size = split.options.mesh.size
     records = {rank: record for rank in files if (record := _record(directory, rank, split))}
     ours = {MANIFEST, SUMS, *split.format.side_names, *(split.record_name(rank) for rank in range(size))}
-    ours |= {file.path.name for parts in files.values() for file in parts}
-    return ShardSet(directory, manifest, split, files, records, *beside(directory, ours))
+    opened = ShardSet(directory, manifest, split, files, records, {})
+    ours |= {opened.name_of(file) for parts in files.values() for file in parts}
+    carried, left_out = beside(directory, ours)
+    return replace(opened, side_files=carried, left_out=left_out)
 
 
 def beside(directory: Path, ours: Collection[str]) -> tuple[dict[str, Path], tuple[LeftOut, ...]]:
@@ -201,7 +209,7 @@ def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tup
     """
     rank, size = numbers["rank"], split.options.mesh.size
     outputs = split.files(rank) if rank < size else ()
-    output = next((output for output in outputs if output.name == path.name), None)
+    output = next((output for output in outputs if Path(output.name).name == path.name), None)
     if output is None:
         expected = f"the files of ranks 0 to {size - 1}"
         raise CorruptError(f"{path.name} is no file of this set", path=path, expected=expected, hint=_ONE_SET)

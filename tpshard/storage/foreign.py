@@ -21,6 +21,9 @@ class Foreign:
 
 
 _SAVE = "and save it with `model.save_pretrained(OUT)`"
+_OF_MEGATRON = (
+    "`tpshard merge DIR -o OUT` makes a Hugging Face checkpoint of it; `tpshard reshard DIR --tp N` splits it"
+)
 DIRECTORIES = (
     Foreign(
         ("rank-*.safetensors",),
@@ -35,7 +38,7 @@ DIRECTORIES = (
     Foreign(
         ("latest_checkpointed_iteration.txt",),
         "this is a directory of Megatron checkpoints",
-        "`AutoBridge.export_ckpt` of Megatron-Bridge makes a Hugging Face checkpoint of one of its iterations",
+        _OF_MEGATRON,
     ),
     Foreign(
         ("mp_rank_*_model_states.pt",),
@@ -49,13 +52,13 @@ DIRECTORIES = (
     ),
     Foreign(
         ("mp_rank_*",),
-        "this is a checkpoint of Megatron, cut for its ranks",
-        "`AutoBridge.export_ckpt` of Megatron-Bridge makes a Hugging Face checkpoint of it",
+        "this is a checkpoint of Megatron in its legacy form, cut for its ranks",
+        _OF_MEGATRON,
     ),
     Foreign(
         (".metadata", "common.pt"),
         "this is a distributed checkpoint of Megatron",
-        "`AutoBridge.export_ckpt` of Megatron-Bridge makes a Hugging Face checkpoint of it",
+        _OF_MEGATRON,
     ),
     Foreign(
         (".metadata",),

@@ -19,6 +19,9 @@ QUANTISED = {
 """Files in which quantisation tools say what they did, some of them nowhere else; whose they are if they do not say."""
 META_PARAMS = "params.json"
 DCP_METADATA = ".metadata"
+MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
+MEGATRON_COMMON = "common.pt"
+MEGATRON_METADATA = "metadata.json"
 
 # Of a set that tpshard writes.
 MANIFEST = "tpshard.json"
@@ -102,13 +105,27 @@ def record_name(rank: int, tp: int, pp: int = 1) -> str:
 
 
 def journal_path(directory: Path, name: str) -> Path:
-    """Where the journal of an output file lies."""
-    return directory / f".{name}.journal"
+    """Where the journal of an output file lies, beside it."""
+    path = directory / name
+    return path.with_name(f".{path.name}.journal")
 
 
 def is_meta(directory: Path) -> bool:
     """Whether a directory looks like one that Meta published: params.json beside consolidated.*.pth."""
     return (directory / META_PARAMS).is_file() and any(directory.glob("consolidated.*.pth"))
+
+
+def is_megatron(directory: Path) -> bool:
+    """Whether a directory looks like one of Megatron's: of several iterations, or of one."""
+    if (directory / MEGATRON_TRACKER).is_file() or is_legacy(directory):
+        return True
+    beside = (MEGATRON_COMMON, MEGATRON_METADATA)
+    return (directory / DCP_METADATA).is_file() and any((directory / name).is_file() for name in beside)
+
+
+def is_legacy(directory: Path) -> bool:
+    """Whether a directory holds an iteration of Megatron's in its legacy form: a file for each rank."""
+    return any(directory.glob("mp_rank_[0-9][0-9]*/model_optim_rng.pt"))
 
 
 NOT_LOADED = "source"

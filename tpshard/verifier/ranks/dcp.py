@@ -7,7 +7,6 @@ import io
 import json
 import operator
 import pickle
-import pickletools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -20,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError
 from tpshard.storage.names import DCP_METADATA
+from tpshard.storage.pickles import Window, require_memo
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, archive_records, info_in_archive
 
@@ -73,16 +73,6 @@ class _Metadata(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _require_memo(content: bytes) -> None:
-    """ValueError for a pickle that remembers something at a place which it is too short for.
-
-    Python's reader would make room for all places up to that one, gigabytes of it.
-    """
-    for opcode, place, _ in pickletools.genops(content):
-        if "PUT" in opcode.name and int(place or 0) > len(content):
-            raise ValueError(f"place {place} of what a pickle of {len(content)} bytes remembers")
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where `.metadata` puts a rectangle of a tensor, the tensor's dtype, and the shapes of what begins there."""
@@ -105,7 +95,7 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
     path = directory / DCP_METADATA
     try:
         content = path.read_bytes()
-        _require_memo(content)
+        require_memo(content)
         sizes, places = _listed(_Metadata(io.BytesIO(content)).load(), path)
     except FileNotFoundError:
         raise CorruptError(".metadata is missing", path=path) from None
@@ -170,42 +160,10 @@ def _require_sizes(path: Path, sizes: Mapping[str, list[int]], chunks: Iterable[
             raise CorruptError(message, path=path, tensor=name, expected=expected, found=held)
 
 
-class _Window(io.RawIOBase):
-    """A stretch of a file, as a file."""
-
-    def __init__(self, path: Path, begin: int, length: int) -> None:
-        self.file = path.open("rb", buffering=0)
-        self.begin, self.length, self.at = begin, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + (0, self.at, self.length)[whence]
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.begin + self.at)
-        view = memoryview(buffer)[: max(0, self.length - self.at)]
-        count = self.file.readinto(view)
-        self.at += count or 0
-        return count or 0
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
 def _archived(name: str, path: Path, begin: int, length: int) -> TensorInfo:
     """Where the bytes of the one tensor lie that torch.save wrote at an offset of a file."""
     try:
-        with io.BufferedReader(_Window(path, begin, length)) as window:
+        with io.BufferedReader(Window(path, begin, length)) as window:
             records = archive_records(window, path)
             window.seek(0)
             with FakeTensorMode():

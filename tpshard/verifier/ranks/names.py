@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpshard.errors import CorruptError
+from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.storage.names import is_megatron
 
 _NAMES = {
     "native": re.compile(
@@ -45,6 +46,12 @@ def rank_files(directory: Path) -> RankFiles:
     """The ranks' files; CorruptError where some are missing, or are of several widths or formats."""
     files = list(_numbered(directory))
     kinds = sorted({kind for kind, *_ in files})
+    if not files and is_megatron(directory):
+        what, hint = (
+            "verify does not read files of Megatron",
+            "`tpshard check --source` compares every byte with the model",
+        )
+        raise UnsupportedError(what, path=directory, expected="files of ranks", found="torch_dist", hint=hint)
     if not files:
         expected, hint = "rank-00000-of-….safetensors, or an engine's", "make them with `tpshard split`"
         raise CorruptError("no rank files here", path=directory, expected=expected, hint=hint)
