@@ -140,7 +140,8 @@ class ShardedState(Format):
             hint = f"names change between versions: split for {self.engine} {table.versions[0]} and load with that"
             raise UnsupportedError(what, expected=", ".join(table.versions), found=options.engine_version, hint=hint)
         if reason := table.refused_models.get(model_type):
-            raise self._unsupported(f"{self.engine} {table.versions[0]} does not load {model_type}: {reason}")
+            what = f"{self.engine} {table.versions[0]} does not load {model_type} from sharded_state"
+            raise self._unsupported(f"{what}: {reason}")
         if model.architecture.get("text"):
             raise self._unsupported(
                 f"the names that {self.engine} has in {model_type}, not a text model alone, are not known"
