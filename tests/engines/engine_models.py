@@ -106,6 +106,12 @@ _LINEAR = _HEAD | {
 _MAMBA = _GQA | {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 1}
 _HUNYUAN = _HEAD | {"num_experts": 8, "num_experts_per_tok": 2, "moe_topk": 2, "intermediate_size": 128}
 _HYBRID = {"shared_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention"]}
+_NEMOTRON = (
+    _HEAD
+    | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 4}
+    | {"mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 32, "moe_shared_expert_intermediate_size": 64}
+    | {"hybrid_override_pattern": "M*-E"}
+)
 _JAMBA = {
     "num_experts": 4,
     "attn_layer_period": 2,
@@ -235,6 +241,8 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
         "falcon_h1",
         _MAMBA | _TIED | {"head_dim": 32, "mamba_d_ssm": 512, "mamba_rms_norm": False, "mamba_n_groups": 4},
     ),
+    "nemotron_h": ("nemotron_h", _NEMOTRON | {"n_groups": 4}),
+    "nemotron_h-latent": ("nemotron_h", _NEMOTRON | {"n_groups": 1, "moe_latent_size": 64}),
     "jamba": ("jamba", _GQA | _UNTIED | _JAMBA),
     "jamba-bias": ("jamba", _GQA | _UNTIED | _JAMBA | {"mamba_proj_bias": True}),
     "mixtral": ("mixtral", _LOCAL | _UNTIED),
@@ -310,6 +318,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1-groups": ("falcon_h1", _MAMBA | _UNTIED | {"mamba_d_ssm": 512, "mamba_n_groups": 2}),
     "falcon_h1-bias": ("falcon_h1", _MAMBA | _UNTIED | _BIAS | {"mamba_d_ssm": 512}),
     "falcon_h1-mlp-bias": ("falcon_h1", _MAMBA | _UNTIED | {"mamba_d_ssm": 512, "mlp_bias": True}),
+    "nemotron_h-bias": ("nemotron_h", _NEMOTRON | {"n_groups": 4, "mlp_bias": True}),
+    "nemotron_h-groups": ("nemotron_h", _NEMOTRON | {"n_groups": 2}),
     "jamba-tied": ("jamba", _GQA | _TIED | _JAMBA),
     "bamba": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
     "codegen": ("codegen", _GPTJ | _UNTIED),

@@ -17,6 +17,7 @@ import re
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from enum import EnumMeta
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -112,7 +113,16 @@ def as_on_gpus() -> None:
 def without_kernels() -> None:
     """Let quantised models be made and loaded on a machine that cannot run them; what they hold then is the same."""
     import vllm.model_executor.kernels.linear as linear
+    import vllm.model_executor.layers.fused_moe.config as experts
     import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
+
+    checked = experts.FusedMoEConfig.__post_init__
+
+    def unchecked(config: experts.FusedMoEConfig) -> None:
+        with suppress(NotImplementedError):  # of experts without a gate
+            checked(config)
+
+    experts.FusedMoEConfig.__post_init__ = unchecked
 
     stubs: dict[object, object] = {marlin.verify_marlin_supported: lambda *_, **__: None}
     for name, chooser in vars(linear).items():
@@ -127,6 +137,15 @@ def without_kernels() -> None:
         )
         chosen = (backends[kind], NoKernel)
         stubs[vars(module)[f"select_{name}_moe_backend"]] = lambda *_, chosen=chosen, **__: chosen
+    unquantized = importlib.import_module(f"{oracle.__name__}.unquantized")
+    found = unquantized.select_unquantized_moe_backend
+
+    def selected(*arguments: object, **options: object) -> object:
+        with suppress(NotImplementedError):
+            return found(*arguments, **options)
+        return unquantized.UnquantizedMoeBackend.TRITON, NoKernel
+
+    stubs[found] = selected
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("vllm."):
             for name, value in list(vars(module).items()):

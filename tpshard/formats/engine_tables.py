@@ -270,6 +270,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         elif part == STACK:
             parts.append(r"\d+")
         else:
+            assert "*" not in part, f"{pattern}: a star is a whole component"
             parts.append("".join(p if p.startswith("[") else re.escape(p) for p in re.split(r"(\[[^]]*\])", part)))
     return re.compile(r"\.".join(parts) + r"(?:\..+)?")
 

@@ -185,7 +185,8 @@ class ShardedState(Format):
             hint = f"names change between versions: split for {self.engine} {table.versions[0]} and load with that"
             raise UnsupportedError(what, expected=", ".join(table.versions), found=version, hint=hint)
         if reason := table.refused_models.get(model_type):
-            raise self._unsupported(f"{self.engine} {table.versions[0]} does not load {model_type}: {reason}")
+            what = f"{self.engine} {table.versions[0]} does not load {model_type} from sharded_state"
+            raise self._unsupported(f"{what}: {reason}")
         text = model.architecture.get("text")
         if text:
             return self._nested(model, table.families)

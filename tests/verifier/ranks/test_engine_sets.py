@@ -99,13 +99,14 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "granitemoehybrid": {"mamba_proj_bias": False},
     "falcon_h1": {"mamba_n_groups": 4},
     "jamba": {},
+    "nemotron_h": {"n_groups": 4},
     "solar_open": {"attention_bias": False},
     "cohere2_moe": {},
     "flex_olmo": {},
     "hunyuan_v1_moe": {},
 }
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
-OTHERWISE = ("minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
+OTHERWISE = ("nemotron_h", "minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
 """Those of which newer code saves some tensors under other names than published files have."""
 
 

@@ -17,9 +17,9 @@ from tpshard.verifier.ranks.weights import named
 
 Placed = Iterator[tuple[str, RankPiece | None]]
 """The source's tensors, and what a rank has of each; None where vLLM has no place for it."""
-_MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3")), "w2": (("down_proj",), ("w2",))}
-_EXPERTS = ("mlp.experts", "block_sparse_moe.experts", "feed_forward.experts")
-_STACKED = {"w13": "gate_up_proj", "w2": "down_proj"}
+_MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3"), ("up_proj",)), "w2": (("down_proj",), ("w2",))}
+_EXPERTS = ("mlp.experts", "block_sparse_moe.experts", "feed_forward.experts", "mixer.experts")
+_STACKED = {"w13": ("gate_up_proj", "up_proj"), "w2": ("down_proj",)}
 _BY_COLUMN = ("qweight", "qzeros", "scales")
 """What GPTQ and AWQ store as [in, out]."""
 _SHAPE = "weight_shape"
@@ -92,7 +92,7 @@ class Parts:
         count, *shape = stored.shape
         for module in _EXPERTS:
             for matrices in _MATRICES[which]:
-                if self._named(f"{module}.0.{matrices[-1]}.{suffix}"):
+                if all(self._named(f"{module}.0.{each}.{suffix}") for each in matrices):
                     whole = self._named(f"{module}.{count}.{matrices[-1]}.{suffix}") is not None
                     for expert in range(count):
                         one = within(stored, expert * math.prod(shape), tuple(shape))
@@ -101,7 +101,7 @@ class Parts:
                     return
         end = f"_{suffix.removeprefix('weight_')}"
         ends = ("", "_blocks") if suffix == "weight" else (end, f"{end}s")
-        tried = [f"{module}.{_STACKED[which]}{end}" for module in _EXPERTS for end in ends]
+        tried = [f"{module}.{name}{end}" for module in _EXPERTS for name in _STACKED[which] for end in ends]
         tensor = next(filter(self._named, tried), tried[0])
         if tensor in turned or self._is_turned(tensor, stored):
             yield f"{self.layer}{tensor}", Turned(stored)

@@ -112,7 +112,9 @@ def _dealt(opened: RankSet) -> list[dict[str, RankPiece]]:
 def _described(config: Mapping[str, Any]) -> Family:
     """The family, or a LLaMA of its sizes: what `VLLM` has and the decoder does not is named as LLaMA is."""
     model_type = str(config.get("model_type"))
-    sizes = {key: config[key] for key in _SIZES if key in config}
+    sizes = {key: config[key] for key in _SIZES if config.get(key) is not None}
+    if isinstance(listed := config.get("layers_block_type"), list):
+        sizes.setdefault("num_hidden_layers", len(listed))  # a newer config says what every layer is, not how many
     return describe(config if model_type in FAMILIES else {**sizes, "model_type": "llama"})
 
 

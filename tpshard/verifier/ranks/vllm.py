@@ -4,7 +4,7 @@ Only names are a table. What a fused parameter holds follows from shapes, the so
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,16 +30,17 @@ class Names:
     """How vLLM names one family's parameters. `roots` and `renamed` give them the source's names, as far as it has one
     for them; all else is said in those, and below their layer.
 
-    roots: how whole names begin. renamed: how names below a layer begin. otherwise: how these begin in sources that
-    newer code has saved, under the names of its own modules. qkv: the fused module. halves: a module that is two, one
-    behind the other. turned: tensors with their last two dims exchanged. computed:
-    what is minus the exponential of one of the source's tensors. grouped: a module with its q, k and v apart
-    that the source interleaves. gathered: modules that every rank computes for all, in even slices, or as if q, k and v
-    lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that rank 0 alone adds, and
-    the others hold zeros of.
+    roots: how whole names begin. other_roots: in sources that have none of those. renamed: how names below a layer
+    begin. otherwise: how these begin in sources that newer code has saved, under the names of its own modules. qkv:
+    the fused module. halves: a module that is two, one behind the other. turned: tensors with their last two dims
+    exchanged. computed: what is minus the exponential of one of the source's tensors. grouped: a module with its q,
+    k and v apart that the source interleaves. gathered: modules that every rank computes for all, in even slices,
+    or as if q, k and v lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that
+    rank 0 alone adds, and the others hold zeros of.
     """
 
     roots: Mapping[str, str] = field(default_factory=dict)
+    other_roots: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     otherwise: Mapping[str, str] = field(default_factory=dict)
     qkv: str | None = None
@@ -50,6 +51,13 @@ class Names:
     gathered: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
+
+    def beside(self, source: Collection[str]) -> "Names":
+        """The names for a source with these tensors."""
+        bases = tuple(f"{root}." for root in self.roots.values())
+        if not self.other_roots or any(name.startswith(bases) for name in source):
+            return self
+        return replace(self, roots=self.other_roots)
 
     def of(self, stored: str) -> str:
         """A stored parameter's name in the source's terms."""
@@ -128,6 +136,18 @@ VLLM: Mapping[str, Names] = {
         },
         qkv="self_attn.qkv_proj",
         computed=_MAMBA,
+    ),
+    "nemotron_h": Names(
+        roots={"model": "backbone", "model.embed_tokens": "backbone.embeddings"},
+        other_roots={"model.embed_tokens": "model.embeddings"},
+        renamed={
+            f"mixer.experts.routed_experts.{_BIAS}": f"mixer.gate.{_BIAS}",
+            "mixer.experts._shared_experts._layer": "mixer.shared_experts",
+            "mixer.experts.routed_input_transform": "mixer.fc1_latent_proj",
+            "mixer.experts.routed_output_transform": "mixer.fc2_latent_proj",
+        },
+        halves={"mixer.qkv_proj": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj")},
+        computed={"mixer.A": "mixer.A_log"},
     ),
     "falcon_h1": Names(
         renamed={"mamba.mamba": "mamba"},
@@ -230,10 +250,10 @@ class Rank:
 
         What the source has no tensor for keeps its own name, and is left out where it changes nothing.
         """
-        weights = self.ranks[self.rank]
+        weights, text = self.ranks[self.rank], self.names.beside(self.source.names())
         for name in weights.names():
             if name.rpartition(".")[2] not in SCALES:
-                names = self.names if self.beside is None or name.startswith(f"{TEXT}.") else self.beside
+                names = text if self.beside is None or name.startswith(f"{TEXT}.") else self.beside
                 found = _LAYER.fullmatch(names.of(name))
                 layer, tensor = ("", names.of(name)) if found is None else (found[1], found[2])
                 yield from self._parts(names, layer, tensor, Stored(weights, name))
