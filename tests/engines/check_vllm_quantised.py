@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tpshard
+from tests.engines import fp8_blocks
 from tests.engines.running import Generator, Loader, Ranks, differences, everything, written
 from tests.helpers.gpt_oss import with_blocks
 from tests.quantised.fixture_table import FIXTURES, TABLE
@@ -79,6 +80,29 @@ def test_ours_loads_as_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_p
     lost = sorted(whole.keys() - merged.keys())
     assert all(name.endswith("-mtp") and ".layers.2." in key for key in lost), lost
     assert differences([merged], [{key: whole[key] for key in whole.keys() - set(lost)}]) == []
+
+
+@pytest.mark.parametrize("name", fp8_blocks.BLOCKS)
+def test_fp8_in_blocks_of_families_without_a_fixture(name: str, loader: Loader, tmp_path: Path) -> None:
+    source = fp8_blocks.make(name, tmp_path / "source")
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
+    shards = tmp_path / "shards"
+    tpshard.split(source, 2, shards, format="vllm")
+    assert differences(in_dtypes_of(theirs, written(shards, 2)), theirs) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
+    assert any(tensor.dtype == torch.float8_e4m3fn for tensor in theirs[0].values())
+    assert not tpshard.check(shards, source).differences
+    tpshard.merge(shards, tmp_path / "merged")
+    assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
+
+
+def test_the_keys_of_an_index_are_held_unquantised(loader: Loader, tmp_path: Path) -> None:
+    source = fp8_blocks.make("glm_moe_dsa", tmp_path / "source", r"mlp\.gate\.|indexer\.weights_proj")
+    with pytest.raises(UnsupportedError, match="indexer.wk.weight: it is quantised"):
+        tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    held = loader.held(source, 2, "auto", tmp_path / "theirs")[0]
+    assert held["model.layers.1.self_attn.indexer.wk_weights_proj.weight"].dtype == torch.bfloat16
+    assert everything(source)["model.layers.1.self_attn.indexer.wk.weight"].dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize("blocks", [5, 7])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ _GPT_OSS = _LOCAL | {"head_dim": 32}
 
 _SPARSE = _LATENT | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "topk_method": "noaux_tc"}
 _LITE = _LATENT | {"n_group": 1, "topk_group": 1}
-_LINEAR = (
+_QWEN_NEXT = (
     _FINE
     | {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128}
     | {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48}
@@ -268,7 +268,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "glm_moe_dsa-shared": ("glm_moe_dsa", _SPARSE | _UNTIED | {"index_topk_pattern": "FSF"}),
     "glm4_moe_lite": ("glm4_moe_lite", _LITE | _UNTIED),
     "glm4_moe_lite-no-q-lora": ("glm4_moe_lite", _LITE | _UNTIED | {"q_lora_rank": None}),
-    "qwen3_next": ("qwen3_next", _LINEAR | _UNTIED),
+    "qwen3_next": ("qwen3_next", _QWEN_NEXT | _UNTIED),
     "minimax_m2": ("minimax_m2", _MINIMAX | _UNTIED),
     "ernie4_5_moe": ("ernie4_5_moe", _ERNIE | _UNTIED),
     "ernie4_5_moe-tied-no-shared": ("ernie4_5_moe", _ERNIE | _TIED | {"moe_num_shared_experts": 0}),
@@ -344,8 +344,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v32-tied": ("deepseek_v32", _SPARSE | _TIED),
     "glm4_moe_lite-bias": ("glm4_moe_lite", _LITE | _UNTIED | _BIAS),
     "glm4_moe_lite-tied": ("glm4_moe_lite", _LITE | _TIED),
-    "qwen3_next-bias": ("qwen3_next", _LINEAR | _UNTIED | _BIAS),
-    "qwen3_next-tied": ("qwen3_next", _LINEAR | _TIED),
+    "qwen3_next-bias": ("qwen3_next", _QWEN_NEXT | _UNTIED | _BIAS),
+    "qwen3_next-tied": ("qwen3_next", _QWEN_NEXT | _TIED),
     "minimax_m2-tied": ("minimax_m2", _MINIMAX | _TIED),
     "ernie4_5_moe-bias": ("ernie4_5_moe", _ERNIE | _UNTIED | {"use_bias": True}),
     "hy_v3-bias": ("hy_v3", _HY | _UNTIED | _BIAS),
@@ -407,9 +407,13 @@ def with_draft(name: str, path: Path) -> Path:
     return path
 
 
-def make(name: str, path: Path) -> Path:
-    """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
+def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint with parameters of its own for every name, so that none can stand for another.
+
+    changes: of the config.
+    """
     model_type, config = {**LOADED, **REFUSED, **NOT_RUN}[name]
+    config = {**config, **(changes or {})}
     if model_type in WRITTEN:
         architecture, shapes = WRITTEN[model_type]
         return _written(path, model_type, architecture, shapes(config), config)

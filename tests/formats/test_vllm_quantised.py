@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.engines import fp8_blocks
 from tests.helpers.command import fails, succeeds
 from tests.helpers.gpt_oss import with_blocks
 from tests.helpers.quantised import FORMATS, SMALL, quantised_tensors
@@ -54,6 +56,21 @@ def test_and_back(name: str) -> None:
     assert read_all(Path("whole")) == read_all(FIXTURES / name)
     succeeds("reshard", "out", "--tp", 1, "--format", "native", "-o", "one")
     succeeds("check", "one", "--source", FIXTURES / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "scaled"), [("lfm2", ()), ("glm_moe_dsa", ()), ("qwen3_5_text", ("model.layers.1.self_attn.attn",))]
+)
+def test_scales_of_a_method_are_where_the_class_has_them(name: str, scaled: Sequence[str]) -> None:
+    source = fp8_blocks.make(name, Path("source"))
+    succeeds("split", source, "--tp", 2, "--format", "vllm", "-o", "out", "--no-fsync")
+    held = read(Path("out/model-rank-1-part-0.safetensors"))
+    assert [key for key in held if key.endswith(".k_scale")] == [f"{module}.k_scale" for module in scaled]
+    assert [key for key in held if key.endswith("._k_scale")]
+    succeeds("check", "out", "--source", source)
+    succeeds("merge", "out", "-o", "whole", "--no-fsync")
+    assert read_all(Path("whole")) == read_all(source)
+    succeeds("verify", "out", "--source", source, "--tier", "weights")
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("gptq-int4", "g_idx"), ("ct-int8-static", "input_zero_point")])

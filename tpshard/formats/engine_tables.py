@@ -66,6 +66,7 @@ class EngineFamily:
     says: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     attends: tuple[str, ...] = ()
+    buffers: bool = True
     drafts: tuple[str, ...] = ()
     unrepeated: tuple[str, ...] = ()
     alone_repeated: tuple[str, ...] = ()
@@ -162,7 +163,7 @@ class Constant:
     shape: tuple[int, ...] = ()
     like: str = ""
     without: int | None = None
-    not_in: str = ""
+    not_in: tuple[str, ...] = ()
     unless: Mapping[str, Any] = field(default_factory=dict)
 
 

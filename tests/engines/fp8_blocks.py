@@ -1,0 +1,74 @@
+"""Small checkpoints in FP8, in blocks of 128, as many of the families are published: plain ones, each matrix scaled."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tests.engines import engine_models as models
+
+_WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512}
+_MOE = _WIDE | {"moe_intermediate_size": 256}
+_LATENT = (
+    _MOE
+    | {"num_key_value_heads": 4, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    | {"kv_lora_rank": 128, "q_lora_rank": 128}
+)
+_LINEAR = (
+    _MOE
+    | {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    | {"shared_expert_intermediate_size": 256}
+)
+_MIMO = _MOE | {"v_head_dim": 128, "swa_num_attention_heads": 4, "swa_head_dim": 128, "swa_v_head_dim": 128}
+
+BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
+    "minimax_m2": (_WIDE | {"intermediate_size": 256}, r"\.gate\."),
+    "glm_moe_dsa": (_LATENT | {"index_head_dim": 128}, r"mlp\.gate\.|indexer\.(wk|weights_proj)"),
+    "glm4_moe_lite": (_LATENT, r"mlp\.gate\."),
+    "qwen3_next": (_LINEAR, r"mlp\.gate\.|shared_expert_gate|in_proj_ba"),
+    "qwen3_5_moe_text": (_LINEAR, r"mlp\.gate\.|shared_expert_gate|in_proj_[ab]"),
+    "qwen3_5_text": (_LINEAR, r"in_proj_[ab]"),
+    "mimo_v2_flash": (_MIMO, r"mlp\.gate\.|o_proj"),
+    "hy_v3": (_MOE | {"expert_hidden_dim": 256}, r"router\.gate"),
+    "exaone_moe": (_MOE, r"mlp\.gate\."),
+    "ernie4_5_moe": (_MOE, r"mlp\.gate\.|moe_statics"),
+    "afmoe": (_MOE, r"router\.gate"),
+    "cohere2_moe": (_MOE | {"intermediate_size": 256}, r"mlp\.gate\."),
+    "lfm2": ({"num_attention_heads": 2}, "none"),
+    "lfm2_moe": ({"num_attention_heads": 2, "head_dim": 128, "moe_intermediate_size": 256}, r"feed_forward\.gate\."),
+    **{name: (_WIDE, "none") for name in ("apertus", "arcee", "cwm", "ernie4_5", "granite_swa", "hunyuan_v1_dense")},
+    **{name: (_WIDE, "none") for name in ("hyperclovax", "jais2", "ministral3", "olmo3", "vaultgemma")},
+}
+"""What differs in the config, so that ranks have whole blocks, and which matrices of layers stay as they are."""
+
+
+def make(name: str, path: Path, plain: str | None = None) -> Path:
+    """Write a checkpoint in FP8, with a scale for every block. plain: other matrices that stay as they are."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    sizes, kept = BLOCKS[name]
+    models.make(name, path, sizes)
+    generator, tensors, listed = torch.Generator().manual_seed(0), dict[str, torch.Tensor](), list[str]()
+    for key, tensor in load_file(path / "model.safetensors").items():
+        tensors[key] = tensor
+        if tensor.dim() != 2:
+            continue
+        if ".layers." not in key or re.search(plain or kept, key):
+            listed.append(key.rpartition(".")[0])
+            continue
+        tensors[key] = tensor.to(torch.float8_e4m3fn)
+        blocks = [-(-size // 128) for size in tensor.shape]
+        tensors[f"{key}_scale_inv"] = 0.5 + torch.rand(blocks, generator=generator)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": listed,
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    return path
