@@ -6,6 +6,7 @@ Run by `make test-engines`, which makes the engines' environment; ENGINE_PYTHON 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,18 +77,18 @@ def test_ours_is_what_vllm_holds_of_whole_experts(name: str, tp: int, pp: int, l
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
 
 
-@pytest.mark.parametrize("name", models.DRAFTS)
+@pytest.mark.parametrize(("made", "name"), [(module, name) for module in (models, nested) for name in module.DRAFTS])
 def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
-    name: str, loader: Loader, tmp_path: Path
+    made: ModuleType, name: str, loader: Loader, tmp_path: Path
 ) -> None:
-    source = models.with_draft(name, tmp_path / "source")
+    source = made.with_draft(name, tmp_path / "source")
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
     tpshard.split(source, 2, shards, format="vllm")
     assert differences(written(shards, 2), theirs) == []
     assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert not tpshard.check(shards, source).differences
-    plain = models.make(name, tmp_path / "plain")
+    plain = made.make(name, tmp_path / "plain")
     assert differences(written(shards, 2), loader.held(plain, 2, "auto", tmp_path / "plain-held")) == []
 
 

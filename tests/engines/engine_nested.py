@@ -202,6 +202,28 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen3_5": (
+        "qwen3_5",
+        {
+            "text_config": engine_models.LOADED["qwen3_5_text"][1] | _rope(2, 1, 1),
+            "vision_config": _QWEN | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
+        },
+    ),
+    "qwen3_5-tied": (
+        "qwen3_5",
+        {
+            "text_config": engine_models.LOADED["qwen3_5_text-tied"][1] | _rope(2, 1, 1),
+            "vision_config": _QWEN | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        {
+            "text_config": engine_models.LOADED["qwen3_5_moe_text"][1] | _rope(2, 1, 1),
+            "vision_config": _QWEN | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
+        },
+    ),
     "kimi_k25": ("kimi_k25", _KIMI),
     "kimi_vl": ("kimi_k25", _KIMI),
 }
@@ -260,6 +282,27 @@ def make(name: str, path: Path) -> Path:
         for key, value in _CONFIGS[name].items():
             config[key] = config[key] | value if isinstance(value, dict) else value
         (path / "config.json").write_text(json.dumps(config, indent=2))
+    return path
+
+
+DRAFTS = ("qwen3_5",)
+"""Those that published files have with a layer that predicts one more token."""
+
+
+def with_draft(name: str, path: Path) -> Path:
+    """The checkpoint with such a layer."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file, last = make(name, path) / "model.safetensors", "model.language_model.layers.1."
+    tensors = load_file(file)
+    drafted = {f"mtp.layers.0.{each.removeprefix(last)}": t.clone() for each, t in tensors.items() if last in each}
+    width = len(tensors["model.language_model.norm.weight"])
+    drafted |= {
+        f"mtp.{each}.weight": torch.ones(width, dtype=torch.bfloat16) for each in ("norm", "pre_fc_norm_hidden")
+    }
+    drafted["mtp.fc.weight"] = torch.ones((width, 2 * width), dtype=torch.bfloat16)
+    save_file(tensors | drafted, file, metadata={"format": "pt"})
     return path
 
 

@@ -187,25 +187,25 @@ class ShardedState(Format):
         if reason := table.refused_models.get(model_type):
             what = f"{self.engine} {table.versions[0]} does not load {model_type} from sharded_state"
             raise self._unsupported(f"{what}: {reason}")
-        text = model.architecture.get("text")
-        if text:
-            return self._nested(model, table.families)
-        if model_type not in table.families:
+        if model.architecture.get("text"):
+            found = self._nested(model, table.families)
+        elif model_type in table.families:
+            found = AsEngineHas(replace(table.families[model_type]), model)  # remembers the names of this model alone
+        else:
             raise UnsupportedError(
                 f"the names that {self.engine} has for model_type {model_type!r} are not known",
                 expected=", ".join(sorted(table.families)),
                 found=model_type,
                 hint="use --format native",
             )
-        family = table.families[model_type]
-        for key, reason in family.needs.items():
-            if not model.config.get(key, True):
+        for key, reason in found.family.needs.items():
+            if not found.model.config.get(key, True):
                 raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
-        for key, reason in family.says.items():
-            if key not in model.config:
+        for key, reason in found.family.says.items():
+            if key not in found.model.config:
                 what = f"{self.engine} does not load {model_type} with a config that does not say {key}: {reason}"
                 raise UnsupportedError(what, expected=key, hint="take the published config.json")
-        return AsEngineHas(replace(family), model)  # one that remembers the names of this model alone
+        return found
 
     def _nested(self, model: Model, families: Mapping[str, EngineFamily]) -> AsEngineHas:
         model_type, text_type = str(model.architecture["model_type"]), str(model.architecture["text"]["model_type"])
