@@ -358,6 +358,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
 
 NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
+    "persimmon": ("persimmon", _MHA),
+    "biogpt": ("biogpt", _MHA),
     "gpt_bigcode-mha": ("gpt_bigcode", _GPT2 | {"multi_query": False}),
     "olmoe-repeated": (
         "olmoe",
