@@ -32,19 +32,20 @@ from tpshard.verifier.options import VerifyOptions
 
 WORK = Workload(batch=3, seq=77, kv_dtype="float8", gpu_memory=80 * 10**9, bandwidth=450e9)
 MODEL = ModelOptions("x", "branch", "r.toml", "float16", True)
-TARGET = TargetOptions(2, True, ["0.6", "0.4"], 640, 5_000_000, "vllm", "0.32")
+TARGET = TargetOptions(2, True, ["0.6", "0.4"], 640, 5_000_000, "vllm", "0.32", 3, [5, 6, 7], 2)
 HOW = Settings(workers=3, checksum=False, fsync=False, overwrite=True)
 """Nothing in these has its default, and no two options that could be exchanged are alike."""
 MODEL_TEXT = "--revision branch --rules r.toml"
 TARGET_TEXT = (
-    "--tp 2 --uneven --shares 0.6,0.4 --pad-vocab-to 640 --max-file-size 5MB --format vllm --engine-version 0.32"
+    "--tp 2 --uneven --shares 0.6,0.4 --pad-vocab-to 640 --max-file-size 5MB --format vllm --engine-version 0.32 "
+    "--pp 3 --pp-layers 5,6,7 --ep 2"
 )
 WORK_TEXT = "--batch 3 --seq 77 --kv-dtype float8 --gpu-memory 80"
 HOW_TEXT = "--workers 3 --overwrite --no-fsync"
 MODEL_WORDS = {"revision": "branch", "rules": "r.toml"}
 TARGET_WORDS: dict[str, Any] = {
     **{"uneven": True, "shares": ["0.6", "0.4"], "pad_vocab_to": 640, "max_file_size": 5_000_000},
-    **{"format": "vllm", "engine_version": "0.32"},
+    **{"format": "vllm", "engine_version": "0.32", "pp": 3, "pp_layers": [5, 6, 7], "ep": 2},
 }
 
 
@@ -107,10 +108,10 @@ CASES = {
         ReshardOptions(shards=Path("s"), target=TARGET, out=Path("o"), ranks=[1], allow_pickle=True, settings=HOW),
     ),
     "merge": Case(
-        f"s -o o --max-file-size 5MB --allow-pickle {HOW_TEXT}",
+        f"s -o o --max-file-size 5MB --allow-pickle --vocab-size 640 {HOW_TEXT}",
         (Path("s"),),
-        {"out": "o", "max_file_size": 5_000_000, "allow_pickle": True, "settings": HOW},
-        MergeOptions(Path("s"), Path("o"), 5_000_000, True, HOW),
+        {"out": "o", "max_file_size": 5_000_000, "allow_pickle": True, "vocab_size": 640, "settings": HOW},
+        MergeOptions(Path("s"), Path("o"), 5_000_000, True, 640, HOW),
     ),
     "check": Case(
         f"s --source x --tp 5 {MODEL_TEXT} --allow-pickle --follow-symlinks --workers 3",
@@ -237,21 +238,23 @@ def test_a_dry_run_of_a_split_is_a_plan(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_layout_as_formats_take_it() -> None:
-    assert TARGET.layout == Options(2, True, ("3/5", "2/5"), 640, 5_000_000, "vllm", "0.32")
+    assert TARGET.layout == Options(2, True, ("3/5", "2/5"), 640, 5_000_000, "vllm", "0.32", 3, (5, 6, 7), 2)
     assert TargetOptions(2).layout == Options(2) and TargetOptions(2, shares=[0.50, 1]).layout.shares == ("1/2", "1")
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TargetOptions(0), "tp must be at least 1"),
+        (lambda: TargetOptions(0), "tp, pp and ep must be at least 1"),
+        (lambda: TargetOptions(4, ep=3), "ep 3 does not divide tp 4"),
+        (lambda: TargetOptions(4, pp=2, pp_layers=[3]), "one number for each stage"),
         (lambda: TargetOptions(2, max_file_size=0), "--max-file-size must be positive"),
         (lambda: TargetOptions(2, shares=["1"]), "one positive number for each rank"),
         (lambda: TargetOptions(2, shares=["1", "0"]), "one positive number for each rank"),
         (lambda: TargetOptions(2, shares=["1", "a"]), "--shares takes numbers"),
         (lambda: TargetOptions(2, shares=["1", "1/0"]), "--shares takes numbers"),
-        (lambda: SplitOptions(model=MODEL, target=TARGET, ranks=[2]), "expected 0 to 1; found 2"),
-        (lambda: SplitOptions(model=MODEL, target=TARGET, ranks=[-1, 0]), "expected 0 to 1; found -1, 0"),
+        (lambda: SplitOptions(model=MODEL, target=TARGET, ranks=[6]), "expected 0 to 5; found 6"),
+        (lambda: SplitOptions(model=MODEL, target=TARGET, ranks=[-1, 0]), "expected 0 to 5; found -1, 0"),
         (lambda: ReshardOptions(shards="s", target=TARGET, ranks=[]), "--ranks takes ranks of the set"),
         (lambda: ReshardOptions(shards="s", target=TargetOptions(1, format="hf"), ranks=[0]), "a format with ranks"),
         (lambda: AdviseOptions(MODEL, 0, WORK), "advice needs devices"),

@@ -157,7 +157,7 @@ def open_shards(directory: Path) -> RankSet:
     )
 
 
-class _Opened(NamedTuple):
+class _OpenedRank(NamedTuple):
     """What the files of one rank hold; see `RankSet`."""
 
     weights: FileWeights
@@ -214,7 +214,7 @@ def _open_rank(
     listed: Mapping[str, list[Chunk]],
     warnings: list[str],
     tied: bool,
-) -> _Opened:
+) -> _OpenedRank:
     chunks: list[Chunk] = []
     said: list[Chunk] = []
     held: dict[str, list[tuple[int, TensorInfo]]] = {}
@@ -245,7 +245,7 @@ def _open_rank(
     weights = FileWeights([*_of_first_stage(held), *(chunk.info for each in named.values() for chunk in each)])
     copies = [(each[0][1], info) for each in held.values() for _, info in each[1:]]
     on = {name: tuple(stage for stage, _ in each) for name, each in held.items()} if pp > 1 else {}
-    return _Opened(weights, named, _numbered(said), on, copies)
+    return _OpenedRank(weights, named, _numbered(said), on, copies)
 
 
 def _as_one(held: dict[str, list[tuple[int, TensorInfo]]]) -> None:
