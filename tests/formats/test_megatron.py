@@ -6,8 +6,11 @@ What Megatron itself makes of them is in tests/megatron.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+import tpshard as api
 from tests.helpers.checkpoints import make
 from tests.helpers.command import fails, llama, succeeds, tpshard
 from tests.inputs.test_from_megatron import read_dcp
+from tpshard.errors import LocalIOError
+from tpshard.execute.publish import Settings
+from tpshard.storage.files import Files
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +136,33 @@ def test_any_other_set_becomes_one_and_it_becomes_any_other() -> None:
         assert path.read_bytes() == Path("back", path.name).read_bytes()
 
 
-def test_an_unfinished_run_is_resumed_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+class Full(Files):
+    """A disk that is full after so many writes."""
+
+    def __init__(self, writes: int) -> None:
+        self.left = writes
+
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().pwritev(fd, buffers, offset)
+
+
+def test_a_run_that_failed_is_finished_by_the_same_one() -> None:
+    llama(Path("model"))
+    api.split("model", 2, "expected", format="megatron")
+    for writes in range(0, 90, 11):
+        with contextlib.suppress(LocalIOError):
+            api.split("model", 2, "out", format="megatron", settings=Settings(files=Full(writes)))
+    assert Path("out.partial/release").is_dir() and not Path("out").exists()
+    api.split("model", 2, "out", format="megatron")
+    for path in Path("expected").rglob("*"):
+        assert path.is_dir() or path.read_bytes() == Path("out", path.relative_to("expected")).read_bytes()
+    assert len([*Path("out").rglob("*")]) == len([*Path("expected").rglob("*")])
+
+
+def test_ranks_that_several_hosts_write_into_a_folder() -> None:
     """And files in that folder are replaced, and those of somebody else are not."""
     llama(Path("model"))
     command = ("split", "model", "--tp", 2, "--format", "megatron", "-o", "out")

@@ -129,7 +129,7 @@ def megatron_layout(model: Model, vocab: int) -> MegatronLayout:
     shares = {name: (_turned(family, named[name], tensor),) for name, tensor in tensors.items()}
     axes, fused = dict(model.axes), dict(recipes)
     by_group = {into: fused.pop(into) for into in recipes if QKV in into and ".layer_norm_" not in into}
-    rows = joined(fused, shares, {name: tensor.shape for name, tensor in tensors.items()}, 1)
+    rows = joined(fused, shares, {name: tensor.shape for name, tensor in tensors.items()}, 1, {})
     held = {stored.name: stored for stored in LayoutRows(rows, 1)[0]}
     sparse = {int(found[1]) for into in recipes if ".mlp.router." in into and (found := _LAYER.match(into))}
     parameters = []

@@ -62,7 +62,7 @@ _COMMON: Classes = {
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _Iteration:
     """One iteration: its directory, what its files hold, and the arguments that it was trained with."""
 
     directory: Path
@@ -118,7 +118,7 @@ def _iteration(directory: Path) -> Path:
     return directory / name
 
 
-def _open(iteration: Path) -> _Opened:
+def _open(iteration: Path) -> _Iteration:
     """Read an iteration's metadata and arguments, and where its tensors lie."""
     found: Mapping[str, DcpTensor]
     if is_legacy(iteration):
@@ -136,7 +136,7 @@ def _open(iteration: Path) -> _Opened:
     for name, each in found.items():
         if is_stacked(name) and not each.shape:
             raise CorruptError(f"{name} has no dim of layers", path=iteration, tensor=name, found=each.shape)
-    return _Opened(iteration, found, args)
+    return _Iteration(iteration, found, args)
 
 
 def _open_distributed(iteration: Path) -> tuple[Mapping[str, DcpTensor], Mapping[str, Any]]:
@@ -171,7 +171,7 @@ def _arguments(iteration: Path, listing: DcpListing) -> Mapping[str, Any]:
     return args.fields if isinstance(args, Built) else args if isinstance(args, dict) else {}
 
 
-def _config(directory: Path, opened: _Opened, vocab_size: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _config(directory: Path, opened: _Iteration, vocab_size: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The model's config, with the true size of the vocabulary, and config.json where it is not the one beside."""
     padded = opened.found["embedding.word_embeddings.weight"].shape[0]
     place = next((p for p in (opened.directory, directory) if (p / CONFIG).is_file()), None)
@@ -198,7 +198,7 @@ def _config(directory: Path, opened: _Opened, vocab_size: int | None) -> tuple[d
     return config, {} if config == given else {CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
 
-def _model(directory: Path, config: Mapping[str, Any], opened: _Opened) -> Model:
+def _model(directory: Path, config: Mapping[str, Any], opened: _Iteration) -> Model:
     """The model whose tensors Megatron's are made of, classified by the rules of its family."""
     family = family_of(config.get("model_type"))
     sources = Sources(family, config, opened.directory)
@@ -238,7 +238,7 @@ def _position(name: str) -> tuple[int, int]:
     return (0 if name.startswith("embedding.") else 2, 0) if layer is None else (1, layer)
 
 
-def _placed(layout: MegatronLayout, model: Model, opened: _Opened) -> Iterator[StoredTensor]:
+def _placed(layout: MegatronLayout, model: Model, opened: _Iteration) -> Iterator[StoredTensor]:
     """What each rectangle in the files is. CorruptError where a tensor is not of the shape that it must have."""
     shapes = {tensor.name: tensor.shape for tensor in model.tensors}
     parameters = {name: parameter for parameter in layout.parameters for name in names_of(parameter.name)}
@@ -262,7 +262,7 @@ def _box(chunk: DcpChunk) -> Box:
     return tuple((at, at + size) for at, size in zip(chunk.at, chunk.info.shape, strict=True))
 
 
-def _require_shape(name: str, shape: Shape, parameter: MegatronParameter, opened: _Opened) -> None:
+def _require_shape(name: str, shape: Shape, parameter: MegatronParameter, opened: _Iteration) -> None:
     if shape != parameter.stored.shape:
         what = f"{name} does not have the shape that it has in the model that the config describes"
         expected, found = list(parameter.stored.shape), list(shape)
