@@ -29,6 +29,8 @@ from tpshard.formats.manifest import digest_of
 SECONDS = 10.0  # of the processor: others may be using it
 BYTES = 500 << 20
 FORMATS = ("native", "vllm", "dcp", "meta")
+SETS: dict[str, tuple[object, ...]] = {name: ("--format", name) for name in FORMATS} | {"stages": ("--pp", 2)}
+"""The sets that are damaged, and the options that make them."""
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 1e8, 100_000_000, 2**63, 10**40, 0.5, "", "x", "*", "*" * 5000, "../x", "/etc",
     "float3", "bfloat16", "BF16", "llama", "gpt2", "\x1b[31m", [], {}, [None], [[]], {"": None}, [0, 1], ["x"] * 50,
@@ -92,16 +94,16 @@ class Stage:
 
     @classmethod
     def make(cls, root: Path) -> Stage:
-        """A LLaMA of a few hundred numbers, split in each format at tp 2."""
+        """A LLaMA of a few hundred numbers, split at tp 2 in each format, and in stages."""
         rng = np.random.default_rng(0)
         finite = {
             name: Tensor(each.dtype, each.shape, rng.normal(0, 0.08, each.shape).astype("<f4").tobytes())
             for name, each in llama_tensors().items()
         }
         model = llama(root / "model", parts=2, tensors=finite)
-        sets = {name: root / f"set-{name}" for name in FORMATS}
+        sets = {name: root / f"set-{name}" for name in SETS}
         for name, out in sets.items():
-            done = tpshard("split", model, "--tp", 2, "--format", name, "-o", out)
+            done = tpshard("split", model, "--tp", 2, *SETS[name], "-o", out)
             assert done.code == 0, done.err
         rules = root / "llama.toml"
         rules.write_text(tpshard("archs", "show", "llama").out)
@@ -121,7 +123,7 @@ def case(stage: Stage, work: Path, rng: random.Random) -> Case:
     """A random case, in a copy of the stage's files at `work`."""
     out = work / "out"
     kind = rng.choice(KINDS)
-    model, form = work / "model", "dcp" if kind == "metadata" else rng.choice(FORMATS)
+    model, form = work / "model", "dcp" if kind == "metadata" else rng.choice(tuple(SETS))
     held = work / f"set-{form}"
     on_set: Callable[[], tuple[object, ...]] = lambda: rng.choice(  # noqa: E731
         (
@@ -151,6 +153,7 @@ def case(stage: Stage, work: Path, rng: random.Random) -> Case:
         path = held / "config.json"
         return Case(path, as_json(changed(json.loads(path.read_bytes()), rng), rng), on_set())
     options: tuple[object, ...] = ("--tp", rng.choice((1, 2, 4)), "--format", rng.choice((*FORMATS, "deepseek", "hf")))
+    options += rng.choice(((), (), ("--pp", 2)))
     plan: tuple[object, ...] = rng.choice(
         (
             ("plan", model, *options),

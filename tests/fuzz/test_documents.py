@@ -21,7 +21,7 @@ def test_a_crash_is_complained_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     stage = tmp_path / "stage"
     documents.Stage.make(stage)
-    monkeypatch.setattr("tpshard.inputs.shard_set._parse", crash)
+    monkeypatch.setattr("tpshard.inputs.shard_set.parse", crash)
     monkeypatch.setattr("tpshard.inputs.shard_set.CorruptError", RuntimeError)
     path = stage / "set-native" / "tpshard.json"
     each = documents.Case(path, path.read_bytes(), ("inspect", path.parent))
