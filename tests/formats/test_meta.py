@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.helpers.checkpoints import make
-from tests.helpers.command import fails, succeeds
+from tests.helpers.command import fails, llama, succeeds
 from tpshard.formats.meta import _ffn, ffn_size
 from tpshard.formats.torch_archive import archive_file
 from tpshard.planning.layout import StoredTensor
@@ -267,3 +267,14 @@ def test_an_archive_of_more_than_four_gibibytes(tmp_path: Path) -> None:
     found = torch.load(tmp_path / output.name, weights_only=True, mmap=True)
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {t.name: t.shape for t in tensors}
     assert found["one"].tolist() == [1.0, 1.0]
+
+
+def test_a_config_whose_values_are_of_another_kind_is_damaged(tmp_path: Path) -> None:
+    """Of both formats that say a config anew."""
+    model = llama(tmp_path / "model", rope_scaling="linear")
+    for format in ("meta", "megatron"):
+        damaged = {"meta": {}, "megatron": {"rope_theta": "x"}}[format]
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | damaged))
+        error = fails(3, "split", model, "--tp", 1, "--format", format, "-o", tmp_path / format)
+        assert error["message"] == "a value in config.json is not what its key asks for"

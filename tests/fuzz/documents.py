@@ -152,7 +152,12 @@ def case(stage: Stage, work: Path, rng: random.Random) -> Case:
     if kind == "config of the set":
         path = held / "config.json"
         return Case(path, as_json(changed(json.loads(path.read_bytes()), rng), rng), on_set())
-    options: tuple[object, ...] = ("--tp", rng.choice((1, 2, 4)), "--format", rng.choice((*FORMATS, "deepseek", "hf")))
+    options: tuple[object, ...] = (
+        "--tp",
+        rng.choice((1, 2, 4)),
+        "--format",
+        rng.choice((*FORMATS, "deepseek", "hf", "megatron")),
+    )
     options += rng.choice(((), (), ("--pp", 2)))
     plan: tuple[object, ...] = rng.choice(
         (

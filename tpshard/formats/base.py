@@ -1,9 +1,12 @@
 """What all formats share: options, the planned split, and the interface of a format."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
+from tpshard.errors import CorruptError
 from tpshard.formats.manifest import compact, integers
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.axes import Axis
@@ -13,6 +16,24 @@ from tpshard.planning.layout import StoredTensor
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.storage.local import Content
+from tpshard.storage.names import CONFIG
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def reads_config(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function that does nothing but read a config.json raise CorruptError where a value is of another kind."""
+
+    @wraps(function)
+    def read(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what, found = "a value in config.json is not what its key asks for", f"{type(error).__name__}: {error}"
+            raise CorruptError(what, path=CONFIG, found=found) from None
+
+    return read
 
 
 class Format(ABC):

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tpshard.formats.base import reads_config
 from tpshard.formats.dcp_metadata import Described
 from tpshard.planning.model import Model
 
 
+@reads_config
 def arguments(model: Model, tensors: Sequence[Described], tp: int) -> dict[str, Any]:
     """Plain values alone, so that reading them needs no class of Megatron's."""
     config, kind = model.config, model.architecture.get("model_type")

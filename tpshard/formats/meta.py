@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.base import Format, bare
+from tpshard.formats.base import Format, bare, reads_config
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import archive_file
 from tpshard.planning.axes import Axis, Cut
@@ -149,6 +149,7 @@ def _rotary(stored: StoredTensor, tensor: LogicalTensor, axis: Axis, heads: tupl
     return stored._replace(parts=(part,), view=(count, half, 2, width))
 
 
+@reads_config
 def params(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """params.json; UnsupportedError for a config that it cannot say."""
 
