@@ -54,3 +54,9 @@ def test_a_config_that_says_nothing_or_nonsense(change: dict[str, object], error
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="'mish'"):
         describe({**source("llama-gqa")[0], "hidden_act": "mish"})
+
+
+def test_more_layers_than_any_model_has_are_not_believed() -> None:
+    """Something is kept for each: 10^8 of them took 1.5 GB."""
+    with pytest.raises(CorruptError, match="num_hidden_layers is that of no model"):
+        describe({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 10**8})

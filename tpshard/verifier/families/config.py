@@ -38,6 +38,9 @@ class Config:
 SIZES = (("hidden_size",), ("num_hidden_layers",), ("num_attention_heads",))
 """The keys of hidden size, layers and heads, each under its names in the order in which they are looked for."""
 
+MOST_LAYERS = 10_000
+"""A config that says more is not believed: something is kept for each layer."""
+
 
 def require_length(key: str, kinds: Sequence[Any], layers: int) -> None:
     """CorruptError unless there is a kind for each layer."""
@@ -53,6 +56,9 @@ def sized(
     `head_dim` is the default of the key of that name, 0 for the hidden size by the heads; None where there is no key.
     """
     width, depth, count = (config.number(*names) for names in keys)
+    if depth > MOST_LAYERS:
+        what, expected = f"config.json: {keys[1][0]} is that of no model", f"at most {MOST_LAYERS:,}"
+        raise CorruptError(what, expected=expected, found=f"{depth:,}")
     head = width // count if head_dim is None else config.number("head_dim", default=head_dim or width // count)
     vocab, scales = config.number("vocab_size"), (head**-0.5,) * depth
     return Family(model_type, width, depth, count, count, head, vocab, windows=(None,) * depth, scales=scales)
