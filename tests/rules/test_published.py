@@ -119,9 +119,10 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_there_and_back(name: str, made: Made, tmp_path: Path) -> None:
     form, model = PUBLISHED[name], write(name, made, tmp_path / "model")
-    for layout in ("native", "vllm") if form.vllm else ("native",):
+    ways: dict[str, tuple[object, ...]] = {"native": (), "stages": ("--pp", 2)}
+    for layout, way in (ways | {"vllm": ("--format", "vllm")} if form.vllm else ways).items():
         out, merged = tmp_path / layout, tmp_path / f"{layout}-merged"
-        succeeds("split", model, "--tp", 2, "--format", layout, "-o", out, "--no-fsync")
+        succeeds("split", model, "--tp", 2, *way, "-o", out, "--no-fsync")
         succeeds("check", out, "--source", model)
         succeeds("merge", out, "-o", merged, "--no-fsync")
         assert read_all(merged) == read_all(model)
@@ -133,6 +134,9 @@ def test_there_and_back(name: str, made: Made, tmp_path: Path) -> None:
     found = tpshard("verify", tmp_path / "native", "--source", model, "--tier", tiers, "--tokens", 1, "--json").json
     assert found["verdict"] == form.verified, found["reason"]
     assert set(found["not_run"]) >= beside
+    stages = json.loads((tmp_path / "stages" / "tpshard.json").read_text())
+    on = {row["name"]: row["stages"] for row in stages["tensors"]}
+    assert all(on[name] == [0] for name in beside), "what makes embeddings stands before the layers"
 
 
 def test_a_form_that_vllm_has_no_names_for_is_refused(made: Made, tmp_path: Path) -> None:
