@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError
+from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
 from tpshard.formats.manifest import cut_from_json, stored_from_json
 from tpshard.formats.split import Options, RankLayouts, Split
@@ -105,7 +105,10 @@ def _placement(manifest: Mapping[str, Any], model: Model, options: Options) -> P
     """Which ranks have what, as the options say it; ValueError where the manifest says otherwise."""
     if options.mesh.pp == options.mesh.ep == 1:
         return None
-    found = placement(model, options.mesh, options.pp_layers)
+    try:
+        found = placement(model, options.mesh, options.pp_layers)
+    except (UnsupportedError, UsageError) as error:  # nobody could have written it
+        raise ValueError(str(error)) from None
     if (said := {key: manifest[key] for key in ("stages", "expert_ranges") if key in manifest}) != found.ranges:
         raise ValueError(f"{said}")
     if found.stages is not None:
