@@ -82,8 +82,9 @@ def main(python: str) -> None:
         shutil.rmtree(FOLDER / name, ignore_errors=True)
         with tempfile.TemporaryDirectory() as folder:
             model = recorded.write(Path(folder) / "model")
-            command = [python, str(HERE / "worker.py"), "save", str(model), str(FOLDER / name), *recorded.options]
-            subprocess.run([*command, "--padded", str(PADDED)], check=True)
+            command = [python, str(HERE / "worker.py"), "save", str(model), name, *recorded.options]
+            # A relative name: the files say where they were written.
+            subprocess.run([*command, "--padded", str(PADDED)], cwd=FOLDER, check=True)
 
 
 if __name__ == "__main__":
