@@ -236,9 +236,9 @@ def check(
 
     Small files are compared with SHA256SUMS where the set has one.
 
-    tp: the number of ranks that the set must have; DifferentError for another one. revision, rules, allow_pickle,
-    follow_symlinks: of the source, as in `plan`. A judged difference is in the report, not raised; a set that cannot be
-    judged raises.
+    tp: the width, in ranks of a stage, that the set must have; DifferentError for another one. revision, rules,
+    allow_pickle, follow_symlinks: of the source, as in `plan`. A judged difference is in the report, not raised; a set
+    that cannot be judged raises.
     """
     with followed("check", settings, progress) as how:
         return check_with(CheckOptions(shards, source, tp, revision, rules, allow_pickle, how, follow_symlinks))

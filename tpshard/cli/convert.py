@@ -12,7 +12,7 @@ import typer
 
 from tpshard.cli import options as opt
 from tpshard.cli.console import Console, opened
-from tpshard.cli.options import again, check_report, layer_list, rank_list, settings, share_list, workload
+from tpshard.cli.options import again, check_report, rank_list, settings, target_options, workload
 from tpshard.errors import UsageError, local_error
 from tpshard.units import human_bytes
 
@@ -66,20 +66,11 @@ def plan(
       tpshard plan org/name --tp 8 --report plan.html
     """
     with opened(json, quiet) as console:
-        from tpshard.api.options import ModelOptions, PlanOptions, TargetOptions
+        from tpshard.api.options import ModelOptions, PlanOptions
 
         source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all)
-        target = TargetOptions(
-            tp,
-            uneven,
-            share_list(shares),
-            pad_vocab_to,
-            max_file_size,
-            format,
-            engine_version,
-            pp,
-            layer_list(pp_layers),
-            ep,
+        target = target_options(
+            tp, pp, pp_layers, ep, uneven, shares, pad_vocab_to, max_file_size, format, engine_version
         )
         work = workload(batch, seq, kv_dtype, gpu_memory, bandwidth)
         if grouped and not json:
@@ -127,20 +118,11 @@ def split(
     """
     with opened(json, quiet, resumes=True) as console:
         from tpshard.api.convert import split_with
-        from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions, TargetOptions
+        from tpshard.api.options import ModelOptions, PlanOptions, SplitOptions
 
         source = ModelOptions(model, revision, rules, dtype, allow_pickle, follow_symlinks, cast_all, allow_overflow)
-        target = TargetOptions(
-            tp,
-            uneven,
-            share_list(shares),
-            pad_vocab_to,
-            max_file_size,
-            format,
-            engine_version,
-            pp,
-            layer_list(pp_layers),
-            ep,
+        target = target_options(
+            tp, pp, pp_layers, ep, uneven, shares, pad_vocab_to, max_file_size, format, engine_version
         )
         if dry_run:
             _show(console, PlanOptions(source, target))
@@ -218,19 +200,10 @@ def reshard(
     """
     with opened(json, quiet, resumes=True) as console:
         from tpshard.api.convert import reshard_with
-        from tpshard.api.options import ReshardOptions, TargetOptions
+        from tpshard.api.options import ReshardOptions
 
-        target = TargetOptions(
-            tp,
-            uneven,
-            share_list(shares),
-            pad_vocab_to,
-            max_file_size,
-            format,
-            engine_version,
-            pp,
-            layer_list(pp_layers),
-            ep,
+        target = target_options(
+            tp, pp, pp_layers, ep, uneven, shares, pad_vocab_to, max_file_size, format, engine_version
         )
         chosen = rank_list(ranks, tp * pp)
         with settings(console, "reshard", workers, checksum, overwrite, no_fsync) as how:

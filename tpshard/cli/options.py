@@ -16,6 +16,7 @@ from tpshard.units import MAX_TP
 
 if TYPE_CHECKING:
     from tpshard import Settings
+    from tpshard.api.options import TargetOptions
     from tpshard.cli.console import Console
     from tpshard.report.capacity import Workload
 
@@ -79,6 +80,25 @@ def _size(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         expected = "a number of bytes, as in 5GB"
         raise UsageError("--max-file-size does not take this", expected=expected, found=repr(text)) from None
+
+
+def target_options(
+    tp: int,
+    pp: int,
+    pp_layers: str | None,
+    ep: int,
+    uneven: bool,
+    shares: str | None,
+    pad_vocab_to: int | None,
+    max_file_size: int | None,
+    format: str,
+    engine_version: str | None,
+) -> TargetOptions:
+    """The layout that a command was asked for."""
+    from tpshard.api.options import TargetOptions
+
+    layers, weights, named = layer_list(pp_layers), share_list(shares), (format, engine_version)
+    return TargetOptions(tp, uneven, weights, pad_vocab_to, max_file_size, *named, pp=pp, pp_layers=layers, ep=ep)
 
 
 def share_list(text: str | None) -> list[str] | None:
@@ -196,7 +216,7 @@ _PP_LAYERS_HELP = "Layers of each stage, as in 20,21,20,19 [default: as many eac
 PP_LAYERS = Annotated[str | None, Option("--pp-layers", help=_PP_LAYERS_HELP, metavar="LAYERS")]
 _EP_HELP = "Deal whole experts to as many ranks, 1 or --tp [default: 1, each expert is cut]."
 EP = Annotated[int, number("--ep", _EP_HELP, MAX_TP)]
-SET_TP = Annotated[int | None, number("--tp", "The number of ranks that the set must have.")]
+SET_TP = Annotated[int | None, number("--tp", "The width, in ranks of a stage, that the set must have.")]
 SOURCE = Annotated[str | None, Option(help="The unsharded model: compare every byte with it.", metavar="MODEL")]
 OUT = Annotated[Path | None, _out("Directory to write [default: ./MODEL-tpN, or ./MODEL-tpN-FORMAT].", "DIR")]
 MERGE_OUT = Annotated[Path | None, _out("Directory to write [default: ./MODEL-merged].", "DIR")]

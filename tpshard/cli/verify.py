@@ -196,7 +196,7 @@ def _print(console: Console, verdict: Verdict, shards: Path, source: str | None,
     if console.as_json:
         console.data(verdict.to_json())
         return
-    what = f"{verdict.shards} ({verdict.mesh}) against {verdict.source}"
+    what = f"{verdict.shards} ({verdict.mesh_text}) against {verdict.source}"
     console.show(f"{verdict.verdict.upper()}: {what}" + (f": {verdict.reason}" if verdict.reason else ""))
     table = [("tier", "status", "figures", "worst"), *rows(verdict)]
     widths = [max(len(row[i]) for row in table) for i in range(3)]

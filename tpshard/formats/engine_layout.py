@@ -12,6 +12,7 @@ from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, Range, deal, why_not
 from tpshard.planning.layout import LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
 from tpshard.planning.model import CASTABLE, Model
+from tpshard.planning.window import window
 from tpshard.storage.tensor_names import numbered
 
 Share = StoredTensor
@@ -215,19 +216,10 @@ def joined(
 
 def _rows(held: RankShare, first: int, last: int) -> RankShare:
     """What of a parameter lies in some of its rows."""
-    stored, parts, owners = held.stored, list[Part](), list[int]()
-    assert not stored.fills and stored.view is None
-    for part, owner in zip(stored.parts, held.owners, strict=True):
-        dim = part.order[0] if part.order else 0
-        begin, end = part.box[dim]
-        low, high = max(first, part.at[0]), min(last, part.at[0] + end - begin)
-        if low < high:
-            side = (begin + low - part.at[0], begin + high - part.at[0])
-            box = (*part.box[:dim], side, *part.box[dim + 1 :])
-            parts.append(part._replace(box=box, at=(low - first, *part.at[1:])))
-            owners.append(owner)
-    shape = (last - first, *stored.shape[1:])
-    return RankShare(stored._replace(shape=shape, parts=tuple(parts)), tuple(owners))
+    stored = held.stored
+    owned = [part._replace(tensor=str(owner)) for part, owner in zip(stored.parts, held.owners, strict=True)]
+    inside = window(stored._replace(parts=tuple(owned)), ((first, last), *full(stored.shape)[1:]))
+    return RankShare(inside, tuple(int(part.tensor) for part in inside.parts))
 
 
 def _join(

@@ -293,14 +293,9 @@ def _experts_of(
     """Of the parameters that stack experts, which of them each rank has, where they are whole."""
     if placed.experts is None:
         return {}
-    experts, ranges = placed.experts
-    first = {name: model.full_name(recipe.tensors[0]) for name, recipe in recipes.items()}
-    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    return {
-        name: ranges
-        for name, full_name in first.items()
-        if experts.number(full_name) is not None or experts.are_stacked(full_name, shapes[recipes[name].tensors[0]])
-    }
+    tensors = {tensor.name: tensor for tensor in model.tensors}
+    whole = (name for name, recipe in recipes.items() if placed.of_experts(tensors[recipe.tensors[0]]))
+    return dict.fromkeys(whole, placed.experts[1])
 
 
 def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:

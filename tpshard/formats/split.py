@@ -17,7 +17,7 @@ from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.planning.placement import Placement
 from tpshard.planning.stages import Stages
-from tpshard.storage.names import rank_stem
+from tpshard.storage.names import rank_stem, record_name
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -78,17 +78,18 @@ class RankLayouts:
     """What a format makes of a model: each rank's stored tensors, and the logical ones that it has no room for.
 
     deal: which units the ranks have, None of a set that was read. dropped: name → reason, as the plan says it.
-    placement: which ranks have which tensors, None where each rank has a share of all. stages: of a pipeline.
+    placement: which ranks have which tensors, None where each rank has a share of all.
     """
 
     layout: Layout
     deal: Deal | None
     dropped: Mapping[str, str] = field(default_factory=dict)
     placement: Placement | None = None
-    stages: Stages | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", self.placement.stages if self.placement else None)
+    @property
+    def stages(self) -> Stages | None:
+        """The stages of a pipeline, None where there is one."""
+        return self.placement.stages if self.placement else None
 
     @cached_property
     def rows(self) -> LayoutRows:
@@ -136,7 +137,7 @@ class Split:
 
     def record_name(self, rank: int) -> str:
         """The name of a rank's record."""
-        return f"{self.rank_stem(rank)}.json"
+        return record_name(rank, self.options.tp, self.options.pp)
 
     @property
     def kept(self) -> Model:

@@ -4,19 +4,18 @@ The decoder reads a rank's tensors from whichever stage has them and hands activ
 do; so where a tensor lies is judged here, by the order of layers and what the manifest says of them.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from tpshard.storage.local import read_range
 from tpshard.storage.safetensors import TensorInfo
+from tpshard.verifier.report.verdict import LAYER, layer_of
 
 EMBEDDINGS = tuple(
     f"{each}.weight" for each in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 )
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-_LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|h|blocks)\.(\d+)\.")
 _BLOCK = 1 << 24
 
 OnStages = Mapping[str, tuple[int, ...]]
@@ -36,7 +35,7 @@ def misplaced(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config
         return
     stacks: dict[str, dict[int, set[tuple[int, ...]]]] = {}
     for name, where in held.items():
-        if found := _LAYER.search(name):
+        if found := LAYER.search(name):
             stacks.setdefault(name[: found.start()], {}).setdefault(int(found[1]), set()).add(where)
     # Of several stacks (a tower, a decoder) the decoder's layers are on all stages.
     before, decoder = max(stacks.items(), key=lambda item: len({where for each in item[1].values() for where in each}))
@@ -47,7 +46,7 @@ def misplaced(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config
             yield f"layer {layer} is on {found_on}, and its place is stage {stage}"
     tied = config.get("tie_word_embeddings") is True and not any(name.endswith(HEADS) for name in held)
     for name, where in held.items():
-        outside = name.startswith(before) and not _LAYER.search(name)
+        outside = name.startswith(before) and layer_of(name) is None
         needed = {last} if name.endswith(HEADS) else set()
         if outside and name.endswith(EMBEDDINGS):
             needed = {0, last} if tied else {0}
@@ -81,14 +80,9 @@ def injected(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config:
     last = len(ranges) - 1
     faults: dict[str, Callable[[str, tuple[int, ...]], tuple[int, ...]]] = {
         "stages-exchanged": lambda _, where: tuple(sorted(last - stage for stage in where)),
-        "layer-on-another-stage": lambda name, where: (last,) if _number(name) == 0 else where,
+        "layer-on-another-stage": lambda name, where: (last,) if layer_of(name) == 0 else where,
     }
     return {
         fault: any(misplaced([{name: at(name, held[name]) for name in held} for held in ranks], ranges, config))
         for fault, at in faults.items()
     }
-
-
-def _number(name: str) -> int | None:
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None

@@ -106,7 +106,7 @@ def _plots(verdict: Verdict) -> list[str]:
 
 def to_html(verdict: Verdict) -> str:
     """The page of a verdict."""
-    what = f"{verdict.shards} ({verdict.mesh}) against {verdict.source} ({verdict.model_type})"
+    what = f"{verdict.shards} ({verdict.mesh_text}) against {verdict.source} ({verdict.model_type})"
     parts = [f"<p>{escape(what)}</p>"]
     if verdict.reason:
         parts.append(f"<p><strong>{escape(verdict.reason)}</strong></p>")

@@ -50,9 +50,13 @@ class Tier:
     by_running: tuple[str, ...] = ()
 
 
+LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|h|blocks)\.(\d+)\.")
+"""A layer in a module's name."""
+
+
 def layer_of(module: str) -> int | None:
     """The layer number in a module's name, None outside the layers."""
-    match = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", module)
+    match = LAYER.search(module)
     return int(match[1]) if match else None
 
 
@@ -93,7 +97,7 @@ class Verdict:
         return "pass" if statuses == {"pass"} else "inconclusive"
 
     @property
-    def mesh(self) -> str:
+    def mesh_text(self) -> str:
         """The ranks for people: `tp 4`, and the stages where there are several."""
         return f"tp {self.tp}" + (f", pp {self.settings['pp']}" if "pp" in self.settings else "")
 

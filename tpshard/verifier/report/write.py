@@ -49,7 +49,7 @@ def to_markdown(verdict: Verdict) -> str:
     if verdict.reason:
         lines += [_md(verdict.reason), ""]
     shards, source, model_type = map(_md, (verdict.shards, verdict.source, verdict.model_type))
-    lines += [f"{shards} ({verdict.mesh}) against {source} ({model_type})", ""]
+    lines += [f"{shards} ({verdict.mesh_text}) against {source} ({model_type})", ""]
     lines += ["| tier | status | figures | worst place |", "| --- | --- | --- | --- |"]
     lines += ["| " + " | ".join(map(_md, row)) + " |" for row in rows(verdict)]
     lines += ["", *(f"- {_md(reason)}" for reason in reasons(verdict))]
