@@ -93,11 +93,11 @@ def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("name", models.DRAFTS)
+@pytest.mark.parametrize(("made", "name"), [(module, name) for module in (models, nested) for name in module.DRAFTS])
 def test_the_speculator_is_the_draft_model_that_vllm_holds(
-    name: str, tp: int, loader: Loader, tmp_path: Path
+    made: ModuleType, name: str, tp: int, loader: Loader, tmp_path: Path
 ) -> None:
-    source = models.with_draft(name, tmp_path / "source", models.DRAFT_CONFIGS.get(name))
+    source = made.with_draft(name, tmp_path / "source", models.DRAFT_CONFIGS.get(name))
     theirs = loader.held(source, tp, "auto", tmp_path / "theirs", draft=True)
     shards = tmp_path / "shards"
     tpshard.split(source, tp, shards, format="vllm-speculator")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tpshard
+from tests.engines import engine_models as models
 from tests.engines import fp8_blocks
 from tests.engines.running import Generator, Loader, Ranks, differences, everything, written
 from tests.helpers.gpt_oss import with_blocks
@@ -95,6 +96,17 @@ def test_fp8_in_blocks_of_families_without_a_fixture(name: str, loader: Loader, 
     assert not tpshard.check(shards, source).differences
     tpshard.merge(shards, tmp_path / "merged")
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
+
+
+@pytest.mark.parametrize("name", sorted({*fp8_blocks.BLOCKS, *fp8_blocks.DRAFTS} & models.DRAFTS.keys()))
+def test_the_speculator_in_fp8_is_the_draft_model_that_vllm_holds(name: str, loader: Loader, tmp_path: Path) -> None:
+    source = fp8_blocks.with_draft(name, tmp_path / "source")
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs", draft=True)
+    shards = tmp_path / "shards"
+    tpshard.split(source, 2, shards, format="vllm-speculator")
+    assert differences(written(shards, 2), theirs) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded", draft=True), theirs) == []
+    assert not tpshard.check(shards, source).differences
 
 
 def test_the_keys_of_an_index_are_held_unquantised(loader: Loader, tmp_path: Path) -> None:

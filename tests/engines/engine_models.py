@@ -392,6 +392,11 @@ DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "model.mtp_block.0.",
         ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
     ),
+    "ernie4_5_moe-tied-no-shared": (
+        "model.layers.0.",
+        "model.mtp_block.0.",
+        ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
+    ),
     "hy_v3": _next(2, 3, "final_layernorm"),
     "exaone_moe": ("model.layers.0.", "mtp.layers.0.", _MTP),
     "mimo_v2_flash": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -285,23 +286,26 @@ def make(name: str, path: Path) -> Path:
     return path
 
 
-DRAFTS = ("qwen3_5",)
+DRAFTS = ("qwen3_5", "qwen3_5-tied", "qwen3_5_moe")
 """Those that published files have with a layer that predicts one more token."""
 
 
-def with_draft(name: str, path: Path) -> Path:
+def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """The checkpoint with such a layer."""
     import torch
     from safetensors.torch import load_file, save_file
 
     file, last = make(name, path) / "model.safetensors", "model.language_model.layers.1."
     tensors = load_file(file)
-    drafted = {f"mtp.layers.0.{each.removeprefix(last)}": t.clone() for each, t in tensors.items() if last in each}
+    drafted = {f"mtp.layers.0.{each.removeprefix(last)}": t for each, t in tensors.items() if last in each}
     width = len(tensors["model.language_model.norm.weight"])
-    drafted |= {
-        f"mtp.{each}.weight": torch.ones(width, dtype=torch.bfloat16) for each in ("norm", "pre_fc_norm_hidden")
-    }
-    drafted["mtp.fc.weight"] = torch.ones((width, 2 * width), dtype=torch.bfloat16)
+    for each in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        drafted[f"mtp.{each}.weight"] = torch.empty(width, dtype=torch.bfloat16)
+    drafted["mtp.fc.weight"] = torch.empty((width, 2 * width), dtype=torch.bfloat16)
+    for each, tensor in drafted.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
+        drafted[each] = values.to(tensor.dtype)
     save_file(tensors | drafted, file, metadata={"format": "pt"})
     return path
 

@@ -23,6 +23,12 @@ _LINEAR = (
 )
 _MIMO = _MOE | {"v_head_dim": 128, "swa_num_attention_heads": 4, "swa_head_dim": 128, "swa_v_head_dim": 128}
 
+_AROUND = r"|eh_proj|shared_head|embed_tokens|mtp\.fc|mtp_linear_proj"
+DRAFTS: dict[str, tuple[dict[str, Any], str]] = {
+    "deepseek_v3": (_LATENT, r"mlp\.gate\."),
+    "glm4_moe": (_MOE, r"mlp\.gate\."),
+}
+"""Others of which the layers that predict further tokens are published so."""
 BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "minimax_m2": (_WIDE | {"intermediate_size": 256}, r"\.gate\."),
     "glm_moe_dsa": (_LATENT | {"index_head_dim": 128}, r"mlp\.gate\.|indexer\.(wk|weights_proj)"),
@@ -51,17 +57,26 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
 
 def make(name: str, path: Path, plain: str | None = None) -> Path:
     """Write a checkpoint in FP8, with a scale for every block. plain: other matrices that stay as they are."""
+    sizes, kept = BLOCKS[name]
+    return _quantised(models.make(name, path, sizes), plain or kept)
+
+
+def with_draft(name: str, path: Path) -> Path:
+    """Write one with a layer that predicts one more token, also in FP8 but for what is around it."""
+    sizes, kept = {**BLOCKS, **DRAFTS}[name]
+    return _quantised(models.with_draft(name, path, sizes | models.DRAFT_CONFIGS.get(name, {})), kept + _AROUND)
+
+
+def _quantised(path: Path, plain: str) -> Path:
     import torch
     from safetensors.torch import load_file, save_file
 
-    sizes, kept = BLOCKS[name]
-    models.make(name, path, sizes)
     generator, tensors, listed = torch.Generator().manual_seed(0), dict[str, torch.Tensor](), list[str]()
     for key, tensor in load_file(path / "model.safetensors").items():
         tensors[key] = tensor
         if tensor.dim() != 2:
             continue
-        if ".layers." not in key or re.search(plain or kept, key):
+        if not re.search(r"\.layers\.|mtp", key) or re.search(plain, key):
             listed.append(key.rpartition(".")[0])
             continue
         tensors[key] = tensor.to(torch.float8_e4m3fn)

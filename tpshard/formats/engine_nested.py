@@ -117,7 +117,7 @@ def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsE
     )
     vision, axes, tensors = model.config.get("vision_config") or {}, dict(model.axes), []
     for tensor in model.tensors:
-        cut = _cut(parts, vision, axes, tensor, names[tensor.name]) if not _is_text(model, tensor.name) else None
+        cut = _cut(parts, vision, axes, tensor, names[tensor.name]) if not is_text(model, tensor.name) else None
         tensors.append(replace(tensor, cut=cut) if cut else tensor)
     head = {name: nested.text + name.rpartition(".")[2] for name in model.tied}  # a head lies beside its base model
     tied = {head[name]: names[f"{to}.weight"].removesuffix(".weight") for name, to in model.tied.items()}
@@ -142,14 +142,15 @@ def with_flag(config: Mapping[str, Any], path: str | None, key: str, value: obje
     return {**config, key: value}
 
 
-def _is_text(model: Model, name: str) -> bool:
+def is_text(model: Model, name: str) -> bool:
+    """Whether a tensor of a model that nests a text model is the text model's."""
     others = model.architecture["text"]["replicated"]
     return not any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 def _full_name(nested: NestedFamily, model: Model, begins: Mapping[str, str], name: str) -> str:
     """The name that the family's patterns are for."""
-    if _is_text(model, name):
+    if is_text(model, name):
         return nested.text + model.full_name(name)
     for old, new in begins.items():
         if name == old or name.startswith(f"{old}."):

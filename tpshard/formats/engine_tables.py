@@ -230,6 +230,7 @@ class Speculator:
     shares: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     head: str = ""
+    tied: str = ""
     numbered_from: str = ""
     as_layers: Mapping[str, str] = field(default_factory=dict)
     moved: Mapping[str, str] = field(default_factory=dict)
@@ -310,11 +311,11 @@ def load_table(path: Path) -> Table:
         family = _family(data["families"], name)
         family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
-    meshes = (frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts"))
+    pipelines, experts = (frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts"))
     quantised, speculators = _quantised(data.get("quantised", {})), data.get("speculators", {})
     made = {name: _speculator(speculators, families, name) for name in speculators}
     drafts = {each: made[name] for name, entry in speculators.items() for each in entry.get("model_types", ())}
-    return Table(tuple(data["versions"]), families, data["refused_models"], quantised, *meshes, drafts)
+    return Table(tuple(data["versions"]), families, data["refused_models"], quantised, pipelines, experts, drafts)
 
 
 def _speculator(

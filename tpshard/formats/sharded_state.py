@@ -151,13 +151,22 @@ class ShardedState(Format):
         )
 
     def notes(self, split: Split) -> tuple[str, ...]:
-        """How the engine is told of stages that it would make otherwise: nothing in the files says so."""
-        stages, pp = split.layouts.stages, split.options.pp
+        """How the engine is told of stages that it would make otherwise, and of what is left out."""
+        stages, pp, left = split.layouts.stages, split.options.pp, self._drafts(split)
         sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
         if stages is None or sizes == even_layers(stages.layers.count, pp):
-            return ()
+            return left
         variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
-        return (f"{self.engine} deals layers otherwise by itself: set {variable} wherever it starts",)
+        return (f"{self.engine} deals layers otherwise by itself: set {variable} wherever it starts", *left)
+
+    def _drafts(self, split: Split) -> tuple[str, ...]:
+        count = list(split.layouts.dropped.values()).count(DRAFT)
+        text = split.model.architecture.get("text") or split.model.architecture
+        if not count:
+            return ()
+        known = load_table(self.path).speculators
+        how = "--format vllm-speculator writes it" if text["model_type"] in known else "its names are not known"
+        return (f"{count} tensors predict further tokens, which {self.engine} loads as a draft model: {how}",)
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The engine's default patterns; it reads all parts that there are."""

@@ -1,12 +1,12 @@
 """vLLM's `sharded_state` of the layers that predict further tokens, which vLLM loads as a draft model of its own.
 
-They are a set of their own: of each of the two models vLLM's loader takes every tensor of the directory that it is given.
+They are a set of their own, since of each of the two models vLLM's loader takes every tensor in a directory.
 """
 
 from dataclasses import replace
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.engine_nested import AsEngineHas
+from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of
 from tpshard.formats.engine_tables import EngineFamily, Speculator, exchanged, fits_any, load_table
 from tpshard.formats.sharded_state import ShardedState, is_draft
 from tpshard.formats.split import Options, RankLayouts, Split
@@ -18,6 +18,11 @@ class DraftState(ShardedState):
     """What `ShardedState` leaves out as a draft model, by the same table: the class for it has other names."""
 
     not_held = "of the model that the draft model predicts for"
+
+    @property
+    def model_types(self) -> frozenset[str]:
+        """The text models, alone or in a model that nests them, of whose draft models the table knows the names."""
+        return frozenset(load_table(self.path).speculators)
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters of the draft model; UnsupportedError for a checkpoint without one."""
@@ -32,8 +37,14 @@ class DraftState(ShardedState):
         return (f"{self.engine} loads it beside the model's own set: --speculative-config '{says}'",)
 
     def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
-        family, model, unplaced = super()._as_engine_has(model, version)
+        found = super()._as_engine_has(model, version)
+        family, unplaced, text = found.family, found.unplaced, model.architecture.get("text")
         model_type = str(model.architecture.get("model_type"))
+        if text:  # the class for its layers is a text model's
+            model_type = str(text["model_type"])
+            family, unplaced = load_table(self.path).families[model_type], frozenset()
+            inside = tuple(tensor for tensor in model.tensors if is_text(model, tensor.name))
+            model = replace(model, tensors=inside, config=text_config_of(model))
         draft = {tensor.name for tensor in model.tensors if is_draft(family, model, tensor.name)}
         if not draft:
             what = "the checkpoint has no layers that predict further tokens"
@@ -54,14 +65,16 @@ class DraftState(ShardedState):
         own = replace(
             family,
             head=entry.head,
-            tied="",
+            tied=entry.tied,
             extra_layers="",
             drafts=(),
             moved=entry.moved,
             cuts={**family.cuts, **entry.cuts},
             float32=(*family.float32, *entry.float32),
         )
-        whole = replace(model, tensors=kept, full_names={**model.full_names, **names}, tied={})
+        tied = {head: model.full_name(f"{to}.weight").removesuffix(".weight") for head, to in model.tied.items()}
+        tied = {head.rpartition(".")[2]: to for head, to in tied.items()} if entry.head else {}
+        whole = replace(model, tensors=kept, full_names={**model.full_names, **names}, tied=tied)
         return AsEngineHas(own, whole, unplaced & held)
 
 
