@@ -260,14 +260,18 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 """What published configs say otherwise, or of a model that has the same tensors under other names."""
 
 
-def make(name: str, path: Path) -> Path:
-    """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
+def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint with parameters of its own for every name, so that none can stand for another.
+
+    changes: of the text model's config.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model_type, config = LOADED[name]
+    config = {**config, "text_config": {**config["text_config"], **(changes or {})}}
     made = AutoConfig.for_model(model_type, **config)
     model = AutoModelForImageTextToText.from_config(made, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -295,7 +299,7 @@ def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) 
     import torch
     from safetensors.torch import load_file, save_file
 
-    file, last = make(name, path) / "model.safetensors", "model.language_model.layers.1."
+    file, last = make(name, path, changes) / "model.safetensors", "model.language_model.layers.1."
     tensors = load_file(file)
     drafted = {f"mtp.layers.0.{each.removeprefix(last)}": t for each, t in tensors.items() if last in each}
     width = len(tensors["model.language_model.norm.weight"])

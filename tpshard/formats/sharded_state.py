@@ -8,14 +8,14 @@ stands before them.
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
-from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, load_nested, with_flag
+from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -36,7 +36,7 @@ from tpshard.planning.deal import Deal, Range
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.mesh import Mesh
-from tpshard.planning.model import Model
+from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.placement import Placement, placement
 from tpshard.planning.stages import even_layers
 from tpshard.storage.local import Content, content_of
@@ -191,7 +191,7 @@ class ShardedState(Format):
             tied = not {f"{head}.weight", f"{embedding}.weight"} <= stored
             text = model.architecture.get("text")
             config = with_flag(config, text["config"] if text else None, "tie_word_embeddings", tied)
-        config = completed(method_of(load_table(self.path).quantised, split.model, self.engine), split.model, config)
+        config = completed(method_of(load_table(self.path).quantised, model, self.engine), split.model, config)
         if config != given or split.model.tied:
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
@@ -235,12 +235,24 @@ class ShardedState(Format):
             what = f"the names that {self.engine} has in {model_type} with {text_type} in it, not a text model alone,"
             raise self._unsupported(f"{what} are not known")
         if model.quantisation:
-            raise self._unsupported(f"how {self.engine} holds a quantised {model_type} was not compared")
+            self._require_quantised(family.quantised, model)
         found = as_engine_has(family, families[like], model)
         for key, reason in family.required.items():
             if not found.model.config.get(key):
                 raise self._unsupported(f"{self.engine} does not load {model_type} without {key}: {reason}")
         return found
+
+    def _require_quantised(self, compared: Collection[str], model: Model) -> None:
+        """UnsupportedError for a model that nests a text model and is quantised as none was that was compared."""
+        model_type, method = model.architecture["model_type"], model.quantisation["method"]
+        if method not in compared:
+            raise self._unsupported(f"how {self.engine} holds a {model_type} quantised by {method} was not compared")
+        for tensor in model.tensors:
+            if tensor.dtype not in CASTABLE and not is_text(model, tensor.name):
+                what = (
+                    f"how {self.engine} holds {tensor.name}, which is quantised and beside the text, was not compared"
+                )
+                raise self._unsupported(what, tensor.name)
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
