@@ -78,6 +78,7 @@ class Dcp(Format):
     """`__0_0.distcp`: rank and number of a file, as torch names them."""
 
     side_names = frozenset({DCP_METADATA})
+    cut_anew = True
     container = True
 
     def lay(self, model: Model, options: Options) -> RankLayouts:

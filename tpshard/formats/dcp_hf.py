@@ -24,6 +24,8 @@ _UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"}
 class DcpHf(Format):
     """`shard-00001-model-00001-of-00001.safetensors`: rank and file, both from 1, and how many files the rank has."""
 
+    cut_anew = True
+
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """One rectangle a rank and tensor; UnsupportedError for a tensor whose share is several."""
         rows: list[list[StoredTensor]] = [[] for _ in range(options.tp)]

@@ -42,6 +42,7 @@ class HuggingFace(Format):
     """The unsharded layout as a format: one rank that holds everything. It is written by `outputs`."""
 
     has_ranks = False
+    cut_anew = True
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every tensor whole; UsageError for more than one rank."""

@@ -49,6 +49,7 @@ class Megatron(Format):
     )
     container = True
     folder = _FOLDER
+    cut_anew = True
     no_quantised = "Megatron's quantised layers keep their weights in other forms"
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
