@@ -15,8 +15,7 @@ from tpshard.errors import UsageError
 from tpshard.units import human_bytes
 
 if TYPE_CHECKING:
-    from tpshard.planning.mesh import Mesh
-    from tpshard.report.advice import Advice
+    from tpshard.report.advice import Advice, MeshChoice
 
 _SHOWN = 12
 """Meshes that are shown; `--all` and `--json` have every one."""
@@ -40,13 +39,13 @@ def advise(
     json: opt.JSON = False,
     quiet: opt.QUIET = False,
 ) -> None:
-    """Say which tp x pp x ep to take on given devices; exit 1 when none fits.
+    """Say which mesh to take on given devices; exit 1 when none fits.
 
-    Every mesh that the devices have room for is judged: whether it cuts a unit (an attention head, a KV head, an ffn
-    column, an expert, a layer) or the format cannot hold it, whether the weights and a KV cache for --batch sequences
-    of --seq tokens fill at most 0.9 of a device of --gpu-memory GB, and what the ranks send. The rest of the memory is
-    for activations and the runtime. The best mesh comes first: all-reduces stay in a node, no device is idle, few
-    devices hold a copy, few stages. Only config and headers are read, also of a Hub repo.
+    Every mesh tp x pp x ep that the devices have room for is judged: whether it cuts a unit (an attention head, a KV
+    head, an ffn column, an expert, a layer) or the format cannot hold it, whether the weights and a KV cache for
+    --batch sequences of --seq tokens fill at most 0.9 of a device of --gpu-memory GB, and what the ranks send. The rest
+    of the memory is for activations and the runtime. The best mesh comes first: all-reduces stay in a node, no device
+    is idle, few devices hold a copy, few stages. Only config and headers are read, also of a Hub repo.
 
     \b
       tpshard advise ./Llama-3.1-8B --gpus 8 --gpu-memory 80
@@ -67,7 +66,7 @@ def advise(
             _print_advice(console, found, every)
         if found.mesh is None:
             raise typer.Exit(1)
-        following = ["tpshard", "plan", model, *_options(found.mesh.mesh, format)]
+        following = ["tpshard", "plan", model, *_options(found.mesh, format)]
         console.say(
             f"next: {shlex.join([*following, *again(revision, rules, dtype, follow_symlinks=follow_symlinks)])}"
         )
@@ -84,8 +83,9 @@ def _devices(gpus: int | None, nodes: int, per_node: int | None) -> int:
     return gpus if gpus is not None else nodes * (per_node or 0)
 
 
-def _options(mesh: Mesh, format: str) -> list[str]:
+def _options(choice: MeshChoice, format: str) -> list[str]:
     """A mesh and a format as other commands take them."""
+    mesh = choice.mesh
     sizes = {"--tp": mesh.tp, "--pp": mesh.pp, "--ep": mesh.ep}
     given = [text for name, size in sizes.items() if size > 1 or name == "--tp" for text in (name, str(size))]
     return given if format == "native" else [*given, "--format", format]
