@@ -43,7 +43,7 @@ def test_every_format_has_a_claim_for_what_it_declares() -> None:
             any(max(each.pp, default=1) > 1 for each in made),
             any(each.ep or each.as_tp for each in made),
         )
-        assert (stages, experts) == (form.has_stages, form.has_experts) or form.cut_anew, name
+        assert (stages, experts) == (form.has_stages, form.has_experts) or form.no_advice, name
 
 
 @pytest.mark.parametrize(

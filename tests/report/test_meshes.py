@@ -259,7 +259,8 @@ def test_a_format_without_stages_says_so(tmp_path: Path) -> None:
         (2, "advice needs devices", ()),
         (2, "2 nodes of 3 devices are not 8", ("--gpus", 8, "--nodes", 2, "--gpus-per-node", 3)),
         (2, "8 devices are not as many on each of 3 nodes", ("--gpus", 8, "--nodes", 3)),
-        (2, "whoever loads --format dcp cuts it anew", ("--gpus", 8, "--format", "dcp")),
+        (2, "--format dcp: whoever loads it cuts it anew", ("--gpus", 8, "--format", "dcp")),
+        (2, "it is a draft model", ("--gpus", 8, "--format", "vllm-speculator")),
         (4, "DeepSeek's layout holds DeepSeek-V2 and V3 alone", ("--gpus", 8, "--format", "deepseek")),
     ],
 )

@@ -209,7 +209,7 @@ class AdviseOptions:
         if self.nodes < 1 or self.gpus % self.nodes:
             what = f"{self.gpus} devices are not as many on each of {self.nodes} nodes"
             raise UsageError(what, expected="a number of nodes that divides the devices", found=f"nodes {self.nodes}")
-        if format_of(self.format).cut_anew:
-            what = f"whoever loads --format {self.format} cuts it anew for ranks of its own"
+        if reason := format_of(self.format).no_advice:
+            what = f"nothing is advised about --format {self.format}: {reason}"
             hint = "leave --format out, or name the engine's: vllm, sglang, meta, deepseek"
             raise UsageError(what, expected="a format with a file for each rank", found=self.format, hint=hint)
