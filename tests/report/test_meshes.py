@@ -15,12 +15,14 @@ from tests.bench.synthetic import DEEPSEEK_V3, LLAMA_405B, write_deepseek, write
 from tests.helpers.checkpoints import VARIANTS, build, make
 from tests.helpers.command import fails, llama, succeeds, tpshard
 from tests.helpers.grids import one_in, some
+from tests.helpers.paths import TESTS
 from tpshard.api.advise import advise
 from tpshard.api.convert import plan
 from tpshard.errors import UnsupportedError
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint
-from tpshard.report.advice import Advice, MeshChoice
+from tpshard.planning.model import Model
+from tpshard.report.advice import Advice, Devices, MeshChoice, advice
 from tpshard.report.capacity import Workload, number_lines
 from tpshard.report.stage_bytes import like_layers
 
@@ -38,9 +40,15 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def v3_on_16(big: Path) -> Advice:
-    """What is advised for DeepSeek-V3 on 16 devices that are large enough for anything."""
-    return advise(big / "v3", 16, Workload(seq=1000, gpu_memory=10**15))
+def v3(big: Path) -> Model:
+    """DeepSeek-V3, classified."""
+    return from_checkpoint(open_checkpoint(big / "v3"))
+
+
+@pytest.fixture(scope="module")
+def v3_on_16(v3: Model) -> Advice:
+    """What is advised for it on 16 devices that are large enough for anything."""
+    return advice(v3, Devices(16), Workload(seq=1000, gpu_memory=10**15))
 
 
 @pytest.fixture(autouse=True)
@@ -145,11 +153,10 @@ def test_one_node_of_16_takes_tp_16(big: Path) -> None:
     assert "all-reduces stay in a node" in two.reason
 
 
-def test_a_model_is_laid_out_by_one_layer_of_each_kind(big: Path) -> None:
+def test_a_model_is_laid_out_by_one_layer_of_each_kind(v3: Model) -> None:
     """46,000 tensors are as many as those of a dense layer, a sparse one, and the one beyond the last."""
-    model = from_checkpoint(open_checkpoint(big / "v3"))
-    reduced = like_layers(model)
-    assert len(model.tensors) == 46_183 and len(reduced.model.tensors) < 1_700
+    reduced = like_layers(v3)
+    assert len(v3.tensors) == 46_183 and len(reduced.model.tensors) < 1_700
     assert reduced.like == (0, 0, 0, *[3] * 58)
 
 
@@ -187,7 +194,19 @@ CHOSEN = [("llama-gqa", "native"), ("llama-tied", "vllm"), ("deepseek_v3", "nati
 @pytest.mark.parametrize(("name", "format"), some(GRID, CHOSEN))
 def test_advice_counts_what_a_plan_counts(name: str, format: str, made: Made) -> None:
     """Of every rank of every stage: a plan lays out each layer, advice one of each kind."""
-    work, model = Workload(seq=7, gpu_memory=10**12), made(name)
+    require_counted(made(name), format)
+
+
+FIXTURES = [(path.name, format) for path in sorted((TESTS / "quantised/fixtures").iterdir()) for format in FORMATS[:2]]
+
+
+@pytest.mark.parametrize(("name", "format"), some(FIXTURES, [("gptq-int4", "vllm"), ("ct-nvfp4", "native")]))
+def test_advice_counts_what_a_plan_counts_of_quantised_models(name: str, format: str) -> None:
+    require_counted(TESTS / "quantised/fixtures" / name, format)
+
+
+def require_counted(model: Path, format: str) -> None:
+    work = Workload(seq=7, gpu_memory=10**12)
     try:
         found = advise(model, 16, work, format=format)
     except UnsupportedError:
@@ -201,8 +220,7 @@ def test_advice_counts_what_a_plan_counts(name: str, format: str, made: Made) ->
         except UnsupportedError:
             assert (tp, pp, ep) not in held
             continue
-        stages = planned.numbers()["stages"]
-        assert list(held[tp, pp, ep].stages) == stages, (tp, pp, ep)
+        assert list(held[tp, pp, ep].stages) == planned.numbers()["stages"], (tp, pp, ep)
 
 
 SPLIT = [
