@@ -184,7 +184,7 @@ def test_a_stage_is_as_full_as_its_fullest_rank(tmp_path: Path) -> None:
     assert [stage["total"] for stage in found["stages"]] == [second, fourth]
 
 
-MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 3, 1), (4, 2, 4)]
+MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 3, 1), (4, 2, 4), (4, 1, 2)]
 FORMATS = ["native", "vllm", "sglang", "meta", "deepseek"]
 GRID = [(name, format) for name in VARIANTS for format in FORMATS]
 CHOSEN = [("llama-gqa", "native"), ("llama-tied", "vllm"), ("deepseek_v3", "native"), ("deepseek_v3", "deepseek"),
