@@ -409,8 +409,13 @@ CONTRACT: dict[str, Any] = {
                 "layers": int, "axis": (str, None), "latent": (int, None), "dtype": str, "window": (int, None)
             },
             "ranks": [{"rank": int, "weights": int, "kv_cache": int, "total": int}],
+            "stages": [{
+                "stage": int, "weights": int, "kv_cache": int, "total": int, "all_reduces": int,
+                "bytes_per_token": int, "bytes_per_step": int, "bytes_per_prompt": int,
+            }],
             "communication": {
-                "all_reduces": int, "hidden": int, "dtype": str, "bytes_per_token": int, "bytes_per_prompt": int,
+                "all_reduces": int, "hidden": int, "dtype": str, "bytes_per_token": int, "bytes_per_step": int,
+                "bytes_per_prompt": int,
             },
         },
         "padded": [{"axis": str, "count": int, "padded": int}],

@@ -17,6 +17,7 @@ from tpshard.storage.tensor_names import numbered, with_numbers
 class DraftState(ShardedState):
     """What `ShardedState` leaves out as a draft model, by the same table: the class for it has other names."""
 
+    no_advice = "it is a draft model, beside the ranks of its model"
     not_held = "of the model that the draft model predicts for"
 
     @property
