@@ -103,7 +103,8 @@ class Traits:
 def traits(model: Model) -> Traits:
     """Read a model's traits off its cuts and shapes. Of a quantised one the config names the dtype of activations.
 
-    Layers beyond the config's count predict further tokens (DeepSeek V3); decoding does not need them.
+    Layers beyond the config's count predict further tokens (DeepSeek V3); decoding does not need them. A draft model
+    has no others.
     """
     config = model.config if model.text_config is None else model.text_config
     count = config.get("num_hidden_layers")
@@ -120,7 +121,7 @@ def traits(model: Model) -> Traits:
         if tensor.dtype in CASTABLE:
             sizes[tensor.dtype] += nbytes(tensor.dtype, tensor.shape) * len(layers)
         if tensor.cut.kind == "row" and (found := _LAYER.search(kind)):
-            blocks |= {(layer, found[1]) for layer in layers if not isinstance(count, int) or layer < count}
+            blocks |= {(layer, found[1]) for layer in layers}
             hidden = max(hidden, _out(tensor))
             if _of_experts(model, tensor):
                 routed.update(layers)
@@ -132,6 +133,8 @@ def traits(model: Model) -> Traits:
             (str(each[key]) for each in (config, model.config) for key in ("dtype", "torch_dtype") if each.get(key)), ""
         )
         activations = DTYPE_NAMES.get(named, activations)
+    own = {each for each in blocks if not isinstance(count, int) or each[0] < count}
+    blocks = own or blocks
     window = config.get("sliding_window")
     by_layer = Counter(layer for layer, _ in blocks)
     return Traits(
