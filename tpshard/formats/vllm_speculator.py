@@ -25,6 +25,11 @@ class DraftState(ShardedState):
         """The text models, alone or in a model that nests them, of whose draft models the table knows the names."""
         return frozenset(load_table(self.path).speculators)
 
+    @property
+    def quantised_types(self) -> frozenset[str]:
+        """All of them: each was compared in FP8."""
+        return self.model_types
+
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters of the draft model; UnsupportedError for a checkpoint without one."""
         if options.mesh.pp > 1 or options.mesh.ep > 1:
