@@ -508,6 +508,23 @@ SERVED: dict[str, Served] = {
             }.items()},
         },
     ),
+    "mistral_large4": Served(
+        "mistral_large4",
+        {
+            "text_config": _TEXT
+            | _LATENT
+            | _EXPERTS
+            | {"num_hidden_layers": 3, "n_routed_experts": 4, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 8}
+            | {"kv_source_layers": [0, 1, 1], "index_topk_pattern": "FFS"},
+            "vision_config": _VISION | {"head_dim": 8},
+        },
+        Cuts(
+            ("attention.wq", "wkv_b", "w1", "w3", "attention.ssmax_scaling.s", "attention.ssmax_scaling.b"),
+            ("wo", "w2"),
+            ends=("tok_embeddings", "output"),
+        ),
+        changes={"text_config": {"indexer_types": None, "mlp_layer_types": None}},
+    ),
     "mimo_v2": Served(
         None,
         _TEXT
@@ -572,3 +589,40 @@ def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     for key, value in changes.items():
         found[key] = _changed(found[key], value) if isinstance(value, dict) and key in found else value
     return {key: value for key, value in found.items() if value is not None or key not in changes}
+
+
+def held(name: str, whole: Any, cuts: Cuts, rank: int, tp: int) -> Any:
+    """What a rank must hold of a tensor."""
+    import torch
+
+    module = name.removesuffix(".weight").removesuffix(".bias")
+
+    def one_of(ends: Any) -> str | None:
+        return next((end for end in ends if f".{module}".endswith(f".{end}")), None)
+
+    if any(part in name for part in ("vision", "visual", "projector", "patch_merge", "embed_audio", "vit_large")):
+        return whole
+    if one_of(cuts.ends):
+        rows = -(-VOCAB // tp) * tp
+        return torch.cat([whole, whole.new_zeros(rows - VOCAB, *whole.shape[1:])]).chunk(tp)[rank]
+    if (end := one_of(cuts.blocks)) is not None:
+        sizes, repeats = cuts.blocks[end]
+        dim = whole.dim() - 2
+        blocks = whole.split(list(sizes) * repeats, dim)
+        if repeats == 1:
+            return torch.cat([block.chunk(tp, dim)[rank] for block in blocks], dim)
+        each, own = len(sizes), repeats // tp
+        mine = blocks[rank * own * each : (rank + 1) * own * each]
+        return torch.cat(mine)
+    if (end := one_of(cuts.kv)) is not None:
+        kv = cuts.kv[end]
+        return whole.chunk(kv)[rank * kv // tp] if kv < tp else whole.chunk(tp)[rank]
+    if whole.dim() == 3 and one_of(("gate_proj", "up_proj", "experts.gate_up_proj")):
+        return whole.chunk(tp, 1)[rank]
+    if one_of(cuts.third):
+        return whole.chunk(tp, 2)[rank]
+    if one_of(cuts.columns):
+        return whole.chunk(tp)[rank]
+    if one_of(cuts.rows):
+        return whole.chunk(tp, whole.dim() - 1)[rank]
+    return whole

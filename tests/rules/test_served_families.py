@@ -9,9 +9,8 @@ import pytest
 
 import tpshard
 from tests.helpers.by_hand import tensors_of, tensors_of_file
-from tests.helpers.checkpoints import VOCAB
 from tests.helpers.grids import in_turn
-from tests.helpers.served_checkpoints import SERVED, Cuts, make
+from tests.helpers.served_checkpoints import SERVED, held, make
 from tests.helpers.toys import contents, read_all
 from tpshard.execute.publish import Settings
 
@@ -26,43 +25,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return found[name]
 
     return get
-
-
-def held(name: str, whole: Any, cuts: Cuts, rank: int, tp: int) -> Any:
-    """What a rank must hold of a tensor."""
-    import torch
-
-    module = name.removesuffix(".weight").removesuffix(".bias")
-
-    def one_of(ends: Any) -> str | None:
-        return next((end for end in ends if f".{module}".endswith(f".{end}")), None)
-
-    if any(part in name for part in ("vision", "visual", "projector", "patch_merge", "embed_audio", "vit_large")):
-        return whole
-    if one_of(cuts.ends):
-        rows = -(-VOCAB // tp) * tp
-        return torch.cat([whole, whole.new_zeros(rows - VOCAB, *whole.shape[1:])]).chunk(tp)[rank]
-    if (end := one_of(cuts.blocks)) is not None:
-        sizes, repeats = cuts.blocks[end]
-        dim = whole.dim() - 2
-        blocks = whole.split(list(sizes) * repeats, dim)
-        if repeats == 1:
-            return torch.cat([block.chunk(tp, dim)[rank] for block in blocks], dim)
-        each, own = len(sizes), repeats // tp
-        mine = blocks[rank * own * each : (rank + 1) * own * each]
-        return torch.cat(mine)
-    if (end := one_of(cuts.kv)) is not None:
-        kv = cuts.kv[end]
-        return whole.chunk(kv)[rank * kv // tp] if kv < tp else whole.chunk(tp)[rank]
-    if whole.dim() == 3 and one_of(("gate_proj", "up_proj", "experts.gate_up_proj")):
-        return whole.chunk(tp, 1)[rank]
-    if one_of(cuts.third):
-        return whole.chunk(tp, 2)[rank]
-    if one_of(cuts.columns):
-        return whole.chunk(tp)[rank]
-    if one_of(cuts.rows):
-        return whole.chunk(tp, whole.dim() - 1)[rank]
-    return whole
 
 
 @pytest.mark.parametrize(("name", "turned"), in_turn(list(SERVED), (False, True)))
