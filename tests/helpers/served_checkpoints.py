@@ -199,7 +199,9 @@ for _i in range(3):  # the third predicts one more token
         _K3 |= {f"{_start}self_attn.kv_a_layernorm.weight": (16,), f"{_start}self_attn.g_proj.weight": (96, 64)}
         _moe = f"{_start}block_sparse_moe."
         _K3 |= {f"{_moe}gate.weight": (4, 64), f"{_moe}gate.e_score_correction_bias": (4,)}
-        _K3 |= {f"{_moe}routed_expert_{way}_proj.weight": shape for way, shape in (("down", (40, 64)), ("up", (64, 40)))}
+        _K3 |= {
+            f"{_moe}routed_expert_{way}_proj.weight": shape for way, shape in (("down", (40, 64)), ("up", (64, 40)))
+        }
         _K3 |= {f"{_moe}routed_expert_norm.weight": (40,)} | _gated(f"{_moe}shared_experts.", 32)
         for _e in range(4):
             _K3 |= _gated(f"{_moe}experts.{_e}.", 32, 40, ("w1", "w3", "w2"))
@@ -274,19 +276,36 @@ def _mimo() -> dict[str, tuple[int, ...]]:
         else:
             found |= _gated(f"{start}mlp.", 96)
     extra = "model.mtp.layers.0."
-    return found | _norms(f"{extra}enorm", f"{extra}hnorm", f"{extra}final_layernorm") | {f"{extra}eh_proj.weight": (64, 128)}
+    return (
+        found
+        | _norms(f"{extra}enorm", f"{extra}hnorm", f"{extra}final_layernorm")
+        | {f"{extra}eh_proj.weight": (64, 128)}
+    )
 
 
 def _v4_further() -> dict[str, tuple[int, ...]]:
     """What predicts one more token in DeepSeek V4."""
     found = {
-        **{f"attn.{name}.weight": shape for name, shape in {"wq_a": (24, 64), "wq_b": (128, 24), "wkv": (16, 64)}.items()},
+        **{
+            f"attn.{name}.weight": shape
+            for name, shape in {"wq_a": (24, 64), "wq_b": (128, 24), "wkv": (16, 64)}.items()
+        },
         **{"attn.q_norm.weight": (24,), "attn.kv_norm.weight": (16,), "attn.attn_sink": (8,)},
-        **{"attn.wo_a.weight": (48, 32), "attn.wo_b.weight": (64, 48), "ffn.gate.weight": (4, 64), "ffn.gate.bias": (4,)},
+        **{
+            "attn.wo_a.weight": (48, 32),
+            "attn.wo_b.weight": (64, 48),
+            "ffn.gate.weight": (4, 64),
+            "ffn.gate.bias": (4,),
+        },
         **_gated("ffn.shared_experts.", 32, names=("w1", "w3", "w2")),
         **{f"hc_{what}_{part}": shape for what in ("attn", "ffn") for part, shape in _HC.items()},
         **{"hc_head_fn": (2, 128), "hc_head_base": (2,), "hc_head_scale": (1,)},
-        **{"e_proj.weight": (64, 64), "h_proj.weight": (64, 64), "emb.tok_emb.weight": (VOCAB, 64), "head.weight": (VOCAB, 64)},
+        **{
+            "e_proj.weight": (64, 64),
+            "h_proj.weight": (64, 64),
+            "emb.tok_emb.weight": (VOCAB, 64),
+            "head.weight": (VOCAB, 64),
+        },
         **_norms("attn_norm", "ffn_norm", "enorm", "hnorm", "norm"),
     }
     for expert in range(4):

@@ -42,7 +42,9 @@ def test_there_and_back(name: str, turned: bool, served: Any, quick: Settings, t
             assert found.keys() == source.keys()
             for each, whole in source.items():
                 wanted = held(each, whole, cuts, rank, tp)
-                assert torch.equal(found[each].view(torch.uint8), wanted.contiguous().view(torch.uint8)), f"{rank}: {each}"
+                assert torch.equal(found[each].view(torch.uint8), wanted.contiguous().view(torch.uint8)), (
+                    f"{rank}: {each}"
+                )
     out, other = (tmp_path / f"{tp}" for tp in widths)
     assert tpshard.check(out, model, settings=quick).equal
     tpshard.merge(out, tmp_path / "merged", settings=quick)
