@@ -1,6 +1,6 @@
 """Small models of the families that are served with many GPUs, each as it is published.
 
-Those of which transformers has a class are made by it, and renamed where it saves other names than published files have.
+Those of which transformers has a class are made by it, and renamed where it saves other names than published files.
 Of the others there are names and shapes, from vLLM's loaders or the model's own repository, and random bits.
 """
 
@@ -488,7 +488,8 @@ SERVED: dict[str, Served] = {
             "text_config": {
                 **dict.fromkeys(("mlp_layer_types", "mtp_layer_types", "num_key_value_heads", "n_routed_experts")),
                 **dict.fromkeys(("num_sliding_attention_heads", "per_layer_config")),
-                **{"num_attention_groups": 2, "moe_num_experts": 4, "moe_layers_enum": "1", "num_nextn_predict_layers": 1},
+                **{"num_attention_groups": 2, "moe_num_experts": 4, "moe_layers_enum": "1"},
+                "num_nextn_predict_layers": 1,
                 "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
                 "attention_other_setting": {
                     **{"attention_type": "sliding_attention", "num_attention_heads": 4},
@@ -499,10 +500,12 @@ SERVED: dict[str, Served] = {
         shapes=_layer(
             "model.layers.2.",
             {
-                **_norms("input_layernorm", "post_attention_layernorm", "enorm", "hnorm", "transformer.shared_head.norm"),
+                **_norms("input_layernorm", "post_attention_layernorm", "enorm", "hnorm"),
+                **_norms("transformer.shared_head.norm"),
                 **_norms("self_attn.q_norm", "self_attn.k_norm", hidden=16),
-                **{f"self_attn.{name}_proj.weight": (rows, 64) for name, rows in {"q": 64, "k": 32, "v": 32, "g": 4}.items()},
-                **{"self_attn.o_proj.weight": (64, 64), "eh_proj.weight": (64, 128)},
+                **{f"self_attn.{name}_proj.weight": (64, 64) for name in "qo"},
+                **{f"self_attn.{name}_proj.weight": (32, 64) for name in "kv"},
+                **{"self_attn.g_proj.weight": (4, 64), "eh_proj.weight": (64, 128)},
                 **{"transformer.shared_head.output.weight": (VOCAB, 64)},
                 **_gated("mlp.", 96),
             },
@@ -547,8 +550,9 @@ SERVED: dict[str, Served] = {
     "mimo_v2": Served(
         None,
         _TEXT
-        | {"model_type": "mimo_v2", "head_dim": 16, "v_head_dim": 12, "swa_num_key_value_heads": 4, "n_routed_experts": 4}
-        | {"moe_intermediate_size": 32, "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "vision_config": {}},
+        | {"model_type": "mimo_v2", "head_dim": 16, "v_head_dim": 12, "swa_num_key_value_heads": 4}
+        | {"n_routed_experts": 4, "moe_intermediate_size": 32, "hybrid_layer_pattern": [0, 1]}
+        | {"moe_layer_freq": [0, 1], "vision_config": {}},
         Cuts(
             (*_GATED, "attention_sink_bias"),
             ("o_proj", "down_proj"),
@@ -566,8 +570,12 @@ SERVED: dict[str, Served] = {
 
 def make(name: str, path: Path) -> Path:
     """Write the checkpoint, as it is published."""
-    served = SERVED[name]
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return written(SERVED[name], path)
+
+
+def written(served: Served, path: Path) -> Path:
+    """Write a checkpoint, as it is published."""
+    rng = np.random.default_rng(len(served.shapes))
     tensors: dict[str, Tensor] = {}
     config = dict(served.config)
     if served.model_type is not None:

@@ -113,7 +113,7 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
         "step3p5": (*(f"mlp.{name}" for name in _GATED), *_shared("share_expert")),
         "deepseek_v4": _shared("ffn.shared_experts", ("w1", "w2", "w3")),
     },
-    "Attention whole on every rank. Each head has a query of its own here, and groups of heads are projected together.": {
+    "Attention whole on every rank. Each head has its own query here, and groups of heads are projected together.": {
         "deepseek_v4": tuple(f"attn.{name}" for name in ("wq_b", "attn_sink", "wo_a", "wo_b"))
     },
     "What chooses the blocks of keys, for each KV head.": {"minimax_m3_vl_text": ("self_attn.index_q_proj",)},
