@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from tests.helpers.checkpoints import POSITIONS, VOCAB
+from tests.helpers.served_cuts import Cuts
+from tests.helpers.served_shapes import GATED, bailing, deepseek_v4_further, gated, kimi_k3, layered, mimo, norms
 from tests.helpers.toys import Tensor, random_tensor, read_all, write_checkpoint
 
 _ENDS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -59,28 +61,6 @@ _STEP = _TEXT | {
 
 
 @dataclass(frozen=True)
-class Cuts:
-    """Which modules a rank has a part of, by the ends of their names; all others are whole on every rank.
-
-    columns, rows: equal parts of the first dim, of the last. kv: heads, of which one may be on several ranks, by
-    the number of them. ends: embeddings and heads. blocks: blocks one behind the other in the first dim, with the
-    size of each, of which a rank has a part of each; and into how many repeats of them a module is divided.
-    experts: stacked ones, whose first dim is none of these.
-    """
-
-    columns: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    kv: Mapping[str, int] = field(default_factory=dict)
-    ends: tuple[str, ...] = ("embed_tokens", "lm_head")
-    blocks: Mapping[str, tuple[Sequence[int], int]] = field(default_factory=dict)
-    third: tuple[str, ...] = ()
-
-
-_GATED = ("gate_proj", "up_proj")
-_MLA = Cuts((*_GATED, "q_b_proj", "kv_b_proj"), ("o_proj", "down_proj"))
-
-
-@dataclass(frozen=True)
 class Served:
     """A published form. model_type: of the class that makes it; None where there are shapes alone.
 
@@ -97,20 +77,7 @@ class Served:
     widths: tuple[int, int] = (2, 4)
 
 
-def _layer(start: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {f"{start}{name}": shape for name, shape in shapes.items()}
-
-
-def _gated(start: str, wide: int, hidden: int = 64, names: Sequence[str] = (*_GATED, "down_proj")) -> dict[str, Any]:
-    """A feed-forward: gate, up and down."""
-    gate, up, down = (f"{start}{name}.weight" for name in names)
-    return {gate: (wide, hidden), up: (wide, hidden), down: (hidden, wide)}
-
-
-def _norms(*names: str, hidden: int = 64) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (hidden,) for name in names}
-
-
+_MLA = Cuts((*GATED, "q_b_proj", "kv_b_proj"), ("o_proj", "down_proj"))
 _V4 = Cuts(
     ("attn.wq_b", "attn.attn_sink", "attn.wo_a", "w1", "w3"),
     ("attn.wo_b", "w2"),
@@ -141,7 +108,7 @@ _DEEPSEEK_V4 = _ENDS | {
 _KIMI = Cuts(
     (
         *(f"{letter}_{what}" for letter in "qkv" for what in ("proj", "conv1d")),
-        *("b_proj", "f_b_proj", "g_b_proj", "dt_bias", "kv_b_proj", "q_b_proj", "w1", "w3", *_GATED),
+        *("b_proj", "f_b_proj", "g_b_proj", "dt_bias", "kv_b_proj", "q_b_proj", "w1", "w3", *GATED),
         "self_attn.g_proj",
     ),
     ("o_proj", "down_proj", "w2"),
@@ -151,7 +118,7 @@ _KIMI = Cuts(
 _LING = Cuts(
     (
         *(f"{letter}_{what}" for letter in "qkv" for what in ("proj", "conv1d")),
-        *("b_proj", "f_proj", "g_proj", "dt_bias", "A_log", "kv_b_proj", "q_b_proj", "g_norm", *_GATED),
+        *("b_proj", "f_proj", "g_proj", "dt_bias", "A_log", "kv_b_proj", "q_b_proj", "g_norm", *GATED),
     ),
     ("dense", "o_proj", "down_proj"),
     ends=("word_embeddings", "lm_head", "shared_head.head"),
@@ -163,7 +130,7 @@ _STEP_CUTS = Cuts(
     {"k_proj": 2, "v_proj": 2},
     ends=("embed_tokens", "lm_head", "shared_head.output"),
 )
-_GQA = Cuts(("q_proj", *_GATED), ("o_proj", "down_proj"), {"k_proj": 2, "v_proj": 2})
+_GQA = Cuts(("q_proj", *GATED), ("o_proj", "down_proj"), {"k_proj": 2, "v_proj": 2})
 _K3_LINEAR = {
     "full_attn_layers": [2],
     "kda_layers": [1],
@@ -172,79 +139,6 @@ _K3_LINEAR = {
     "short_conv_kernel_size": 4,
     "use_full_rank_gate": True,
 }
-_K3 = {
-    **{"language_model.lm_head.weight": (VOCAB, 64), "language_model.model.embed_tokens.weight": (VOCAB, 64)},
-    **_norms("language_model.model.norm", "language_model.model.output_attn_res_norm"),
-    **{"language_model.model.output_attn_res_proj.weight": (1, 64)},
-    **{f"vision_tower.encoder.blocks.0.{name}.weight": (32, 32) for name in ("wqkv", "wo")},
-    **{"mm_projector.proj.0.weight": (64, 32)},
-}
-for _i in range(3):  # the third predicts one more token
-    _start = f"language_model.model.layers.{_i}."
-    _K3 |= _norms(*(f"{_start}{name}_layernorm" for name in ("input", "post_attention")))
-    if _i < 2:
-        _K3 |= _norms(*(f"{_start}{name}" for name in ("self_attention_res_norm", "mlp_res_norm")))
-        _K3 |= {f"{_start}{name}.weight": (1, 64) for name in ("self_attention_res_proj", "mlp_res_proj")}
-    if _i == 0:
-        _K3 |= {f"{_start}self_attn.{name}_proj.weight": (64, 64) for name in "qkvg"}
-        _K3 |= {f"{_start}self_attn.{name}_conv1d.weight": (64, 1, 4) for name in "qkv"}
-        _K3 |= {f"{_start}self_attn.f_a_proj.weight": (16, 64), f"{_start}self_attn.f_b_proj.weight": (64, 16)}
-        _K3 |= {f"{_start}self_attn.b_proj.weight": (4, 64), f"{_start}self_attn.dt_bias": (64,)}
-        _K3 |= {f"{_start}self_attn.A_log": (1, 1, 4, 1), f"{_start}self_attn.o_norm.weight": (16,)}
-        _K3 |= {f"{_start}self_attn.o_proj.weight": (64, 64)} | _gated(f"{_start}mlp.", 96)
-    else:
-        _K3 |= {f"{_start}self_attn.q_a_proj.weight": (24, 64), f"{_start}self_attn.q_a_layernorm.weight": (24,)}
-        _K3 |= {f"{_start}self_attn.q_b_proj.weight": (192, 24), f"{_start}self_attn.kv_b_proj.weight": (224, 16)}
-        _K3 |= {f"{_start}self_attn.kv_a_proj_with_mqa.weight": (24, 64), f"{_start}self_attn.o_proj.weight": (64, 96)}
-        _K3 |= {f"{_start}self_attn.kv_a_layernorm.weight": (16,), f"{_start}self_attn.g_proj.weight": (96, 64)}
-        _moe = f"{_start}block_sparse_moe."
-        _K3 |= {f"{_moe}gate.weight": (4, 64), f"{_moe}gate.e_score_correction_bias": (4,)}
-        _K3 |= {
-            f"{_moe}routed_expert_{way}_proj.weight": shape for way, shape in (("down", (40, 64)), ("up", (64, 40)))
-        }
-        _K3 |= {f"{_moe}routed_expert_norm.weight": (40,)} | _gated(f"{_moe}shared_experts.", 32)
-        for _e in range(4):
-            _K3 |= _gated(f"{_moe}experts.{_e}.", 32, 40, ("w1", "w3", "w2"))
-    if _i == 2:
-        _K3 |= _norms(*(f"{_start}{name}" for name in ("enorm", "hnorm", "shared_head.norm")))
-        _K3 |= {f"{_start}eh_proj.weight": (64, 128), f"{_start}embed_tokens.weight": (VOCAB, 64)}
-        _K3 |= {f"{_start}shared_head.head.weight": (VOCAB, 64)}
-
-
-def _bailing(layers: int, *, hybrid: bool) -> dict[str, tuple[int, ...]]:
-    """Ling 2.0 with GQA, or Ring 2.5: linear attention, then latent; the last layer predicts one more token."""
-    found: dict[str, tuple[int, ...]] = {"model.word_embeddings.weight": (VOCAB, 64), "lm_head.weight": (VOCAB, 64)}
-    found |= _norms("model.norm")
-    for i in range(layers):
-        start, last = f"model.layers.{i}.", i == layers - 1
-        attention = f"{start}attention."
-        found |= _norms(f"{start}input_layernorm", f"{start}post_attention_layernorm")
-        if hybrid and i == 1 or hybrid and last:
-            found |= {f"{attention}q_a_proj.weight": (24, 64), f"{attention}q_a_layernorm.weight": (24,)}
-            found |= {f"{attention}q_b_proj.weight": (192, 24), f"{attention}kv_b_proj.weight": (224, 16)}
-            found |= {f"{attention}kv_a_proj_with_mqa.weight": (24, 64), f"{attention}kv_a_layernorm.weight": (16,)}
-            found |= {f"{attention}dense.weight": (64, 96)}
-        else:
-            rows = 64 * 3 if hybrid else 128 + 2 * 32
-            found |= {f"{attention}query_key_value.weight": (rows, 64), f"{attention}dense.weight": (64, rows * 2 // 3)}
-            head = 8 if hybrid else 16
-            found |= _norms(f"{attention}query_layernorm", f"{attention}key_layernorm", hidden=head)
-            if hybrid:
-                found |= {f"{attention}dense.weight": (64, 64), f"{attention}g_proj.weight": (64, 64)}
-                found |= _norms(f"{attention}g_norm")
-        if i == 0:
-            found |= _gated(f"{start}mlp.", 96)
-        else:
-            found |= {f"{start}mlp.gate.weight": (4, 64), f"{start}mlp.gate.expert_bias": (4,)}
-            found |= _gated(f"{start}mlp.shared_experts.", 64)
-            for expert in range(4):
-                found |= _gated(f"{start}mlp.experts.{expert}.", 32)
-        if last:
-            found |= _norms(*(f"{start}{name}" for name in ("enorm", "hnorm", "final_layernorm")))
-            found |= {f"{start}eh_proj.weight": (64, 128)}
-    return found
-
-
 _BAILING = _TEXT | {
     "model_type": "bailing_moe_v2",
     "head_dim": 16,
@@ -256,64 +150,6 @@ _BAILING = _TEXT | {
     "moe_router_enable_expert_bias": True,
     "num_nextn_predict_layers": 1,
 }
-
-
-def _mimo() -> dict[str, tuple[int, ...]]:
-    """Query, key and value in as many shares as there are KV heads: 2, also where a window has 4 of them."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, 64), "lm_head.weight": (VOCAB, 64)}
-    found |= _norms("model.norm") | {"visual.blocks.0.attn.qkv.weight": (96, 32)}
-    for start, kv in (("model.layers.0.", 2), ("model.layers.1.", 4), ("model.mtp.layers.0.", 4)):
-        found |= _norms(f"{start}input_layernorm")
-        found |= _norms(f"{start}{'pre_mlp' if 'mtp' in start else 'post_attention'}_layernorm")
-        found |= {f"{start}self_attn.qkv_proj.weight": (8 * 16 + kv * (16 + 12), 64)}
-        found |= {f"{start}self_attn.o_proj.weight": (64, 8 * 12)}
-        if kv == 4:
-            found |= {f"{start}self_attn.attention_sink_bias": (8,)}
-        if start == "model.layers.1.":
-            found |= {f"{start}mlp.gate.weight": (4, 64), f"{start}mlp.gate.e_score_correction_bias": (4,)}
-            for expert in range(4):
-                found |= _gated(f"{start}mlp.experts.{expert}.", 32)
-        else:
-            found |= _gated(f"{start}mlp.", 96)
-    extra = "model.mtp.layers.0."
-    return (
-        found
-        | _norms(f"{extra}enorm", f"{extra}hnorm", f"{extra}final_layernorm")
-        | {f"{extra}eh_proj.weight": (64, 128)}
-    )
-
-
-def _v4_further() -> dict[str, tuple[int, ...]]:
-    """What predicts one more token in DeepSeek V4."""
-    found = {
-        **{
-            f"attn.{name}.weight": shape
-            for name, shape in {"wq_a": (24, 64), "wq_b": (128, 24), "wkv": (16, 64)}.items()
-        },
-        **{"attn.q_norm.weight": (24,), "attn.kv_norm.weight": (16,), "attn.attn_sink": (8,)},
-        **{
-            "attn.wo_a.weight": (48, 32),
-            "attn.wo_b.weight": (64, 48),
-            "ffn.gate.weight": (4, 64),
-            "ffn.gate.bias": (4,),
-        },
-        **_gated("ffn.shared_experts.", 32, names=("w1", "w3", "w2")),
-        **{f"hc_{what}_{part}": shape for what in ("attn", "ffn") for part, shape in _HC.items()},
-        **{"hc_head_fn": (2, 128), "hc_head_base": (2,), "hc_head_scale": (1,)},
-        **{
-            "e_proj.weight": (64, 64),
-            "h_proj.weight": (64, 64),
-            "emb.tok_emb.weight": (VOCAB, 64),
-            "head.weight": (VOCAB, 64),
-        },
-        **_norms("attn_norm", "ffn_norm", "enorm", "hnorm", "norm"),
-    }
-    for expert in range(4):
-        found |= _gated(f"ffn.experts.{expert}.", 32, names=("w1", "w3", "w2"))
-    return _layer("mtp.0.", found)
-
-
-_HC = {"fn": (8, 128), "base": (8,), "scale": (3,)}
 
 SERVED: dict[str, Served] = {
     "deepseek_v4": Served(
@@ -327,7 +163,7 @@ SERVED: dict[str, Served] = {
             (r"^model\.", ""),
         ],
         {"layer_types": None, "mlp_layer_types": None, "compress_ratios": [0, 4, 128, 4, 0], "num_hash_layers": 1},
-        _v4_further(),
+        deepseek_v4_further(),
     ),
     "deepseek_v4, as transformers saves it": Served("deepseek_v4", _DEEPSEEK_V4, _V4),
     "gemma4": Served(
@@ -395,7 +231,7 @@ SERVED: dict[str, Served] = {
             "projector_hidden_size": 64,
         },
         Cuts(
-            ("q_proj", *_GATED, "w1", "w3"),
+            ("q_proj", *GATED, "w1", "w3"),
             ("o_proj", "down_proj", "w2"),
             {"k_proj": 2, "v_proj": 2, "index_q_proj": 2},
         ),
@@ -410,7 +246,7 @@ SERVED: dict[str, Served] = {
             "vision_config": _VISION | {"model_type": "pixtral", "head_dim": 8},
         },
         Cuts(
-            (*_GATED, "q_b_proj", "kv_b_proj"),
+            (*GATED, "q_b_proj", "kv_b_proj"),
             ("o_proj", "down_proj"),
             blocks={"experts.gate_up_proj": ((32, 32), 1)},
         ),
@@ -443,18 +279,18 @@ SERVED: dict[str, Served] = {
             | {"attn_res_block_size": 2, "num_nextn_predict_layers": 1, "linear_attn_config": _K3_LINEAR},
         },
         _KIMI,
-        shapes=_K3,
+        shapes=kimi_k3(),
     ),
     "bailing_moe_v2": Served(
         None,
         _BAILING,
         Cuts(
-            _GATED,
+            GATED,
             ("dense", "down_proj"),
             ends=("word_embeddings", "lm_head"),
             blocks={"query_key_value": ((128, 32, 32), 1)},
         ),
-        shapes=_bailing(3, hybrid=False),
+        shapes=bailing(3, hybrid=False),
         widths=(2, 1),
     ),
     "bailing_hybrid, Ring 2.5": Served(
@@ -464,7 +300,7 @@ SERVED: dict[str, Served] = {
         | {"model_type": "bailing_hybrid", "q_lora_rank": 24, "head_dim": 8, "layer_group_size": 2}
         | {"group_norm_size": 4},
         _LING,
-        shapes=_bailing(3, hybrid=True),
+        shapes=bailing(3, hybrid=True),
     ),
     "bailing_hybrid, Ling 3.0": Served(
         "bailing_hybrid",
@@ -497,17 +333,17 @@ SERVED: dict[str, Served] = {
                 },
             }
         },
-        shapes=_layer(
+        shapes=layered(
             "model.layers.2.",
             {
-                **_norms("input_layernorm", "post_attention_layernorm", "enorm", "hnorm"),
-                **_norms("transformer.shared_head.norm"),
-                **_norms("self_attn.q_norm", "self_attn.k_norm", hidden=16),
+                **norms("input_layernorm", "post_attention_layernorm", "enorm", "hnorm"),
+                **norms("transformer.shared_head.norm"),
+                **norms("self_attn.q_norm", "self_attn.k_norm", hidden=16),
                 **{f"self_attn.{name}_proj.weight": (64, 64) for name in "qo"},
                 **{f"self_attn.{name}_proj.weight": (32, 64) for name in "kv"},
                 **{"self_attn.g_proj.weight": (4, 64), "eh_proj.weight": (64, 128)},
                 **{"transformer.shared_head.output.weight": (VOCAB, 64)},
-                **_gated("mlp.", 96),
+                **gated("mlp.", 96),
             },
         ),
     ),
@@ -521,9 +357,9 @@ SERVED: dict[str, Served] = {
         _MLA,
         shapes={
             **{"model.mtp.embed_tokens.weight": (VOCAB, 64), "model.mtp.layers.0.eh_proj.weight": (64, 128)},
-            **_norms("model.mtp.norm", "model.mtp.layers.0.enorm.m", "model.mtp.layers.0.hnorm.m"),
-            **_gated("model.mtp.layers.0.transformer_layer.mlp.", 96),
-            **_norms("model.mtp.layers.0.input_layernorm", "model.mtp.layers.0.post_attention_layernorm"),
+            **norms("model.mtp.norm", "model.mtp.layers.0.enorm.m", "model.mtp.layers.0.hnorm.m"),
+            **gated("model.mtp.layers.0.transformer_layer.mlp.", 96),
+            **norms("model.mtp.layers.0.input_layernorm", "model.mtp.layers.0.post_attention_layernorm"),
             **{f"model.mtp.layers.0.self_attn.{name}.weight": shape for name, shape in {
                 **{"q_a_proj": (24, 64), "q_a_layernorm": (24,), "q_b_proj": (192, 24), "kv_b_proj": (224, 16)},
                 **{"kv_a_proj_with_mqa": (24, 64), "kv_a_layernorm": (16,), "o_proj": (64, 96)},
@@ -554,7 +390,7 @@ SERVED: dict[str, Served] = {
         | {"n_routed_experts": 4, "moe_intermediate_size": 32, "hybrid_layer_pattern": [0, 1]}
         | {"moe_layer_freq": [0, 1], "vision_config": {}},
         Cuts(
-            (*_GATED, "attention_sink_bias"),
+            (*GATED, "attention_sink_bias"),
             ("o_proj", "down_proj"),
             blocks={
                 "mtp.layers.0.self_attn.qkv_proj": ((64, 32, 24), 2),
@@ -562,7 +398,7 @@ SERVED: dict[str, Served] = {
                 "layers.1.self_attn.qkv_proj": ((64, 32, 24), 2),
             },
         ),
-        shapes=_mimo(),
+        shapes=mimo(),
         widths=(2, 1),
     ),
 }  # fmt: skip
@@ -616,40 +452,3 @@ def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     for key, value in changes.items():
         found[key] = _changed(found[key], value) if isinstance(value, dict) and key in found else value
     return {key: value for key, value in found.items() if value is not None or key not in changes}
-
-
-def held(name: str, whole: Any, cuts: Cuts, rank: int, tp: int) -> Any:
-    """What a rank must hold of a tensor."""
-    import torch
-
-    module = name.removesuffix(".weight").removesuffix(".bias")
-
-    def one_of(ends: Any) -> str | None:
-        return next((end for end in ends if f".{module}".endswith(f".{end}")), None)
-
-    if any(part in name for part in ("vision", "visual", "projector", "patch_merge", "embed_audio", "vit_large")):
-        return whole
-    if one_of(cuts.ends):
-        rows = -(-VOCAB // tp) * tp
-        return torch.cat([whole, whole.new_zeros(rows - VOCAB, *whole.shape[1:])]).chunk(tp)[rank]
-    if (end := one_of(cuts.blocks)) is not None:
-        sizes, repeats = cuts.blocks[end]
-        dim = whole.dim() - 2
-        blocks = whole.split(list(sizes) * repeats, dim)
-        if repeats == 1:
-            return torch.cat([block.chunk(tp, dim)[rank] for block in blocks], dim)
-        each, own = len(sizes), repeats // tp
-        mine = blocks[rank * own * each : (rank + 1) * own * each]
-        return torch.cat(mine)
-    if (end := one_of(cuts.kv)) is not None:
-        kv = cuts.kv[end]
-        return whole.chunk(kv)[rank * kv // tp] if kv < tp else whole.chunk(tp)[rank]
-    if whole.dim() == 3 and one_of(("gate_proj", "up_proj", "experts.gate_up_proj")):
-        return whole.chunk(tp, 1)[rank]
-    if one_of(cuts.third):
-        return whole.chunk(tp, 2)[rank]
-    if one_of(cuts.columns):
-        return whole.chunk(tp)[rank]
-    if one_of(cuts.rows):
-        return whole.chunk(tp, whole.dim() - 1)[rank]
-    return whole

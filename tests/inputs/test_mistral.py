@@ -14,7 +14,7 @@ import tpshard
 from tests.helpers.by_hand import tensors_of, tensors_of_file
 from tests.helpers.checkpoints import VOCAB
 from tests.helpers.command import fails, succeeds
-from tests.helpers.served_checkpoints import Cuts, held
+from tests.helpers.served_cuts import Cuts, held
 from tests.helpers.toys import contents, random_tensor, read_all, write
 from tpshard.execute.publish import Settings
 

@@ -14,7 +14,8 @@ import pytest
 import tpshard
 from tests.helpers.by_hand import tensors_of, tensors_of_file
 from tests.helpers.grids import in_turn, without
-from tests.helpers.served_checkpoints import SERVED, held, make, written
+from tests.helpers.served_checkpoints import SERVED, make, written
+from tests.helpers.served_cuts import held
 from tests.helpers.toys import Tensor, contents, random_tensor, read_all, write_checkpoint
 from tpshard.execute.publish import Settings
 
