@@ -18,6 +18,7 @@ from tests.helpers.served_checkpoints import SERVED, make, written
 from tests.helpers.served_cuts import held
 from tests.helpers.toys import Tensor, contents, random_tensor, read_all, write_checkpoint
 from tpshard.execute.publish import Settings
+from tpshard.rules.architecture import builtin
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +138,17 @@ def test_kimi_k25_as_published_in_int4(quick: Settings, tmp_path: Path) -> None:
     assert found[f"{start}up_proj.weight_packed"].shape == (32, 8)
     assert found[f"{start}down_proj.weight_packed"].shape == (64, 4)
     assert found[f"{start}down_proj.weight_scale"].shape == (64, 1)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v4", "kimi_linear", "bailing_hybrid", "longcat_flash", "minimax_m3_vl_text", "step3p5"],
+)
+def test_defaults_are_those_of_the_config_class(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type)
+    for key, value in builtin(model_type).defaults.items():
+        if key != "num_hash_layers":  # the class reads it, and keeps a list of layers
+            known = getattr(type(config), key) if hasattr(type(config), key) else getattr(config, key, None)
+            assert known == value, key
