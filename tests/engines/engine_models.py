@@ -57,6 +57,12 @@ _GLM_MOE = _HEAD | {
     "first_k_dense_replace": 1,
     "use_qk_norm": True,
 }
+_LING = {
+    **{"first_k_dense_replace": 1, "num_shared_experts": 2, "moe_router_enable_expert_bias": True},
+    **{"use_qk_norm": True, "use_rmsnorm": True, "use_bias": False, "use_qkv_bias": False, "norm_head": False},
+    **{"score_function": "sigmoid", "n_group": 4, "topk_group": 2, "router_dtype": "fp32", "norm_topk_prob": True},
+    **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "output_dropout": 0.0, "partial_rotary_factor": 0.5},
+}
 _GPT_OSS = _LOCAL | {"head_dim": 32}
 
 _SPARSE = _LATENT | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "topk_method": "noaux_tc"}
@@ -195,6 +201,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", _HEAD | _UNTIED | _ROPE),
     "arcee-tied-bias": ("arcee", _HEAD | _TIED | _BIAS | _ROPE | {"mlp_bias": True}),
     "exaone": ("exaone", _GQA | _UNTIED | {"bias": False, "mlp_bias": False}),
+    "bailing_moe_v2": ("bailing_moe_v2", _FINE | _UNTIED | _LING),
     "exaone-tied-bias": ("exaone", _GQA | _TIED | {"bias": True, "mlp_bias": False}),
     "cwm": ("cwm", _HEAD | _UNTIED | _ROPE),
     "cwm-tied-bias": ("cwm", _HEAD | _TIED | _ROPE | {"mlp_bias": True}),
@@ -509,9 +516,36 @@ def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _bailing_moe_v2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vocab, head = config["hidden_size"], config["vocab_size"], config["head_dim"]
+    heads, kv, experts = config["num_attention_heads"], config["num_key_value_heads"], config["num_experts"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.word_embeddings.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        shapes |= {f"{prefix}attention.{letter}_layernorm.weight": (head,) for letter in ("query", "key")}
+        shapes[f"{prefix}attention.query_key_value.weight"] = ((heads + 2 * kv) * head, hidden)
+        shapes[f"{prefix}attention.dense.weight"] = (hidden, heads * head)
+        blocks = {"mlp.": config["intermediate_size"]}
+        if layer >= config["first_k_dense_replace"]:
+            wide = config["moe_intermediate_size"]
+            blocks = {f"mlp.experts.{each}.": wide for each in range(experts)}
+            blocks["mlp.shared_experts."] = wide * config["num_shared_experts"]
+            shapes |= {f"{prefix}mlp.gate.weight": (experts, hidden), f"{prefix}mlp.gate.expert_bias": (experts,)}
+        for block, wide in blocks.items():
+            shapes |= {f"{prefix}{block}{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+            shapes[f"{prefix}{block}down_proj.weight"] = (hidden, wide)
+    return shapes
+
+
 WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
     "internlm2": ("InternLM2ForCausalLM", _internlm2),
     "exaone": ("ExaoneForCausalLM", _exaone),
+    "bailing_moe_v2": ("BailingMoeV2ForCausalLM", _bailing_moe_v2),
 }
 """What transformers has no class for: the class that the config names, and the tensors' shapes."""
 
