@@ -211,7 +211,6 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee-tied-bias": ("arcee", _HEAD | _TIED | _BIAS | _ROPE | {"mlp_bias": True}),
     "exaone": ("exaone", _GQA | _UNTIED | {"bias": False, "mlp_bias": False}),
     "bailing_moe_v2": ("bailing_moe_v2", _FINE | _UNTIED | _LING),
-    "longcat_flash": ("longcat_flash", _LONGCAT),
     "exaone-tied-bias": ("exaone", _GQA | _TIED | {"bias": True, "mlp_bias": False}),
     "cwm": ("cwm", _HEAD | _UNTIED | _ROPE),
     "cwm-tied-bias": ("cwm", _HEAD | _TIED | _ROPE | {"mlp_bias": True}),
@@ -314,6 +313,7 @@ WHOLE_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe-tied", "olmoe", "granitemoe"
 """What vLLM loads."""
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "longcat_flash": ("longcat_flash", _LONGCAT),
     "gpt_neo": ("gpt_neo", _NEO),
     "mpt": ("mpt", _MPT),
     "bloom-untied": ("bloom", _BLOOM | _UNTIED),
