@@ -57,6 +57,21 @@ _GLM_MOE = _HEAD | {
     "first_k_dense_replace": 1,
     "use_qk_norm": True,
 }
+_LING = {
+    **{"first_k_dense_replace": 1, "num_shared_experts": 2, "moe_router_enable_expert_bias": True},
+    **{"use_qk_norm": True, "use_rmsnorm": True, "use_bias": False, "use_qkv_bias": False, "norm_head": False},
+    **{"score_function": "sigmoid", "n_group": 4, "topk_group": 2, "router_dtype": "fp32", "norm_topk_prob": True},
+    **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "output_dropout": 0.0, "partial_rotary_factor": 0.5},
+}
+_LONGCAT = {
+    **_TOKENS,
+    **{"hidden_size": 256, "num_layers": 2, "num_attention_heads": 8, "max_position_embeddings": 128},
+    **{"ffn_hidden_size": 512, "expert_ffn_hidden_size": 64, "n_routed_experts": 8, "moe_topk": 2},
+    **{"zero_expert_num": 2, "zero_expert_type": "identity", "routed_scaling_factor": 6.0, "router_bias": False},
+    **{"q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    **{"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "attention_method": "MLA", "attention_bias": False},
+    "tie_word_embeddings": False,
+}
 _GPT_OSS = _LOCAL | {"head_dim": 32}
 
 _SPARSE = _LATENT | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "topk_method": "noaux_tc"}
@@ -195,6 +210,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", _HEAD | _UNTIED | _ROPE),
     "arcee-tied-bias": ("arcee", _HEAD | _TIED | _BIAS | _ROPE | {"mlp_bias": True}),
     "exaone": ("exaone", _GQA | _UNTIED | {"bias": False, "mlp_bias": False}),
+    "bailing_moe_v2": ("bailing_moe_v2", _FINE | _UNTIED | _LING),
     "exaone-tied-bias": ("exaone", _GQA | _TIED | {"bias": True, "mlp_bias": False}),
     "cwm": ("cwm", _HEAD | _UNTIED | _ROPE),
     "cwm-tied-bias": ("cwm", _HEAD | _TIED | _ROPE | {"mlp_bias": True}),
@@ -297,6 +313,7 @@ WHOLE_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe-tied", "olmoe", "granitemoe"
 """What vLLM loads."""
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "longcat_flash": ("longcat_flash", _LONGCAT),
     "gpt_neo": ("gpt_neo", _NEO),
     "mpt": ("mpt", _MPT),
     "bloom-untied": ("bloom", _BLOOM | _UNTIED),
@@ -509,9 +526,73 @@ def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _bailing_moe_v2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vocab, head = config["hidden_size"], config["vocab_size"], config["head_dim"]
+    heads, kv, experts = config["num_attention_heads"], config["num_key_value_heads"], config["num_experts"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.word_embeddings.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        shapes |= {f"{prefix}attention.{letter}_layernorm.weight": (head,) for letter in ("query", "key")}
+        shapes[f"{prefix}attention.query_key_value.weight"] = ((heads + 2 * kv) * head, hidden)
+        shapes[f"{prefix}attention.dense.weight"] = (hidden, heads * head)
+        blocks = {"mlp.": config["intermediate_size"]}
+        if layer >= config["first_k_dense_replace"]:
+            wide = config["moe_intermediate_size"]
+            blocks = {f"mlp.experts.{each}.": wide for each in range(experts)}
+            blocks["mlp.shared_experts."] = wide * config["num_shared_experts"]
+            shapes |= {f"{prefix}mlp.gate.weight": (experts, hidden), f"{prefix}mlp.gate.expert_bias": (experts,)}
+        for block, wide in blocks.items():
+            shapes |= {f"{prefix}{block}{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+            shapes[f"{prefix}{block}down_proj.weight"] = (hidden, wide)
+    return shapes
+
+
+def _longcat_flash(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vocab, heads = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
+    query, latent, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+    plain, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_layers"]):
+        prefix = f"model.layers.{layer}."
+        blocks = {
+            f"mlp.experts.{each}.": config["expert_ffn_hidden_size"] for each in range(config["n_routed_experts"])
+        }
+        for half in "01":
+            blocks[f"mlps.{half}."] = config["ffn_hidden_size"]
+            shapes |= {f"{prefix}{norm}_layernorm.{half}.weight": (hidden,) for norm in ("input", "post_attention")}
+            attention = {
+                "q_a_proj": (query, hidden),
+                "q_a_layernorm": (query,),
+                "q_b_proj": (heads * (plain + rope), query),
+                "kv_a_proj_with_mqa": (latent + rope, hidden),
+                "kv_a_layernorm": (latent,),
+                "kv_b_proj": (heads * (plain + value), latent),
+                "o_proj": (hidden, heads * value),
+            }
+            shapes |= {f"{prefix}self_attn.{half}.{module}.weight": shape for module, shape in attention.items()}
+        for block, wide in blocks.items():
+            shapes |= {f"{prefix}{block}{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+            shapes[f"{prefix}{block}down_proj.weight"] = (hidden, wide)
+        chosen = config["n_routed_experts"] + config["zero_expert_num"]
+        shapes[f"{prefix}mlp.router.classifier.weight"] = (chosen, hidden)
+        shapes[f"{prefix}mlp.router.e_score_correction_bias"] = (chosen,)
+    return shapes
+
+
 WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
     "internlm2": ("InternLM2ForCausalLM", _internlm2),
     "exaone": ("ExaoneForCausalLM", _exaone),
+    "bailing_moe_v2": ("BailingMoeV2ForCausalLM", _bailing_moe_v2),
+    "longcat_flash": ("LongcatFlashForCausalLM", _longcat_flash),
 }
 """What transformers has no class for: the class that the config names, and the tensors' shapes."""
 

@@ -167,7 +167,7 @@ def without_images() -> None:
 
 def with_configs() -> None:
     """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
-    for name in ("internlm2", "internlm3", "exaone", "iquestcoder"):
+    for name in ("internlm2", "internlm3", "exaone", "iquestcoder", "bailing_moe_v2"):
         AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tpshard.formats.split import Split
@@ -23,9 +24,9 @@ def written_beside(planned: Split, checkpoint: Checkpoint) -> Mapping[str, Conte
 
 
 def cast_files(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Content]:
-    """A checkpoint's small files, with a config that names the dtype to which the weights are cast, if any."""
+    """A checkpoint's small files, with a config.json that names the dtype to which the weights are cast, if any."""
     small = small_files(checkpoint)
-    if dtype is not None:
+    if dtype is not None and Path(checkpoint.config_path).name == CONFIG:
         config = config_with_dtype(checkpoint.config, dtype)
         small[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return small

@@ -28,8 +28,11 @@ USABLE = 0.9
 KV_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8": "F8_E4M3"}
 """The names that `--kv-dtype` knows."""
 _LAYER = re.compile(r"(?<![^.])0\.([^.]+)")
-_LATENT = re.compile(r"kv_a_proj_with_mqa\.(?:weight|weight_packed|scales)$")
-"""Makes what DeepSeek's latent attention caches: the compressed key and value of all heads, and one rotary key."""
+_LATENT = re.compile(r"(?:kv_a_proj_with_mqa|wkv_a_with_mqa|\.attn\.wkv)\.(?:weight|weight_packed|scales)$")
+"""Makes what DeepSeek's latent attention caches: the compressed key and value of all heads, and one rotary key.
+
+In DeepSeek V4 it is one head that is key and value, of which many layers keep a window and compressed ones.
+"""
 _ACTIVE = (
     "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"
 )  # fmt: skip

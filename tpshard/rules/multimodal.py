@@ -98,8 +98,10 @@ def find_rules(config: Mapping[str, Any], rules: str | Path | None, config_path:
         if whole or not (by_name or text.model_type in architecture.model_types):
             return ModelRules(find_architecture(config, rules, config_path), config)
         return ModelRules(architecture, config, text)
-    if own := builtin_or_none(str(config.get("model_type"))):
-        return ModelRules(own, config)
+    outer = str(config.get("model_type"))
+    if own := builtin_or_none(outer):
+        # One that has the text model's values itself has the vision model's tensors beside the text model's.
+        return ModelRules(own, config, replace(text, model_type=outer) if text.key is None else None)
     if of_text := builtin_or_none(text.model_type):
         return ModelRules(of_text, config, text)
     if text.key is None:
