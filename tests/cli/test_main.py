@@ -879,7 +879,9 @@ def test_the_list_says_what_is_done_for_each_model_type() -> None:
     assert rows["qwen3", "qwen3"] == ["tpshard", "vllm", "sglang", "vllm"]
     assert rows["bloom", "bloom"] == ["tpshard", "vllm", "-"]
     assert rows["qwen", "qwen"] == ["bytes", "-", "-"]
-    assert ["kimi_k25", "vllm", "fp8", "compressed-tensors", "deepseek_v3,", "kimi_k2"] in map(str.split, nesting.splitlines())
+    assert ["kimi_k25", "vllm", "fp8", "compressed-tensors", "deepseek_v3,", "kimi_k2"] in map(
+        str.split, nesting.splitlines()
+    )
     listed = {entry["name"]: entry["supported"] for entry in succeeds("archs", "--json").json["architectures"]}
     kimi = {"model_type": "kimi_k2", "verify": "transformers", "engines": ["vllm", "vllm-speculator"]}
     kimi["quantised"] = ["vllm-speculator"]
