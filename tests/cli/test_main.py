@@ -409,8 +409,13 @@ CONTRACT: dict[str, Any] = {
                 "layers": int, "axis": (str, None), "latent": (int, None), "dtype": str, "window": (int, None)
             },
             "ranks": [{"rank": int, "weights": int, "kv_cache": int, "total": int}],
+            "stages": [{
+                "stage": int, "weights": int, "kv_cache": int, "total": int, "all_reduces": int,
+                "bytes_per_token": int, "bytes_per_step": int, "bytes_per_prompt": int,
+            }],
             "communication": {
-                "all_reduces": int, "hidden": int, "dtype": str, "bytes_per_token": int, "bytes_per_prompt": int,
+                "all_reduces": int, "hidden": int, "dtype": str, "bytes_per_token": int, "bytes_per_step": int,
+                "bytes_per_prompt": int,
             },
         },
         "padded": [{"axis": str, "count": int, "padded": int}],
@@ -872,4 +877,5 @@ def test_the_list_says_what_is_done_for_each_model_type() -> None:
     assert rows["mixtral", "mixtral"] == ["transformers", "vllm"]
     assert rows["chatglm", "chatglm"] == ["bytes", "-"]
     listed = {entry["name"]: entry["supported"] for entry in succeeds("archs", "--json").json["architectures"]}
-    assert {"model_type": "kimi_k2", "verify": "transformers", "engines": ["vllm"]} in listed["deepseek_v3"]
+    kimi = {"model_type": "kimi_k2", "verify": "transformers", "engines": ["vllm", "vllm-speculator"]}
+    assert kimi in listed["deepseek_v3"]
