@@ -22,6 +22,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 
 pytest_plugins = ("tests.engines.engine_fixtures",)
 STARTED = ("llama", "gpt2", "opt", "qwen3", "mixtral")
+STAGED = ("llama", "qwen3", "mixtral")
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -163,6 +164,15 @@ def test_tokens_of_the_started_engine(name: str, generator: Generator, tmp_path:
     unsharded = generator.tokens(source, "auto", tmp_path / "unsharded")
     assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
     assert generator.tokens(tmp_path / "shards", "sharded_state", tmp_path / "sharded") == unsharded
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_tokens_of_the_engine_started_in_two_stages(name: str, generator: Generator, tmp_path: Path) -> None:
+    source = models.make(name, tmp_path / "source")
+    tpshard.split(source, 1, tmp_path / "shards", format="vllm", pp=2)
+    unsharded = generator.tokens(source, "auto", tmp_path / "unsharded", stages=True)
+    assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
+    assert generator.tokens(tmp_path / "shards", "sharded_state", tmp_path / "sharded", stages=True) == unsharded
 
 
 def test_a_wrong_width_loads_without_an_error_so_check_stands_before_it(loader: Loader, tmp_path: Path) -> None:

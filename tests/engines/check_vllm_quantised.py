@@ -42,6 +42,13 @@ COMPLETED = {
 }
 """What vLLM needs in the configs that transformers wrote, to load the unsharded checkpoint."""
 LOADED = sorted({each.name for each in TABLE} - REFUSED.keys())
+WHOLE_EXPERTS = (
+    *("autoround-awq-qwen3-moe", "autoround-gptq-qwen3-moe", "ct-fp8-channel-qwen3-moe", "ct-int4-qwen3-moe"),
+    *("ct-nvfp4-qwen3-moe", "ct-nvfp4-unequal-scales", "fp8-block-deepseek", "fp8-block-deepseek-mtp"),
+    *("fp8-block-qwen3-moe", "fp8-block-stacked-experts", "modelopt-fp8-qwen3-moe", "modelopt-nvfp4-qwen3-moe"),
+    *("modelopt-w4a16-nvfp4-qwen3-moe", "mxfp4-gpt-oss"),
+)
+"""Those with experts."""
 AT_FOUR = (
     "autoround-awq",
     "ct-fp8-kv-per-head",
@@ -80,6 +87,21 @@ def test_ours_loads_as_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_p
     lost = sorted(whole.keys() - merged.keys())
     assert all(name.endswith("-mtp") and ".layers.2." in key for key in lost), lost
     assert differences([merged], [{key: whole[key] for key in whole.keys() - set(lost)}]) == []
+
+
+@pytest.mark.parametrize("name", WHOLE_EXPERTS)
+def test_ours_is_what_vllm_holds_of_whole_experts(name: str, loader: Loader, tmp_path: Path) -> None:
+    source = completed(name, tmp_path / "source")
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs", ep=True)
+    shards = tmp_path / "shards"
+    tpshard.split(source, 2, shards, format="vllm", ep=2)
+    assert differences(in_dtypes_of(theirs, written(shards, 2)), theirs) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded", ep=True), theirs) == []
+    assert not tpshard.check(shards, source).differences
+    tpshard.merge(shards, tmp_path / "merged")
+    merged, whole = everything(tmp_path / "merged"), everything(source)
+    assert all(".layers.2." in key for key in whole.keys() - merged.keys())
+    assert differences([merged], [{key: whole[key] for key in merged}]) == []
 
 
 @pytest.mark.parametrize("name", fp8_blocks.BLOCKS)

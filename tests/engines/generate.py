@@ -1,8 +1,8 @@
 """Starts vLLM on models, for greedy tokens with their logprobs.
 
-Runs in the engines' environment, on CPU cores 0 to TP - 1. Reads jobs as JSON lines on stdin, answers each with a JSON
-line on stdout: {"model": DIR, "tp": N, "load_format": "auto" | "sharded_state", "out": FILE} → {"ok": true}, with the
-tokens in FILE, or {"error": TEXT}. With "saved": DIR vLLM then saves the model there, as `sharded_state`.
+Runs in the engines' environment, on a CPU core a rank. Reads jobs as JSON lines on stdin, answers each with a JSON line
+on stdout: {"model": DIR, "tp": N, "pp": N, "load_format": "auto" | "sharded_state", "out": FILE} → {"ok": true}, with
+the tokens in FILE, or {"error": TEXT}. With "saved": DIR vLLM then saves the model there, as `sharded_state`.
 Every job is a process of its own, and so are its engine's: forked, because importing vLLM takes longer than all else.
 """
 
@@ -39,14 +39,18 @@ def forked() -> None:
 
 def generate(job: dict[str, object]) -> None:
     """One engine's tokens, written."""
-    tp = int(str(job["tp"]))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp)))
+    tp, pp = int(str(job["tp"])), int(str(job["pp"]))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp * pp)))
+    # Eager, vLLM warms nothing up on a CPU, and so never makes the buffer in which a later stage receives.
+    traced = {"mode": 2, "backend": "eager"} if pp > 1 else None
     engine = LLM(
         str(job["model"]),
         tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
         load_format=str(job["load_format"]),
         skip_tokenizer_init=True,
-        enforce_eager=True,
+        enforce_eager=traced is None,
+        compilation_config=traced,
         max_model_len=64,
         max_num_seqs=4,
         seed=0,

@@ -75,17 +75,20 @@ class Loader(Engine):
 
 
 class Generator(Engine):
-    """Engines of vLLM that are started, at tp 2."""
+    """Engines of vLLM that are started, on two ranks."""
 
     def __init__(self, log: Path) -> None:
         super().__init__("generate.py", log)
 
-    def tokens(self, model: Path, load_format: str, out: Path, saved: Path | None = None) -> list[dict[str, Any]]:
+    def tokens(
+        self, model: Path, load_format: str, out: Path, saved: Path | None = None, *, stages: bool = False
+    ) -> list[dict[str, Any]]:
         """Greedy tokens and their logprobs; RuntimeError with what the engine said when it does not start.
 
-        out: where to keep them. saved: where vLLM then saves the model itself.
+        out: where to keep them. saved: where vLLM then saves the model itself. stages: pp 2, else tp 2.
         """
-        job: dict[str, str | int] = {"model": str(model), "tp": 2, "load_format": load_format, "out": str(out)}
+        mesh = {"tp": 1, "pp": 2} if stages else {"tp": 2, "pp": 1}
+        job: dict[str, str | int] = {"model": str(model), **mesh, "load_format": load_format, "out": str(out)}
         self.ask(job | ({} if saved is None else {"saved": str(saved)}))
         found: list[dict[str, Any]] = json.loads(out.read_text())
         return found

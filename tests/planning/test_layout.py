@@ -17,8 +17,9 @@ from tpshard.errors import UnsupportedError, UsageError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import full, tiles
 from tpshard.planning.deal import Deal, deal, largest_tp, listing, padded, possible_tp, why_not
+from tpshard.planning.intervals import intervals
 from tpshard.planning.join import assert_coverage
-from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, intervals, shard, whole
+from tpshard.planning.layout import LogicalTensor, Part, StoredTensor, shard, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.strides import placed_box
 

@@ -66,8 +66,8 @@ def plan(
     that are float32 on purpose. uneven: deal units that do not divide. shares: a weight for each rank, as `["0.5",
     "0.3", "0.2"]`. pad_vocab_to: the vocab's size after padding; None is the next multiple of tp. max_file_size: bytes
     (default: 50 GB). format: as `--format` takes it. pp: pipeline stages, of `tp` ranks each. pp_layers: how many
-    layers each stage has (default: as many, and of the rest one each from the last but one back). ep: 1, or tp: experts
-    are dealt whole.
+    layers each stage has (default: as many, and of the rest one each from the last but one back). ep: among how
+    many groups of the tp ranks whole experts are dealt; the ranks of a group cut each of theirs.
     workload: what memory and communication are reckoned for (default: one sequence of 4096 tokens).
     UnsupportedError for a model without rules or a tp that would cut a unit, CorruptError for a damaged checkpoint.
     """

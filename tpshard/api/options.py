@@ -15,6 +15,7 @@ from tpshard.execute.publish import Settings
 from tpshard.formats import DEFAULT_FORMAT, format_of
 from tpshard.formats import FORMATS as FORMATS
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
+from tpshard.planning.deal import listing
 from tpshard.planning.model import DTYPE_ALIASES, check_dtype
 from tpshard.verifier.options import TIERS as TIERS
 
@@ -62,7 +63,7 @@ class TargetOptions:
     uneven: deal units that do not divide. shares: a weight for each rank. pad_vocab_to: the vocab's size after padding.
     max_file_size: in bytes; None is 50 GB, or files as in the source where there are no ranks. engine_version: whose
     names the files have. pp: pipeline stages, of `tp` ranks each. pp_layers: how many layers each stage has.
-    ep: among how many whole experts are dealt.
+    ep: among how many groups of the tp ranks whole experts are dealt; the ranks of a group cut each of theirs.
     """
 
     tp: int
@@ -83,7 +84,8 @@ class TargetOptions:
             raise UsageError("tp, pp and ep must be at least 1", found=found)
         if self.tp % self.ep:
             what, found = f"ep {self.ep} does not divide tp {self.tp}", f"ep {self.ep}"
-            raise UsageError(what, expected=f"ep 1 or {self.tp}", found=found, hint=f"use --ep {self.tp}")
+            possible = listing([ep for ep in range(1, self.tp + 1) if self.tp % ep == 0])
+            raise UsageError(what, expected=f"ep {possible}", found=found, hint=f"for example --ep {self.tp}")
         sizes = None if self.pp_layers is None else tuple(self.pp_layers)
         if sizes is not None and (len(sizes) != self.pp or min(sizes) < 1):
             what, found = "--pp-layers takes one number for each stage", ", ".join(map(str, sizes))

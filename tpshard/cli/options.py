@@ -214,7 +214,7 @@ TP = Annotated[int, number("--tp", "Number of tensor-parallel ranks.", MAX_TP)]
 PP = Annotated[int, number("--pp", "Number of pipeline stages, each of --tp ranks.", MAX_TP)]
 _PP_LAYERS_HELP = "Layers of each stage, as in 20,21,20,19 [default: as many each, as vLLM deals them]."
 PP_LAYERS = Annotated[str | None, Option("--pp-layers", help=_PP_LAYERS_HELP, metavar="LAYERS")]
-_EP_HELP = "Deal whole experts to as many ranks, 1 or --tp [default: 1, each expert is cut]."
+_EP_HELP = "Deal whole experts to as many groups of the --tp ranks [default: 1, all cut each expert]."
 EP = Annotated[int, number("--ep", _EP_HELP, MAX_TP)]
 SET_TP = Annotated[int | None, number("--tp", "The width, in ranks of a stage, that the set must have.")]
 SOURCE = Annotated[str | None, Option(help="The unsharded model: compare every byte with it.", metavar="MODEL")]

@@ -70,8 +70,11 @@ def print_plan(report: PlanReport, every: bool) -> None:
         layers = ", ".join(f"{first}-{last - 1}" if last - first > 1 else str(first) for first, last in stages.ranges)
         console.print(f"stages: layers {layers}, each on {split.options.tp} ranks")
     if (placement := split.layouts.placement) and placement.experts:
-        whole = ", ".join(f"{first}-{last - 1}" for first, last in placement.experts[1])
-        console.print(f"experts: {whole}, whole on each rank")
+        dealt = ", ".join(
+            f"{first}-{last - 1}" if last - first > 1 else str(first) for first, last in placement.experts[1]
+        )
+        size = split.options.tp // split.options.ep
+        console.print(f"experts: {dealt}, {'whole on each rank' if size == 1 else f'each cut for {size} ranks'}")
     for entry in report.padding():
         console.print(f"padded: {entry['axis']} from {entry['count']} to {entry['padded']}, with zeros")
     for name in report.replicated:

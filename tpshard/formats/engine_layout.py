@@ -218,8 +218,11 @@ def _rows(held: RankShare, first: int, last: int) -> RankShare:
     """What of a parameter lies in some of its rows."""
     stored = held.stored
     owned = [part._replace(tensor=str(owner)) for part, owner in zip(stored.parts, held.owners, strict=True)]
-    inside = window(stored._replace(parts=tuple(owned)), ((first, last), *full(stored.shape)[1:]))
-    return RankShare(inside, tuple(int(part.tensor) for part in inside.parts))
+    seen = stored.view or stored.shape  # the first dim is one of both: it counts experts
+    inside = window(stored._replace(shape=seen, view=None, parts=tuple(owned)), ((first, last), *full(seen)[1:]))
+    owners = tuple(int(part.tensor) for part in inside.parts)
+    view = stored.view and inside.shape
+    return RankShare(inside._replace(shape=(last - first, *stored.shape[1:]), view=view), owners)
 
 
 def _join(

@@ -207,7 +207,7 @@ class QuantisedModules:
     INT8. cache: scales of the attention's keys and values.
     last: of the tensors to fuse the last counts; last_of_integers: where the weight is INT8; last_of_experts_without:
     of experts that do not have another companion beside it. unplaced: of no use to the engine. refused: with the
-    reason.
+    reason. whole_experts: by method, the kinds of modules in models of which whole experts were compared.
     """
 
     scalars: tuple[str, ...] = ()
@@ -220,6 +220,7 @@ class QuantisedModules:
     unplaced: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     last_of_experts_without: Mapping[str, str] = field(default_factory=dict)
+    whole_experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     methods: Mapping[str, Method] = field(default_factory=dict)
 
 

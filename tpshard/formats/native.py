@@ -31,7 +31,7 @@ class Native(Format):
         placed = placement(model, mesh, options.pp_layers)
         axes = placed.axes
         dealt = deal(axes, mesh, options.weights(), options.pad_vocab_to)
-        tensors, dealt = placed.dealt(model.tensors, dealt)
+        tensors, dealt = placed.dealt(model.tensors, dealt, options.weights())
         return RankLayouts(shard(tensors, dealt.axes, dealt, placed.ranks), dealt, placement=placed)
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:

@@ -137,8 +137,18 @@ class ShardedState(Format):
         what = f"what {self.engine} holds of {model_type}"
         if options.pp > 1 and model_type not in table.pipelines:
             raise self._unsupported(f"{what} on each stage of a pipeline is not known")
+        if 1 < options.ep < options.tp:
+            what = f"{self.engine} has experts whole on each rank of a stage, or all of them cut: its ep is its tp"
+            hint = f"use --ep {options.tp} or 1, or --format native"
+            raise UnsupportedError(what, expected=f"ep 1 or {options.tp}", found=f"ep {options.ep}", hint=hint)
         if options.ep > 1 and model_type not in table.whole_experts:
             raise self._unsupported(f"{what} where experts are whole is not known")
+        if options.ep > 1 and model.quantisation:
+            method = str(model.quantisation["method"])
+            compared = table.quantised.whole_experts.get(method, ())
+            if kinds := ", ".join(kind for kind in model.quantisation["modules"] if kind not in compared):
+                what = f"whole experts of a model in {kinds} ({method})"
+                raise self._unsupported(f"{what} were not compared with what {self.engine} holds")
 
     def files(self, split: Split, rank: int) -> tuple[OutputFile, ...]:
         """The engine's files of one rank, and behind them those with what it has no place for."""
@@ -273,8 +283,6 @@ class ShardedState(Format):
         """The ranks' shares; of whole experts all of each, of which `joined` takes the rank's."""
         if placed.experts is None:
             return shares_of(family, model, tensors, dealt)
-        if model.quantisation:
-            raise self._unsupported("whole experts of a quantised model were not compared with what the engine holds")
         whole = [tensor for tensor in tensors if placed.of_experts(tensor)]
         alone = self._deal(family, model.axes, model, Options(1))
         found = {name: held * placed.mesh.tp for name, held in shares_of(family, model, whole, alone).items()}

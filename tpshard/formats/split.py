@@ -34,7 +34,7 @@ class Options:
 
     engine_version: whose names the files have, where a format's names changed between versions of its engine. pp: the
     stages of the pipeline. pp_layers: how many layers each of them has, None for as many as `even_layers` gives it.
-    ep: among how many whole experts are dealt; 1 where they are cut like the rest.
+    ep: among how many groups of the tp ranks whole experts are dealt; 1 where they are cut like the rest.
     """
 
     tp: int

@@ -51,6 +51,7 @@ class Cut:
     unit of that axis. Replicated tensors have `dim` None and no segments.
     ratio: elements of the axes for one stored element along `dim` (a weight packed by eights, a scale of a block). A
     fraction where values cross words: 32 of 3 bits lie in 3 words of 32.
+    stack: the axis of the first dim, along which it is dealt besides: a stack of experts whose matrices may be cut too.
     """
 
     kind: Kind
@@ -58,10 +59,11 @@ class Cut:
     segments: tuple[str, ...] = ()
     interleave: str | None = None
     ratio: int | Fraction = 1
+    stack: str | None = None
     _hash: int = field(init=False, repr=False, compare=False)  # what is alike is looked up by it, for every tensor
 
     def __post_init__(self) -> None:
-        values = (self.kind, self.dim, self.segments, self.interleave, self.ratio)
+        values = (self.kind, self.dim, self.segments, self.interleave, self.ratio, self.stack)
         object.__setattr__(self, "_hash", hash(values))
 
     def __hash__(self) -> int:

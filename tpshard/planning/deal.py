@@ -39,8 +39,11 @@ class Deal:
 
     @cached_property
     def ends(self) -> Mapping[str, tuple[int, ...]]:
-        """Where the ranges of an axis begin and end, if any two of them overlap in part; else nothing."""
-        return {name: _ends(ranges) for name, ranges in self.ranges.items()}
+        """Where the ranges of an axis begin and end, if any two of them overlap in part; else nothing.
+
+        That is of units that are repeated: what is of experts may be dealt otherwise to each of their places.
+        """
+        return {name: _ends(ranges) if self.axes[name].replicate else () for name, ranges in self.ranges.items()}
 
 
 def deal(

@@ -6,14 +6,15 @@ A *deal* gives each rank a range of units of each axis; a layout follows from th
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain, pairwise
+from itertools import chain
 from math import prod
 from typing import NamedTuple, overload
 
 from tpshard.errors import UnsupportedError
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab, volume
-from tpshard.planning.deal import Deal, deal, listing, possible_tp
+from tpshard.planning.deal import Deal, Range, deal, listing, possible_tp
+from tpshard.planning.intervals import intervals
 from tpshard.planning.mesh import Mesh
 from tpshard.storage.safetensors import DTYPE_BITS, nbytes
 
@@ -241,67 +242,6 @@ def _unnamed(stored: StoredTensor, index: Mapping[str, int]) -> RankShare:
     return RankShare(stored._replace(name="", parts=parts), tuple([index[part.tensor] for part in stored.parts]))
 
 
-Interval = tuple[int, int, int]
-"""Logical start and stop along the cut dim, and the start in the stored tensor."""
-
-
-def intervals(
-    cut: Cut, axes: Mapping[str, Axis], dealt: Deal, rank: int
-) -> tuple[tuple[Interval, ...], tuple[tuple[int, int], ...], int]:
-    """What a rank holds of a module along its cut axis: the intervals, the ranges of padding, and the stored size.
-
-    All are elements of the axis, of which `cut.ratio` are one element of the tensor.
-    """
-    segments = tuple(
-        (
-            axes[name].count,
-            axes[name].unit,
-            *dealt.of(name, rank),
-            axes[name].count if axes[name].replicate and axes[name].count < dealt.mesh.width(axes[name].along) else 0,
-            dealt.ends[name],
-        )
-        for name in cut.segments
-    )
-    return _intervals(segments, axes[cut.interleave].count if cut.interleave else 1)
-
-
-@lru_cache(maxsize=4096)
-def _intervals(
-    segments: tuple[tuple[int, int, int, int, int, tuple[int, ...]], ...], repeats: int
-) -> tuple[tuple[Interval, ...], tuple[tuple[int, int], ...], int]:
-    """segments: (count, unit, first, last, shared, ends) with a rank's units [first, last); `repeats` interleaves them.
-
-    shared: among how many groups of ranks that hold the same the axis is divided, 0 when no two ranks do. ends: where
-    another rank's units begin or end, if not where this one's do.
-    Neighbouring intervals become one, unless they are shared otherwise: replicas stay equal boxes.
-    """
-    kept: list[Interval] = []
-    last_shared = 0
-    fills: list[tuple[int, int]] = []
-    logical = stored = 0
-    for repeat in range(repeats):
-        for count, unit, first, last, shared, ends in segments:
-            size = count // repeats
-            low, high = max(first, repeat * size), min(last, (repeat + 1) * size)
-            begin = logical - repeat * size * unit
-            logical += size * unit
-            between = (end for end in ends if low < end < high)
-            for one, other in pairwise((low, *between, high)):
-                start, length = begin + one * unit, max(0, other - one) * unit
-                follows = kept and kept[-1][1] == start and kept[-1][2] + start - kept[-1][0] == stored
-                if length and follows and shared == last_shared and one not in ends:
-                    kept[-1] = (kept[-1][0], start + length, kept[-1][2])
-                elif length:
-                    kept.append((start, start + length, stored))
-                last_shared = shared if length else last_shared
-                stored += length
-            if repeat == repeats - 1 and last > count:
-                extra = (last - max(first, count)) * unit
-                fills.append((stored, stored + extra))
-                stored += extra
-    return tuple(kept), tuple(fills), stored
-
-
 def shard(
     tensors: Sequence[LogicalTensor],
     axes: Mapping[str, Axis],
@@ -326,6 +266,20 @@ def shard(
 
 
 def _share(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> RankShare:
+    share = _along_dim(tensor, axes, dealt, rank)
+    return share if tensor.cut.stack is None else _of_stack(share, dealt.of(tensor.cut.stack, rank))
+
+
+def _of_stack(share: RankShare, held: Range) -> RankShare:
+    """Those of the first dim's indices that a rank has."""
+    stored, owners = share
+    parts = tuple(part._replace(box=(held, *part.box[1:])) for part in stored.parts)
+    count = held[1] - held[0]
+    fills = tuple(((0, count), *box[1:]) for box in stored.fills)
+    return RankShare(stored._replace(shape=(count, *stored.shape[1:]), parts=parts, fills=fills), owners)
+
+
+def _along_dim(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> RankShare:
     cut, shape, dim = tensor.cut, tensor.shape, tensor.cut.dim
     if dim is None:
         return RankShare(whole(tensor), (0,))

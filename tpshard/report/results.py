@@ -66,6 +66,12 @@ class PlanReport:
         return self.split.layouts.deal
 
     @property
+    def _axes(self) -> Mapping[str, Axis]:
+        """The axes that all ranks of a stage deal: whole experts are dealt to as many as --ep says."""
+        placement, axes = self.split.layouts.placement, self.deal.axes
+        return axes if placement is None else {name: axes[name] for name in placement.axes if name in axes}
+
+    @property
     def impossible_tp(self) -> list[tuple[int, str]]:
         """The tp up to the largest possible one that would cut a unit, with the first reason each."""
         return [(tp, why_not(axis, tp) or "") for tp, axis in self.cut_axes]
@@ -73,7 +79,7 @@ class PlanReport:
     @property
     def cut_axes(self) -> list[tuple[int, Axis]]:
         """The tp up to the largest possible one that would cut a unit, with the first axis that has such units."""
-        axes = self.deal.axes
+        axes = self._axes
         cut = ((tp, [axis for axis in axes.values() if why_not(axis, tp)]) for tp in range(2, largest_tp(axes) + 1))
         return [(tp, found[0]) for tp, found in cut if found]
 
@@ -145,7 +151,7 @@ class PlanReport:
     @property
     def possible_tp(self) -> list[int]:
         """The tp that divide everything evenly."""
-        return possible_tp(self.deal.axes)
+        return possible_tp(self._axes)
 
 
 def quantisation_line(quantisation: Mapping[str, Any]) -> str:

@@ -4,9 +4,10 @@ A prompt meets what it meets; here every element of every parameter counts, bit 
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Protocol
@@ -24,6 +25,8 @@ ACTIVATION_SCALES = (
     *(f"{kind}_{what}" for kind in "qkv" for what in ("scale", "zero_point")),
 )
 """How the names end of what scales activations and the KV cache: one for all, or one a head, and these in order."""
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of what is of one expert, which not every rank need have."""
 BLOCK_BYTES = 1 << 24
 """Bytes of a tensor that are compared at a time."""
 
@@ -50,6 +53,16 @@ class Held:
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.weights.rows(self.name, start, stop) if self.shape else self.weights.get(self.name).view(1)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """What a rank has of a tensor that it need not have."""
+
+    shape: tuple[int, ...] = (0,)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,8 @@ class Share:
 class RankShares:
     """How a parameter is spread over the ranks: along which dim, how much each rank has, how much there is.
 
-    `alike` says that every rank has all of it. starts: where each begins, if not one behind another.
+    `alike` says that every rank has all of it. starts: where each begins, if not one behind another. experts: of a
+    stack of experts that are cut, how these are spread besides, along its first dim.
     """
 
     dim: int
@@ -99,6 +113,12 @@ class RankShares:
     total: int
     alike: bool = False
     starts: tuple[int, ...] | None = None
+    experts: "RankShares | None" = None
+
+    @property
+    def firsts(self) -> list[int]:
+        """Where each rank's share begins."""
+        return [self.first(rank) for rank in range(len(self.sizes))]
 
     def first(self, rank: int) -> int:
         """Where a rank's share begins in the unsharded parameter; neighbours hold the same where there are too few."""
@@ -124,7 +144,8 @@ class Parameter:
     orders: the indices along the cut dim that each rank must hold, where they are no ranges. starts: where the ranges
     begin, where they are not one behind another. padded: whether ranks may hold zeros behind the last index. runs:
     whether the backend computes with it. known: whether the backend knows how it is cut; else ranges are tried, and
-    then where each index is found. parts: of how many equal parts each rank has a range.
+    then where each index is found. parts: of how many equal parts each rank has a range. groups: where ranks have
+    some part of it and nothing of the rest (experts): such parts, and the ranks that share each.
     """
 
     name: str
@@ -136,10 +157,14 @@ class Parameter:
     known: bool = True
     starts: Sequence[int] | None = None
     parts: int = 1
+    groups: Sequence[tuple[Readable, Sequence[int]]] = ()
 
     @cached_property
     def dim(self) -> int | None:
         """The dim along which it is cut; None where every rank has all of it. DifferentError for shapes of no cut."""
+        if self.groups:
+            some = 0 if any(isinstance(part, Share) for part, _ in self.groups) else None
+            return next((group.dim for group in self._of_groups if group.dim is not None), some)
         full, shapes = self.source.shape, [rank.shape for rank in self.ranks]
         pairs = [zip(shape, full, strict=False) for shape in shapes]
         dims = {dim for each in pairs for dim, (mine, whole) in enumerate(each) if mine != whole}
@@ -149,9 +174,21 @@ class Parameter:
 
     def shares(self) -> list[Share]:
         """What each rank must hold; DifferentError where the ranks' tensors cannot be shares of the whole."""
+        if self.groups:
+            found = dict[int, Share]()
+            for group, (_, holders) in zip(self._of_groups, self.groups, strict=True):
+                found |= zip(holders, group.shares(), strict=True)
+            return [found.get(rank, Share(Absent())) for rank in range(len(self.ranks))]
         if self.dim is None:
             return [Share(self.source) for _ in self.ranks]
         return [Share(self.source, self.dim, order) for order in self._own]
+
+    @cached_property
+    def _of_groups(self) -> list["Parameter"]:
+        return [
+            replace(self, source=part, ranks=[self.ranks[rank] for rank in holders], groups=())
+            for part, holders in self.groups
+        ]
 
     @cached_property
     def _own(self) -> list[Tensor]:
@@ -235,11 +272,14 @@ def idle(
     for name in source.names():
         layer = layer_of(name)
         asked = layer is None or layer in layers or layer >= count == len(layers)
-        if asked and name not in used and all(name in rank.names() for rank in ranks):
-            sides = [Held(rank, name) for rank in ranks]
-            scale = name.endswith(ACTIVATION_SCALES)
-            known, parts = scale or name in aside, aside.get(name, 1)
-            yield Parameter(name, Held(source, name), sides, padded=not known, runs=False, known=known, parts=parts)
+        having = [rank for rank, weights in enumerate(ranks) if name in weights.names()]
+        if not asked or name in used or not having or (len(having) < len(ranks) and not EXPERT.search(name)):
+            continue
+        sides = [Held(rank, name) if name in rank.names() else Absent() for rank in ranks]
+        scale, whole = name.endswith(ACTIVATION_SCALES), Held(source, name)
+        known, parts = scale or name in aside, aside.get(name, 1)
+        groups = [(whole, having)] if len(having) < len(ranks) else ()
+        yield Parameter(name, whole, sides, padded=not known, runs=False, known=known, parts=parts, groups=groups)
 
 
 def _slices(tensor: Readable, dim: int) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tpshard.verifier.places import DamagedShards, Places, Stretch
 from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.stacks import sharing
 
 Inject = Callable[[DamagedShards, Places], None]
 Pairs = Iterable[tuple[Stretch, Stretch]]
@@ -89,6 +90,16 @@ def _kv_swapped_between_ranks(shards: DamagedShards, places: Places) -> None:
     for kind in "kv":
         for bias in (False, True):
             shards.swap(0, places.part(0, kind, bias=bias)[:1], last, places.part(last, kind, bias=bias)[:1])
+
+
+def _experts_of_others(shards: DamagedShards, places: Places) -> None:
+    """Ranks have the experts of those that have the next ones; who shares experts has the other's share."""
+    held = places.dealt_experts()
+    ranks = sharing([first for first, _ in held])
+    for mine, theirs in zip(ranks.values(), [*ranks.values()][1:] + [*ranks.values()][:1], strict=True):
+        for rank, other in zip(mine, theirs, strict=False):
+            for one, two in zip(held[rank][1], held[other][1], strict=True):
+                shards.put(rank, one, shards.ranks[other].get(two.name).cpu()[two.index])
 
 
 def _exchanged(pairs: Callable[[Places, int], Pairs], *, everywhere: bool = False) -> Inject:
@@ -210,6 +221,7 @@ _INJECTED = (
     Fault("down-bias-added-tp-times", _by_tp("down", mul)),
     Fault("up-row-shifted", _shifted("up")),
     Fault("sign-of-an-element-of-out", _edit("out", _sign_of_the_largest, -1)),
+    Fault("experts-of-another-rank", _experts_of_others, between=True),
     Fault("convolution-of-another-rank", _borrowed("convolution"), between=True),
     Fault("decay-of-another-rank", _borrowed("decay"), between=True),
     # Is added to the router's scores only to choose: no logit depends on it where choices are pinned.

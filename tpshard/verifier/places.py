@@ -57,6 +57,9 @@ class Places(Protocol):
     def experts(self) -> list[tuple[Stretch, Stretch]]:
         """The first expert's down matrix beside the second's."""
 
+    def dealt_experts(self) -> list[tuple[int, list[Stretch]]]:
+        """Each rank's first expert and its experts' matrices, as many as every rank has; none where all have all."""
+
     def twin(self, name: str) -> str | None:
         """The same tensor in another layer."""
 

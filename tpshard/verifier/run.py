@@ -117,7 +117,7 @@ def _judged(name: str, opened: OpenedSet, judge: JudgeTier, run: EngineRun) -> t
 def _in_stages(opened: OpenedSet) -> list[Canary]:
     """The canaries of a pipeline: what lies on another stage than it must."""
     shards = opened.shards
-    seen = injected(shards.on_stages, shards.stages, opened.config) if shards.stages else {}
+    seen = injected(shards.on_stages, shards.stages, opened.config, shards.copies) if shards.stages else {}
     return [
         Canary(name, "weights", "caught" if caught else "missed", float(not caught)) for name, caught in seen.items()
     ]

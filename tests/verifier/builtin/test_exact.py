@@ -41,7 +41,13 @@ def setup(
     return DecoderBackend(InMemory(stored), held, Threads(tp), tokens(16), CPU, describe(config))
 
 
-OF_OTHER_LAYERS = {"experts-exchanged", "router-rows-exchanged", "choice-bias-shifted", "latent-of-one-rank-stale"}
+OF_OTHER_LAYERS = {
+    "experts-exchanged",
+    "experts-of-another-rank",
+    "router-rows-exchanged",
+    "choice-bias-shifted",
+    "latent-of-one-rank-stale",
+}
 OF_OTHER_LAYERS |= {f"{what}-of-another-rank" for what in ("sinks", "convolution", "decay", "qk-norm")}
 """Faults of experts, latents and layers without attention, which the decoder does not have."""
 

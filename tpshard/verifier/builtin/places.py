@@ -86,6 +86,9 @@ class DecoderPlaces:
     def experts(self) -> list[tuple[Stretch, Stretch]]:
         return []
 
+    def dealt_experts(self) -> list[tuple[int, list[Stretch]]]:
+        return []
+
     def twin(self, name: str) -> str | None:
         """The next layer's, or the first layer's in place of one after the last."""
         store, layer = self.stores[0], self.family.layer

@@ -12,7 +12,7 @@ from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG
 from tpshard.verifier.dequantise.find import Recipe, recipes
 from tpshard.verifier.dequantise.view import DequantisedWeights
-from tpshard.verifier.elements import Held, Parameter
+from tpshard.verifier.elements import Held, Parameter, Share
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 
 _FORMATS = ("native", "dcp", "dcp-hf", "deepseek", "vllm")
@@ -86,7 +86,14 @@ def stored(parameter: Parameter) -> Iterator[Parameter]:
 
 
 def _cut_like(weight: Parameter, companion: Parameter) -> Parameter:
-    """A companion of a weight that is cut where the weight is: at the same fractions of the whole."""
+    """A companion of a weight that is cut where the weight is: at the same fractions of the whole.
+
+    Of a stack, ranks have it of the same experts; one number for all of them every rank has.
+    """
+    if weight.groups and companion.source.shape[:1] == weight.source.shape[:1]:
+        orders = [(part.order, ranks) for part, ranks in weight.groups if isinstance(part, Share)]
+        groups = [(Share(companion.source, 0, order), ranks) for order, ranks in orders]
+        return replace(companion, groups=groups, known=weight.known)
     if weight.starts is None or weight.dim is None or companion.dim is None:
         return replace(companion, known=weight.known and weight.orders is None)
     whole, total = weight.source.shape[weight.dim], companion.source.shape[companion.dim]

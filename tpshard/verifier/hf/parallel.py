@@ -115,7 +115,10 @@ def _connect(
         if hasattr(module, "nf"):
             setattr(module, "nf", cuts["weight"].sizes[rank])  # noqa: B010
         return cuts.keys() == _leaves(module)
-    elif is_experts(module) and all(cut.dim != 0 for cut in cuts.values()) and "down_proj" in cuts:
+    elif is_experts(module) and any(cut.experts or cut.dim == 0 for cut in cuts.values()):
+        module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
+        return cuts.keys() == _leaves(module)
+    elif is_experts(module) and "down_proj" in cuts:
         down = cuts["down_proj"]
         _adds_up(f"{name}.down_proj", down, down.total, down.total)
         module.forward = _experts(name, module, len(down.sizes), link)
@@ -123,8 +126,6 @@ def _connect(
         # Every feature by itself.
         module.in_channels = module.out_channels = module.groups = weight.sizes[rank]
         return weight.dim == 0 and cuts.keys() == _leaves(module)
-    elif is_experts(module) and cuts.keys() == module._parameters.keys():
-        module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
     elif weight is not None and _norms_all_heads(name, module):
         module.forward = _over_all_ranks(name, module, weight, rank, link)
     else:
@@ -200,15 +201,28 @@ def own_weights(cut: RankShares, rank: int, chosen: Tensor, weights: Tensor) -> 
     return weights * ((chosen >= first) & (chosen < first + cut.sizes[rank]))
 
 
-def _some_experts(
-    name: str, module: nn.Module, cut: RankShares, rank: int, link: Link
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Whole experts, some on each rank: another rank's add nothing here. Then a sum over ranks."""
-    _adds_up(f"{name}.down_proj", cut, cut.total, cut.total)
-    forward, first, size = module.forward, cut.first(rank), cut.sizes[rank]
+def own_rows(cut: RankShares, rank: int, x: Tensor) -> slice:
+    """The tokens for a rank's experts, where as many for each expert come one behind the other (Llama 4)."""
+    each, first = len(x) // cut.total, cut.first(rank)
+    return slice(first * each, (first + cut.sizes[rank]) * each)
 
-    def work(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        weights = own_weights(cut, rank, chosen, weights)
+
+def _some_experts(name: str, module: nn.Module, cut: RankShares, rank: int, link: Link) -> Callable[..., Tensor]:
+    """Some experts on each rank, whole or a share of each: other experts add nothing here. Then a sum over ranks.
+
+    The last bias is inside: each of the ranks that share experts adds its part of it.
+    """
+    experts = cut.experts or cut
+    forward, first, size = module.forward, experts.first(rank), experts.sizes[rank]
+    if (bias := module._parameters.get("down_proj_bias")) is not None:
+        module._parameters["down_proj_bias"] = nn.Parameter(bias / experts.firsts.count(first), requires_grad=False)
+
+    def work(x: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        if chosen is None or weights is None:
+            rows, every = own_rows(experts, rank, x), torch.zeros_like(x)
+            every[rows] = forward(x[rows])
+            return link.reduce(name, every)
+        weights = own_weights(experts, rank, chosen, weights)
         return link.reduce(name, forward(x, (chosen - first).clamp(0, size - 1), weights))
 
     return work

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from tpshard.verifier.elements import Held, Parameter, idle
+from tpshard.verifier.elements import Held, Parameter, RankShares, Share, idle
 from tpshard.verifier.hf.parameters import StoredParts, place_of
 from tpshard.verifier.hf.skeleton import Frame
 from tpshard.verifier.ranks.weights import Weights
+from tpshard.verifier.stacks import sharing
 
 _PLAIN = re.compile(
     r"\.([qkvo]_proj|[qk]_norm|gate_proj|up_proj|down_proj|w[123]|fc1|fc2|q_b_proj|kv_b_proj)(\.(weight|bias))?$"
@@ -29,7 +31,10 @@ class HeldParts:
         return self.parts.shape(self.weights)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.parts.tensor(self.weights)[start:stop]
+        if not self.parts.stacked:
+            return self.parts.tensor(self.weights)[start:stop]
+        some = replace(self.parts, experts=self.parts.experts[start : max(stop, start + 1)])
+        return some.tensor(self.weights)[: stop - start]
 
 
 def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Iterator[Parameter]:
@@ -51,9 +56,22 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
                 yield Parameter(like_keys, Held(source, name), held_by, known=frame.tried)
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
-        starts = cuts[key].starts if key in cuts else None
+        cut = cuts.get(key)
+        if cut is not None and frame.is_of_experts(key) and (cut.dim == 0 or cut.experts):
+            # Of matrices that lie one by one it is known which are joined to a parameter.
+            known, parts = frame.tried and whole[key].stacked, len(whole[key].experts[0])
+            groups = _sharing(sides[0], cut.experts or cut)
+            yield Parameter(key, sides[0], sides[1:], known=known, parts=parts, groups=groups)
+            continue
+        starts = None if cut is None else cut.starts
         yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded, starts=starts)
     yield from idle(source, ranks, used, frame.layers, frame.config.num_hidden_layers, frame.aside)
+
+
+def _sharing(source: Held | HeldParts, experts: RankShares) -> list[tuple[Share, tuple[int, ...]]]:
+    """The experts that some ranks have, and who these are."""
+    found = sharing(experts.firsts).items()
+    return [(Share(source, 0, torch.arange(first, first + experts.sizes[ranks[0]])), ranks) for first, ranks in found]
 
 
 def _held(weights: Weights, parts: StoredParts) -> Held | HeldParts:

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.heads import total_heads
+from tpshard.verifier.hf.parameters import EXPERT
 from tpshard.verifier.places import Stretch
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import layer_of
+from tpshard.verifier.stacks import firsts
 
 CHOICE_BIAS = r"(correction_bias|expert_bias)$"
 # By role: the names, and whether the ranks have parts of these tensors, all of them, or either.
@@ -69,7 +71,7 @@ class StoredPlaces:
         """How a stored tensor is spread over the ranks; None if each has all of it."""
         full, shapes = self.source.shape(name), [rank.shape(name) for rank in self.ranks]
         dims = [dim for dim in range(len(full)) if any(shape[dim] != full[dim] for shape in shapes)]
-        return RankShares(dims[0], tuple(shape[dims[0]] for shape in shapes), full[dims[0]]) if dims else None
+        return RankShares(dims[-1], tuple(shape[dims[-1]] for shape in shapes), full[dims[-1]]) if dims else None
 
     def tensors(self, role: str, *, bias: bool = False) -> list[str]:
         if role in OUTSIDE:
@@ -132,6 +134,28 @@ class StoredPlaces:
         found = [(Stretch(name, 0, slice(0, 1)), Stretch(name, 0, slice(1, 2))) for name in stacked]
         apart = self.tensors("first_expert")
         return found + [(Stretch(name), Stretch(name.replace(".experts.0.", ".experts.1."))) for name in apart]
+
+    def dealt_experts(self) -> list[tuple[int, list[Stretch]]]:
+        return self._one_by_one() or self._stacked()
+
+    def _one_by_one(self) -> list[tuple[int, list[Stretch]]]:
+        found = []
+        for rank in self.ranks:
+            mine = [(int(match["number"]), name) for name in rank.names() if (match := EXPERT.fullmatch(name))]
+            found.append(sorted((number, name) for number, name in mine if layer_of(name) == self.layer))
+        first, least = [min(mine, default=(0, ""))[0] for mine in found], min(map(len, found))
+        if len(set(first)) == 1:
+            return []
+        return [(begin, [Stretch(name) for _, name in mine[:least]]) for begin, mine in zip(first, found, strict=True)]
+
+    def _stacked(self) -> list[tuple[int, list[Stretch]]]:
+        stacks = [n for role in ("down", "up") for n in self.tensors(role) if len(self.source.shape(n)) == 3]
+        for name in stacks[:1]:
+            full, shapes = self.source.shape(name), [rank.shape(name) for rank in self.ranks]
+            begin, least = firsts(shapes, full), slice(0, min(shape[0] for shape in shapes))
+            if begin is not None and least.stop < full[0]:
+                return [(first, [Stretch(each, 0, least) for each in stacks]) for first in begin]
+        return []
 
     def twin(self, name: str) -> str | None:
         """The layer's before this one."""

@@ -13,7 +13,16 @@ from torch.func import functional_call
 from tpshard.verifier.criteria import relative
 from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.heads import FUSED
-from tpshard.verifier.hf.parallel import in_dim, is_column, is_experts, is_linear, is_row, own_weights, product
+from tpshard.verifier.hf.parallel import (
+    in_dim,
+    is_column,
+    is_experts,
+    is_linear,
+    is_row,
+    own_rows,
+    own_weights,
+    product,
+)
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import layers_of
 from tpshard.verifier.report.verdict import Finding
@@ -182,20 +191,27 @@ class Feeder:
     def _experts(self, name: str, whole: nn.Module) -> Tensor:
         """The unsharded experts' output with the rank's features, or experts, alone."""
         cut, record = self.side.cuts[f"{name}.down_proj"], self.records[name]
-        if cut.dim == 0:
-            x, chosen, weights = record.args
-            return _first(whole(x, chosen, own_weights(cut, self.rank, chosen, weights)))
-        part = _part_of_experts(whole, cut, self.rank)
-        return _first(functional_call(whole, part, record.args, record.kwargs))
+        args, experts = record.args, cut if cut.dim == 0 else cut.experts
+        if experts is not None and len(args) > 1:
+            x, chosen, weights = args
+            args = x, chosen, own_weights(experts, self.rank, chosen, weights)
+        part = {} if cut is experts else _part_of_experts(whole, cut, self.rank)
+        found = _first(functional_call(whole, part, args, record.kwargs))
+        if experts is not None and len(args) == 1:
+            rows, every = own_rows(experts, self.rank, args[0]), found
+            found = torch.zeros_like(every)
+            found[rows] = every[rows]
+        return found
 
 
 def _part_of_experts(whole: nn.Module, down: RankShares, rank: int) -> dict[str, Tensor]:
     """A rank's features of the unsharded experts' parameters, and its summand of their last bias."""
     first, size = down.first(rank), down.sizes[rank]
+    sharing = len(down.sizes) if down.experts is None else down.experts.firsts.count(down.experts.first(rank))
 
     def part(leaf: str, weight: Tensor) -> Tensor:
         if leaf == "down_proj_bias":
-            return weight / len(down.sizes)
+            return weight / sharing
         dim = down.dim if leaf == "down_proj" else 1 if leaf.endswith("bias") else 3 - down.dim
         if leaf in ("down_proj", "up_proj"):
             return weight.narrow(dim, first, size)

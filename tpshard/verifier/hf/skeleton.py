@@ -18,6 +18,7 @@ from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.model_types import COMPUTES_AS, TRIED
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
+from tpshard.verifier.stacks import Shapes, cut_dim, firsts, starts
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 # Facts of a file, not of a model.
@@ -246,6 +247,11 @@ class Frame:
         """The stored tensors that the parameters are made of."""
         return sorted({name for recipe in self.recipes(weights).values() for name in recipe.stored})
 
+    def is_of_experts(self, key: str) -> bool:
+        """Whether a parameter is a stack, a matrix or a bias of each expert."""
+        owner, _, _ = key.rpartition(".")
+        return len(self.shapes.get(f"{owner}.down_proj", ())) == 3
+
     def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, RankShares]:
         """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
         return self.cuts_by(self.recipes(source), [self.recipes(rank) for rank in ranks], source, ranks)
@@ -258,36 +264,52 @@ class Frame:
         ranks: Sequence[Weights],
     ) -> dict[str, RankShares]:
         """The same by recipes that are there: the source's, and each rank's."""
-        cuts = {}
+        cuts, shapes = {}, dict[str, list[tuple[int, ...]]]()
         for key, recipe in whole.items():
-            full, name = recipe.shape(source), recipe.stored[0]
+            name = recipe.stored[0]
             for rank, found in enumerate(held):
                 if key not in found:
                     some = recipe.stacked and any(each in ranks[rank].names() for each in recipe.stored)
                     what = f"has other experts of {key} than are its own" if some else f"has no tensor {name}"
                     raise DifferentError(f"rank {rank} {what}", tensor=name)
-            shapes = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
-            if recipe.stacked and all(found[key].stacked for found in held):
-                _experts_in_order(key, [found[key] for found in held], shapes, full[0])
-            dims = {dim for shape in shapes for dim, (n, m) in enumerate(zip(shape, full, strict=False)) if n != m}
-            if len(dims) > 1 or any(len(shape) != len(full) for shape in shapes):
-                shown = ", ".join(map(str, shapes))
+            shapes[key] = [found[key].shape(rank) for found, rank in zip(held, ranks, strict=True)]
+        for key, recipe in whole.items():
+            full, name = recipe.shape(source), recipe.stored[0]
+            dims = {dim for shape in shapes[key] for dim, (n, m) in enumerate(zip(shape, full, strict=False)) if n != m}
+            fits = all(len(shape) == len(full) for shape in shapes[key])
+            if recipe.stacked and 0 not in dims:
+                _in_order(key, [found[key] for found in held], [0] * len(held))
+            down = f"{key.rpartition('.')[0]}.down_proj"
+            if fits and 0 in dims and self.is_of_experts(key) and down in whole:
+                experts = firsts(shapes[down], whole[down].shape(source))
+                if experts is not None and (begin := starts(shapes[key], full, experts)) is not None:
+                    _in_order(key, [found[key] for found in held], experts)
+                    cuts[key] = _some_experts(shapes[key], full, experts, begin)
+                    continue
+            if len(dims) > 1 or not fits or (0 in dims and self.is_of_experts(key)):
+                shown = ", ".join(map(str, shapes[key]))
                 raise DifferentError(f"{name} does not have the model's shape", tensor=name, expected=full, found=shown)
             for dim in dims:
-                cuts[key] = RankShares(dim, tuple(shape[dim] for shape in shapes), full[dim])
+                cuts[key] = RankShares(dim, tuple(shape[dim] for shape in shapes[key]), full[dim])
         return with_shared_heads(cuts, self.config)
 
 
-def _experts_in_order(key: str, recipes: Sequence[StoredParts], shapes: Sequence[tuple[int, ...]], total: int) -> None:
-    """DifferentError unless each rank has all experts, or those that follow the rank's before it."""
-    some = any(shape[0] != total for shape in shapes)
-    expected = 0
-    for rank, (recipe, shape) in enumerate(zip(recipes, shapes, strict=True)):
-        if recipe.first != expected:
-            what = f"rank {rank} has other experts of {key} than are its own"
-            wanted, held = f"those from {expected} on", f"{recipe.first} to {recipe.first + shape[0] - 1}"
+def _some_experts(shapes: Shapes, full: tuple[int, ...], experts: Sequence[int], begin: Sequence[int]) -> RankShares:
+    """How ranks have some experts each, whole or cut."""
+    dim = cut_dim(shapes, full)
+    some = RankShares(0, tuple(shape[0] for shape in shapes), full[0], starts=tuple(experts))
+    if not dim:
+        return some
+    return RankShares(dim, tuple(shape[dim] for shape in shapes), full[dim], starts=tuple(begin), experts=some)
+
+
+def _in_order(key: str, recipes: Sequence[StoredParts], experts: Sequence[int]) -> None:
+    """DifferentError unless each rank's experts have the numbers that they must have, where they have any."""
+    for rank, (recipe, first) in enumerate(zip(recipes, experts, strict=True)):
+        if recipe.stacked and recipe.first != first:
+            what, last = f"rank {rank} has other experts of {key} than are its own", len(recipe.experts) - 1
+            wanted, held = f"those from {first} on", f"{recipe.first} to {recipe.first + last}"
             raise DifferentError(what, tensor=recipe.stored[0], expected=wanted, found=held)
-        expected += shape[0] if some else 0
 
 
 def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:

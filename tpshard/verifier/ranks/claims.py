@@ -15,6 +15,7 @@ from tpshard.verifier.ranks.open import RankSet
 from tpshard.verifier.ranks.stages import EMBEDDINGS, HEADS, misplaced, stale
 from tpshard.verifier.ranks.vllm import TEXT
 from tpshard.verifier.ranks.weights import Weights, named
+from tpshard.verifier.stacks import firsts, starts
 
 _TIED = "tie_word_embeddings"
 _LISTS = {"modules_to_not_convert": False, "modules_in_block_to_quantize": True}
@@ -38,7 +39,7 @@ def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
         return False
     owner, _, key = each.key.rpartition(".")
     if owner == "quantization_config" and key in _LISTS:
-        quantised = {name.rpartition(".")[0] for name in opened.ranks[0].dequantised}
+        quantised = {name.rpartition(".")[0] for rank in opened.ranks for name in rank.dequantised}
         plain = {name.rpartition(".")[0] for name in source.names()} - quantised
         return _lists(each, quantised if _LISTS[key] else plain)
     if key != _TIED or owner not in ("", *TEXT_KEYS):
@@ -82,6 +83,8 @@ def _in_order(chunks: Sequence[Chunk], size: tuple[int, ...] | None) -> bool:
     if size is None or all(chunk.info.shape == size for chunk in chunks):
         return all(chunk.at == whole for chunk in chunks)
     dims = [dim for dim, total in enumerate(size) if any(chunk.info.shape[dim] != total for chunk in chunks)]
+    if len(dims) == 2 and dims[0] == 0:
+        return _is_stack(chunks, size, dims[1])
     if len(dims) != 1 or any(chunk.at[: dims[0]] + chunk.at[dims[0] + 1 :] != whole[1:] for chunk in chunks):
         return False
     (dim,) = dims
@@ -91,3 +94,17 @@ def _in_order(chunks: Sequence[Chunk], size: tuple[int, ...] | None) -> bool:
     tiled = [begin for begin, _ in different] == ends[:-1] and ends[-1] == size[dim]
     alike = len({end - begin for begin, end in places}) > 1 or len({places.count(place) for place in different}) == 1
     return tiled and alike and places == sorted(places)
+
+
+def _is_stack(chunks: Sequence[Chunk], size: tuple[int, ...], dim: int) -> bool:
+    """Whether parts lie in a stack of experts as ranks have it that share experts, and cut them along a dim."""
+    shapes = [chunk.info.shape for chunk in chunks]
+    first = firsts(shapes, size)
+    begin = first and starts(shapes, size, first)
+    if not first or not begin:
+        return False
+    places = [
+        tuple({0: one, dim: two}.get(each, 0) for each in range(len(size)))
+        for one, two in zip(first, begin, strict=True)
+    ]
+    return [chunk.at for chunk in chunks] == places

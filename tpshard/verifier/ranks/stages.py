@@ -62,27 +62,44 @@ def _listed_ranges(ranges: Sequence[Sequence[int]]) -> str:
     return ", ".join(f"{begin} to {end - 1}" for begin, end in ranges)
 
 
-def stale(copies: Sequence[tuple[TensorInfo, TensorInfo]]) -> Iterator[str]:
-    """The tensors on two stages that are not the same on both, byte for byte."""
+Read = Callable[[str, int, int], bytearray]
+"""Gives the bytes of a file from one place to another."""
+
+
+def stale(copies: Sequence[tuple[TensorInfo, TensorInfo]], read_copy: Read = read_range) -> Iterator[str]:
+    """The tensors on two stages that are not the same on both, byte for byte. read_copy: reads the second of two."""
     for one, other in copies:
         same = (one.dtype, one.shape) == (other.dtype, other.shape)
         ends = [*range(0, one.nbytes, _BLOCK), one.nbytes]
         if not same or any(
             read_range(one.file, one.begin + begin, one.begin + end)
-            != read_range(other.file, other.begin + begin, other.begin + end)
+            != read_copy(other.file, other.begin + begin, other.begin + end)
             for begin, end in pairwise(ends)
         ):
             yield f"{one.name} is not the same on the stages that have it"
 
 
-def injected(ranks: Sequence[OnStages], ranges: Sequence[Sequence[int]], config: Mapping[str, Any]) -> dict[str, bool]:
-    """Faults put into this set on purpose, and whether `misplaced` sees them."""
+def injected(
+    ranks: Sequence[OnStages],
+    ranges: Sequence[Sequence[int]],
+    config: Mapping[str, Any],
+    copies: Sequence[tuple[TensorInfo, TensorInfo]],
+) -> dict[str, bool]:
+    """Faults put into this set on purpose, and whether `misplaced`, or `stale`, sees them."""
     last = len(ranges) - 1
     faults: dict[str, Callable[[str, tuple[int, ...]], tuple[int, ...]]] = {
         "stages-exchanged": lambda _, where: tuple(sorted(last - stage for stage in where)),
         "layer-on-another-stage": lambda name, where: (last,) if layer_of(name) == 0 else where,
     }
-    return {
+    seen = {"tied-copy-stale": any(stale(copies[:1], _bit_flipped))} if copies else {}
+    return seen | {
         fault: any(misplaced([{name: at(name, held[name]) for name in held} for held in ranks], ranges, config))
         for fault, at in faults.items()
     }
+
+
+def _bit_flipped(file: str, begin: int, end: int) -> bytearray:
+    """What is stored there, with a bit of its last byte turned over."""
+    data = read_range(file, begin, end)
+    data[-1] ^= 1
+    return data

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from tpshard.errors import DifferentError, UnsupportedError
-from tpshard.verifier.elements import ACTIVATION_SCALES
+from tpshard.verifier.elements import ACTIVATION_SCALES, EXPERT
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.hf.skeleton import text_of
@@ -91,7 +91,10 @@ def _complete(rank: Rank) -> dict[str, RankPiece]:
         if piece is not None and name not in source.names() and not name.endswith((".weight", ".bias")):
             what = f"{stored(piece).name} of rank {rank.rank} is nothing that the source has"
             raise DifferentError(what, tensor=stored(piece).name)
+    modules = {name.rpartition(".")[0] for name in found}
     for name in source.names():
+        if EXPERT.search(name) and name.rpartition(".")[0] not in modules:
+            continue  # of another rank's expert
         if name.endswith(ACTIVATION_SCALES) and (layer_of(name) or 0) < rank.family.layers and name not in found:
             raise DifferentError(f"rank {rank.rank} has no tensor {name}", tensor=name)
     return {name: piece for name, piece in found.items() if piece is not None}
