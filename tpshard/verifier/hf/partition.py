@@ -57,4 +57,4 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
 
 
 def _held(weights: Weights, parts: StoredParts) -> Held | HeldParts:
-    return HeldParts(weights, parts) if parts.stacked else Held(weights, parts.stored[0])
+    return HeldParts(weights, parts) if parts.stacked or parts.joined else Held(weights, parts.stored[0])

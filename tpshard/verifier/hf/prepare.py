@@ -1,6 +1,6 @@
 """What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from tpshard.errors import CorruptError, DifferentError, TpshardError, UnsupportedError
+from tpshard.errors import TpshardError, UnsupportedError
 from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
+from tpshard.verifier.hf.masked_backend import MaskedBackend
 from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, same_model
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.model_types import TRIED
@@ -83,7 +84,10 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBac
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)
     opened.say(f"transformers' own {_kind(config)} model: about {need / 1e9:.1f} GB of memory")
     require_memory(need, free, device, "--layers looks at fewer layers, --float32 --tier exact takes half")
-    return TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame), tokens
+    if frame.tried:
+        return TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame), tokens
+    sparing = not shards.stored
+    return MaskedBackend(opened.source, shards.ranks, opened.team, ids, device, frame, sparing=sparing), tokens
 
 
 def _kind(config: Any) -> str:
@@ -91,32 +95,31 @@ def _kind(config: Any) -> str:
 
 
 @contextmanager
-def _unlike_others(config: Any, *, differing: bool = True) -> Iterator[None]:
-    """What code that expects classes like those which were tried stumbles over in another, as an UnsupportedError.
-
-    differing: whether a difference, too, may be of the class and not of the files.
-    """
-    ours = (DifferentError, CorruptError) if differing else ()
+def _unlike_others(config: Any) -> Iterator[None]:
+    """What code that expects classes like those which were tried stumbles over in another, as an UnsupportedError."""
     try:
         yield
+    except (TpshardError, OSError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        foreseen = isinstance(error, (TpshardError, OSError, torch.OutOfMemoryError)) and not isinstance(error, ours)
-        if foreseen or config.model_type in TRIED:
+        if config.model_type in TRIED:
             raise
-        said = str(error) if isinstance(error, TpshardError) else f"{type(error).__name__}: {error}"
-        what = f"{_UNTRIED.format(_kind(config))}: {' '.join(said.split())[:300]}"
-        raise UnsupportedError(what, hint="--tier bytes compares the files") from error
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UnsupportedError(f"{_UNTRIED.format(_kind(config))}: {said}", hint="--tier bytes compares the files") from error
 
 
-def _unsure(config: Any, judge: JudgeTier) -> JudgeTier:
-    """A tier that runs a class which was never tried: equal is equal, but a difference may be of how it was run."""
+def _sure(sides: MaskedBackend, judge: Callable[[MaskedBackend], tuple[Tier, Canaries | None]]) -> JudgeTier:
+    """A tier that runs a class which was never tried: a difference is the shards' if a right cut would make none."""
+    config = sides.frame.config
 
     def judged() -> tuple[Tier, Canaries | None]:
         with _unlike_others(config):
-            tier, canaries = judge()
-        if tier.status == "fail":
-            reason = f"{tier.reason}; {_UNTRIED.format(_kind(config))}"
-            return replace(tier, status="inconclusive", reason=reason), None
+            placed = sides.placed()
+            tier, canaries = judge(placed)
+            if tier.status == "fail" and tier.name == "exact" and not placed.certain(tier.first):
+                where = tier.first.module if tier.first else "the model"
+                reason = f"{where} is cut in a way that was never tried here: {tier.reason}"
+                return replace(tier, status="inconclusive", reason=reason), None
         return tier, canaries if canaries is None else partial(_injected, config, canaries)
 
     return judged
@@ -143,21 +146,24 @@ def _begin(
 
     taught = cache(lambda: sides.teach(tokens))
 
-    def judge_exact() -> tuple[Tier, Canaries]:
+    def judge_exact(sides: TransformersBackend) -> tuple[Tier, Canaries]:
         tier = exact(sides.counting("exact", opened.say), taught()[0], float32=float32)
         return tier, partial(exact_canaries, sides, float32=float32)
 
-    def judge_native() -> tuple[Tier, Canaries | None]:
+    def judge_native(sides: TransformersBackend) -> tuple[Tier, Canaries | None]:
         rank = opened.shards.ranks[0]
         dtype = main_dtype(rank, sides.frame.stored(rank))
         tier = native(sides.counting("native", opened.say), dtype, *taught())
         return tier, partial(native_canaries, sides, dtype) if len(sides.ranks) > 1 else None
 
     def judge_elements() -> tuple[Tier, Canaries | None]:
-        with _unlike_others(sides.frame.config, differing=False):
+        with _unlike_others(sides.frame.config):
             return judge_weights(sides, options.allow_not_run, opened.say)
 
-    judges: dict[str, JudgeTier] = {"weights": judge_elements, "exact": judge_exact, "native": judge_native}
-    if not sides.frame.tried:
-        judges |= {name: _unsure(sides.frame.config, judges[name]) for name in ("exact", "native")}
+    run = {"exact": judge_exact, "native": judge_native}
+    judges: dict[str, JudgeTier] = {"weights": judge_elements}
+    judges |= {
+        name: _sure(sides, judge) if isinstance(sides, MaskedBackend) else partial(judge, sides)
+        for name, judge in run.items()
+    }
     return {name: judge for name, judge in judges.items() if name in options.computed}

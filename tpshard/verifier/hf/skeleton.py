@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.dequantise.find import QUANTISATION
 from tpshard.verifier.elements import RankShares
+from tpshard.verifier.hf.conversions import Conversions
 from tpshard.verifier.hf.heads import with_shared_heads
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
@@ -178,7 +179,8 @@ class Frame:
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
     `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
     embedding is taken in its place, so that what the model computes before it is seen. `turned`: stacked experts that
-    the source stores for products from the left. `aside`: as in `RankSet`.
+    the source stores for products from the left. `aside`: as in `RankSet`. `conversions`: of a class that was not tried,
+    what transformers does to names. `ties`: of a parameter that the class has under several names, the others.
     """
 
     config: Any
@@ -191,6 +193,8 @@ class Frame:
     headless: bool = False
     turned: frozenset[str] = frozenset()
     aside: Mapping[str, int] = field(default_factory=dict)
+    conversions: Conversions | None = None
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def tried(self) -> bool:
@@ -202,7 +206,7 @@ class Frame:
 
         classes: `architectures` of the config; one that computes no logits needs no head.
         """
-        found = recipes(source.names(), self.shapes.keys(), self.prefix)
+        found = self._stored_parts(source)
         named = list(map(str, classes)) if isinstance(classes, list) else []
         headed = not named or any(kind in name for name in named for kind in _HEADED)
         spared = {self.head} if self.config.tie_word_embeddings or not headed else set()
@@ -224,9 +228,19 @@ class Frame:
         layer = layer_of(key)
         return layer is None or layer in self.layers
 
+    def _stored_parts(self, weights: Weights) -> dict[str, StoredParts]:
+        """What the parameters are made of, by names alone."""
+        found = recipes(weights.names(), self.shapes.keys(), self.prefix)
+        if self.conversions is not None:
+            found = {**self.conversions.recipes(weights.names()), **found}
+        for key in self.ties.keys() - found.keys():
+            if there := next((other for other in self.ties[key] if other in found), None):
+                found[key] = found[there]
+        return found
+
     def recipes(self, weights: Weights) -> dict[str, StoredParts]:
         """What the parameters are made of. A tied head, or one that is not there, is made of the embedding."""
-        found = recipes(weights.names(), self.shapes.keys(), self.prefix)
+        found = self._stored_parts(weights)
         tied = self.config.tie_word_embeddings or self.headless
         if self.head not in found and self.embedding in found and tied:
             found[self.head] = found[self.embedding]
@@ -300,7 +314,20 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     every = tuple(range(len(layers_of(model))))
     prefix = str(getattr(model, "base_model_prefix", ""))
     buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers, buffers)
+    untried = config.model_type not in TRIED
+    conversions = Conversions.of(model) if untried else None
+    looked_at = every if layers is None else layers
+    ties = _ties(model) if untried else {}
+    return Frame(config, shapes, prefix, head, embedding, looked_at, buffers, conversions=conversions, ties=ties)
+
+
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parameters that a class has under several names, each with its others."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    several = [each for each in names.values() if len(each) > 1]
+    return {name: tuple(other for other in each if other != name) for each in several for name in each}
 
 
 def fill(
