@@ -16,6 +16,7 @@ from tpshard.errors import DifferentError
 from tpshard.verifier.hf.parallel import Link, in_dim, is_linear, product
 from tpshard.verifier.hf.places_in_whole import Share, Shares
 
+
 @dataclass
 class MaskedLink(Link):
     """The same, which lets no gradient pass from a rank to the others."""
@@ -41,6 +42,15 @@ def is_row(module: nn.Module, leaves: Leaves) -> bool:
     """Whether a linear module has some of its input features."""
     weight = leaves.get("weight")
     return weight is not None and is_linear(module) and weight.dim == in_dim(module)
+
+
+def row_leaf(module: nn.Module, leaves: Leaves) -> str | None:
+    """The one parameter of a module that is cut along its inputs; None of those that have none, or others beside."""
+    wide = [leaf for leaf in leaves if _dims(module, leaf) > 1]
+    if len(wide) != 1:
+        return None
+    dim = in_dim(module) if is_linear(module) else _dims(module, wide[0]) - 1
+    return wide[0] if leaves[wide[0]].dim == dim else None
 
 
 def connect(model: Any, shares: Shares, rank: int, link: Link) -> None:
@@ -142,16 +152,23 @@ def _summed(name: str, module: nn.Module, leaves: Leaves, tp: int, link: Link) -
         out = forward(*args, **kwargs)
         first = out if isinstance(out, Tensor) else out[0]
         total = link.reduce(name, first)
-        with _without(module, leaves):
-            rest = forward(*args, **kwargs)
-        rest = rest if isinstance(rest, Tensor) else rest[0]
-        if bool(rest.any()):
-            total = total - (tp - 1) * rest
+        if not _given(module, leaves, args):
+            with _without(module, leaves):
+                rest = forward(*args, **kwargs)
+            rest = rest if isinstance(rest, Tensor) else rest[0]
+            if bool(rest.any()):
+                total = total - (tp - 1) * rest
         return total if isinstance(out, Tensor) else (total, *out[1:])
 
     if is_row(module, leaves):
         return row
     return (lambda *args: link.reduce(name, forward(*args))) if _only_cut(module, leaves) else of_all
+
+
+def _given(module: nn.Module, leaves: Leaves, args: tuple[Any, ...]) -> bool:
+    """Whether a module is called with what it holds: a block of it, say, for one expert."""
+    held = {module._parameters[leaf].untyped_storage().data_ptr() for leaf in leaves}  # type: ignore[union-attr]
+    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in held for x in args)
 
 
 def _only_cut(module: nn.Module, leaves: Leaves) -> bool:
@@ -181,7 +198,8 @@ def _gathered(module: nn.Module, share: Share, link: Link) -> Callable[..., Tens
             )
         finally:
             module._parameters.update(mine)
-        return out * share.held.to(out.device) if out.shape[-1] == share.total else out
+        held: Tensor = out * share.held.to(out.device) if out.shape[-1] == share.total else out
+        return held
 
     return on_all
 

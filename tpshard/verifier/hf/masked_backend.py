@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -20,14 +20,23 @@ from tpshard.verifier.hf.masked_feed import MaskedFeeder, Records, Uses, recordi
 from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import is_experts
 from tpshard.verifier.hf.places_in_whole import Share, Shares, put_in_place, shares_of
-from tpshard.verifier.hf.probes import ModuleRecord, blocks, every_expert
+from tpshard.verifier.hf.probes import blocks, every_expert
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import fill, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
-from tpshard.verifier.report.verdict import Finding, Place, layer_of
+from tpshard.verifier.report.verdict import Finding, Place
 
 UNUSED = " (what nothing of the rank needs)"
 """Ends the name of a finding of a parameter that a rank has more of than its features need."""
+
+
+class MaskedSide(Side):
+    """A model of which nobody knows where it chooses experts: in a router, or around it."""
+
+    @cached_property
+    def routers(self) -> dict[str, nn.Module]:
+        around = {name: module for name, module in self.modules.items() if hasattr(module, "experts")}
+        return self._named("Router") | around
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class MaskedBackend(TransformersBackend):
 
     def _side(self, weights: Weights, dtype: torch.dtype, cuts: Mapping[str, RankShares], rank: int | None) -> Side:
         if rank is None:
-            return super()._side(weights, dtype, cuts, rank)
+            side = super()._side(weights, dtype, cuts, rank)
+            return MaskedSide(side.model, side.dtype, {}, None, side.link, side.progress, self.frame.pictures)
         return self._placed(weights, dtype, rank, self.shares, whole=False)
 
     def _placed(self, weights: Weights, dtype: torch.dtype, rank: int, shares: Shares, *, whole: bool) -> Side:
@@ -60,7 +70,7 @@ class MaskedBackend(TransformersBackend):
         connect(model, mine, rank, link)
         skip_layers(model, self.frame.layers)
         steps = len(self.frame.layers) + 2
-        return Side(model, dtype, {}, rank, link, partial(self.progress.step, steps))
+        return MaskedSide(model, dtype, {}, rank, link, partial(self.progress.step, steps), self.frame.pictures)
 
     def feed(self, dtype: torch.dtype, limit: float) -> Fed:
         whole, models = self.reference(dtype), self.here(dtype)
@@ -141,24 +151,49 @@ class MaskedBackend(TransformersBackend):
             return first is not None
         if first.module.endswith((UNUSED, CHOICE)):
             return True
+        try:
+            return self._makes_none(first)
+        except (RuntimeError, TypeError, ValueError, IndexError, UnsupportedError):
+            return False
+
+    def _makes_none(self, first: Place) -> bool:
+        """See `certain`; what a class stumbles over is raised."""
         whole = self.reference(torch.float64)
         names, records, pins, _ = self._recorded(whole)
         sums = kinds_of(whole.model, self.shares)
         name = next((n for n in names if f"{first.module}.".removeprefix("input of ").startswith(f"{n}.")), None)
         if name is None:
             return False
-        inside = [each for each in sums.summed if f"{each}.".startswith(f"{name}.")]
-        rows = [each for each in inside if f"{each}.weight" in self.shares]
-        if not rows:
-            return any(is_experts(whole.modules[each]) for each in inside)
+        culprit = whole.modules.get(first.module.removeprefix("input of "))
+        if culprit is not None and is_experts(culprit):
+            return True
+        if self._lacks_row(whole, name, names, records, sums, pins):
+            return True
         right = self._right(whole, name, names, records, sums, pins)
         return right is not None and self._computes(whole, right, names, records, sums, pins, name)
+
+    def _lacks_row(
+        self, whole: Side, name: str, names: Sequence[str], records: Records, sums: Sums, pins: Pinned
+    ) -> bool:
+        """Whether a linear module that every rank has whole is given a part of its inputs by each, and all by all."""
+        models = self.here(torch.float64)
+
+        def work(group: Group) -> dict[str, Tensor]:
+            feeder = MaskedFeeder(whole, records, models[group.rank], names, math.inf, self.shares, sums)
+            with feeder.looking():
+                models[group.rank].run(group, [self.prompt], Pinned(pins.made))
+            return {key: each.cpu() for key, each in feeder.agreeing.items() if key.startswith(f"{name}.")}
+
+        ranks = self.team.run(work)
+        of_all = [torch.stack([rank[key] for rank in ranks]) for key in ranks[0]]
+        return any(bool(each.any(0).all()) and not bool(each.all()) for each in of_all)
 
     def _right(
         self, whole: Side, name: str, names: Sequence[str], records: Records, sums: Sums, pins: Pinned
     ) -> dict[str, list[Share]] | None:
         """The shares that ranks need of what is below a module; None where each needs all of everything."""
-        tp, right, apart = len(self.ranks), dict(self.shares), False
+        tp, apart = len(self.ranks), False
+        right = {key: list(each) for key, each in self.shares.items()}
         below = [key for key in self.shares if key.startswith(f"{name}.") and key.rpartition(".")[0] not in sums.summed]
         per_rank = []
         for rank in range(tp):
@@ -178,7 +213,7 @@ class MaskedBackend(TransformersBackend):
                 each.append(Share(dim, total, at, at, at, need & ~taken))
                 taken |= need
             right[key] = each
-        return {key: each for key, each in right.items()} if apart else None
+        return right if apart else None
 
     def _computes(
         self,

@@ -1,4 +1,4 @@
-"""Module by module, as in `probes`, for models whose parameters are in their places among zeros; and what ranks need."""
+"""Module by module, as in `probes`, for models whose parameters lie among zeros; and what each rank needs."""
 
 import zlib
 from collections import defaultdict
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.verifier.criteria import relative
-from tpshard.verifier.hf.masked import Sums, is_row
+from tpshard.verifier.hf.masked import Sums, is_row, row_leaf
 from tpshard.verifier.hf.parallel import in_dim, is_linear, product
 from tpshard.verifier.hf.places_in_whole import Share, Shares
 from tpshard.verifier.hf.probes import STREAM, ModuleRecord
@@ -47,7 +47,10 @@ def recording(side: Side, names: Sequence[str]) -> Iterator[dict[str, list[Modul
 
 @dataclass
 class MaskedFeeder:
-    """Feeds a rank's modules what the unsharded ones took, and compares what they give where the rank has features."""
+    """Feeds a rank's modules what the unsharded ones took, and compares what they give where the rank has features.
+
+    agreeing: of linear modules that a rank has whole, which of their inputs are those of the unsharded model.
+    """
 
     whole: Side
     records: Records
@@ -59,6 +62,7 @@ class MaskedFeeder:
     findings: list[Finding] = field(default_factory=list)
     inside: list[tuple[str, Callable[[], float]]] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    agreeing: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -73,7 +77,7 @@ class MaskedFeeder:
                 if name in self.names:
                     feed = partial(self._feed, name)
                     hooks.enter_context(module.register_forward_pre_hook(feed, with_kwargs=True))
-                elif compare and is_linear(module):
+                elif compare and module._parameters:
                     hooks.enter_context(module.register_forward_hook(partial(self._part, name)))
                 if compare and name in self.names:
                     hooks.enter_context(module.register_forward_hook(partial(self._judge, name)))
@@ -119,26 +123,52 @@ class MaskedFeeder:
         self.findings.append(Finding(name, self.rank, error, culprit))
 
     def _part(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """What a linear module inside of a compared one takes, if it has some of the inputs, and what it gives."""
-        record, share = self._record(name), self._share(name)
+        """What a module with parameters inside of a compared one takes, if it has some of the inputs, and gives."""
+        record, share, given = self._record(name), self._share(name), first_of(output)
         self.calls[name] += 1
-        if record is None or not isinstance(output, Tensor) or output.shape != record.output.shape:
+        taken = record.args[0] if record is not None and record.args else None
+        if record is None or given is None or given.shape != record.output.shape or not isinstance(taken, Tensor):
             return
+        if share is None and "weight" in module._parameters and args[0].shape == taken.shape:
+            self.agreeing[name] = _agree(args[0], taken)
         if share is not None and is_row(module, {"weight": share}):
-            x, wanted = share.only(args[0]), share.only(record.input)
+            x, wanted = share.only(args[0]), share.only(taken)
             self.inside.append((f"input of {name}", lambda: relative(x, wanted)))
             weights = (each.modules[name]._parameters["weight"] for each in (self.side, self.whole))
             mine, theirs = (share.only(w, in_dim(module)) for w in weights if w is not None)
             self.inside.append((name, lambda: relative(product(module, wanted, mine), product(module, wanted, theirs))))
-        else:
-            given, expected = (self._mine(name, module, x) for x in (output, record.output))
-            self.inside.append((name, lambda: relative(given, expected)))
+        elif share is None or is_linear(module) or name in self.sums.summed:
+            mine_of, expected = (self._mine(name, module, x) for x in (given, record.output))
+            self.inside.append((name, lambda: relative(mine_of, expected)))
+
+
+def _agree(x: Tensor, wanted: Tensor) -> Tensor:
+    """Of each feature, whether it is the same but for roundings."""
+    apart, size = (each.double().flatten(0, -2).norm(dim=0) for each in (x - wanted, wanted))
+    same: Tensor = apart <= 1e-9 * size.clamp(min=torch.finfo(torch.float64).tiny)
+    return same
 
 
 def _weighed(name: str, x: Tensor) -> Tensor:
     """A number that every element has a part in."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return (x * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
+
+
+def _with_inputs(module: nn.Module, leaf: str, share: Share, args: tuple[Any, ...]) -> Tensor:
+    """What a module makes of the inputs that a rank has."""
+    weight = module._parameters[leaf]
+    assert weight is not None
+    shape = [1] * weight.dim()
+    shape[share.dim] = share.total
+    part = weight.detach() * share.held.to(weight.device).view(shape)
+    module._parameters[leaf] = nn.Parameter(part, requires_grad=False)
+    try:
+        found = first_of(module.forward(*args))
+    finally:
+        module._parameters[leaf] = weight
+    assert found is not None
+    return found
 
 
 @dataclass
@@ -160,20 +190,17 @@ class Uses:
             first = first_of(output)
             if first is None or not first.requires_grad:
                 return None
-            share = None if rows is None else rows.get(f"{name}.weight")
-            if share is not None and is_row(module, {"weight": share[rank]}):
-                weight, dim, mine = module._parameters["weight"], in_dim(module), share[rank]
-                assert weight is not None
-                part = product(module, mine.only(args[0]), mine.only(weight, dim).detach())
-                weighed.append(_weighed(name, part))
-            elif rows is None:
+            keys = {leaf: f"{name}.{leaf}" for leaf in module._parameters}
+            leaves = {leaf: rows[key][rank] for leaf, key in keys.items() if rows is not None and key in rows}
+            if rows is None:
                 weighed.append(_weighed(name, first))
+            elif (leaf := row_leaf(module, leaves)) is not None:
+                weighed.append(_weighed(name, _with_inputs(module, leaf, leaves[leaf], args)))
             return first.detach() if isinstance(output, Tensor) else (first.detach(), *output[1:])
 
-        def apart(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            x = args[0] if args else None
-            same = isinstance(output, Tensor) and isinstance(x, Tensor) and x.shape == output.shape
-            return output.detach() + (x - x.detach()) if same else None
+        def apart(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.shape == output.shape]
+            return output.detach() + sum(x - x.detach() for x in given)
 
         with ExitStack() as hooks, torch.enable_grad():
             for parameter in names.values():
@@ -182,7 +209,7 @@ class Uses:
                 for name in sums.summed:
                     hooks.enter_context(side.modules[name].register_forward_hook(partial(summed, name)))
                 for name in sums.gathered if rows is not None else ():
-                    hooks.enter_context(side.modules[name].register_forward_hook(apart))
+                    hooks.enter_context(side.modules[name].register_forward_hook(apart, with_kwargs=True))
             else:
                 before = side.link.show
                 hooks.callback(setattr, side.link, "show", before)
@@ -201,7 +228,9 @@ class Uses:
         alive = {}
         for (name, parameter), grad in zip(names.items(), made, strict=True):
             seen = torch.zeros_like(parameter, dtype=torch.bool) if grad is None else grad != 0
-            alive[name] = [seen.movedim(dim, 0).flatten(1).any(-1) if seen.dim() > 1 else seen for dim in range(seen.dim())]
+            alive[name] = [
+                seen.movedim(dim, 0).flatten(1).any(-1) if seen.dim() > 1 else seen for dim in range(seen.dim())
+            ]
         return cls(alive)
 
     def unused(self, whole: "Uses", shares: Shares, rank: int) -> Iterator[tuple[str, int]]:

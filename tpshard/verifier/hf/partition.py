@@ -53,7 +53,7 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
         starts = cuts[key].starts if key in cuts else None
         yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded, starts=starts)
-    yield from idle(source, ranks, used, frame.layers, frame.config.num_hidden_layers, frame.aside)
+    yield from idle(source, ranks, used, frame.layers, frame.depth, frame.aside)
 
 
 def _held(weights: Weights, parts: StoredParts) -> Held | HeldParts:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.elements import Held, Parameter, Readable, RankShares
+from tpshard.verifier.elements import Held, Parameter, RankShares, Readable
 from tpshard.verifier.hf.parameters import StoredParts
 from tpshard.verifier.hf.partition import HeldParts
 from tpshard.verifier.hf.skeleton import Frame
@@ -41,7 +41,7 @@ class Share:
         return torch.zeros(self.total, dtype=torch.bool).index_fill_(0, self.at, True)
 
     def whole(self, key: str, part: Tensor) -> Tensor:
-        """A rank's tensor in the shape of the unsharded one. DifferentError where the tensor has not the share's size."""
+        """A rank's tensor in the shape of the unsharded one. DifferentError where it has not the share's size."""
         if len(self.here) and part.shape[self.dim] <= int(self.here.max()):
             raise DifferentError(f"{key} has fewer indices than its share", tensor=key)
         full = part.new_zeros(*part.shape[: self.dim], self.total, *part.shape[self.dim + 1 :])
@@ -78,7 +78,9 @@ def shares_of(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> dict[s
 
 
 def _readable(weights: Weights, parts: StoredParts) -> Readable:
-    return HeldParts(weights, parts) if parts.stacked or parts.joined or parts.turned else Held(weights, parts.stored[0])
+    return (
+        HeldParts(weights, parts) if parts.stacked or parts.joined or parts.turned else Held(weights, parts.stored[0])
+    )
 
 
 def _shares(key: str, parameter: Parameter, cut: RankShares) -> list[Share]:
@@ -109,7 +111,9 @@ def _alike(source: Readable, dim: int) -> Tensor | None:
         return None
     slices = source.rows(0, shape[0]).movedim(dim, 0).flatten(1) if len(shape) > 1 else source.rows(0, shape[0])
     _, groups = torch.unique(slices.double(), dim=0, return_inverse=True)
-    first = torch.full((int(groups.max()) + 1,), len(groups)).scatter_reduce(0, groups, torch.arange(len(groups)), "amin")
+    first = torch.full((int(groups.max()) + 1,), len(groups)).scatter_reduce(
+        0, groups, torch.arange(len(groups)), "amin"
+    )
     return None if len(first) == len(groups) else first[groups]
 
 

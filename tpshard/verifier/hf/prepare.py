@@ -7,14 +7,27 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tpshard.errors import TpshardError, UnsupportedError
+from tpshard.errors import TpshardError, UnsupportedError, UsageError
 from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.masked_backend import MaskedBackend
-from tpshard.verifier.hf.skeleton import Frame, covers, frame_of, model_config, same_model
+from tpshard.verifier.hf.masked_backend import UNUSED, MaskedBackend
+from tpshard.verifier.hf.pictures import pictures_for, with_placeholder
+from tpshard.verifier.hf.skeleton import (
+    Frame,
+    covers,
+    fill,
+    frame_of,
+    has_towers,
+    model_config,
+    same_model,
+    skeleton,
+    skip_layers,
+    text_config,
+)
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.options import VerifyOptions
@@ -68,15 +81,31 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
 
 
 def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
+    """Both sides of the model with its towers where transformers can run that, else of the text model."""
+    if has_towers(opened.config) and not opened.shards.stored:
+        try:
+            return _sides(opened, options, whole=True)
+        except UsageError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())[:200] or repr(error)
+            opened.say(f"the model with its towers cannot be run here ({said}): its text model is run alone")
+    return _sides(opened, options, whole=False)
+
+
+def _sides(opened: OpenedSet, options: VerifyOptions, *, whole: bool) -> tuple[TransformersBackend, int]:
     shards, device = opened.shards, opened.device
-    config = model_config(opened.config)
+    config = model_config(opened.config, whole=whole)
     # An engine's files may have the head apart that the source ties: `claims` knows.
-    same = same_model(config, model_config(shards.config), ("tie_word_embeddings",) if shards.stored else ())
+    other = model_config(shards.config, whole=whole)
+    same = same_model(config, other, ("tie_word_embeddings",) if shards.stored else ())
     with _unlike_others(config):
-        depth, vocab = config.num_hidden_layers, config.vocab_size
-        positions = int(getattr(config, "max_position_embeddings", 0) or getattr(config, "max_seq_len", 0))
+        text = text_config(config)
+        frame = frame_of(config)
+        depth, vocab = frame.depth, text.vocab_size
+        positions = int(getattr(text, "max_position_embeddings", 0) or getattr(text, "max_seq_len", 0))
         ids, layers, tokens = decide(opened, options, same=same, vocab=vocab, layers=depth, positions=positions)
-        frame = frame_of(config, layers)
+        frame = frame if layers is None else replace(frame, layers=layers)
         frame.require_described(opened.source, opened.config.get("architectures"))
         frame = replace(frame.of_source(opened.source), aside=shards.aside)
     for weights in (opened.source, *shards.ranks):
@@ -84,10 +113,35 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBac
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)
     opened.say(f"transformers' own {_kind(config)} model: about {need / 1e9:.1f} GB of memory")
     require_memory(need, free, device, "--layers looks at fewer layers, --float32 --tier exact takes half")
+    if whole:
+        frame, tokens = _with_pictures(opened, frame, ids, options.seed, tokens, positions)
+        ids = frame.pictures.ids.to(device)  # type: ignore[union-attr]
     if frame.tried:
         return TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame), tokens
     sparing = not shards.stored
     return MaskedBackend(opened.source, shards.ranks, opened.team, ids, device, frame, sparing=sparing), tokens
+
+
+def _with_pictures(
+    opened: OpenedSet, frame: Frame, ids: Tensor, seed: int, tokens: int, positions: int
+) -> tuple[Frame, int]:
+    """The frame with noise for pixels in a form that its class takes, and how many tokens may follow.
+
+    UnsupportedError where none is known.
+    """
+    frame = replace(frame, config=with_placeholder(frame.config, frame.text.vocab_size))
+    model: Any = skeleton(frame.config, torch.float32, opened.device)
+    fill(model, frame, opened.source, torch.float32, opened.device)
+    skip_layers(model, frame.layers)
+    found = pictures_for(model, ids, seed, frame.text.vocab_size)
+    if found is None:
+        raise UnsupportedError("its class takes pictures in a form that is not known here")
+    length = found.ids.shape[1]
+    if positions and length > positions:
+        raise UnsupportedError(
+            "a picture takes more places than the model has positions", expected=positions, found=length
+        )
+    return replace(frame, pictures=found), min(tokens, positions - length) if positions else tokens
 
 
 def _kind(config: Any) -> str:
@@ -105,7 +159,9 @@ def _unlike_others(config: Any) -> Iterator[None]:
         if config.model_type in TRIED:
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UnsupportedError(f"{_UNTRIED.format(_kind(config))}: {said}", hint="--tier bytes compares the files") from error
+        raise UnsupportedError(
+            f"{_UNTRIED.format(_kind(config))}: {said}", hint="--tier bytes compares the files"
+        ) from error
 
 
 def _sure(sides: MaskedBackend, judge: Callable[[MaskedBackend], tuple[Tier, Canaries | None]]) -> JudgeTier:
@@ -116,13 +172,25 @@ def _sure(sides: MaskedBackend, judge: Callable[[MaskedBackend], tuple[Tier, Can
         with _unlike_others(config):
             placed = sides.placed()
             tier, canaries = judge(placed)
-            if tier.status == "fail" and tier.name == "exact" and not placed.certain(tier.first):
-                where = tier.first.module if tier.first else "the model"
-                reason = f"{where} is cut in a way that was never tried here: {tier.reason}"
-                return replace(tier, status="inconclusive", reason=reason), None
+            if tier.status == "fail" and tier.name == "exact":
+                return _judged(placed, tier), None
         return tier, canaries if canaries is None else partial(_injected, config, canaries)
 
     return judged
+
+
+def _judged(sides: MaskedBackend, tier: Tier) -> Tier:
+    """A tier that found a difference: the shards', or of a cut that nobody has seen."""
+    first = tier.first
+    if first is not None and first.module.endswith(UNUSED):
+        name = first.module.removesuffix(UNUSED)
+        reason = f"rank {first.rank} holds more of {name} than its part of the model uses: what it goes with is cut, or"
+        return replace(tier, reason=f"{reason} is cut elsewhere")
+    if sides.certain(first):
+        return tier
+    where = first.module.removeprefix("input of ") if first else "a module"
+    reason = f"{where} is cut in a way that nobody here has seen: {tier.reason}"
+    return replace(tier, status="inconclusive", reason=reason)
 
 
 def _injected(config: Any, canaries: Canaries) -> list[Canary]:
@@ -133,8 +201,10 @@ def _injected(config: Any, canaries: Canaries) -> list[Canary]:
 def _memory(opened: OpenedSet, frame: Frame, tokens: int) -> int:
     """Peak bytes: the source and the ranks that run here in float64, and the larger of them once more as it is read."""
     here = opened.team.here
-    held = (opened.source, *(opened.shards.ranks[rank] for rank in here))
-    logits = tokens * int(frame.config.vocab_size)
+    # What is put in its place among zeros is as large as the whole.
+    ranks = (opened.shards.ranks[rank] if frame.tried else opened.source for rank in here)
+    held = (opened.source, *ranks)
+    logits = tokens * int(frame.text.vocab_size)
     return 8 * sum(elements(weights, frame.stored(weights)) for weights in held) + 8 * logits * (2 + len(here))
 
 
