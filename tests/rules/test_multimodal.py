@@ -305,14 +305,13 @@ def test_a_cast_reaches_the_nested_config_and_the_rest(tmp_path: Path, quick: Se
         ("qwen3_vl", "published"),
     ],
 )
-def test_verify_runs_the_text_model_and_says_what_it_does_not_run(
-    name: str, form: str, published: Any, tmp_path: Path, quick: Settings
-) -> None:
+def test_verify_runs_the_whole_model(name: str, form: str, published: Any, tmp_path: Path, quick: Settings) -> None:
     model = published(name, form)
     tpshard.split(model, 2, tmp_path / "out", settings=quick)
     found = tpshard_command("verify", tmp_path / "out", "--source", model, "--tier", "weights,exact", "--json").json
     assert (found["verdict"], found["settings"]["engine"]) == ("pass", "transformers"), found["reason"]
-    assert any("visual" in name or "vision" in name for name in found["not_run"])
+    assert (found["settings"]["runs"], found["not_run"], found["warnings"]) == ("the whole model", [], [])
+    assert {canary["status"] for canary in found["canaries"]} == {"caught"}
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm4v_moe", "qwen3_vl_moe"])

@@ -65,7 +65,8 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     for wanted, option in ((options.stream, "--stream"), (options.sequence_parallel, "--sequence-parallel")):
         if wanted:
             raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
-    sides, tokens = opened.team.together(lambda: _prepare(opened, options))
+    towers = has_towers(opened.config)
+    (sides, tokens), alone = opened.team.together(lambda: _prepare(opened, options))
     import transformers
 
     return EngineRun(
@@ -76,21 +77,24 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         begin=lambda: _begin(sides, tokens, opened, options),
         # The library's code may stumble over a rank's shapes, which must not pass.
         unsure=(UnsupportedError,),
+        settings={"runs": "the whole model" if sides.frame.pictures else "the text model"} if towers else {},
         volatile={"transformers": str(transformers.__version__)},
+        warnings=[alone] if alone else [],
     )
 
 
-def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBackend, int]:
-    """Both sides of the model with its towers where transformers can run that, else of the text model."""
+def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[tuple[TransformersBackend, int], str]:
+    """Both sides of the model with its towers where transformers can run that, else of the text model, and why."""
+    alone = ""
     if has_towers(opened.config) and not opened.shards.stored:
         try:
-            return _sides(opened, options, whole=True)
+            return _sides(opened, options, whole=True), ""
         except UsageError:
             raise
         except Exception as error:
             said = " ".join(str(error).split())[:200] or repr(error)
-            opened.say(f"the model with its towers cannot be run here ({said}): its text model is run alone")
-    return _sides(opened, options, whole=False)
+            alone = f"the model with its towers cannot be run here ({said}): its text model is run alone"
+    return _sides(opened, options, whole=False), alone
 
 
 def _sides(opened: OpenedSet, options: VerifyOptions, *, whole: bool) -> tuple[TransformersBackend, int]:
