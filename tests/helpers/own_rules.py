@@ -360,16 +360,18 @@ _RULES: dict[str, tuple[dict[str, str], dict[str, tuple[str, ...]], dict[str, tu
 }
 
 
-def rules(model_type: str, replicated: str | None = None, joined: str | None = None) -> str:
-    """The rules. Wrong ones: `replicated` is a module that every rank gets whole; `joined` names a rule of several
-    segments that is taken for one of a single block."""
+def rules(model_type: str, *replicated: str, joined: str | None = None, also: tuple[str, str] | None = None) -> str:
+    """The rules. Wrong ones: `replicated` are modules that every rank gets whole, and `joined` is a rule of several
+    segments that are taken for a single block; `also` is an axis, and a module that is cut by it."""
     axes, cuts, dims, about = _RULES[model_type]
     prefix, stem = about.get("prefix", "model."), about.get("stem", "model.layers.*.")
     table = about.get("table", "model.embed_tokens")
     every = {"column vocab": (f"={table}", "=lm_head?"), **cuts}
-    if replicated is not None:
-        every = {rule: tuple(m for m in modules if m != replicated) for rule, modules in every.items()}
-        every["replicate"] = (*every["replicate"], replicated)
+    every = {rule: tuple(m for m in modules if m not in replicated) for rule, modules in every.items()}
+    every["replicate"] = (*every["replicate"], *replicated)
+    if also is not None:
+        every["replicate"] = tuple(m for m in every["replicate"] if m != also[1])
+        every["column also_"], axes = (also[1],), axes | {"also_": also[0]}
     if joined is not None:
         every["column features_"] = (*every.get("column features_", ()), *every.pop(joined))
         counts = [axes[axis].partition('count = "')[2].partition('"')[0] for axis in joined.split()[1:]]

@@ -342,4 +342,4 @@ def test_verify_says_that_it_does_not_know_the_model(published: Any, tmp_path: P
     config = json.loads((model / "config.json").read_text())
     with_config(model, text_config=config["text_config"] | {"model_type": "chatglm"})
     result = tpshard_command("verify", tmp_path / "out", "--source", model, "--tier", "exact")
-    assert result.code == 4 and "verify does not know the model type 'llava'" in result.err
+    assert result.code == 4 and "no class that computes logits for the model type 'chatglm'" in result.err

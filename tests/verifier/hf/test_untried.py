@@ -71,7 +71,7 @@ WRONG = [
 )
 def test_wrong_rules_fail(model_type: str, how: str, what: str) -> None:
     make(model_type)
-    split(rules(model_type, **{how: what}))
+    split(rules(model_type, what) if how == "replicated" else rules(model_type, joined=what))
     found = verify("weights,exact")
     assert (found.code, found.json["verdict"]) == (1, "fail"), found.json["reason"]
     assert found.json["tiers"][1]["first"] is not None
@@ -82,12 +82,12 @@ def test_heads_that_belong_together_are_not_told_by_their_number() -> None:
     make("diffllama")
     split(rules("diffllama"))
     found = verify("weights,exact")
-    assert found.code == 1 and "self_attn.o_proj of rank 0 differs first" in found.json["reason"]
+    assert found.code == 1 and "layers.0.self_attn" in found.json["reason"]
 
 
 def test_more_than_a_rank_uses_is_named() -> None:
     make("mellum")
-    split(rules("mellum", replicated="mlp.experts.*.gate_proj"))
+    split(rules("mellum", "mlp.experts.*.gate_proj"))
     reason = verify("exact").json["reason"]
     assert "holds more of model.layers.0.mlp.experts.gate_up_proj than its part of the model uses" in reason
 
@@ -105,25 +105,14 @@ def test_another_element_fails_whoever_runs_it() -> None:
 
 
 def test_a_cut_that_nobody_has_seen_is_named() -> None:
-    """Features of a latent cut between ranks, which every head needs: what would make that right is not known here."""
-    make("youtu")
-    text = rules("youtu").replace('"model.layers.*.self_attn.*_a_proj*"', '"model.layers.*.self_attn.kv_a_proj*"')
-    for module in ("q_b_proj", "kv_b_proj", "o_proj"):
-        text = text.replace(f'["model.layers.*.self_attn.{module}"]', "[]")
-    whole = json.dumps([f"model.layers.*.self_attn.{module}" for module in ("q_b_proj", "kv_b_proj", "o_proj")])
-    text = text.replace('"replicate" = [', f'"replicate" = [{whole[1:-1]}, ')
-    text = text.replace("[rules]", '[rules]\n"column latent" = ["model.layers.*.self_attn.q_a_proj"]', 1)
-    text = text.replace("[axes]", '[axes]\nlatent = { count = "q_lora_rank" }', 1)
-    kept = (
-        line
-        for line in text.splitlines()
-        if not line.endswith("= []") and not line.startswith(("qk =", "kvb =", "out ="))
-    )
-    split("\n".join(kept))
+    """Numbers that a class multiplies with each other, cut: nothing is summed behind them."""
+    make("diffllama")
+    whole = tuple(f"self_attn.{each}_proj" for each in "qkvo")
+    cut = ('{ count = "hidden_size // num_attention_heads" }', "self_attn.lambda_*")
+    split(rules("diffllama", *whole, also=cut))
     found = verify("weights,exact")
     assert found.code == 8, found.json["reason"]
-    assert "is cut in a way that nobody here has seen" in found.json["reason"]
-    assert "model.layers.0.self_attn" in found.json["reason"]
+    assert "model.layers.0.self_attn is cut in a way that nobody here has seen" in found.json["reason"]
 
 
 def test_a_class_without_attention_is_met() -> None:

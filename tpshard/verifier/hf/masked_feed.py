@@ -237,10 +237,15 @@ class Uses:
         """Parameters of which a rank holds what nothing of its own depends on, and the first such index.
 
         Of what the whole model does not need on this prompt nothing is said, nor of a parameter that a rank does not
-        use at all.
+        use at all, nor, where ranks have whole experts, of what has a row for each expert: a router.
         """
+        experts = {
+            each[rank].total for name, each in shares.items() if each[rank].dim == 0 and len(self.alive[name]) > 2
+        }
         for name, dims in self.alive.items():
             for dim, mine in enumerate(dims):
+                if name not in shares and len(mine) in experts:
+                    continue
                 idle = whole.alive[name][dim] & ~mine
                 if (each := shares.get(name)) is not None and each[rank].dim == dim:
                     idle &= each[rank].held.to(idle.device)

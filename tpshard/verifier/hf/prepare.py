@@ -192,7 +192,10 @@ def _judged(sides: MaskedBackend, tier: Tier) -> Tier:
         return replace(tier, reason=f"{reason} is cut elsewhere")
     if sides.certain(first):
         return tier
-    where = first.module.removeprefix("input of ") if first else "a module"
+    where = first.module.removeprefix("input of ") if first else ""
+    while where and not any(key.startswith(f"{where}.") for key in sides.shares):
+        where = where.rpartition(".")[0]
+    where = where or "a module"
     reason = f"{where} is cut in a way that nobody here has seen: {tier.reason}"
     return replace(tier, status="inconclusive", reason=reason)
 
