@@ -322,8 +322,9 @@ def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, p
 
     from tpshard.verifier.group import Single, Threads
     from tpshard.verifier.hf.backend import TransformersBackend
+    from tpshard.verifier.hf.config import model_config
     from tpshard.verifier.hf.overrides import Pinned
-    from tpshard.verifier.hf.skeleton import frame_of, model_config
+    from tpshard.verifier.hf.skeleton import frame_of
     from tpshard.verifier.ranks.open import open_source
 
     config, source = open_source(published(name))

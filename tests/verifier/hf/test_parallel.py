@@ -28,10 +28,10 @@ from tpshard.verifier.fault_catalogue import FAULTS
 from tpshard.verifier.group import Single
 from tpshard.verifier.hf import prepare as engine
 from tpshard.verifier.hf.backend import TransformersBackend
+from tpshard.verifier.hf.config import model_config
 from tpshard.verifier.hf.heads import heads_of
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
-from tpshard.verifier.hf.skeleton import model_config
 from tpshard.verifier.model_types import COMPUTES_AS, DECODED, TRIED, proved_by
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.weights import InMemory, replaced

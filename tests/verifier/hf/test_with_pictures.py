@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.command import succeeds, tpshard
 from tests.helpers.grids import some
+from tpshard.verifier.hf.config import model_config
 from tpshard.verifier.hf.pictures import Pictures, pictures_for, with_placeholder
-from tpshard.verifier.hf.skeleton import fill, frame_of, model_config, skeleton
+from tpshard.verifier.hf.skeleton import fill, frame_of, skeleton
 from tpshard.verifier.ranks.open import open_source
 
 Made = Callable[[str], Path]

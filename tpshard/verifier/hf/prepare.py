@@ -14,20 +14,10 @@ from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf.backend import TransformersBackend
+from tpshard.verifier.hf.config import covers, has_towers, model_config, same_model, text_config
 from tpshard.verifier.hf.masked_backend import UNUSED, MaskedBackend
 from tpshard.verifier.hf.pictures import pictures_for, with_placeholder
-from tpshard.verifier.hf.skeleton import (
-    Frame,
-    covers,
-    fill,
-    frame_of,
-    has_towers,
-    model_config,
-    same_model,
-    skeleton,
-    skip_layers,
-    text_config,
-)
+from tpshard.verifier.hf.skeleton import Frame, fill, frame_of, skeleton, skip_layers
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.options import VerifyOptions
