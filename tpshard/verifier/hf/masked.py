@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.hf.parallel import Link, in_dim, is_linear, product
-from tpshard.verifier.hf.places_in_whole import Share, Shares
+from tpshard.verifier.hf.places_in_whole import PlacedShare, Shares
 
 
 @dataclass
@@ -26,7 +26,7 @@ class MaskedLink(Link):
         return self.group.all_reduce(partial.detach())
 
 
-Leaves = Mapping[str, Share]
+Leaves = Mapping[str, PlacedShare]
 """By leaf, a rank's share of a module's parameters."""
 
 
@@ -91,7 +91,7 @@ def kinds_of(model: Any, shares: Shares) -> Sums:
     return found
 
 
-def _leaves(name: str, module: nn.Module, shares: Shares) -> dict[str, Share]:
+def _leaves(name: str, module: nn.Module, shares: Shares) -> dict[str, PlacedShare]:
     return {leaf: shares[f"{name}.{leaf}"][0] for leaf in module._parameters if f"{name}.{leaf}" in shares}
 
 
@@ -176,7 +176,7 @@ def _only_cut(module: nn.Module, leaves: Leaves) -> bool:
     return isinstance(module, nn.Embedding) or is_linear(module)
 
 
-def _gathered(module: nn.Module, share: Share, link: Link) -> Callable[..., Tensor]:
+def _gathered(module: nn.Module, share: PlacedShare, link: Link) -> Callable[..., Tensor]:
     """A module with a number for each feature, on the features of all ranks: a norm over all heads, say."""
     forward = module.forward
     mine = {leaf: p for leaf, p in module._parameters.items() if p is not None and p.shape[-1:] == (share.total,)}

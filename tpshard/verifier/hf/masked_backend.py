@@ -19,7 +19,7 @@ from tpshard.verifier.hf.masked import MaskedLink, Sums, connect, kinds_of
 from tpshard.verifier.hf.masked_feed import MaskedFeeder, Records, Uses, recording
 from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import is_experts
-from tpshard.verifier.hf.places_in_whole import Share, Shares, put_in_place, shares_of
+from tpshard.verifier.hf.places_in_whole import PlacedShare, Shares, put_in_place, shares_of
 from tpshard.verifier.hf.probes import blocks, every_expert
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import fill, skeleton, skip_layers
@@ -192,7 +192,7 @@ class MaskedBackend(TransformersBackend):
 
     def _right(
         self, whole: Side, name: str, names: Sequence[str], records: Records, sums: Sums, pins: Pinned
-    ) -> dict[str, list[Share]] | None:
+    ) -> dict[str, list[PlacedShare]] | None:
         """The shares that ranks need of what is below a module; None where each needs all of everything."""
         tp, apart = len(self.ranks), False
         right = {key: list(each) for key, each in self.shares.items()}
@@ -212,7 +212,7 @@ class MaskedBackend(TransformersBackend):
             taken, each = torch.zeros(total, dtype=torch.bool), []
             for need in needs:
                 at = need.nonzero().flatten()
-                each.append(Share(dim, total, at, at, at, need & ~taken))
+                each.append(PlacedShare(dim, total, at, at, at, need & ~taken))
                 taken |= need
             right[key] = each
         return right if apart else None

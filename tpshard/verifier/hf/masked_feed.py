@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tpshard.verifier.criteria import relative
 from tpshard.verifier.hf.masked import Sums, is_row, row_leaf
 from tpshard.verifier.hf.parallel import in_dim, is_linear, product
-from tpshard.verifier.hf.places_in_whole import Share, Shares
+from tpshard.verifier.hf.places_in_whole import PlacedShare, Shares
 from tpshard.verifier.hf.probes import STREAM, ModuleRecord
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.report.verdict import Finding
@@ -83,7 +83,7 @@ class MaskedFeeder:
                     hooks.enter_context(module.register_forward_hook(partial(self._judge, name)))
             yield
 
-    def _share(self, name: str) -> Share | None:
+    def _share(self, name: str) -> PlacedShare | None:
         each = self.shares.get(f"{name}.weight")
         return None if each is None else each[self.rank]
 
@@ -155,7 +155,7 @@ def _weighed(name: str, x: Tensor) -> Tensor:
     return (x * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
 
 
-def _with_inputs(module: nn.Module, leaf: str, share: Share, args: tuple[Any, ...]) -> Tensor:
+def _with_inputs(module: nn.Module, leaf: str, share: PlacedShare, args: tuple[Any, ...]) -> Tensor:
     """What a module makes of the inputs that a rank has."""
     weight = module._parameters[leaf]
     assert weight is not None

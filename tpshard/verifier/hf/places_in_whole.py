@@ -19,7 +19,7 @@ _REPEATING = 1 << 16
 
 
 @dataclass(frozen=True)
-class Share:
+class PlacedShare:
     """A rank's share of a parameter: index `there[i]` of the whole along `dim` is the rank's `here[i]`.
 
     at: the indices of the whole that the rank holds. own: of all indices, whether this rank is the first to hold them.
@@ -53,11 +53,11 @@ class Share:
         return whole.index_select(dim, self.at.to(whole.device))
 
 
-Shares = Mapping[str, Sequence[Share]]
+Shares = Mapping[str, Sequence[PlacedShare]]
 """By parameter, the share of each rank; nothing of those that every rank has whole."""
 
 
-def shares_of(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> dict[str, list[Share]]:
+def shares_of(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> dict[str, list[PlacedShare]]:
     """Where the ranks' shares lie in the source, by what they hold.
 
     Every class lays features one behind another, heads within blocks of a fused projection, so a rank's share keeps the
@@ -83,7 +83,7 @@ def _readable(weights: Weights, parts: StoredParts) -> Readable:
     )
 
 
-def _shares(key: str, parameter: Parameter, cut: RankShares) -> list[Share]:
+def _shares(key: str, parameter: Parameter, cut: RankShares) -> list[PlacedShare]:
     orders = [share.order for share in parameter.shares()]
     total, alike = parameter.source.shape[cut.dim], _alike(parameter.source, cut.dim)
     found, taken, last = [], torch.zeros(total, dtype=torch.bool), -1
@@ -100,7 +100,7 @@ def _shares(key: str, parameter: Parameter, cut: RankShares) -> list[Share]:
         own = torch.zeros(total, dtype=torch.bool).index_fill_(0, there, True) & ~taken
         taken |= own
         everywhere = (there, here) if alike is None else _wherever(there, here, alike)
-        found.append(Share(cut.dim, total, *everywhere, at=there, own=own, sure=alike is None))
+        found.append(PlacedShare(cut.dim, total, *everywhere, at=there, own=own, sure=alike is None))
     return found
 
 
