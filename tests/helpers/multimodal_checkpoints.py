@@ -74,6 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": _TEXT | {"model_type": "gemma3_text", "head_dim": 16},
         "vision_config": _VISION,
+        "mm_tokens_per_image": 4,
     },
     "mistral3": {
         "text_config": _TEXT | {"model_type": "mistral", "head_dim": 16},

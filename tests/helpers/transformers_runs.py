@@ -15,8 +15,9 @@ from tpshard.execute.publish import Settings
 from tpshard.verifier.criteria import relative
 from tpshard.verifier.group import Single, Threads
 from tpshard.verifier.hf.backend import TransformersBackend
+from tpshard.verifier.hf.config import model_config
 from tpshard.verifier.hf.overrides import Pinned
-from tpshard.verifier.hf.skeleton import frame_of, model_config
+from tpshard.verifier.hf.skeleton import frame_of
 from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.prompt import prompt_ids
 from tpshard.verifier.ranks.open import open_shards, open_source, resident

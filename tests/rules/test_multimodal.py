@@ -305,14 +305,13 @@ def test_a_cast_reaches_the_nested_config_and_the_rest(tmp_path: Path, quick: Se
         ("qwen3_vl", "published"),
     ],
 )
-def test_verify_runs_the_text_model_and_says_what_it_does_not_run(
-    name: str, form: str, published: Any, tmp_path: Path, quick: Settings
-) -> None:
+def test_verify_runs_the_whole_model(name: str, form: str, published: Any, tmp_path: Path, quick: Settings) -> None:
     model = published(name, form)
     tpshard.split(model, 2, tmp_path / "out", settings=quick)
     found = tpshard_command("verify", tmp_path / "out", "--source", model, "--tier", "weights,exact", "--json").json
     assert (found["verdict"], found["settings"]["engine"]) == ("pass", "transformers"), found["reason"]
-    assert any("visual" in name or "vision" in name for name in found["not_run"])
+    assert (found["settings"]["runs"], found["not_run"], found["warnings"]) == ("the whole model", [], [])
+    assert {canary["status"] for canary in found["canaries"]} == {"caught"}
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm4v_moe", "qwen3_vl_moe"])
@@ -323,8 +322,9 @@ def test_what_runs_a_text_model_is_the_whole_model_without_pictures(name: str, p
 
     from tpshard.verifier.group import Single, Threads
     from tpshard.verifier.hf.backend import TransformersBackend
+    from tpshard.verifier.hf.config import model_config
     from tpshard.verifier.hf.overrides import Pinned
-    from tpshard.verifier.hf.skeleton import frame_of, model_config
+    from tpshard.verifier.hf.skeleton import frame_of
     from tpshard.verifier.ranks.open import open_source
 
     config, source = open_source(published(name))
@@ -343,4 +343,4 @@ def test_verify_says_that_it_does_not_know_the_model(published: Any, tmp_path: P
     config = json.loads((model / "config.json").read_text())
     with_config(model, text_config=config["text_config"] | {"model_type": "chatglm"})
     result = tpshard_command("verify", tmp_path / "out", "--source", model, "--tier", "exact")
-    assert result.code == 4 and "verify does not know the model type 'llava'" in result.err
+    assert result.code == 4 and "no class that computes logits for the model type 'chatglm'" in result.err

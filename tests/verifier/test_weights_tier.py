@@ -131,11 +131,15 @@ def test_what_nothing_runs_and_is_cut() -> None:
         return tpshard("verify", "out", "--source", model, "--tier", "weights", "--json", *options)
 
     unsure = verdict()
-    assert unsure.code == 8 and "is cut, and nothing here runs it; --allow-not-run" in unsure.json["reason"]
-    (one,) = {".".join(name.split(".")[:3]) for name in unsure.json["not_run"]}
+    assert unsure.code == 8 and "tensors that are cut are run by nothing here" in unsure.json["reason"]
+    cut, whole = unsure.json["not_run"]
+    one = cut["prefix"]
+    assert (whole["prefix"], "the same on every rank" in whole["why"], "is cut" in cut["why"]) == (one, True, True)
+    assert f"--allow-not-run {one} accepts" in unsure.json["reason"]
     allowed = verdict("--allow-not-run", one)
-    assert allowed.code == 0 and len(allowed.json["not_run"]) > 10
-    zeroed = next(name for name in allowed.json["not_run"] if name.endswith("o_proj.weight"))
+    names = next(tier["not_run"] for tier in allowed.json["tiers"] if tier["name"] == "weights")
+    assert allowed.code == 0 and cut["tensors"] + whole["tensors"] == len(names) > 10
+    zeroed = next(name for name in names if name.endswith("o_proj.weight"))
     change(shards, 1, zeroed, torch.zeros_like)
     refused = verdict("--allow-not-run", one)
     assert refused.code == 1 and zeroed in refused.json["reason"]

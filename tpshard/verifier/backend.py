@@ -144,7 +144,8 @@ class EngineRun:
     """A backend that has decided all that comes before the first number.
 
     `begin` looks for what is not finite, loads what is kept, and gives the tiers to run in order. `unsure` are the
-    backend's own errors, which say nothing of the shards. It adds `settings` and `volatile` to those of every verdict.
+    backend's own errors, which say nothing of the shards. It adds `settings`, `volatile` and `warnings` to those of
+    every verdict.
     """
 
     engine: str
@@ -156,3 +157,4 @@ class EngineRun:
     unsure: tuple[type[Exception], ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     volatile: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()

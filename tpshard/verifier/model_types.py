@@ -11,8 +11,7 @@ DECODED = frozenset(
     ).split()
 )
 """Those that tpshard's own decoder computes."""
-# Those that were tried: other classes may read sizes from places that nobody here knows of, and a difference of theirs
-# says nothing of the shards.
+# Those whose modules are told a rank's heads and widths. Any other class runs among zeros (`hf/masked`).
 TRIED = frozenset(
     (
         "afmoe apertus arcee bamba biogpt codegen cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
@@ -26,6 +25,13 @@ TRIED = frozenset(
         " starcoder2 vaultgemma xglm"
     ).split()
 )
+AMONG_ZEROS = frozenset(
+    (
+        "bitnet dbrx diffllama doge falcon_mamba hy_v4 jetmoe kimi_linear laguna longcat_flash mamba2 mellum"
+        " minimax olmo_hybrid youtu zamba2"
+    ).split()
+)
+"""Of any other class of transformers that `verify` runs, those that the tests run, with right rules and wrong ones."""
 COMPUTES_AS = {
     "kimi_k2": "deepseek_v3",
     "llama_bidirec": "llama",  # but for the mask, which every rank has whole
@@ -45,4 +51,4 @@ def proved_by(model_type: str) -> ProvedBy:
     """Whose code `verify` runs by default; "bytes" where it has none that was tried."""
     if model_type in DECODED:
         return "tpshard"
-    return "transformers" if COMPUTES_AS.get(model_type, model_type) in TRIED else "bytes"
+    return "transformers" if COMPUTES_AS.get(model_type, model_type) in TRIED | AMONG_ZEROS else "bytes"

@@ -144,7 +144,7 @@ def _verdict(run: EngineRun, opened: OpenedSet, options: VerifyOptions, judged: 
         tiers=tuple(tiers),
         canaries=tuple(canaries),
         bytes_per_rank=tuple(rank.nbytes for rank in shards.ranks),
-        warnings=(*shards.warnings, *([short] if run.tokens != options.tokens else [])),
+        warnings=(*shards.warnings, *run.warnings, *([short] if run.tokens != options.tokens else [])),
         settings={
             "engine": run.engine,
             "tiers": [tier.name for tier in tiers],

@@ -14,6 +14,7 @@ from tpshard.verifier.dequantise.faults import COMPANION_FAULTS, with_fault
 from tpshard.verifier.dequantise.sides import stored
 from tpshard.verifier.dequantise.view import DequantisedWeights
 from tpshard.verifier.elements import FirstDifference, Held, Parameter, Readable, Share, difference, row_count
+from tpshard.verifier.not_run import apart
 from tpshard.verifier.options import Say
 from tpshard.verifier.progress import Progress
 from tpshard.verifier.report.verdict import Canary, Finding, Place, Tier, layer_of
@@ -48,14 +49,18 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
         {"differences": sum(map(len, ranks)), "tensors": len(model), "elements": elements},
         not_run=tuple(parameter.name for parameter in idle),
         by_running=tuple(each.name for each in model if each.runs and not each.known and each.dim is not None),
+        apart=apart(idle, [parameter.name for parameter in model if parameter.runs]),
     )
     cut = [each.name for each in idle if not each.known and each.dim is not None]
     cut = [name for name in cut if not name.startswith(tuple(allowed))]
     if any(ranks):
         return backend.team.once(lambda: _blamed(backend, tier, parameters, ranks))
     if cut:
-        more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
-        reason = f"{cut[0]}{more} is cut, and nothing here runs it; --allow-not-run {cut[0]} accepts that"
+        begins = list(dict.fromkeys(each.prefix for each in tier.apart if each.cut))
+        named = ", ".join(begins[:3]) + (f" and {len(begins) - 3} more" if len(begins) > 3 else "")
+        accepts = " ".join(f"--allow-not-run {each.partition('*')[0]}" for each in dict.fromkeys(begins[:3]))
+        what = f"{len(cut)} tensors that are cut are run by nothing here ({named})"
+        reason = f"{what}: {cut[0]} is the first; {accepts} accepts that"
         return replace(tier, status="inconclusive", reason=reason)
     return tier
 

@@ -95,7 +95,7 @@ def _render(
         f"# A draft of rules for {config['model_type']}, made by comparing names and shapes with known architectures.",
         f"# Closest: {closest.name}, with {made.closest:.0%} of the modules in common.",
         "# Read every line. `tpshard plan` and `split` take the file with --rules; `tpshard verify` proves the result,",
-        "# where transformers has a class for the model type.",
+        "# or names the module that is cut wrongly, where transformers has a class for the model type.",
     ]
     if count := len(made.undecided):
         lines.append(f"# UNDECIDED modules below: {count}. Until each is under a rule, the model is refused.")

@@ -20,7 +20,8 @@ from tpshard.verifier.criteria import no_tf32
 from tpshard.verifier.dequantise.sides import dequantised, quantised
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.group import Processes
-from tpshard.verifier.hf.skeleton import covers, fill, frame_of, model_config, skeleton
+from tpshard.verifier.hf.config import covers, model_config
+from tpshard.verifier.hf.skeleton import fill, frame_of, skeleton
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
 from tpshard.verifier.ranks.open import (

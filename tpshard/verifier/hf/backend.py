@@ -21,7 +21,7 @@ from tpshard.verifier.hf.probes import Feeder, ModuleRecorder, blocks, every_exp
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import Frame, fill, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
-from tpshard.verifier.report.verdict import Finding, layer_of
+from tpshard.verifier.report.verdict import Finding
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TransformersBackend(Backend):
 
     def with_layers(self, count: int) -> Self:
         """Of its layers, the first of those that hold the most tensors: experts, say."""
-        counts = Counter(layer_of(key) for key in self.frame.shapes)
+        counts = Counter(self.frame.layer(key) for key in self.frame.shapes)
         return self.only(*sorted(self.frame.layers, key=lambda layer: -counts[layer])[:count])
 
     def only(self, *layers: int) -> Self:
@@ -72,7 +72,7 @@ class TransformersBackend(Backend):
 
     def places(self, layer: int | None = None) -> StoredPlaces:
         at = self.frame.layers[0] if layer is None else layer
-        return StoredPlaces(self.frame.config, self.source, self.ranks, at, self.frame.stored(self.source))
+        return StoredPlaces(self.frame.text, self.source, self.ranks, at, self.frame.of_text(self.source))
 
     def run(self, dtype: torch.dtype, steps: Sequence[Tensor], choices: Any = None) -> Reference:
         pins = _pinned(choices)

@@ -56,7 +56,7 @@ def output_of(module: nn.Module) -> str:
 
 def total_heads(config: Any) -> tuple[int, int]:
     """Q heads and KV heads of the unsharded model."""
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", None) or 1)  # those that attend to nothing have none
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 

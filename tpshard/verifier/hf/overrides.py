@@ -1,8 +1,9 @@
 """What is changed about torch while a model of transformers runs: float32 means float64, and routing is pinned."""
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Wide(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         func = Tensor.double if func is Tensor.float else func
         named = {key: _wider(value) for key, value in (kwargs or {}).items()}
-        if func is torch.full and isinstance(args[-1], float):
+        if func is torch.full and isinstance(named.get("fill_value", args[-1] if args else None), float):
             # Float64's least number, which masks are made of, is none of the default dtype.
             named.setdefault("dtype", torch.float64)
         out = func(*(_wider(value) for value in args), **named)
@@ -86,13 +87,19 @@ class Pinned(TorchFunctionMode):
     def watching(self, routers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Choices are pinned within these modules alone: attention has maxima of its own."""
 
-        def at(name: str | None) -> Callable[..., None]:
-            return lambda *_: setattr(self, "router", name)
+        before: list[str | None] = []  # one may lie in another
+
+        def enter(name: str, *_: Any) -> None:
+            before.append(self.router)
+            self.router = name
+
+        def leave(*_: Any) -> None:
+            self.router = before.pop()
 
         with ExitStack() as hooks, self:
             for name, module in routers.items():
-                hooks.enter_context(module.register_forward_pre_hook(at(name)))
-                hooks.enter_context(module.register_forward_hook(at(None)))
+                hooks.enter_context(module.register_forward_pre_hook(partial(enter, name)))
+                hooks.enter_context(module.register_forward_hook(leave))
             yield
 
 

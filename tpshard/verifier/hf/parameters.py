@@ -49,21 +49,28 @@ class StoredParts:
     turned: bool = False
 
     @property
+    def joined(self) -> bool:
+        """Whether it is the rows of several tensors."""
+        return not self.stacked and len(self.experts[0]) > 1
+
+    @property
     def stored(self) -> tuple[str, ...]:
         return tuple(name for expert in self.experts for name in expert)
 
     def shape(self, weights: Weights) -> tuple[int, ...]:
         """The parameter's shape, known without reading anything."""
-        if not self.stacked:
+        if not self.stacked and not self.joined:
             shape = weights.shape(self.experts[0][0])
             return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
         shapes = [weights.shape(name) for name in self.experts[0]]
-        return (len(self.experts), sum(shape[0] for shape in shapes), *shapes[0][1:])
+        joined = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        return (len(self.experts), *joined) if self.stacked else joined
 
     def tensor(self, weights: Weights) -> Tensor:
         """The parameter, in its stored dtype."""
         if not self.stacked:
-            tensor = weights.get(self.experts[0][0])
+            tensor = torch.cat([weights.get(name) for name in self.experts[0]]) if self.joined else None
+            tensor = weights.get(self.experts[0][0]) if tensor is None else tensor
             return tensor.transpose(-1, -2) if self.turned else tensor
         return torch.stack([torch.cat([weights.get(name) for name in expert]) for expert in self.experts])
 

@@ -65,7 +65,7 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
             continue
         starts = None if cut is None else cut.starts
         yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded, starts=starts)
-    yield from idle(source, ranks, used, frame.layers, frame.config.num_hidden_layers, frame.aside)
+    yield from idle(source, ranks, used, frame.layers, frame.depth, frame.aside)
 
 
 def _sharing(source: Held | HeldParts, experts: RankShares) -> list[tuple[Share, tuple[int, ...]]]:
@@ -75,4 +75,4 @@ def _sharing(source: Held | HeldParts, experts: RankShares) -> list[tuple[Share,
 
 
 def _held(weights: Weights, parts: StoredParts) -> Held | HeldParts:
-    return HeldParts(weights, parts) if parts.stacked else Held(weights, parts.stored[0])
+    return HeldParts(weights, parts) if parts.stacked or parts.joined else Held(weights, parts.stored[0])

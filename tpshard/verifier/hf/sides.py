@@ -1,5 +1,7 @@
 """The unsharded model and the ranks' models, built from stored tensors and run on a prompt."""
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +15,7 @@ from tpshard.verifier.elements import RankShares
 from tpshard.verifier.group import Group
 from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link
+from tpshard.verifier.hf.pictures import Pictures
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Side:
     rank: int | None = None
     link: Link = field(default_factory=Link)
     progress: Callable[[], None] = lambda: None
+    pictures: Pictures | None = None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -59,19 +63,39 @@ class Side:
         with precision(self.dtype), pins.watching(self.routers | self.indexers):
             for i in range(len(steps) + more):
                 if i == len(steps):
-                    steps.append(logits[-1][:, -1:].argmax(-1))
-                out = self._step(steps[i], cache, cached)
-                cache = out.past_key_values if cached else None
+                    steps.append(self._next(logits[-1]))
+                out = self._step(steps[i], cache, cached, self._seen() if i == 0 else {})
+                cache = self._cache_of(out) if cached else None
                 logits.append(out.logits)
         self.progress()
         return torch.cat(logits, 1)
 
-    def _step(self, ids: Tensor, cache: Any, cached: bool) -> Any:
+    def _next(self, logits: Tensor) -> Tensor:
+        """The greedy choice [B, 1], of what stands for text."""
+        last = logits[:, -1:].clone()
+        last[..., list(self.pictures.barred if self.pictures else ())] = -math.inf
+        return last.argmax(-1)
+
+    def _seen(self) -> Mapping[str, Tensor]:
+        """What the first step takes beside tokens."""
+        device = next(self.model.parameters()).device
+        return self.pictures.of_dtype(self.dtype, device) if self.pictures else {}
+
+    @cached_property
+    def _keeps(self) -> str:
+        """The argument that a class keeps its states in."""
+        takes = inspect.signature(self.model.forward).parameters
+        return "cache_params" if "cache_params" in takes and "past_key_values" not in takes else "past_key_values"
+
+    def _cache_of(self, out: Any) -> Any:
+        return getattr(out, self._keeps)
+
+    def _step(self, ids: Tensor, cache: Any, cached: bool, seen: Mapping[str, Tensor]) -> Any:
         try:
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=cached)
+            return self.model(input_ids=ids, use_cache=cached, **{self._keeps: cache}, **seen)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
             where = "the model" if self.rank is None else f"rank {self.rank}"
-            what = f"transformers could not run {where}: {str(error).splitlines()[0]}"
+            what = f"transformers could not run {where}: {(str(error) or repr(error)).splitlines()[0]}"
             raise UnsupportedError(what, hint="--tier bytes compares the files") from error

@@ -1,117 +1,33 @@
 """A model of transformers, given the parameters of one rank, or of the whole model; no collectives yet."""
 
+import ast
 import copy
+import inspect
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
-from tpshard.verifier.dequantise.find import QUANTISATION
 from tpshard.verifier.elements import RankShares
+from tpshard.verifier.hf.config import text_config
+from tpshard.verifier.hf.conversions import Conversions
 from tpshard.verifier.hf.heads import with_shared_heads
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
-from tpshard.verifier.model_types import COMPUTES_AS, TRIED
+from tpshard.verifier.hf.pictures import Pictures
+from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
 from tpshard.verifier.stacks import Shapes, cut_dim, firsts, starts
 
-TEXT_KEYS = ("text_config", "llm_config", "language_config")
-# Facts of a file, not of a model.
-NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
-# Weights are dequantised before a class has them.
-_LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
 _HEADED = ("CausalLM", "LMHead", "ConditionalGeneration")
 TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
-
-
-def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the text model: the config itself, or what a multimodal one nests."""
-    config = config["thinker_config"] if isinstance(config.get("thinker_config"), Mapping) else config
-    nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
-    outer = str(config.get("model_type"))
-    if outer not in TRIED and nested is None and f"{outer}_text" in COMPUTES_AS:
-        # The first files of Qwen2-VL and Qwen2.5-VL have the text model's values beside the vision model's.
-        return _on_text_alone({**config, "model_type": f"{outer}_text"})
-    if outer in TRIED or nested is None:
-        return _on_text_alone(config)
-    tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
-    return {**_on_text_alone(nested), "tie_word_embeddings": tied}
-
-
-def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config of the model that computes the same, where there are no pictures."""
-    alike = COMPUTES_AS.get(str(config.get("model_type")))
-    if alike is None:
-        return config
-    changed = {**config, "model_type": alike}
-    for key in ("rope_parameters", "rope_scaling"):
-        if isinstance(rope := config.get(key), Mapping):
-            kept = {name: value for name, value in rope.items() if not name.startswith("mrope")}
-            changed[key] = {name: "default" if value == "mrope" else value for name, value in kept.items()}
-    return changed
-
-
-def covers(config: Mapping[str, Any]) -> bool:
-    """Whether a class of transformers computes logits for this config, tried here or not. Remote code never does."""
-    model_type = str(text_of(config).get("model_type"))
-    if model_type in TRIED:
-        return True
-    try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError:
-        return False
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-def model_config(config: Mapping[str, Any]) -> Any:
-    """The text model's config as transformers reads it.
-
-    UnsupportedError where the library is not installed, or where it or this engine does not know the model.
-    """
-    config = text_of(config)
-    try:
-        from transformers import AutoConfig
-        from transformers.utils import logging
-    except ImportError:
-        hint = "pip install transformers, or --tier bytes"
-        raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
-    if not covers(config):
-        what = f"this transformers has no class that computes logits for the model type {config.get('model_type')!r}"
-        raise UnsupportedError(what, hint="--tier bytes compares the files; remote code is never run")
-    from huggingface_hub.errors import StrictDataclassError
-
-    # Every rank's model would repeat the library's remarks on the config.
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-    settings = {key: _plain(value) for key, value in config.items() if key not in _LEFT_OUT}
-    try:
-        made = AutoConfig.for_model(config["model_type"], **settings)
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        reason, hint = " ".join(str(error).split()), "a newer transformers may"
-        raise UnsupportedError(f"this transformers does not read the config: {reason}", hint=hint) from None
-    if hasattr(made, "per_layer_config"):
-        made.allow_global_per_layer_attribute_access = True  # for what is said of most layers
-    return made
-
-
-def _plain(value: Any) -> Any:
-    """A value of config.json, in which transformers writes an infinite number as `{"__float__": "Infinity"}`."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
-    return value
-
-
-def same_model(one: Any, other: Any, but: Collection[str] = ()) -> bool:
-    """Whether two configs are of models of the same sizes and settings. but: keys that others judge."""
-    left, right = one.to_dict(), other.to_dict()
-    return all(left.get(key) == right.get(key) for key in (left.keys() | right.keys()) - NO_MATTER - {*but})
 
 
 @contextmanager
@@ -138,8 +54,10 @@ def _empty_parameters() -> Iterator[None]:
 def class_of(config: Any) -> Callable[..., Any]:
     """What makes a model of a config that computes logits. Some are registered only as a part of larger ones."""
     import transformers
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if text_config(config) is not config and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText.from_config
     if type(config) in AutoModelForCausalLM._model_mapping:
         return AutoModelForCausalLM.from_config
     kind = type(config).__name__.removesuffix("Config")
@@ -150,7 +68,8 @@ def class_of(config: Any) -> Callable[..., Any]:
 def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The unsharded model, with eager attention and experts, without its parameters' memory."""
     config = copy.deepcopy(config)
-    config._experts_implementation = "eager"
+    for each in {id(each): each for each in (config, text_config(config))}.values():
+        each._experts_implementation = "eager"
     with _empty_parameters(), precision(dtype):
         model: Any = class_of(config)(config, dtype=dtype, attn_implementation="eager")
     built: nn.Module = model.train(False)
@@ -165,11 +84,17 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
 
 def layers_of(model: Any) -> list[tuple[str, nn.Module]]:
     """The decoder's layers in order, with their names."""
-    count = model.config.num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
-    raise AssertionError("no list of layers")
+    count = text_config(model.config).num_hidden_layers
+    embedding = model.get_input_embeddings()
+    near = next(name for name, module in model.named_modules() if module is embedding).rpartition(".")[0]
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    # A tower may have as many, and lists in a layer, too: the decoder's lie beside its embedding.
+    beside = [name for name in lists if name.rpartition(".")[0] == near]
+    found = [*(name for name in beside if len(lists[name]) == count), *beside]
+    found += [name for name in lists if len(lists[name]) == count]
+    if not found:
+        raise AssertionError("no list of layers")
+    return [(f"{found[0]}.{i}", layer) for i, layer in enumerate(lists[found[0]])]
 
 
 @dataclass(frozen=True)
@@ -179,7 +104,10 @@ class Frame:
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
     `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
     embedding is taken in its place, so that what the model computes before it is seen. `turned`: stacked experts that
-    the source stores for products from the left. `aside`: as in `RankSet`.
+    the source stores for products from the left. `aside`: as in `RankSet`. `conversions`: of a class that was not
+    tried, what transformers does to names. `ties`: of a parameter that the class has under several names, the others.
+    `decoder`: how the names of its layers begin. `depth`: how many there are. `pictures`: what is put before a tower,
+    where the class has one.
     """
 
     config: Any
@@ -192,10 +120,15 @@ class Frame:
     headless: bool = False
     turned: frozenset[str] = frozenset()
     aside: Mapping[str, int] = field(default_factory=dict)
+    conversions: Conversions | None = None
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    decoder: str = ""
+    depth: int = 0
+    pictures: Pictures | None = None
 
     @property
     def tried(self) -> bool:
-        """Whether this class was split and run here, so that a difference is the shards' and not ours."""
+        """Whether this class was split and run here, so that a rank's model can be told its heads and widths."""
         return self.config.model_type in TRIED
 
     def require_described(self, source: Weights, classes: object) -> None:
@@ -203,10 +136,10 @@ class Frame:
 
         classes: `architectures` of the config; one that computes no logits needs no head.
         """
-        found = recipes(source.names(), self.shapes.keys(), self.prefix)
+        found = self._stored_parts(source)
         named = list(map(str, classes)) if isinstance(classes, list) else []
         headed = not named or any(kind in name for name in named for kind in _HEADED)
-        spared = {self.head} if self.config.tie_word_embeddings or not headed else set()
+        spared = {self.head} if getattr(self.config, "tie_word_embeddings", False) or not headed else set()
         lacking = (key for key in self.shapes.keys() - self.buffers - spared if key not in found)
         used = {name for recipe in found.values() for name in recipe.stored}
         extra = (name for name in source.names() if name.endswith(".bias") and name not in used)
@@ -220,15 +153,34 @@ class Frame:
                 hint = "config.json and the weights are of different models, or one of them was changed"
                 raise CorruptError(message, tensor=name, expected=expected, found=there, hint=hint)
 
+    def layer(self, key: str) -> int | None:
+        """The decoder's layer that a parameter is of."""
+        return layer_of(key) if key.startswith(self.decoder) else None
+
     def needed(self, key: str) -> bool:
         """Whether the parameter is outside of layers, or of a layer that is looked at."""
-        layer = layer_of(key)
+        layer = self.layer(key)
         return layer is None or layer in self.layers
+
+    @property
+    def text(self) -> Any:
+        """The config of the text model."""
+        return text_config(self.config)
+
+    def _stored_parts(self, weights: Weights) -> dict[str, StoredParts]:
+        """What the parameters are made of, by names alone."""
+        found = recipes(weights.names(), self.shapes.keys(), self.prefix)
+        if self.conversions is not None:
+            found = {**self.conversions.recipes(weights.names()), **found}
+        for key in self.ties.keys() - found.keys():
+            if there := next((other for other in self.ties[key] if other in found), None):
+                found[key] = found[there]
+        return found
 
     def recipes(self, weights: Weights) -> dict[str, StoredParts]:
         """What the parameters are made of. A tied head, or one that is not there, is made of the embedding."""
-        found = recipes(weights.names(), self.shapes.keys(), self.prefix)
-        tied = self.config.tie_word_embeddings or self.headless
+        found = self._stored_parts(weights)
+        tied = getattr(self.config, "tie_word_embeddings", False) or self.headless
         if self.head not in found and self.embedding in found and tied:
             found[self.head] = found[self.embedding]
         found |= {key: replace(found[key], turned=True) for key in self.turned & found.keys()}
@@ -251,6 +203,12 @@ class Frame:
         """Whether a parameter is a stack, a matrix or a bias of each expert."""
         owner, _, _ = key.rpartition(".")
         return len(self.shapes.get(f"{owner}.down_proj", ())) == 3
+
+    def of_text(self, weights: Weights) -> list[str]:
+        """The stored tensors of the text model, its embedding and its head."""
+        text, ends = self.decoder.rpartition(".layers")[0], (self.head, self.embedding)
+        mine = [each for key, each in self.recipes(weights).items() if key.startswith(text) or key in ends]
+        return sorted({name for recipe in mine for name in recipe.stored})
 
     def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, RankShares]:
         """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
@@ -291,7 +249,7 @@ class Frame:
                 raise DifferentError(f"{name} does not have the model's shape", tensor=name, expected=full, found=shown)
             for dim in dims:
                 cuts[key] = RankShares(dim, tuple(shape[dim] for shape in shapes[key]), full[dim])
-        return with_shared_heads(cuts, self.config)
+        return with_shared_heads(cuts, self.text)
 
 
 def _some_experts(shapes: Shapes, full: tuple[int, ...], experts: Sequence[int], begin: Sequence[int]) -> RankShares:
@@ -322,7 +280,22 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     every = tuple(range(len(layers_of(model))))
     prefix = str(getattr(model, "base_model_prefix", ""))
     buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers, buffers)
+    untried = config.model_type not in TRIED
+    conversions = Conversions.of(model) if untried else None
+    looked_at = every if layers is None else layers
+    ties = _ties(model) if untried else {}
+    decoder = layers_of(model)[0][0].rpartition(".")[0] + "." if untried else ""
+    more: dict[str, Any] = {"conversions": conversions, "ties": ties, "decoder": decoder, "depth": len(every)}
+    return Frame(config, shapes, prefix, head, embedding, looked_at, buffers, **more)
+
+
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parameters that a class has under several names, each with its others."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    several = [each for each in names.values() if len(each) > 1]
+    return {name: tuple(other for other in each if other != name) for each in several for name in each}
 
 
 def fill(
@@ -353,11 +326,24 @@ def fill(
 
 def skip_layers(model: Any, layers: Collection[int]) -> None:
     """Make every other layer give what it gets."""
-    tuples = model.config.model_type in TUPLE_LAYERS
+    every = layers_of(model)
+    known = text_config(model.config).model_type in TUPLE_LAYERS
+    count = 2 if known else _tuple_of(every[0][1])
 
     def passing(hidden_states: Tensor, *_: Any, prev_topk_indices: Any = None, **__: Any) -> Any:
-        return (hidden_states, prev_topk_indices) if tuples else hidden_states
+        return (hidden_states, prev_topk_indices, *repeat(None, count - 2))[:count] if count else hidden_states
 
-    for i, (_, layer) in enumerate(layers_of(model)):
+    for i, (_, layer) in enumerate(every):
         if i not in layers:
             layer.forward = passing
+
+
+def _tuple_of(layer: nn.Module) -> int:
+    """Of how many values a layer gives a tuple, by what it returns last; 0 where it gives a tensor."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer).forward)))
+    last = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)][-1]
+    if isinstance(last, ast.Name):
+        made = (node for node in ast.walk(tree) if isinstance(node, ast.Assign))
+        named = [node.value for node in made if last.id in [getattr(each, "id", None) for each in node.targets]]
+        last = next((value for value in named if isinstance(value, ast.Tuple)), last)
+    return len(last.elts) if isinstance(last, ast.Tuple) else 0

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from tpshard.storage.json_differences import KeyDifference, key_differences
-from tpshard.verifier.hf.skeleton import TEXT_KEYS
+from tpshard.verifier.hf.config import TEXT_KEYS
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
 from tpshard.verifier.ranks.open import RankSet
 from tpshard.verifier.ranks.stages import EMBEDDINGS, HEADS, misplaced, stale

@@ -8,7 +8,7 @@ from tpshard.errors import DifferentError, UnsupportedError
 from tpshard.verifier.elements import ACTIVATION_SCALES, EXPERT
 from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.hf.skeleton import text_of
+from tpshard.verifier.hf.config import text_of
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt

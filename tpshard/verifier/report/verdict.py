@@ -31,11 +31,26 @@ class Place:
 
 
 @dataclass(frozen=True)
+class NotRun:
+    """Tensors that were compared and that nothing computes with: all below a prefix, `*` for its numbers.
+
+    cut: whether ranks have parts of them, which can be the wrong ones, and nothing but a run would show it.
+    """
+
+    prefix: str
+    tensors: int
+    bytes: int
+    why: str
+    cut: bool = False
+
+
+@dataclass(frozen=True)
 class Tier:
     """What a tier found. `status` is pass, fail, inconclusive or skipped; `reason` a sentence when it is not pass.
 
-    not_run: tensors that were compared and that nothing computes with. by_running: cut tensors of which the tier only
-    knows that the ranks hold all of them: that each holds its own is for the next tier to say.
+    not_run: tensors that were compared and that nothing computes with; `apart` groups them by prefix. by_running: cut
+    tensors of which the tier only knows that the ranks hold all of them: that each holds its own is for the next tier
+    to say.
     """
 
     name: str
@@ -48,6 +63,7 @@ class Tier:
     reason: str | None = None
     not_run: tuple[str, ...] = ()
     by_running: tuple[str, ...] = ()
+    apart: tuple[NotRun, ...] = ()
 
 
 LAYER = re.compile(r"(?:^|(?<=\.))(?:layers|h|blocks)\.(\d+)\.")
@@ -102,9 +118,9 @@ class Verdict:
         return f"tp {self.tp}" + (f", pp {self.settings['pp']}" if "pp" in self.settings else "")
 
     @property
-    def not_run(self) -> tuple[str, ...]:
-        """Tensors that no tier computes with."""
-        return tuple(name for tier in self.tiers for name in tier.not_run)
+    def not_run(self) -> tuple[NotRun, ...]:
+        """Tensors that no tier computes with, by prefix."""
+        return tuple(each for tier in self.tiers for each in tier.apart)
 
     @property
     def exit_code(self) -> int:
@@ -121,10 +137,14 @@ class Verdict:
         """The documented object."""
         found = asdict(self)
         found |= {"schema_version": SCHEMA_VERSION, "command": "verify", "verdict": self.verdict, "reason": self.reason}
-        found["not_run"] = self.not_run
+        found["not_run"] = [
+            {"prefix": each.prefix, "tensors": each.tensors, "bytes": each.bytes, "why": each.why}
+            for each in self.not_run
+        ]
         found["ranks"] = [{"rank": rank, "bytes": size} for rank, size in enumerate(found.pop("bytes_per_rank"))]
         for tier in found["tiers"]:
             tier["modules"] = tier.pop("findings")
+            del tier["apart"]
             for finding in tier["modules"]:
                 del finding["inside"]
         return dict(_plain(found))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tpshard.units import human_bytes
 from tpshard.verifier.report.verdict import Place, Verdict
 
 
@@ -48,12 +49,15 @@ def caught(verdict: Verdict) -> str:
 
 def _notes(verdict: Verdict) -> list[str]:
     """What was proved in part: tensors that nothing computes with, and those whose order only a run can judge."""
-    running = [name for tier in verdict.tiers for name in tier.by_running]
-    said = (
-        (verdict.not_run, "compared, and nothing here computes with"),
-        (running, "held by the ranks together; that each holds its own is proved by running"),
-    )
-    return [f"{len(names)} tensors are {what}: {_some(names)}" for names, what in said if names]
+    said = [
+        f"not run: {each.prefix} ({each.tensors} {'tensors' if each.tensors > 1 else 'tensor'}, "
+        f"{human_bytes(each.bytes)}): {each.why}"
+        for each in verdict.not_run
+    ]
+    if running := [name for tier in verdict.tiers for name in tier.by_running]:
+        what = "held by the ranks together; that each holds its own is proved by running"
+        said.append(f"{len(running)} tensors are {what}: {_some(running)}")
+    return said
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -1,0 +1,120 @@
+"""A checkpoint's config as transformers reads it: that of the text model, or of the model with its towers."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tpshard.errors import UnsupportedError
+from tpshard.verifier.dequantise.find import QUANTISATION
+from tpshard.verifier.model_types import COMPUTES_AS, TRIED
+
+TEXT_KEYS = ("text_config", "llm_config", "language_config")
+# Facts of a file, not of a model.
+NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
+# Weights are dequantised before a class has them.
+_LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
+
+
+def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: the config itself, or what a multimodal one nests."""
+    config = config["thinker_config"] if isinstance(config.get("thinker_config"), Mapping) else config
+    nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
+    outer = str(config.get("model_type"))
+    if outer not in TRIED and nested is None and f"{outer}_text" in COMPUTES_AS:
+        # The first files of Qwen2-VL and Qwen2.5-VL have the text model's values beside the vision model's.
+        return _on_text_alone({**config, "model_type": f"{outer}_text"})
+    if outer in TRIED or nested is None:
+        return _on_text_alone(config)
+    tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
+    return {**_on_text_alone(nested), "tie_word_embeddings": tied}
+
+
+def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the model that computes the same, where there are no pictures."""
+    alike = COMPUTES_AS.get(str(config.get("model_type")))
+    if alike is None:
+        return config
+    changed = {**config, "model_type": alike}
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(rope := config.get(key), Mapping):
+            kept = {name: value for name, value in rope.items() if not name.startswith("mrope")}
+            changed[key] = {name: "default" if value == "mrope" else value for name, value in kept.items()}
+    return changed
+
+
+def covers(config: Mapping[str, Any]) -> bool:
+    """Whether a class of transformers computes logits for this config, tried here or not. Remote code never does."""
+    model_type = str(text_of(config).get("model_type"))
+    if model_type in TRIED:
+        return True
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ImportError:
+        return False
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_towers(config)
+
+
+def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
+    """The text model's config as transformers reads it; whole: that of the model with its towers.
+
+    UnsupportedError where the library is not installed, or where it or this engine does not know the model.
+    """
+    config = with_towers(config) if whole else text_of(config)
+    try:
+        from transformers import AutoConfig
+        from transformers.utils import logging
+    except ImportError:
+        hint = "pip install transformers, or --tier bytes"
+        raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
+    if not whole and not covers(config):
+        what = f"this transformers has no class that computes logits for the model type {config.get('model_type')!r}"
+        raise UnsupportedError(what, hint="--tier bytes compares the files; remote code is never run")
+    from huggingface_hub.errors import StrictDataclassError
+
+    # Every rank's model would repeat the library's remarks on the config.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+    settings = {key: _plain(value) for key, value in config.items() if key not in _LEFT_OUT}
+    try:
+        made = AutoConfig.for_model(config["model_type"], **settings)
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason, hint = " ".join(str(error).split()), "a newer transformers may"
+        raise UnsupportedError(f"this transformers does not read the config: {reason}", hint=hint) from None
+    for each in (made, text_config(made)):
+        if hasattr(each, "per_layer_config"):
+            each.allow_global_per_layer_attribute_access = True  # for what is said of most layers
+    return made
+
+
+def with_towers(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the model that sees pictures and computes logits: of a model that also speaks, a part."""
+    thinker = config.get("thinker_config")
+    return thinker if isinstance(thinker, Mapping) else config
+
+
+def has_towers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a class for the whole model, of which the text model is a part."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    except ImportError:
+        return False
+    return with_towers(config).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def _plain(value: Any) -> Any:
+    """A value of config.json, in which transformers writes an infinite number as `{"__float__": "Infinity"}`."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def same_model(one: Any, other: Any, but: Collection[str] = ()) -> bool:
+    """Whether two configs are of models of the same sizes and settings. but: keys that others judge."""
+    left, right = one.to_dict(), other.to_dict()
+    return all(left.get(key) == right.get(key) for key in (left.keys() | right.keys()) - NO_MATTER - {*but})
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that describes the text model, where it has such a part."""
+    return next((each for key in TEXT_KEYS if (each := getattr(config, key, None)) is not None), config)

@@ -1,0 +1,140 @@
+"""Where in the source's parameters a rank's shares lie, and a model whose parameters have them there, among zeros."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpshard.errors import DifferentError
+from tpshard.verifier.elements import Held, Parameter, RankShares, Readable
+from tpshard.verifier.hf.parameters import StoredParts
+from tpshard.verifier.hf.partition import HeldParts
+from tpshard.verifier.hf.skeleton import Frame
+from tpshard.verifier.ranks.weights import Weights
+
+_REPEATING = 1 << 16
+"""Of parameters with as many indices, and as many bytes for each, at most, it is looked whether indices repeat."""
+
+
+@dataclass(frozen=True)
+class PlacedShare:
+    """A rank's share of a parameter: index `there[i]` of the whole along `dim` is the rank's `here[i]`.
+
+    at: the indices of the whole that the rank holds. own: of all indices, whether this rank is the first to hold them.
+    sure: whether no two indices of the source are alike, so that it is known which of them a rank holds; others are put
+    wherever they fit.
+    """
+
+    dim: int
+    total: int
+    there: Tensor
+    here: Tensor
+    at: Tensor
+    own: Tensor
+    sure: bool = True
+
+    @property
+    def held(self) -> Tensor:
+        """Of all indices, whether the rank has them."""
+        return torch.zeros(self.total, dtype=torch.bool).index_fill_(0, self.at, True)
+
+    def whole(self, key: str, part: Tensor) -> Tensor:
+        """A rank's tensor in the shape of the unsharded one. DifferentError where it has not the share's size."""
+        if len(self.here) and part.shape[self.dim] <= int(self.here.max()):
+            raise DifferentError(f"{key} has fewer indices than its share", tensor=key)
+        full = part.new_zeros(*part.shape[: self.dim], self.total, *part.shape[self.dim + 1 :])
+        there, here = self.there.to(part.device), self.here.to(part.device)
+        return full.index_copy_(self.dim, there, part.index_select(self.dim, here))
+
+    def only(self, whole: Tensor, dim: int = -1) -> Tensor:
+        """The indices of the rank of something that has all."""
+        return whole.index_select(dim, self.at.to(whole.device))
+
+
+Shares = Mapping[str, Sequence[PlacedShare]]
+"""By parameter, the share of each rank; nothing of those that every rank has whole."""
+
+
+def shares_of(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> dict[str, list[PlacedShare]]:
+    """Where the ranks' shares lie in the source, by what they hold.
+
+    Every class lays features one behind another, heads within blocks of a fused projection, so a rank's share keeps the
+    source's order, and ranks follow each other. DifferentError where it is another order, or no share.
+    """
+    whole, held = frame.recipes(source), [frame.recipes(rank) for rank in ranks]
+    cuts = frame.cuts_by(whole, held, source, ranks)
+    ends = {key.rpartition(".")[0] for key in (frame.head, frame.embedding)}
+    found = {}
+    for key, cut in cuts.items():
+        if not frame.needed(key):
+            continue
+        sides = [_readable(weights, each[key]) for weights, each in zip((source, *ranks), (whole, *held), strict=True)]
+        padded = key.rpartition(".")[0] in ends
+        parameter = Parameter(key, sides[0], sides[1:], None, padded, known=padded, starts=cut.starts)
+        found[key] = _shares(key, parameter, cut)
+    return found
+
+
+def _readable(weights: Weights, parts: StoredParts) -> Readable:
+    return (
+        HeldParts(weights, parts) if parts.stacked or parts.joined or parts.turned else Held(weights, parts.stored[0])
+    )
+
+
+def _shares(key: str, parameter: Parameter, cut: RankShares) -> list[PlacedShare]:
+    orders = [share.order for share in parameter.shares()]
+    total, alike = parameter.source.shape[cut.dim], _alike(parameter.source, cut.dim)
+    found, taken, last = [], torch.zeros(total, dtype=torch.bool), -1
+    for rank, order in enumerate(orders):
+        assert order is not None
+        here = (order >= 0).nonzero().flatten()
+        there = order[here]
+        if alike is None and len(there):
+            if bool((there.diff() <= 0).any()):
+                raise DifferentError(f"{key} of rank {rank} is in another order than the source has", tensor=key)
+            if int(there[0]) < last:
+                raise DifferentError(f"{key} of rank {rank} lies before that of rank {rank - 1}", tensor=key)
+            last = int(there[0])
+        own = torch.zeros(total, dtype=torch.bool).index_fill_(0, there, True) & ~taken
+        taken |= own
+        everywhere = (there, here) if alike is None else _wherever(there, here, alike)
+        found.append(PlacedShare(cut.dim, total, *everywhere, at=there, own=own, sure=alike is None))
+    return found
+
+
+def _alike(source: Readable, dim: int) -> Tensor | None:
+    """Of each index along a dim, the first one that is the same; None where all differ, or nobody looked."""
+    shape = source.shape
+    if shape[dim] > _REPEATING or torch.Size(shape).numel() * 8 > _REPEATING * shape[dim]:
+        return None
+    slices = source.rows(0, shape[0]).movedim(dim, 0).flatten(1) if len(shape) > 1 else source.rows(0, shape[0])
+    _, groups = torch.unique(slices.double(), dim=0, return_inverse=True)
+    first = torch.full((int(groups.max()) + 1,), len(groups)).scatter_reduce(
+        0, groups, torch.arange(len(groups)), "amin"
+    )
+    return None if len(first) == len(groups) else first[groups]
+
+
+def _wherever(there: Tensor, here: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:
+    """All indices that are the same as one that a rank holds, and where the rank holds it."""
+    at = torch.full_like(alike, -1)
+    at[alike[there]] = here
+    origin = at[alike]
+    everywhere = (origin >= 0).nonzero().flatten()
+    return everywhere, origin[everywhere]
+
+
+def put_in_place(model: nn.Module, shares: Shares, rank: int) -> None:
+    """Give the parameters that a rank has in part the shape that they have in the unsharded model."""
+    done = set()  # layers may share a module
+    for key, each in shares.items():
+        owner, _, leaf = key.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        if (id(module), leaf) in done:
+            continue
+        done.add((id(module), leaf))
+        held = module._parameters if leaf in module._parameters else module._buffers
+        full = each[rank].whole(key, held[leaf])
+        held[leaf] = nn.Parameter(full, requires_grad=False) if leaf in module._parameters else full
