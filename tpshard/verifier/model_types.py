@@ -24,6 +24,7 @@ TRIED = frozenset(
         " nemotron_h olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3"
         " qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"
         " starcoder2 vaultgemma xglm"
+        " bitnet dbrx dots3_note_text hy_v4 inkling_text laguna mamba2 minimax olmo_hybrid qwen4_exp_text zamba2"
     ).split()
 )
 COMPUTES_AS = {

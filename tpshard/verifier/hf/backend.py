@@ -17,7 +17,7 @@ from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link, connect, is_experts
 from tpshard.verifier.hf.partition import parameters
 from tpshard.verifier.hf.places import StoredPlaces
-from tpshard.verifier.hf.probes import Feeder, ModuleRecorder, blocks, every_expert
+from tpshard.verifier.hf.probes import Feeder, ModuleRecorder, blocks, every_expert, takes_a_choice
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import Frame, fill, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
@@ -106,8 +106,9 @@ class TransformersBackend(Backend):
         recorder, pins = ModuleRecorder(whole, names), Pinned()
         with recorder.looking():
             wanted = whole.run(Single(), self.steps, pins)
-        names = [name for name in recorder.records if name in set(names)]
-        experts = [name for name in recorder.records if is_experts(whole.modules[name])]
+        names = [name for name in recorder.records if name in set(names) - recorder.again]
+        stacks = (name for name in recorder.records if is_experts(whole.modules[name]))
+        experts = [name for name in stacks if takes_a_choice(recorder.records[name])]
         with precision(dtype):
             reached = {name: every_expert(whole.modules[name], recorder.records[name]) for name in experts}
 
@@ -116,7 +117,7 @@ class TransformersBackend(Backend):
             feeder = Feeder(whole, recorder.records, side, names, limit)
             with feeder.looking():
                 side.run(group, [self.prompt], mine)
-            differences = mine.differences(pins, side.routers)
+            differences = mine.differences(pins, side.routers | side.indexers)
             chosen = [Finding(f"{name}{CHOICE}", group.rank, error) for name, error in differences.items()]
             more = [_experts(side, group, name, *reached[name]) for name in experts]
             return [*feeder.findings, *chosen, *more]

@@ -56,13 +56,19 @@ def output_of(module: nn.Module) -> str:
 
 def total_heads(config: Any) -> tuple[int, int]:
     """Q heads and KV heads of the unsharded model."""
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", 0) or config.num_heads)
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def heads_in(module: nn.Module, config: Any) -> int:
+    """Q heads of an attention module of the unsharded model: layers may have their own number."""
+    own = getattr(module, "num_heads", None)
+    return own if isinstance(own, int) and own > 0 else total_heads(config)[0]
 
 
 def heads_of(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank: int) -> Heads:
     """A rank's heads. DifferentError where a rank does not hold whole heads, or q heads without their k and v."""
-    heads, _ = total_heads(config)
+    heads = heads_in(module, config)
     row = f"{name}.{output_of(module)}.weight"
     out = cuts[row]
     if sum(out.sizes) != out.total or any(size * heads % out.total for size in out.sizes):
@@ -115,7 +121,7 @@ def _kv(
     name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], q: list[int], head: int
 ) -> RankShares:
     """The ranks' KV heads: by k_proj, by what a fused projection has beside q, or as many as q heads (MLA)."""
-    heads, kv_heads = total_heads(config)
+    heads, kv_heads = heads_in(module, config), total_heads(config)[1]
     key, width = getattr(module, "k_proj", None), getattr(module, "head_dim", None)
     if isinstance(key, nn.Linear) and isinstance(width, int) and key.out_features % width == 0:
         kv_heads = key.out_features // width  # layers may differ
@@ -131,7 +137,9 @@ def _kv(
     fused = next((leaf for leaf in FUSED if hasattr(module, leaf)), None)
     if fused is None:
         return RankShares(0, tuple(q), heads)
-    rows = [size - n * head for size, n in zip(cuts[f"{name}.{fused}.weight"].sizes, q, strict=True)]
+    all_of_it = cuts[f"{name}.{fused}.weight"]
+    rows = [size - n * head for size, n in zip(all_of_it.sizes, q, strict=True)]
+    kv_heads = (all_of_it.total - heads * head) // (2 * head)  # layers may differ
     return RankShares(0, tuple(n // (2 * head) if n % (2 * head) == 0 else 0 for n in rows), kv_heads)
 
 
@@ -142,7 +150,7 @@ def tell_mixers(model: nn.Module, cuts: Mapping[str, RankShares], rank: int) -> 
     heads, or heads without what they read.
     """
     for name, module in model.named_modules():
-        if f"{name}.out_proj.weight" not in cuts:
+        if not {f"{name}.out_proj.weight", f"{name}.o_proj.weight"} & cuts.keys():
             continue
         if type(module).__name__.endswith("GatedDeltaNet"):
             _tell_linear(name, module, cuts, rank)
@@ -218,6 +226,14 @@ def _cut_buffers(module: Any, first: int, heads: int, first_group: int, groups: 
         module.groups_time_state_size = groups * state
 
 
+def _cut_decays(module: nn.Module, heads: Heads, total: int) -> None:
+    """A rank's part of what lightning attention keeps of each head's decay: the source's buffers have all heads."""
+    for leaf, buffer in module._buffers.items():
+        dims = [dim for dim in (0, 1) if buffer is not None and buffer.dim() > dim and buffer.shape[dim] == total]
+        if buffer is not None and dims:
+            module._buffers[leaf] = buffer.narrow(dims[0], heads.first_q, heads.q)
+
+
 def _repeat_for_each_q(module: Any, heads: Heads, norms_all: bool) -> None:
     """Give the module keys and values once for each q head: the rank's KV heads have unlike numbers of them.
 
@@ -245,7 +261,7 @@ def _repeat_for_each_q(module: Any, heads: Heads, norms_all: bool) -> None:
 
 def tell(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShares], rank: int) -> None:
     """Set the numbers that an attention module's own code reads, and cut what comes by head."""
-    heads, (total, _) = heads_of(name, module, config, cuts, rank), total_heads(config)
+    heads, total = heads_of(name, module, config, cuts, rank), heads_in(module, config)
     head = cuts[f"{name}.{output_of(module)}.weight"].total // total
     kv = heads.kv
     if heads.of_q:
@@ -257,9 +273,11 @@ def tell(name: str, module: nn.Module, config: Any, cuts: Mapping[str, RankShare
                 setattr(module, attribute, value)
     if hasattr(module, "num_key_value_groups"):
         module.num_key_value_groups = heads.q // kv  # type: ignore[assignment]
-    for attribute in WIDTHS:
+    for attribute in (*WIDTHS, *(("hidden_size",) if hasattr(module, "Wqkv") else ())):
         if hasattr(module, attribute):
             setattr(module, attribute, heads.q * head)
+    if hasattr(module, "slope_rate"):
+        _cut_decays(module, heads, total)
     if hasattr(module, "config"):
         mine: Any = copy.copy(module.config)
         mine.num_attention_heads = heads.q

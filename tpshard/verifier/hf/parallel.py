@@ -104,6 +104,9 @@ def _connect(
     if module is model.get_input_embeddings() and weight is not None and weight.dim == 0:
         _adds_up(name, weight, vocab)
         module.forward = _vocab_parallel(name, module, weight, rank, link)
+    elif _is_table(module) and weight is not None and weight.dim == 1:
+        _adds_up(name, weight, weight.total, weight.total)
+        module.forward = _gathered(module, weight.total, link)
     elif module is model.get_output_embeddings() and all(cut.dim == 0 for cut in cuts.values()):
         _adds_up(name, cuts["weight"], vocab)
         module.forward = _gathered(module, vocab, link)
@@ -119,13 +122,20 @@ def _connect(
         down = cuts["down_proj"]
         _adds_up(f"{name}.down_proj", down, down.total, down.total)
         module.forward = _experts(name, module, len(down.sizes), link)
+    elif all(hasattr(module, leaf) for leaf in ("w1", "v1", "w2")) and not weight:
+        # Of each expert's rows some, all experts one behind another.
+        down, owner = cuts["w2"], model.get_submodule(name.rpartition(".")[0])
+        _adds_up(f"{name}.w2", down, down.total, down.total)
+        owner.ffn_hidden_size = down.sizes[rank] // owner.num_experts
+        owner.forward = _experts(name.rpartition(".")[0], owner, len(down.sizes), link)
+        return cuts.keys() == module._parameters.keys() and len({cut.sizes for cut in cuts.values()}) == 1
     elif isinstance(module, nn.Conv1d) and module.groups == module.out_channels and weight is not None:
         # Every feature by itself.
         module.in_channels = module.out_channels = module.groups = weight.sizes[rank]
         return weight.dim == 0 and cuts.keys() == _leaves(module)
     elif is_experts(module) and cuts.keys() == module._parameters.keys():
         module.forward = _some_experts(name, module, cuts["down_proj"], rank, link)
-    elif weight is not None and _norms_all_heads(name, module):
+    elif weight is not None and _norms_all_heads(name, module, model):
         module.forward = _over_all_ranks(name, module, weight, rank, link)
     else:
         # A value for each head, or in a norm a row for each head.
@@ -136,14 +146,23 @@ def _connect(
     return True
 
 
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
 def _leaves(module: nn.Module) -> set[str]:
     return {leaf for leaf, parameter in module._parameters.items() if parameter is not None}
 
 
-def _norms_all_heads(name: str, module: nn.Module) -> bool:
-    """Whether a norm that is cut is over the heads of all ranks: of q or k, or gated ones behind a mixer."""
-    kind = type(module).__name__
-    return kind.endswith("RMSNormGated") or (name.endswith(QK_NORMS) and kind.endswith("RMSNorm"))
+def _norms_all_heads(name: str, module: nn.Module, model: nn.Module) -> bool:
+    """Whether a norm that is cut is over the features of all ranks: of q or k, behind a mixer, before a last product.
+
+    It stands beside linear modules, unlike a layer's norms of what every rank has whole.
+    """
+    kind, parent = type(module).__name__, model.get_submodule(name.rpartition(".")[0])
+    return kind.endswith("RMSNormGated") or (
+        kind.endswith("RMSNorm") and _weight(module).dim() == 1 and any(map(is_linear, parent.children()))
+    )
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -24,20 +24,35 @@ RENAMED = (
     (".attention_sink_bias", ".sinks"),
     (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
     (".mlp.shared_mlp.", ".mlp.shared_experts."),
+    (".mlp.experts.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"),
+    (".mlp.shared_expert.", ".mlp.shared_experts."),
+    (".attention_layer_norm.", ".input_layernorm."),
+    (".feedforward_layer_norm.", ".post_attention_layernorm."),
+    (".self_attn.learnable_sink_param", ".self_attn.sinks"),
+    (".linear_gate.", ".gate_proj."),
+    (".hc_pre.hc_attn_layer.hc_", ".attn_hc."),
+    (".hc_pre.hc_mlp_layer.hc_", ".ffn_hc."),
+    (".hc_pre.hc_head.hc_head_", ".hc_head.hc_"),
     ("backbone.", "model."),
     ("embed_out.", "lm_head."),
 )
 """Parts of stored names, and what the classes call them: Mixtral, Phi-3.5-MoE, Granite, Ernie 4.5, K-EXAONE, MiMo, Hy3,
-Nemotron-H, GPT-NeoX."""
+Laguna, OLMo Hybrid, Hy4, Nemotron-H, GPT-NeoX."""
 EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<matrix>gate_proj|up_proj|down_proj|w[123])\.weight"
 )
+JOINED = {
+    "conv1d": re.compile(r"(?P<start>.+\.)(?P<which>[qkv])_conv1d\.weight"),
+    "ngram_embedding": re.compile(r"(?P<start>.+\.)ngram_embedding\.shard_(?P<which>\d+)\.weight"),
+}
+"""What classes hold as one: convolutions of queries, keys and values (OLMo Hybrid), parts of a long table (Qwen4)."""
+_ORDER = "qkv"
 MATRICES = {"gate_proj": 0, "w1": 0, "up_proj": 1, "w3": 1, "down_proj": 2, "w2": 2}
 
 
 @dataclass(frozen=True)
 class StoredParts:
-    """The stored tensors of a parameter: one, or for stacked experts each expert's, joined along their rows.
+    """The stored tensors of a parameter: one, or some joined along their rows, of stacked experts each expert's.
 
     `first` is the number of the first expert: a rank may hold some, whole, and no others. `turned`: stored with the
     last two dims exchanged.
@@ -54,16 +69,17 @@ class StoredParts:
 
     def shape(self, weights: Weights) -> tuple[int, ...]:
         """The parameter's shape, known without reading anything."""
-        if not self.stacked:
-            shape = weights.shape(self.experts[0][0])
-            return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
         shapes = [weights.shape(name) for name in self.experts[0]]
+        if not self.stacked:
+            shape = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[1:] else shapes[0]
+            return (*shape[:-2], shape[-1], shape[-2]) if self.turned else shape
         return (len(self.experts), sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def tensor(self, weights: Weights) -> Tensor:
         """The parameter, in its stored dtype."""
         if not self.stacked:
-            tensor = weights.get(self.experts[0][0])
+            parts = self.experts[0]
+            tensor = torch.cat([weights.get(name) for name in parts]) if parts[1:] else weights.get(parts[0])
             return tensor.transpose(-1, -2) if self.turned else tensor
         return torch.stack([torch.cat([weights.get(name) for name in expert]) for expert in self.experts])
 
@@ -76,12 +92,15 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
     """
     found: dict[str, StoredParts] = {}
     experts: dict[str, dict[int, dict[int, str]]] = {}
+    joined: dict[str, dict[int, str]] = {}
     place = place_of(names, keys, prefix)
     for stored in names:
         name = stored.removeprefix(place)
         key = _key(name, keys, prefix) if stored.startswith(place) else _beside(stored, place, keys, prefix)
         if key is not None:
             found[key] = StoredParts(((stored,),), stacked=False)
+        elif part := _joined(name, keys, prefix) if stored.startswith(place) else None:
+            joined.setdefault(part[0], {})[part[1]] = stored
         elif match := EXPERT.fullmatch(name) if stored.startswith(place) else None:
             owner = _key(f"{match['experts']}.down_proj", keys, prefix)
             if owner is not None:
@@ -94,7 +113,19 @@ def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[
                 found[f"{owner}.{matrix}"] = StoredParts(
                     tuple(tuple(held[i] for i in wanted) for held in whole), True, min(numbers)
                 )
+    for owner, parts in joined.items():
+        if parts.keys() == set(range(len(parts))):
+            found[owner] = StoredParts((tuple(parts[each] for each in range(len(parts))),), False)
     return found
+
+
+def _joined(name: str, keys: Collection[str], prefix: str) -> tuple[str, int] | None:
+    """The parameter that a tensor is a part of, and which part of it."""
+    for module, pattern in JOINED.items():
+        if match := pattern.fullmatch(name):
+            owner, which = _key(f"{match['start']}{module}.weight", keys, prefix), match["which"]
+            return None if owner is None else (owner, int(which) if which.isdecimal() else _ORDER.index(which))
+    return None
 
 
 def place_of(names: Collection[str], keys: Collection[str], prefix: str) -> str:

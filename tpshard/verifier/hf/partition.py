@@ -16,6 +16,9 @@ _PLAIN = re.compile(
 )
 """Modules that are cut in ranges, one a rank: heads or features lie one behind another in every class that runs."""
 
+_EXPERTS_ROWS = re.compile(r"\.experts\.mlp\.(w1|v1|w2)$")
+"""Parameters that hold the rows of every expert one behind another (DBRX)."""
+
 
 @dataclass(frozen=True)
 class HeldParts:
@@ -41,10 +44,11 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
     used = {name for recipe in whole.values() for name in recipe.stored}
     place = place_of(source.names(), frame.shapes.keys(), frame.prefix)
     ends = {key.rpartition(".")[0] for key in (frame.head, frame.embedding)}
+    experts = getattr(getattr(frame.config, "ffn_config", None), "moe_num_experts", 1)
     cuts = frame.cuts_by(whole, held, source, ranks)
     for key in (key for key in frame.shapes if key in whole):
         padded, known = key.rpartition(".")[0] in ends, frame.tried and _PLAIN.search(key) is not None
-        if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
+        if len(whole[key].stored) > 1 and all(found[key].stored == whole[key].stored for found in held):
             for name in whole[key].stored:
                 held_by = [Held(rank, name) for rank in ranks]
                 like_keys = name.removeprefix(place)
@@ -52,9 +56,19 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
         starts = cuts[key].starts if key in cuts else None
-        yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded, starts=starts)
+        rows_of_each = _EXPERTS_ROWS.search(key) is not None and frame.tried
+        yield Parameter(
+            key,
+            sides[0],
+            sides[1:],
+            None,
+            padded,
+            known=known or padded,
+            starts=starts,
+            parts=experts if rows_of_each else 1,
+        )
     yield from idle(source, ranks, used, frame.layers, frame.config.num_hidden_layers, frame.aside)
 
 
 def _held(weights: Weights, parts: StoredParts) -> Held | HeldParts:
-    return HeldParts(weights, parts) if parts.stacked else Held(weights, parts.stored[0])
+    return HeldParts(weights, parts) if parts.stacked or len(parts.stored) > 1 else Held(weights, parts.stored[0])

@@ -36,7 +36,7 @@ IN_LAYER: dict[str, tuple[str, bool | None]] = {
 }
 PAIRS = {"gate_proj": "up_proj", "w1": "w3"}
 OUTSIDE = {
-    "embed": ("embed_tokens", "wte", "embed_in"),
+    "embed": ("embed_tokens", "wte", "embed_in", "embeddings"),
     "head": ("lm_head", "embed_out", "output_projection"),
     "positions": ("wpe", "embed_positions"),
     "final_norm": ("norm", "final_layernorm", "final_layer_norm", "norm_f", "ln_f"),

@@ -79,7 +79,7 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[TransformersBac
         frame.require_described(opened.source, opened.config.get("architectures"))
         frame = replace(frame.of_source(opened.source), aside=shards.aside)
     for weights in (opened.source, *shards.ranks):
-        require_floats(weights, frame.stored(weights))
+        require_floats(weights, frame.stored(weights, buffers=False))
     need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)
     opened.say(f"transformers' own {_kind(config)} model: about {need / 1e9:.1f} GB of memory")
     require_memory(need, free, device, "--layers looks at fewer layers, --float32 --tier exact takes half")

@@ -72,11 +72,15 @@ def blocks(side: Side, layers: Sequence[int]) -> list[str]:
 
 @dataclass
 class ModuleRecorder:
-    """Keeps a ModuleRecord of every module with parameters, and of every module that is compared."""
+    """Keeps a ModuleRecord of every module with parameters, and of every module that is compared.
+
+    again: those that ran more than once, on something else each time; what they took cannot be put before a rank's.
+    """
 
     side: Side
     names: Sequence[str]
     records: dict[str, ModuleRecord] = field(default_factory=dict)
+    again: set[str] = field(default_factory=set)
 
     def looking(self) -> ExitStack:
         """What keeps records for the time of a `with`."""
@@ -87,6 +91,8 @@ class ModuleRecorder:
         return hooks
 
     def _keep(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if name in self.records:
+            self.again.add(name)
         self.records[name] = ModuleRecord(args, kwargs, _first(output))
 
 
@@ -197,13 +203,18 @@ def _part_of_experts(whole: nn.Module, down: RankShares, rank: int) -> dict[str,
         if leaf == "down_proj_bias":
             return weight / len(down.sizes)
         dim = down.dim if leaf == "down_proj" else 1 if leaf.endswith("bias") else 3 - down.dim
-        if leaf in ("down_proj", "up_proj"):
+        if leaf in ("down_proj", "up_proj", "gate_proj"):
             return weight.narrow(dim, first, size)
         if not getattr(whole, "is_concatenated", True):
             return weight.narrow(dim, 2 * first, 2 * size)
         return torch.cat([weight.narrow(dim, first, size), weight.narrow(dim, down.total + first, size)], dim)
 
     return {leaf: part(leaf, weight) for leaf, weight in whole._parameters.items() if weight is not None}
+
+
+def takes_a_choice(record: ModuleRecord) -> bool:
+    """Whether experts are told whom a token is for, or get as many for each; shared ones are told neither."""
+    return len(record.args) + len(record.kwargs) != 2
 
 
 def every_expert(module: nn.Module, record: ModuleRecord) -> tuple[tuple[Any, ...], Tensor]:

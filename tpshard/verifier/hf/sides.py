@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -61,14 +62,19 @@ class Side:
                 if i == len(steps):
                     steps.append(logits[-1][:, -1:].argmax(-1))
                 out = self._step(steps[i], cache, cached)
-                cache = out.past_key_values if cached else None
+                cache = getattr(out, self.cache_name) if cached else None
                 logits.append(out.logits)
         self.progress()
         return torch.cat(logits, 1)
 
+    @cached_property
+    def cache_name(self) -> str:
+        """What the class calls its cache, as an argument and in what it gives."""
+        return "cache_params" if "cache_params" in signature(self.model.forward).parameters else "past_key_values"
+
     def _step(self, ids: Tensor, cache: Any, cached: bool) -> Any:
         try:
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=cached)
+            return self.model(**{"input_ids": ids, self.cache_name: cache, "use_cache": cached})
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:

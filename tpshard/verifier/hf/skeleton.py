@@ -25,7 +25,7 @@ NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_
 # Weights are dequantised before a class has them.
 _LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
 _HEADED = ("CausalLM", "LMHead", "ConditionalGeneration")
-TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "mpt"}
+TUPLE_LAYERS = {"bamba", "codegen", "falcon_h1", "glm_moe_dsa", "hy_v4", "mpt"}
 
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -177,7 +177,8 @@ class Frame:
 
     `head` and `embedding` are the parameters that may be one: where nothing is stored for the head, they are.
     `buffers` are those of `shapes` that a file need not have. `headless`: the source has no head, and need not; the
-    embedding is taken in its place, so that what the model computes before it is seen. `turned`: stacked experts that
+    embedding is taken in its place, so that what the model computes before it is seen. `shared`: parameters of modules
+    that are other ones' besides (Zamba2's transformers), and which those are. `turned`: stacked experts that
     the source stores for products from the left. `aside`: as in `RankSet`.
     """
 
@@ -190,12 +191,18 @@ class Frame:
     buffers: frozenset[str]
     headless: bool = False
     turned: frozenset[str] = frozenset()
+    shared: Mapping[str, str] = field(default_factory=dict)
     aside: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tried(self) -> bool:
         """Whether this class was split and run here, so that a difference is the shards' and not ours."""
         return self.config.model_type in TRIED
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding. Some classes have no such setting."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
@@ -205,8 +212,8 @@ class Frame:
         found = recipes(source.names(), self.shapes.keys(), self.prefix)
         named = list(map(str, classes)) if isinstance(classes, list) else []
         headed = not named or any(kind in name for name in named for kind in _HEADED)
-        spared = {self.head} if self.config.tie_word_embeddings or not headed else set()
-        lacking = (key for key in self.shapes.keys() - self.buffers - spared if key not in found)
+        spared = {self.head} if self.tied or not headed else set()
+        lacking = (key for key in self.shapes.keys() - self.buffers - spared - self.shared.keys() if key not in found)
         used = {name for recipe in found.values() for name in recipe.stored}
         extra = (name for name in source.names() if name.endswith(".bias") and name not in used)
         stray = (name for name in extra if f"{name.removesuffix('bias')}weight" in used)
@@ -227,10 +234,11 @@ class Frame:
     def recipes(self, weights: Weights) -> dict[str, StoredParts]:
         """What the parameters are made of. A tied head, or one that is not there, is made of the embedding."""
         found = recipes(weights.names(), self.shapes.keys(), self.prefix)
-        tied = self.config.tie_word_embeddings or self.headless
+        tied = self.tied or self.headless
         if self.head not in found and self.embedding in found and tied:
             found[self.head] = found[self.embedding]
         found |= {key: replace(found[key], turned=True) for key in self.turned & found.keys()}
+        found |= {key: found[one] for key, one in self.shared.items() if key not in found and one in found}
         return {key: recipe for key, recipe in found.items() if self.needed(key)}
 
     def of_source(self, source: Weights) -> "Frame":
@@ -242,9 +250,10 @@ class Frame:
                 turned.add(key)
         return replace(self, headless=self.head not in found, turned=frozenset(turned))
 
-    def stored(self, weights: Weights) -> list[str]:
-        """The stored tensors that the parameters are made of."""
-        return sorted({name for recipe in self.recipes(weights).values() for name in recipe.stored})
+    def stored(self, weights: Weights, *, buffers: bool = True) -> list[str]:
+        """The stored tensors that the parameters are made of, and those of buffers."""
+        found = self.recipes(weights).items()
+        return sorted({name for key, each in found if buffers or key not in self.buffers for name in each.stored})
 
     def cuts(self, source: Weights, ranks: Sequence[Weights]) -> dict[str, RankShares]:
         """The parameters that ranks hold in part. DifferentError where a rank lacks one, or shapes fit no cut."""
@@ -300,7 +309,10 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     every = tuple(range(len(layers_of(model))))
     prefix = str(getattr(model, "base_model_prefix", ""))
     buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers, buffers)
+    first: dict[int, str] = {}
+    owners = {key: first.setdefault(id(value), key) for key, value in model.named_parameters(remove_duplicate=False)}
+    shared = {key: owner for key, owner in owners.items() if key not in (owner, head, embedding)}
+    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers, buffers, shared=shared)
 
 
 def fill(
