@@ -12,8 +12,9 @@ import torch
 
 from tests.helpers import transformers_runs as library
 from tests.helpers.checkpoints import build
-from tests.helpers.grids import one_in
+from tests.helpers.grids import one_in, some
 from tests.helpers.newer_checkpoints import NEWER
+from tests.helpers.served_checkpoints import DEFAULT, SERVED
 from tpshard.errors import DifferentError
 from tpshard.verifier.canaries import exact_canaries
 from tpshard.verifier.criteria import EXACT_LIMIT, relative
@@ -25,7 +26,7 @@ from tpshard.verifier.tiers import exact, native
 Made = Callable[..., Path]
 
 
-@pytest.mark.parametrize("name", one_in(4, list(NEWER)))
+@pytest.mark.parametrize("name", [*one_in(4, [name for name in NEWER if name not in SERVED]), *some(SERVED, DEFAULT)])
 def test_a_correct_split_is_equal_and_a_faulty_one_is_not(name: str, made: Made, tmp_path: Path) -> None:
     with torch.no_grad():
         one = library.opened(made(name), 4, tmp_path / "out")

@@ -18,6 +18,7 @@ from tests.helpers import transformers_runs as library
 from tests.helpers.checkpoints import VARIANTS, build, make
 from tests.helpers.grids import in_turn, one_in, some, without
 from tests.helpers.newer_checkpoints import NEWER
+from tests.helpers.served_forms import NOT_RUN
 from tpshard.errors import DifferentError, UnsupportedError, UsageError
 from tpshard.verifier.builtin.decoder import Decoder
 from tpshard.verifier.canaries import exact_canaries
@@ -113,7 +114,7 @@ def test_every_model_type_with_rules_is_run() -> None:
     """By the decoder, by its class, or by a class that computes the same; of some, there is remote code alone."""
     files = Path(tpshard.__file__).parent.glob("rules/architectures/*.toml")
     rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
-    remote = {"baichuan", "chatglm", "exaone", "qwen"}
+    remote = {"baichuan", "chatglm", "exaone", "qwen"} | NOT_RUN
     assert rules - remote <= FAMILIES.keys() | TRIED | COMPUTES_AS.keys()
     assert FAMILIES.keys() == DECODED
     assert {name for name in rules if proved_by(name) == "bytes"} == remote

@@ -49,9 +49,6 @@ def rules(model_type: str, ffn: str, mlp: str, column: dict[str, str], replicate
 
 MINE = {
     "mellum": rules("mellum", "moe", "mlp.experts.*", {}, ("mlp.gate", "self_attn.q_norm", "self_attn.k_norm")),
-    "bitnet": rules(
-        "bitnet", "ffn", "mlp", {"self_attn.attn_sub_norm": "column heads", "mlp.ffn_sub_norm": "column ffn"}, ()
-    ),
 }
 
 
@@ -112,12 +109,15 @@ def test_another_element_fails_whoever_runs_it() -> None:
 
 
 def test_a_cut_that_no_class_here_has_is_named() -> None:
-    write("bitnet")
+    write("mellum", **MELLUM)
+    norm = f'"{LAYER}input_layernorm"'
+    text = MINE["mellum"].replace(f'"{LAYER}*_layernorm"', f'"{LAYER}post_attention_layernorm"')
+    Path("mine.toml").write_text(text.replace('"column heads" = [', f'"column heads" = [{norm}, '))
     split()
     verdict = tpshard("verify", "out", "--source", "model", "--rules", "mine.toml", "--json")
     assert verdict.code == 8
-    assert "BitNet model was never tried here" in verdict.json["reason"]
-    assert "model.layers.0.self_attn.attn_sub_norm.weight is cut" in verdict.json["reason"]
+    assert "Mellum model was never tried here" in verdict.json["reason"]
+    assert "model.layers.0.input_layernorm.weight is cut" in verdict.json["reason"]
     statuses = {tier["name"]: tier["status"] for tier in verdict.json["tiers"]}
     assert (statuses["bytes"], statuses["weights"], statuses["exact"]) == ("pass", "pass", "inconclusive")
 
