@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import tpshard
 from tests.helpers.checkpoints import VOCAB
+from tests.helpers.served_by_hand import BY_HAND
 from tests.helpers.toys import contents, read_all
 from tpshard.execute.publish import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NORM_OF_ALL_HEADS = {"olmoe", "minimax_m2", "flex_olmo"}
+NORM_OF_ALL_HEADS = {"olmoe", "minimax_m2", "flex_olmo", "olmo_hybrid"}
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -33,6 +34,9 @@ def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: 
     """What a rank must hold of a tensor."""
     import torch
 
+    own = BY_HAND.get(config["model_type"])
+    if own is not None and (expected := own(name, whole, config, rank, tp)) is not None:
+        return expected
     module, _, suffix = name.rpartition(".")
     module = module.rpartition(".")[2]
     whole_norm = config["model_type"] in NORM_OF_ALL_HEADS
@@ -80,7 +84,7 @@ def held_by(name: str, whole: Tensor, config: Mapping[str, Any], rank: int, tp: 
 
 def _kv_heads(name: str, config: Mapping[str, Any]) -> int:
     """The KV heads of the layer that a tensor is in."""
-    kv: int = config["num_key_value_heads"]
+    kv = int(config.get("num_key_value_heads", 1))
     layer = next((part for part in name.split(".") if part.isdecimal()), None)
     if config["model_type"] == "mimo_v2_flash" and layer and config["layer_types"][int(layer)] == "sliding_attention":
         return 2 * kv

@@ -65,6 +65,8 @@ FAMILIES = {
 }
 FAMILIES |= {t: Family(*ELSEWHERE.get(t, ("model.", "lm_head", "model.embed_tokens"))) for t, _ in DENSE.values()}
 FAMILIES |= {model_type: Family("model.", "lm_head", "model.embed_tokens") for model_type, _ in (MOE | NEWER).values()}
+FAMILIES["dbrx"] = Family("transformer.", "lm_head", "transformer.wte")
+FAMILIES["mamba2"] = Family("backbone.", "lm_head", "backbone.embeddings")
 FAMILIES["nemotron_h"] = Family("backbone.", "lm_head", "backbone.embeddings")
 
 _COMMON = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -234,7 +236,9 @@ def build(name: str, seed: int = 0, **config_overrides: Any) -> PreTrainedModel:
     norm_center = norm_center_of(variant.model_type)
     with torch.no_grad():
         saved = model.state_dict()
-        buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+        buffers = [
+            (name, buffer) for name, buffer in model.named_buffers() if name in saved and buffer.is_floating_point()
+        ]
         for parameter_name, parameter in [*model.named_parameters(), *buffers]:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {parameter_name}".encode()))
             center = norm_center if parameter.dim() == 1 and parameter_name.endswith(".weight") else 0.0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.helpers.further_checkpoints import FURTHER, NOT_STACKED
+
 _GQA = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -161,3 +163,6 @@ AS_THEY_ARE = frozenset(
     | {"lfm2", "lfm2_moe"}
 )
 """Those whose experts are always stacked, or that have none."""
+
+NEWER |= FURTHER
+AS_THEY_ARE |= NOT_STACKED

@@ -16,6 +16,7 @@ from tpshard.rules.architecture import Architecture, all_builtin
 KINDS = {
     "colwise": "column", "colwise_gather_output": "column", "colwise_rep": "column", "packed_colwise": "column",
     "rowwise": "row", "rowwise_split_input": "row", "rowwise_rep": "row", "packed_rowwise": "row",
+    "embedding_colwise": "row",
     "embedding_rowwise": "column",  # of an embedding, transformers calls the vocab rows
     "replicate": "replicate", "replicated_with_grad_allreduce": "replicate", "mla_kv_a_proj": "replicate",
 }  # fmt: skip
@@ -26,7 +27,7 @@ NO_WEIGHT = {"moe_tp_experts", "all_reduce", "moe_identity_expert", "local_param
 _QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _QK_NORM = ("self_attn.q_norm", "self_attn.k_norm")
 _W123 = tuple(f"block_sparse_moe.experts.*.w{number}" for number in (1, 2, 3))
-_LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text")
 _MAMBA = ("in_proj", "conv1d", "A_log", "D", "dt_bias", "norm", "out_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _DELTA = (*(f"{letter}_{what}" for letter in "qkv" for what in ("proj", "conv1d")), "A_log", "dt_bias")
@@ -39,7 +40,7 @@ def _shared(module: str, names: tuple[str, ...] = _GATED) -> tuple[str, ...]:
 DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "Over all heads at once. transformers gathers q and k and keeps the norm whole; cut like q and k, its mean of "
     "squares is a sum over the ranks.": {
-        model_type: _QK_NORM for model_type in ("olmo2", "olmo3", "olmoe", "minimax_m2", "flex_olmo")
+        model_type: _QK_NORM for model_type in ("olmo2", "olmo3", "olmoe", "minimax_m2", "flex_olmo", "olmo_hybrid")
     },
     "One row per head, which goes with its head. The plan leaves it out.": {"cohere": _QK_NORM},
     "Latent attention whole on every rank. What each head has of it is cut here, as in the plan of deepseek_v2.": {
@@ -54,6 +55,8 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
         "nemotron_h": tuple(f"mixer.{letter}_proj" for letter in ("q", "k", "v", "o", "up", "down")),
         "jamba": (*_QKVO, *(f"feed_forward.{name}" for name in _GATED)),
         "lfm2_moe": (*_QKVO[:3], "self_attn.out_proj", *(f"feed_forward.w{number}" for number in (1, 2, 3))),
+        "qwen4_exp_text": _QKVO,
+        "inkling_text": (*_QKVO, "self_attn.r_proj", "self_attn.k_sconv.conv1d", "self_attn.v_sconv.conv1d"),
     },
     "A plan of the experts alone. Each feature of Mamba 1 has a state of its own.": {
         "jamba": tuple(f"mamba.{name}" for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj"))
@@ -64,6 +67,26 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "A plan of the experts alone. Each head of Mamba 2 goes with the group that it reads.": {
         "granitemoehybrid": tuple(f"mamba.{name}" for name in _MAMBA),
         "nemotron_h": tuple(f"mixer.{name}" for name in _MAMBA),
+    },
+    "Attention and a feed-forward alone in the plan. Each head of lightning attention has its query, key, value and "
+    "gate; one norm is over all of them.": {
+        "minimax": tuple(f"self_attn.{name}" for name in ("qkv_proj", "output_gate", "norm", "out_proj"))
+    },
+    "Attention and a feed-forward alone in the plan. Each head of linear attention is as much a head.": {
+        "olmo_hybrid": tuple(
+            f"linear_attn.{name}"
+            for name in (
+                "q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "o_proj", "A_log", "dt_bias",
+                "conv1d", "q_conv1d", "k_conv1d", "v_conv1d",
+            )
+        ),
+        "glm5_next_text": tuple(
+            f"self_attn.{name}"
+            for name in (
+                "q_proj", "k_proj", "v_proj", "b_proj", "f_b_proj", "g_b_proj", "A_log", "dt_bias", "conv1d",
+                "q_conv1d", "k_conv1d", "v_conv1d", "forget_gate.A_log", "forget_gate.dt_bias", "forget_gate.f_b_proj",
+            )
+        ),
     },
     "What linear attention has of each head beside its projections. The plan gathers what those give, and every rank "
     "computes all heads.": dict.fromkeys(_LINEAR, ("linear_attn.conv1d", "linear_attn.A_log", "linear_attn.dt_bias")),
@@ -86,10 +109,12 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
                 "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "hunyuan_v1_moe", "olmoe",
                 "qwen2_moe", "qwen3_moe", "afmoe", "cohere2_moe", "deepseek_v32", "exaone_moe", "flex_olmo",
                 "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "qwen3_5_moe_text", "qwen3_next", "solar_open", "mistral4",
-                "mimo_v2_flash", "glm4v_moe_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text",
+                "mimo_v2_flash", "dots3_note_text", "ernie4_5_vl_moe_text", "glm5_next_text", "laguna",
+                "qwen4_exp_text",
+                "glm4v_moe_text", "qwen3_vl_moe_text", "qwen3_omni_moe_text",
             )
         },
-        **dict.fromkeys(("mixtral", "minimax_m2", "phimoe"), _W123),
+        **dict.fromkeys(("mixtral", "minimax", "minimax_m2", "phimoe"), _W123),
         "jamba": tuple(f"feed_forward.experts.*.{name}" for name in _GATED),
         "lfm2_moe": tuple(f"feed_forward.experts.*.w{number}" for number in (1, 2, 3)),
         "nemotron_h": ("mixer.experts.*.up_proj", "mixer.experts.*.down_proj"),
@@ -102,7 +127,18 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
         "hy_v3": tuple(f"mlp.shared_mlp.{name}" for name in _GATED),
     },
     "The name of the files; the plan has that of newer code.": {
-        "mimo_v2_flash": ("self_attn.attention_sink_bias",)
+        "mimo_v2_flash": ("self_attn.attention_sink_bias",),
+        "laguna": tuple(f"mlp.shared_expert.{name}" for name in _GATED),
+        "hy_v4": (
+            "self_attn.linear_gate", "self_attn.learnable_sink_param", "mlp.linear_gate",
+            "mlp.shared_experts.linear_gate",
+        ),
+        "inkling_text": (
+            *(f"attn.{name}" for name in ("wq_du", "wk_dv", "wv_dv", "wr_du", "wo_ud", "k_sconv", "v_sconv")),
+            "mlp.w13_dn", "mlp.w2_md", "mlp.experts.w13_weight", "mlp.experts.w2_weight",
+            "mlp.shared_experts.shared_w13_weight", "mlp.shared_experts.shared_w2_weight",
+        ),
+        "qwen4_exp_text": ("ple.ple_embedding.ngram_embedding.shard_*",),
     },
     "Query, key and value as one module, as later files have them.": {"mimo_v2_flash": ("self_attn.qkv_proj",)},
     "Experts one by one, as some tools write them.": {
@@ -138,7 +174,7 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """What is cut here and not in transformers' plan: reason → model_type → modules of a layer.
 
-The other way round there is nothing: whatever a plan cuts is cut here.
+The other way round there is `WHOLE`.
 """
 OTHERWISE: dict[str, dict[str, tuple[str, ...]]] = {
     "Stored for products from the left. The plan calls a dim what it would be in other matrices; it is the same dim.": {
@@ -148,6 +184,19 @@ OTHERWISE: dict[str, dict[str, tuple[str, ...]]] = {
     "and their sum is over the ranks.": dict.fromkeys(_LINEAR, ("linear_attn.out_proj",)),
 }
 """What is cut here by its input and in transformers' plan by its output, or the other way round."""
+WHOLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "What chooses the tokens to attend to. The plan gathers what it gives; here every rank chooses by itself.": {
+        "qwen4_exp_text": ("self_attn.indexer.index_qk_proj",)
+    },
+    "What mixes the streams beside the layers. The plan cuts one of its two matrices, and every rank has their input "
+    "whole.": {
+        "qwen4_exp_text": (
+            "attn_hyper_connection.input_mix_weight_down", "mlp_hyper_connection.input_mix_weight_down",
+            "hyper_connection_mixer.input_mix_weight_down",
+        )
+    },
+}  # fmt: skip
+"""What is whole on every rank here and cut in transformers' plan."""
 _OTHER = {"column": "row", "row": "column"}
 
 
@@ -216,6 +265,8 @@ def kinds(architecture: Architecture) -> dict[str, set[str]]:
 def meant(model_type: str, pattern: str, style: str) -> str:
     """The kind of rule that does what a plan's style does, or what is done instead."""
     module = pattern.removeprefix("layers.*.")
+    if any(module in by_type.get(model_type, ()) for by_type in WHOLE.values()):
+        return "replicate"
     other = any(module in by_type.get(model_type, ()) for by_type in OTHERWISE.values())
     return _OTHER[KINDS[style]] if other else KINDS[style]
 
@@ -245,7 +296,7 @@ def differences() -> set[tuple[str, str]]:
                 name = pattern.removesuffix("?").removeprefix(architecture.prefix)
                 if (
                     rule.axes
-                    and rule.axes != ("vocab",)
+                    and not all(architecture.axes[axis].get("pad") for axis in rule.axes)
                     and not name.startswith("mtp")
                     and not any(alike(name, other) for other in in_files(model_type))
                 ):
@@ -262,7 +313,8 @@ multimodal model is split where its text model is one of these ([nested text mod
 model_type `tpshard archs draft` writes [rules to start from](rules.md).
 
 A test compares the rules with the tensor-parallel plans that transformers {version} publishes (`base_model_tp_plan`):
-{compared} of the model_types below have one. Whatever a plan cuts is cut here; the differences are listed further down.
+{compared} of the model_types below have one. What a plan cuts is cut here, but for a few matrices; the differences are
+listed further down.
 
 *verify* is whose code `tpshard verify` runs by itself: its own decoder (*tpshard*), a class of transformers, or neither
 (*bytes*: there is remote code alone, files are compared and nothing is run). *engines* are the formats for engines that
@@ -289,6 +341,10 @@ Whatever nests one of the text models above is split in `native`. With their tow
 ## Cut here by the input and there by the output, or the other way round
 
 {otherwise}
+
+## Cut by transformers' plan, and whole here
+
+{whole}
 """
 
 
@@ -300,7 +356,7 @@ def page() -> str:
     for architecture in all_builtin():
         planned = [model_type for model_type in architecture.model_types if model_type in plans()]
         compared += len(planned)
-        differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE).values())
+        differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE | WHOLE).values())
         verdicts[architecture.name] = ("more is cut here" if differ else "the same") if planned else "none"
     lines = []
     for name, verify, engines, quantised, those in rows():
@@ -315,6 +371,7 @@ def page() -> str:
         "nesting": "\n".join(towers),
         "differences": _reasons(DIFFERENCES),
         "otherwise": _reasons(OTHERWISE),
+        "whole": _reasons(WHOLE),
     }
     version = ".".join(transformers.__version__.split(".")[:2])
     return _TEXT.format(version=version, compared=compared, **text)

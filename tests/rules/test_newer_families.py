@@ -12,7 +12,8 @@ import pytest
 
 import tpshard
 from tests.helpers.by_hand import compare, config_of, there_and_back, with_one_more
-from tests.helpers.grids import in_turn
+from tests.helpers.further_checkpoints import DEFAULT, FURTHER
+from tests.helpers.grids import in_turn, without
 from tests.helpers.newer_checkpoints import AS_THEY_ARE, NEWER
 from tests.helpers.toys import read_all
 from tpshard.errors import CorruptError, UnsupportedError
@@ -27,6 +28,7 @@ from tpshard.storage.safetensors import TensorInfo
 Made = Callable[..., Path]
 EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)\.weight")
 PREDICTS_MORE = ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa"]
+SOME = without(NEWER, FURTHER.keys() - set(DEFAULT))
 LINEAR = ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]
 
 
@@ -37,12 +39,12 @@ def classified(model: Path, tensors: Iterable[TensorInfo] | None = None, **chang
     return classify(builtin(config["model_type"]), config, checkpoint.tensors if tensors is None else tensors)
 
 
-@pytest.mark.parametrize(("name", "widths"), in_turn(list(NEWER), ((4, 2), (2, 4))))
+@pytest.mark.parametrize(("name", "widths"), in_turn(SOME, ((4, 2), (2, 4))))
 def test_there_and_back(name: str, widths: tuple[int, int], made: Made, quick: Settings, tmp_path: Path) -> None:
     there_and_back(made(name), tmp_path, quick, widths)
 
 
-@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize("name", SOME)
 def test_a_config_may_leave_out_what_is_the_default(name: str, made: Made) -> None:
     from transformers import AutoConfig
 

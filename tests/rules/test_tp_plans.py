@@ -29,7 +29,9 @@ from tpshard.inputs.model import from_checkpoint
 OPTIONAL = (
     {f"layers.*.self_attn.{name}" for name in ("q_proj", "q_b_proj")}
     | {f"layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")}
-    | {"layers.*.self_attn.sinks"}
+    | {f"layers.*.{name}" for name in ("self_attn.sinks", "self_attn.gate_proj", "mlp.shared_experts.gate_proj")}
+    | {f"layers.*.mlp.shared_experts.{name}_proj" for name in ("up", "down")}
+    | {"layers.*.ple.ple_embedding.ngram_embedding"}
 )
 """Modules of which a config has one or the other: a query through a latent or not, dense layers among sparse ones. And
 what files call otherwise."""

@@ -62,7 +62,10 @@ def stages(layers: Layers | None, pp: int, given: Sequence[int] | None, twice: C
     """
     if layers is None or not layers.before:
         what = "nothing says which modules come before the layers, so that they have no stage"
-        hint = 'name them in a rules file of your own: before = ["model.embed_tokens"]'
+        hint = (
+            'name them in a rules file of your own: before = ["model.embed_tokens"]; where layers share parameters '
+            "there are no stages"
+        )
         raise UnsupportedError(what, expected="`before` or `tied` in the rules", found=f"pp {pp}", hint=hint)
     if pp > layers.count:
         what = f"{layers.count} layers on {pp} stages: a layer is never cut"

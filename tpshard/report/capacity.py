@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, Self
 
 from tpshard.errors import UsageError
-from tpshard.planning.axes import Cut
+from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Shape
 from tpshard.planning.deal import Deal, Range
 from tpshard.planning.layout import LogicalTensor
@@ -145,7 +145,7 @@ def traits(model: Model) -> Traits:
         hidden=hidden,
         dtype=activations,
         cache_dtype=model.quantisation.get("kv_cache") or activations,
-        cache_axis=None if latent else "kv" if "kv" in model.axes else "heads",
+        cache_axis=None if latent else _cached(model.axes),
         latent=latent,
         window=window if isinstance(window, int) and config.get("use_sliding_window") is not False else None,
         expert_layers=frozenset(routed.intersection(by_layer)),
@@ -157,6 +157,12 @@ def _of_experts(model: Model, tensor: LogicalTensor) -> bool:
     """Whether a tensor is of a routed expert, or of all of a layer."""
     name, experts = model.full_name(tensor.name), model.experts
     return experts is not None and (experts.number(name) is not None or experts.are_stacked(name, tensor.shape))
+
+
+def _cached(axes: Mapping[str, Axis]) -> str | None:
+    """The axis of the heads whose keys and values are cached: of layers that differ, that of the most; or none."""
+    found = [axis for name, axis in axes.items() if name.partition("-")[0] == "kv"]
+    return max(found, key=lambda axis: axis.count).name if found else "heads" if "heads" in axes else None
 
 
 def _out(tensor: LogicalTensor) -> int:

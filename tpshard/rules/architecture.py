@@ -6,7 +6,7 @@ They are `architectures/*.toml`, or a file of the user's own.
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, cast
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.planning.axes import SPLIT_AXIS, Kind
 from tpshard.rules import expression
-from tpshard.rules.quantisation.schemes import AXES, SUFFIXES
+from tpshard.rules.globs import compile_pattern
+from tpshard.rules.quantisation.schemes import AXES
 
 ONE = "one"
 """A dim of one element, which some files have and others have not: all of a tensor's or none."""
@@ -26,13 +27,17 @@ _DIRECTORY = Path(__file__).parent / "architectures"
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How modules are cut: all those that one of `patterns` matches, where `condition` holds."""
+    """How modules are cut: all those that one of `patterns` matches, where `condition` holds.
+
+    each_expert: the axes lie there once for each expert, one behind another.
+    """
 
     kind: Kind
     axes: tuple[str, ...]
     interleave: str | None
     condition: str | None
     patterns: tuple[str, ...]
+    each_expert: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ _TOP_KEYS: _Keys = {
     "prefix": (_is(str), "a string"),
     "other_prefixes": (_is_list, "a list of strings"),
     "before": (_is_list, "a list of strings"),
+    "one_stage": (_is(bool), "true or false"),
     **dict.fromkeys(("layers", "extra_layers", "experts"), (_is_expression, "an expression")),
     **dict.fromkeys(("found", "conditions", "tied", "copies"), (_table_of(_is(str)), "a table of strings")),
     "defaults": (_is(dict), "a table"),
@@ -168,7 +174,7 @@ def parse_architecture(text: str, path: str) -> Architecture:
         prefix=data.get("prefix", ""),
         other_prefixes=tuple(data.get("other_prefixes", ())),
         layers=str(data["layers"]),
-        before=(*data.get("before", ()), *data.get("tied", {}).values()),
+        before=() if data.get("one_stage") else (*data.get("before", ()), *data.get("tied", {}).values()),
         tied=data.get("tied", {}),
         defaults=data.get("defaults", {}),
         axes=data["axes"],
@@ -197,6 +203,9 @@ def _check_tables(data: Mapping[str, Any]) -> None:
 def _rule(key: str, patterns: Sequence[str], axes: Collection[str], named: Mapping[str, str]) -> Rule:
     """Parse a rule's key, such as `column heads kv kv / kv if not old`."""
     head, _, condition = key.partition(" if ")
+    head, each, rest = head.partition(f" {_EACH_EXPERT}")
+    if rest.strip():
+        raise _InvalidRules(f"rule {key!r}: nothing stands between `{_EACH_EXPERT}` and a condition")
     words, _, interleave = head.partition("/")
     kind, *segments = words.split()
     interleave = interleave.strip()
@@ -206,7 +215,10 @@ def _rule(key: str, patterns: Sequence[str], axes: Collection[str], named: Mappi
         if axis not in axes:
             raise _InvalidRules(f"rule {key!r}: {axis!r} is not an axis")
     condition = _spelled_out(condition.strip(), named)
-    return Rule(cast(Kind, kind), tuple(segments), interleave or None, condition or None, tuple(patterns))
+    return Rule(cast(Kind, kind), tuple(segments), interleave or None, condition or None, tuple(patterns), bool(each))
+
+
+_EACH_EXPERT = "for each expert"
 
 
 def _conditional(table: Mapping[str, Sequence[str]], named: Mapping[str, str]) -> tuple[Conditional, ...]:
@@ -247,10 +259,14 @@ def _check_patterns(data: Mapping[str, Any], rules: Sequence[Rule]) -> None:
     patterns = [pattern for rule in rules for pattern in rule.patterns]
     said = [pattern for key in ("biases", "float32") for each in data.get(key, {}).values() for pattern in each]
     for pattern in [*patterns, *said, *data.get("dims", {}), *data.get("found", {}).values()]:
+        if "**" in pattern.removesuffix("?").split(".")[:-1]:
+            raise _InvalidRules(f"pattern {pattern!r}: `**` stands at the end")
         try:
             compile_pattern(pattern.removesuffix("?"))
         except re.error as error:
             raise _InvalidRules(f"pattern {pattern!r}: {error}") from None
+        if "experts" not in data and any(rule.each_expert for rule in rules):
+            raise _InvalidRules(f"a rule is `{_EACH_EXPERT}`, and no key `experts` says how many there are")
         if "experts" not in data and pattern.removesuffix("?").split(".").count("*") > 1:
             raise _InvalidRules(f"pattern {pattern!r} is of experts, and no key `experts` says how many there are")
     for rule in rules:
@@ -258,6 +274,12 @@ def _check_patterns(data: Mapping[str, Any], rules: Sequence[Rule]) -> None:
         if unlayered and asks_layer(rule.condition):
             what = f"pattern {unlayered[0]!r} has no layer, and its condition {rule.condition!r} asks for one"
             raise _InvalidRules(what)
+        for axis in (*rule.axes, *([rule.interleave] if rule.interleave else [])):
+            for place, least in (("layer", 1), ("expert", 2)):
+                asked = any(place in expression.names(str(data["axes"][axis].get(key, 1))) for key in ("count", "unit"))
+                short = [each for each in rule.patterns if each.removesuffix("?").split(".").count("*") < least]
+                if asked and short:
+                    raise _InvalidRules(f"pattern {short[0]!r} has no {place}, and its axis {axis} asks for one")
 
 
 _NAME_OR_STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\b(?P<name>[^\W\d]\w*)""")
@@ -356,38 +378,3 @@ def find_architecture(config: Mapping[str, Any], rules: str | Path | None, confi
         hint = "give rules of your own with --rules FILE"
         raise UnsupportedError("config.json names no model_type", path=config_path, hint=hint)
     return builtin(model_type)
-
-
-NUMBER = r"(?:0|[1-9][0-9]*)"  # of a layer or an expert, without leading zeros
-
-
-def _fixed(component: str) -> Iterator[str]:
-    """The parts of a component's expression. What lies between two `*` is taken where it comes first, and for good.
-
-    So time grows with the lengths of pattern and name, and not with a power of them, as in `fnmatch`.
-    """
-    first, *rest = (
-        "".join(piece if piece.startswith("[") else re.escape(piece) for piece in re.split(r"(\[[^]]*\])", fixed))
-        for fixed in re.split(r"\*+(?![^\[]*\])", component)
-    )
-    yield first
-    yield from (f"(?>[^.]*?{fixed})" for fixed in rest[:-1])
-    yield from (f"[^.]*{fixed}" for fixed in rest[-1:])
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """The regular expression for the names of all tensors of the modules that a pattern matches.
-
-    `*` and `[..]` match inside one dotted component. A component that is `*` alone is a number and a captured group:
-    the layer first, then the expert.
-    """
-    parts = []
-    captured = 0
-    for component in pattern.split("."):
-        if component == "*" and captured < 2:
-            parts.append(rf"({NUMBER})")
-            captured += 1
-        else:
-            parts.append("".join(_fixed(component)))
-    suffixes = "|".join(SUFFIXES)
-    return re.compile(r"\.".join(parts) + rf"(?:\.(?:{suffixes}))?")

@@ -17,7 +17,9 @@ from tpshard.planning.axes import SPLIT_AXIS, Axis, Cut
 from tpshard.planning.experts import Experts
 from tpshard.planning.stages import Layers
 from tpshard.rules import expression
-from tpshard.rules.architecture import EITHER, Architecture, Rule, compile_pattern
+from tpshard.rules.architecture import EITHER, Architecture, Rule
+from tpshard.rules.config_axes import AxesOfConfig
+from tpshard.rules.globs import compile_pattern
 from tpshard.rules.patterns import Matcher, contradiction, tell_numbers
 from tpshard.rules.presence import check_biases, float32_on_purpose
 from tpshard.rules.quantisation.schemes import WHOLE, Companion, ratio_of
@@ -68,15 +70,15 @@ def classify(
         config = _with_found(architecture, config, known)
         matcher = Matcher(architecture, config, quantised)
         matches = list(map(matcher.match, tensors, known))
-        used = {name for p in matcher.patterns if p.seen for name in (*p.rule.axes, p.rule.interleave) if name}
-        used |= {group for name in used if (group := architecture.axes[name].get("group"))}
-        axes = {name: _axis(name, data, config) for name, data in architecture.axes.items() if name in used}
+        axes_of = AxesOfConfig(architecture, config)
+        rules = [axes_of.rule(rule, name) for (rule, *_), name in zip(matches, known, strict=True)]
+        axes = axes_of.all()
         cuts: dict[str, Cut] = {}
-        known_cuts: dict[tuple[int, tuple[int, ...], str], Cut] = {}  # layers are alike
-        for tensor, match in zip(tensors, matches, strict=True):
-            key = id(match), tensor.shape, tensor.dtype
+        known_cuts: dict[tuple[int, int, tuple[int, ...], str], Cut] = {}  # layers are alike
+        for tensor, rule, match in zip(tensors, rules, matches, strict=True):
+            key = id(rule), id(match), tensor.shape, tensor.dtype
             if key not in known_cuts:
-                known_cuts[key] = _cut(tensor, *match, axes, architecture.name)
+                known_cuts[key] = _cut(tensor, rule, *match[1:], axes, architecture.name)
             cuts[tensor.name] = known_cuts[key]
         matcher.check_complete()
         rule_names = {name: full for full, name in matcher.names.items()}
@@ -92,7 +94,9 @@ def classify(
 
 
 def _experts(architecture: Architecture, config: Mapping[str, Any]) -> Experts | None:
-    """The routed experts, where the rules count them and the config has some."""
+    """The routed experts, where the rules count them and the config has some; none that lie in one dim of a tensor."""
+    if any(rule.each_expert for rule in architecture.rules):
+        return None
     count = expression.count_or_none(architecture.experts, config) if architecture.experts else None
     return Experts(count, *architecture.expert_kinds()) if count else None
 
@@ -133,11 +137,6 @@ def _with_found(architecture: Architecture, config: Mapping[str, Any], names: Se
         begun = (new + name[len(old) :] for name in names for old, new in beginnings if name.startswith(old))
         config[key] = any(map(compiled.fullmatch, begun))
     return config
-
-
-def _axis(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> Axis:
-    count, unit = (expression.evaluate_count(str(data.get(key, 1)), config) for key in ("count", "unit"))
-    return Axis(name, count, unit, data.get("replicate", False), data.get("pad", False), data.get("group"))
 
 
 def _cut(

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
-from tpshard.rules.architecture import EITHER, ONE, Architecture, Rule, asks_layer, compile_pattern
+from tpshard.rules.architecture import EITHER, ONE, Architecture, Rule, asks_layer
+from tpshard.rules.globs import compile_pattern
 from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.tensor_names import numbered

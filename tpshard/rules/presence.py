@@ -9,7 +9,8 @@ from typing import Any
 
 from tpshard.errors import CorruptError
 from tpshard.rules import expression
-from tpshard.rules.architecture import Architecture, Conditional, asks_layer, compile_pattern
+from tpshard.rules.architecture import Architecture, Conditional, asks_layer
+from tpshard.rules.globs import compile_pattern
 from tpshard.rules.quantisation.schemes import split_name
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.tensor_names import numbered, with_numbers

@@ -124,7 +124,7 @@ def test_every_model_type_with_rules_is_run() -> None:
 
 
 def test_every_architecture_has_a_variant() -> None:
-    assert {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} == TRIED
+    assert {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} - AMONG_ZEROS == TRIED
 
 
 @pytest.mark.parametrize(
