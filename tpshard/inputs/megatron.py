@@ -18,7 +18,7 @@ from tpshard.formats.megatron_layout import MegatronLayout, MegatronParameter, f
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.inputs.checkpoint import Checkpoint, read_config
 from tpshard.inputs.megatron_config import MAKE_CONFIG, config_of, require_gpt
-from tpshard.inputs.megatron_names import Sources, is_stacked, layer_of, names_of, of_layer
+from tpshard.inputs.megatron_names import Sources, behind_own, is_stacked, layer_of, names_of, of_layer
 from tpshard.inputs.model import from_checkpoint
 from tpshard.inputs.shard_set import ShardSet
 from tpshard.planning.box import Box, Shape
@@ -202,7 +202,7 @@ def _model(directory: Path, config: Mapping[str, Any], opened: _Iteration) -> Mo
     """The model whose tensors Megatron's are made of, classified by the rules of its family."""
     family = family_of(config.get("model_type"))
     sources = Sources(family, config, opened.directory)
-    infos = [info for single in _single(opened.found) for info in sources.of(*single)]
+    infos = [info for single in _single(opened.found, config) for info in sources.of(*single)]
     groups = parts_by_size([StoredTensor(i.name, i.dtype, i.shape, ()) for i in infos], _MAX_FILE_SIZE)
     file_of = {each.name: f"model-{part:05}" for part, group in enumerate(groups) for each in group}
     named = Path(directory).resolve()
@@ -221,7 +221,7 @@ def _model(directory: Path, config: Mapping[str, Any], opened: _Iteration) -> Mo
     return from_checkpoint(checkpoint)
 
 
-def _single(found: Mapping[str, DcpTensor]) -> Iterator[tuple[str, str, Shape]]:
+def _single(found: Mapping[str, DcpTensor], config: Mapping[str, Any]) -> Iterator[tuple[str, str, Shape]]:
     """Every parameter of every layer: the name that it has with its layer's number, dtype and shape."""
     singles = []
     for name, each in found.items():
@@ -229,7 +229,8 @@ def _single(found: Mapping[str, DcpTensor]) -> Iterator[tuple[str, str, Shape]]:
             singles += [(of_layer(name, layer), each.dtype, each.shape[1:]) for layer in range(each.shape[0])]
         else:
             singles.append((name, each.dtype, each.shape))
-    yield from sorted(singles, key=lambda single: _position(single[0]))
+    layers = config.get("num_hidden_layers")
+    yield from sorted(singles, key=lambda single: _position(behind_own(single[0], layers)))
 
 
 def _position(name: str) -> tuple[int, int]:
