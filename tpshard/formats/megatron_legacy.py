@@ -1,4 +1,4 @@
-"""Megatron's legacy form: `release/mp_rank_00/model_optim_rng.pt`, a state dict for each rank, and the tracker beside it.
+"""Megatron's legacy form: `release/mp_rank_00/model_optim_rng.pt`, a state dict for each rank, and the tracker.
 
 It loads at the tensor, pipeline and expert parallel size that it was written for, and no other. A rank numbers layers
 from 0 on within its stage, and whole experts within its share of them. Names are those of Transformer Engine's layers,
@@ -162,12 +162,14 @@ def _require_experts(placed: Placement) -> None:
 
 
 def _require_version(layout: MegatronLayout, options: Options) -> None:
-    """UsageError where the version decides a name and nobody has said it, UnsupportedError for one that is not known."""
+    """UsageError where the version decides a name and nobody says it, UnsupportedError for one that is not known."""
     if options.engine_version is None:
         if any(each.name.startswith(_PREDICTOR) for each in layout.parameters):
             what = "a module of layers that predict further tokens has another name in newer versions of megatron-core"
             raise UsageError(
-                what, expected=" or ".join(_INNER_NAMES), hint="say which with --engine-version; 0.16 stands for older ones"
+                what,
+                expected=" or ".join(_INNER_NAMES),
+                hint="say which with --engine-version; 0.16 stands for older ones",
             )
     elif options.engine_version not in _INNER_NAMES:
         what = f"the names of megatron-core {options.engine_version} are not known"

@@ -44,7 +44,7 @@ class _Rank:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Megatron's ranks: how many there are along each kind of parallelism; etp are those among which experts are cut."""
+    """Megatron's ranks: how many there are along each kind of parallelism; etp: among how many experts are cut."""
 
     tp: int
     pp: int
@@ -122,7 +122,9 @@ def _open(iteration: Path, classes: Classes) -> tuple[dict[str, DcpTensor], Mapp
 
 def _load(path: Path, classes: Classes) -> tuple[Archive, dict[str, Any]]:
     if not path.is_file():
-        raise CorruptError(f"{path.parent.name}/{MEGATRON_LEGACY} is not there", path=path, expected="a file for each rank")
+        raise CorruptError(
+            f"{path.parent.name}/{MEGATRON_LEGACY} is not there", path=path, expected="a file for each rank"
+        )
     archive = Archive(path)
     state = archive.load(classes)
     if not isinstance(state, dict):

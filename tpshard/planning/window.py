@@ -57,6 +57,4 @@ def behind(held: Sequence[StoredTensor], dim: int) -> StoredTensor:
         fills += [tuple((a + at, b + at) for (a, b), at in zip(fill, before, strict=True)) for fill in each.fills]
         begin += each.shape[dim]
     shape = held[0].shape
-    return held[0]._replace(
-        shape=(*shape[:dim], begin, *shape[dim + 1 :]), parts=tuple(parts), fills=tuple(fills)
-    )
+    return held[0]._replace(shape=(*shape[:dim], begin, *shape[dim + 1 :]), parts=tuple(parts), fills=tuple(fills))

@@ -23,12 +23,12 @@ from tpshard.verifier.group import Processes
 from tpshard.verifier.hf.skeleton import covers, fill, frame_of, model_config, skeleton
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
+from tpshard.verifier.ranks.megatron import open_set
 from tpshard.verifier.ranks.open import (
     FileWeights,
     RankSet,
     main_dtype,
     needed,
-    open_shards,
     open_source,
     parameters,
     require_floats,
@@ -65,7 +65,7 @@ class Case:
 
 def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
     """Shards under the source's names, its config and its tensors; of quantised modules, the weights that they make."""
-    opened = open_shards(options.shards)
+    opened = open_set(options.shards)
     how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
     config, weights = open_source(source, cast=opened.cast, **how)
     if options.model_type is not None and not (config.get("model_type") in FAMILIES or covers(config)):

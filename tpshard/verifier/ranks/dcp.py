@@ -190,7 +190,7 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
     """
     tp, begin = len(files), operator.attrgetter("at")
     for name in dict.fromkeys(name for held in files for name in held):
-        dim = _tiled(name, [chunk for held in files for chunk in held.get(name, ())])
+        dim = tiled(name, [chunk for held in files for chunk in held.get(name, ())])
         owned = sorted((sorted(held[name], key=begin) for held in files if name in held), key=lambda c: begin(c[0]))
         most = max(map(len, owned))
         full = [i for i, chunks in enumerate(owned) if len(chunks) == most]
@@ -208,7 +208,7 @@ def _size(chunks: Sequence[Chunk]) -> tuple[int, ...]:
     return tuple(map(max, zip(*(chunk.end for chunk in chunks), strict=True)))
 
 
-def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
+def tiled(name: str, chunks: Sequence[Chunk]) -> int:
     """The dim along which rectangles that make up a tensor are its parts; 0 where there is one."""
     size = _size(chunks)
     cut = [dim for dim, n in enumerate(size) if any((chunk.at[dim], chunk.end[dim]) != (0, n) for chunk in chunks)]
