@@ -4,7 +4,8 @@
     python tests/megatron/worker.py load HF OUT --tp 2 --pp 2     the same weights loaded from OUT, bit for bit
     python tests/megatron/worker.py logits HF OUT                 its forward pass beside transformers', one process
 
-with --legacy for a file of each rank, which is loaded by torch with Megatron's list of safe names, and strictly.
+Without arguments it reads such lines. With --legacy there is a file for each rank, which is loaded by torch with
+Megatron's list of safe names, and strictly.
 
 The weights are put into the model by slices of their own, which share nothing with tpshard. On CPUs, with gloo and the
 layers that need no Transformer Engine.
@@ -506,12 +507,12 @@ def run(rank: int, options: argparse.Namespace, store: str) -> None:
                 attention = model.decoder.layers[0].self_attention
                 fused = attention.linear_kv_up_proj if args.get("multi_latent_attention") else attention.linear_qkv
                 fused.weight.copy_(fused.weight.flip(0))  # so that a difference is seen
-            print(json.dumps(found))
+            print(json.dumps(found), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def main() -> None:
+def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("command", choices=("save", "load", "logits"))
     parser.add_argument("model", type=Path)
@@ -523,12 +524,24 @@ def main() -> None:
     parser.add_argument("--name", help="the folder of the iteration")
     parser.add_argument("--singly", action="store_true", help="a key for every layer, not one for all")
     parser.add_argument("--legacy", action="store_true", help="a file for each rank")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as store:
-        if (world := lcm(options.tp, (options.etp or options.tp) * options.ep) * options.pp) == 1:
-            run(0, options, store)
-        else:
-            mp.spawn(run, (options, store), nprocs=world)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the command, or those that are read, one a line. All processes are forks of one that has imported all."""
+    from importlib import import_module
+
+    for module in ("megatron.core.dist_checkpointing", "megatron.core.models.gpt.gpt_layer_specs", "transformers"):
+        import_module(module)
+
+    torch.set_num_threads(1)
+    lines = [sys.argv[1:]] if len(sys.argv) > 1 else [line.split() for line in sys.stdin]
+    for line in lines:
+        options = parsed(line)
+        world = lcm(options.tp, (options.etp or options.tp) * options.ep) * options.pp
+        with tempfile.TemporaryDirectory() as store:
+            mp.start_processes(run, (options, store), nprocs=world, start_method="fork")
+        print("---", flush=True)
 
 
 if __name__ == "__main__":

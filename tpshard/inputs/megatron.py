@@ -29,36 +29,13 @@ from tpshard.planning.window import stack, window
 from tpshard.storage.distcp import DcpChunk, DcpListing, DcpTensor, read_listing
 from tpshard.storage.local import load_json, read_bytes, safe_path
 from tpshard.storage.names import CONFIG, MEGATRON_COMMON, MEGATRON_METADATA, MEGATRON_TRACKER, is_legacy, side_files
-from tpshard.storage.pickles import Archive, Built, Classes
+from tpshard.storage.pickles import MEGATRON, Archive, Built
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.source import RankFile
 
 _IGNORED = re.compile(r"optimizer\.|chained_\d+\.|(.*\.)?rng_state|.*\._extra_state(/|$)|rerun_state|common_state")
 """Beginnings of what is no tensor of the model."""
 _MAX_FILE_SIZE = 5_000_000_000
-_CORE = "megatron.core."
-_COMMON: Classes = {
-    "argparse": {"Namespace"},
-    "types": {"SimpleNamespace"},
-    "pathlib": {"PosixPath"},
-    "collections": {"OrderedDict"},
-    "_io": {"BytesIO"},
-    "signal": {"Signals"},
-    "_codecs": {"encode"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.dtypes": {"UInt32DType"},
-    "torch": {"device", "Generator"},
-    "torch._C": {"Generator"},
-    f"{_CORE}enums": {"ModelType", "Fp8Recipe", "Fp4Recipe"},
-    f"{_CORE}transformer.enums": {
-        "AttnBackend", "AttnMaskType", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope",
-    },
-    f"{_CORE}optimizer.optimizer_config": {"OptimizerConfig"},
-    f"{_CORE}rerun_state_machine": {"RerunDiagnostic", "RerunMode", "RerunState"},
-}  # fmt: skip
-"""What Megatron itself allows in its pickles (megatron/core/safe_globals.py)."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +101,7 @@ def _open(iteration: Path) -> _Iteration:
     if is_legacy(iteration):
         from tpshard.inputs.megatron_legacy import open_legacy
 
-        found, args = open_legacy(iteration, _COMMON)
+        found, args = open_legacy(iteration, MEGATRON)
     else:
         found, args = _open_distributed(iteration)
     if "embedding.word_embeddings.weight" not in found:
@@ -166,7 +143,7 @@ def _arguments(iteration: Path, listing: DcpListing) -> Mapping[str, Any]:
         archive = listing.archive(listing.objects["common_state/shard_0_1"])
     else:
         return {}
-    common = archive.load(_COMMON)
+    common = archive.load(MEGATRON)
     args = common.get("args") if isinstance(common, (dict, Built)) else None
     return args.fields if isinstance(args, Built) else args if isinstance(args, dict) else {}
 

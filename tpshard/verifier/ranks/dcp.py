@@ -31,8 +31,9 @@ _CLASSES = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": _METADATA
     | {"TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
-"""What torch's writer puts into `.metadata`; nothing else is built from it, and nothing called."""
+"""What torch's writer puts into `.metadata`, and Megatron's; nothing else is built from it, and nothing called."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Megatron-core's checkpoints, read by themselves: what each rank has of each parameter of the whole model.
 
 `torch_dist` has whole tensors and knows no ranks, so that it is read as one that has everything. The legacy form has a
-file for each rank, in which layers are counted within its stage and experts within its share. Both are read by torch,
-which builds nothing but tensors and plain values of them.
+file for each rank, in which layers are counted within its stage and experts within its share.
 """
 
-import argparse
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +12,12 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from tpshard.errors import CorruptError, TpshardError
+from tpshard.errors import CorruptError
 from tpshard.storage.local import load_json, read_bytes
 from tpshard.storage.names import CONFIG, MANIFEST, MEGATRON_COMMON, MEGATRON_LEGACY, is_legacy, is_megatron
+from tpshard.storage.pickles import MEGATRON, Archive, Built
 from tpshard.storage.safetensors import TensorInfo
-from tpshard.storage.torch_pickle import DTYPES, archive_records, info_in_archive
+from tpshard.storage.torch_pickle import DTYPES
 from tpshard.verifier.ranks.dcp import Chunk, of_metadata, tiled
 from tpshard.verifier.ranks.names import iteration_of, legacy_rank
 from tpshard.verifier.ranks.open import FileWeights, RankSet, open_shards, said_of_cast
@@ -187,6 +183,8 @@ def _legacy(iteration: Path, config: Any) -> _Opened:
     places = sorted(each.name for each in iteration.iterdir() if legacy_rank(each.name) is not None)
     loaded = {name: _load(iteration / name / MEGATRON_LEGACY, "model") for name in places}
     first = loaded[places[0]]
+    if any(not file.chunks for file in loaded.values()):
+        raise CorruptError("a rank's file has no model", path=iteration, expected="model, or model0, model1, …")
     mesh = _mesh(first.args, len(first.chunks), iteration)
     starts, tied = mesh.starts(iteration), not first.args.get("untie_embeddings_and_output_weights")
     opened = _Opened([{} for _ in range(mesh.tp)], first.args)
@@ -256,27 +254,27 @@ def _shown(name: str, layers: int) -> str:
 
 
 def _load(path: Path, key: str) -> _File:
-    """What torch reads of a file: its arguments, and the tensors below `key`, or `key` and a number."""
+    """The arguments in a file, and its tensors below `key`, or `key` and a number."""
+    archive = Archive(path)
+    state = archive.load(MEGATRON)
     try:
-        with path.open("rb") as file:
-            records = archive_records(file, path)
-        with FakeTensorMode(), torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        keys = sorted(
-            (each for each in state if re.fullmatch(rf"{key}\d*", str(each))), key=lambda each: (len(each), each)
-        )
+        keys = [each for each in state if re.fullmatch(rf"{key}\d*", str(each))]
         args = state.get("args")
         chunks = [
             {
-                name: replace(info_in_archive(name, tensor, path, records), name=f"{name} of {path.parent.name}")
+                name: _tensor(archive, name, tensor)
                 for name, tensor in state[each].items()
-                if isinstance(tensor, torch.Tensor) and not _IGNORED.match(name)
+                if isinstance(tensor, Built) and not _IGNORED.match(name)
             }
-            for each in keys
+            for each in sorted(keys, key=lambda each: (len(each), each))
         ]
-        return _File(vars(args) if args is not None else {}, tuple(chunks))
-    except (TpshardError, OSError):
-        raise
-    except Exception as error:  # damaged bytes make it fail in every way
-        reason = str(error).split("\n")[0][:200]
-        raise CorruptError("not a file of Megatron that torch can read", path=path, found=reason) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise CorruptError("not a file as Megatron writes it", path=path, found=reason) from None
+    return _File(args.fields if isinstance(args, Built) else {}, tuple(chunks))
+
+
+def _tensor(archive: Archive, name: str, tensor: Built) -> TensorInfo:
+    dtype, shape, begin = archive.place(name, tensor)
+    length = math.prod(shape) * DTYPES[dtype].itemsize
+    return TensorInfo(f"{name} of {archive.path.parent.name}", dtype, shape, str(archive.path), begin, begin + length)
