@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tpshard.errors import TargetError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
+from tpshard.formats.megatron_layout import families
 from tpshard.formats.sharded_state import ShardedState
 from tpshard.inputs.checkpoint import open_headers
 from tpshard.rules.architecture import all_builtin, builtin
@@ -40,6 +41,7 @@ def supported() -> dict[str, list[Supported]]:
     """What is done for each model_type, by the name of its architecture."""
     formats = {name: format_of(name) for name in FORMATS}
     known = {name: each.model_types for name, each in formats.items() if isinstance(each, ShardedState)}
+    known["megatron"] = frozenset(families())
 
     def of(model_type: str) -> Supported:
         engines = tuple(engine for engine, types in known.items() if model_type in types)
