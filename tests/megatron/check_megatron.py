@@ -155,7 +155,8 @@ def test_megatron_loads_what_is_written_and_computes_what_transformers_does(case
     commands = [f"load model written {options} --padded 256" for options in case.loaded]
     for number, options in enumerate(case.legacy):
         more = ("--engine-version", "0.16") if case.predicts else ()
-        succeeds("split", "model", *options.split(), "--format", "megatron-legacy", *more, "-o", f"legacy-{number}")
+        mesh = options if "--tp" in options else f"--tp 1 {options}"
+        succeeds("split", "model", *mesh.split(), "--format", "megatron-legacy", *more, "-o", f"legacy-{number}")
         padded = 512 if "--tp 4" in options else 256
         own = f"{options} --etp 1" if "--ep" in options else options
         commands.append(f"load model legacy-{number} --legacy {own} --padded {padded}")

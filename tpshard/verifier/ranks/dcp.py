@@ -7,7 +7,7 @@ import io
 import json
 import operator
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -87,9 +87,10 @@ class _Place:
     length: int
 
 
-def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
+def of_metadata(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, list[Chunk]]:
     """The rectangles that `.metadata` speaks of, by the name of their file; nothing of the tensors is read.
 
+    wanted: of which tensors, by their names.
     UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree, or where a
     tensor that it describes reaches further than its rectangles, or less far.
     """
@@ -98,6 +99,8 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
         content = path.read_bytes()
         require_memo(content)
         sizes, places = _listed(_Metadata(io.BytesIO(content)).load(), path)
+        sizes = {name: size for name, size in sizes.items() if wanted(name)}
+        places = [place for place in places if wanted(place.name)]
     except FileNotFoundError:
         raise CorruptError(".metadata is missing", path=path) from None
     except (TpshardError, OSError):

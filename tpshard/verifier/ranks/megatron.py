@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from tpshard.errors import CorruptError
+from tpshard.errors import CorruptError, UsageError
 from tpshard.storage.local import load_json, read_bytes
 from tpshard.storage.names import CONFIG, MANIFEST, MEGATRON_COMMON, MEGATRON_LEGACY, is_legacy, is_megatron
 from tpshard.storage.pickles import MEGATRON, Archive, Built
@@ -40,12 +40,14 @@ def open_set(directory: Path) -> RankSet:
     if not is_megatron(directory):
         return open_shards(directory)
     iteration = iteration_of(directory)
-    place = next((each for each in (iteration, directory) if (each / CONFIG).is_file()), directory)
+    place = next((each for each in (iteration, directory) if (each / CONFIG).is_file()), None)
+    if place is None:
+        what, hint = "no config.json says what the model is", f"copy the source's {CONFIG} there"
+        raise UsageError(what, path=directory, expected=CONFIG, hint=hint)
     config = load_json(read_bytes(place / CONFIG), place / CONFIG)
-    manifest = (
-        load_json(read_bytes(directory / MANIFEST), directory / MANIFEST) if (directory / MANIFEST).is_file() else {}
-    )
-    opened = _legacy(iteration, config) if is_legacy(iteration) else _distributed(iteration)
+    path = directory / MANIFEST
+    manifest = load_json(read_bytes(path), path) if path.is_file() else {}
+    opened = _legacy(iteration) if is_legacy(iteration) else _distributed(iteration)
     ranks = tuple(PieceWeights(pieces) for pieces in opened.ranks)
     cast, cast_name = said_of_cast(manifest, directory)
     return RankSet(
@@ -78,10 +80,9 @@ class _Opened:
 
 def _distributed(iteration: Path) -> _Opened:
     found: dict[str, list[Chunk]] = {}
-    for chunks in of_metadata(iteration).values():
+    for chunks in of_metadata(iteration, lambda name: not _IGNORED.match(name)).values():
         for chunk in chunks:
-            if not _IGNORED.match(chunk.info.name):
-                found.setdefault(chunk.info.name, []).append(chunk)
+            found.setdefault(chunk.info.name, []).append(chunk)
     pieces: Pieces = {}
     for name, chunks in found.items():
         stacked = name.startswith(_LAYERS) and not name.removeprefix(_LAYERS).partition(".")[0].isdecimal()
@@ -129,7 +130,7 @@ def _whole(name: str, chunks: Sequence[Chunk]) -> RankPiece:
 
 
 @dataclass(frozen=True)
-class _File:
+class _Loaded:
     """A rank's file: its arguments, and its tensors, chunk by chunk of virtual stages."""
 
     args: Mapping[str, Any]
@@ -179,7 +180,7 @@ def _mesh(args: Mapping[str, Any], vpp: int, path: Path) -> _Mesh:
         raise CorruptError(what, path=path, expected="those of Megatron-LM", found=repr(error)) from None
 
 
-def _legacy(iteration: Path, config: Any) -> _Opened:
+def _legacy(iteration: Path) -> _Opened:
     places = sorted(each.name for each in iteration.iterdir() if legacy_rank(each.name) is not None)
     loaded = {name: _load(iteration / name / MEGATRON_LEGACY, "model") for name in places}
     first = loaded[places[0]]
@@ -253,7 +254,7 @@ def _shown(name: str, layers: int) -> str:
     return ends.get(name, name.replace("decoder.", "model.", 1))
 
 
-def _load(path: Path, key: str) -> _File:
+def _load(path: Path, key: str) -> _Loaded:
     """The arguments in a file, and its tensors below `key`, or `key` and a number."""
     archive = Archive(path)
     state = archive.load(MEGATRON)
@@ -271,7 +272,7 @@ def _load(path: Path, key: str) -> _File:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise CorruptError("not a file as Megatron writes it", path=path, found=reason) from None
-    return _File(args.fields if isinstance(args, Built) else {}, tuple(chunks))
+    return _Loaded(args.fields if isinstance(args, Built) else {}, tuple(chunks))
 
 
 def _tensor(archive: Archive, name: str, tensor: Built) -> TensorInfo:

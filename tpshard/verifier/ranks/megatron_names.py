@@ -92,7 +92,7 @@ def in_source(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]
     ranks = [rank.pieces for rank in opened.ranks if isinstance(rank, PieceWeights)]
     made: list[dict[str, RankPiece]] = []
     for rank, pieces in enumerate(ranks):
-        of = _Rank(ranks, rank, sizes, source)
+        of = _OfMegatron(ranks, rank, sizes, source)
         found: dict[str, RankPiece] = {}
         for name, piece in pieces.items():
             for into, each in of.named(name, piece):
@@ -108,7 +108,7 @@ def _info(piece: RankPiece) -> TensorInfo:
 
 
 @dataclass(frozen=True)
-class _Rank:
+class _OfMegatron:
     """One rank of a set, beside the others."""
 
     ranks: Sequence[Mapping[str, RankPiece]]
