@@ -372,39 +372,67 @@ NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 _MTP = ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
-_NEXT = tuple(f"model.layers.3.{each}" for each in ("enorm", "hnorm", "eh_proj"))
+
+
+def _next(copied: int, layer: int, *others: str) -> tuple[str, str, tuple[str, ...]]:
+    around = ("enorm", "hnorm", "eh_proj", *(others or ("embed_tokens", "shared_head.head", "shared_head.norm")))
+    return f"model.layers.{copied}.", f"model.layers.{layer}.", tuple(f"model.layers.{layer}.{each}" for each in around)
+
+
+_WINDOW = ("enorm", "hnorm", "eh_proj", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+_DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "deepseek_v32": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
-    "glm4_moe_lite": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
+    "deepseek_v3": _next(2, 3),
+    "deepseek_v32": _next(2, 3),
+    "glm4_moe": _next(1, 2),
+    "glm4_moe_lite": _next(2, 3),
     "qwen3_next": ("model.layers.1.", "mtp.layers.0.", _MTP),
     "ernie4_5_moe": (
         "model.layers.0.",
         "model.mtp_block.0.",
         ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
     ),
-    "hy_v3": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.final_layernorm")),
+    "ernie4_5_moe-tied-no-shared": (
+        "model.layers.0.",
+        "model.mtp_block.0.",
+        ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
+    ),
+    "hy_v3": _next(2, 3, "final_layernorm"),
     "exaone_moe": ("model.layers.0.", "mtp.layers.0.", _MTP),
-    "mimo_v2_flash": ("model.layers.1.self_attn.", "model.mtp.layers.0.self_attn.", ("model.mtp.layers.0.eh_proj",)),
+    "mimo_v2_flash": (
+        "model.layers.1.self_attn.",
+        "model.mtp.layers.0.self_attn.",
+        tuple(f"model.mtp.layers.0.{each}" for each in (*_WINDOW, *_DENSE)),
+    ),
 }
 """Of which layer what predicts further tokens is a copy, under which name, and what is around it."""
+DRAFT_CONFIGS: dict[str, dict[str, Any]] = {"qwen3_next": {"mlp_only_layers": []}}
+"""Other configs for those that vLLM makes a draft model of."""
 
 
-def with_draft(name: str, path: Path) -> Path:
-    """A checkpoint with a layer that predicts one more token, as published files have it."""
+def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """A checkpoint with a layer that predicts one more token, as published files have it. changes: of the config."""
     import torch
     from safetensors.torch import load_file, save_file
 
     copied, copy, around = DRAFTS[name]
-    make(name, path)
-    tensors = load_file(path / "model.safetensors")
-    width = tensors["model.norm.weight"].shape[0]
-    drafted = {copy + each.removeprefix(copied): t.clone() for each, t in tensors.items() if each.startswith(copied)}
+    make(name, path, changes)
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    vocab, width = tensors["model.embed_tokens.weight"].shape
+    ffn = config.get("intermediate_size")
+    shapes = {"down_proj": (width, ffn), "gate_proj": (ffn, width), "up_proj": (ffn, width)}
+    shapes |= dict.fromkeys(("embed_tokens", "head"), (vocab, width))
+    drafted = {copy + each.removeprefix(copied): t for each, t in tensors.items() if each.startswith(copied)}
     assert drafted
     for module in around:
-        shape = (width,) if "norm" in module else (width, 2 * width)
-        drafted[f"{module}.weight"] = torch.ones(shape, dtype=torch.bfloat16)
+        last = module.rpartition(".")[2]
+        shape = shapes.get(last, (width,) if "norm" in module else (width, 2 * width))
+        drafted[f"{module}.weight"] = torch.empty(shape, dtype=torch.bfloat16)
+    for each, tensor in drafted.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
+        drafted[each] = values.to(tensor.dtype)
     save_file(tensors | drafted, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     return path
 

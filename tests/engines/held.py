@@ -1,8 +1,9 @@
 """What vLLM's own classes hold after loading, written by plain gloo processes without starting an engine.
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
-{"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL}
-→ {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded.
+{"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL,
+"draft": BOOL} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded. draft: of the
+model that vLLM makes of the layers which predict further tokens.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
 """
@@ -99,7 +100,9 @@ def as_on_gpus() -> None:
     """Have the classes that vLLM takes on GPUs where it has others for CPUs: their parameters have other names."""
     import vllm.model_executor.layers.attention.mla_attention as attention
     from vllm.models.deepseek_v32.nvidia.model import DeepseekV32ForCausalLM
+    from vllm.models.deepseek_v32.nvidia.mtp import DeepseekV32MTP
 
+    ModelRegistry.register_model("DeepseekV32MTPModel", DeepseekV32MTP)
     for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"):
         ModelRegistry.register_model(name, DeepseekV32ForCausalLM)
     chosen = attention.get_attn_backend
@@ -192,8 +195,10 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         load_format=load_format,
         enforce_eager=True,
         max_model_len=64,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1} if job.get("draft") else None,
     )
     config = arguments.create_engine_config()
+    described = config.speculative_config.draft_model_config if job.get("draft") else config.model_config
     complaints = Complaints()
     os.environ["VLLM_DIST_IDENT"] = str(rank)  # no two agree on it, so none shares memory with others
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
@@ -201,13 +206,13 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         init_distributed_environment(tp * pp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
         initialize_model_parallel(tp, pp)
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
-            model = initialize_model(vllm_config=config)
+            model = initialize_model(vllm_config=config, model_config=described)
         fresh = set(ShardedStateLoader._filter_subtensors(model.state_dict()))
         made = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             parameter.data.fill_(UNSET)
         loader = ShardedStateLoader if load_format == "sharded_state" else DefaultModelLoader
-        loader(config.load_config).load_weights(model, config.model_config)
+        loader(config.load_config).load_weights(model, described)
         held = ShardedStateLoader._filter_subtensors(model.state_dict())
     if fresh != set(held):
         raise RuntimeError(f"loading adds or removes {sorted(fresh ^ set(held))}")

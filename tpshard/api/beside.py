@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpshard.formats.split import Split
-from tpshard.inputs.checkpoint import QUANTISED_KEYS, Checkpoint
+from tpshard.inputs.checkpoint import Checkpoint
 from tpshard.inputs.shard_set import ShardSet
 from tpshard.storage.local import Content
-from tpshard.storage.names import CONFIG
+from tpshard.storage.names import CONFIG, QUANTISED_KEYS
 
 
 def small_files(source: Checkpoint | ShardSet) -> dict[str, Content]:

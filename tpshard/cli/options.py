@@ -244,8 +244,8 @@ VOCAB_SIZE = Annotated[int | None, number("--vocab-size", _VOCAB_HELP, metavar="
 SIZE = Annotated[int | None, _file_size("50GB")]
 MERGE_SIZE = Annotated[int | None, _file_size("as in the source")]
 _FORMAT_HELP = (
-    "How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, megatron, megatron-legacy "
-    "or hf."
+    "How the ranks' files are written: native, vllm, vllm-speculator, sglang, meta, deepseek, dcp, dcp-hf, "
+    "megatron, megatron-legacy, hf."
 )
 FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT", autocompletion=_formats)]
 _VERSION_HELP = "Whose names the files have, as in 0.32 [default: the newest known]."

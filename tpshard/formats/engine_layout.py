@@ -76,7 +76,7 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
         axis = _even(tensor, dealt.mesh.tp)
         axes = {axis.name: axis}
         dealt = deal(axes, dealt.mesh)
-        cut = replace(cut, segments=(axis.name,), interleave=None)
+        cut = Cut(cut.kind if cut.dim else "column", cut.dim or 0, (axis.name,))
     elif how in ("replicate", "first"):
         cut = Cut("replicate")
     elif how is not None:
@@ -89,9 +89,9 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
 
 
 def _even(tensor: LogicalTensor, tp: int) -> Axis:
-    """An axis of everything that is stored along the cut dim, whatever it is."""
-    assert tensor.cut.dim is not None
-    axis = Axis(f"{tensor.shape[tensor.cut.dim]} rows", tensor.shape[tensor.cut.dim], unit=1)
+    """An axis of everything that is stored along the cut dim, whatever it is; the first, where none is cut."""
+    rows = tensor.shape[tensor.cut.dim or 0]
+    axis = Axis(f"{rows} rows", rows, unit=1)
     if reason := why_not(axis, tp):
         raise UnsupportedError(reason, tensor=tensor.name, found=f"tp {tp}")
     return axis

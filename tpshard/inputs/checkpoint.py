@@ -16,7 +16,7 @@ from tpshard.errors import CorruptError, TpshardError, UnsafeError, UsageError
 from tpshard.storage.carried import LeftOut, Selection, select
 from tpshard.storage.foreign import recognised
 from tpshard.storage.local import Directory, cached_repo, load_json
-from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, is_meta, side_files
+from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, QUANTISED_KEYS, is_meta, side_files
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.source import Source, SourceFile, source_header
@@ -46,10 +46,6 @@ class Checkpoint:
     left_out: tuple[LeftOut, ...] = ()
     warnings: tuple[str, ...] = ()
     quantisation: Mapping[str, Any] | None = None
-
-
-QUANTISED_KEYS = ("quantization_config", "compression_config")
-"""The keys under which configs say how weights are quantised."""
 
 
 def read_config(raw: bytes, path: object) -> dict[str, Any]:

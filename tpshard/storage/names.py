@@ -17,6 +17,8 @@ QUANTISED = {
     "quant_config.json": "awq",
 }
 """Files in which quantisation tools say what they did, some of them nowhere else; whose they are if they do not say."""
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+"""The keys under which configs say how weights are quantised."""
 META_PARAMS = "params.json"
 DCP_METADATA = ".metadata"
 MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
