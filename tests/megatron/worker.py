@@ -284,7 +284,7 @@ class Wanted:
             outer = {"final_layernorm": "shared_head.norm"} | {name: name for name in ("enorm", "hnorm", "eh_proj")}
             if inside in outer:
                 return self.tensors[f"{at}{outer[inside]}.weight"]
-        if inside in LATENT:
+        if self.latent and inside in LATENT:
             return self.tensors[f"{at}self_attn.{LATENT[inside]}.weight"]
         if suffix == "expert_bias":
             return self.tensors[f"{at}mlp.gate.e_score_correction_bias"]
