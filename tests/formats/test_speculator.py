@@ -114,6 +114,14 @@ def test_verify_says_that_it_runs_no_draft_model(source: Path, shards: Path) -> 
     assert "draft model" in found["tiers"][1]["reason"]
 
 
+def test_the_plan_counts_the_cache_of_the_draft_alone(source: Path) -> None:
+    planned = {
+        each: succeeds("plan", source, "--tp", 2, "--format", each, "--json").json["numbers"]["kv_cache"]["layers"]
+        for each in ("vllm", "vllm-speculator")
+    }
+    assert planned == {"vllm": 3, "vllm-speculator": 1}
+
+
 def test_a_model_without_such_layers_and_stages_are_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 
 from tests.helpers.paths import DOCS
-from tpshard.api.archs import rows
+from tpshard.api.archs import nesting, rows
 from tpshard.rules.architecture import Architecture, all_builtin
 
 KINDS = {
@@ -188,11 +188,20 @@ A test compares the rules with the tensor-parallel plans that transformers {vers
 *verify* is whose code `tpshard verify` runs by itself: its own decoder (*tpshard*), a class of transformers, or neither
 (*bytes*: there is remote code alone, files are compared and nothing is run). *engines* are the formats for engines that
 have a table of its names (`--format`). `tpshard archs --json` says all of this. Quantised modules are cut by what they
-are made of, in every architecture ([formats](formats.md#quantised-models)).
+are made of, in every architecture ([formats](formats.md#quantised-models)); *quantised* names the engines' formats of
+which a quantised checkpoint of the type was compared with what the engine holds, by one method at least.
 
-| rules | model_types | verify | engines | transformers' plan |
-|---|---|---|---|---|
+| rules | model_types | verify | engines | quantised | transformers' plan |
+|---|---|---|---|---|---|
 {rows}
+
+## Models that nest one of these
+
+Whatever nests one of the text models above is split in `native`. With their towers as the engine holds them:
+
+| model_type | text models | engines | quantised by |
+|---|---|---|---|
+{nesting}
 
 ## Cut here, and not by transformers' plan
 
@@ -215,12 +224,25 @@ def page() -> str:
         differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE).values())
         verdicts[architecture.name] = ("more is cut here" if differ else "the same") if planned else "none"
     lines = []
-    for name, verify, engines, those in rows():
-        types = ", ".join(f"`{model_type}`" for model_type in those)
-        lines.append(f"| {name} | {types} | {verify} | {', '.join(engines) or '–'} | {verdicts[name]} |")
-    text = {"rows": "\n".join(lines), "differences": _reasons(DIFFERENCES), "otherwise": _reasons(OTHERWISE)}
+    for name, verify, engines, quantised, those in rows():
+        cells = (_listed(those), verify, ", ".join(engines) or "–", ", ".join(quantised) or "–", verdicts[name])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    towers = []
+    for each in nesting():
+        cells = (_listed(each.texts), ", ".join(each.engines), ", ".join(each.quantised) or "–")
+        towers.append(f"| `{each.model_type}` | {' | '.join(cells)} |")
+    text = {
+        "rows": "\n".join(lines),
+        "nesting": "\n".join(towers),
+        "differences": _reasons(DIFFERENCES),
+        "otherwise": _reasons(OTHERWISE),
+    }
     version = ".".join(transformers.__version__.split(".")[:2])
     return _TEXT.format(version=version, compared=compared, **text)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _reasons(listed: Mapping[str, Mapping[str, tuple[str, ...]]]) -> str:

@@ -236,7 +236,7 @@ def load_nested(path: Path) -> Mapping[str, NestedFamily]:
     families: dict[str, NestedFamily] = {}
     for name, entry in data["nested"].items():
         keys = merged(data["nested"], name)
-        place, towers = keys.pop("place"), keys.pop("towers")
+        place, towers, keys["texts"] = keys.pop("place"), keys.pop("towers"), _texts(data["nested"], name)
         own = {key: keys.pop(key) for key in ("axes", "begins", "fused", "renamed", "unplaced") if key in keys}
         made = tuple(_parsed(below(place, merged(data["towers"], tower))) for tower in towers)
         family = NestedFamily(towers=made, own=_parsed(below("", own)), **keys)
@@ -244,6 +244,12 @@ def load_nested(path: Path) -> Mapping[str, NestedFamily]:
             methods = tuple(method for method, types in data["quantised"].items() if model_type in types)
             families[model_type] = replace(family, quantised=methods)
     return families
+
+
+def _texts(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, str]:
+    """A kind's text models: its own, or those of the kind that it is like, and not both."""
+    entry = entries[name]
+    return dict(entry["texts"]) if "texts" in entry else _texts(entries, entry["like"])
 
 
 def _parsed(entry: Mapping[str, Any]) -> Tower:

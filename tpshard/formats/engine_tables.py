@@ -249,6 +249,7 @@ class Table:
     pipelines: frozenset[str] = frozenset()
     whole_experts: frozenset[str] = frozenset()
     speculators: Mapping[str, Speculator] = field(default_factory=dict)
+    quantised_types: frozenset[str] = frozenset()
 
 
 def exchanged(patterns: Mapping[str, str], name: str) -> str:
@@ -311,11 +312,15 @@ def load_table(path: Path) -> Table:
         family = _family(data["families"], name)
         family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
-    pipelines, experts = (frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts"))
+    pipelines, experts, compared = (
+        frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts", "quantised_types")
+    )
     quantised, speculators = _quantised(data.get("quantised", {})), data.get("speculators", {})
     made = {name: _speculator(speculators, families, name) for name in speculators}
     drafts = {each: made[name] for name, entry in speculators.items() for each in entry.get("model_types", ())}
-    return Table(tuple(data["versions"]), families, data["refused_models"], quantised, pipelines, experts, drafts)
+    return Table(
+        tuple(data["versions"]), families, data["refused_models"], quantised, pipelines, experts, drafts, compared
+    )
 
 
 def _speculator(

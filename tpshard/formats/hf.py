@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UsageError
-from tpshard.formats.base import Format
+from tpshard.formats.base import CUT_ANEW, Format
 from tpshard.formats.split import Options, RankLayouts
 from tpshard.planning.deal import deal
 from tpshard.planning.join import OutputFile, alignment_order, output_file, parts_by_size
@@ -42,6 +42,7 @@ class HuggingFace(Format):
     """The unsharded layout as a format: one rank that holds everything. It is written by `outputs`."""
 
     has_ranks = False
+    no_advice = CUT_ANEW
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every tensor whole; UsageError for more than one rank."""

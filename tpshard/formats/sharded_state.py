@@ -78,6 +78,11 @@ class ShardedState(Format):
         within = (text for family in self.nested.values() for text in family.texts)
         return frozenset({*table.families, *within} - table.refused_models.keys())
 
+    @property
+    def quantised_types(self) -> frozenset[str]:
+        """Those of which quantised modules were compared with what the engine holds."""
+        return load_table(self.path).quantised_types
+
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         given = model

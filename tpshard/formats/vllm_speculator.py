@@ -17,12 +17,18 @@ from tpshard.storage.tensor_names import numbered, with_numbers
 class DraftState(ShardedState):
     """What `ShardedState` leaves out as a draft model, by the same table: the class for it has other names."""
 
+    no_advice = "it is a draft model, beside the ranks of its model"
     not_held = "of the model that the draft model predicts for"
 
     @property
     def model_types(self) -> frozenset[str]:
         """The text models, alone or in a model that nests them, of whose draft models the table knows the names."""
         return frozenset(load_table(self.path).speculators)
+
+    @property
+    def quantised_types(self) -> frozenset[str]:
+        """All of them: each was compared in FP8."""
+        return self.model_types
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters of the draft model; UnsupportedError for a checkpoint without one."""

@@ -18,11 +18,11 @@ from tpshard.rules.presence import check_head
 from tpshard.rules.quantisation.schemes import Companion, split_name
 from tpshard.storage.safetensors import TensorInfo
 
-TEXT_KEYS = ("text_config", "llm_config", "language_config")
-"""The keys under which configs nest the text model's: in transformers, InternVL and DeepSeek-VL2."""
+TEXT_KEYS = ("text_config", "llm_config", "language_config", "transformer_layer_config")
+"""The keys under which configs nest the text model's: in transformers, InternVL, DeepSeek-VL2 and speculators."""
 THINKER = "thinker"
 """The part of Qwen's omni models that has the text model: `thinker_config` nests its config, beside a talker's."""
-_INHERITED = ("tie_word_embeddings",)
+_INHERITED = ("tie_word_embeddings", "draft_vocab_size")
 """Keys that a text config inherits from the outer one if it lacks them; others may mean something else there."""
 
 
