@@ -37,7 +37,7 @@ LARGE = 100_000
 """The size of a file of which not every byte is flipped: of DeepSeek's every 499th."""
 SMALL = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4}
 """A DeepSeek of few tensors: every byte of its manifest is flipped."""
-FORMATS = ["native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "megatron", "deepseek"]
+FORMATS = ["native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "megatron", "megatron-legacy", "deepseek"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_flipped_byte_is_noticed(form: str, checksum: bool, models: dict[str, 
     tpshard.split(model, 2, tmp_path / "set", format=form, settings=QUICK if checksum else PLAIN)
     for path in sorted(path for path in (tmp_path / "set").rglob("*") if path.is_file()):
         size = path.stat().st_size
-        weights = path.suffix in (".safetensors", ".pth", ".distcp")
+        weights = path.suffix in (".safetensors", ".pth", ".pt", ".distcp")
         for source in (model, None):
             if source is None and weights and not checksum:
                 continue

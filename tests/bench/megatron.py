@@ -1,6 +1,8 @@
-"""Memory and time of merging a Megatron checkpoint in the shape of 7B and 8B models: files with holes for weights.
+"""Memory and time of merging a Megatron checkpoint in the shape of 7B and 8B models, and of writing one.
 
-python -m tests.bench.megatron DIR        needs 16 GB in DIR, which are removed again
+    python -m tests.bench.megatron DIR [LAYERS]     needs 32 GB in DIR, which are removed again
+
+The checkpoint has holes for weights. LAYERS: of them, where those are not all that the models have.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ LLAMA_7B = LLAMA_8B | {"intermediate_size": 11008, "num_key_value_heads": 32, "v
 TP = 8
 
 
-def make(path: Path, config: dict[str, Any]) -> None:
-    """A Megatron checkpoint with the rectangles of `TP` ranks, all zeros, none of which take room on disk."""
+def make(path: Path, config: dict[str, Any], form: str) -> None:
+    """A Megatron checkpoint of `TP` ranks, all zeros, none of which take room on disk."""
     source = path.with_name("source")
     source.mkdir()
     tensors = llama_tensors(config)
@@ -34,11 +36,12 @@ def make(path: Path, config: dict[str, Any]) -> None:
     with (source / "model.safetensors").open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(nbytes(dtype, shape) for _, dtype, shape in tensors))
-    planned = plan_split(from_checkpoint(open_checkpoint(source)), Options(TP, format="megatron"))
+    planned = plan_split(from_checkpoint(open_checkpoint(source)), Options(TP, format=form))
     for name, data in planned.format.derived(planned).items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
     for output in (file for rank in range(TP) for file in planned.files(rank)):
+        (path / output.name).parent.mkdir(parents=True, exist_ok=True)
         with (path / output.name).open("wb") as file:
             for offset, data in ((0, output.header), *output.literals):
                 file.seek(offset)
@@ -47,22 +50,28 @@ def make(path: Path, config: dict[str, Any]) -> None:
     shutil.copy(source / "config.json", path)
 
 
-def main(folder: str) -> None:
-    """Print a line for each model."""
+def main(folder: str, layers: str = "32") -> None:
+    """Print a line for each model and form: merging it, and writing that form of what was merged."""
     for name, config in (("7B", LLAMA_7B), ("8B", LLAMA_8B)):
-        place = Path(folder) / f"megatron-{name}"
-        place.mkdir()
-        try:
-            make(place / "megatron", config)
-            command = f"{sys.executable} -m tpshard merge megatron -o merged --no-fsync -q"
-            ran = measure(command, place, os.environ, place / "log")
-            size = sum(path.stat().st_size for path in (place / "merged").iterdir())
-            shown = (
-                f"{ran.seconds:.0f} s, peak {ran.resident / 1e6:.0f} MB resident, {ran.anonymous / 1e6:.0f} anonymous"
-            )
-            print(f"{name}: {size / 1e9:.1f} GB, {shown}")
-        finally:
-            shutil.rmtree(place)
+        for form in ("megatron", "megatron-legacy"):
+            place = Path(folder) / f"{form}-{name}"
+            place.mkdir()
+            try:
+                make(place / "megatron", config | {"num_hidden_layers": int(layers)}, form)
+                print(f"{name}, {layers} layers, {form}")
+                report("merge", "merge megatron -o merged", place, "merged")
+                shutil.rmtree(place / "megatron")
+                report("split", f"split merged --tp {TP} --format {form} -o split", place, "split")
+            finally:
+                shutil.rmtree(place)
+
+
+def report(verb: str, command: str, place: Path, out: str) -> None:
+    """Run a command of tpshard, and print what it took."""
+    ran = measure(f"{sys.executable} -m tpshard {command} --no-fsync -q", place, os.environ, place / "log")
+    size = sum(path.stat().st_size for path in (place / out).rglob("*") if path.is_file())
+    used = f"{ran.seconds:.0f} s, peak {ran.resident / 1e6:.0f} MB resident, {ran.anonymous / 1e6:.0f} anonymous"
+    print(f"  {verb}: {size / 1e9:.1f} GB, {used}", flush=True)
 
 
 if __name__ == "__main__":

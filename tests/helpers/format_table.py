@@ -62,6 +62,7 @@ class Claim:
 
 _VLLM = "vLLM 0.32: its classes, after loading the source and after loading these files, parameter by parameter"
 _MEGATRON = "megatron-core 0.16.1"
+_LOADED = "megatron/check_megatron.py::test_megatron_loads_what_is_written_and_computes_what_transformers_does"
 _PIPELINES = "api/test_pipelines.py"
 CLAIMS = (
     Claim("native", BOTH, "`verify`, whose partition is its own; merged and resharded, byte for byte",
@@ -110,9 +111,9 @@ CLAIMS = (
     Claim("dcp-hf", WRITTEN, "torch's reader", "formats/test_dcp.py::test_torch_reads_every_bit", tp=(1, 4)),
     Claim("dcp-hf", BOTH, "resharded, byte for byte", "formats/test_dcp.py::test_reshard_from_and_to", tp=(2, 4)),
     Claim("megatron", WRITTEN, f"{_MEGATRON} loads what was split for tp 2, at these sizes",
-          "megatron/check_megatron.py::test_megatron_loads_what_is_written", tp=(1, 2), pp=(2, 3), ep=(2,)),
+          _LOADED, tp=(1, 2), pp=(2, 3), ep=(2,)),
     Claim("megatron", WRITTEN, f"{_MEGATRON}'s forward pass: logits of transformers",
-          "megatron/check_megatron.py::test_megatron_computes_what_transformers_does", tp=(1,)),
+          _LOADED, tp=(1,)),
     Claim("megatron", BOTH, "merged bit for bit, with tpshard's manifest and without it",
           "formats/test_megatron.py::test_it_comes_back_by_the_manifest_and_without_it", tp=(2,)),
     Claim("megatron", WRITTEN, "torch's reader; slices made by hand",
@@ -121,6 +122,14 @@ CLAIMS = (
           "megatron/check_megatron.py::test_what_megatron_saved_is_merged", tp=(2,), pp=(3,), ep=(2,)),
     Claim("megatron", READ, f"{_MEGATRON} saved them once: merged bit for bit",
           "inputs/test_from_megatron.py::test_the_model_is_the_one_that_megatron_was_given", tp=(2,), pp=(2,), ep=(2,)),
+    Claim("megatron-legacy", WRITTEN, f"{_MEGATRON} loads them strictly, at these sizes",
+          _LOADED, tp=(1, 2, 4), pp=(2, 3), ep=(2,)),
+    Claim("megatron-legacy", BOTH, "merged bit for bit, with tpshard's manifest and without it",
+          "formats/test_megatron_ranks.py::test_it_comes_back_by_the_manifest_and_without_it",
+          tp=(2,), pp=(2,), ep=(2,)),
+    Claim("megatron-legacy", WRITTEN, "slices made by hand",
+          "formats/test_megatron_ranks.py::test_each_rank_has_what_slices_of_the_source_make",
+          tp=(1, 2, 4), pp=(1, 2, 4)),
     Claim("megatron-legacy", READ, f"{_MEGATRON} saved them: merged bit for bit",
           "megatron/check_megatron.py::test_what_megatron_saved_is_merged", tp=(2,), pp=(3,), ep=(2,)),
     Claim("megatron-legacy", READ, "slices made by hand, virtual stages too",

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from tests.helpers.command import fails, llama, succeeds
-from tests.helpers.toys import read_all
+from tests.helpers.command import fails, llama, succeeds, tpshard
+from tests.helpers.toys import read_all, write_checkpoint
 from tests.megatron.recorded import FOLDER, PADDED, RECORDED
 
 VOCAB = 10
@@ -110,6 +111,23 @@ def test_arguments_among_the_objects() -> None:
     (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
     succeeds("merge", "megatron", "-o", "merged", "--vocab-size", VOCAB)
     assert read_all(Path("merged")) == RECORDED["llama-tp2"].tensors()
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_it_is_checked_against_the_model(name: str) -> None:
+    """Its padding is not zeros, and nobody's business."""
+    copied(name)
+    model = RECORDED[name].write(Path("model"))
+    shutil.copy(model / "config.json", "megatron")
+    succeeds("check", "megatron", "--source", "model")
+    shown = json.loads(succeeds("inspect", "megatron", "--json").out)
+    assert shown["kind"] == "checkpoint" and len(shown["files"]) >= 2
+    other = RECORDED[name].tensors()
+    norm = other["model.norm.weight"]
+    other["model.norm.weight"] = replace(norm, data=bytes(len(norm.data)))
+    write_checkpoint(Path("other"), json.loads((model / "config.json").read_text()), other)
+    result = tpshard("check", "megatron", "--source", "other")
+    assert result.code == 1 and "decoder.final_layernorm.weight" in result.out + result.err
 
 
 # --- what is refused ---
@@ -230,7 +248,8 @@ def test_other_forms_of_megatron() -> None:
 
 def test_what_is_only_for_megatron() -> None:
     copied("llama-tp2")
-    assert "no checksums" in fails(2, "check", "megatron")["message"]
+    error = fails(2, "check", "megatron")
+    assert "no checksums" in error["message"] and "--source" in error["hint"]
     succeeds("split", llama(Path("model")), "--tp", 2, "-o", "two")
     assert "--vocab-size" in fails(2, "merge", "two", "-o", "out", "--vocab-size", VOCAB)["message"]
     error = fails(4, "split", "megatron", "--tp", 2, "-o", "out")

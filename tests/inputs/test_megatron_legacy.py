@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.helpers.checkpoints import make
 from tests.helpers.command import fails, llama, llama_tensors, succeeds, tpshard
 from tests.helpers.toys import read_all
 from tests.megatron.recorded import RECORDED
@@ -113,9 +114,47 @@ def test_a_rank_that_is_missing() -> None:
     assert error["message"] == "mp_rank_01_000 is missing" and "tp 2, pp 2" in error["expected"]
 
 
+def test_ranks_of_another_mesh() -> None:
+    """More of them than the arguments speak of, one whose own speak of others, and fewer layers than they say."""
+    written(2, 1, 1)
+    shutil.copytree("megatron/release/mp_rank_01", "megatron/release/mp_rank_02")
+    error = fails(3, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)
+    assert error["message"] == "mp_rank_02 is of another mesh" and "tp 2, pp 1" in error["expected"]
+    assert "one run" in error["hint"]
+    shutil.rmtree("megatron/release/mp_rank_02")
+    path = Path("megatron/release/mp_rank_01/model_optim_rng.pt")
+    state = torch.load(path, weights_only=False)
+    state["args"].tensor_model_parallel_size = 4
+    torch.save(state, path)
+    error = fails(3, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)
+    assert error["message"] == "mp_rank_01 is of another mesh" and "tp 4" in error["found"]
+    shutil.rmtree("megatron")
+    shutil.rmtree("model")
+    written(1, 1, 1, num_layers=5)
+    error = fails(3, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)
+    assert "layers of the model" in error["message"] and error["expected"] == "5 layers"
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_projections_to_latents_are_cut_or_whole(cut: bool) -> None:
+    """Without Transformer Engine's layers, which have them whole on each rank, they are cut like others."""
+    make("deepseek_v3", Path("model"))
+    succeeds("split", "model", "--tp", 2, "--format", "megatron-legacy", "-o", "megatron")
+    Path("megatron/tpshard.json").unlink()
+    for rank in range(2) if cut else ():
+        path = Path(f"megatron/release/mp_rank_{rank:02}/model_optim_rng.pt")
+        state = torch.load(path, weights_only=False)
+        for name in [name for name in state["model"] if "_down_proj." in name]:
+            state["model"][name] = state["model"][name].chunk(2)[rank].clone()
+        torch.save(state, path)
+    succeeds("merge", "megatron", "-o", "merged")
+    assert read_all(Path("merged")) == read_all(Path("model"))
+
+
 def test_what_is_not_read() -> None:
-    written(2, 1, 1, num_experts=4, expert_tensor_parallel_size=1)
-    assert "another number of ranks" in fails(4, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)["message"]
+    written(1, 1, 1, num_experts=4, expert_tensor_parallel_size=2)
+    error = fails(4, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)
+    assert "for more ranks than the rest" in error["message"] and "torch_dist" in error["hint"]
     path = Path("megatron/release/mp_rank_00/model_optim_rng.pt")
     torch.save({"model": {}}, path)
     assert "no arguments" in fails(4, "merge", "megatron", "-o", "out", "--vocab-size", VOCAB)["message"]

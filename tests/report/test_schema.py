@@ -20,7 +20,7 @@ from tests.helpers.schemas import conforms, name_of, validator
 from tpshard.api import convert as api
 from tpshard.report.schema import METRICS, names, schema
 
-FORMATS = ("native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "megatron", "hf")
+FORMATS = ("native", "vllm", "sglang", "meta", "dcp", "dcp-hf", "megatron", "megatron-legacy", "hf")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tpshard.errors import TargetError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
+from tpshard.formats.megatron_layout import families
 from tpshard.formats.sharded_state import ShardedState
 from tpshard.formats.vllm_speculator import DraftState
 from tpshard.inputs.checkpoint import open_headers
@@ -56,6 +57,7 @@ def supported() -> dict[str, list[Supported]]:
     """What is done for each model_type, by the name of its architecture."""
     known = _engines()
     named = {name: each.model_types for name, each in known.items()}
+    named["megatron"] = frozenset(families())
     compared = {name: each.quantised_types for name, each in known.items()}
 
     def of(model_type: str) -> Supported:

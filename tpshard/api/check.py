@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 from tpshard.api.beside import written_beside
+from tpshard.api.check_megatron import as_found
 from tpshard.api.options import CheckOptions
 from tpshard.api.progress import followed
 from tpshard.errors import CorruptError, DifferentError, UsageError
@@ -18,7 +19,7 @@ from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint, placed_in
 from tpshard.inputs.open import open_set
 from tpshard.inputs.shard_set import ShardSet, is_shard_set
-from tpshard.planning.join import OutputFile, Placed, join
+from tpshard.planning.join import OutputFile, Placed, Transfer, join
 from tpshard.report.results import CheckReport, Difference
 from tpshard.storage.checksums import read_sums
 from tpshard.storage.files import Handles
@@ -175,11 +176,17 @@ def _changed_keys(path: Path, expected: bytes, found: bytes) -> Iterable[KeyDiff
 
 
 def check_source(
-    shards: ShardSet, expected: Split, sources: Sequence[Placed], convert: Convert | None, settings: Settings
+    shards: ShardSet,
+    expected: Split,
+    sources: Sequence[Placed],
+    convert: Convert | None,
+    settings: Settings,
+    *,
+    padding: bool = True,
 ) -> list[Difference]:
     """Every byte of every rank against the source, by rules evaluated anew; the manifest's boxes are not used.
 
-    Returns the differences, one for each tensor and file.
+    padding: whether it must be what tpshard writes there. Returns the differences, one for each tensor and file.
     """
     differences, outputs = [], []
     for rank in range(shards.size):
@@ -198,10 +205,11 @@ def check_source(
             differences.append(Difference(f"rank {rank}", name, "the source has no such tensor"))
         outputs.append(OutputFile(f"rank {rank}", b"", 0, tuple(placed)))
     plan = join(expected.kept.tensors, sources, outputs)
-    settings.start(sum(step.nbytes for step in plan.steps))
+    steps = [step for step in plan.steps if padding or isinstance(step, Transfer)]
+    settings.start(sum(step.nbytes for step in steps))
     reader = Handles(settings.files)
     comparer = Comparer(reader, settings.progress)
-    run(plan.steps, Loader(reader, convert), comparer, workers=settings.workers)
+    run(steps, Loader(reader, convert), comparer, workers=settings.workers)
     held = {str(file.path): file.tensors for files in shards.files.values() for file in files}
     for (source, file), offset in sorted(comparer.differences.items()):
         info = next(info for info in held[file] if info.begin <= offset < info.begin + info.nbytes)
@@ -246,8 +254,9 @@ def check(
 
 def check_with(options: CheckOptions) -> CheckReport:
     """Check as the options ask for it."""
-    if not is_shard_set(Path(options.shards)) and is_megatron(Path(options.shards)):
-        what, hint = "files that Megatron wrote have no checksums", "`tpshard merge` reads and converts them"
+    foreign = not is_shard_set(Path(options.shards)) and is_megatron(Path(options.shards))
+    if foreign and options.source is None:
+        what, hint = "files that Megatron wrote have no checksums", "compare them with the model: --source MODEL"
         raise UsageError(what, path=options.shards, expected="a set that tpshard wrote", hint=hint)
     found = open_set(Path(options.shards), options.allow_pickle)
     if options.tp not in (None, found.mesh.tp):
@@ -270,10 +279,12 @@ def check_with(options: CheckOptions) -> CheckReport:
     how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
     checkpoint = open_checkpoint(options.source, options.revision, **how)
     model = from_checkpoint(checkpoint, options.rules, found.model.dtype, cast_all=found.model.cast_all)
-    planned = plan_split(model, found.options)
+    planned, differences = as_found(found, model) if foreign else (plan_split(model, found.options), [])
     placed = placed_in(checkpoint, model)
     convert = conversion((place.stored for place in placed), chain.from_iterable(planned.layout))
-    differences, absent = check_source(found, planned, placed, convert, options.settings), list[str]()
+    absent = list[str]()
+    if not differences:
+        differences = check_source(found, planned, placed, convert, options.settings, padding=not foreign)
     if ours:
         # The name of the set is a digest of the source's name as well, which may have changed since.
         framing = check_framing(found, replace(planned, recorded=found.split.recorded))

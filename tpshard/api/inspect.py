@@ -8,6 +8,7 @@ from typing import Any
 from tpshard.errors import UsageError
 from tpshard.report.results import InspectReport
 from tpshard.storage.local import read_header
+from tpshard.storage.names import is_megatron
 from tpshard.storage.safetensors import element_count
 
 
@@ -40,6 +41,8 @@ def inspect(path: str | Path, *, follow_symlinks: bool = False) -> InspectReport
             **_quantised(shards.model.quantisation),
         }
         return InspectReport("shards", path, facts, tensors)
+    if is_megatron(path):
+        return _megatron(path)
     checkpoint = open_checkpoint(path, follow_symlinks=follow_symlinks)
     facts = {
         "model_type": checkpoint.config.get("model_type"),
@@ -52,6 +55,24 @@ def inspect(path: str | Path, *, follow_symlinks: bool = False) -> InspectReport
         **_quantised(recognise(checkpoint.quantisation, checkpoint.tensors, checkpoint.config_path).to_json()),
     }
     return InspectReport("checkpoint", path, facts, checkpoint.tensors)
+
+
+def _megatron(path: Path) -> InspectReport:
+    """What Megatron wrote, with every rectangle of its tensors as it is stored."""
+    from tpshard.inputs.megatron import open_megatron
+
+    shards = open_megatron(path)
+    files = shards.files[0]
+    facts: dict[str, Any] = {
+        "model_type": shards.model.architecture["model_type"],
+        "repo_id": None,
+        "revision": None,
+        "bytes": sum(file.size for file in files),
+        "parameters": sum(element_count(tensor.shape) for tensor in shards.model.tensors),
+        "files": [{"name": shards.name_of(file), "size": file.size} for file in files],
+        "warnings": [],
+    }
+    return InspectReport("checkpoint", path, facts, tuple(info for file in files for info in file.tensors))
 
 
 def _quantised(quantisation: Mapping[str, Any]) -> dict[str, Any]:

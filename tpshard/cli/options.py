@@ -245,7 +245,7 @@ SIZE = Annotated[int | None, _file_size("50GB")]
 MERGE_SIZE = Annotated[int | None, _file_size("as in the source")]
 _FORMAT_HELP = (
     "How the ranks' files are written: native, vllm, vllm-speculator, sglang, meta, deepseek, dcp, dcp-hf, "
-    "megatron, hf."
+    "megatron, megatron-legacy, hf."
 )
 FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT", autocompletion=_formats)]
 _ADVISED_HELP = "Whose ranks are judged: native, vllm, sglang, meta, deepseek."

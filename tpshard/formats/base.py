@@ -73,6 +73,10 @@ class Format(ABC):
     def parse_name(self, name: str) -> Mapping[str, int] | None:
         """What a file's name says of `rank` and `ranks` of a stage, `stage`, `part`, `parts`; None of other files."""
 
+    def place(self, name: str, mesh: Mesh) -> Mapping[str, int] | None:
+        """The same of a file in a set of this mesh, where the name alone leaves it open."""
+        return self.parse_name(name)
+
     def notes(self, split: Split) -> tuple[str, ...]:
         """What whoever loads the set must know of it."""
         return ()

@@ -13,12 +13,12 @@ from tpshard.errors import UsageError
 from tpshard.formats.base import CUT_ANEW, Format
 from tpshard.formats.dcp import archive_at, archives
 from tpshard.formats.dcp_metadata import Described, StoredChunk, StoredObject, metadata_pickle
-from tpshard.formats.megatron_args import arguments
-from tpshard.formats.megatron_layout import EXPERTS, MegatronLayout, MegatronParameter, megatron_layout
+from tpshard.formats.megatron_args import arguments, pickled
+from tpshard.formats.megatron_layout import EXPERTS, MegatronLayout, MegatronParameter, megatron_layout, padded_vocab
 from tpshard.formats.split import Options, RankLayouts, Split
-from tpshard.formats.torch_archive import object_archive, pickle_text, pickle_value, require_storage
+from tpshard.formats.torch_archive import object_archive, require_storage
 from tpshard.planning.box import Box, corner
-from tpshard.planning.deal import deal, padded, require_even
+from tpshard.planning.deal import deal, require_even
 from tpshard.planning.join import OutputFile, parts_by_size, uncollected
 from tpshard.planning.layout import StoredTensor
 from tpshard.planning.mesh import Mesh
@@ -28,8 +28,6 @@ from tpshard.storage.names import DCP_METADATA, MEGATRON_COMMON, MEGATRON_METADA
 
 _FOLDER = "release"
 _FILE = re.compile(rf"{_FOLDER}/__(0|[1-9]\d*)_(0|[1-9]\d*)\.distcp")
-VOCAB_MULTIPLE = 128
-"""Megatron pads vocabularies to a multiple of this on each rank, unless it is told otherwise."""
 _BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -38,7 +36,7 @@ _BACKENDS = {
 }
 _NO_STATE = object_archive(b"\x80\x02]Na.")
 """`[None]`: what a linear layer without Transformer Engine, or without FP8, has as its extra state."""
-_STATEFUL = re.compile(r"decoder\.layers\.(?:\d+\.)?.*\blinear_\w+\.weight")
+_STATEFUL = re.compile(r"(?:decoder|mtp)\.layers\..*\b(?:linear_\w+|eh_proj)\.weight")
 
 
 class Megatron(Format):
@@ -57,7 +55,7 @@ class Megatron(Format):
         if options.uneven or options.shares is not None:
             what, hint = "Megatron divides tensors evenly", "leave them out, or use --format native"
             raise UsageError(what, found="--uneven or --shares", hint=hint)
-        layout = megatron_layout(model, padded_vocab(model, options))
+        layout = megatron_layout(model, padded_vocab(model, options.tp, options.pad_vocab_to))
         mesh = Mesh(options.tp)
         require_even(layout.axes, mesh, "Megatron divides evenly: use one of those; it loads at any tp that it takes")
         dealt = deal(layout.axes, mesh)
@@ -111,24 +109,15 @@ class Megatron(Format):
         first = split.files(0)[0]
         state = (_name(first), first.size - len(_NO_STATE), len(_NO_STATE))
         objects = [StoredObject(name, *state) for name in _extra_states(tensors)]
-        common = {"checkpoint_version": 3.0, "iteration": 0}
-        given = arguments(split.model, tensors, split.options.tp)
-        pickled = b"".join((b"\x80\x02", pickle_value(common), b"(" + pickle_text("args") + _namespace(given), b"u."))
+        names = [tensor.name for tensor in tensors]
+        vocab = _shape(found["embedding.word_embeddings.weight"])[0]
+        args = arguments(split.model, names, vocab, split.options.mesh, ckpt_format="torch_dist")
         return {
             MEGATRON_TRACKER: f"{_FOLDER}\n".encode(),
             f"{_FOLDER}/{DCP_METADATA}": metadata_pickle(tensors, split.set_id, objects),
             f"{_FOLDER}/{MEGATRON_METADATA}": json.dumps(_BACKENDS).encode(),
-            f"{_FOLDER}/{MEGATRON_COMMON}": object_archive(pickled),
+            f"{_FOLDER}/{MEGATRON_COMMON}": object_archive(b"\x80\x02}(" + pickled(args) + b"u."),
         }
-
-
-def padded_vocab(model: Model, options: Options) -> int:
-    """Rows of the embedding and of the head: as Megatron pads them at this tp, or as it was asked for."""
-    axis = next(axis for axis in model.axes.values() if axis.pad)
-    if options.pad_vocab_to is not None:
-        return padded(axis, options.tp, options.pad_vocab_to)
-    multiple = VOCAB_MULTIPLE * options.tp
-    return -(-axis.count // multiple) * multiple
 
 
 def _rectangle(
@@ -157,7 +146,7 @@ def _extra_states(tensors: Sequence[Described]) -> Iterator[str]:
     for tensor in tensors:
         if not _STATEFUL.fullmatch(tensor.name):
             continue
-        stacked = not re.match(r"decoder\.layers\.\d+\.", tensor.name)
+        stacked = not re.match(r"\w+\.layers\.\d+\.", tensor.name)
         counts = tensor.shape[: (1 if stacked else 0) + (1 if EXPERTS in tensor.name else 0)]
         module = tensor.name.removesuffix(".weight")
         modules = [module]
@@ -175,11 +164,6 @@ def _indices(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
         yield from ((index,) for index in range(counts[0]))
     else:
         yield from ((one, other) for one in range(counts[0]) for other in range(counts[1]))
-
-
-def _namespace(fields: Mapping[str, object]) -> bytes:
-    """The pickle of an argparse.Namespace."""
-    return b"cargparse\nNamespace\n)\x81" + pickle_value(dict(fields)) + b"b"
 
 
 FORMAT = Megatron()

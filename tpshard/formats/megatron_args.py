@@ -1,19 +1,22 @@
-"""Megatron's arguments for a model, as `common.pt` has them: what `--use-checkpoint-args` takes from there."""
+"""Megatron's arguments for a model, as its checkpoints have them: what `--use-checkpoint-args` takes from there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tpshard.formats.base import reads_config
-from tpshard.formats.dcp_metadata import Described
+from tpshard.formats.torch_archive import pickle_text, pickle_value
+from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
+from tpshard.storage.tensor_names import numbered
 
 
 @reads_config
-def arguments(model: Model, tensors: Sequence[Described], tp: int) -> dict[str, Any]:
-    """Plain values alone, so that reading them needs no class of Megatron's."""
+def arguments(model: Model, names: Collection[str], vocab: int, mesh: Mesh, **more: Any) -> dict[str, Any]:
+    """Plain values alone, so that reading them needs no class of Megatron's.
+
+    names: of Megatron's parameters. vocab: the rows of its embedding. more: what else the checkpoint says of itself.
+    """
     config, kind = model.config, model.architecture.get("model_type")
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    names = {name.rpartition("layers.")[2] for name in shapes}
     gpt2, nemotron = kind == "gpt2", kind == "nemotron"
 
     def either(*keys: str) -> Any:
@@ -21,7 +24,6 @@ def arguments(model: Model, tensors: Sequence[Described], tp: int) -> dict[str, 
 
     heads, hidden = either("num_attention_heads", "n_head"), either("hidden_size", "n_embd")
     groups = either("num_key_value_heads") or heads
-    padded = shapes["embedding.word_embeddings.weight"][0]
     args: dict[str, Any] = {
         "num_layers": either("num_hidden_layers", "n_layer"),
         "hidden_size": hidden,
@@ -45,15 +47,14 @@ def arguments(model: Model, tensors: Sequence[Described], tp: int) -> dict[str, 
         "add_bias_linear": any(name.endswith("linear_fc2.bias") for name in names),
         "add_qkv_bias": any(name.endswith("linear_qkv.bias") for name in names),
         "qk_layernorm": any(name.endswith("self_attention.q_layernorm.weight") for name in names),
-        "untie_embeddings_and_output_weights": "output_layer.weight" in shapes,
-        "padded_vocab_size": padded,
-        "make_vocab_size_divisible_by": padded // tp,
+        "untie_embeddings_and_output_weights": "output_layer.weight" in names,
+        "padded_vocab_size": vocab,
+        "make_vocab_size_divisible_by": vocab // mesh.tp,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "tokenizer_type": "HuggingFaceTokenizer",
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": 1,
-        "ckpt_format": "torch_dist",
+        "tensor_model_parallel_size": mesh.tp,
+        "pipeline_model_parallel_size": mesh.pp,
         "num_experts": either("num_local_experts", "num_experts", "n_routed_experts"),
     }
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -68,7 +69,16 @@ def arguments(model: Model, tensors: Sequence[Described], tp: int) -> dict[str, 
             "qk_pos_emb_head_dim": config.get("qk_rope_head_dim"),
             "v_head_dim": config.get("v_head_dim"),
         }
-    return args | _experts(config, names) if args["num_experts"] else args
+    if predictors := len({name.split(".")[2] for name in names if name.startswith("mtp.layers.")}):
+        args["mtp_num_layers"] = predictors
+    return args | (_experts(model, names, args["num_layers"]) if args["num_experts"] else {}) | more
+
+
+def pickled(args: Mapping[str, Any], iteration: int = 0) -> bytes:
+    """The opcodes of the items of a checkpoint's dict that say what it is, to stand behind `(`."""
+    said = {"checkpoint_version": 3.0, "iteration": iteration}
+    items = b"".join(pickle_text(key) + pickle_value(value) for key, value in said.items())
+    return items + pickle_text("args") + b"cargparse\nNamespace\n)\x81" + pickle_value(dict(args)) + b"b"
 
 
 def _base(config: Mapping[str, Any]) -> int:
@@ -78,20 +88,33 @@ def _base(config: Mapping[str, Any]) -> int:
     return int(base or 10000)
 
 
-def _experts(config: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+def _experts(model: Model, names: Collection[str], layers: int) -> dict[str, Any]:
+    config = model.config
     shared = config.get("shared_expert_intermediate_size")
     if shared is None and config.get("n_shared_experts"):
         shared = config["n_shared_experts"] * config["moe_intermediate_size"]
-    first = config.get("first_k_dense_replace")
-    frequency: Any = 1
-    if first:
-        frequency = [0] * first + [1] * (config["num_hidden_layers"] - first)
-    return {
+    found: dict[str, Any] = {
         "moe_ffn_hidden_size": config.get("moe_intermediate_size") or config.get("intermediate_size"),
         "moe_router_topk": config.get("num_experts_per_tok"),
-        "moe_layer_freq": frequency,
+        "moe_layer_freq": _frequency(model, layers),
         # Chosen experts' weights that do not sum to 1 are those of a softmax over all experts.
         "moe_router_pre_softmax": "num_local_experts" not in config and not config.get("norm_topk_prob"),
         "moe_shared_expert_intermediate_size": shared,
         "moe_router_enable_expert_bias": any(name.endswith("router.expert_bias") for name in names),
+        "moe_router_score_function": "sigmoid" if config.get("model_type") == "deepseek_v3" else "softmax",
     }
+    if (factor := config.get("routed_scaling_factor")) is not None:
+        found["moe_router_topk_scaling_factor"] = float(factor)
+    if (config.get("n_group") or 1) > 1:
+        found |= {"moe_router_num_groups": config["n_group"], "moe_router_group_topk": config["topk_group"]}
+    return found
+
+
+def _frequency(model: Model, layers: int) -> int | list[int]:
+    """Which layers have experts: 1 where all of them do."""
+    if model.experts is None:
+        return 1
+    named = ((model.full_name(tensor.name), tensor.shape) for tensor in model.tensors)
+    sparse = {numbered(name)[1][0] for name, shape in named if model.experts.number(name) is not None}
+    found = [int(layer in sparse) for layer in range(layers)]
+    return found if 0 in found else 1

@@ -1,7 +1,4 @@
-"""Megatron-core's parameters of a model: what each is made of, and along which of its dims ranks divide it.
-
-Only `torch_dist` is laid out: its tensors are whole, and each is there once, in as many rectangles as one likes.
-"""
+"""Megatron-core's parameters of a model, whole: what each is made of, and along which of its dims ranks divide it."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,16 +9,23 @@ from pathlib import Path
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_layout import joined, recipes_of, transposed
-from tpshard.formats.engine_tables import EngineFamily, load_table
+from tpshard.formats.engine_tables import STACK, EngineFamily, load_table
 from tpshard.planning.axes import Axis
 from tpshard.planning.box import Box, Shape, full, slab
-from tpshard.planning.deal import Deal
+from tpshard.planning.deal import Deal, padded
 from tpshard.planning.layout import LayoutRows, LogicalTensor, Part, StoredTensor, whole
 from tpshard.planning.model import Model
 
 _TABLE = Path(__file__).parent / "tables" / "megatron.toml"
-QKV, EXPERTS = ".self_attention.linear_qkv.", ".mlp.experts.experts."
+QKV, EXPERTS, ONE_EXPERT = ".self_attention.linear_qkv.", ".mlp.experts.experts.", ".mlp.experts.local_experts."
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_OF_PREDICTOR = ("enorm", "hnorm", "eh_proj", "final_layernorm")
+"""What a layer that predicts a further token has beside what every layer has."""
+_EH_PROJ, _PREDICTED = ".eh_proj.weight", "predicted rows"
+_ENDS = ("embed_tokens", "shared_head.head")
+_SHARED_ENDS = "of a layer that predicts a further token, for which Megatron uses the model's own embedding and head"
+VOCAB_MULTIPLE = 128
+"""Megatron pads vocabularies to a multiple of this on each rank, unless it is told otherwise."""
 _BIASED = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 """Modules of which all have a bias in Megatron, or none."""
 
@@ -114,12 +118,31 @@ def family_of(model_type: object) -> EngineFamily:
     return replace(families()[str(model_type)])  # one that remembers the names of this model alone
 
 
-def megatron_layout(model: Model, vocab: int) -> MegatronLayout:
-    """Megatron's parameters of a model, the vocabulary padded to `vocab` rows. UnsupportedError for what it has not."""
+def padded_vocab(model: Model, tp: int, pad_to: int | None) -> int:
+    """Rows of the embedding and of the head: as Megatron pads them at this tp, or as it was asked for."""
+    axis = next(axis for axis in model.axes.values() if axis.pad)
+    if pad_to is not None:
+        return padded(axis, tp, pad_to)
+    multiple = VOCAB_MULTIPLE * tp
+    return -(-axis.count // multiple) * multiple
+
+
+def predictor_of(layer: int, rest: str) -> str:
+    """The name of a parameter of a layer that predicts a further token, the first of which is 0."""
+    inside = "" if rest.startswith(tuple(f"{each}." for each in _OF_PREDICTOR)) else "transformer_layer."
+    return f"mtp.layers.{layer}.{inside}{rest}"
+
+
+def megatron_layout(model: Model, vocab: int, *, stacked: bool = True) -> MegatronLayout:
+    """Megatron's parameters of a model, the vocabulary padded to `vocab` rows. UnsupportedError for what it has not.
+
+    stacked: whether the experts of a layer are one parameter, as in torch_dist; else each has its own.
+    """
     if model.architecture.get("text"):
         raise UnsupportedError("Megatron's GPTModel is a text model alone", hint="use --format native")
     family = family_of(model.architecture.get("model_type"))
-    dropped = _dropped(family, model)
+    family = family if stacked else _one_by_one(family)
+    dropped, layers = _dropped(family, model), _own_layers(family, model)
     tensors = {tensor.name: tensor for tensor in model.tensors if tensor.name not in dropped}
     named = {name: model.full_name(name) for name in tensors}
     for name, full_name in named.items():
@@ -135,8 +158,8 @@ def megatron_layout(model: Model, vocab: int) -> MegatronLayout:
     parameters = []
     for into, recipe in recipes.items():
         first = tensors[recipe.groups[0][0]]
-        name = _norm_of_experts(into, sparse)
-        if not name.startswith(("decoder.", "embedding.", "output_layer.")):
+        name = _of_predictor(_norm_of_experts(into, sparse), layers)
+        if not name.startswith(("decoder.", "embedding.", "output_layer.", "mtp.")):
             what = f"Megatron's {model.architecture.get('model_type')} has no place for {first.name}"
             raise UnsupportedError(what, tensor=first.name, hint="use --format native")
         if into in by_group:
@@ -155,16 +178,40 @@ def megatron_layout(model: Model, vocab: int) -> MegatronLayout:
     return MegatronLayout(tuple(parameters), axes, vocab, dropped)
 
 
-def _dropped(family: EngineFamily, model: Model) -> dict[str, str]:
-    dropped = {}
+def _own_layers(family: EngineFamily, model: Model) -> int | None:
+    """The number of the model's layers, where others follow that predict further tokens."""
     layers = model.config.get(family.extra_layers) if family.extra_layers else None
+    return layers if isinstance(layers, int) else None
+
+
+def _dropped(family: EngineFamily, model: Model) -> dict[str, str]:
+    dropped, layers = {}, _own_layers(family, model)
     for tensor in model.tensors:
-        layer = family.layer_of(model.full_name(tensor.name))
+        full_name = model.full_name(tensor.name)
+        layer = family.layer_of(full_name)
         if tensor.cut.kind == "buffer":
             dropped[tensor.name] = "a buffer that Megatron computes itself"
-        elif isinstance(layers, int) and layer is not None and layer >= layers:
-            dropped[tensor.name] = "of a layer that predicts further tokens, which is not converted"
+        elif layers is not None and layer is not None and layer >= layers:
+            if full_name.endswith(tuple(f".{layer}.{each}.weight" for each in _ENDS)):
+                dropped[tensor.name] = _SHARED_ENDS
     return dropped
+
+
+def _of_predictor(name: str, layers: int | None) -> str:
+    """A parameter's name, of a layer behind the model's own that of one which predicts a further token."""
+    found = _LAYER.match(name)
+    if layers is None or found is None or int(found[1]) < layers:
+        return name
+    return predictor_of(int(found[1]) - layers, name[found.end() :])
+
+
+def _one_by_one(family: EngineFamily) -> EngineFamily:
+    """The family with parameters of single experts."""
+    fused = {
+        target.replace(EXPERTS, f"{ONE_EXPERT}*."): tuple(each.replace(STACK, "*") for each in sources)
+        for target, sources in family.fused.items()
+    }
+    return replace(family, fused=fused)
 
 
 def _norm_of_experts(name: str, sparse: set[int]) -> str:
@@ -181,9 +228,12 @@ def _turned(family: EngineFamily, full_name: str, tensor: LogicalTensor) -> Stor
 
 
 def _divided(
-    names: Sequence[str], tensors: Mapping[str, LogicalTensor], stored: StoredTensor, axes: Mapping[str, Axis]
+    names: Sequence[str], tensors: Mapping[str, LogicalTensor], stored: StoredTensor, axes: dict[str, Axis]
 ) -> tuple[Divided, ...]:
     """Along what ranks divide a parameter: as the architecture's rules cut the tensors that it is fused of."""
+    if stored.name.endswith(_EH_PROJ):
+        axes[_PREDICTED] = Axis(_PREDICTED, stored.shape[0], 1)
+        return (Divided(0, _PREDICTED, 1),)
     found, begin = [], 0
     for name in names:
         cut = tensors[name].cut

@@ -93,13 +93,16 @@ class _Zip:
         self._literal(begin, listing + tail)
 
 
-def archive_file(name: str, tensors: Sequence[StoredTensor]) -> OutputFile:
+def archive_file(
+    name: str, tensors: Sequence[StoredTensor], keys: Sequence[str] = (), around: tuple[bytes, bytes] = (b"", b"")
+) -> OutputFile:
     """A file as torch.save writes a dict of tensors, each with a storage of its own.
 
-    UnsupportedError for a dtype that torch's pickles have no storage class for.
+    keys: the dict's, where they are not the tensors' names. around: of the pickle of what the dict lies in, the opcodes
+    before and behind it. UnsupportedError for a dtype that torch's pickles have no storage class for.
     """
-    archive = _Zip(name.rpartition(".")[0])
-    archive.add("data.pkl", _pickle(tensors))
+    archive = _Zip(name.rpartition("/")[2].rpartition(".")[0])
+    archive.add("data.pkl", b"\x80\x02" + around[0] + _pickle(tensors, keys) + around[1] + b".")
     archive.add("byteorder", b"little")
     placed = []
     for number, tensor in enumerate(tensors):
@@ -165,14 +168,15 @@ def check_literals(output: OutputFile, path: Path) -> None:
                 raise CorruptError(what, path=path, hint=hint)
 
 
-def _pickle(tensors: Sequence[StoredTensor]) -> bytes:
-    """The pickle of `{name: tensor}`, of protocol 2: opcodes as in CPython's pickletools."""
+def _pickle(tensors: Sequence[StoredTensor], keys: Sequence[str]) -> bytes:
+    """The opcodes of `{name: tensor}`, of protocol 2, as in CPython's pickletools."""
     out = io.BytesIO()
-    out.write(b"\x80\x02}(")
+    out.write(b"}(")
     for number, tensor in enumerate(tensors):
         require_storage(tensor.name, tensor.dtype)
-        out.write(pickle_text(tensor.name) + _tensor(tensor.dtype, tensor.shape, number))
-    out.write(b"u.")
+        key = keys[number] if keys else tensor.name
+        out.write(pickle_text(key) + _tensor(tensor.dtype, tensor.shape, number))
+    out.write(b"u")
     return out.getvalue()
 
 

@@ -18,7 +18,7 @@ from tpshard.formats.megatron_layout import MegatronLayout, MegatronParameter, f
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.inputs.checkpoint import Checkpoint, read_config
 from tpshard.inputs.megatron_config import MAKE_CONFIG, config_of, require_gpt
-from tpshard.inputs.megatron_names import Sources, is_stacked, layer_of, names_of, of_layer
+from tpshard.inputs.megatron_names import Sources, behind_own, is_stacked, layer_of, names_of, of_layer
 from tpshard.inputs.model import from_checkpoint
 from tpshard.inputs.shard_set import ShardSet
 from tpshard.planning.box import Box, Shape
@@ -29,36 +29,13 @@ from tpshard.planning.window import stack, window
 from tpshard.storage.distcp import DcpChunk, DcpListing, DcpTensor, read_listing
 from tpshard.storage.local import load_json, read_bytes, safe_path
 from tpshard.storage.names import CONFIG, MEGATRON_COMMON, MEGATRON_METADATA, MEGATRON_TRACKER, is_legacy, side_files
-from tpshard.storage.pickles import Archive, Built, Classes
+from tpshard.storage.pickles import MEGATRON, Archive, Built
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.source import RankFile
 
 _IGNORED = re.compile(r"optimizer\.|chained_\d+\.|(.*\.)?rng_state|.*\._extra_state(/|$)|rerun_state|common_state")
 """Beginnings of what is no tensor of the model."""
 _MAX_FILE_SIZE = 5_000_000_000
-_CORE = "megatron.core."
-_COMMON: Classes = {
-    "argparse": {"Namespace"},
-    "types": {"SimpleNamespace"},
-    "pathlib": {"PosixPath"},
-    "collections": {"OrderedDict"},
-    "_io": {"BytesIO"},
-    "signal": {"Signals"},
-    "_codecs": {"encode"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.dtypes": {"UInt32DType"},
-    "torch": {"device", "Generator"},
-    "torch._C": {"Generator"},
-    f"{_CORE}enums": {"ModelType", "Fp8Recipe", "Fp4Recipe"},
-    f"{_CORE}transformer.enums": {
-        "AttnBackend", "AttnMaskType", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope",
-    },
-    f"{_CORE}optimizer.optimizer_config": {"OptimizerConfig"},
-    f"{_CORE}rerun_state_machine": {"RerunDiagnostic", "RerunMode", "RerunState"},
-}  # fmt: skip
-"""What Megatron itself allows in its pickles (megatron/core/safe_globals.py)."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +101,7 @@ def _open(iteration: Path) -> _Iteration:
     if is_legacy(iteration):
         from tpshard.inputs.megatron_legacy import open_legacy
 
-        found, args = open_legacy(iteration, _COMMON)
+        found, args = open_legacy(iteration, MEGATRON)
     else:
         found, args = _open_distributed(iteration)
     if "embedding.word_embeddings.weight" not in found:
@@ -166,7 +143,7 @@ def _arguments(iteration: Path, listing: DcpListing) -> Mapping[str, Any]:
         archive = listing.archive(listing.objects["common_state/shard_0_1"])
     else:
         return {}
-    common = archive.load(_COMMON)
+    common = archive.load(MEGATRON)
     args = common.get("args") if isinstance(common, (dict, Built)) else None
     return args.fields if isinstance(args, Built) else args if isinstance(args, dict) else {}
 
@@ -202,7 +179,7 @@ def _model(directory: Path, config: Mapping[str, Any], opened: _Iteration) -> Mo
     """The model whose tensors Megatron's are made of, classified by the rules of its family."""
     family = family_of(config.get("model_type"))
     sources = Sources(family, config, opened.directory)
-    infos = [info for single in _single(opened.found) for info in sources.of(*single)]
+    infos = [info for single in _single(opened.found, config) for info in sources.of(*single)]
     groups = parts_by_size([StoredTensor(i.name, i.dtype, i.shape, ()) for i in infos], _MAX_FILE_SIZE)
     file_of = {each.name: f"model-{part:05}" for part, group in enumerate(groups) for each in group}
     named = Path(directory).resolve()
@@ -221,7 +198,7 @@ def _model(directory: Path, config: Mapping[str, Any], opened: _Iteration) -> Mo
     return from_checkpoint(checkpoint)
 
 
-def _single(found: Mapping[str, DcpTensor]) -> Iterator[tuple[str, str, Shape]]:
+def _single(found: Mapping[str, DcpTensor], config: Mapping[str, Any]) -> Iterator[tuple[str, str, Shape]]:
     """Every parameter of every layer: the name that it has with its layer's number, dtype and shape."""
     singles = []
     for name, each in found.items():
@@ -229,7 +206,8 @@ def _single(found: Mapping[str, DcpTensor]) -> Iterator[tuple[str, str, Shape]]:
             singles += [(of_layer(name, layer), each.dtype, each.shape[1:]) for layer in range(each.shape[0])]
         else:
             singles.append((name, each.dtype, each.shape))
-    yield from sorted(singles, key=lambda single: _position(single[0]))
+    layers = config.get("num_hidden_layers")
+    yield from sorted(singles, key=lambda single: _position(behind_own(single[0], layers)))
 
 
 def _position(name: str) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from tpshard.planning.box import Shape
 from tpshard.storage.safetensors import TensorInfo
 
 LAYERS = "decoder.layers."
+_INNER = re.compile(r"(mtp\.layers\.\d+\.)mtp_model_layer\.")
+_PREDICTOR = re.compile(r"mtp\.layers\.(\d+)\.(?:transformer_layer\.)?")
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 _OTHER_NAMES = (
     (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
@@ -36,6 +38,19 @@ def names_of(name: str) -> Iterator[str]:
         for this, that in ((one, other), (other, one)):
             if this in name:
                 yield name.replace(this, that)
+
+
+def canonical(name: str) -> str:
+    """A parameter's name, of a layer that predicts a further token as torch_dist has it, whatever version wrote it."""
+    return _INNER.sub(r"\1transformer_layer.", name)
+
+
+def behind_own(name: str, layers: object) -> str:
+    """The name that a parameter has as one of a layer, where it is of one behind the model's own."""
+    found = _PREDICTOR.match(name)
+    if found is None or not isinstance(layers, int):
+        return name
+    return f"{LAYERS}{layers + int(found[1])}.{name[found.end() :]}"
 
 
 def is_stacked(name: str) -> bool:
@@ -64,7 +79,7 @@ class Sources:
 
     def of(self, name: str, dtype: str, shape: Shape) -> Iterator[TensorInfo]:
         """The tensors that a parameter is made of, with their shapes."""
-        patterns, numbers, rest = self._look_up(name)
+        patterns, numbers, rest = self._look_up(name, behind_own(name, self.config.get("num_hidden_layers")))
         experts = any(STACK in pattern.split(".") for pattern in patterns)
         count, inner = (shape[0], shape[1:]) if experts else (1, shape)
         if name in VOCABULARY:
@@ -77,9 +92,9 @@ class Sources:
                 turned = self.family.kind(full).transposed and len(own) == 2
                 yield TensorInfo(full, dtype, own[::-1] if turned else own, str(self.path), 0, 0)
 
-    def _look_up(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
+    def _look_up(self, name: str, as_layer: str) -> tuple[tuple[str, ...], tuple[str, ...], str]:
         """The patterns of a parameter's tensors, the numbers in its name, and the end of theirs."""
-        for each in names_of(name):
+        for each in names_of(as_layer):
             found = [(target, match) for target in self.targets if (match := target.name.fullmatch(each))]
             if found:
                 target, match = max(found, key=lambda pair: pair[0].length)

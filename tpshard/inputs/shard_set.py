@@ -159,7 +159,7 @@ def open_shards(directory: Path) -> ShardSet:
         raise CorruptError("the manifest is damaged", path=path, found=reason, hint=SAME) from None
     names = sorted(entry.name for entry in directory.iterdir())
     if (folder := split.format.folder) and (directory / folder).is_dir():
-        names += sorted(f"{folder}/{entry.name}" for entry in (directory / folder).iterdir())
+        names += sorted(entry.relative_to(directory).as_posix() for entry in (directory / folder).rglob("*"))
     files = _rank_files(directory, names, split)
     for rank, parts in files.items():
         _check_tensors(rank, parts, split.layout[rank])
@@ -191,7 +191,7 @@ def _rank_files(directory: Path, names: list[str], split: Split) -> dict[int, tu
     parts_of: dict[int, int] = {}
     open_file = _open_container if split.format.container else _open_safetensors
     for name in names:
-        numbers = split.format.parse_name(name)
+        numbers = split.format.place(name, split.options.mesh)
         if numbers is None:
             _refuse_other(directory, name, split)
             continue
@@ -209,7 +209,7 @@ def _open_container(path: Path, numbers: Mapping[str, int], split: Split) -> tup
     """
     rank, size = numbers["rank"], split.options.mesh.size
     outputs = split.files(rank) if rank < size else ()
-    output = next((output for output in outputs if Path(output.name).name == path.name), None)
+    output = next((output for output in outputs if path.as_posix().endswith(f"/{output.name}")), None)
     if output is None:
         expected = f"the files of ranks 0 to {size - 1}"
         raise CorruptError(f"{path.name} is no file of this set", path=path, expected=expected, hint=_ONE_SET)

@@ -44,3 +44,17 @@ def stack(name: str, held: Sequence[StoredTensor], shapes: Mapping[str, Shape]) 
 
 def _less(one: Shape, other: Shape) -> Shape:
     return tuple(a - b for a, b in zip(one, other, strict=True))
+
+
+def behind(held: Sequence[StoredTensor], dim: int) -> StoredTensor:
+    """Tensors one behind another along a dim, under the name of the first."""
+    parts: list[Part] = []
+    fills: list[Box] = []
+    begin = 0
+    for each in held:
+        before = tuple(begin if place == dim else 0 for place in range(len(each.shape)))
+        parts += [part._replace(at=tuple(a + b for a, b in zip(part.at, before, strict=True))) for part in each.parts]
+        fills += [tuple((a + at, b + at) for (a, b), at in zip(fill, before, strict=True)) for fill in each.fills]
+        begin += each.shape[dim]
+    shape = held[0].shape
+    return held[0]._replace(shape=(*shape[:dim], begin, *shape[dim + 1 :]), parts=tuple(parts), fills=tuple(fills))

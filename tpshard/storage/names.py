@@ -27,6 +27,7 @@ DCP_METADATA = ".metadata"
 MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
 MEGATRON_COMMON = "common.pt"
 MEGATRON_METADATA = "metadata.json"
+MEGATRON_LEGACY = "model_optim_rng.pt"
 
 # Of a set that tpshard writes.
 MANIFEST = "tpshard.json"
@@ -131,7 +132,7 @@ def is_megatron(directory: Path) -> bool:
 
 def is_legacy(directory: Path) -> bool:
     """Whether a directory holds an iteration of Megatron's in its legacy form: a file for each rank."""
-    return any(directory.glob("mp_rank_[0-9][0-9]*/model_optim_rng.pt"))
+    return any(directory.glob(f"mp_rank_[0-9][0-9]*/{MEGATRON_LEGACY}"))
 
 
 NOT_LOADED = "source"

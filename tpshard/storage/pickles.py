@@ -29,6 +29,29 @@ TENSOR: Classes = {
     "collections": {"OrderedDict"},
 }
 """What the pickle of a tensor names, or of a dict of tensors."""
+_CORE = "megatron.core."
+MEGATRON: Classes = {
+    "argparse": {"Namespace"},
+    "types": {"SimpleNamespace"},
+    "pathlib": {"PosixPath"},
+    "collections": {"OrderedDict"},
+    "_io": {"BytesIO"},
+    "signal": {"Signals"},
+    "_codecs": {"encode"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.dtypes": {"UInt32DType"},
+    "torch": {"device", "Generator"},
+    "torch._C": {"Generator"},
+    f"{_CORE}enums": {"ModelType", "Fp8Recipe", "Fp4Recipe"},
+    f"{_CORE}transformer.enums": {
+        "AttnBackend", "AttnMaskType", "CudaGraphModule", "CudaGraphScope", "InferenceCudaGraphScope",
+    },
+    f"{_CORE}optimizer.optimizer_config": {"OptimizerConfig"},
+    f"{_CORE}rerun_state_machine": {"RerunDiagnostic", "RerunMode", "RerunState"},
+}  # fmt: skip
+"""What Megatron itself allows in the pickles of its checkpoints (megatron/core/safe_globals.py)."""
 
 
 class Built:

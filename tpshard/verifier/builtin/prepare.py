@@ -24,12 +24,12 @@ from tpshard.verifier.hf.config import covers, model_config
 from tpshard.verifier.hf.skeleton import fill, frame_of, skeleton
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, prompt_ids, require_finite
+from tpshard.verifier.ranks.megatron import open_set
 from tpshard.verifier.ranks.open import (
     FileWeights,
     RankSet,
     main_dtype,
     needed,
-    open_shards,
     open_source,
     parameters,
     require_floats,
@@ -66,7 +66,7 @@ class Case:
 
 def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[str, Any], FileWeights]:
     """Shards under the source's names, its config and its tensors; of quantised modules, the weights that they make."""
-    opened = open_shards(options.shards)
+    opened = open_set(options.shards)
     how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
     config, weights = open_source(source, cast=opened.cast, **how)
     if options.model_type is not None and not (_runs(config) and _runs({"model_type": options.model_type})):

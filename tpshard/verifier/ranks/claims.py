@@ -11,6 +11,7 @@ from typing import Any
 from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.verifier.hf.config import TEXT_KEYS
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
+from tpshard.verifier.ranks.megatron_claims import misargued
 from tpshard.verifier.ranks.open import RankSet
 from tpshard.verifier.ranks.stages import EMBEDDINGS, HEADS, misplaced, stale
 from tpshard.verifier.ranks.vllm import TEXT
@@ -26,6 +27,7 @@ def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) ->
     """What of a set's config and headers is not so, where its tensors are judged against this source."""
     changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened, source))
     claims = [*(f"config.json: {each}" for each in changed), *_misplaced(opened.said, source)]
+    claims += misargued(opened.arguments, config)
     if opened.stages:
         claims += [*misplaced(opened.on_stages, opened.stages, config), *stale(opened.copies)]
     return claims

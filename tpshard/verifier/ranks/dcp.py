@@ -7,7 +7,7 @@ import io
 import json
 import operator
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -31,8 +31,9 @@ _CLASSES = {
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.distributed.checkpoint.metadata": _METADATA
     | {"TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
-"""What torch's writer puts into `.metadata`; nothing else is built from it, and nothing called."""
+"""What torch's writer puts into `.metadata`, and Megatron's; nothing else is built from it, and nothing called."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class _Place:
     length: int
 
 
-def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
+def of_metadata(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, list[Chunk]]:
     """The rectangles that `.metadata` speaks of, by the name of their file; nothing of the tensors is read.
 
+    wanted: of which tensors, by their names.
     UnsafeError where the pickle would build anything else, CorruptError where it and the files disagree, or where a
     tensor that it describes reaches further than its rectangles, or less far.
     """
@@ -97,6 +99,8 @@ def of_metadata(directory: Path) -> dict[str, list[Chunk]]:
         content = path.read_bytes()
         require_memo(content)
         sizes, places = _listed(_Metadata(io.BytesIO(content)).load(), path)
+        sizes = {name: size for name, size in sizes.items() if wanted(name)}
+        places = [place for place in places if wanted(place.name)]
     except FileNotFoundError:
         raise CorruptError(".metadata is missing", path=path) from None
     except (TpshardError, OSError):
@@ -190,7 +194,7 @@ def dealt(files: Sequence[Chunks]) -> Iterator[tuple[str, int, list[list[Chunk]]
     """
     tp, begin = len(files), operator.attrgetter("at")
     for name in dict.fromkeys(name for held in files for name in held):
-        dim = _tiled(name, [chunk for held in files for chunk in held.get(name, ())])
+        dim = tiled(name, [chunk for held in files for chunk in held.get(name, ())])
         owned = sorted((sorted(held[name], key=begin) for held in files if name in held), key=lambda c: begin(c[0]))
         most = max(map(len, owned))
         full = [i for i, chunks in enumerate(owned) if len(chunks) == most]
@@ -208,7 +212,7 @@ def _size(chunks: Sequence[Chunk]) -> tuple[int, ...]:
     return tuple(map(max, zip(*(chunk.end for chunk in chunks), strict=True)))
 
 
-def _tiled(name: str, chunks: Sequence[Chunk]) -> int:
+def tiled(name: str, chunks: Sequence[Chunk]) -> int:
     """The dim along which rectangles that make up a tensor are its parts; 0 where there is one."""
     size = _size(chunks)
     cut = [dim for dim, n in enumerate(size) if any((chunk.at[dim], chunk.end[dim]) != (0, n) for chunk in chunks)]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.storage.names import MANIFEST, is_megatron
+from tpshard.storage.local import read_bytes
+from tpshard.storage.names import MANIFEST, MEGATRON_TRACKER, is_legacy, is_megatron
 
 _NAMES = {
     "native": re.compile(
@@ -58,12 +59,6 @@ def rank_files(directory: Path) -> RankFiles:
         raise UnsupportedError(what, path=directory, expected="a set of the model", hint=hint)
     files = list(_numbered(directory))
     kinds = sorted({kind for kind, *_ in files})
-    if not files and is_megatron(directory):
-        what, hint = (
-            "verify does not read files of Megatron",
-            "`tpshard check --source` compares every byte with the model",
-        )
-        raise UnsupportedError(what, path=directory, expected="files of ranks", found="torch_dist", hint=hint)
     if not files:
         expected, hint = "rank-00000-of-….safetensors, or an engine's", "make them with `tpshard split`"
         raise CorruptError("no rank files here", path=directory, expected=expected, hint=hint)
@@ -97,5 +92,27 @@ def rank_files(directory: Path) -> RankFiles:
 
 def width(directory: Path) -> int:
     """The ranks of a stage, as the names of the files say it; 1 where there are none, which others will complain of."""
+    if directory.is_dir() and is_megatron(directory):
+        iteration = iteration_of(directory)
+        ranks = (legacy_rank(each.name) for each in iteration.iterdir()) if is_legacy(iteration) else ()
+        return max([1, *(1 + numbers[0] for numbers in ranks if numbers)])
     files = _numbered(directory) if directory.is_dir() else ()
     return max([1, *(said.get("tp", said["rank"] + 1) for _, said, _ in files)])
+
+
+def iteration_of(directory: Path) -> Path:
+    """The directory of the iteration that a tracker of Megatron's names; the one itself where there is none."""
+    path = directory / MEGATRON_TRACKER
+    if not path.is_file():
+        return directory
+    text = read_bytes(path).decode("utf-8", "replace").strip()
+    name = f"iter_{int(text):07}" if re.fullmatch(r"\d{1,12}", text) else text
+    if name != "release" and not name.startswith("iter_") or not (directory / name).is_dir():
+        raise CorruptError("the iteration that the tracker names is not there", path=path, found=text)
+    return directory / name
+
+
+def legacy_rank(name: str) -> tuple[int, ...] | None:
+    """The numbers in the name of a folder of a rank, in Megatron's legacy form."""
+    found = re.fullmatch(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?", name)
+    return tuple(int(number) for number in found.groups() if number is not None) if found else None

@@ -98,7 +98,8 @@ class RankSet:
     places that headers of other files state as well, for torch. `cast_name` names what a set was cast to. `stages` are
     the layers of each stage as the manifest has them, `on_stages` the stages that have a rank's tensors, and `copies`
     the tensors that two stages have; none where there is one stage. `aside` has the tensors of which it is known what
-    ranks hold, though nobody runs them: ranges of so many equal parts of each.
+    ranks hold, though nobody runs them: ranges of so many equal parts of each. `arguments` are the
+    model's in a checkpoint of Megatron.
     """
 
     directory: Path
@@ -115,6 +116,7 @@ class RankSet:
     on_stages: tuple[Mapping[str, tuple[int, ...]], ...] = ()
     copies: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
     aside: Mapping[str, int] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _json(path: Path) -> Any:
@@ -141,12 +143,13 @@ def open_shards(directory: Path) -> RankSet:
     tied = isinstance(config, dict) and config.get("tie_word_embeddings") is True
     opened = [_open_rank(directory, files, rank, listed, warnings, tied) for rank in range(tp)]
     pp = len(files.ranks[0])
+    cast, cast_name = said_of_cast(manifest, directory)
     return RankSet(
         directory=directory,
         config=config,
         ranks=tuple(each.weights for each in opened),
-        cast=_casts(manifest, directory),
-        cast_name=_said(manifest, "options", "dtype", None),
+        cast=cast,
+        cast_name=cast_name,
         warnings=tuple(warnings),
         format=files.format,
         chunks=tuple(each.chunks for each in opened) if files.format.startswith("dcp") else (),
@@ -186,6 +189,11 @@ def _said(manifest: Any, part: str, key: str, default: Any) -> Any:
         expected, found = f"an object {part!r}", repr(inner)[:80]
         raise CorruptError(f"{MANIFEST} is damaged", path=MANIFEST, expected=expected, found=found)
     return inner.get(key, default)
+
+
+def said_of_cast(manifest: Any, directory: Path) -> tuple[Mapping[str, torch.dtype] | None, str | None]:
+    """The dtype of each floating tensor of a set that was cast, and the name of that to which it was."""
+    return _casts(manifest, directory), _said(manifest, "options", "dtype", None)
 
 
 def _casts(manifest: Any, directory: Path) -> Mapping[str, torch.dtype] | None:

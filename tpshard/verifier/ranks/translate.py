@@ -12,6 +12,7 @@ from tpshard.verifier.hf.config import text_of
 from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import vllm as sharded_state
 from tpshard.verifier.ranks.dcp import dealt
+from tpshard.verifier.ranks.megatron_names import in_source
 from tpshard.verifier.ranks.nested import NESTED, Beside, beside_of, names_in, shares_beside
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
@@ -34,7 +35,10 @@ def translated(opened: RankSet, source: FileWeights) -> RankSet:
     """
     if opened.format == "native":
         return opened
-    made = _dealt(opened) if opened.chunks else _renamed(opened, source)
+    if opened.format == "megatron":
+        made = in_source(opened, source)
+    else:
+        made = _dealt(opened) if opened.chunks else _renamed(opened, source)
     ranks = [PieceWeights({_as_source(name, source): piece for name, piece in pieces.items()}) for pieces in made]
     beside, aside = _beside(opened), dict[str, int]()
     if beside is not None:
