@@ -122,6 +122,43 @@ _JAMBA = {
 _CONV = _GQA | {"layer_types": ["conv", "full_attention"]}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
+_LLAMA4 = (
+    _HEAD
+    | {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": 128, "intermediate_size_mlp": 256}
+    | {"interleave_moe_layer_step": 2}
+)
+_GEMMA4 = _HEAD | {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "global_head_dim": 64,
+    "vocab_size_per_layer_input": 1000,
+}
+_GEMMA4_MOE = {
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
+_GEMMA4_SHARED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 16,
+}
+_YARN = {
+    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+}
+_CHATGLM = {
+    **{"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 2, "num_attention_heads": 8, "kv_channels": 32},
+    **{"multi_query_attention": True, "multi_query_group_num": 2, "padded_vocab_size": 1000, "vocab_size": 1000},
+    **{"seq_length": 128, "rmsnorm": True, "layernorm_epsilon": 1e-5, "post_layer_norm": True},
+    **{"apply_residual_connection_post_layernorm": False, "fp32_residual_connection": False, "original_rope": True},
+    **{"add_bias_linear": False, "add_qkv_bias": True, "num_hidden_layers": 2},
+}
+
 _MIXED = {"num_shared_experts": 2, "prefix_dense_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -279,6 +316,20 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": ("afmoe", _AF | _UNTIED),
     "granitemoeshared": ("granitemoeshared", _LOCAL | _TIED | {"shared_intermediate_size": 128}),
     "granitemoeshared-untied": ("granitemoeshared", _LOCAL | _UNTIED | {"shared_intermediate_size": 128}),
+    "llama4": ("llama4_text", _LLAMA4 | _UNTIED),
+    "llama4-tied-bias": ("llama4_text", _LLAMA4 | _TIED | _BIAS),
+    "gemma4": ("gemma4_text", _GEMMA4 | {"hidden_size_per_layer_input": 16}),
+    "gemma4-untied-bias": ("gemma4_text", _GEMMA4 | _UNTIED | _BIAS | {"hidden_size_per_layer_input": 0}),
+    "gemma4-moe": ("gemma4_text", _GEMMA4 | _GEMMA4_MOE),
+    "gemma4-moe-k-is-v": (
+        "gemma4_text",
+        _GEMMA4 | _GEMMA4_MOE | {"attention_k_eq_v": True, "num_global_key_value_heads": 4},
+    ),
+    "gemma4-shared": ("gemma4_text", _GEMMA4 | _GEMMA4_SHARED),
+    "mistral4": ("mistral4", _LITE | _UNTIED | {"rope_parameters": _YARN}),
+    "chatglm": ("chatglm", _CHATGLM | _UNTIED),
+    "chatglm-bias": ("chatglm", _CHATGLM | _UNTIED | {"add_bias_linear": True}),
+    "chatglm-tied": ("chatglm", _CHATGLM | _TIED),
     "mimo_v2_flash": ("mimo_v2_flash", _MIMO | _UNTIED),
     "mimo_v2_flash-bias": ("mimo_v2_flash", _MIMO | _UNTIED | _BIAS),
 }
@@ -460,6 +511,32 @@ def _internlm2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _chatglm(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, vocab = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
+    qkv = (config["num_attention_heads"] + 2 * config["multi_query_group_num"]) * config["kv_channels"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.embedding.word_embeddings.weight": (vocab, hidden),
+        "transformer.encoder.final_layernorm.weight": (hidden,),
+        "transformer.rotary_pos_emb.inv_freq": (config["kv_channels"] // 4,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["transformer.output_layer.weight"] = (vocab, hidden)
+    for layer in range(config["num_layers"]):
+        prefix = f"transformer.encoder.layers.{layer}."
+        linear = {
+            "self_attention.query_key_value": (qkv, hidden),
+            "self_attention.dense": (hidden, hidden),
+            "mlp.dense_h_to_4h": (2 * ffn, hidden),
+            "mlp.dense_4h_to_h": (hidden, ffn),
+        }
+        for module, shape in linear.items():
+            shapes[f"{prefix}{module}.weight"] = shape
+            if config["add_bias_linear"] or ("query" in module and config["add_qkv_bias"]):
+                shapes[f"{prefix}{module}.bias"] = shape[:1]
+        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    return shapes
+
+
 def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
@@ -484,6 +561,7 @@ def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
     "internlm2": ("InternLM2ForCausalLM", _internlm2),
     "exaone": ("ExaoneForCausalLM", _exaone),
+    "chatglm": ("ChatGLMModel", _chatglm),
 }
 """What transformers has no class for: the class that the config names, and the tensors' shapes."""
 

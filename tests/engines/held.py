@@ -1,8 +1,9 @@
 """What vLLM's own classes hold after loading, written by plain gloo processes without starting an engine.
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
-{"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL}
-→ {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded.
+{"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL,
+"partial": BOOL} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded. partial: what
+the loader leaves unset, adds or removes is written too, and named in the files' metadata under `added` and `removed`.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
 """
@@ -209,7 +210,8 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         loader = ShardedStateLoader if load_format == "sharded_state" else DefaultModelLoader
         loader(config.load_config).load_weights(model, config.model_config)
         held = ShardedStateLoader._filter_subtensors(model.state_dict())
-    if fresh != set(held):
+    added, removed = sorted(set(held) - fresh), sorted(fresh - set(held))
+    if (added or removed) and not job["partial"]:
         raise RuntimeError(f"loading adds or removes {sorted(fresh ^ set(held))}")
     unset = [name for name in made if name in held and (held[name].double() == UNSET).all()]
     own = {name for name in unset if _OWN_VALUES.fullmatch(name) or made[name].double().isnan().all()}
@@ -219,12 +221,14 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         held[name] = torch.ones_like(held[name])
         own.add(name)
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
-    if unset:
+    if unset and not job["partial"]:
         raise RuntimeError(f"not loaded: {unset}")
     complaints.lines = [line for line in complaints.lines if "dtype" not in line]
     if load_format == "sharded_state" and complaints.lines and not job["roomy"]:
         raise RuntimeError("; ".join(complaints.lines))
-    save_file({name: tensor.detach().clone() for name, tensor in held.items()}, f"{job['out']}/rank-{rank}.safetensors")
+    changed = {"added": json.dumps(added), "removed": json.dumps(removed)}
+    tensors = {name: tensor.detach().clone() for name, tensor in held.items()}
+    save_file(tensors, f"{job['out']}/rank-{rank}.safetensors", metadata=changed)
 
 
 def answer(job: dict[str, object]) -> dict[str, object]:

@@ -53,14 +53,23 @@ class Loader(Engine):
         super().__init__("held.py", log)
 
     def held(
-        self, model: Path, tp: int, load_format: str, out: Path, *, pp: int = 1, ep: bool = False, roomy: bool = False
+        self,
+        model: Path,
+        tp: int,
+        load_format: str,
+        out: Path,
+        *,
+        pp: int = 1,
+        ep: bool = False,
+        roomy: bool = False,
+        partial: bool = False,
     ) -> Ranks:
         """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
 
-        roomy: parameters may be larger than what is loaded.
+        roomy: parameters may be larger than what is loaded. partial: some may be left unset, or come while it loads.
         """
-        mesh = {"tp": tp, "pp": pp, "ep": ep}
-        self.ask({"model": str(model), **mesh, "load_format": load_format, "out": str(out), "roomy": roomy})
+        how = {"tp": tp, "pp": pp, "ep": ep, "load_format": load_format, "roomy": roomy, "partial": partial}
+        self.ask({"model": str(model), **how, "out": str(out)})
         return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp * pp)]
 
 
