@@ -140,17 +140,6 @@ _GEMMA4_MOE = {
     "top_k_experts": 2,
     "moe_intermediate_size": 64,
 }
-_GEMMA4_SHARED = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
-    "hidden_size_per_layer_input": 16,
-}
-_YARN = {
-    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
-    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
-}
 _CHATGLM = {
     **{"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 2, "num_attention_heads": 8, "kv_channels": 32},
     **{"multi_query_attention": True, "multi_query_group_num": 2, "padded_vocab_size": 1000, "vocab_size": 1000},
@@ -317,7 +306,6 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared": ("granitemoeshared", _LOCAL | _TIED | {"shared_intermediate_size": 128}),
     "granitemoeshared-untied": ("granitemoeshared", _LOCAL | _UNTIED | {"shared_intermediate_size": 128}),
     "llama4": ("llama4_text", _LLAMA4 | _UNTIED),
-    "llama4-tied-bias": ("llama4_text", _LLAMA4 | _TIED | _BIAS),
     "gemma4": ("gemma4_text", _GEMMA4 | {"hidden_size_per_layer_input": 16}),
     "gemma4-untied-bias": ("gemma4_text", _GEMMA4 | _UNTIED | _BIAS | {"hidden_size_per_layer_input": 0}),
     "gemma4-moe": ("gemma4_text", _GEMMA4 | _GEMMA4_MOE),
@@ -325,8 +313,6 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text",
         _GEMMA4 | _GEMMA4_MOE | {"attention_k_eq_v": True, "num_global_key_value_heads": 4},
     ),
-    "gemma4-shared": ("gemma4_text", _GEMMA4 | _GEMMA4_SHARED),
-    "mistral4": ("mistral4", _LITE | _UNTIED | {"rope_parameters": _YARN}),
     "chatglm": ("chatglm", _CHATGLM | _UNTIED),
     "chatglm-bias": ("chatglm", _CHATGLM | _UNTIED | {"add_bias_linear": True}),
     "chatglm-tied": ("chatglm", _CHATGLM | _TIED),
@@ -404,6 +390,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe-bias": ("afmoe", _AF | _UNTIED | _BIAS),
     "afmoe-tied": ("afmoe", _AF | _TIED),
     "granitemoeshared-bias": ("granitemoeshared", _LOCAL | _UNTIED | _BIAS | {"shared_intermediate_size": 128}),
+    "llama4-bias": ("llama4_text", _LLAMA4 | _UNTIED | _BIAS),
     "mimo_v2_flash-tied": ("mimo_v2_flash", _MIMO | _TIED),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
@@ -517,7 +504,6 @@ def _chatglm(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.embedding.word_embeddings.weight": (vocab, hidden),
         "transformer.encoder.final_layernorm.weight": (hidden,),
-        "transformer.rotary_pos_emb.inv_freq": (config["kv_channels"] // 4,),
     }
     if not config["tie_word_embeddings"]:
         shapes["transformer.output_layer.weight"] = (vocab, hidden)

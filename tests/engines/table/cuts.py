@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tests.engines.table.coded import Numbers
-from tests.engines.table.reading import Reading
+from tests.engines.table.reading import Reading, kind_of
 from tpshard.errors import TpshardError
 from tpshard.formats.engine_layout import Share, shares_of
 from tpshard.formats.engine_tables import EngineFamily
@@ -49,7 +49,9 @@ def explanations(reading: Reading, name: str, deal: Deal) -> set[How]:
 
 
 def _possible(tensor: LogicalTensor) -> Iterator[How]:
-    cuts: list[str | None] = [None, "replicate", "first"]
+    cuts: list[str | None] = [None, "replicate", "first", *([] if tensor.cut.segments else ["even", "column vocab"])]
+    if len(tensor.cut.segments) == 1 and tensor.cut.dim == 0 and len(tensor.shape) == 2:
+        cuts.append("paired")
     if tensor.cut.segments:
         segments = tensor.cut.segments
         orders = list(dict.fromkeys(permutations(segments))) if len(segments) <= 3 else [segments]
@@ -66,7 +68,7 @@ def _possible(tensor: LogicalTensor) -> Iterator[How]:
 
 
 def _gives(reading: Reading, tensor: LogicalTensor, how: How, deal: Deal, held: list[Numbers]) -> bool:
-    name = reading.model.full_name(tensor.name)
+    name = kind_of(reading.model.full_name(tensor.name))
     try:
         shares = shares_of(how.family(name), reading.model, [tensor], deal)[tensor.name]
     except TpshardError:

@@ -27,7 +27,7 @@ class Findings:
     head_of: str
     pairs: dict[str, str] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
-    loose: set[str] = field(default_factory=set)
+    stands_in: dict[str, str] = field(default_factory=dict)
     hows: dict[str, set[How]] = field(default_factory=dict)
     float32: dict[str, bool] = field(default_factory=dict)
     computed: dict[str, str] = field(default_factory=dict)
@@ -61,8 +61,9 @@ class Findings:
             key = (kind, tensor.shape, tensor.cut)
             if key not in known:
                 known[key] = explanations(reading, tensor.name, deal)
-            self.hows[kind] = self.hows.get(kind, known[key]) & known[key]
-            if not self.hows[kind]:
+            if known[key]:
+                self.hows[kind] = self.hows.get(kind, known[key]) & known[key]
+            if not known[key] or not self.hows[kind]:
                 self._cannot(f"{name}: no cut of the table gives what the ranks of tp {reading.tp} have of it")
             own = held.dtype == torch.float32 and not held.function
             if self.float32.setdefault(kind, own) != own:
@@ -96,7 +97,12 @@ class Findings:
         except CannotSay as problem:
             self._cannot(str(problem))
             return
-        if self.fused.setdefault(target, sources) != sources:
+        known = self.fused.setdefault(target, sources)
+        fewer, all_of_them = sorted((known, sources), key=lambda each: len(set(each)))
+        if known != sources and len(set(fewer)) < len(fewer) == len(all_of_them):
+            self.fused[target] = all_of_them
+            self.stands_in |= {part: other for part, other in zip(all_of_them, fewer, strict=True) if part != other}
+        elif known != sources:
             self._cannot(f"{into} is made of {', '.join(sources)} in some layers, and of others in others")
 
     def _left_out(self, reading: Reading, names: Mapping[str, str]) -> None:
@@ -196,6 +202,7 @@ class Findings:
             **flags,
             "float32": sorted(pattern(kind) for kind, own in self.float32.items() if own),
             "fused": fused_names,
+            "stands_in": self.stands_in,
             "renamed": names,
             "cuts": {cut: sorted(set(patterns)) for cut, patterns in cuts.items()},
             "computed": computed,

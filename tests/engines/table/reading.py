@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class Reading:
         found: dict[str, list[Numbers]] = {}
         for name, recipe in self.recipes.items():
             for place, group in enumerate(recipe.groups):
-                for tensor in group:
+                for tensor in dict.fromkeys(group):
                     if tensor in found:
                         raise CannotSay(f"{tensor} is in {name} and in another parameter")
                     found[tensor] = [self._block(held[name], recipe, place, tensor) for held in self.ranks]
@@ -97,7 +98,8 @@ class Reading:
         stacked = dims == {owners[0].ndim - 1}
         if not stacked and dims != {owners[0].ndim}:
             raise CannotSay(f"{name} is made of tensors with another number of dims: {', '.join(all_of_them[:4])}")
-        ranks = [[rank[place] for rank in owners] for place in range(len(owners[0]))] if stacked else [owners]
+        held = [rank[name].numbers for rank in self.ranks]
+        ranks = [[rank[place] for rank in held] for place in range(len(held[0]))] if stacked else [held]
         groups = tuple(self._in_order(name, each) for each in ranks)
         if stacked and any(len(group) != len(groups[0]) for group in groups):
             raise CannotSay(f"{name} has more tensors of some experts than of others")
@@ -106,14 +108,20 @@ class Reading:
     def _in_order(self, name: str, ranks: list[Numbers]) -> tuple[str, ...]:
         """The tensors that follow one another along the first dim, the same on every rank."""
         orders = []
-        for owners in ranks:
-            rows = owners.reshape(len(owners), -1)
-            firsts = rows.max(1)
-            if ((rows != firsts[:, None]) & (rows >= 0)).any():
+        for numbers in ranks:
+            rows = numbers.reshape(len(numbers), -1)
+            owners = self.coded.owners(rows)
+            firsts = owners.max(1)
+            if ((owners != firsts[:, None]) & (owners >= 0)).any():
                 raise CannotSay(f"{name} has several tensors beside each other, not one behind another")
-            runs = [int(each) for place, each in enumerate(firsts) if place == 0 or each != firsts[place - 1]]
-            runs = [each for each in runs if each >= 0]
-            if len(set(runs)) != len(runs):
+            runs: list[int] = []
+            begun = -1
+            for place, owner in enumerate(firsts):
+                if owner >= 0 and (not runs or owner != runs[-1] or (rows[place] == rows[begun]).all()):
+                    runs.append(int(owner))
+                    begun = place
+            apart = [each for each, _ in groupby(runs)]
+            if len(set(apart)) != len(apart):
                 raise CannotSay(f"{name} has tensors in turn, a piece of each")
             orders.append(tuple(self.coded.names[each] for each in runs))
         if len(set(orders)) != 1:
@@ -125,6 +133,7 @@ class Reading:
         if len(recipe.groups[place]) > 1:
             owners = self.coded.owners(numbers).reshape(len(numbers), -1).max(1)
             numbers = numbers[owners == self.coded.names.index(tensor)]
+            numbers = numbers[: len(numbers) // recipe.groups[place].count(tensor)]
         return np.where(numbers > 0, numbers - self.coded.first(tensor), -1)
 
 
