@@ -2,8 +2,9 @@
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
 {"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL,
-"partial": BOOL} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded. partial: what
-the loader leaves unset, adds or removes is written too, and named in the files' metadata under `added` and `removed`.
+"partial": BOOL, "again": {DIR: OUT}} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is
+loaded. partial: what the loader leaves unset or adds is written too, the latter named in the files' metadata. again:
+checkpoints of the same model, which are loaded one after another over the first, and where their parameters go.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
 """
@@ -21,7 +22,7 @@ import traceback
 from contextlib import suppress
 from enum import EnumMeta
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 
 os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -154,12 +155,8 @@ def without_kernels() -> None:
                     setattr(module, name, stubs[value])
 
 
-def without_images() -> None:
-    """Let text models be made whose modules also import what processes images, of which there is none here."""
-    parts = ("torchvision", "transforms", "v2", "functional")
-    for count in range(1, len(parts) + 1):
-        name = ".".join(parts[:count])
-        sys.modules[name] = ModuleType(name)
+def in_this_process() -> None:
+    """Have vLLM look at its classes here, where what this file took out is out, and not in a process of its own."""
     registry._run_in_subprocess = lambda ask: ask()
 
 
@@ -226,9 +223,19 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     complaints.lines = [line for line in complaints.lines if "dtype" not in line]
     if load_format == "sharded_state" and complaints.lines and not job["roomy"]:
         raise RuntimeError("; ".join(complaints.lines))
-    changed = {"added": json.dumps(added), "removed": json.dumps(removed)}
+    metadata = {"added": json.dumps(added)}
     tensors = {name: tensor.detach().clone() for name, tensor in held.items()}
-    save_file(tensors, f"{job['out']}/rank-{rank}.safetensors", metadata=changed)
+    save_file(tensors, f"{job['out']}/rank-{rank}.safetensors", metadata=metadata)
+    for directory, out in dict(job["again"]).items():
+        with set_current_vllm_config(config):
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(made[name]) if name in own else parameter.data.fill_(UNSET)
+            config.model_config.model = directory
+            loader(config.load_config).load_weights(model, config.model_config)
+            held = ShardedStateLoader._filter_subtensors(model.state_dict())
+        tensors = {name: tensor.detach().clone() for name, tensor in held.items()}
+        Path(out).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, f"{out}/rank-{rank}.safetensors", metadata=metadata)
 
 
 def answer(job: dict[str, object]) -> dict[str, object]:
@@ -278,7 +285,7 @@ def main() -> None:
     torch.set_num_threads(1)
     without_kernels()
     as_on_gpus()
-    without_images()
+    in_this_process()
     with_configs()
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

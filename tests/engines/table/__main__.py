@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.engines import engine_models
+from tests.engines import engine_models, engine_nested
 from tests.engines.running import Loader
 from tests.engines.table import known
 from tests.engines.table.entry import Entry, read_entry
@@ -46,7 +46,8 @@ def main() -> int:
 
 def types() -> list[str]:
     """The types of the table of which the tests have checkpoints."""
-    return sorted({model_type for model_type, _ in engine_models.LOADED.values()})
+    made = {**engine_models.LOADED, **{name: engine_nested.made_as(name) for name in engine_nested.LOADED}}
+    return list(dict.fromkeys(model_type for model_type, _ in made.values()))
 
 
 def checkpoints(model: str, scratch: Path) -> Iterator[Checkpoint]:
@@ -56,7 +57,10 @@ def checkpoints(model: str, scratch: Path) -> Iterator[Checkpoint]:
         return
     names = {**engine_models.LOADED, **engine_models.REFUSED}
     of_type = [name for name, (model_type, _) in names.items() if model_type == model]
-    if not of_type:
+    nested = [name for name in engine_nested.LOADED if engine_nested.made_as(name)[0] == model]
+    for name in nested:
+        yield Checkpoint.at(name, engine_nested.make(name, scratch / name))
+    if not of_type and not nested:
         sys.exit(f"{model} is no directory, and engine_models.py has no checkpoint of such a type")
     for name in of_type:
         yield Checkpoint.at(name, engine_models.make(name, scratch / name))
@@ -67,21 +71,44 @@ def report(found: Entry, compare: bool) -> int:
     problems = [f"cannot say: {each}" for each in found.problems]
     notes = [f"does not load: {each}" for each in found.not_loaded]
     if compare:
-        table = load_table(FORMAT.path)
-        family = table.families.get(found.model_type)
-        stages = found.model_type in table.pipelines
-        differ = (
-            list(known.differences(found.family, family, found.readings, stages=stages)) if family else ["not there"]
-        )
+        differ = list(_differences(found)) if found.readings else []
         print(f"{found.model_type}: {'equal' if not (differ or problems) else 'not equal'}", flush=True)
         problems += differ
         for line in [*problems, *notes]:
             print(f"  {line}")
         return len(problems)
-    print(as_toml(found.model_type, found.entry))
+    print(text_of(found))
     for line in [*problems, *notes]:
         print(f"# {line}")
     return len(problems)
+
+
+def text_of(found: Entry) -> str:
+    """An entry as it stands in the tables."""
+    if not found.nested:
+        return as_toml(found.model_type, found.entry)
+    parts = [as_toml(name, tower, room="towers") for name, tower in found.towers.items()]
+    parts.append(as_toml(found.model_type, found.nested, room="nested"))
+    for text, entry in found.texts.items():
+        same = found.like[text]
+        parts.append(f"# {text} has the names of {', '.join(same)}" if same else as_toml(text, entry))
+    return "\n\n".join(parts)
+
+
+def _differences(found: Entry) -> Iterator[str]:
+    """Where an entry says other things than the table."""
+    table = load_table(FORMAT.path)
+    if found.nested:
+        if kind := FORMAT.nested.get(found.model_type):
+            read = known.parsed_nested(text_of(found), found.model_type)
+            yield from known.nested_differences(read, kind, found.like, table.families, found.readings)
+        else:
+            yield "the table has no such type"
+    elif family := table.families.get(found.model_type):
+        stages = found.model_type in table.pipelines
+        yield from known.differences(found.family, family, found.readings, stages=stages)
+    else:
+        yield "the table has no such type"
 
 
 if __name__ == "__main__":

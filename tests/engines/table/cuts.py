@@ -49,7 +49,12 @@ def explanations(reading: Reading, name: str, deal: Deal) -> set[How]:
 
 
 def _possible(tensor: LogicalTensor) -> Iterator[How]:
-    cuts: list[str | None] = [None, "replicate", "first", *([] if tensor.cut.segments else ["even", "column vocab"])]
+    cuts: list[str | None] = [
+        None,
+        "replicate",
+        "first",
+        *([] if tensor.cut.segments or not tensor.shape else ["even", "column vocab"]),
+    ]
     if len(tensor.cut.segments) == 1 and tensor.cut.dim == 0 and len(tensor.shape) == 2:
         cuts.append("paired")
     if tensor.cut.segments:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from tests.engines.table.reading import Reading, kind_of
+from tpshard.formats.engine_nested import AsEngineHas, NestedFamily, as_engine_has, load_nested
 from tpshard.formats.engine_tables import EngineFamily, _family
 from tpshard.storage.tensor_names import numbered
 
@@ -80,3 +83,50 @@ def _told_apart(read: EngineFamily, known: EngineFamily, name: str) -> Mapping[s
     if not (a.fused and b.fused) or a.fused[0].target.endswith("?"):
         found["renamed"] = (into(read), into(known))
     return found
+
+
+def nested_differences(
+    read: NestedFamily,
+    known: NestedFamily,
+    like: Mapping[str, list[str]],
+    families: Mapping[str, EngineFamily],
+    readings: Iterable[Reading],
+) -> Iterator[str]:
+    """Where an entry of a model that nests a text says other things than the table: of each tensor, by what it says."""
+    said: set[str] = set()
+    for reading in readings:
+        model = reading.model
+        text = str(model.architecture["text"]["model_type"])
+        if text not in known.texts or known.texts[text] not in like[text]:
+            yield f"{text}: read {like[text]}, known {known.texts.get(text)}"
+            continue
+        if read.text != known.text:
+            yield f"text: read {read.text!r}, known {known.text!r}"
+            return
+        a, b = (as_engine_has(each, families[known.texts[text]], model) for each in (read, known))
+        for tensor, mine, theirs in zip(model.tensors, a.model.tensors, b.model.tensors, strict=True):
+            out = tensor.name in a.unplaced, tensor.name in b.unplaced
+            pairs: dict[str, tuple[Any, ...]] = {"left out": out}
+            if not any(out):
+                pairs["name"] = _in(a, tensor.name), _in(b, tensor.name)
+                pairs["cut"] = tuple((each.cut.kind, each.cut.dim, len(each.cut.segments)) for each in (mine, theirs))
+            for what, (one, other) in pairs.items():
+                line = f"{kind_of(tensor.name)}: {what}: read {one!r}, known {other!r}"
+                if one != other and line not in said:
+                    said.add(line)
+                    yield line
+
+
+def _in(held: AsEngineHas, name: str) -> list[tuple[str, int]]:
+    full = held.model.full_name(name)
+    numbers = numbered(full)[1]
+    fused = [(each.name.format(*numbers), each.place) for each in held.family.kind(full).fused]
+    return fused or [(held.family.rename(full), 0)]
+
+
+def parsed_nested(text: str, model_type: str) -> NestedFamily:
+    """An entry as the table's reader has it."""
+    with NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write(text)
+        file.flush()
+        return load_nested(Path(file.name))[model_type]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.engines.running import Loader
 from tests.engines.table.coded import Coded, Held, Numbers, decoded, write
@@ -163,9 +164,9 @@ def read(checkpoint: Checkpoint, loader: Loader, scratch: Path, widths: tuple[in
     readings = []
     for tp in widths:
         out = [scratch / f"held-{tp}-{place}" for place, _ in enumerate(coded.directories)]
-        passes = [
-            loader.held(each, tp, "auto", at, partial=True) for each, at in zip(coded.directories, out, strict=True)
-        ]
+        again = {str(each): str(at) for each, at in zip(coded.directories[1:], out[1:], strict=True)}
+        passes = [loader.held(coded.directories[0], tp, "auto", out[0], partial=True, again=again)]
+        passes += [[load_file(at / f"rank-{rank}.safetensors") for rank in range(tp)] for at in out[1:]]
         ranks = [
             {name: decoded([held[rank][name] for held in passes]) for name in passes[0][rank]} for rank in range(tp)
         ]

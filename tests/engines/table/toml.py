@@ -29,6 +29,10 @@ def _quoted(key: str) -> str:
 
 
 def _value(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_quoted(each)} = {json.dumps(inner)}" for each, inner in value.items()) + " }"
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "\n".join(["[", *(f"    {_value(key, each)}," for each in value), "]"])
     if not isinstance(value, list | tuple):
         return json.dumps(value)
     line = f"[{', '.join(map(json.dumps, value))}]"
