@@ -36,7 +36,11 @@ _KIMI = {
     "projection_hidden_size": 128,
     "tie_word_embeddings": False,
 }
-_GEMMA4_TEXT = engine_models.LOADED["gemma4-moe-k-is-v"][1] | {"enable_moe_block": False}
+_UNIFIED = {
+    key: each
+    for key, each in engine_models.LOADED["gemma4-moe-k-is-v"][1].items()
+    if "expert" not in key and "moe" not in key and "per_layer" not in key
+}
 _GEMMA4 = {
     "vision_config": _VISION
     | {"num_key_value_heads": 4, "head_dim": 32, "position_embedding_size": 64, "standardize": True},
@@ -248,7 +252,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_unified": (
         "gemma4_unified",
         {
-            "text_config": {key: each for key, each in _GEMMA4_TEXT.items() if "per_layer" not in key},
+            "text_config": _UNIFIED,
             "vision_config": {"mm_embed_dim": 128, "mm_posemb_size": 64, "output_proj_dims": 128},
             "audio_config": {"audio_embed_dim": 64},
         },
@@ -270,7 +274,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
             | {"tie_word_embeddings": False},
             "vision_config": _QWEN
             | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256, "deepstack_visual_indexes": [0]}
-            | {"image_size": 56, "apply_vit_abs_pos_embed": True},
+            | {"image_size": 56, "num_position_embeddings": 16, "apply_vit_abs_pos_embed": True},
             "audio_config": _AUDIO | {"downsample_hidden_size": 32},
         },
     ),

@@ -15,6 +15,7 @@ from tests.engines.table.known import parsed
 from tests.engines.table.names import pattern, shortened
 from tests.engines.table.reading import CannotSay, Checkpoint, Reading, kind_of, read
 from tpshard.errors import TpshardError
+from tpshard.formats.engine_nested import config_around
 from tpshard.formats.engine_tables import EngineFamily, load_table
 from tpshard.formats.vllm import FORMAT
 from tpshard.rules.architecture import builtin, builtin_or_none
@@ -113,7 +114,7 @@ def _read_nested(found: Entry, head: str) -> None:
         tower: dict[str, Any] = {"vision": [vision]} if len(towers) > 1 else {}
         if beside.behind:
             tower["layer"] = beside.behind
-            entry |= {"depth": DEPTH, "default_depth": readings[0].model.config.get(DEPTH, -1)}
+            entry |= {"depth": DEPTH, "default_depth": config_around(readings[0].model).get(DEPTH, -1)}
         tower["axes"] = list(nested.axes(beside, _vision(readings[0])))
         tower |= {key: each for key in ("fused", "renamed", "unplaced") if (each := getattr(beside, key))}
         found.towers[name] = {key: shortened(each, beside.place) for key, each in tower.items()}
@@ -129,7 +130,7 @@ def _said(error: str) -> str:
 
 
 def _vision(reading: Reading) -> Mapping[str, Any]:
-    return reading.model.config.get("vision_config") or {}
+    return config_around(reading.model).get("vision_config") or {}
 
 
 def _parsed(entry: Mapping[str, Any]) -> EngineFamily:

@@ -32,6 +32,8 @@ def differences(read: EngineFamily, known: EngineFamily, readings: Iterable[Read
         ours, theirs = getattr(known, key), getattr(read, key)
         if (sorted(ours) != sorted(theirs)) if isinstance(ours, tuple) else ours != theirs:
             yield f"{key}: read {theirs!r}, known {ours!r}"
+    if read.stands_in and read.stands_in != known.stands_in:
+        yield f"stands_in: read {dict(read.stands_in)}, known {dict(known.stands_in)}"
     said: set[str] = set()
     for reading in readings:
         names = [reading.model.full_name(tensor.name) for tensor in reading.model.tensors]

@@ -84,8 +84,13 @@ def like(read: EngineFamily, alone: list[Reading], families: Mapping[str, Engine
             asked = replace(asked, head=family.head)
         if not list(differences(asked, family, alone, stages=False)):
             same.append(model_type)
-    known = own.removesuffix("_text")
-    return sorted(same, key=lambda each: (each != own, each != known, not known.startswith(each), each))
+    return sorted(same, key=lambda each: (-_alike(each, own), each))
+
+
+def _alike(one: str, other: str) -> float:
+    """How many of the words of two types' names are in both."""
+    a, b = (set(each.removesuffix("_text").split("_")) for each in (one, other))
+    return len(a & b) / len(a | b)
 
 
 def beside(readings: Iterable[Reading]) -> Beside:
@@ -189,16 +194,19 @@ def _same(a: Numbers, b: Numbers) -> bool:
 def axes(found: Beside, vision: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The axes that cuts are along: one for the attention, one for each module else in which something is cut.
 
-    That attention is counted by heads is taken from names: what is loaded does not show where heads end.
+    That attention is counted by heads is taken from names: what is loaded does not show where heads end. vision: the
+    config of what is at the place.
     """
     groups: dict[str, dict[str, list[str]]] = {}
     for module, how in _modules(found.cuts).items():
         parents = module.split(".")
         attends = set(parents) & set(_ATTENTION) or any("attn" in each for each in parents)
-        inner = "vision heads" if attends else f"{parents[-2] if len(parents) > 1 else module} features"
+        own = "vision" if module.startswith(f"{found.place}.") else parents[0]
+        inner = [part for part in parents[1:-1] if part not in ("*", "layers", "blocks")]
+        inner = f"{own} heads" if attends else " ".join([own, *inner[-1:], "features"])
         groups.setdefault(inner, {}).setdefault(how, []).append(module)
     heads = next((key for key in _HEADS if key in vision), "")
-    for name, cut in sorted(groups.items(), key=lambda each: each[0] != "vision heads"):
+    for name, cut in sorted(groups.items(), key=lambda each: not each[0].endswith("heads")):
         count = {"count": heads, "default": vision[heads]} if name == "vision heads" and heads else {}
         yield {"name": name, **count, **cut}
 
