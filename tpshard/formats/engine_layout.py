@@ -186,11 +186,11 @@ def recipes_of(
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
         whole = len(family.fused[target])
-        for group in groups.values():
+        for parts in groups.values():
             for place, pattern in enumerate(family.fused[target]):
                 other = family.stands_in.get(pattern)
-                if place not in group and other is not None:
-                    group[place] = group[family.fused[target].index(other)]
+                if place not in parts and other is not None:
+                    parts[place] = parts[family.fused[target].index(other)]
         lacking = [
             group for group in groups.values() if len(group) < whole and not any(n in alone for n in group.values())
         ]
