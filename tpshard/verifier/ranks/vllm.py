@@ -293,7 +293,12 @@ class Rank:
             yield from self._fused(parts, names, [f"{part}.{suffix}" for part in family.qkv], stored)
         elif module.endswith(names.even):
             every = Joined([Stored(weights, stored.name) for weights in self.ranks])
-            yield f"{layer}{tensor}", Rows(every, torch.arange(self.source.shape(f"{layer}{tensor}")[0]))
+            rows = self.source.shape(tensor)[0]
+            if every.shape[0] not in (rows, -(-rows // 64) * 64):  # a vocabulary is padded
+                raise DifferentError(
+                    f"the ranks' {tensor} are not its even shares", expected=rows, found=every.shape[0]
+                )
+            yield tensor, Rows(every, torch.arange(rows))
         elif module in names.halves:
             yield from parts.fused([f"{half}.{suffix}" for half in names.halves[module]], stored)
         elif tensor in names.computed:
@@ -314,10 +319,9 @@ class Rank:
         twice = names.alike and not parts.has(tensors[2])
         pieces = list(parts.fused([*tensors[:2], tensors[1]] if twice else tensors, stored))
         if twice:
-            (name, k), (_, v) = pieces[1], pieces.pop()
+            (_, k), (_, v) = pieces[1], pieces.pop()
             if k is None or v is None or not torch.equal(k.rows(0, k.shape[0]), v.rows(0, k.shape[0])):
-                message = f"{stored.name} of rank {self.rank} has values that are not the keys, as {name} is"
-                raise DifferentError(message, tensor=stored.name)
+                raise DifferentError(f"the values in {stored.name} of rank {self.rank} are not its keys")
         for name, piece in pieces:
             if piece is not None and name.rpartition(".")[0].endswith(names.paired):
                 rows = torch.arange(piece.shape[0]).view(-1, 2, self.family.head_dim // 2)
