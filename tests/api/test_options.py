@@ -120,10 +120,11 @@ CASES = {
         CheckOptions(Path("s"), "x", 5, "branch", "r.toml", True, settings=Settings(3, False), **FOLLOW),
     ),
     "advise": Case(
-        f"x --gpus 6 {MODEL_TEXT} --dtype float16 --follow-symlinks {WORK_TEXT}",
+        f"x --gpus 6 --nodes 2 --gpus-per-node 3 --format vllm {MODEL_TEXT} --dtype float16 --follow-symlinks "
+        f"{WORK_TEXT}",
         ("x", 6, replace(WORK, bandwidth=None)),
-        {**MODEL_WORDS, **FOLLOW, "dtype": "float16"},
-        AdviseOptions(replace(MODEL, allow_pickle=False, **FOLLOW), 6, replace(WORK, bandwidth=None)),
+        {**MODEL_WORDS, **FOLLOW, "dtype": "float16", "nodes": 2, "format": "vllm"},
+        AdviseOptions(replace(MODEL, allow_pickle=False, **FOLLOW), 6, replace(WORK, bandwidth=None), 2, "vllm"),
     ),
     "verify": Case(
         f"s --source x {MODEL_TEXT} --allow-pickle --follow-symlinks --tier exact,bytes --device cpu --tokens 7 "

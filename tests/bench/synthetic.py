@@ -70,7 +70,8 @@ DEEPSEEK_V3 = {"model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_s
                "num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "q_lora_rank": 1536,
                "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
                "first_k_dense_replace": 3, "moe_intermediate_size": 2048, "n_routed_experts": 256,
-               "n_shared_experts": 1, "num_nextn_predict_layers": 1, "tie_word_embeddings": False}  # fmt: skip
+               "num_experts_per_tok": 8, "n_shared_experts": 1, "num_nextn_predict_layers": 1,
+               "tie_word_embeddings": False}  # fmt: skip
 
 
 def deepseek_tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -19,7 +19,7 @@ EXAMPLES = {
     "`check` found a checksum or byte that differs": "test_shard_set.py::test_a_flipped_bit",
     "ranks that hold the same part differ": "test_shard_set.py::test_replicas_that_differ",
     "a set of another `--tp`": "test_shard_set.py::test_a_set_for_another_tp",
-    "`advise` found no tp with which the model fits": "test_capacity.py::test_advise_ends_with_1_where_nothing_fits",
+    "`advise` found no mesh with which the model fits": "test_capacity.py::test_advise_ends_with_1_where_nothing_fits",
     "an unknown option": "test_main.py::test_usage",
     "a path that is not there": "test_checkpoint.py::test_a_path_that_is_not_there",
     "a directory without a model": "test_checkpoint.py::test_a_directory_without_a_model",

@@ -409,8 +409,13 @@ CONTRACT: dict[str, Any] = {
                 "layers": int, "axis": (str, None), "latent": (int, None), "dtype": str, "window": (int, None)
             },
             "ranks": [{"rank": int, "weights": int, "kv_cache": int, "total": int}],
+            "stages": [{
+                "stage": int, "weights": int, "kv_cache": int, "total": int, "all_reduces": int,
+                "bytes_per_token": int, "bytes_per_step": int, "bytes_per_prompt": int,
+            }],
             "communication": {
-                "all_reduces": int, "hidden": int, "dtype": str, "bytes_per_token": int, "bytes_per_prompt": int,
+                "all_reduces": int, "hidden": int, "dtype": str, "bytes_per_token": int, "bytes_per_step": int,
+                "bytes_per_prompt": int,
             },
         },
         "padded": [{"axis": str, "count": int, "padded": int}],
@@ -432,8 +437,9 @@ CONTRACT: dict[str, Any] = {
         "schema_version": int, "command": str,
         "architectures": [{
             "name": str, "model_types": [str],
-            "supported": [{"model_type": str, "verify": str, "engines": list}],
+            "supported": [{"model_type": str, "verify": str, "engines": [str], "quantised": [str]}],
         }],
+        "nesting": [{"model_type": str, "texts": [str], "engines": [str], "quantised": [str]}],
     },
 }  # fmt: skip
 
@@ -734,7 +740,8 @@ def test_outputs_do_not_depend_on_where_they_are_made(model: Path, monkeypatch: 
 
 def test_archs() -> None:
     out = succeeds("archs").out
-    names = list(dict.fromkeys(line.split()[0] for line in out.splitlines()[1:]))  # below the columns' names
+    own = out.partition("\n\n")[0].splitlines()[1:]  # below the columns' names, above what nests them
+    names = list(dict.fromkeys(line.split()[0] for line in own))
     assert names == sorted(names) and {"llama", "gpt2", "opt", "falcon"} <= set(names)
     assert succeeds("archs", "list").out == out
     listed = succeeds("archs", "list", "--json").json
@@ -865,11 +872,17 @@ def test_what_a_user_types_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_list_says_what_is_done_for_each_model_type() -> None:
-    lines = [line.split() for line in succeeds("archs", "list").out.splitlines()]
-    assert lines[0] == ["architecture", "verify", "engines", "model_types"]
+    own, _, nesting = succeeds("archs", "list").out.partition("\n\n")
+    lines = [line.split() for line in own.splitlines()]
+    assert lines[0] == ["architecture", "verify", "engines", "quantised", "model_types"]
     rows = {(line[0], line[-1]): line[1:-1] for line in lines[1:]}
-    assert rows["qwen3", "qwen3"] == ["tpshard", "vllm", "sglang"]
-    assert rows["mixtral", "mixtral"] == ["transformers", "vllm"]
-    assert rows["chatglm", "chatglm"] == ["bytes", "-"]
+    assert rows["qwen3", "qwen3"] == ["tpshard", "vllm", "sglang", "vllm"]
+    assert rows["bloom", "bloom"] == ["tpshard", "vllm", "-"]
+    assert rows["qwen", "qwen"] == ["bytes", "-", "-"]
+    assert ["kimi_k25", "vllm", "fp8", "compressed-tensors", "deepseek_v3,", "kimi_k2"] in map(
+        str.split, nesting.splitlines()
+    )
     listed = {entry["name"]: entry["supported"] for entry in succeeds("archs", "--json").json["architectures"]}
-    assert {"model_type": "kimi_k2", "verify": "transformers", "engines": ["vllm"]} in listed["deepseek_v3"]
+    kimi = {"model_type": "kimi_k2", "verify": "transformers", "engines": ["vllm", "vllm-speculator"]}
+    kimi["quantised"] = ["vllm-speculator"]
+    assert kimi in listed["deepseek_v3"]

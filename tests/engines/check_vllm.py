@@ -92,6 +92,21 @@ def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
     assert differences(written(shards, 2), loader.held(plain, 2, "auto", tmp_path / "plain-held")) == []
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize(("made", "name"), [(module, name) for module in (models, nested) for name in module.DRAFTS])
+def test_the_speculator_is_the_draft_model_that_vllm_holds(
+    made: ModuleType, name: str, tp: int, loader: Loader, tmp_path: Path
+) -> None:
+    source = made.with_draft(name, tmp_path / "source", models.DRAFT_CONFIGS.get(name))
+    theirs = loader.held(source, tp, "auto", tmp_path / "theirs", draft=True)
+    shards = tmp_path / "shards"
+    tpshard.split(source, tp, shards, format="vllm-speculator")
+    assert differences(rounded(written(shards, tp), theirs), theirs) == []
+    loaded = loader.held(shards, tp, "sharded_state", tmp_path / "loaded", draft=True)
+    assert differences(rounded(loaded, theirs), theirs) == []
+    assert not tpshard.check(shards, source).differences
+
+
 @pytest.mark.parametrize("name", models.REFUSED)
 def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")

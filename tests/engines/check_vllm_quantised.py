@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import tpshard
+from tests.engines import engine_models as models
 from tests.engines import fp8_blocks
 from tests.engines.running import Generator, Loader, Ranks, differences, everything, written
 from tests.helpers.gpt_oss import with_blocks
@@ -40,9 +41,7 @@ COMPLETED = {
     "fp8-block-qwen3-moe": {"quantization_config": {"modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"]}},
 }
 """What vLLM needs in the configs that transformers wrote, to load the unsharded checkpoint."""
-NOT_COMPARED = ("ct-int4-nested-text-config",)
-"""Quantised models that nest a text model: vLLM loads them, and nobody has held ours against that."""
-LOADED = sorted({each.name for each in TABLE} - REFUSED.keys() - {*NOT_COMPARED})
+LOADED = sorted({each.name for each in TABLE} - REFUSED.keys())
 AT_FOUR = (
     "autoround-awq",
     "ct-fp8-kv-per-head",
@@ -97,6 +96,42 @@ def test_fp8_in_blocks_of_families_without_a_fixture(name: str, loader: Loader, 
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
 
 
+@pytest.mark.parametrize("place", ["", "text_config"])
+@pytest.mark.parametrize("name", fp8_blocks.NESTED)
+def test_text_in_fp8_that_a_model_nests(name: str, place: str, loader: Loader, tmp_path: Path) -> None:
+    require_held(fp8_blocks.nesting(name, tmp_path / "source", place), loader, tmp_path)
+
+
+@pytest.mark.parametrize("name", fp8_blocks.PACKED)
+def test_packed_text_that_a_model_nests(name: str, loader: Loader, tmp_path: Path) -> None:
+    require_held(fp8_blocks.packed(name, tmp_path / "source"), loader, tmp_path)
+
+
+def require_held(source: Path, loader: Loader, tmp_path: Path) -> None:
+    """Our files at tp 2 are what vLLM holds of a checkpoint, it loads them as that, and they come back whole."""
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
+    shards = tmp_path / "shards"
+    tpshard.split(source, 2, shards, format="vllm")
+    assert differences(in_dtypes_of(theirs, written(shards, 2)), theirs) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
+    assert not tpshard.check(shards, source).differences
+    tpshard.merge(shards, tmp_path / "merged")
+    assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
+
+
+@pytest.mark.parametrize(
+    "name", [*sorted({*fp8_blocks.BLOCKS, *fp8_blocks.DRAFTS} & models.DRAFTS.keys()), "qwen3_5", "qwen3_5_moe"]
+)
+def test_the_speculator_in_fp8_is_the_draft_model_that_vllm_holds(name: str, loader: Loader, tmp_path: Path) -> None:
+    source = fp8_blocks.with_draft(name, tmp_path / "source")
+    theirs = loader.held(source, 2, "auto", tmp_path / "theirs", draft=True)
+    shards = tmp_path / "shards"
+    tpshard.split(source, 2, shards, format="vllm-speculator")
+    assert differences(written(shards, 2), theirs) == []
+    assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded", draft=True), theirs) == []
+    assert not tpshard.check(shards, source).differences
+
+
 def test_the_keys_of_an_index_are_held_unquantised(loader: Loader, tmp_path: Path) -> None:
     source = fp8_blocks.make("glm_moe_dsa", tmp_path / "source", r"mlp\.gate\.|indexer\.weights_proj")
     with pytest.raises(UnsupportedError, match="indexer.wk.weight: it is quantised"):
@@ -128,12 +163,6 @@ def in_dtypes_of(theirs: Ranks, ours: Ranks) -> Ranks:
         {name: tensor.to(held[name].dtype) if name in held else tensor for name, tensor in rank.items()}
         for rank, held in zip(ours, theirs, strict=True)
     ]
-
-
-@pytest.mark.parametrize("name", NOT_COMPARED)
-def test_what_was_not_compared_is_not_written(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="was not compared"):
-        tpshard.split(completed(name, tmp_path / "source"), 2, tmp_path / "shards", format="vllm")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -57,6 +57,21 @@ _GLM_MOE = _HEAD | {
     "first_k_dense_replace": 1,
     "use_qk_norm": True,
 }
+_LING = {
+    **{"first_k_dense_replace": 1, "num_shared_experts": 2, "moe_router_enable_expert_bias": True},
+    **{"use_qk_norm": True, "use_rmsnorm": True, "use_bias": False, "use_qkv_bias": False, "norm_head": False},
+    **{"score_function": "sigmoid", "n_group": 4, "topk_group": 2, "router_dtype": "fp32", "norm_topk_prob": True},
+    **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "output_dropout": 0.0, "partial_rotary_factor": 0.5},
+}
+_LONGCAT = {
+    **_TOKENS,
+    **{"hidden_size": 256, "num_layers": 2, "num_attention_heads": 8, "max_position_embeddings": 128},
+    **{"ffn_hidden_size": 512, "expert_ffn_hidden_size": 64, "n_routed_experts": 8, "moe_topk": 2},
+    **{"zero_expert_num": 2, "zero_expert_type": "identity", "routed_scaling_factor": 6.0, "router_bias": False},
+    **{"q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    **{"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "attention_method": "MLA", "attention_bias": False},
+    "tie_word_embeddings": False,
+}
 _GPT_OSS = _LOCAL | {"head_dim": 32}
 
 _SPARSE = _LATENT | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "topk_method": "noaux_tc"}
@@ -221,6 +236,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", _HEAD | _UNTIED | _ROPE),
     "arcee-tied-bias": ("arcee", _HEAD | _TIED | _BIAS | _ROPE | {"mlp_bias": True}),
     "exaone": ("exaone", _GQA | _UNTIED | {"bias": False, "mlp_bias": False}),
+    "bailing_moe_v2": ("bailing_moe_v2", _FINE | _UNTIED | _LING),
     "exaone-tied-bias": ("exaone", _GQA | _TIED | {"bias": True, "mlp_bias": False}),
     "cwm": ("cwm", _HEAD | _UNTIED | _ROPE),
     "cwm-tied-bias": ("cwm", _HEAD | _TIED | _ROPE | {"mlp_bias": True}),
@@ -334,6 +350,7 @@ WHOLE_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe-tied", "olmoe", "granitemoe"
 """What vLLM loads."""
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "longcat_flash": ("longcat_flash", _LONGCAT),
     "gpt_neo": ("gpt_neo", _NEO),
     "mpt": ("mpt", _MPT),
     "bloom-untied": ("bloom", _BLOOM | _UNTIED),
@@ -410,39 +427,67 @@ NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 _MTP = ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
-_NEXT = tuple(f"model.layers.3.{each}" for each in ("enorm", "hnorm", "eh_proj"))
+
+
+def _next(copied: int, layer: int, *others: str) -> tuple[str, str, tuple[str, ...]]:
+    around = ("enorm", "hnorm", "eh_proj", *(others or ("embed_tokens", "shared_head.head", "shared_head.norm")))
+    return f"model.layers.{copied}.", f"model.layers.{layer}.", tuple(f"model.layers.{layer}.{each}" for each in around)
+
+
+_WINDOW = ("enorm", "hnorm", "eh_proj", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+_DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "deepseek_v32": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
-    "glm4_moe_lite": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.shared_head.norm")),
+    "deepseek_v3": _next(2, 3),
+    "deepseek_v32": _next(2, 3),
+    "glm4_moe": _next(1, 2),
+    "glm4_moe_lite": _next(2, 3),
     "qwen3_next": ("model.layers.1.", "mtp.layers.0.", _MTP),
     "ernie4_5_moe": (
         "model.layers.0.",
         "model.mtp_block.0.",
         ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
     ),
-    "hy_v3": ("model.layers.2.", "model.layers.3.", (*_NEXT, "model.layers.3.final_layernorm")),
+    "ernie4_5_moe-tied-no-shared": (
+        "model.layers.0.",
+        "model.mtp_block.0.",
+        ("model.mtp_emb_norm.0", "model.mtp_hidden_norm.0", "model.mtp_linear_proj.0"),
+    ),
+    "hy_v3": _next(2, 3, "final_layernorm"),
     "exaone_moe": ("model.layers.0.", "mtp.layers.0.", _MTP),
-    "mimo_v2_flash": ("model.layers.1.self_attn.", "model.mtp.layers.0.self_attn.", ("model.mtp.layers.0.eh_proj",)),
+    "mimo_v2_flash": (
+        "model.layers.1.self_attn.",
+        "model.mtp.layers.0.self_attn.",
+        tuple(f"model.mtp.layers.0.{each}" for each in (*_WINDOW, *_DENSE)),
+    ),
 }
 """Of which layer what predicts further tokens is a copy, under which name, and what is around it."""
+DRAFT_CONFIGS: dict[str, dict[str, Any]] = {"qwen3_next": {"mlp_only_layers": []}}
+"""Other configs for those that vLLM makes a draft model of."""
 
 
-def with_draft(name: str, path: Path) -> Path:
-    """A checkpoint with a layer that predicts one more token, as published files have it."""
+def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """A checkpoint with a layer that predicts one more token, as published files have it. changes: of the config."""
     import torch
     from safetensors.torch import load_file, save_file
 
     copied, copy, around = DRAFTS[name]
-    make(name, path)
-    tensors = load_file(path / "model.safetensors")
-    width = tensors["model.norm.weight"].shape[0]
-    drafted = {copy + each.removeprefix(copied): t.clone() for each, t in tensors.items() if each.startswith(copied)}
+    make(name, path, changes)
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    vocab, width = tensors["model.embed_tokens.weight"].shape
+    ffn = config.get("intermediate_size")
+    shapes = {"down_proj": (width, ffn), "gate_proj": (ffn, width), "up_proj": (ffn, width)}
+    shapes |= dict.fromkeys(("embed_tokens", "head"), (vocab, width))
+    drafted = {copy + each.removeprefix(copied): t for each, t in tensors.items() if each.startswith(copied)}
     assert drafted
     for module in around:
-        shape = (width,) if "norm" in module else (width, 2 * width)
-        drafted[f"{module}.weight"] = torch.ones(shape, dtype=torch.bfloat16)
+        last = module.rpartition(".")[2]
+        shape = shapes.get(last, (width,) if "norm" in module else (width, 2 * width))
+        drafted[f"{module}.weight"] = torch.empty(shape, dtype=torch.bfloat16)
+    for each, tensor in drafted.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
+        drafted[each] = values.to(tensor.dtype)
     save_file(tensors | drafted, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     return path
 
@@ -544,10 +589,74 @@ def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _bailing_moe_v2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vocab, head = config["hidden_size"], config["vocab_size"], config["head_dim"]
+    heads, kv, experts = config["num_attention_heads"], config["num_key_value_heads"], config["num_experts"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.word_embeddings.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+        shapes |= {f"{prefix}attention.{letter}_layernorm.weight": (head,) for letter in ("query", "key")}
+        shapes[f"{prefix}attention.query_key_value.weight"] = ((heads + 2 * kv) * head, hidden)
+        shapes[f"{prefix}attention.dense.weight"] = (hidden, heads * head)
+        blocks = {"mlp.": config["intermediate_size"]}
+        if layer >= config["first_k_dense_replace"]:
+            wide = config["moe_intermediate_size"]
+            blocks = {f"mlp.experts.{each}.": wide for each in range(experts)}
+            blocks["mlp.shared_experts."] = wide * config["num_shared_experts"]
+            shapes |= {f"{prefix}mlp.gate.weight": (experts, hidden), f"{prefix}mlp.gate.expert_bias": (experts,)}
+        for block, wide in blocks.items():
+            shapes |= {f"{prefix}{block}{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+            shapes[f"{prefix}{block}down_proj.weight"] = (hidden, wide)
+    return shapes
+
+
+def _longcat_flash(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, vocab, heads = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
+    query, latent, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
+    plain, value = config["qk_nope_head_dim"], config["v_head_dim"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_layers"]):
+        prefix = f"model.layers.{layer}."
+        blocks = {
+            f"mlp.experts.{each}.": config["expert_ffn_hidden_size"] for each in range(config["n_routed_experts"])
+        }
+        for half in "01":
+            blocks[f"mlps.{half}."] = config["ffn_hidden_size"]
+            shapes |= {f"{prefix}{norm}_layernorm.{half}.weight": (hidden,) for norm in ("input", "post_attention")}
+            attention = {
+                "q_a_proj": (query, hidden),
+                "q_a_layernorm": (query,),
+                "q_b_proj": (heads * (plain + rope), query),
+                "kv_a_proj_with_mqa": (latent + rope, hidden),
+                "kv_a_layernorm": (latent,),
+                "kv_b_proj": (heads * (plain + value), latent),
+                "o_proj": (hidden, heads * value),
+            }
+            shapes |= {f"{prefix}self_attn.{half}.{module}.weight": shape for module, shape in attention.items()}
+        for block, wide in blocks.items():
+            shapes |= {f"{prefix}{block}{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+            shapes[f"{prefix}{block}down_proj.weight"] = (hidden, wide)
+        chosen = config["n_routed_experts"] + config["zero_expert_num"]
+        shapes[f"{prefix}mlp.router.classifier.weight"] = (chosen, hidden)
+        shapes[f"{prefix}mlp.router.e_score_correction_bias"] = (chosen,)
+    return shapes
+
+
 WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
     "internlm2": ("InternLM2ForCausalLM", _internlm2),
     "exaone": ("ExaoneForCausalLM", _exaone),
     "chatglm": ("ChatGLMModel", _chatglm),
+    "bailing_moe_v2": ("BailingMoeV2ForCausalLM", _bailing_moe_v2),
+    "longcat_flash": ("LongcatFlashForCausalLM", _longcat_flash),
 }
 """What transformers has no class for: the class that the config names, and the tensors' shapes."""
 

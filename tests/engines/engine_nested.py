@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -318,8 +319,11 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 """What published configs say otherwise, or of a model that has the same tensors under other names."""
 
 
-def make(name: str, path: Path) -> Path:
-    """Write a checkpoint with parameters of its own for every name, so that none can stand for another."""
+def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint with parameters of its own for every name, so that none can stand for another.
+
+    changes: of the text model's config.
+    """
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -327,6 +331,7 @@ def make(name: str, path: Path) -> Path:
 
     logging.disable_progress_bar()
     model_type, config = LOADED[name]
+    config = {**config, "text_config": {**config["text_config"], **(changes or {})}}
     if model_type in _THINKERS:
         made = AutoConfig.for_model(f"{model_type}_thinker", **config)
         model = getattr(transformers, _THINKERS[model_type])(made).to(torch.bfloat16)
@@ -357,23 +362,26 @@ def made_as(name: str) -> tuple[str, dict[str, Any]]:
     return _CONFIGS.get(name, {}).get("model_type", model_type), config
 
 
-DRAFTS = ("qwen3_5",)
+DRAFTS = ("qwen3_5", "qwen3_5-tied", "qwen3_5_moe")
 """Those that published files have with a layer that predicts one more token."""
 
 
-def with_draft(name: str, path: Path) -> Path:
+def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """The checkpoint with such a layer."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    file, last = make(name, path) / "model.safetensors", "model.language_model.layers.1."
+    file, last = make(name, path, changes) / "model.safetensors", "model.language_model.layers.1."
     tensors = load_file(file)
-    drafted = {f"mtp.layers.0.{each.removeprefix(last)}": t.clone() for each, t in tensors.items() if last in each}
+    drafted = {f"mtp.layers.0.{each.removeprefix(last)}": t for each, t in tensors.items() if last in each}
     width = len(tensors["model.language_model.norm.weight"])
-    drafted |= {
-        f"mtp.{each}.weight": torch.ones(width, dtype=torch.bfloat16) for each in ("norm", "pre_fc_norm_hidden")
-    }
-    drafted["mtp.fc.weight"] = torch.ones((width, 2 * width), dtype=torch.bfloat16)
+    for each in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        drafted[f"mtp.{each}.weight"] = torch.empty(width, dtype=torch.bfloat16)
+    drafted["mtp.fc.weight"] = torch.empty((width, 2 * width), dtype=torch.bfloat16)
+    for each, tensor in drafted.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
+        drafted[each] = values.to(tensor.dtype)
     save_file(tensors | drafted, file, metadata={"format": "pt"})
     return path
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines import engine_models as models
+from tests.engines import engine_nested as nested
 
 _WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512}
 _MOE = _WIDE | {"moe_intermediate_size": 256}
@@ -23,6 +24,12 @@ _LINEAR = (
 )
 _MIMO = _MOE | {"v_head_dim": 128, "swa_num_attention_heads": 4, "swa_head_dim": 128, "swa_v_head_dim": 128}
 
+_AROUND = r"|eh_proj|shared_head|embed_tokens|mtp\.fc|mtp_linear_proj"
+DRAFTS: dict[str, tuple[dict[str, Any], str]] = {
+    "deepseek_v3": (_LATENT, r"mlp\.gate\."),
+    "glm4_moe": (_MOE, r"mlp\.gate\."),
+}
+"""Others of which the layers that predict further tokens are published so."""
 BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "minimax_m2": (_WIDE | {"intermediate_size": 256}, r"\.gate\."),
     "glm_moe_dsa": (_LATENT | {"index_head_dim": 128}, r"mlp\.gate\.|indexer\.(wk|weights_proj)"),
@@ -49,19 +56,105 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
 """What differs in the config, so that ranks have whole blocks, and which matrices of layers stay as they are."""
 
 
+def _turning(*sections: int) -> dict[str, Any]:
+    """Rotary positions of heads as wide as a block."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}}
+
+
+_FEW = _WIDE | {"num_attention_heads": 2}
+_GLM = {"rope_parameters": _turning(8, 12, 12)["rope_parameters"] | {"partial_rotary_factor": 0.5}}
+NESTED: dict[str, tuple[dict[str, Any], str]] = {
+    **{name: (_WIDE, "none") for name in ("llava", "gemma3")},
+    "internvl": (_FEW, "none"),
+    "qwen2_5_vl": (_FEW | _turning(16, 24, 24), "none"),
+    "qwen3_vl": (_WIDE | _turning(24, 20, 20), "none"),
+    "glm4v_moe": (_MOE | _GLM, r"mlp\.gate\."),
+    "qwen3_5": (_LINEAR | _turning(6, 5, 5), r"in_proj_[ab]"),
+    "qwen3_5_moe": (_LINEAR | _turning(6, 5, 5), r"mlp\.gate\.|shared_expert_gate|in_proj_[ab]"),
+    "kimi_k25": (_LATENT, r"mlp\.gate\."),
+}
+"""Text models that others nest, whose towers are published as they are."""
+
+
 def make(name: str, path: Path, plain: str | None = None) -> Path:
     """Write a checkpoint in FP8, with a scale for every block. plain: other matrices that stay as they are."""
+    sizes, kept = BLOCKS[name]
+    return _quantised(models.make(name, path, sizes), plain or kept)
+
+
+def nesting(name: str, path: Path, place: str) -> Path:
+    """Write a model of which the text is in FP8. place: the config that says so, "" for the whole model's."""
+    sizes, kept = NESTED[name]
+    path = _quantised(nested.make(name, path, sizes), rf"{kept}|visual|vision|project|merger")
+    if place:
+        config = json.loads((path / "config.json").read_text())
+        config[place]["quantization_config"] = config.pop("quantization_config")
+        (path / "config.json").write_text(json.dumps(config, indent=2))
+    return path
+
+
+PACKED = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "llava", "gemma3", "kimi_k25")
+_EXPERTS, _TEXT = (
+    r"\.mlp\.experts\.\d+\.\w+\.weight",
+    r".*\.layers\.\d+\.(self_attn|mlp)\.(\w_proj|(gate|up|down)_proj)\.weight",
+)
+
+
+def packed(name: str, path: Path) -> Path:
+    """Write a model whose text is packed in INT4; of Kimi-K2.5 routed experts alone, as it is published."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    sizes, kept = BLOCKS[name]
-    models.make(name, path, sizes)
+    nested.make(name, path, NESTED[name][0])
+    pattern = _EXPERTS if name == "kimi_k25" else f"{_TEXT}|{_EXPERTS}"
+    generator, tensors, plain = torch.Generator().manual_seed(0), dict[str, torch.Tensor](), list[str]()
+    for key, tensor in load_file(path / "model.safetensors").items():
+        if re.search("visual|vision", key) or not re.search(pattern, key):
+            tensors[key] = tensor
+            if tensor.dim() == 2:
+                plain.append(key.removesuffix(".weight"))
+            continue
+        rows, columns = tensor.shape
+        packing = torch.randint(-(2**31), 2**31, (rows, columns // 8), generator=generator).int()
+        tensors[f"{key}_packed"], tensors[f"{key}_shape"] = packing, torch.tensor([rows, columns])
+        tensors[f"{key}_scale"] = torch.rand((rows, columns // 32), generator=generator).bfloat16()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+    if name == "kimi_k25":
+        those = ("self_attn", "shared_experts", r"mlp\.(gate|up|gate_up|down)_proj", "vision_tower", "mm_projector")
+        plain = ["lm_head", *(f"re:.*{each}.*" for each in those)]
+    declared = config["text_config"] if name == "kimi_k25" else config
+    declared["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
+        "ignore": plain,
+        "quantization_status": "compressed",
+    }
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    return path
+
+
+def with_draft(name: str, path: Path) -> Path:
+    """Write one with a layer that predicts one more token, also in FP8 but for what is around it."""
+    if name in nested.DRAFTS:
+        sizes, kept = NESTED[name]
+        return _quantised(nested.with_draft(name, path, sizes), f"{kept}{_AROUND}|visual")
+    sizes, kept = {**BLOCKS, **DRAFTS}[name]
+    return _quantised(models.with_draft(name, path, sizes | models.DRAFT_CONFIGS.get(name, {})), kept + _AROUND)
+
+
+def _quantised(path: Path, plain: str) -> Path:
+    import torch
+    from safetensors.torch import load_file, save_file
+
     generator, tensors, listed = torch.Generator().manual_seed(0), dict[str, torch.Tensor](), list[str]()
     for key, tensor in load_file(path / "model.safetensors").items():
         tensors[key] = tensor
         if tensor.dim() != 2:
             continue
-        if ".layers." not in key or re.search(plain or kept, key):
+        if not re.search(r"\.layers\.|mtp", key) or re.search(plain, key):
             listed.append(key.rpartition(".")[0])
             continue
         tensors[key] = tensor.to(torch.float8_e4m3fn)

@@ -2,9 +2,10 @@
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
 {"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL,
-"partial": BOOL, "again": {DIR: OUT}} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is
-loaded. partial: what the loader leaves unset or adds is written too, the latter named in the files' metadata. again:
-checkpoints of the same model, which are loaded one after another over the first, and where their parameters go.
+"draft": BOOL, "partial": BOOL, "again": {DIR: OUT}} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger
+than what is loaded. draft: of the model that vLLM makes of the layers which predict further tokens. partial: what the
+loader leaves unset or adds is written too, the latter named in the files' metadata. again: checkpoints of the same
+model, which are loaded one after another over the first, and where their parameters go.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
 """
@@ -101,7 +102,9 @@ def as_on_gpus() -> None:
     """Have the classes that vLLM takes on GPUs where it has others for CPUs: their parameters have other names."""
     import vllm.model_executor.layers.attention.mla_attention as attention
     from vllm.models.deepseek_v32.nvidia.model import DeepseekV32ForCausalLM
+    from vllm.models.deepseek_v32.nvidia.mtp import DeepseekV32MTP
 
+    ModelRegistry.register_model("DeepseekV32MTPModel", DeepseekV32MTP)
     for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"):
         ModelRegistry.register_model(name, DeepseekV32ForCausalLM)
     chosen = attention.get_attn_backend
@@ -162,7 +165,7 @@ def in_this_process() -> None:
 
 def with_configs() -> None:
     """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
-    for name in ("internlm2", "internlm3", "exaone", "iquestcoder"):
+    for name in ("internlm2", "internlm3", "exaone", "iquestcoder", "bailing_moe_v2"):
         AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
 
 
@@ -190,8 +193,10 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         load_format=load_format,
         enforce_eager=True,
         max_model_len=64,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 1} if job.get("draft") else None,
     )
     config = arguments.create_engine_config()
+    described = config.speculative_config.draft_model_config if job.get("draft") else config.model_config
     complaints = Complaints()
     os.environ["VLLM_DIST_IDENT"] = str(rank)  # no two agree on it, so none shares memory with others
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
@@ -199,13 +204,13 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         init_distributed_environment(tp * pp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
         initialize_model_parallel(tp, pp)
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
-            model = initialize_model(vllm_config=config)
+            model = initialize_model(vllm_config=config, model_config=described)
         fresh = set(ShardedStateLoader._filter_subtensors(model.state_dict()))
         made = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             parameter.data.fill_(UNSET)
         loader = ShardedStateLoader if load_format == "sharded_state" else DefaultModelLoader
-        loader(config.load_config).load_weights(model, config.model_config)
+        loader(config.load_config).load_weights(model, described)
         held = ShardedStateLoader._filter_subtensors(model.state_dict())
     added, removed = sorted(set(held) - fresh), sorted(fresh - set(held))
     if (added or removed) and not job["partial"]:

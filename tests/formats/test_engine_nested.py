@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.engines import fp8_blocks
 from tests.engines.engine_nested import LOADED, make
 from tests.helpers.command import fails, succeeds
 from tests.helpers.grids import some
@@ -208,4 +210,34 @@ def test_a_quantised_model_with_a_tower_is_refused(made: Made, tmp_path: Path, m
         tensors[f"{name}_scale_inv"] = torch.ones(-(-tensors[name].shape[0] // 128), -(-tensors[name].shape[1] // 128))
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    assert "quantised mistral3" in fails(4, "split", source, "--tp", 2, "--format", "vllm", "-o", "out")["message"]
+    message = fails(4, "split", source, "--tp", 2, "--format", "vllm", "-o", "out")["message"]
+    assert "mistral3 quantised by fp8" in message
+
+
+def test_a_quantised_tower_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = fp8_blocks.nesting("qwen3_vl", tmp_path / "source", "")
+    tensors = everything(source)
+    name = next(each for each in tensors if "visual.blocks.0.attn.proj.weight" in each)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(-(-tensors[name].shape[0] // 128), -(-tensors[name].shape[1] // 128))
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    error = fails(4, "split", source, "--tp", 2, "--format", "vllm", "-o", "out")
+    assert "beside the text" in error["message"] and error["tensor"] == name
+
+
+QUANTISED = {
+    **{f"{name}-fp8": partial(fp8_blocks.nesting, name, place="text_config") for name in fp8_blocks.NESTED},
+    **{f"{name}-int4": partial(fp8_blocks.packed, name) for name in fp8_blocks.PACKED},
+}
+
+
+@pytest.mark.parametrize("name", some(QUANTISED, ["kimi_k25-int4", "qwen3_vl-fp8"]))
+def test_a_quantised_text_is_split_checked_verified_and_merged(name: str, tmp_path: Path) -> None:
+    source, shards = QUANTISED[name](path=tmp_path / "source"), tmp_path / "shards"
+    succeeds("split", source, "--tp", 2, "--format", "vllm", "-o", shards)
+    succeeds("check", shards, "--source", source)
+    found = succeeds("verify", shards, "--source", source, "--tier", "bytes", "--tier", "weights", "--json").json
+    assert found["verdict"] == "pass"
+    succeeds("merge", shards, "-o", tmp_path / "merged")
+    assert same(everything(tmp_path / "merged"), everything(source))

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import tpshard
 from tests.conftest import Get
+from tests.engines import check_vllm_quantised, engine_models, fp8_blocks
 from tests.engines.engine_models import DRAFTS, with_draft
 from tests.engines.engine_models import make as make_for_engines
 from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.checkpoints import make
 from tests.helpers.paths import DOCS
+from tests.quantised.fixture_table import FIXTURES
 from tpshard.errors import CorruptError, TpshardError, UnsupportedError, UsageError
 from tpshard.execute.publish import Settings
 from tpshard.formats.engine_tables import EngineFamily, load_table
@@ -329,6 +331,13 @@ def test_what_the_class_would_leave_out_is_refused(made: Get, tmp_path: Path) ->
         tpshard.split(biased, 2, tmp_path / "out", format="vllm")
     with pytest.raises(UnsupportedError, match="mlp.down_proj.bias"):
         tpshard.split(made("llama-mha-bias"), 2, tmp_path / "out", format="sglang")
+
+
+def test_the_types_that_are_said_to_be_compared_quantised_are_those_that_are() -> None:
+    configs = [json.loads((FIXTURES / name / "config.json").read_text()) for name in check_vllm_quantised.LOADED]
+    compared = {(config.get("text_config") or config)["model_type"] for config in configs}
+    compared |= {engine_models.LOADED[name][0] for name in fp8_blocks.BLOCKS}
+    assert load_table(TABLES / "vllm.toml").quantised_types == compared
 
 
 def test_a_text_model_among_others_that_are_not_known_is_refused(tmp_path: Path) -> None:

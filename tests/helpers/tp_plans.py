@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 
 from tests.helpers.paths import DOCS
-from tpshard.api.archs import rows
+from tpshard.api.archs import nesting, rows
 from tpshard.rules.architecture import Architecture, all_builtin
 
 KINDS = {
@@ -29,6 +29,13 @@ _W123 = tuple(f"block_sparse_moe.experts.*.w{number}" for number in (1, 2, 3))
 _LINEAR = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 _MAMBA = ("in_proj", "conv1d", "A_log", "D", "dt_bias", "norm", "out_proj")
 _GATED = ("gate_proj", "up_proj", "down_proj")
+_DELTA = (*(f"{letter}_{what}" for letter in "qkv" for what in ("proj", "conv1d")), "A_log", "dt_bias")
+
+
+def _shared(module: str, names: tuple[str, ...] = _GATED) -> tuple[str, ...]:
+    return tuple(f"{module}.{name}" for name in names)
+
+
 DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "Over all heads at once. transformers gathers q and k and keeps the norm whole; cut like q and k, its mean of "
     "squares is a sum over the ranks.": {
@@ -97,6 +104,37 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     "The name of the files; the plan has that of newer code.": {
         "mimo_v2_flash": ("self_attn.attention_sink_bias",)
     },
+    "Query, key and value as one module, as later files have them.": {"mimo_v2_flash": ("self_attn.qkv_proj",)},
+    "Experts one by one, as some tools write them.": {
+        "step3p5": tuple(f"moe.experts.*.{name}" for name in _GATED)
+    },
+    "Feed-forwards whole on every rank but for the experts. Each is cut here like any other.": {
+        "minimax_m3_vl_text": (*(f"mlp.{name}" for name in _GATED), *_shared("block_sparse_moe.shared_experts")),
+        "step3p5": (*(f"mlp.{name}" for name in _GATED), *_shared("share_expert")),
+        "deepseek_v4": _shared("ffn.shared_experts", ("w1", "w2", "w3")),
+    },
+    "Attention whole on every rank. Each head has its own query here, and groups of heads are projected together.": {
+        "deepseek_v4": tuple(f"attn.{name}" for name in ("wq_b", "attn_sink", "wo_a", "wo_b"))
+    },
+    "What chooses the blocks of keys, for each KV head.": {"minimax_m3_vl_text": ("self_attn.index_q_proj",)},
+    "Attention whole on every rank. Each head of latent and of linear attention is a rank's own here.": {
+        "kimi_linear": tuple(
+            f"self_attn.{name}"
+            for name in (
+                *_DELTA, "b_proj", "f_b_proj", "g_b_proj", "g_proj", "q_b_proj", "kv_b_proj", "o_proj"
+            )
+        ),
+        "bailing_hybrid": tuple(
+            f"attention.{name}"
+            for name in (
+                *_DELTA, "b_proj", "f_proj", "g_proj", "g_norm", "q_b_proj", "kv_b_proj", "query_key_value",
+                "dense", "o_proj",
+            )
+        ),
+    },
+    "The rules are of two model types, of which this one has no experts.": {
+        "gemma4_unified_text": ("experts.gate_up_proj", "experts.down_proj")
+    },
 }  # fmt: skip
 """What is cut here and not in transformers' plan: reason → model_type → modules of a layer.
 
@@ -111,6 +149,40 @@ OTHERWISE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """What is cut here by its input and in transformers' plan by its output, or the other way round."""
 _OTHER = {"column": "row", "row": "column"}
+
+
+def _experts(
+    files: str, gates: str = "gate_proj up_proj", down: str = "down_proj", memory: str = "mlp.experts"
+) -> dict[str, tuple[str, ...]]:
+    """Stacked experts of memory, and what files have in their place."""
+    return {
+        f"layers.*.{memory}.gate_up_proj": tuple(f"layers.*.{files}.{name}" for name in gates.split()),
+        f"layers.*.{memory}.down_proj": (f"layers.*.{files}.{down}",),
+    }
+
+
+_TWICE = ("self_attn.*.q_b_proj", "self_attn.*.kv_b_proj", "self_attn.*.o_proj", "self_attn.*.kv_a_proj_with_mqa")
+FILES: dict[str, dict[str, tuple[str, ...]]] = {
+    "deepseek_v4": _experts("ffn.experts.*", "w1 w3", "w2"),
+    "minimax_m3_vl_text": _experts("block_sparse_moe.experts.*", "w1 w3", "w2"),
+    "bailing_hybrid": _experts("mlp.experts.*"),
+    "step3p5": _experts("moe"),
+    "kimi_linear": {
+        **_experts("block_sparse_moe.experts.*", "w1 w3", "w2"),
+        **{
+            f"layers.*.mlp.shared_experts.{name}": (f"layers.*.block_sparse_moe.shared_experts.{name}",)
+            for name in _GATED
+        },
+    },
+    "longcat_flash": {
+        **_experts("mlp.experts.*"),
+        **{
+            f"layers.*.{name}": tuple(f"layers.*.{name.replace('*', number)}" for number in "01")
+            for name in (*_TWICE, *(f"mlps.*.{name}" for name in _GATED))
+        },
+    },
+}
+"""What files call the modules that a plan has by their names in memory: model_type → a plan's pattern → the files'."""
 
 
 @cache
@@ -148,6 +220,13 @@ def meant(model_type: str, pattern: str, style: str) -> str:
     return _OTHER[KINDS[style]] if other else KINDS[style]
 
 
+def in_files(model_type: str) -> dict[str, str]:
+    """A plan with the names that files have."""
+    names = FILES.get(model_type, {})
+    plan = plans().get(model_type, {})
+    return {own: style for pattern, style in plan.items() for own in names.get(pattern, (pattern,))}
+
+
 def alike(pattern: str, name: str) -> bool:
     mine, others = pattern.split("."), name.split(".")
     return len(mine) == len(others) and all(fnmatchcase(b, a) for a, b in zip(mine, others, strict=True))
@@ -168,7 +247,7 @@ def differences() -> set[tuple[str, str]]:
                     rule.axes
                     and rule.axes != ("vocab",)
                     and not name.startswith("mtp")
-                    and not any(alike(name, other) for other in plans()[model_type])
+                    and not any(alike(name, other) for other in in_files(model_type))
                 ):
                     found.add((model_type, name.removeprefix("layers.*.")))
     return found
@@ -188,11 +267,20 @@ A test compares the rules with the tensor-parallel plans that transformers {vers
 *verify* is whose code `tpshard verify` runs by itself: its own decoder (*tpshard*), a class of transformers, or neither
 (*bytes*: there is remote code alone, files are compared and nothing is run). *engines* are the formats for engines that
 have a table of its names (`--format`). `tpshard archs --json` says all of this. Quantised modules are cut by what they
-are made of, in every architecture ([formats](formats.md#quantised-models)).
+are made of, in every architecture ([formats](formats.md#quantised-models)); *quantised* names the engines' formats of
+which a quantised checkpoint of the type was compared with what the engine holds, by one method at least.
 
-| rules | model_types | verify | engines | transformers' plan |
-|---|---|---|---|---|
+| rules | model_types | verify | engines | quantised | transformers' plan |
+|---|---|---|---|---|---|
 {rows}
+
+## Models that nest one of these
+
+Whatever nests one of the text models above is split in `native`. With their towers as the engine holds them:
+
+| model_type | text models | engines | quantised by |
+|---|---|---|---|
+{nesting}
 
 ## Cut here, and not by transformers' plan
 
@@ -215,12 +303,25 @@ def page() -> str:
         differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE).values())
         verdicts[architecture.name] = ("more is cut here" if differ else "the same") if planned else "none"
     lines = []
-    for name, verify, engines, those in rows():
-        types = ", ".join(f"`{model_type}`" for model_type in those)
-        lines.append(f"| {name} | {types} | {verify} | {', '.join(engines) or '–'} | {verdicts[name]} |")
-    text = {"rows": "\n".join(lines), "differences": _reasons(DIFFERENCES), "otherwise": _reasons(OTHERWISE)}
+    for name, verify, engines, quantised, those in rows():
+        cells = (_listed(those), verify, ", ".join(engines) or "–", ", ".join(quantised) or "–", verdicts[name])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    towers = []
+    for each in nesting():
+        cells = (_listed(each.texts), ", ".join(each.engines), ", ".join(each.quantised) or "–")
+        towers.append(f"| `{each.model_type}` | {' | '.join(cells)} |")
+    text = {
+        "rows": "\n".join(lines),
+        "nesting": "\n".join(towers),
+        "differences": _reasons(DIFFERENCES),
+        "otherwise": _reasons(OTHERWISE),
+    }
     version = ".".join(transformers.__version__.split(".")[:2])
     return _TEXT.format(version=version, compared=compared, **text)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _reasons(listed: Mapping[str, Mapping[str, tuple[str, ...]]]) -> str:

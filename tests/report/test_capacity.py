@@ -20,8 +20,9 @@ from tpshard.planning.deal import deal
 from tpshard.planning.layout import LogicalTensor, shard
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
-from tpshard.report.advice import advice, rank_weights
+from tpshard.report.advice import Devices, advice
 from tpshard.report.capacity import Workload, cache_bytes, numbers, ring_bytes, traits
+from tpshard.report.stage_bytes import like_layers, rank_bytes
 from tpshard.rules.architecture import builtin
 from tpshard.rules.classify import classify
 from tpshard.storage.safetensors import TensorInfo
@@ -38,7 +39,15 @@ def model(model_type: str, config: dict[str, Any], shapes: Shapes) -> Model:
     found = classify(builtin(model_type), config, infos)
     tensors = tuple(LogicalTensor(t.name, t.dtype, t.shape, found.cuts[t.name]) for t in infos)
     source = {"name": "m", "repo_id": None}
-    return Model(tensors, found.axes, found.tied, {}, source, {"model_type": model_type}, config=config)
+    return Model(
+        tensors, found.axes, found.tied, {}, source, {"model_type": model_type}, config=config,
+        layers=found.layers, experts=found.experts,
+    )  # fmt: skip
+
+
+def rank_weights(built: Model, tp: int) -> list[int]:
+    """Bytes of tensors that each rank of one stage holds."""
+    return rank_bytes(like_layers(built), tp, 1, "native").of(None)
 
 
 def made_llama(config: dict[str, Any]) -> Model:
@@ -82,11 +91,13 @@ def test_the_cache_is_the_published_size(config: dict[str, Any], tokens: int, gi
 def test_llama_405b_in_bf16_does_not_fit_on_one_machine_of_8_devices_of_80_gb() -> None:
     """As its paper says; on 16, it does."""
     built = made_llama(LLAMA_405B)
-    few = advice(built, 8, Workload(gpu_memory=80 * 10**9))
-    assert few.take is None and "does not fit on 8 devices: at tp 8 each needs 101.7 GB, 29.7 GB more" in few.reason
+    few = advice(built, Devices(8), Workload(gpu_memory=80 * 10**9))
+    assert few.take is few.mesh is None
+    assert "does not fit on 8 devices: at tp 4 x pp 2 each needs 101.7 GB, 29.7 GB more" in few.reason
+    assert few.choices[7].total == pytest.approx(101.7e9, rel=0.001)
     assert few.possible_above == (16, 32, 64, 128)
-    many = advice(built, 16, Workload(gpu_memory=80 * 10**9))
-    assert many.take == 16 and "one copy" in many.reason
+    many = advice(built, Devices(16), Workload(gpu_memory=80 * 10**9))
+    assert many.take == 16 and "one copy" in many.reason and many.mesh and many.mesh.mesh == Mesh(16)
 
 
 def test_an_all_reduce_carries_activations() -> None:
@@ -177,13 +188,13 @@ def test_advice_prefers_a_tp_that_leaves_no_device_idle() -> None:
     config = LLAMA_8B | {"num_attention_heads": 24, "num_key_value_heads": 24, "hidden_size": 3072}
     config |= {"intermediate_size": 12288}
     built = made_llama(config)
-    need = advice(built, 8, Workload(gpu_memory=10**12)).choices
+    need = advice(built, Devices(8), Workload(gpu_memory=10**12)).choices
     assert [choice.tp for choice in need if choice.possible] == [1, 2, 3, 4, 6, 8]
     assert "24 heads, 24 kv, 12288 ffn on 5 ranks would be cut" in need[4].reason
-    found = advice(built, 8, Workload(gpu_memory=int(need[2].total / 0.9) + 2))
+    found = advice(built, Devices(8), Workload(gpu_memory=int(need[2].total / 0.9) + 2))
     assert found.choices[2].fits and not found.choices[1].fits
-    assert found.take == 4 and "divides 8" in found.reason and "2 copies" in found.reason
-    assert advice(built, 3, Workload(gpu_memory=int(need[2].total / 0.9) + 2)).take == 3
+    assert found.take == 4 and "none idle" in found.reason and "2 copies" in found.reason
+    assert advice(built, Devices(3), Workload(gpu_memory=int(need[2].total / 0.9) + 2)).take == 3
 
 
 def test_plan_shows_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,9 +216,10 @@ def test_advise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     llama(Path("m"))
     result = succeeds("advise", "m", "--gpus", 4, "--gpu-memory", 80)
-    assert "take tp 1: the smallest that fits: 4 copies of the model" in result.out
+    assert "take tp 1: the fewest devices that hold it, none idle: 4 copies of the model, no comm" in result.out
     assert "not possible: tp 3 (4 heads, 2 kv, 8 ffn do not divide)" in result.out.splitlines()
-    assert "tp 4   fits" in result.out and "each of 2 kv on 2 ranks; vocab padded to 12" in result.out
+    line = next(line for line in result.out.splitlines() if line.startswith("tp 4 "))
+    assert "  fits: " in line and "each of 2 kv on 2 ranks; vocab padded to 12" in line
     assert "next: tpshard plan m --tp 1" in result.err
     found = succeeds("advise", "m", "--gpus", 4, "--gpu-memory", 80, "--json").json
     assert found["take"] == 1 and [choice["possible"] for choice in found["choices"]] == [True, True, False, True]

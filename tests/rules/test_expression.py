@@ -18,6 +18,7 @@ CONFIG: dict[str, Any] = {
     "off": False,
     "kind": "wide",
     "layers": [0, 2],
+    "listed": "3,4, 15",
     "kinds": ["sparse", "dense"],
     "inner": {"heads": 8},
     "by_layer": {"1": {"width": 24}},
@@ -60,6 +61,9 @@ CONFIG: dict[str, Any] = {
         ("len(kinds) + len(kind)", 6),
         ("len(nothing) or heads", 4),
         ("int(heads * 3 // 2)", 6),
+        ("heads in numbers(listed) and 5 not in numbers(listed)", True),  # not as parts of a string
+        ("1 in numbers(layers)", False),
+        ("numbers(nothing)", None),
         ("inner['3']['x'] or 1", 1),
         ("by_layer[heads - 3]['width']", 24),  # a table by layer, as JSON has it
         ("by_layer[0]['width']", None),

@@ -16,6 +16,7 @@ from tests.helpers.tp_plans import (
     PAGE,
     alike,
     differences,
+    in_files,
     kinds,
     known,
     meant,
@@ -37,7 +38,7 @@ what files call otherwise."""
 @pytest.mark.parametrize("model_type", sorted(known()))
 def test_what_a_plan_says_is_done(model_type: str) -> None:
     mine = kinds(known()[model_type])
-    for pattern, style in plans().get(model_type, {}).items():
+    for pattern, style in in_files(model_type).items():
         if style not in NO_WEIGHT:
             found = set().union(*(kind for name, kind in mine.items() if alike(name, pattern)))
             assert found == {meant(model_type, pattern, style)}, f"{pattern} is {style}"

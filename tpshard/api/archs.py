@@ -7,6 +7,7 @@ from pathlib import Path
 from tpshard.errors import TargetError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
 from tpshard.formats.sharded_state import ShardedState
+from tpshard.formats.vllm_speculator import DraftState
 from tpshard.inputs.checkpoint import open_headers
 from tpshard.rules.architecture import all_builtin, builtin
 from tpshard.rules.draft.render import Draft, decoder_tensors, make
@@ -28,34 +29,67 @@ class Supported:
     """What is done for a model_type that has rules.
 
     verify: whose code runs it, "tpshard" or "transformers"; "bytes" where nobody's does and files are compared.
-    engines: the formats for engines that know its names.
+    engines: the formats for engines that know its names. quantised: those of them of which quantised modules were
+    compared with what the engine holds. In `native` every architecture may be quantised.
     """
 
     model_type: str
     verify: ProvedBy
     engines: tuple[str, ...]
+    quantised: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Nesting:
+    """A model_type of which an engine's format knows the towers.
+
+    texts: model_types of the text models in it. quantised: by which methods these may be.
+    """
+
+    model_type: str
+    texts: tuple[str, ...]
+    engines: tuple[str, ...]
+    quantised: tuple[str, ...]
 
 
 def supported() -> dict[str, list[Supported]]:
     """What is done for each model_type, by the name of its architecture."""
-    formats = {name: format_of(name) for name in FORMATS}
-    known = {name: each.model_types for name, each in formats.items() if isinstance(each, ShardedState)}
+    known = _engines()
+    named = {name: each.model_types for name, each in known.items()}
+    compared = {name: each.quantised_types for name, each in known.items()}
 
     def of(model_type: str) -> Supported:
-        engines = tuple(engine for engine, types in known.items() if model_type in types)
-        return Supported(model_type, proved_by(model_type), engines)
+        engines, quantised = (
+            tuple(engine for engine, types in those.items() if model_type in types) for those in (named, compared)
+        )
+        return Supported(model_type, proved_by(model_type), engines, quantised)
 
     return {name: list(map(of, types)) for name, types in model_types().items()}
 
 
-def rows() -> Iterator[tuple[str, str, tuple[str, ...], list[str]]]:
-    """Name of the architecture, verify, engines, and its model_types of which these are the same."""
+def nesting() -> list[Nesting]:
+    """The models with a tower that engines' formats hold; `native` splits whatever nests a text model with rules."""
+    return [
+        Nesting(model_type, tuple(family.texts), (name,), family.quantised)
+        for name, each in _engines().items()
+        if not isinstance(each, DraftState)
+        for model_type, family in sorted(each.nested.items())
+    ]
+
+
+def _engines() -> dict[str, ShardedState]:
+    formats = {name: format_of(name) for name in FORMATS}
+    return {name: each for name, each in formats.items() if isinstance(each, ShardedState)}
+
+
+def rows() -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...], list[str]]]:
+    """Name of the architecture, verify, engines, quantised, and its model_types of which these are the same."""
     for name, types in supported().items():
-        alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        alike: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
         for each in types:
-            alike.setdefault((each.verify, each.engines), []).append(each.model_type)
-        for (verify, engines), those in alike.items():
-            yield name, verify, engines, those
+            alike.setdefault((each.verify, each.engines, each.quantised), []).append(each.model_type)
+        for (verify, engines, quantised), those in alike.items():
+            yield name, verify, engines, quantised, those
 
 
 def draft(

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tpshard.formats.split import Split
-from tpshard.inputs.checkpoint import QUANTISED_KEYS, Checkpoint
+from tpshard.inputs.checkpoint import Checkpoint
 from tpshard.inputs.shard_set import ShardSet
 from tpshard.storage.local import Content
-from tpshard.storage.names import CONFIG
+from tpshard.storage.names import CONFIG, QUANTISED_KEYS
 
 
 def small_files(source: Checkpoint | ShardSet) -> dict[str, Content]:
@@ -23,9 +24,9 @@ def written_beside(planned: Split, checkpoint: Checkpoint) -> Mapping[str, Conte
 
 
 def cast_files(checkpoint: Checkpoint, dtype: str | None) -> dict[str, Content]:
-    """A checkpoint's small files, with a config that names the dtype to which the weights are cast, if any."""
+    """A checkpoint's small files, with a config.json that names the dtype to which the weights are cast, if any."""
     small = small_files(checkpoint)
-    if dtype is not None:
+    if dtype is not None and Path(checkpoint.config_path).name == CONFIG:
         config = config_with_dtype(checkpoint.config, dtype)
         small[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return small

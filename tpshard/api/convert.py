@@ -185,7 +185,8 @@ def reshard_with(options: ReshardOptions) -> WriteReport:
     _check_room("reshard", planned, target, options)
     size = options.target.max_file_size
     small, recorded = small_files(source), source.recorded
-    report = _write_split("reshard", planned, source.placed(), small, target, options, size, recorded=recorded)
+    notes = source.model.notes
+    report = _write_split("reshard", planned, source.placed(), small, target, options, size, notes, recorded)
     return replace(report, left_out=source.left_out)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from tpshard.errors import UsageError
 from tpshard.execute.publish import Settings
+from tpshard.formats import DEFAULT_FORMAT, format_of
 from tpshard.formats import FORMATS as FORMATS
-from tpshard.formats import format_of
 from tpshard.formats.split import DEFAULT_MAX_FILE_SIZE, Options, share_texts, weight
 from tpshard.planning.model import DTYPE_ALIASES, check_dtype
 from tpshard.verifier.options import TIERS as TIERS
@@ -191,13 +191,25 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class AdviseOptions:
-    """Advice about a model on `gpus` devices. workload: what they are to do, with the memory of one."""
+    """Advice about a model on `gpus` devices, in `nodes` of as many each.
+
+    workload: what they are to do, with the memory of one. format: whose ranks are judged, as `--format` takes it.
+    """
 
     model: ModelOptions
     gpus: int
     workload: Workload
+    nodes: int = 1
+    format: str = DEFAULT_FORMAT
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.workload.gpu_memory is None:
             expected = "at least one device, and its memory"
             raise UsageError("advice needs devices", expected=expected, hint="Workload(gpu_memory=80 * 10**9)")
+        if self.nodes < 1 or self.gpus % self.nodes:
+            what = f"{self.gpus} devices are not as many on each of {self.nodes} nodes"
+            raise UsageError(what, expected="a number of nodes that divides the devices", found=f"nodes {self.nodes}")
+        if reason := format_of(self.format).no_advice:
+            what = f"nothing is advised about --format {self.format}: {reason}"
+            hint = "leave --format out, or name the engine's: vllm, sglang, meta, deepseek"
+            raise UsageError(what, expected="a format with a file for each rank", found=self.format, hint=hint)

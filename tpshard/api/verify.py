@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tpshard.errors import CorruptError, DifferentError, HubError, UnsupportedError, UsageError
+from tpshard.inputs.checkpoint import config_in
 from tpshard.storage.local import cached_repo
 from tpshard.storage.names import MANIFEST
 from tpshard.verifier import launch
@@ -255,8 +256,7 @@ def bytes_tier(options: VerifyOptions, source: Path, *, alone: bool) -> Tier:
 
 
 def _config(source: Path) -> Mapping[str, Any]:
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    config = json.loads(path.read_bytes())
+    config = config_in(source if source.is_dir() else source.parent)
     return config if isinstance(config, dict) else {}
 
 

@@ -11,7 +11,8 @@ from tpshard.cli.console import opened
 from tpshard.cli.options import again
 
 app = typer.Typer(rich_markup_mode=None)
-_LINE = "{:<20} {:<12} {:<11} {}"
+_LINE = "{:<20} {:<12} {:<20} {:<20} {}"
+_NESTING = "{:<20} {:<11} {:<24} {}"
 
 
 @app.callback(invoke_without_command=True)
@@ -32,10 +33,11 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
     """List architectures, and who runs and loads them.
 
     Where verify says "bytes", there is remote code alone: files are compared, nothing is run. What is not listed splits
-    with rules of your own: `tpshard archs draft`.
+    with rules of your own: `tpshard archs draft`. Quantised checkpoints of all of them split; named are the engines'
+    formats of which a quantised one was compared with what the engine holds.
     """
     with opened(json, quiet) as console:
-        from tpshard.api.archs import rows, supported
+        from tpshard.api.archs import nesting, rows, supported
 
         if console.as_json:
             entries = [
@@ -46,11 +48,16 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
                 }
                 for name, types in supported().items()
             ]
-            console.data({"schema_version": 1, "command": "archs", "architectures": entries})
+            nested = list(map(asdict, nesting()))
+            console.data({"schema_version": 1, "command": "archs", "architectures": entries, "nesting": nested})
         else:
-            console.show(_LINE.format("architecture", "verify", "engines", "model_types"))
-            for name, verify, engines, those in rows():
-                console.show(_LINE.format(name, verify, " ".join(engines) or "-", ", ".join(those)))
+            console.show(_LINE.format("architecture", "verify", "engines", "quantised", "model_types"))
+            for name, verify, *engines, those in rows():
+                console.show(_LINE.format(name, verify, *(" ".join(each) or "-" for each in engines), ", ".join(those)))
+            console.show("", _NESTING.format("nests a text model", "engines", "quantised", "text models"))
+            for each in nesting():
+                lists = (" ".join(named) or "-" for named in (each.engines, each.quantised))
+                console.show(_NESTING.format(each.model_type, *lists, ", ".join(each.texts)))
 
 
 @app.command("show")

@@ -243,8 +243,12 @@ _VOCAB_HELP = "True size of a vocabulary that Megatron has padded [default: of a
 VOCAB_SIZE = Annotated[int | None, number("--vocab-size", _VOCAB_HELP, metavar="SIZE")]
 SIZE = Annotated[int | None, _file_size("50GB")]
 MERGE_SIZE = Annotated[int | None, _file_size("as in the source")]
-_FORMAT_HELP = "How the ranks' files are written: native, vllm, sglang, meta, deepseek, dcp, dcp-hf, megatron, hf."
+_FORMAT_HELP = (
+    "How the ranks' files are written: native, vllm, vllm-speculator, sglang, meta, deepseek, dcp, dcp-hf, "
+    "megatron, hf."
+)
 FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT", autocompletion=_formats)]
+_ADVISED_HELP = "Whose ranks are judged: native, vllm, sglang, meta, deepseek."
 _VERSION_HELP = "Whose names the files have, as in 0.32 [default: the newest known]."
 ENGINE_VERSION = Annotated[str | None, Option("--engine-version", help=_VERSION_HELP, metavar="VERSION")]
 PICKLE = Annotated[bool, _allow_pickle("pytorch_model*.bin")]
@@ -264,7 +268,10 @@ SEQ = Annotated[int | None, number("--seq", "Tokens of each sequence [default: 4
 KV_DTYPE = Annotated[KvDtype | None, Option(help="What the KV cache is kept in [default: as the weights].")]
 GPU_MEMORY = Annotated[float | None, _giga("--gpu-memory", "Memory of a device in GB.", "GB")]
 MEMORY_NEEDED = Annotated[float, _giga("--gpu-memory", "Memory of a device in GB.", "GB")]
-GPUS = Annotated[int, number("--gpus", "Number of devices.", 4096)]
+GPUS = Annotated[int | None, number("--gpus", "Number of devices [default: --nodes x --gpus-per-node].", 4096)]
+NODES = Annotated[int, number("--nodes", "Nodes that they are in, as many in each.", 4096)]
+PER_NODE = Annotated[int | None, number("--gpus-per-node", "Devices of a node [default: --gpus / --nodes].", 4096)]
+ADVISED = Annotated[str, Option("--format", help=_ADVISED_HELP, metavar="FORMAT", autocompletion=_formats)]
 _BANDWIDTH_HELP = "What a device can send, in GB/s, as in 450 for NVLink 4: adds the time of the all-reduces."
 BANDWIDTH = Annotated[float | None, _giga("--bandwidth", _BANDWIDTH_HELP, "GB/s")]
 DRAWING = Annotated[Path | None, Option("--report", help="Draw the plan as one HTML page.", metavar="FILE.html")]

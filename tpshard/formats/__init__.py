@@ -5,7 +5,7 @@ from importlib import import_module
 from tpshard.errors import UsageError
 from tpshard.formats.base import Format
 
-FORMATS = ("native", "vllm", "sglang", "meta", "deepseek", "dcp", "dcp-hf", "megatron", "hf")
+FORMATS = ("native", "vllm", "vllm-speculator", "sglang", "meta", "deepseek", "dcp", "dcp-hf", "megatron", "hf")
 """Names as `--format` takes them; each is a module of this package with a `FORMAT`."""
 DEFAULT_FORMAT = FORMATS[0]
 

@@ -36,6 +36,9 @@ def reads_config(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return read
 
 
+CUT_ANEW = "whoever loads it cuts it anew for ranks of its own"
+
+
 class Format(ABC):
     """An on-disk format: what each rank stores, and in which files.
 
@@ -43,8 +46,9 @@ class Format(ABC):
     of them but the tensors' follow from the split. own_names: each rank stores its share of each tensor of the model as
     one tensor under the same name, in the model's order. has_ranks: the files are those of a shard set. has_stages: it
     holds pipelines. has_experts: it holds whole experts that are dealt to ranks. no_quantised: why it holds no
-    quantised models, empty where it does. folder: in which the ranks' files lie, if not in the set's directory itself;
-    names of files begin with it.
+    quantised models, empty where it does. no_advice: why its files are not what the ranks of an engine hold, so that
+    nothing is advised about them; empty where they are. folder: in which the ranks' files lie, if not in the set's
+    directory itself; names of files begin with it.
     """
 
     side_names: frozenset[str] = frozenset()
@@ -54,6 +58,7 @@ class Format(ABC):
     has_stages: bool = False
     has_experts: bool = False
     no_quantised: str = ""
+    no_advice: str = ""
     folder: str = ""
 
     @abstractmethod

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.base import Format
+from tpshard.formats.base import CUT_ANEW, Format
 from tpshard.formats.dcp_metadata import Described, StoredChunk, metadata_pickle
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import ALIGN, TensorArchive, require_storage, tensor_archive
@@ -78,6 +78,7 @@ class Dcp(Format):
     """`__0_0.distcp`: rank and number of a file, as torch names them."""
 
     side_names = frozenset({DCP_METADATA})
+    no_advice = CUT_ANEW
     container = True
 
     def lay(self, model: Model, options: Options) -> RankLayouts:

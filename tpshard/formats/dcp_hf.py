@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.base import Format, saved_offsets
+from tpshard.formats.base import CUT_ANEW, Format, saved_offsets
 from tpshard.formats.dcp import chunk, chunks, even_or_less
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.layout import StoredTensor
@@ -23,6 +23,8 @@ _UNREAD = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0"}
 
 class DcpHf(Format):
     """`shard-00001-model-00001-of-00001.safetensors`: rank and file, both from 1, and how many files the rank has."""
+
+    no_advice = CUT_ANEW
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """One rectangle a rank and tensor; UnsupportedError for a tensor whose share is several."""

@@ -77,7 +77,7 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
         axis = _even(tensor, cut, dealt.mesh.tp)
         axes = {axis.name: axis}
         dealt = deal(axes, dealt.mesh)
-        cut = replace(cut, segments=(axis.name,), interleave=None)
+        cut = Cut(cut.kind if cut.dim else "column", cut.dim or 0, (axis.name,))
     elif how in ("replicate", "first"):
         cut = Cut("replicate")
     elif how not in (None, "paired"):

@@ -18,6 +18,7 @@ from tpshard.formats.engine_tables import EngineFamily, below, fits_any, match, 
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
+from tpshard.storage.names import QUANTISED_KEYS
 from tpshard.storage.tensor_names import numbered
 
 _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3), "row": (1, 1)}
@@ -58,7 +59,10 @@ class Tower:
 
 @dataclass(frozen=True)
 class NestedFamily:
-    """A kind of model that nests a text model; the keys are those of the table. own: what is in no tower."""
+    """A kind of model that nests a text model; the keys are those of the table. own: what is in no tower.
+
+    quantised: the methods of quantisation that were compared with what the engine holds.
+    """
 
     texts: Mapping[str, str]
     text: str
@@ -67,6 +71,7 @@ class NestedFamily:
     depth: str = ""
     default_depth: int = -1
     required: Mapping[str, str] = field(default_factory=dict)
+    quantised: tuple[str, ...] = ()
 
 
 class AsEngineHas(NamedTuple):
@@ -118,7 +123,7 @@ def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsE
     )
     around, axes, tensors = config_around(model), dict(model.axes), []
     for tensor in model.tensors:
-        cut = _cut(parts, around, axes, tensor, names[tensor.name]) if not _is_text(model, tensor.name) else None
+        cut = _cut(parts, around, axes, tensor, names[tensor.name]) if not is_text(model, tensor.name) else None
         tensors.append(replace(tensor, cut=cut) if cut else tensor)
     head = {name: nested.text + name.rpartition(".")[2] for name in model.tied}  # a head lies beside its base model
     tied = {head[name]: names[f"{to}.weight"].removesuffix(".weight") for name, to in model.tied.items()}
@@ -128,11 +133,15 @@ def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsE
 
 
 def text_config_of(model: Model) -> Mapping[str, Any]:
-    """The config of the text model, which `text_config` or the like nests; the whole one where none does."""
+    """The config of the text model, which `text_config` or the like nests; the whole one where none does.
+
+    What is said of quantised modules for all of the model is said of the text too.
+    """
     config: Any = model.config
     for key in (model.architecture["text"]["config"] or "").split("."):
         config = config.get(key, {}) if key else config
-    return config if isinstance(config, dict) else {}
+    said = {key: model.config[key] for key in QUANTISED_KEYS if model.config.get(key)}
+    return {**config, **said} if isinstance(config, dict) else said
 
 
 def config_around(model: Model) -> Mapping[str, Any]:
@@ -151,14 +160,15 @@ def with_flag(config: Mapping[str, Any], path: str | None, key: str, value: obje
     return {**config, key: value}
 
 
-def _is_text(model: Model, name: str) -> bool:
+def is_text(model: Model, name: str) -> bool:
+    """Whether a tensor of a model that nests a text model is the text model's."""
     others = model.architecture["text"]["replicated"]
     return not any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 def _full_name(nested: NestedFamily, model: Model, begins: Mapping[str, str], name: str) -> str:
     """The name that the family's patterns are for."""
-    if _is_text(model, name):
+    if is_text(model, name):
         return nested.text + model.full_name(name)
     for old, new in begins.items():
         if name == old or name.startswith(f"{old}."):
@@ -235,12 +245,20 @@ def load_nested(path: Path) -> Mapping[str, NestedFamily]:
     families: dict[str, NestedFamily] = {}
     for name, entry in data["nested"].items():
         keys = merged(data["nested"], name)
-        place, towers = keys.pop("place"), keys.pop("towers")
+        place, towers, keys["texts"] = keys.pop("place"), keys.pop("towers"), _texts(data["nested"], name)
         own = {key: keys.pop(key) for key in ("axes", "begins", "fused", "renamed", "unplaced") if key in keys}
         made = tuple(_parsed(below(place, merged(data["towers"], tower))) for tower in towers)
         family = NestedFamily(towers=made, own=_parsed(below("", own)), **keys)
-        families |= dict.fromkeys(entry["model_types"], family)
+        for model_type in entry["model_types"]:
+            methods = tuple(method for method, types in data["quantised"].items() if model_type in types)
+            families[model_type] = replace(family, quantised=methods)
     return families
+
+
+def _texts(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, str]:
+    """A kind's text models: its own, or those of the kind that it is like, and not both."""
+    entry = entries[name]
+    return dict(entry["texts"]) if "texts" in entry else _texts(entries, entry["like"])
 
 
 def _parsed(entry: Mapping[str, Any]) -> Tower:

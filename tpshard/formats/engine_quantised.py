@@ -17,6 +17,7 @@ from tpshard.formats.engine_tables import Constant, EngineFamily, Method, Quanti
 from tpshard.planning.box import Shape, full
 from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, StoredTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
+from tpshard.storage.names import QUANTISED_KEYS
 
 _HINT = "use --format native"
 _BLOCK = 128
@@ -58,7 +59,7 @@ def method_of(quantised: QuantisedModules, model: Model, engine: str) -> Method:
 
 
 def _declared(model: Model) -> Mapping[str, Any]:
-    return model.config.get("quantization_config") or model.config.get("compression_config") or {}
+    return next((said for key in QUANTISED_KEYS if (said := model.config.get(key))), {})
 
 
 def _text(value: object) -> str:

@@ -84,6 +84,7 @@ class EngineFamily:
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
     every_stage: tuple[str, ...] = ()
+    moved: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def kind(self, name: str) -> NameKind:
@@ -99,7 +100,6 @@ class EngineFamily:
         return {}
 
     def _kind(self, name: str) -> NameKind:
-        renamed = max((p for p in self.renamed if match(p, name)), key=lambda p: p.count("."), default=None)
         fused = ((target, *each) for target, patterns in self.fused.items() for each in enumerate(patterns))
         parts = [part.replace("{", "{{").replace("}", "}}") for part in name.split(".")]
         places = [place for place, part in enumerate(parts) if part == "0"]
@@ -129,7 +129,7 @@ class EngineFamily:
                 for target, place, pattern in fused
                 if match(pattern, name)
             ),
-            renamed=by_numbers if renamed is None else _into(renamed, by_numbers, self.renamed[renamed]),
+            renamed=exchanged(self.renamed, by_numbers),
         )
 
     def layer_of(self, name: str) -> int | None:
@@ -149,6 +149,10 @@ class EngineFamily:
     def rename(self, name: str) -> str:
         """A tensor's name in the engine; the longest pattern counts."""
         return self.kind(name).renamed.format(*numbered(name)[1])
+
+    def place(self, name: str) -> str:
+        """Where the engine's class has what all of the above calls so; the longest pattern of `moved` counts."""
+        return exchanged(self.moved, name)
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,21 @@ class QuantisedModules:
 
 
 @dataclass(frozen=True)
+class Speculator:
+    """The class that an engine makes of a family's layers which predict further tokens; the keys are the table's."""
+
+    shares: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    head: str = ""
+    tied: str = ""
+    numbered_from: str = ""
+    as_layers: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, str] = field(default_factory=dict)
+    cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Table:
     """An engine's table: families by model_type, and what it does not load at all."""
 
@@ -231,6 +250,14 @@ class Table:
     quantised: QuantisedModules
     pipelines: frozenset[str] = frozenset()
     whole_experts: frozenset[str] = frozenset()
+    speculators: Mapping[str, Speculator] = field(default_factory=dict)
+    quantised_types: frozenset[str] = frozenset()
+
+
+def exchanged(patterns: Mapping[str, str], name: str) -> str:
+    """A name with what the longest fitting pattern says in place of what it fits; the same name where none does."""
+    found = max((p for p in patterns if match(p, name)), key=lambda p: p.count("."), default=None)
+    return name if found is None else _into(found, name, patterns[found])
 
 
 def match(pattern: str, name: str) -> bool:
@@ -287,10 +314,24 @@ def load_table(path: Path) -> Table:
         family = _family(data["families"], name)
         family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
-    meshes = (frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts"))
-    return Table(
-        tuple(data["versions"]), families, data["refused_models"], _quantised(data.get("quantised", {})), *meshes
+    pipelines, experts, compared = (
+        frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts", "quantised_types")
     )
+    quantised, speculators = _quantised(data.get("quantised", {})), data.get("speculators", {})
+    made = {name: _speculator(speculators, families, name) for name in speculators}
+    drafts = {each: made[name] for name, entry in speculators.items() for each in entry.get("model_types", ())}
+    return Table(
+        tuple(data["versions"]), families, data["refused_models"], quantised, pipelines, experts, drafts, compared
+    )
+
+
+def _speculator(
+    entries: Mapping[str, Mapping[str, Any]], families: Mapping[str, EngineFamily], name: str
+) -> Speculator:
+    entry = merged(entries, name)
+    layers = {families[each].layer for each in entries[name].get("model_types", ())} or {""}
+    assert len(layers) == 1, f"{name}: families with layers in different places"
+    return Speculator(**below(layers.pop(), entry))
 
 
 def _quantised(entry: Mapping[str, Any]) -> QuantisedModules:

@@ -4,14 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 
 from tpshard.errors import UsageError
-from tpshard.formats.base import Format
+from tpshard.formats.base import CUT_ANEW, Format
 from tpshard.formats.split import Options, RankLayouts
 from tpshard.planning.deal import deal
 from tpshard.planning.join import OutputFile, alignment_order, output_file, parts_by_size
 from tpshard.planning.layout import LogicalTensor, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
-from tpshard.storage.names import SAFETENSORS_INDEX
 from tpshard.storage.safetensors import nbytes
 
 
@@ -28,20 +27,28 @@ def outputs(
     else:
         groups = parts_by_size([whole(tensor) for tensor in alignment_order(tensors)], max_file_size)
     count = len(groups)
-    names = [FORMAT.file_name(0, Mesh(1), part, count) for part in range(count)]
+    stem = "consolidated" if all(file.startswith("consolidated") for file in file_of.values()) else "model"
+    names = [_file_name(part, count, stem) for part in range(count)]
     written = [output_file(name, group, {"format": "pt"}) for name, group in zip(names, groups, strict=True)]
     if count == 1:
         return written, {}
     weight_map = {placed.stored.name: file.name for file in written for placed in file.tensors}
     total = sum(nbytes(tensor.dtype, tensor.shape) for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return written, {SAFETENSORS_INDEX: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+    name = f"{stem}.safetensors.index.json"
+    return written, {name: (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()}
+
+
+def _file_name(part: int, parts: int, stem: str = "model") -> str:
+    """As transformers names them, which count from 1; Mistral's own files have another stem."""
+    return f"{stem}-{part + 1:05}-of-{parts:05}.safetensors" if parts > 1 else f"{stem}.safetensors"
 
 
 class HuggingFace(Format):
     """The unsharded layout as a format: one rank that holds everything. It is written by `outputs`."""
 
     has_ranks = False
+    no_advice = CUT_ANEW
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every tensor whole; UsageError for more than one rank."""
@@ -51,8 +58,8 @@ class HuggingFace(Format):
         return RankLayouts((tuple(map(whole, model.tensors)),), deal(model.axes, Mesh(1)))
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
-        """As transformers names them, which count from 1."""
-        return f"model-{part + 1:05}-of-{parts:05}.safetensors" if parts > 1 else "model.safetensors"
+        """As transformers names them."""
+        return _file_name(part, parts)
 
     def parse_name(self, name: str) -> Mapping[str, int] | None:
         """None: an ordinary checkpoint has no rank files."""

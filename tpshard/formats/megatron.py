@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from tpshard.errors import UsageError
-from tpshard.formats.base import Format
+from tpshard.formats.base import CUT_ANEW, Format
 from tpshard.formats.dcp import archive_at, archives
 from tpshard.formats.dcp_metadata import Described, StoredChunk, StoredObject, metadata_pickle
 from tpshard.formats.megatron_args import arguments
@@ -49,6 +49,7 @@ class Megatron(Format):
     )
     container = True
     folder = _FOLDER
+    no_advice = CUT_ANEW
     no_quantised = "Megatron's quantised layers keep their weights in other forms"
 
     def lay(self, model: Model, options: Options) -> RankLayouts:

@@ -8,14 +8,14 @@ stands before them.
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
-from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, load_nested, with_flag
+from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -36,7 +36,7 @@ from tpshard.planning.deal import Deal, Range
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
 from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.mesh import Mesh
-from tpshard.planning.model import Model
+from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.placement import Placement, placement
 from tpshard.planning.stages import even_layers
 from tpshard.storage.local import Content, content_of
@@ -46,6 +46,8 @@ from tpshard.storage.tensor_names import numbered
 
 VOCAB_MULTIPLE = 64
 """Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
+DRAFT = "of a layer that predicts further tokens, a draft model of its own"
+"""Why such tensors are not among the model's."""
 _SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 _ONE = struct.pack("<f", 1.0)
 _NUMBER = r"(0|[1-9]\d*)"
@@ -53,7 +55,12 @@ _NAME = re.compile(rf"(?:(?:model|{NOT_LOADED})-rank|model-pp-{_NUMBER}-tp)-{_NU
 
 
 class ShardedState(Format):
-    """`model-rank-0-part-0.safetensors`, for one engine's table of names."""
+    """`model-rank-0-part-0.safetensors`, for one engine's table of names.
+
+    not_held: why tensors of the model are not among those that `_as_engine_has` gives.
+    """
+
+    not_held = ""
 
     def __init__(
         self, engine: str, table: str, no_quantised: str = "", *, has_stages: bool = False, nested: str = ""
@@ -71,16 +78,24 @@ class ShardedState(Format):
         within = (text for family in self.nested.values() for text in family.texts)
         return frozenset({*table.families, *within} - table.refused_models.keys())
 
+    @property
+    def quantised_types(self) -> frozenset[str]:
+        """Those of which quantised modules were compared with what the engine holds."""
+        return load_table(self.path).quantised_types
+
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
-        family, model, unheld = self._as_engine_has(model, options.engine_version)
+        given = model
+        family, model, unheld = self._as_engine_has(given, options.engine_version)
         self._require_compared(model, options)
         quantised = load_table(self.path).quantised
         method = method_of(quantised, model, self.engine)
         placed = placement(model, options.mesh, options.pp_layers)
         dealt = self._deal(family, placed.axes, model, options)
         last = counted_last(quantised, family, model)
-        dropped, beside = _dropped(family, model, self.engine), unplaced(quantised, family, model, last) | unheld
+        dropped, beside = self._dropped(family, model), unplaced(quantised, family, model, last) | unheld
+        held = {tensor.name for tensor in model.tensors}
+        dropped |= {tensor.name: self.not_held for tensor in given.tensors if tensor.name not in held}
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
         tensors = [tensor for tensor in model.tensors if tensor.name not in unloaded]
         reasons: dict[tuple[object, ...], str | None] = {}  # layers are alike
@@ -105,6 +120,7 @@ class ShardedState(Format):
         rows = joined(recipes, shares, shapes, options.tp, _experts_of(model, placed, recipes))
         rows += constants(method, family, model, rows, named.values(), options.tp)
         rows += _scales(family, named.values(), options.tp)
+        rows = [row._replace(name=family.place(row.name)) for row in rows] if family.moved else rows
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
         beside |= {tensor.name for tensor in tensors if family.kind(model.full_name(tensor.name)).function}
         rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
@@ -140,13 +156,22 @@ class ShardedState(Format):
         )
 
     def notes(self, split: Split) -> tuple[str, ...]:
-        """How the engine is told of stages that it would make otherwise: nothing in the files says so."""
-        stages, pp = split.layouts.stages, split.options.pp
+        """How the engine is told of stages that it would make otherwise, and of what is left out."""
+        stages, pp, left = split.layouts.stages, split.options.pp, self._drafts(split)
         sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
         if stages is None or sizes == even_layers(stages.layers.count, pp):
-            return ()
+            return left
         variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
-        return (f"{self.engine} deals layers otherwise by itself: set {variable} wherever it starts",)
+        return (f"{self.engine} deals layers otherwise by itself: set {variable} wherever it starts", *left)
+
+    def _drafts(self, split: Split) -> tuple[str, ...]:
+        count = list(split.layouts.dropped.values()).count(DRAFT)
+        text = split.model.architecture.get("text") or split.model.architecture
+        if not count:
+            return ()
+        known = load_table(self.path).speculators
+        how = "--format vllm-speculator writes it" if text["model_type"] in known else "its names are not known"
+        return (f"{count} tensors predict further tokens, which {self.engine} loads as a draft model: {how}",)
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The engine's default patterns; it reads all parts that there are."""
@@ -171,7 +196,7 @@ class ShardedState(Format):
             tied = not {f"{head}.weight", f"{embedding}.weight"} <= stored
             text = model.architecture.get("text")
             config = with_flag(config, text["config"] if text else None, "tie_word_embeddings", tied)
-        config = completed(method_of(load_table(self.path).quantised, split.model, self.engine), split.model, config)
+        config = completed(method_of(load_table(self.path).quantised, model, self.engine), split.model, config)
         if config != given or split.model.tied:
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
@@ -218,12 +243,24 @@ class ShardedState(Format):
             what = f"the names that {self.engine} has in {model_type} with {text_type} in it, not a text model alone,"
             raise self._unsupported(f"{what} are not known")
         if model.quantisation:
-            raise self._unsupported(f"how {self.engine} holds a quantised {model_type} was not compared")
+            self._require_quantised(family.quantised, model)
         found = as_engine_has(family, families[like], model)
         for key, reason in family.required.items():
             if not found.model.config.get(key):
                 raise self._unsupported(f"{self.engine} does not load {model_type} without {key}: {reason}")
         return found
+
+    def _require_quantised(self, compared: Collection[str], model: Model) -> None:
+        """UnsupportedError for a model that nests a text model and is quantised as none was that was compared."""
+        model_type, method = model.architecture["model_type"], model.quantisation["method"]
+        if method not in compared:
+            raise self._unsupported(f"how {self.engine} holds a {model_type} quantised by {method} was not compared")
+        for tensor in model.tensors:
+            if tensor.dtype not in CASTABLE and not is_text(model, tensor.name):
+                what = (
+                    f"how {self.engine} holds {tensor.name}, which is quantised and beside the text, was not compared"
+                )
+                raise self._unsupported(what, tensor.name)
 
     def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
         return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
@@ -263,6 +300,19 @@ class ShardedState(Format):
             axes[name] = replace(axis, count=padded, pad=False, replicate=repeated, group=None, rest_last=rest_last)
         return options.even_deal(self.engine, axes)
 
+    def _dropped(self, family: EngineFamily, model: Model) -> dict[str, str]:
+        """Tensors that the engine has no place for and needs none for, with the reason."""
+        dropped = {}
+        heads = () if family.head else tuple(f"{head}.weight" for head in model.tied)
+        for tensor in model.tensors:
+            if tensor.cut.kind == "buffer":
+                dropped[tensor.name] = f"a buffer that {self.engine} computes itself"
+            elif is_draft(family, model, tensor.name):
+                dropped[tensor.name] = DRAFT
+            elif model.full_name(tensor.name) in heads:
+                dropped[tensor.name] = f"tied: {self.engine} takes the embedding"
+        return dropped
+
     def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""
         names = {tensor.name: model.full_name(tensor.name) for tensor in tensors}
@@ -301,22 +351,12 @@ def _experts_of(
     return dict.fromkeys(whole, placed.experts[1])
 
 
-def _dropped(family: EngineFamily, model: Model, engine: str) -> dict[str, str]:
-    """Tensors that the engine has no place for and needs none for, with the reason."""
-    dropped = {}
-    layers = model.config.get(family.extra_layers) if family.extra_layers else None
-    heads = () if family.head else tuple(f"{head}.weight" for head in model.tied)
-    for tensor in model.tensors:
-        name = model.full_name(tensor.name)
-        if tensor.cut.kind == "buffer":
-            dropped[tensor.name] = f"a buffer that {engine} computes itself"
-        elif family.kind(name).draft or (
-            isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers
-        ):
-            dropped[tensor.name] = "of a layer that predicts further tokens, a draft model of its own"
-        elif name in heads:
-            dropped[tensor.name] = f"tied: {engine} takes the embedding"
-    return dropped
+def is_draft(family: EngineFamily, model: Model, name: str) -> bool:
+    """Whether a tensor is of the layers that predict further tokens."""
+    name, layers = model.full_name(name), model.config.get(family.extra_layers) if family.extra_layers else None
+    if family.kind(name).draft:
+        return True
+    return isinstance(layers, int) and (layer := family.layer_of(name)) is not None and layer >= layers
 
 
 def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:

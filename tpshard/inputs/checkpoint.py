@@ -6,6 +6,7 @@ Everything that a published directory can get wrong is found here, before a byte
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +16,8 @@ from typing import Any
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UsageError
 from tpshard.storage.carried import LeftOut, Selection, select
 from tpshard.storage.foreign import recognised
-from tpshard.storage.local import Directory, cached_repo, load_json
-from tpshard.storage.names import CONFIG, MANIFEST, QUANTISED, is_meta, side_files
+from tpshard.storage.local import Directory, cached_repo, load_json, read_bytes
+from tpshard.storage.names import CONFIG, MANIFEST, META_PARAMS, QUANTISED, QUANTISED_KEYS, is_meta, side_files
 from tpshard.storage.pool import Pool
 from tpshard.storage.safetensors import Header, TensorInfo
 from tpshard.storage.source import Source, SourceFile, source_header
@@ -48,16 +49,41 @@ class Checkpoint:
     quantisation: Mapping[str, Any] | None = None
 
 
-QUANTISED_KEYS = ("quantization_config", "compression_config")
-"""The keys under which configs say how weights are quantised."""
-
-
 def read_config(raw: bytes, path: object) -> dict[str, Any]:
     """config.json as a dict."""
     config = load_json(raw, path)
     if not isinstance(config, dict):
         raise CorruptError("config.json is not an object", path=path, found=type(config).__name__)
     return config
+
+
+def _config_file(names: Collection[str]) -> str | None:
+    """The file that tells the architecture: config.json, or params.json beside weights in Mistral's own form."""
+    if CONFIG in names:
+        return CONFIG
+    return META_PARAMS if META_PARAMS in names and any(map(_OF_MISTRAL.fullmatch, names)) else None
+
+
+_OF_MISTRAL = re.compile(r"consolidated(-\d+-of-\d+)?\.safetensors")
+
+
+def _of_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """params.json as a config: the values under their own names, and what others look for under theirs."""
+    kind = params.get("model_type", "transformer")
+    found = {**params, "model_type": "mistral_native" if kind == "transformer" else kind}
+    found["tie_word_embeddings"] = bool(params.get("tied_embeddings"))
+    if isinstance(said := params.get("quantization"), dict):
+        found["quantization_config"] = {"quant_method": str(said.get("qformat_weight", "")).partition("_")[0], **said}
+    return found
+
+
+def config_in(directory: Path) -> Any:
+    """What config.json of a directory says, or params.json in its place; CorruptError where neither is there."""
+    path = directory / CONFIG
+    if not path.exists() and (directory / META_PARAMS).exists():
+        path = directory / META_PARAMS
+        return _of_params(read_config(read_bytes(path), path))
+    return load_json(read_bytes(path), path)
 
 
 def read_quantisation(config: Mapping[str, Any], config_path: object, source: Source) -> dict[str, Any] | None:
@@ -129,7 +155,7 @@ def open_headers(
     names = repo.names()
     if allow_pickle and not any(name.endswith(".safetensors") for name in names):
         return open_checkpoint(model, revision, allow_pickle=True)
-    if CONFIG not in names:
+    if _config_file(names) is None:
         raise _no_config(names, model)
     return _open(repo, model, repo.repo_id, repo.revision, allow_pickle=False, only=None)
 
@@ -146,7 +172,7 @@ def _open_local(
     source = Directory(directory, follow)
     if is_meta(directory) and not any(name.endswith((".safetensors", ".bin")) for name in source.names()):
         raise _of_meta(directory)
-    if CONFIG not in source.names():
+    if _config_file(source.names()) is None:
         raise _no_config(source.names() if path.is_dir() else [path.name], directory)
     name = repo_id or Path(os.path.abspath(directory)).name
     only = None if path.is_dir() else path
@@ -156,15 +182,19 @@ def _open_local(
 def _open(
     source: Source, name: str, repo_id: str | None, revision: str | None, allow_pickle: bool, only: Path | None
 ) -> Checkpoint:
-    """Read config and headers of a source that has a config.json. only: the one weight file to read."""
+    """Read config and headers of a source that has a file for the first. only: the one weight file to read."""
     names, place = source.names(), source.place
-    config_path = str(source.path(CONFIG) or f"{place}/{CONFIG}")
-    config = read_config(source.read_small(CONFIG), config_path)
+    told_by = _config_file(names)
+    assert told_by is not None
+    config_path = str(source.path(told_by) or f"{place}/{told_by}")
+    config = read_config(source.read_small(told_by), config_path)
+    if told_by == META_PARAMS:
+        config = _of_params(config)
     quantisation = read_quantisation(config, config_path, source)
     if only is not None and not only.name.endswith((".safetensors", ".bin")):
         raise UsageError("not a weight file", path=only, hint="give a directory or a .safetensors file")
     if only is None:
-        published = source.path(CONFIG) is None
+        published = source.path(told_by) is None
         listed, weight_map, total = weight_files(names, source.read_small, place, published=published)
     else:
         listed, weight_map, total = [only.name], None, None

@@ -33,7 +33,10 @@ def from_checkpoint(
     try:
         classified, text = subject.classify(checkpoint.tensors, quantised.companions)
     except (CorruptError, UnsupportedError) as error:
-        raise wrapped((info.name for info in checkpoint.tensors), checkpoint.directory) or error from None
+        foreign = wrapped((info.name for info in checkpoint.tensors), checkpoint.directory)
+        if foreign is None and rules is None and isinstance(error, UnsupportedError):
+            error = with_fitting(error, checkpoint.config, checkpoint.tensors, quantised.companions)
+        raise foreign or error from None
     _check_order(checkpoint, quantised, classified.cuts)
     lower = dtype is not None and DTYPE_NAMES[dtype] in ("F16", "BF16") and not cast_all
     float32 = [info.name for info in checkpoint.tensors if info.name in classified.float32] if lower else []

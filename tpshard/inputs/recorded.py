@@ -1,7 +1,7 @@
 """The planned split that a manifest records: model, options, and what each rank stores."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,18 @@ def parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         raise ValueError(reason)
     dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
     layouts = RankLayouts(layout, None, dropped, placed)
+    model = replace(model, notes=tuple(_not_in_it(tensors, dropped)))
     return Split(model, options, format_of(options.format), layouts, (manifest["set"], raw))
+
+
+def _not_in_it(tensors: Sequence[LogicalTensor], dropped: Mapping[str, str]) -> Iterator[str]:
+    """What weights of the model that was split are not in the set, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for tensor in tensors:
+        if tensor.name in dropped and tensor.cut.kind != "buffer":
+            by_reason.setdefault(dropped[tensor.name], []).append(tensor.name)
+    for reason, names in by_reason.items():
+        yield f"{len(names)} tensors of the model are not in this set, nor in what is made of it: {names[0]} ({reason})"
 
 
 def _mesh(said: Mapping[str, Any]) -> Mesh:

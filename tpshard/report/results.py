@@ -57,7 +57,7 @@ class PlanReport:
         from tpshard.report.capacity import Workload, numbers  # not when something is written: imports count
 
         work, stages = self.workload or Workload(), self.split.layouts.stages
-        return numbers(self.split.model, self.deal, self.rank_bytes, work, stages)
+        return numbers(self.split.kept, self.deal, self.rank_bytes, work, stages, self.split.options.ep)
 
     @property
     def deal(self) -> Deal:

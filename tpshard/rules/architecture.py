@@ -17,6 +17,8 @@ from tpshard.planning.axes import SPLIT_AXIS, Kind
 from tpshard.rules import expression
 from tpshard.rules.quantisation.schemes import AXES, SUFFIXES
 
+ONE = "one"
+"""A dim of one element, which some files have and others have not: all of a tensor's or none."""
 EITHER = "or turned"
 """Behind the dims of a tensor: the last two may be stored in the other order, and sizes say which it is."""
 _DIRECTORY = Path(__file__).parent / "architectures"
@@ -118,8 +120,8 @@ _TOP_KEYS: _Keys = {
     "rules": (_table_of(_is_list), "a table of lists of strings"),
     **dict.fromkeys(("biases", "float32"), (_table_of(_is_list), "a table of lists of strings")),
     "dims": (
-        _table_of(lambda value: _is_list(value) and {*value[:-1], *({*value[-1:]} - {EITHER})} <= set(AXES)),
-        f"lists of {', '.join(AXES)}, and {EITHER} at the end",
+        _table_of(lambda value: _is_list(value) and {*value[:-1], *({*value[-1:]} - {EITHER})} <= {*AXES, ONE}),
+        f"lists of {', '.join(AXES)} and {ONE}, and {EITHER} at the end",
     ),
 }
 _AXIS_KEYS: _Keys = {

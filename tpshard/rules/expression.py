@@ -44,6 +44,12 @@ def _item(items: Any, key: Any) -> Any:
     raise TypeError(f"{items!r} has no {key!r}")
 
 
+def _numbers(items: Any) -> Any:
+    """The whole numbers of a list, or of a string that has commas between them; None where there is neither."""
+    return None if items is None else [int(each) for each in (items.split(",") if isinstance(items, str) else items)]
+
+
+_FUNCTIONS = {"len", "int", "numbers"}
 _LONGEST = 1000  # far more than any rule needs, and never so deep that walking it exhausts the stack
 
 
@@ -73,7 +79,7 @@ def _is_known(node: ast.expr) -> bool:
             return True
         case ast.UnaryOp(op=ast.Not()) | ast.Subscript(value=ast.Name() | ast.Subscript()):
             return True
-        case ast.Call(func=ast.Name(id="len"), args=[ast.Name()], keywords=[]):
+        case ast.Call(func=ast.Name(id="len" | "numbers"), args=[ast.Name()], keywords=[]):
             return True
         case ast.Call(func=ast.Name(id="int"), args=[_], keywords=[]):
             return True
@@ -86,7 +92,7 @@ def _is_known(node: ast.expr) -> bool:
 
 def names(text: str) -> tuple[str, ...]:
     """The config keys an expression mentions, sorted."""
-    return tuple(sorted({node.id for node in ast.walk(parse(text)) if isinstance(node, ast.Name)} - {"len", "int"}))
+    return tuple(sorted({node.id for node in ast.walk(parse(text)) if isinstance(node, ast.Name)} - _FUNCTIONS))
 
 
 def evaluate(text: str, config: Mapping[str, Any]) -> Any:
@@ -98,7 +104,7 @@ def evaluate(text: str, config: Mapping[str, Any]) -> Any:
     tree = parse(text)
     try:
         return _value(tree, config)
-    except (TypeError, ArithmeticError, MemoryError) as error:
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
         raise ExpressionError(f"{text!r} has no value for this config: {error}") from None
 
 
@@ -142,6 +148,8 @@ def _value(node: ast.expr, config: Mapping[str, Any]) -> Any:
             return _item(_value(of, config), _value(key, config))
         case ast.Call(func=ast.Name(id="int"), args=[of]):
             return int(_value(of, config))
+        case ast.Call(func=ast.Name(id="numbers"), args=[of]):
+            return _numbers(_value(of, config))
         case ast.Call(args=[of]):
             items = _value(of, config)
             return None if items is None else len(items)

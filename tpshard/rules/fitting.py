@@ -21,7 +21,7 @@ def with_fitting(
     tensors: Sequence[TensorInfo],
     quantised: Mapping[str, Companion],
 ) -> UnsupportedError:
-    """The refusal of an unknown model_type, with the built-in rules that fit every tensor.
+    """The refusal of an unknown model_type, or of tensors that its rules do not know, with rules that fit every tensor.
 
     The architecture that `architectures` of config.json names comes first; where it does not fit, the reason is said.
     Of those that cut every tensor in the same way one is suggested.
@@ -38,7 +38,7 @@ def with_fitting(
                 find_prefix(architecture, text, sample)  # soon says no to most, also where there are very many tensors
             found, _ = ModelRules(architecture, config, text).classify(tensors, quantised)
         except TpshardError as refusal:
-            if architecture is named:
+            if architecture is named and refusal.message != error.message:
                 hints.insert(0, f"`architectures` names a class of {named.name}, whose rules do not fit: {refusal}")
             continue
         if not any((found.cuts, found.axes) == (other.cuts, other.axes) for other in fitting.values()):
@@ -46,7 +46,8 @@ def with_fitting(
     if fitting:
         which = " or ".join(f"--rules {name}" for name in list(fitting)[:_MOST])
         hints.insert(0, f"every tensor fits {which}: right if the model computes as that architecture does")
-    return UnsupportedError(error.message, path=error.path, expected=error.expected, hint="; ".join(hints))
+    said = {key: getattr(error, key) for key in ("path", "tensor", "expected", "found")}
+    return UnsupportedError(error.message, **said, hint="; ".join(filter(None, hints)))
 
 
 def _names(config: Mapping[str, Any], architecture: Architecture) -> bool:

@@ -18,11 +18,11 @@ from tpshard.rules.presence import check_head
 from tpshard.rules.quantisation.schemes import Companion, split_name
 from tpshard.storage.safetensors import TensorInfo
 
-TEXT_KEYS = ("text_config", "llm_config", "language_config")
-"""The keys under which configs nest the text model's: in transformers, InternVL and DeepSeek-VL2."""
+TEXT_KEYS = ("text_config", "llm_config", "language_config", "transformer_layer_config")
+"""The keys under which configs nest the text model's: in transformers, InternVL, DeepSeek-VL2 and speculators."""
 THINKER = "thinker"
 """The part of Qwen's omni models that has the text model: `thinker_config` nests its config, beside a talker's."""
-_INHERITED = ("tie_word_embeddings",)
+_INHERITED = ("tie_word_embeddings", "draft_vocab_size")
 """Keys that a text config inherits from the outer one if it lacks them; others may mean something else there."""
 
 
@@ -98,8 +98,10 @@ def find_rules(config: Mapping[str, Any], rules: str | Path | None, config_path:
         if whole or not (by_name or text.model_type in architecture.model_types):
             return ModelRules(find_architecture(config, rules, config_path), config)
         return ModelRules(architecture, config, text)
-    if own := builtin_or_none(str(config.get("model_type"))):
-        return ModelRules(own, config)
+    outer = str(config.get("model_type"))
+    if own := builtin_or_none(outer):
+        # One that has the text model's values itself has the vision model's tensors beside the text model's.
+        return ModelRules(own, config, replace(text, model_type=outer) if text.key is None else None)
     if of_text := builtin_or_none(text.model_type):
         return ModelRules(of_text, config, text)
     if text.key is None:

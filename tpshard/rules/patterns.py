@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
 from tpshard.rules import expression
-from tpshard.rules.architecture import EITHER, Architecture, Rule, asks_layer, compile_pattern
+from tpshard.rules.architecture import EITHER, ONE, Architecture, Rule, asks_layer, compile_pattern
 from tpshard.rules.quantisation.schemes import Companion, companion_of, split_name, stand_ins
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.tensor_names import numbered
@@ -230,6 +230,8 @@ class Matcher:
         ):
             return companion.axes(len(shape))
         if len(dims) != len(shape):
+            dims = tuple(dim for dim in dims if dim != ONE)
+        if len(dims) != len(shape) or any(size != 1 for dim, size in zip(dims, shape, strict=True) if dim == ONE):
             expected = f"{len(dims)} dims: {', '.join(dims)}"
             raise CorruptError(f"{name} has {len(shape)} dims", tensor=name, expected=expected, found=f"shape {shape}")
         if "expert" in dims and self.architecture.experts and shape[dims.index("expert")] != self._experts:

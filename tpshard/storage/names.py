@@ -17,7 +17,12 @@ QUANTISED = {
     "quant_config.json": "awq",
 }
 """Files in which quantisation tools say what they did, some of them nowhere else; whose they are if they do not say."""
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+"""The keys under which configs say how weights are quantised."""
 META_PARAMS = "params.json"
+"""Beside Meta's files, and in place of config.json beside Mistral's."""
+MISTRAL = "consolidated.safetensors"
+MISTRAL_INDEX = f"{MISTRAL}.index.json"
 DCP_METADATA = ".metadata"
 MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
 MEGATRON_COMMON = "common.pt"
@@ -52,6 +57,7 @@ SIDE_PATTERNS = (
     "chat_template.json",
     "processor_config.json",
     "preprocessor_config.json",
+    META_PARAMS,
     "video_preprocessor_config.json",
     *QUANTISED,
     *(f"{word}*" for word in ("LICENSE", "LICENCE", "License", "license", "NOTICE", "Notice", "COPYING", "USE_POLICY")),

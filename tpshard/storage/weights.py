@@ -8,14 +8,24 @@ from pathlib import PurePosixPath
 from tpshard.errors import CorruptError, TpshardError, UnsafeError, UnsupportedError, UsageError
 from tpshard.storage.foreign import recognised
 from tpshard.storage.local import load_json
-from tpshard.storage.names import PICKLE, PICKLE_INDEX, PICKLE_PATTERN, SAFETENSORS, SAFETENSORS_INDEX, fits
+from tpshard.storage.names import (
+    MISTRAL,
+    MISTRAL_INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    PICKLE_PATTERN,
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    fits,
+)
 
 ReadFile = Callable[[str], bytes]
 """The content of a small file by its name."""
 
 _SAFETENSORS = (SAFETENSORS, SAFETENSORS_INDEX)
 _PICKLE = (PICKLE, PICKLE_INDEX)
-USUAL = frozenset((*_SAFETENSORS, *_PICKLE))
+_MISTRAL = (MISTRAL, MISTRAL_INDEX)
+USUAL = frozenset((*_SAFETENSORS, *_PICKLE, *_MISTRAL))
 """The names of a model's single weight file, or of its index."""
 _OTHERS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -23,9 +33,11 @@ _OTHERS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".
 def preferred(names: Collection[str], read: ReadFile, place: object, *, pickle: bool = True) -> str | None:
     """The single weight file, or else the index of several; safetensors before pickles, as transformers prefers.
 
+    Mistral's own files are the last: where there are others, these have the names that config.json is for.
+
     CorruptError where both are there and hold the model, as far as their names say: one of them is stale.
     """
-    forms = (_SAFETENSORS, _PICKLE) if pickle else (_SAFETENSORS,)
+    forms = (_SAFETENSORS, _PICKLE, _MISTRAL) if pickle else (_SAFETENSORS, _MISTRAL)
     for single, index in forms:
         if single in names and index in names:
             return index if _lists(index, single, names, read, place) else single
@@ -63,7 +75,7 @@ def weight_files(
         if series := _series(names):
             return _whole(series, place), None, None
         raise no_weights(names, place)
-    if name in (SAFETENSORS, PICKLE):
+    if name in (SAFETENSORS, PICKLE, MISTRAL):
         return [name], None, None
     weight_map, total = _parse_index(read(name), f"{place}/{name}")
     files = sorted(set(weight_map.values()))
@@ -88,7 +100,7 @@ def wrong_index(names: Collection[str]) -> str:
 
 def _series(names: Collection[str]) -> dict[int, tuple[str, int]]:
     """The files of the usual names with numbers, `model-00001-of-00003.safetensors`: the name and the count of each."""
-    for stem, ending in (SAFETENSORS.split("."), PICKLE.split(".")):
+    for stem, ending in (SAFETENSORS.split("."), PICKLE.split("."), MISTRAL.split(".")):
         pattern = re.compile(rf"{stem}-(\d{{1,9}})-of-(\d{{1,9}})\.{ending}")
         matches = [match for name in names if (match := pattern.fullmatch(name))]
         if matches:
@@ -122,7 +134,7 @@ def files_to_download(names: Collection[str], allow_pickle: bool, read: ReadFile
     for pickle in (False, True) if allow_pickle else (False,):
         pattern = PICKLE_PATTERN if pickle else "*.safetensors"
         name = preferred(names, read, place, pickle=pickle)
-        if name in (SAFETENSORS, PICKLE):
+        if name in (SAFETENSORS, PICKLE, MISTRAL):
             return (name,)
         if name is not None:
             return (name, *_listed_in_root(read(name), name))

@@ -13,7 +13,7 @@ from tests.engines.table.findings import Findings, layer_pattern
 from tests.engines.table.known import differences
 from tests.engines.table.names import fused, pattern
 from tests.engines.table.reading import CannotSay, Reading, kind_of
-from tpshard.formats.engine_nested import _is_text
+from tpshard.formats.engine_nested import is_text
 from tpshard.formats.engine_tables import EngineFamily
 
 _HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
@@ -37,11 +37,11 @@ class Beside:
 def text_alone(reading: Reading, prefix: str) -> Reading:
     """What was read of the text model, under its own names. prefix: how vLLM's begin."""
     model = reading.model
-    texts = [tensor for tensor in model.tensors if _is_text(model, tensor.name)]
+    texts = [tensor for tensor in model.tensors if is_text(model, tensor.name)]
     names = {tensor.name: model.full_name(tensor.name) for tensor in texts}
     tied = {head.rpartition(".")[2]: names[f"{to}.weight"].removesuffix(".weight") for head, to in model.tied.items()}
     own = replace(model, tensors=tuple(texts), full_names=names, tied=tied, config=model.text_config or model.config)
-    others = {tensor for tensor in reading.parameter_of if not _is_text(model, tensor)}
+    others = {tensor for tensor in reading.parameter_of if not is_text(model, tensor)}
     theirs = {reading.parameter_of[tensor] for tensor in others}
     ranks = [
         {
@@ -56,7 +56,7 @@ def text_alone(reading: Reading, prefix: str) -> Reading:
 
 def prefixes(reading: Reading) -> list[str]:
     """How vLLM's names of the text may begin: with what all of them begin with, the longest first."""
-    held = [into.split(".") for tensor, into in reading.parameter_of.items() if _is_text(reading.model, tensor)]
+    held = [into.split(".") for tensor, into in reading.parameter_of.items() if is_text(reading.model, tensor)]
     first, last = min(held), max(held)
     same = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     return ["".join(f"{part}." for part in first[:size]) for size in range(same, -1, -1)]
@@ -98,7 +98,7 @@ def beside(readings: Iterable[Reading]) -> Beside:
     found = Beside()
     for reading in readings:
         model = reading.model
-        names = [tensor.name for tensor in model.tensors if not _is_text(model, tensor.name)]
+        names = [tensor.name for tensor in model.tensors if not is_text(model, tensor.name)]
         pairs, parts = _apart(reading, names)
         found.begins |= begins(pairs, found.begins)
         begun = {name: begin(found.begins, name) for name in names}

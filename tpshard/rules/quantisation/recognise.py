@@ -214,7 +214,7 @@ def _is_values(suffix: str, info: TensorInfo) -> bool:
 _USUAL = 128
 """The size of groups and blocks where a tool that has no other does not say it."""
 _SCALES = {
-    "weight": ("weight_scale_inv", "weight_scale", "scale"),
+    "weight": ("weight_scale_inv", "weight_scale", "scale", "qscale_weight"),
     "": ("scale_inv", "block_scales"),
     "weight_packed": ("weight_scale",),
     "qweight": ("scales",),

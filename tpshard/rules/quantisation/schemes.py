@@ -78,6 +78,7 @@ QUANTISED: Scheme = {
     "weight_scale_inv": _SCALE,
     "scale": _SCALE,
     "scale_inv": _SCALE,
+    "qscale_weight": _SCALE,
     "scales": Companion(_ROWS, {"in": "scale"}, "scale"),
     "block_scales": Companion((("expert", "out", "in"),), {"in": "scale"}, "scale"),
     "qzeros": Companion(_ROWS, {"in": "scale", "out": "packed"}, "other"),
@@ -87,7 +88,7 @@ QUANTISED: Scheme = {
     "pre_quant_scale": Companion((("in",),), role="other"),
     **dict.fromkeys(
         "weight_scale_2 weight_global_scale weight_shape input_scale input_scale_ub input_global_scale "
-        "input_zero_point activation_scale output_scale".split(),
+        "input_zero_point activation_scale output_scale qscale_act".split(),
         _WHOLE,
     ),
     **dict.fromkeys((f"{x}_{what}" for x in "qkv" for what in ("scale", "zero_point")), _HEAD),

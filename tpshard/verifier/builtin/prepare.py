@@ -68,7 +68,7 @@ def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[st
     opened = open_shards(options.shards)
     how = {"allow_pickle": options.allow_pickle, "follow_symlinks": options.follow_symlinks}
     config, weights = open_source(source, cast=opened.cast, **how)
-    if options.model_type is not None and not (config.get("model_type") in FAMILIES or covers(config)):
+    if options.model_type is not None and not (_runs(config) and _runs({"model_type": options.model_type})):
         computed = {"model_type": options.model_type}
         what = f"a model_type {config.get('model_type')!r} is computed as {options.model_type}, because --rules says so"
         opened = replace(opened, config={**opened.config, **computed}, warnings=(*opened.warnings, what))
@@ -80,6 +80,10 @@ def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[st
     for each in (weights, *opened.ranks):
         require_floats(each, parameters(each))
     return opened, config, weights
+
+
+def _runs(config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in FAMILIES or covers(config)
 
 
 def prepare(opened: OpenedSet, options: VerifyOptions) -> Case:

@@ -1,12 +1,13 @@
 """Which files of a directory are ranks, told by their names alone; no file is opened here, and torch not needed."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.storage.names import is_megatron
+from tpshard.storage.names import MANIFEST, is_megatron
 
 _NAMES = {
     "native": re.compile(
@@ -42,8 +43,19 @@ def _numbered(directory: Path) -> Iterator[tuple[str, dict[str, int], str]]:
                 yield kind, {key: n - first.get(key, 0) for key, n in said.items()}, path.name
 
 
+def _is_draft(directory: Path) -> bool:
+    """Whether a set says of itself that it is a draft model's. What it says wrongly is never a pass."""
+    try:
+        return bool(json.loads((directory / MANIFEST).read_bytes())["options"]["format"] == "vllm-speculator")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def rank_files(directory: Path) -> RankFiles:
     """The ranks' files; CorruptError where some are missing, or are of several widths or formats."""
+    if _is_draft(directory):
+        what, hint = "verify runs no draft model", "`tpshard check --source` compares every byte with the model"
+        raise UnsupportedError(what, path=directory, expected="a set of the model", hint=hint)
     files = list(_numbered(directory))
     kinds = sorted({kind for kind, *_ in files})
     if not files and is_megatron(directory):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import CorruptError, UnsupportedError, UsageError
-from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.inputs.checkpoint import config_in, open_checkpoint
 from tpshard.storage.local import load_json, read_bytes, read_header, read_range
-from tpshard.storage.names import CONFIG, MANIFEST, record_name
+from tpshard.storage.names import MANIFEST, record_name
 from tpshard.storage.safetensors import TensorInfo
 from tpshard.storage.torch_pickle import DTYPES, read_pickle
 from tpshard.verifier.ranks.dcp import SHARDING, Chunk, Chunks, of_header, of_metadata
@@ -137,7 +137,7 @@ def open_shards(directory: Path) -> RankSet:
         raise CorruptError(message, path=directory, expected=f"tp {recorded}", found=f"tp {tp}")
     warnings: list[str] = []
     listed = of_metadata(directory) if files.format == "dcp" else {}
-    config = _json(directory / CONFIG)
+    config = config_in(directory)
     tied = isinstance(config, dict) and config.get("tie_word_embeddings") is True
     opened = [_open_rank(directory, files, rank, listed, warnings, tied) for rank in range(tp)]
     pp = len(files.ranks[0])

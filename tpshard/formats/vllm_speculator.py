@@ -1,0 +1,99 @@
+"""vLLM's `sharded_state` of the layers that predict further tokens, which vLLM loads as a draft model of its own.
+
+They are a set of their own, since of each of the two models vLLM's loader takes every tensor in a directory.
+"""
+
+from dataclasses import replace
+
+from tpshard.errors import UnsupportedError
+from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of
+from tpshard.formats.engine_tables import EngineFamily, Speculator, exchanged, fits_any, load_table
+from tpshard.formats.sharded_state import ShardedState, is_draft
+from tpshard.formats.split import Options, RankLayouts, Split
+from tpshard.planning.model import Model
+from tpshard.storage.tensor_names import numbered, with_numbers
+
+
+class DraftState(ShardedState):
+    """What `ShardedState` leaves out as a draft model, by the same table: the class for it has other names."""
+
+    no_advice = "it is a draft model, beside the ranks of its model"
+    not_held = "of the model that the draft model predicts for"
+
+    @property
+    def model_types(self) -> frozenset[str]:
+        """The text models, alone or in a model that nests them, of whose draft models the table knows the names."""
+        return frozenset(load_table(self.path).speculators)
+
+    @property
+    def quantised_types(self) -> frozenset[str]:
+        """All of them: each was compared in FP8."""
+        return self.model_types
+
+    def lay(self, model: Model, options: Options) -> RankLayouts:
+        """Every rank's parameters of the draft model; UnsupportedError for a checkpoint without one."""
+        if options.mesh.pp > 1 or options.mesh.ep > 1:
+            what = f"how {self.engine} holds a draft model in stages, or with whole experts, was not compared"
+            raise UnsupportedError(what, hint="leave out --pp and --ep")
+        return super().lay(model, options)
+
+    def notes(self, split: Split) -> tuple[str, ...]:
+        """How the engine is told of it."""
+        says = '{"method": "mtp", "model": "THIS SET", "num_speculative_tokens": 1}'
+        return (f"{self.engine} loads it beside the model's own set: --speculative-config '{says}'",)
+
+    def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
+        found = super()._as_engine_has(model, version)
+        family, unplaced, text = found.family, found.unplaced, model.architecture.get("text")
+        model_type = str(model.architecture.get("model_type"))
+        if text:  # the class for its layers is a text model's
+            model_type = str(text["model_type"])
+            family, unplaced = load_table(self.path).families[model_type], frozenset()
+            inside = tuple(tensor for tensor in model.tensors if is_text(model, tensor.name))
+            model = replace(model, tensors=inside, config=text_config_of(model))
+        draft = {tensor.name for tensor in model.tensors if is_draft(family, model, tensor.name)}
+        if not draft:
+            what = "the checkpoint has no layers that predict further tokens"
+            raise UnsupportedError(what, hint="--format vllm writes the model")
+        known = load_table(self.path).speculators
+        if model_type not in known:
+            what = f"the names that {self.engine} has for the draft model of {model_type!r} are not known"
+            raise UnsupportedError(what, expected=", ".join(sorted(known)), found=model_type)
+        entry = known[model_type]
+        held = {name for name in draft if not fits_any(entry.left_out, model.full_name(name))}
+        there = {exchanged(entry.moved, model.full_name(name)) for name in held}
+        for tensor in model.tensors:
+            full = model.full_name(tensor.name)
+            if fits_any(entry.shares, full) and full not in there:
+                held.add(tensor.name)
+        kept = tuple(tensor for tensor in model.tensors if tensor.name in held)
+        names = {tensor.name: _as_layer(entry, family, model, tensor.name) for tensor in kept}
+        own = replace(
+            family,
+            head=entry.head,
+            tied=entry.tied,
+            extra_layers="",
+            drafts=(),
+            moved=entry.moved,
+            cuts={**family.cuts, **entry.cuts},
+            float32=(*family.float32, *entry.float32),
+        )
+        tied = {head: model.full_name(f"{to}.weight").removesuffix(".weight") for head, to in model.tied.items()}
+        tied = {head.rpartition(".")[2]: to for head, to in tied.items()} if entry.head else {}
+        whole = replace(model, tensors=kept, full_names={**model.full_names, **names}, tied=tied)
+        return AsEngineHas(own, whole, unplaced & held)
+
+
+def _as_layer(entry: Speculator, family: EngineFamily, model: Model, name: str) -> str:
+    """The name that a tensor of the draft would have in the model's own layers, or beside them."""
+    full = model.full_name(name)
+    found = exchanged(entry.as_layers, full)
+    place = family.kind(found).layer
+    if found == full or place is None or not entry.numbered_from:
+        return found
+    kind, numbers = numbered(found)
+    first = int(model.config.get(entry.numbered_from, 0))
+    return with_numbers(kind, (*numbers[:place], numbers[place] + first, *numbers[place + 1 :]))
+
+
+FORMAT = DraftState("vLLM", "vllm.toml", nested="vllm_nested.toml")
