@@ -201,7 +201,8 @@ def test_there_and_back(name: str, published: bool, tmp_path: Path) -> None:
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
     written = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())["families"]
-    assert known.keys() == {name for family in written.values() for name in family.get("model_types", ())}
+    unrun = {"bailing_moe_v2"}  # there is remote code alone, and no names that a class could have
+    assert known.keys() | unrun == {name for family in written.values() for name in family.get("model_types", ())}
     tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {
         "internlm2",
         "exaone",
