@@ -57,12 +57,22 @@ def test_what_is_no_pipeline_is_refused() -> None:
 def test_every_module_outside_of_layers_has_its_side(architecture: Architecture) -> None:
     """What comes first is an embedding or made of one; what comes last is a norm, a head, or a draft's."""
     layers = Layers(architecture.within, 4, architecture.before)
-    assert architecture.within.endswith((".layers.", ".h.", ".blocks."))
+    assert architecture.within.endswith(("layers.", ".h.", ".blocks."))
     for pattern in {p.removesuffix("?") for rule in architecture.rules for p in rule.patterns}:
         if "*" in pattern:
             continue
         if layers.position(f"{pattern}.weight") < 0:
-            said = ("embed", "wte", "wpe", "per_layer", "project_in")
+            said = (
+                "embed",
+                "wte",
+                "wpe",
+                "per_layer",
+                "project_in",
+                "vision",
+                "mm_projector",
+                "patch_merger",
+                "lerope",
+            )
         else:
-            said = ("mtp", "norm", "ln_f", "lm_head", "unembed", "embed_out", "project_out", "inv_freq", "output")
+            said = ("mtp", "norm", "ln_f", "head", "unembed", "embed_out", "project_out", "inv_freq", "output")
         assert any(word in pattern for word in said), pattern

@@ -129,7 +129,7 @@ Q, K, V = (f"model.layers.*.self_attn.{name}_proj.weight" for name in "qkv")
         (
             {Q: None, K: None, V: None, "model.layers.*.self_attn.qkv_proj.weight": (32, 16)},
             "model.layers.*.self_attn.qkv_proj",
-            {"column heads kv kv", "column heads kv kv / kv"},
+            {"column heads kv kv", "column heads kv values / kv"},
         ),
         ({"model.layers.*.mlp.gate_up_proj.weight": (48, 16)}, "model.layers.*.mlp.gate_up_proj", {"column ffn ffn"}),
         ({"model.layers.*.mlp.router.weight": (4, 16)}, "model.layers.*.mlp.router", {"replicate"}),

@@ -278,8 +278,8 @@ def test_first_files_have_the_values_beside_the_vision_models(published: Any, tm
 
 
 def test_a_text_model_without_rules_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="'some_vl', nor for its text model 'mllama_text_model'"):
-        plan(tmp_path, tiny(), text_config={"model_type": "mllama_text_model"})
+    with pytest.raises(UnsupportedError, match="'some_vl', nor for its text model 'foreign_text_model'"):
+        plan(tmp_path, tiny(), text_config={"model_type": "foreign_text_model"})
     assert text_config({"model_type": "llama"}) is None
     for config in ({"model_type": "x", "vision_config": {}}, {"model_type": "x", "text_config": 3}):
         with pytest.raises(TpshardError, match="no rules for model_type 'x'"):

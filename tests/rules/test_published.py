@@ -140,7 +140,7 @@ def test_there_and_back(name: str, made: Made, tmp_path: Path) -> None:
 
 
 def test_a_form_that_vllm_has_no_names_for_is_refused(made: Made, tmp_path: Path) -> None:
-    model = write("qwen2_5_omni", made, tmp_path / "model")
+    model = write("deepseek_vl_v2", made, tmp_path / "model")
     assert "are not known" in tpshard("plan", model, "--tp", 2, "--format", "vllm").err
 
 
