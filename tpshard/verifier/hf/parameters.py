@@ -65,7 +65,15 @@ class StoredParts:
         if not self.stacked:
             tensor = weights.get(self.experts[0][0])
             return tensor.transpose(-1, -2) if self.turned else tensor
-        return torch.stack([torch.cat([weights.get(name) for name in expert]) for expert in self.experts])
+        return self.rows(weights, 0, len(self.experts))
+
+    def rows(self, weights: Weights, start: int, stop: int) -> Tensor:
+        """Some of its rows, or of its experts, without reading the others; in its stored dtype."""
+        if not self.stacked:
+            tensor = weights.rows(self.experts[0][0], start, stop)
+            return tensor.transpose(-1, -2) if self.turned else tensor
+        some = [torch.cat([weights.get(name) for name in expert]) for expert in self.experts[start:stop]]
+        return torch.stack(some) if some else weights.get(self.experts[0][0]).new_empty((0, *self.shape(weights)[1:]))
 
 
 def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[str, StoredParts]:

@@ -19,7 +19,7 @@ _PLAIN = re.compile(
 
 @dataclass(frozen=True)
 class HeldParts:
-    """A parameter that is made of several stored tensors, read whole."""
+    """A parameter that is made of several stored tensors, read some experts at a time."""
 
     weights: Weights
     parts: StoredParts
@@ -29,7 +29,7 @@ class HeldParts:
         return self.parts.shape(self.weights)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.parts.tensor(self.weights)[start:stop]
+        return self.parts.rows(self.weights, start, stop)
 
 
 def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Iterator[Parameter]:

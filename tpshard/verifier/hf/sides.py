@@ -1,6 +1,7 @@
 """The unsharded model and the ranks' models, built from stored tensors and run on a prompt."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,7 +25,9 @@ class Side:
     cuts: Mapping[str, RankShares]
     rank: int | None = None
     link: Link = field(default_factory=Link)
-    progress: Callable[[], None] = lambda: None
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+    """The layers that are looked at, by name."""
+    progress: Callable[[float], None] = lambda count: None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -56,15 +59,31 @@ class Side:
         cached = len(steps) + more > 1
         logits: list[Tensor] = []
         cache: Any = None
-        with precision(self.dtype), pins.watching(self.routers | self.indexers):
-            for i in range(len(steps) + more):
+        total = len(steps) + more
+        with precision(self.dtype), pins.watching(self.routers | self.indexers), self._counting(total):
+            for i in range(total):
                 if i == len(steps):
                     steps.append(logits[-1][:, -1:].argmax(-1))
                 out = self._step(steps[i], cache, cached)
                 cache = out.past_key_values if cached else None
                 logits.append(out.logits)
-        self.progress()
+        self.progress(2)
         return torch.cat(logits, 1)
+
+    def between(self, enter: Callable[[str], None], leave: Callable[[str], None]) -> ExitStack:
+        """What calls `enter` before a layer and `leave` behind it, for the time of a `with`."""
+        hooks = ExitStack()
+        for name, layer in self.layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+            hooks.enter_context(layer.register_forward_hook(lambda *_, name=name: leave(name)))
+        return hooks
+
+    def _counting(self, total: int) -> ExitStack:
+        """What counts a layer once in `total` passes, for the time of a `with`."""
+        hooks = ExitStack()
+        for layer in self.layers.values():
+            hooks.enter_context(layer.register_forward_hook(lambda *_: self.progress(1 / total)))
+        return hooks
 
     def _step(self, ids: Tensor, cache: Any, cached: bool) -> Any:
         try:

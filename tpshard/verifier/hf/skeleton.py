@@ -15,6 +15,7 @@ from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.heads import with_shared_heads
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
+from tpshard.verifier.hf.streamed import arriving, as_parameter
 from tpshard.verifier.model_types import COMPUTES_AS, TRIED
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
@@ -304,24 +305,31 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
 
 
 def fill(
-    model: nn.Module, frame: Frame, weights: Weights, dtype: torch.dtype, device: torch.device, rank: int | None = None
+    model: nn.Module,
+    frame: Frame,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Give the model its parameters; those of layers that are not looked at stay empty.
 
-    A parameter that nothing stored makes is a DifferentError of a rank, an UnsupportedError of the source.
+    most: the elements of a parameter that may be in memory at once, of which each operation reads what it needs; None:
+    all are read here. A parameter that nothing stored makes is a DifferentError of a rank, an UnsupportedError of the source.
     """
     found = frame.recipes(weights)
     for key, recipe in found.items():
         if rank is None and recipe.stacked and recipe.shape(weights) != frame.shapes[key]:
             raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
         owner, _, leaf = key.rpartition(".")
-        module = model.get_submodule(owner)
-        tensor = recipe.tensor(weights)
-        tensor = move(tensor, device, dtype if tensor.is_floating_point() else None)
+        module, table = model.get_submodule(owner), key in (frame.head, frame.embedding)
         if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            made = arriving(key, recipe, weights, dtype, device, table=table, most=most)
+            module._parameters[leaf] = as_parameter(made)
         else:
-            module._buffers[leaf] = tensor
+            tensor = recipe.tensor(weights)
+            module._buffers[leaf] = move(tensor, device, dtype if tensor.is_floating_point() else None)
     for key, _ in model.named_parameters(remove_duplicate=False):
         if key in frame.shapes and key not in found and frame.needed(key):
             if rank is None:
