@@ -52,7 +52,8 @@ class Beside:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stopped = True
         self._go.release()
-        self._thread.join()
+        if kind is None or issubclass(kind, Exception):  # who presses Ctrl-C does not wait for a layer
+            self._thread.join()
 
     def reach(self, layer: str) -> None:
         """Go on until this layer is done."""

@@ -225,6 +225,12 @@ class Frame:
         layer = layer_of(key)
         return layer is None or layer in self.layers
 
+    def is_table(self, key: str) -> bool:
+        """Whether the parameter has a row for each token of the vocabulary."""
+        shape = self.shapes[key]
+        outside = len(shape) == 2 and layer_of(key) is None and shape[0] >= self.config.vocab_size
+        return outside or key in (self.head, self.embedding)
+
     def recipes(self, weights: Weights) -> dict[str, StoredParts]:
         """What the parameters are made of. A tied head, or one that is not there, is made of the embedding."""
         found = recipes(weights.names(), self.shapes.keys(), self.prefix)
@@ -316,16 +322,17 @@ def fill(
     """Give the model its parameters; those of layers that are not looked at stay empty.
 
     most: the elements of a parameter that may be in memory at once, of which each operation reads what it needs; None:
-    all are read here. A parameter that nothing stored makes is a DifferentError of a rank, an UnsupportedError of the source.
+    all are read here. A parameter that nothing stored makes is a DifferentError of a rank, an UnsupportedError of the
+    source.
     """
     found = frame.recipes(weights)
     for key, recipe in found.items():
         if rank is None and recipe.stacked and recipe.shape(weights) != frame.shapes[key]:
             raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
         owner, _, leaf = key.rpartition(".")
-        module, table = model.get_submodule(owner), key in (frame.head, frame.embedding)
+        module = model.get_submodule(owner)
         if leaf in module._parameters:
-            made = arriving(key, recipe, weights, dtype, device, table=table, most=most)
+            made = arriving(key, recipe, weights, dtype, device, table=frame.is_table(key), most=most)
             module._parameters[leaf] = as_parameter(made)
         else:
             tensor = recipe.tensor(weights)

@@ -49,7 +49,7 @@ class Streamed(Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, arrival: Arrival) -> "Streamed":
-        made: Streamed = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
+        made: Streamed = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
         made.arrival = arrival
         return made
 
@@ -65,7 +65,7 @@ class Streamed(Tensor):
         return func(*_whole(tuple(args)), **_whole(dict(kwargs or {})))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return func(*_whole(tuple(args)), **_whole(dict(kwargs or {})))
 
     def at(self, start: int, stop: int) -> Tensor:
@@ -132,7 +132,9 @@ def arriving(
     tensor = parts.tensor(weights)
     tensor = move(tensor, device, dtype if tensor.is_floating_point() else None)
     if in_blocks or (len(shape) == 3 and "experts" in key):
-        return Streamed(shape, tensor.dtype, device, Arrival(key, lambda start, stop: tensor[start:stop], None, in_blocks))
+        return Streamed(
+            shape, tensor.dtype, device, Arrival(key, lambda start, stop: tensor[start:stop], None, in_blocks)
+        )
     return tensor
 
 
@@ -159,7 +161,7 @@ def _embedded(ids: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor | None:
     """Rows of an embedding, each of them read once."""
     if not isinstance(weight, Streamed):
         return None
-    wanted, where = ids.unique(return_inverse=True)
+    wanted, where = torch.unique(ids, return_inverse=True)
     return F.embedding(where, rows_at(weight.at, wanted.cpu()))
 
 
@@ -189,8 +191,10 @@ _IN_PARTS: Mapping[Any, Callable[..., Tensor | None]] = {
     Tensor.bmm: _expert_by_expert,
 }
 """What reads a part, and gives None where it needs the whole."""
-_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized",
-               "requires_grad", "is_leaf", "itemsize", "nbytes")  # fmt: skip
+_PROPERTIES = (
+    *("shape", "dtype", "device", "ndim", "layout", "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized"),
+    *("requires_grad", "is_leaf", "itemsize", "nbytes"),
+)
 _OF_SHAPE = {
     *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.nelement, Tensor.ndimension, Tensor.element_size, Tensor.__len__),
