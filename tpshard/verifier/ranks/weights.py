@@ -1,11 +1,15 @@
 """Where the decoder's tensors come from: stored names resolved, shapes read as out and in, values cast."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+COMPARED = 1 << 25
+"""Elements that are compared at a time."""
 
 
 def move(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -121,8 +125,9 @@ def blocks(weights: Weights, name: str, step: int) -> Iterator[Tensor]:
 
 
 def equal(one: Weights, other: Weights, name: str) -> bool:
-    """Whether both have the same tensor of this name, looked at a few rows at a time: an embedding is large."""
-    if name not in other.names() or one.shape(name) != other.shape(name):
+    """Whether both have the same tensor of this name, looked at some rows at a time: an embedding is large."""
+    if name not in other.names() or (shape := one.shape(name)) != other.shape(name):
         return False
-    pairs = zip(blocks(one, name, 1024), blocks(other, name, 1024), strict=True)
+    step = max(1, COMPARED // max(1, math.prod(shape[1:])))
+    pairs = zip(blocks(one, name, step), blocks(other, name, step), strict=True)
     return all(torch.equal(mine.cpu(), theirs.cpu()) for mine, theirs in pairs)
