@@ -99,16 +99,34 @@ class Disturbed:
         return self.weights.shape(name)
 
     def get(self, name: str) -> Tensor:
-        return self._moved(self.weights.get(name))
+        return self._moved(self.weights.get(name), 0)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._moved(self.weights.rows(name, start, stop))
+        return self._moved(self.weights.rows(name, start, stop), start * math.prod(self.weights.shape(name)[1:]))
 
-    def _moved(self, tensor: Tensor) -> Tensor:
+    def _moved(self, tensor: Tensor, first: int) -> Tensor:
+        """Of a tensor's elements from `first` on: each goes where its place sends it, whatever is read with it."""
         if not tensor.is_floating_point():
             return tensor
-        signs = torch.randint(2, tensor.shape, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-        return tensor.double() * (1 + signs.to(tensor.device) * torch.finfo(torch.float64).eps)
+        moved = tensor.double().clone(memory_format=torch.contiguous_format)
+        flat = moved.view(-1)
+        for start in range(0, len(flat), _MOVED):
+            some = flat[start : start + _MOVED]
+            places = torch.arange(first + start, first + start + len(some), device=some.device)
+            some *= 1 + _signs(places) * torch.finfo(torch.float64).eps
+        return moved
+
+
+_MOVED = 1 << 20
+"""Elements that are moved at a time."""
+
+
+def _signs(places: Tensor) -> Tensor:
+    """1 or -1 for each integer, as if at random: the rounds of a generator that mixes a counter."""
+    mixed = places * 0x2545F4914F6CDD1D
+    for shift, factor in ((29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed < 0).double() * 2 - 1
 
 
 def replaced(weights: Weights, changes: Mapping[str, Tensor]) -> Borrowed:
