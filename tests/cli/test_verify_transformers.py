@@ -11,6 +11,7 @@ import torch
 
 from tests.helpers.checkpoints import make
 from tests.helpers.command import succeeds, tpshard
+from tests.helpers.grids import some
 from tpshard.api import convert as api
 from tpshard.execute.publish import Settings
 from tpshard.verifier.hf import prepare, streamed
@@ -55,10 +56,10 @@ def test_exchanged_files_are_named(pair: tuple[Path, Path], tmp_path: Path) -> N
     assert result.out.splitlines()[0].endswith("the files of ranks 0 and 1 are exchanged")
 
 
-def test_several_processes_and_some_layers(pair: tuple[Path, Path], warm_processes: None) -> None:
-    found = tpshard(
-        "verify", pair[1], *CPU, "--tier", "exact,native", "--layers", "0,-1", "--nproc-per-node", "2", "--json"
-    ).json
+@pytest.mark.parametrize("how", some(["--stream", "--no-stream"], ["--stream"]))
+def test_several_processes_and_some_layers(pair: tuple[Path, Path], warm_processes: None, how: str) -> None:
+    options = ("--tier", "exact,native", "--layers", "0,-1", "--nproc-per-node", "2", how)
+    found = tpshard("verify", pair[1], *CPU, *options, "--json").json
     assert found["verdict"] == "pass", found["reason"]
     assert (found["settings"]["processes"], found["settings"]["layers"]) == (2, [0, 2])
 
@@ -97,7 +98,7 @@ def test_streamed_it_is_the_same(pair: tuple[Path, Path], monkeypatch: pytest.Mo
 def test_it_is_streamed_where_memory_is_short(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "usable", lambda *_: 3_000_000)
     monkeypatch.setattr(streamed, "BLOCK_BYTES", 1 << 10)
-    short = tpshard("verify", pair[1], *CPU, "--tier", "exact", "--json")
+    short = tpshard("verify", pair[1], *CPU, "--tier", "exact", "--layers", "0", "--json")
     assert short.json["verdict"] == "pass" and short.json["settings"]["streamed"] is True
     assert "each of 2 tokens reads all weights again" in short.err
     refused = tpshard("verify", pair[1], *CPU, "--tier", "exact", "--no-stream")
