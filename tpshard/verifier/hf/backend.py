@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -13,7 +14,7 @@ from tpshard.verifier.criteria import CHOICE, relative
 from tpshard.verifier.elements import Parameter, RankShares
 from tpshard.verifier.group import Group, Single
 from tpshard.verifier.hf.beside import Beside
-from tpshard.verifier.hf.overrides import Pinned
+from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link, connect
 from tpshard.verifier.hf.partition import parameters
 from tpshard.verifier.hf.places import StoredPlaces
@@ -44,8 +45,9 @@ class TransformersBackend(Backend):
         fill(model, self.frame, weights, dtype, self.device, rank, self.most)
         link = Link() if rank is None else connect(model, self.frame.config, cuts, rank)
         skip_layers(model, self.frame.layers)
-        every = layers_of(model)
-        return Side(model, dtype, cuts, rank, link, dict(every[i] for i in self.frame.layers), self.progress.step)
+        every, step = layers_of(model), self.progress.step
+        layers = dict(every[i] for i in self.frame.layers)
+        return Side(model, dtype, cuts, rank, link, partial(step, 2), layers=layers, count=step)
 
     def reference(self, dtype: torch.dtype) -> Side:
         """The unsharded model."""
@@ -135,6 +137,7 @@ def _pinned(choices: Any) -> Pinned:
 
 
 def _experts(side: Side, group: Group, name: str, args: tuple[Tensor, ...], wanted: Tensor) -> Finding:
-    """A rank's experts on a token for each; within its run, whose precision holds."""
+    """A rank's experts on a token for each."""
     given = tuple(x.to(side.dtype) if x.is_floating_point() else x for x in args)
-    return Finding(f"{name} (every expert)", group.rank, relative(side.modules[name].forward(*given), wanted))
+    with precision(side.dtype):
+        return Finding(f"{name} (every expert)", group.rank, relative(side.modules[name].forward(*given), wanted))

@@ -192,7 +192,8 @@ def _resident(opened: OpenedSet, sides: TransformersBackend, tokens: int) -> int
 def _logits(opened: OpenedSet, sides: TransformersBackend, tokens: int) -> int:
     """Bytes of all logits, and of what is made of them to compare them."""
     batch, length = sides.prompt.shape
-    return 8 * batch * (length + tokens) * int(sides.frame.config.vocab_size) * (len(opened.team.here) + 8)
+    vocab = sides.frame.shapes[sides.frame.head][0]
+    return 8 * batch * (length + tokens) * vocab * (len(opened.team.here) + 8)
 
 
 def _begin(

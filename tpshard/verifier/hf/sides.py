@@ -25,9 +25,10 @@ class Side:
     cuts: Mapping[str, RankShares]
     rank: int | None = None
     link: Link = field(default_factory=Link)
+    progress: Callable[[], None] = lambda: None
     layers: Mapping[str, nn.Module] = field(default_factory=dict)
     """The layers that are looked at, by name."""
-    progress: Callable[[float], None] = lambda count: None
+    count: Callable[[float], None] = lambda layers: None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -67,7 +68,7 @@ class Side:
                 out = self._step(steps[i], cache, cached)
                 cache = out.past_key_values if cached else None
                 logits.append(out.logits)
-        self.progress(2)
+        self.progress()
         return torch.cat(logits, 1)
 
     def between(self, enter: Callable[[str], None], leave: Callable[[str], None]) -> ExitStack:
@@ -82,7 +83,7 @@ class Side:
         """What counts a layer once in `total` passes, for the time of a `with`."""
         hooks = ExitStack()
         for layer in self.layers.values():
-            hooks.enter_context(layer.register_forward_hook(lambda *_: self.progress(1 / total)))
+            hooks.enter_context(layer.register_forward_hook(lambda *_: self.count(1 / total)))
         return hooks
 
     def _step(self, ids: Tensor, cache: Any, cached: bool) -> Any:

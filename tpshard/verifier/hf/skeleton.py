@@ -228,7 +228,7 @@ class Frame:
     def is_table(self, key: str) -> bool:
         """Whether the parameter has a row for each token of the vocabulary."""
         shape = self.shapes[key]
-        outside = len(shape) == 2 and layer_of(key) is None and shape[0] >= self.config.vocab_size
+        outside = len(shape) == 2 and layer_of(key) is None and shape[0] >= self.shapes[self.embedding][0]
         return outside or key in (self.head, self.embedding)
 
     def recipes(self, weights: Weights) -> dict[str, StoredParts]:
