@@ -35,9 +35,9 @@ POOL = 1 << 24
 """Random numbers that weights are taken from."""
 
 
-def tensors() -> list[tuple[str, str, tuple[int, ...]]]:
+def tensors(config: dict[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
     """The layer's tensors, and what is outside of layers; none of a layer beyond."""
-    return [each for each in deepseek_tensors(LAYER) if not each[0].startswith("model.layers.1.")]
+    return [each for each in deepseek_tensors(config) if not each[0].startswith("model.layers.1.")]
 
 
 def values(name: str, count: int, pool: Tensor) -> Iterator[Tensor]:
@@ -49,12 +49,12 @@ def values(name: str, count: int, pool: Tensor) -> Iterator[Tensor]:
         count, at = count - len(piece), 0
 
 
-def make(path: Path) -> tuple[int, int]:
+def make(path: Path, config: dict[str, Any]) -> tuple[int, int]:
     """Write the model; its bytes, and the elements of what an operation needs at most: a matrix, or an expert's."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLM"], **LAYER}))
+    (path / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLM"], **config}))
     pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)) * 0.02
-    every = tensors()
+    every = tensors(config)
     with (path / "model.safetensors").open("wb") as file:
         file.write(build_header(every, {"format": "pt"}))
         for name, dtype, shape in every:
@@ -69,15 +69,19 @@ def make(path: Path) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, help="where to work; 14 GB [default: a temporary one]")
-    parser.add_argument("--tokens", type=int, default=2, help="tokens that are decoded [default: 2]")
+    parser.add_argument("--tokens", type=int, default=0, help="tokens that are decoded [default: 0]")
+    parser.add_argument("--experts", type=int, default=32, help="a multiple of 8 [default: 32]")
+    parser.add_argument("--vocab", type=int, default=LAYER["vocab_size"], help="rows of embedding and head")
+    parser.add_argument("--tiers", nargs="*", default=["weights", "exact", "native"], help="measured one by one")
     options = parser.parse_args()
+    config = {**LAYER, "n_routed_experts": options.experts, "vocab_size": options.vocab}
     found: dict[str, Used] = {}
     with tempfile.TemporaryDirectory(dir=options.dir) as temporary:
         model, out = str(Path(temporary) / "model"), str(Path(temporary) / "out")
-        size, largest = make(Path(model))
+        size, largest = make(Path(model), config)
         run("split", model, "--tp", str(TP), "-o", out, "-q", "--no-fsync", "--checksum", "none")
         common = ("verify", out, "--source", model, "--stream", "--tokens", str(options.tokens), "--device", "cpu")
-        for tiers in ("weights", "exact", "native", "bytes,weights,exact,native"):
+        for tiers in options.tiers:
             found[tiers] = run(*common, "--tier", tiers, "--quiet")
             print(f"{tiers}: {found[tiers]}", flush=True)
     host = machine()
@@ -87,7 +91,7 @@ def main() -> None:
     )
     print(f"Python {host['python']}, load {host['load']:.1f}\n")
     print(
-        f"{len(tensors())} tensors, {size / 1e9:.2f} GB; the largest block in float64 {8 * largest / 1e6:.0f} MB, ",
+        f"{len(tensors(config))} tensors, {size / 1e9:.2f} GB; the largest block in float64 {8 * largest / 1e6:.0f} MB, ",
         end="",
     )
     print(f"3 of them and 1 GB are {(24 * largest + 1e9) / 1e6:.0f} MB\n")

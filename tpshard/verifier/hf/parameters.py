@@ -74,7 +74,11 @@ class StoredParts:
             tensor = weights.rows(self.stored[0], start, stop) if tensor is None else tensor
             return tensor.transpose(-1, -2) if self.turned else tensor
         some = [torch.cat([weights.get(name) for name in expert]) for expert in self.experts[start:stop]]
-        return torch.stack(some) if some else weights.get(self.experts[0][0]).new_empty((0, *self.shape(weights)[1:]))
+        if len(some) == 1:  # without another copy
+            return some[0].unsqueeze(0)
+        return (
+            torch.stack(some) if some else weights.rows(self.stored[0], 0, 0).new_empty((0, *self.shape(weights)[1:]))
+        )
 
     def _joined(self, weights: Weights, start: int, stop: int) -> Iterator[Tensor]:
         """Rows of tensors that lie one behind another."""
