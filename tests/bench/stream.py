@@ -74,7 +74,9 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=LAYER["vocab_size"], help="rows of embedding and head")
     parser.add_argument("--tiers", nargs="*", default=["weights", "exact", "native"], help="measured one by one")
     options = parser.parse_args()
-    config = {**LAYER, "n_routed_experts": options.experts, "vocab_size": options.vocab}
+    groups = options.experts // 4
+    config = {**LAYER, "n_routed_experts": options.experts, "n_group": groups, "topk_group": min(4, groups)}
+    config["vocab_size"] = options.vocab
     found: dict[str, Used] = {}
     with tempfile.TemporaryDirectory(dir=options.dir) as temporary:
         model, out = str(Path(temporary) / "model"), str(Path(temporary) / "out")
@@ -85,16 +87,13 @@ def main() -> None:
             found[tiers] = run(*common, "--tier", tiers, "--quiet")
             print(f"{tiers}: {found[tiers]}", flush=True)
     host = machine()
-    memory = int(str(host["memory_bytes"])) / 2**30
-    print(
-        f"{datetime.date.today()}: {host['cpu']}, {host['cores']} cores, {memory:.0f} GiB, {host['system']}, ", end=""
+    memory, bound = int(str(host["memory_bytes"])) / 2**30, (24 * largest + 1e9) / 1e6
+    where = f"{host['cpu']}, {host['cores']} cores, {memory:.0f} GiB, {host['system']}, Python {host['python']}"
+    print(f"{datetime.date.today()}: {where}, load {host['load']:.1f}\n")
+    what = (
+        f"{len(tensors(config))} tensors, {size / 1e9:.2f} GB; the largest block in float64 {8 * largest / 1e6:.0f} MB"
     )
-    print(f"Python {host['python']}, load {host['load']:.1f}\n")
-    print(
-        f"{len(tensors(config))} tensors, {size / 1e9:.2f} GB; the largest block in float64 {8 * largest / 1e6:.0f} MB, ",
-        end="",
-    )
-    print(f"3 of them and 1 GB are {(24 * largest + 1e9) / 1e6:.0f} MB\n")
+    print(f"{what}, 3 of them and 1 GB are {bound:.0f} MB\n")
     print("| `--tier` | seconds | of processor time | resident |\n|---|---|---|---|")
     for name, used in found.items():
         print(f"| `{name}` | {used.seconds:.0f} | {used.processor:.0f} | {used.resident / 1e6:.0f} MB |")
