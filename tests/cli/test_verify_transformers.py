@@ -115,7 +115,6 @@ def test_a_class_that_takes_all_experts_at_once_is_refused(tmp_path: Path, monke
     assert (result.code, result.out) == (4, "")
     for said in ("experts.gate_up_proj at once", "GB", "--no-stream keeps all weights in memory"):
         assert said in result.err
-    assert tpshard("verify", shards, "--source", model, *CPU, "--no-stream", "--tier", "exact").code == 0
 
 
 def test_without_transformers(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

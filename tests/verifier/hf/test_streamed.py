@@ -45,8 +45,7 @@ def in_dtype(one: TransformersBackend) -> Tier:
     return native(one, torch.bfloat16, steps, wide)
 
 
-# Experts one by one in files, and in a stack that is turned; biases of theirs; latent attention, a router's bias.
-@pytest.mark.parametrize(("name", "tp"), some(GRID, [("deepseek_v3", 2), ("gpt_oss", 4)]))
+@pytest.mark.parametrize(("name", "tp"), some(GRID, [("deepseek_v3", 2)]))
 def test_results_are_those_of_weights_in_memory(name: str, tp: int, made: Made, tmp_path: Path) -> None:
     one = library.opened(made(name), tp, tmp_path / "out")
     for tier in (exact, in_dtype):
@@ -58,7 +57,7 @@ def test_results_are_those_of_weights_in_memory(name: str, tp: int, made: Made, 
 def test_faults_are_found_equally(name: str, tp: int, made: Made, tmp_path: Path) -> None:
     one = library.opened(made(name), tp, tmp_path / "out")
     places = one.places(one.frame.layers[-1])
-    for fault in ("sign-of-an-element-of-down", "gate-and-up-exchanged", "out-scaled-by-tp"):
+    for fault in ("sign-of-an-element-of-down", "out-scaled-by-tp"):
         if (damaged := FAULTS[fault].mutant(places)) is not None:
             kept, read = both(exact, one.with_ranks(damaged))
             assert kept.status == "fail" and read == kept, fault
