@@ -18,7 +18,7 @@ from tpshard.verifier.hf.probes import ModuleRecord, ModuleRecorder, every_exper
 from tpshard.verifier.hf.sides import Side
 
 
-class _Stopped(Exception):
+class _NotAsked(Exception):
     """Nobody asks for more."""
 
 
@@ -100,7 +100,7 @@ class Beside:
                     for name, layer in self.whole.layers.items():
                         hooks.enter_context(layer.register_forward_hook(self._at_end_of(name)))
                     self._logits = self.whole.run(Single(), list(self.prompt), self.pins)
-        except _Stopped:
+        except _NotAsked:
             pass
         except BaseException as error:  # raised again by who asked for more
             self._error = error
@@ -118,6 +118,6 @@ class Beside:
             self._paused.release()
             self._go.acquire()
             if self._stopped:
-                raise _Stopped
+                raise _NotAsked
 
         return done
