@@ -17,7 +17,7 @@ from tests.helpers.newer_checkpoints import NEWER
 from tpshard.verifier.fault_catalogue import FAULTS
 from tpshard.verifier.hf import streamed
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.beside import Beside
+from tpshard.verifier.hf.beside import UnshardedRun
 from tpshard.verifier.hf.prepare import largest_block
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier, layer_of
@@ -96,13 +96,13 @@ def test_no_more_is_read_at_once_than_a_matrix_and_no_more_kept_than_two_layers(
     stacks = [shape for shape in one.frame.shapes.values() if len(shape) == 3]
     assert most < min(math.prod(shape) for shape in stacks) and most < math.prod(one.frame.shapes[one.frame.head])
     kept: list[int] = []
-    leave = Beside.leave
+    leave = UnshardedRun.leave
 
-    def noted(beside: Beside, layer: str) -> None:
+    def noted(beside: UnshardedRun, layer: str) -> None:
         leave(beside, layer)
         kept.append(len({layer_of(name) for name in beside.recorder.records} - {None}))
 
-    monkeypatch.setattr(Beside, "leave", noted)
+    monkeypatch.setattr(UnshardedRun, "leave", noted)
     with torch.no_grad():
         assert exact(replace(one, source=source, ranks=ranks, most=most)).status == "pass"
     assert max(map(max, (source.asked, *(rank.asked for rank in ranks)))) <= most

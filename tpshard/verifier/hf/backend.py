@@ -13,7 +13,7 @@ from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.criteria import CHOICE, relative
 from tpshard.verifier.elements import Parameter, RankShares
 from tpshard.verifier.group import Group, Single
-from tpshard.verifier.hf.beside import Beside
+from tpshard.verifier.hf.beside import UnshardedRun
 from tpshard.verifier.hf.overrides import Pinned, precision
 from tpshard.verifier.hf.parallel import Link, connect
 from tpshard.verifier.hf.partition import parameters
@@ -126,7 +126,7 @@ class TransformersBackend(Backend):
             chosen = [Finding(f"{name}{CHOICE}", group.rank, error) for name, error in differences.items()]
             return [*feeder.findings, *chosen, *more]
 
-        with Beside(whole, names, self.steps, len(models)) as beside:
+        with UnshardedRun(whole, names, self.steps, len(models)) as beside:
             findings = self.findings(work)
             wanted = beside.logits()
         return self._errors(models, beside.pins, wanted), findings

@@ -26,7 +26,7 @@ Experts = tuple[str, tuple[Any, ...], Tensor]
 """A module of experts, arguments that send a token to each, and what the unsharded ones give."""
 
 
-class Beside:
+class UnshardedRun:
     """The unsharded model on a prompt, in a thread of its own that runs while a rank waits for it, layer by layer.
 
     names: the modules that are recorded. ranks: how many of this process go through what it keeps.
