@@ -8,7 +8,7 @@ MEGATRON ?= .venv-megatron
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-bytes check fuzz test-crash soak test-engines test-megatron bench bench-others bench-stream power power-trained power-engine gpu-check docs \
+.PHONY: demo test test-all test-bytes check fuzz test-crash soak test-engines engine-table test-megatron bench bench-others bench-stream power power-trained power-engine gpu-check docs \
 	dist test-signing test-action clean
 
 demo: $(VENV)/.base
@@ -65,6 +65,11 @@ bench-stream: $(VENV)/.dev
 test-engines: $(VENV)/.dev $(ENGINES)/.ready
 	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m pytest -v tests/engines/check_vllm.py \
 		tests/engines/check_vllm_quantised.py $(ARGS)
+
+# vLLM's table, read off vLLM's own classes: MODELS="NAME_OR_DIRECTORY ..." prints the entry of each; ARGS=--known holds
+# what is read against the table, without MODELS of every type in it. A minute for a type.
+engine-table: $(VENV)/.dev $(ENGINES)/.ready
+	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m tests.engines.table $(ARGS) $(MODELS)
 
 # Against megatron-core: what it saves is merged, what we write it loads, its forward pass beside transformers'. An
 # environment of 1.5 GB, half an hour.

@@ -137,6 +137,32 @@ _JAMBA = {
 _CONV = _GQA | {"layer_types": ["conv", "full_attention"]}
 _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
+_LLAMA4 = (
+    _HEAD
+    | {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": 128, "intermediate_size_mlp": 256}
+    | {"interleave_moe_layer_step": 2}
+)
+_GEMMA4 = _HEAD | {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "global_head_dim": 64,
+    "vocab_size_per_layer_input": 1000,
+}
+_GEMMA4_MOE = {
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 64,
+}
+_CHATGLM = {
+    **{"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 2, "num_attention_heads": 8, "kv_channels": 32},
+    **{"multi_query_attention": True, "multi_query_group_num": 2, "padded_vocab_size": 1000, "vocab_size": 1000},
+    **{"seq_length": 128, "rmsnorm": True, "layernorm_epsilon": 1e-5, "post_layer_norm": True},
+    **{"apply_residual_connection_post_layernorm": False, "fp32_residual_connection": False, "original_rope": True},
+    **{"add_bias_linear": False, "add_qkv_bias": True, "num_hidden_layers": 2},
+}
+
 _MIXED = {"num_shared_experts": 2, "prefix_dense_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -295,6 +321,17 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": ("afmoe", _AF | _UNTIED),
     "granitemoeshared": ("granitemoeshared", _LOCAL | _TIED | {"shared_intermediate_size": 128}),
     "granitemoeshared-untied": ("granitemoeshared", _LOCAL | _UNTIED | {"shared_intermediate_size": 128}),
+    "llama4": ("llama4_text", _LLAMA4 | _UNTIED),
+    "gemma4": ("gemma4_text", _GEMMA4 | {"hidden_size_per_layer_input": 16}),
+    "gemma4-untied-bias": ("gemma4_text", _GEMMA4 | _UNTIED | _BIAS | {"hidden_size_per_layer_input": 0}),
+    "gemma4-moe": ("gemma4_text", _GEMMA4 | _GEMMA4_MOE),
+    "gemma4-moe-k-is-v": (
+        "gemma4_text",
+        _GEMMA4 | _GEMMA4_MOE | {"attention_k_eq_v": True, "num_global_key_value_heads": 4},
+    ),
+    "chatglm": ("chatglm", _CHATGLM | _UNTIED),
+    "chatglm-bias": ("chatglm", _CHATGLM | _UNTIED | {"add_bias_linear": True}),
+    "chatglm-tied": ("chatglm", _CHATGLM | _TIED),
     "mimo_v2_flash": ("mimo_v2_flash", _MIMO | _UNTIED),
     "mimo_v2_flash-bias": ("mimo_v2_flash", _MIMO | _UNTIED | _BIAS),
 }
@@ -370,6 +407,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe-bias": ("afmoe", _AF | _UNTIED | _BIAS),
     "afmoe-tied": ("afmoe", _AF | _TIED),
     "granitemoeshared-bias": ("granitemoeshared", _LOCAL | _UNTIED | _BIAS | {"shared_intermediate_size": 128}),
+    "llama4-bias": ("llama4_text", _LLAMA4 | _UNTIED | _BIAS),
     "mimo_v2_flash-tied": ("mimo_v2_flash", _MIMO | _TIED),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
@@ -505,6 +543,31 @@ def _internlm2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _chatglm(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, ffn, vocab = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
+    qkv = (config["num_attention_heads"] + 2 * config["multi_query_group_num"]) * config["kv_channels"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.embedding.word_embeddings.weight": (vocab, hidden),
+        "transformer.encoder.final_layernorm.weight": (hidden,),
+    }
+    if not config["tie_word_embeddings"]:
+        shapes["transformer.output_layer.weight"] = (vocab, hidden)
+    for layer in range(config["num_layers"]):
+        prefix = f"transformer.encoder.layers.{layer}."
+        linear = {
+            "self_attention.query_key_value": (qkv, hidden),
+            "self_attention.dense": (hidden, hidden),
+            "mlp.dense_h_to_4h": (2 * ffn, hidden),
+            "mlp.dense_4h_to_h": (hidden, ffn),
+        }
+        for module, shape in linear.items():
+            shapes[f"{prefix}{module}.weight"] = shape
+            if config["add_bias_linear"] or ("query" in module and config["add_qkv_bias"]):
+                shapes[f"{prefix}{module}.bias"] = shape[:1]
+        shapes |= {f"{prefix}{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    return shapes
+
+
 def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, ffn, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
@@ -591,6 +654,7 @@ def _longcat_flash(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
     "internlm2": ("InternLM2ForCausalLM", _internlm2),
     "exaone": ("ExaoneForCausalLM", _exaone),
+    "chatglm": ("ChatGLMModel", _chatglm),
     "bailing_moe_v2": ("BailingMoeV2ForCausalLM", _bailing_moe_v2),
     "longcat_flash": ("LongcatFlashForCausalLM", _longcat_flash),
 }

@@ -37,6 +37,20 @@ _KIMI = {
     "projection_hidden_size": 128,
     "tie_word_embeddings": False,
 }
+_UNIFIED = {
+    key: each
+    for key, each in engine_models.LOADED["gemma4-moe-k-is-v"][1].items()
+    if "expert" not in key and "moe" not in key and "per_layer" not in key
+}
+_GEMMA4 = {
+    "vision_config": _VISION
+    | {"num_key_value_heads": 4, "head_dim": 32, "position_embedding_size": 64, "standardize": True},
+    "audio_config": None,
+}
+_AUDIO = {
+    **{"d_model": 128, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 192},
+    **{"num_mel_bins": 16, "output_dim": 256},
+}
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl": (
         "qwen2_vl",
@@ -225,11 +239,56 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
             "vision_config": _QWEN | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
         },
     ),
+    "llama4": (
+        "llama4",
+        {
+            "text_config": engine_models.LOADED["llama4"][1],
+            "vision_config": _VISION
+            | {"intermediate_size": 512, "vision_output_dim": 192, "projector_input_dim": 192}
+            | {"projector_output_dim": 192},
+        },
+    ),
+    "gemma4": ("gemma4", {"text_config": engine_models.LOADED["gemma4"][1], **_GEMMA4}),
+    "gemma4-moe-k-is-v": ("gemma4", {"text_config": engine_models.LOADED["gemma4-moe-k-is-v"][1], **_GEMMA4}),
+    "gemma4_unified": (
+        "gemma4_unified",
+        {
+            "text_config": _UNIFIED,
+            "vision_config": {"mm_embed_dim": 128, "mm_posemb_size": 64, "output_proj_dims": 128},
+            "audio_config": {"audio_embed_dim": 64},
+        },
+    ),
+    "qwen2_5_omni": (
+        "qwen2_5_omni",
+        {
+            "text_config": _TEXT | _rope(4, 6, 6) | {"tie_word_embeddings": False},
+            "vision_config": _QWEN | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
+            "audio_config": _AUDIO,
+        },
+    ),
+    "qwen3_omni_moe": (
+        "qwen3_omni_moe",
+        {
+            "text_config": _TEXT
+            | _rope(6, 5, 5)
+            | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "norm_topk_prob": True}
+            | {"tie_word_embeddings": False},
+            "vision_config": _QWEN
+            | {"hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256, "deepstack_visual_indexes": [0]}
+            | {"image_size": 56, "num_position_embeddings": 16, "apply_vit_abs_pos_embed": True},
+            "audio_config": _AUDIO | {"downsample_hidden_size": 32},
+        },
+    ),
     "kimi_k25": ("kimi_k25", _KIMI),
     "kimi_vl": ("kimi_k25", _KIMI),
 }
 """What vLLM loads."""
 
+_THINKERS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+"""The class of the part that thinks, of models that also speak: what vLLM loads of them."""
 _TOWER = {"vision_tower.": "vision_tower.vision_model."}
 _KIMI_NAMES = {
     "language_model.model.blocks.": "language_model.model.layers.",
@@ -266,20 +325,27 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Pat
     changes: of the text model's config.
     """
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     model_type, config = LOADED[name]
     config = {**config, "text_config": {**config["text_config"], **(changes or {})}}
-    made = AutoConfig.for_model(model_type, **config)
-    model = AutoModelForImageTextToText.from_config(made, dtype=torch.bfloat16)
+    if model_type in _THINKERS:
+        made = AutoConfig.for_model(f"{model_type}_thinker", **config)
+        model = getattr(transformers, _THINKERS[model_type])(made).to(torch.bfloat16)
+    else:
+        made = AutoConfig.for_model(model_type, **config)
+        model = AutoModelForImageTextToText.from_config(made, dtype=torch.bfloat16)
     with torch.no_grad():
         state = [*model.named_parameters(), *(each for each in model.named_buffers() if "correction_bias" in each[0])]
         for each, parameter in state:
             generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
             parameter.copy_((parameter.dim() == 1) + 0.08 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(path)
+    if model_type in _THINKERS:
+        _as_thinker(path, model_type)
     if name in _PUBLISHED:
         _as_published(path / "model.safetensors", _PUBLISHED[name])
     if name in _CONFIGS:
@@ -288,6 +354,12 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Pat
             config[key] = config[key] | value if isinstance(value, dict) else value
         (path / "config.json").write_text(json.dumps(config, indent=2))
     return path
+
+
+def made_as(name: str) -> tuple[str, dict[str, Any]]:
+    """The model_type that a checkpoint's config says, and what it is made of."""
+    model_type, config = LOADED[name]
+    return _CONFIGS.get(name, {}).get("model_type", model_type), config
 
 
 DRAFTS = ("qwen3_5", "qwen3_5-tied", "qwen3_5_moe")
@@ -312,6 +384,23 @@ def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) 
         drafted[each] = values.to(tensor.dtype)
     save_file(tensors | drafted, file, metadata={"format": "pt"})
     return path
+
+
+def _as_thinker(path: Path, model_type: str) -> None:
+    """Make a checkpoint the thinker of a whole model."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((path / "config.json").read_text())
+    (architecture,) = config.pop("architectures")
+    whole = {
+        "architectures": [architecture.replace("Thinker", "")],
+        "model_type": model_type,
+        "dtype": "bfloat16",
+        "thinker_config": config,
+    }
+    (path / "config.json").write_text(json.dumps(whole, indent=2))
+    file = path / "model.safetensors"
+    save_file({f"thinker.{name}": each for name, each in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 def _as_published(file: Path, begins: dict[str, str]) -> None:

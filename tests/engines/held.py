@@ -2,8 +2,10 @@
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
 {"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL,
-"draft": BOOL} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger than what is loaded. draft: of the
-model that vLLM makes of the layers which predict further tokens.
+"draft": BOOL, "partial": BOOL, "again": {DIR: OUT}} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger
+than what is loaded. draft: of the model that vLLM makes of the layers which predict further tokens. partial: what the
+loader leaves unset or adds is written too, the latter named in the files' metadata. again: checkpoints of the same
+model, which are loaded one after another over the first, and where their parameters go.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
 """
@@ -21,7 +23,7 @@ import traceback
 from contextlib import suppress
 from enum import EnumMeta
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 
 os.environ |= {
     "GLOO_SOCKET_IFNAME": "lo",
@@ -156,12 +158,8 @@ def without_kernels() -> None:
                     setattr(module, name, stubs[value])
 
 
-def without_images() -> None:
-    """Let text models be made whose modules also import what processes images, of which there is none here."""
-    parts = ("torchvision", "transforms", "v2", "functional")
-    for count in range(1, len(parts) + 1):
-        name = ".".join(parts[:count])
-        sys.modules[name] = ModuleType(name)
+def in_this_process() -> None:
+    """Have vLLM look at its classes here, where what this file took out is out, and not in a process of its own."""
     registry._run_in_subprocess = lambda ask: ask()
 
 
@@ -214,7 +212,8 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         loader = ShardedStateLoader if load_format == "sharded_state" else DefaultModelLoader
         loader(config.load_config).load_weights(model, described)
         held = ShardedStateLoader._filter_subtensors(model.state_dict())
-    if fresh != set(held):
+    added, removed = sorted(set(held) - fresh), sorted(fresh - set(held))
+    if (added or removed) and not job["partial"]:
         raise RuntimeError(f"loading adds or removes {sorted(fresh ^ set(held))}")
     unset = [name for name in made if name in held and (held[name].double() == UNSET).all()]
     own = {name for name in unset if _OWN_VALUES.fullmatch(name) or made[name].double().isnan().all()}
@@ -224,12 +223,24 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         held[name] = torch.ones_like(held[name])
         own.add(name)
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
-    if unset:
+    if unset and not job["partial"]:
         raise RuntimeError(f"not loaded: {unset}")
     complaints.lines = [line for line in complaints.lines if "dtype" not in line]
     if load_format == "sharded_state" and complaints.lines and not job["roomy"]:
         raise RuntimeError("; ".join(complaints.lines))
-    save_file({name: tensor.detach().clone() for name, tensor in held.items()}, f"{job['out']}/rank-{rank}.safetensors")
+    metadata = {"added": json.dumps(added)}
+    tensors = {name: tensor.detach().clone() for name, tensor in held.items()}
+    save_file(tensors, f"{job['out']}/rank-{rank}.safetensors", metadata=metadata)
+    for directory, out in dict(job["again"]).items():
+        with set_current_vllm_config(config):
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(made[name]) if name in own else parameter.data.fill_(UNSET)
+            config.model_config.model = directory
+            loader(config.load_config).load_weights(model, config.model_config)
+            held = ShardedStateLoader._filter_subtensors(model.state_dict())
+        tensors = {name: tensor.detach().clone() for name, tensor in held.items()}
+        Path(out).mkdir(parents=True, exist_ok=True)
+        save_file(tensors, f"{out}/rank-{rank}.safetensors", metadata=metadata)
 
 
 def answer(job: dict[str, object]) -> dict[str, object]:
@@ -279,7 +290,7 @@ def main() -> None:
     torch.set_num_threads(1)
     without_kernels()
     as_on_gpus()
-    without_images()
+    in_this_process()
     with_configs()
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

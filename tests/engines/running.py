@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ class Engine:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=found
             )
 
-    def ask(self, job: dict[str, str | int]) -> None:
+    def ask(self, job: dict[str, Any]) -> None:
         """Have a job done; RuntimeError with what vLLM said when it fails."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(job) + "\n")
@@ -63,14 +65,18 @@ class Loader(Engine):
         ep: bool = False,
         roomy: bool = False,
         draft: bool = False,
+        partial: bool = False,
+        again: Mapping[str, str] = MappingProxyType({}),
     ) -> Ranks:
         """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
 
         roomy: parameters may be larger than what is loaded. draft: of the layers that predict further tokens, and not
-        of the others.
+        of the others. partial: some may be left unset, or come while it loads. again: more checkpoints of the model,
+        and where what is held of each goes.
         """
         how = {"tp": tp, "pp": pp, "ep": ep, "load_format": load_format, "roomy": roomy, "draft": draft}
-        self.ask({"model": str(model), "out": str(out), **how})
+        how |= {"partial": partial}
+        self.ask({"model": str(model), **how, "out": str(out), "again": dict(again)})
         return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp * pp)]
 
 

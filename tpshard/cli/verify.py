@@ -45,7 +45,7 @@ def _tiers(incomplete: str) -> list[str]:
     return [given + comma + tier for tier in TIERS if tier.startswith(last) and tier not in given.split(",")]
 
 
-_TIER = Annotated[str | None, Option("--tier", help=_TIER_HELP, metavar="TIERS", autocompletion=_tiers)]
+_TIER = Annotated[list[str] | None, Option("--tier", help=_TIER_HELP, metavar="TIERS", autocompletion=_tiers)]
 _DEVICE = Annotated[Device, Option("--device", help="Where to compute; auto: on GPUs where there are any.")]
 _TOKENS_HELP = "Tokens decoded after the prompt."
 _TOKENS = Annotated[int, opt.number("--tokens", _TOKENS_HELP, least=0, expected="0 or more")]
@@ -116,7 +116,7 @@ def verify(
             options = verifying.VerifyOptions(
                 shards=shards,
                 source=source,
-                tiers=None if tier is None else tuple(part.strip() for part in tier.split(",")),
+                tiers=tuple(part.strip() for each in tier for part in each.split(",")) if tier else None,
                 device=device,
                 tokens=tokens,
                 seed=seed,

@@ -73,28 +73,52 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
     if how == "grouped":
         return tuple(_grouped(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size))
     if how == "even":
-        axis = _even(tensor, dealt.mesh.tp)
+        cut = cut if cut.segments else Cut("column", 0)
+        axis = _even(tensor, cut, dealt.mesh.tp)
         axes = {axis.name: axis}
         dealt = deal(axes, dealt.mesh)
         cut = Cut(cut.kind if cut.dim else "column", cut.dim or 0, (axis.name,))
     elif how in ("replicate", "first"):
         cut = Cut("replicate")
-    elif how is not None:
+    elif how not in (None, "paired"):
+        cut = cut if cut.segments else Cut("column", 0)
         cut = replace(cut, segments=tuple(how.split()[1:]), interleave=None)
     held = tuple(stored for (stored,) in shard([replace(tensor, cut=cut)], axes, dealt))
+    if how == "paired":
+        return tuple(_paired(tensor, axes, share) for share in held)
     if how == "first":
         zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
         return (held[0], *(zeros for _ in held[1:]))
     return held
 
 
-def _even(tensor: LogicalTensor, tp: int) -> Axis:
-    """An axis of everything that is stored along the cut dim, whatever it is; the first, where none is cut."""
-    rows = tensor.shape[tensor.cut.dim or 0]
-    axis = Axis(f"{rows} rows", rows, unit=1)
+def _even(tensor: LogicalTensor, cut: Cut, tp: int) -> Axis:
+    """An axis of everything that is stored along the cut dim, whatever it is."""
+    assert cut.dim is not None
+    axis = Axis(f"{tensor.shape[cut.dim]} rows", tensor.shape[cut.dim], unit=1)
     if reason := why_not(axis, tp):
         raise UnsupportedError(reason, tensor=tensor.name, found=f"tp {tp}")
     return axis
+
+
+def _paired(tensor: LogicalTensor, axes: Mapping[str, Axis], share: Share) -> Share:
+    """The share with the even rows of each unit before its odd ones.
+
+    Seen as half as many rows, each twice as long, a matrix has its even rows to the left and its odd ones to the right.
+    """
+    (segment,), (rows, width) = tensor.cut.segments, tensor.shape
+    unit = axes[segment].unit
+    if tensor.cut.ratio != 1 or unit % 2:
+        what = f"the rows of {tensor.name} are stored in blocks that no pair of rows is"
+        raise UnsupportedError(what, tensor=tensor.name, hint="use --format native")
+    view, parts = (rows // 2, 2 * width), []
+    for part in share.parts:
+        (first, last), _ = part.box
+        for start in range(first, last, unit):
+            for odd in (0, 1):
+                box = ((start // 2, (start + unit) // 2), (odd * width, (odd + 1) * width))
+                parts.append(Part(tensor.name, box, (part.at[0] + start - first + odd * unit // 2, 0), view))
+    return share._replace(parts=tuple(parts))
 
 
 def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank: int) -> Share:
@@ -162,6 +186,11 @@ def recipes_of(
     members: dict[str, str] = {}
     for (into, target), groups in found.items():
         whole = len(family.fused[target])
+        for parts in groups.values():
+            for place, pattern in enumerate(family.fused[target]):
+                other = family.stands_in.get(pattern)
+                if place not in parts and other is not None:
+                    parts[place] = parts[family.fused[target].index(other)]
         lacking = [
             group for group in groups.values() if len(group) < whole and not any(n in alone for n in group.values())
         ]

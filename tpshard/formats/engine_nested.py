@@ -24,7 +24,7 @@ from tpshard.storage.tensor_names import numbered
 _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3), "row": (1, 1)}
 """How a tower's tensors are cut: how many segments one has, and how often a segment has the axis' units."""
 
-_NO_NAMES = ("buffers", "needs", "says", "extra_layers", "rest_last", "alone_repeated")
+_NO_NAMES = ("buffers", "needs", "says", "lacks", "extra_layers", "rest_last", "alone_repeated")
 _NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots"), ("cuts", "computed")
 """What a family has that is no names, names that are keys alone, and values alone; elsewhere all are names."""
 
@@ -34,6 +34,7 @@ class TowerAxis:
     """What tensors of a tower are cut along; the keys are those of the table."""
 
     name: str
+    of: str = "vision_config"
     count: str = ""
     default: int = 0
     column: tuple[str, ...] = ()
@@ -120,15 +121,15 @@ def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsE
         fused={**family.fused, **parts[0].fused, **parts[1].fused},
         renamed={**family.renamed, **parts[0].renamed, **parts[1].renamed},
     )
-    vision, axes, tensors = model.config.get("vision_config") or {}, dict(model.axes), []
+    around, axes, tensors = config_around(model), dict(model.axes), []
     for tensor in model.tensors:
-        cut = _cut(parts, vision, axes, tensor, names[tensor.name]) if not is_text(model, tensor.name) else None
+        cut = _cut(parts, around, axes, tensor, names[tensor.name]) if not is_text(model, tensor.name) else None
         tensors.append(replace(tensor, cut=cut) if cut else tensor)
     head = {name: nested.text + name.rpartition(".")[2] for name in model.tied}  # a head lies beside its base model
     tied = {head[name]: names[f"{to}.weight"].removesuffix(".weight") for name, to in model.tied.items()}
     config = text_config_of(model)
     whole = replace(model, tensors=tuple(tensors), axes=axes, tied=tied, full_names=names, config=config)
-    return AsEngineHas(family, whole, frozenset(_unplaced(nested, parts, model.config, names)))
+    return AsEngineHas(family, whole, frozenset(_unplaced(nested, parts, around, names)))
 
 
 def text_config_of(model: Model) -> Mapping[str, Any]:
@@ -141,6 +142,14 @@ def text_config_of(model: Model) -> Mapping[str, Any]:
         config = config.get(key, {}) if key else config
     said = {key: model.config[key] for key in QUANTISED_KEYS if model.config.get(key)}
     return {**config, **said} if isinstance(config, dict) else said
+
+
+def config_around(model: Model) -> Mapping[str, Any]:
+    """The config that nests those of the text model and of the towers: the whole one, or the one of a part of it."""
+    config: Any = model.config
+    for key in (model.architecture["text"]["config"] or "").split(".")[:-1]:
+        config = config.get(key, {})
+    return config if isinstance(config, dict) else {}
 
 
 def with_flag(config: Mapping[str, Any], path: str | None, key: str, value: object) -> dict[str, Any]:
@@ -170,7 +179,7 @@ def _full_name(nested: NestedFamily, model: Model, begins: Mapping[str, str], na
 def _tower(nested: NestedFamily, model: Model) -> Tower:
     if len(nested.towers) == 1:
         return nested.towers[0]
-    kind = str((model.config.get("vision_config") or {}).get("model_type"))
+    kind = str((config_around(model).get("vision_config") or {}).get("model_type"))
     for tower in nested.towers:
         if kind in tower.vision:
             return tower
@@ -180,7 +189,7 @@ def _tower(nested: NestedFamily, model: Model) -> Tower:
 
 
 def _cut(
-    parts: tuple[Tower, ...], vision: Mapping[str, Any], axes: dict[str, Axis], tensor: LogicalTensor, name: str
+    parts: tuple[Tower, ...], config: Mapping[str, Any], axes: dict[str, Axis], tensor: LogicalTensor, name: str
 ) -> Cut | None:
     """How a tensor beside the text is cut, None where it is whole. axes: those of the model, to which new ones come."""
     for axis in (axis for part in parts for axis in part.axes):
@@ -191,7 +200,7 @@ def _cut(
             if dim >= len(tensor.shape):
                 return None  # the bias behind a sum
             size = tensor.shape[dim] // segments
-            count = times * vision.get(axis.count, axis.default) if axis.count else size
+            count = times * (config.get(axis.of) or {}).get(axis.count, axis.default) if axis.count else size
             if count < 1 or tensor.shape[dim] % (segments * count):
                 what = f"config.json contradicts the shape of {tensor.name}"
                 hint, found = "config.json and the weights are of different models", f"shape {list(tensor.shape)}"

@@ -64,6 +64,7 @@ class EngineFamily:
     extra_layers: str = ""
     needs: Mapping[str, str] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     attends: tuple[str, ...] = ()
     buffers: bool = True
@@ -77,6 +78,7 @@ class EngineFamily:
     either: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stands_in: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -236,6 +236,9 @@ class ShardedState(Format):
         for key, reason in found.family.needs.items():
             if not found.model.config.get(key, True):
                 raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
+        for key, reason in found.family.lacks.items():
+            if found.model.config.get(key):
+                raise self._unsupported(f"{self.engine} does not load {model_type} with {key} so: {reason}")
         for key, reason in found.family.says.items():
             if key not in found.model.config:
                 what = f"{self.engine} does not load {model_type} with a config that does not say {key}: {reason}"

@@ -27,8 +27,9 @@ TRIED = frozenset(
 )
 AMONG_ZEROS = frozenset(
     (
-        "bitnet dbrx diffllama doge falcon_mamba hy_v4 jetmoe kimi_linear laguna longcat_flash mamba2 mellum"
-        " minimax olmo_hybrid youtu zamba2"
+        "bailing_hybrid bitnet dbrx diffllama doge dots3_note_text falcon_mamba gemma4_unified_text glm5_next_text"
+        " hy_v4 inkling_text jetmoe kimi_linear laguna longcat_flash mamba2 mellum minimax minimax_m3_vl_text"
+        " olmo_hybrid youtu zamba2"
     ).split()
 )
 """Of any other class of transformers that `verify` runs, those that the tests run, with right rules and wrong ones."""

@@ -112,11 +112,34 @@ def test_typical_faults_are_caught(name: str, tp: int, sides: Callable[..., Tran
 def test_every_model_type_with_rules_is_run() -> None:
     """By the decoder, by its class, or by a class that computes the same; of some, there is remote code alone.
 
-    A draft model is run by nobody.
+    A draft model is run by nobody. Of some a class knows the tensors by names that nobody told, or computes logits only
+    as a part of a larger model.
     """
     files = Path(tpshard.__file__).parent.glob("rules/architectures/*.toml")
     rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
-    remote = {"baichuan", "chatglm", "exaone", "qwen", "eagle", "eagle3"}
+    remote = {
+        "baichuan",
+        "chatglm",
+        "exaone",
+        "qwen",
+        "eagle",
+        "eagle3",
+        "minicpm",
+        "phi4mm",
+        "nemotron-nas",
+        "mimo_v2",
+    }
+    remote |= {
+        "nemotron-nas",
+        "bailing_moe",
+        "bailing_moe_v2",
+        "bailing_moe_v3",
+        "minimax_text_01",
+        "minimax_m1",
+        "mistral_native",
+    }
+    remote |= {"deepseek_v4", "mistral_large4", "qwen4_exp_text", "step3p5", "step3p7_text", "minimax_m3_text"}
+    remote |= {"mllama_text_model", "molmo2_text", "muse_glimmer_text", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl_text"}
     assert rules - remote <= FAMILIES.keys() | TRIED | AMONG_ZEROS | COMPUTES_AS.keys()
     assert FAMILIES.keys() == DECODED
     assert {name for name in rules if proved_by(name) == "bytes"} == remote
@@ -124,7 +147,9 @@ def test_every_model_type_with_rules_is_run() -> None:
 
 
 def test_every_architecture_has_a_variant() -> None:
-    assert {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} - AMONG_ZEROS == TRIED
+    unknown = {"qwen4_exp_text"}
+    known = {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} - AMONG_ZEROS
+    assert known == TRIED | unknown
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "cohere2_moe": {},
     "flex_olmo": {},
     "hunyuan_v1_moe": {},
+    "llama4_text": {"attention_bias": False},
+    "gemma4_text": {},
+    "gemma4_text-moe": {},
 }
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
 OTHERWISE = ("nemotron_h", "minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
@@ -198,10 +201,12 @@ def test_there_and_back(name: str, published: bool, tmp_path: Path) -> None:
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
     written = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())["families"]
-    assert known.keys() == {name for family in written.values() for name in family.get("model_types", ())}
+    unrun = {"bailing_moe_v2"}  # there is remote code alone, and no names that a class could have
+    assert known.keys() | unrun == {name for family in written.values() for name in family.get("model_types", ())}
     tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {
         "internlm2",
         "exaone",
+        "chatglm",
     }
     assert tried <= known.keys()
     alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon", "olmo2", "solar_open")]

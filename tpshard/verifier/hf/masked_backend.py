@@ -110,14 +110,18 @@ class MaskedBackend(TransformersBackend):
         return [name for name in records if name in chosen], dict(records), pins, wanted
 
     def _compared(self, whole: Side) -> list[str]:
-        """As `blocks`; of a list of modules its items, since nobody calls a list."""
+        """As `blocks`; of a list of modules its items, since nobody calls a list.
+
+        Nothing that is inside a sum over ranks: what it is given there is a rank's summand.
+        """
         found, waiting = list[str](), blocks(whole, self.frame.layers)
+        inside = tuple(f"{name}." for name in kinds_of(whole.model, self.shares).summed)
         while waiting:
             name = waiting.pop(0)
             module = whole.modules[name]
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 waiting = [f"{name}.{part}" for part, _ in module.named_children()] + waiting
-            else:
+            elif not name.startswith(inside):
                 found.append(name)
         return found
 

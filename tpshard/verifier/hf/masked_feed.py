@@ -171,6 +171,10 @@ def _with_inputs(module: nn.Module, leaf: str, share: PlacedShare, args: tuple[A
     return found
 
 
+_ROUNDING = 100
+"""How many units in the last place of the largest gradient may be rounding."""
+
+
 @dataclass
 class Uses:
     """Of which indices of each parameter, along each dim, anything depends that is summed over ranks."""
@@ -180,6 +184,7 @@ class Uses:
     @classmethod
     def of(cls, side: Side, sums: Sums, run: Callable[[], object], rows: Shares | None = None, rank: int = 0) -> "Uses":
         """By one run with gradients; of a model without ranks, of what rank `rank` would sum if `rows` are given.
+        Without `rank` rounding is no use (a router whose one choice is scaled to 1); any number of a rank's is one.
 
         Sums, and what is put together of all ranks, let no gradient pass from one feature to another.
         """
@@ -226,8 +231,10 @@ class Uses:
                 for parameter in names.values():
                     parameter.requires_grad_(False)
         alive = {}
+        most = max((float(grad.abs().max()) for grad in made if grad is not None and grad.numel()), default=0.0)
+        least = most * _ROUNDING * torch.finfo(side.dtype).eps if side.rank is None else 0.0
         for (name, parameter), grad in zip(names.items(), made, strict=True):
-            seen = torch.zeros_like(parameter, dtype=torch.bool) if grad is None else grad != 0
+            seen = torch.zeros_like(parameter, dtype=torch.bool) if grad is None else grad.abs() > least
             alive[name] = [
                 seen.movedim(dim, 0).flatten(1).any(-1) if seen.dim() > 1 else seen for dim in range(seen.dim())
             ]

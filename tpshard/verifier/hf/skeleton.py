@@ -140,6 +140,7 @@ class Frame:
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
 
+        UnsupportedError of a class that was not tried: it may have them under names that nobody told.
         classes: `architectures` of the config; one that computes no logits needs no head.
         """
         found = self._stored_parts(source)
@@ -155,6 +156,9 @@ class Frame:
             (sorted(stray), "is there", "no such tensor", "one"),
         ):
             for name in names[:1]:
+                if not self.tried:
+                    unknown = f"the source has not all parameters of its class, by names that are known: {name}"
+                    raise UnsupportedError(unknown, tensor=name, hint="--tier bytes compares the files")
                 message = f"config.json contradicts the weights: {name} {what}"
                 hint = "config.json and the weights are of different models, or one of them was changed"
                 raise CorruptError(message, tensor=name, expected=expected, found=there, hint=hint)

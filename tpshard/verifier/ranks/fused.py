@@ -70,6 +70,10 @@ class Parts:
             names += [f"{attention}.{suffix}", *(f"{attention}.{each}_proj.{suffix}" for each in (suffix[0], "qkv"))]
         yield from self._placed([next((name for name in names if self._named(name)), tensor)], stored)
 
+    def has(self, tensor: str) -> bool:
+        """Whether the source has a tensor."""
+        return self._named(tensor) is not None
+
     def fused(self, tensors: Sequence[str], stored: Stored) -> Placed:
         """Tensors that lie one behind another."""
         yield from self._placed(tensors, stored)

@@ -14,9 +14,11 @@ from tpshard.verifier.ranks.vllm import TEXT, Names
 from tpshard.verifier.ranks.weights import Weights
 
 _BEGINS = (
-    (f"{TEXT}.model", (f"{TEXT}.model", f"model.{TEXT}", "model")),
-    (f"{TEXT}.lm_head", (f"{TEXT}.lm_head", "lm_head")),
-    ("visual", ("visual", "model.visual")),
+    (f"{TEXT}.model", (f"{TEXT}.model", f"model.{TEXT}", "thinker.model", "model")),
+    (f"{TEXT}.lm_head", (f"{TEXT}.lm_head", "thinker.lm_head", "lm_head")),
+    ("visual", ("visual", "model.visual", "thinker.visual")),
+    ("audio_tower", ("thinker.audio_tower",)),
+    *((each, (f"model.{each}",)) for each in ("embed_vision", "embed_audio", "vision_embedder")),
     *(
         (f"vision_tower.vision_model.{part}", tuple(f"{place}.{part}" for place in places))
         for places in (
@@ -115,6 +117,26 @@ _MOON = Beside(
     by_head=r"\.(wqkv|wo)",
     thirds=r"\.wqkv",
 )
+_WHOLE = Beside(rows=r"(?!)", columns=r"(?!)", heads=("", 1), by_head=r"(?!)")
+_LLAMA4 = Beside(
+    rows=r"layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.fc1)|adapter\.mlp\.fc1|patch_embedding\.linear|projector\.linear_1",
+    columns=r"layers\.\d+\.(self_attn\.o_proj|mlp\.fc2)|adapter\.mlp\.fc2",
+    heads=("num_attention_heads", 16),
+    by_head=r"self_attn\.\w+",
+    fused={"self_attn.qkv_proj": tuple(f"self_attn.{each}" for each in _QKV)},
+)
+_QWEN2_OMNI = replace(
+    _QWEN,
+    rows=rf"blocks\.\d+\.attn\.[qkv]|{_QWEN.rows}",
+    by_head=r"attn\.([qkv]|proj)",
+    fused={**(_QWEN.fused or {}), "attn.qkv": ("attn.q", "attn.k", "attn.v")},
+)
+_QWEN3_OMNI = replace(
+    _QWEN_THIRDS,
+    rows=rf"tower\.layers\.\d+\.(self_attn\.[qkv]_proj|fc1)|{_QWEN.rows}",
+    columns=rf"tower\.layers\.\d+\.(self_attn\.out_proj|fc2)|{_QWEN.columns}",
+    fused={"self_attn.qkv_proj": tuple(f"self_attn.{each}" for each in _QKV)},
+)
 NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "qwen2_vl": _QWEN,
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_THIRDS),
@@ -125,6 +147,11 @@ NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "llava_onevision": _featured(_CLIP, -1),
     "mistral3": _projected(_featured(_PIXTRAL, -1)),
     "internvl": _INTERN,
+    "llama4": _LLAMA4,
+    "gemma4": _WHOLE,
+    "gemma4_unified": replace(_WHOLE, rows=r"vision_embedder\.patch_dense"),
+    "qwen2_5_omni": _QWEN2_OMNI,
+    "qwen3_omni_moe": _QWEN3_OMNI,
     **dict.fromkeys(("kimi_vl", "kimi_k25"), _MOON),
 }
 """By the model_type of a config; those of several by that of its vision_config."""
@@ -139,7 +166,8 @@ def beside_of(config: Mapping[str, Any]) -> Beside | None:
 
 
 def _vision(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    vision = config.get("vision_config")
+    thinker = config.get("thinker_config")
+    vision = (thinker if isinstance(thinker, Mapping) else config).get("vision_config")
     return vision if isinstance(vision, Mapping) else {}
 
 

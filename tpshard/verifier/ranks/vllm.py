@@ -36,7 +36,8 @@ class Names:
     exchanged. computed: what is minus the exponential of one of the source's tensors. grouped: a module with its q,
     k and v apart that the source interleaves. gathered: modules that every rank computes for all, in even slices,
     or as if q, k and v lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that
-    rank 0 alone adds, and the others hold zeros of.
+    rank 0 alone adds, and the others hold zeros of. paired: modules with each head's even rows before its odd ones.
+    alike: where k is stored as v, too. even: modules of which each rank has an even share, and that are computed whole.
     """
 
     roots: Mapping[str, str] = field(default_factory=dict)
@@ -51,6 +52,9 @@ class Names:
     gathered: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
+    paired: tuple[str, ...] = ()
+    alike: bool = False
+    even: tuple[str, ...] = ()
 
     def beside(self, source: Collection[str]) -> "Names":
         """The names for a source with these tensors."""
@@ -102,12 +106,30 @@ _SHORT_CONV = Names(
     halves={"feed_forward.w13": ("feed_forward.w1", "feed_forward.w3")},
 )
 _MAMBA = {"mamba.A": "mamba.A_log"}
+_GEMMA4 = replace(
+    _LLAMA,
+    renamed={"experts.routed_experts": "mlp.experts.routed_experts"},
+    otherwise={"mlp.experts": "experts"},
+    alike=True,
+    even=("embed_tokens_per_layer", "per_layer_model_projection"),
+)
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3"), _LLAMA),
     **dict.fromkeys(("cohere", "cohere2", "exaone4", "granite", "olmo", "seed_oss", "stablelm"), _LLAMA),
     **dict.fromkeys(("ministral", "ministral3", "ernie4_5", "hunyuan_v1_dense", "cwm", "internlm3", "helium"), _LLAMA),
     **dict.fromkeys(("hyperclovax", "iquestcoder", "granite_swa", "vaultgemma"), _LLAMA),
     **dict.fromkeys(("apertus", "arcee", "jais2", "nanochat"), _FUSED_MLP),
+    "llama4_text": Names(
+        renamed={"feed_forward.experts._shared_experts._layer": "feed_forward.shared_expert"},
+        qkv="self_attn.qkv_proj",
+        halves=_swiglu("feed_forward") | _swiglu("feed_forward.shared_expert"),
+        turned=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+        paired=("self_attn.q_proj", "self_attn.k_proj"),
+    ),
+    "gemma4_text": _GEMMA4,
+    "chatglm": Names(
+        roots={"transformer.embedding": "transformer.embedding.word_embeddings", "lm_head": "transformer.output_layer"}
+    ),
     "exaone": Names(qkv="attn.attention.qkv_proj", halves={"mlp.gate_up_proj": ("mlp.c_fc_0", "mlp.c_fc_1")}),
     **dict.fromkeys(("mixtral", "phimoe"), _LLAMA),
     **dict.fromkeys(("glm4", "nemotron", "starcoder2"), _FUSED_MLP),
@@ -268,7 +290,15 @@ class Rank:
             before = sum(each.shape(stored.name)[0] for each in self.ranks[: self.rank])
             yield from parts.experts(experts[1], experts[2], stored, names.turned, before)
         elif module == names.qkv:
-            yield from parts.fused([f"{part}.{suffix}" for part in family.qkv], stored)
+            yield from self._fused(parts, names, [f"{part}.{suffix}" for part in family.qkv], stored)
+        elif module.endswith(names.even):
+            every = Joined([Stored(weights, stored.name) for weights in self.ranks])
+            rows = self.source.shape(tensor)[0]
+            if every.shape[0] not in (rows, -(-rows // 64) * 64):  # a vocabulary is padded
+                raise DifferentError(
+                    f"the ranks' {tensor} are not its even shares", expected=rows, found=every.shape[0]
+                )
+            yield tensor, Rows(every, torch.arange(rows))
         elif module in names.halves:
             yield from parts.fused([f"{half}.{suffix}" for half in names.halves[module]], stored)
         elif tensor in names.computed:
@@ -283,6 +313,20 @@ class Rank:
             yield f"{layer}{tensor}", self._part(module, suffix, stored)
         else:
             yield from parts.alone(tensor, stored)
+
+    def _fused(self, parts: Parts, names: Names, tensors: list[str], stored: Stored) -> Placed:
+        """q, k and v, each with its rows in the order of the source."""
+        twice = names.alike and not parts.has(tensors[2])
+        pieces = list(parts.fused([*tensors[:2], tensors[1]] if twice else tensors, stored))
+        if twice:
+            (_, k), (_, v) = pieces[1], pieces.pop()
+            if k is None or v is None or not torch.equal(k.rows(0, k.shape[0]), v.rows(0, k.shape[0])):
+                raise DifferentError(f"the values in {stored.name} of rank {self.rank} are not its keys")
+        for name, piece in pieces:
+            if piece is not None and name.rpartition(".")[0].endswith(names.paired):
+                rows = torch.arange(piece.shape[0]).view(-1, 2, self.family.head_dim // 2)
+                piece = Rows(piece, rows.mT.flatten())
+            yield name, piece
 
     def _q_k_v(self, stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of q, k and v in a fused one. Where no whole heads fit, all are q's, which the decoder refuses."""

@@ -1,0 +1,96 @@
+"""Which words of the table's language say what the ranks have of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.engines.table.coded import Numbers
+from tests.engines.table.reading import Reading, kind_of
+from tpshard.errors import TpshardError
+from tpshard.formats.engine_layout import Share, shares_of
+from tpshard.formats.engine_tables import EngineFamily
+from tpshard.formats.split import Options
+from tpshard.formats.vllm import FORMAT
+from tpshard.planning.deal import Deal
+from tpshard.planning.layout import LogicalTensor
+
+
+class How(NamedTuple):
+    """A cut of the table, None for the architecture's own, and what is done with dims."""
+
+    cut: str | None = None
+    transposed: bool = False
+    either: bool = False
+    squeezed: bool = False
+
+    def family(self, name: str) -> EngineFamily:
+        """A family that says this of one name."""
+        names = (name,)
+        return EngineFamily(
+            cuts={self.cut: names} if self.cut else {},
+            **{key: names for key in ("transposed", "either", "squeezed") if getattr(self, key)},
+        )
+
+
+def dealt(reading: Reading) -> Deal:
+    """The axes as vLLM deals them, with KV heads repeated wherever there are more ranks."""
+    return FORMAT._deal(EngineFamily(), reading.model.axes, reading.model, Options(reading.tp))
+
+
+def explanations(reading: Reading, name: str, deal: Deal) -> set[How]:
+    """Everything that says what the ranks have of a tensor."""
+    tensor = next(each for each in reading.model.tensors if each.name == name)
+    held = reading.blocks[name]
+    return {how for how in _possible(tensor) if _gives(reading, tensor, how, deal, held)}
+
+
+def _possible(tensor: LogicalTensor) -> Iterator[How]:
+    cuts: list[str | None] = [
+        None,
+        "replicate",
+        "first",
+        *([] if tensor.cut.segments or not tensor.shape else ["even", "column vocab"]),
+    ]
+    if len(tensor.cut.segments) == 1 and tensor.cut.dim == 0 and len(tensor.shape) == 2:
+        cuts.append("paired")
+    if tensor.cut.segments:
+        segments = tensor.cut.segments
+        orders = list(dict.fromkeys(permutations(segments))) if len(segments) <= 3 else [segments]
+        plain = [order for order in orders if order != segments or tensor.cut.interleave is not None]
+        cuts += [*(["grouped"] if tensor.cut.interleave else []), "even"]
+        cuts += [" ".join((tensor.cut.kind, *order)) for order in plain]
+    for cut in cuts:
+        yield How(cut)
+        if len(tensor.shape) > 1:
+            yield How(cut, transposed=True)
+            yield How(cut, either=True)
+        if tensor.shape[:1] == (1,):
+            yield How(cut, squeezed=True)
+
+
+def _gives(reading: Reading, tensor: LogicalTensor, how: How, deal: Deal, held: list[Numbers]) -> bool:
+    name = kind_of(reading.model.full_name(tensor.name))
+    try:
+        shares = shares_of(how.family(name), reading.model, [tensor], deal)[tensor.name]
+    except TpshardError:
+        return False
+    return all(
+        share.shape == block.shape and bool((_numbers(share, tensor.shape) == block).all())
+        for share, block in zip(shares, held, strict=True)
+    )
+
+
+def _numbers(share: Share, shape: tuple[int, ...]) -> Numbers:
+    """The tensor's elements in a share, by number, and -1 for what is filled."""
+    elements = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
+    found = np.full(share.shape, -1, np.int64)
+    for part in share.parts:
+        seen = elements if part.view is None else elements.reshape(part.view)
+        box = seen[tuple(slice(*span) for span in part.box)]
+        box = box if part.order is None else box.transpose(part.order)
+        found[tuple(slice(at, at + size) for at, size in zip(part.at, box.shape, strict=True))] = box
+    return found

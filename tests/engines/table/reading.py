@@ -1,0 +1,181 @@
+"""A checkpoint of a type of model as vLLM's classes hold it: which tensors stand where in each parameter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.engines.running import Loader
+from tests.engines.table.coded import Coded, Held, Numbers, decoded, write
+from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.inputs.model import from_checkpoint
+from tpshard.planning.model import Model
+from tpshard.storage.tensor_names import numbered
+
+WIDTHS = (2, 4)
+
+
+class CannotSay(Exception):
+    """Something that the table's language has no words for."""
+
+
+class Recipe(NamedTuple):
+    """The tensors that a parameter is made of, in order: one group, or one for each expert where they are stacked."""
+
+    groups: tuple[tuple[str, ...], ...]
+    stacked: bool = False
+
+
+Blocks = Mapping[str, list[Numbers]]
+"""Of each tensor what every rank has of it, as numbers of the tensor's own elements, 0 the first; -1 is a zero."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the ranks hold of one checkpoint at one width. added: parameters that come while vLLM loads."""
+
+    name: str
+    model: Model
+    coded: Coded
+    tp: int
+    ranks: list[dict[str, Held]]
+    added: list[str] = field(default_factory=list)
+
+    @cached_property
+    def recipes(self) -> Mapping[str, Recipe]:
+        """The parameters that have something of the checkpoint."""
+        found = {name: self._recipe(name) for name in self.ranks[0]}
+        return {name: recipe for name, recipe in found.items() if recipe is not None}
+
+    @cached_property
+    def constants(self) -> Mapping[str, int]:
+        """The parameters that have nothing of it."""
+        return {name: held.numbers.reshape(-1)[0] for name, held in self.ranks[0].items() if name not in self.recipes}
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """What the ranks have of each tensor that is in one parameter. CannotSay for one that is in several."""
+        found: dict[str, list[Numbers]] = {}
+        for name, recipe in self.recipes.items():
+            for place, group in enumerate(recipe.groups):
+                for tensor in dict.fromkeys(group):
+                    if tensor in found:
+                        raise CannotSay(f"{tensor} is in {name} and in another parameter")
+                    found[tensor] = [self._block(held[name], recipe, place, tensor) for held in self.ranks]
+        return found
+
+    @property
+    def left_out(self) -> list[str]:
+        """Tensors of which no rank has anything."""
+        return [tensor.name for tensor in self.model.tensors if tensor.name not in self.blocks]
+
+    def held(self, tensor: str) -> Held:
+        """The parameter that a tensor is in, on rank 0."""
+        return self.ranks[0][self.parameter_of[tensor]]
+
+    @cached_property
+    def parameter_of(self) -> Mapping[str, str]:
+        """Tensor → parameter."""
+        pairs = ((name, group) for name, recipe in self.recipes.items() for group in recipe.groups)
+        return {tensor: name for name, group in pairs for tensor in group}
+
+    def _recipe(self, name: str) -> Recipe | None:
+        owners = [self.coded.owners(held[name].numbers) for held in self.ranks]
+        all_of_them = sorted({self.coded.names[each] for rank in owners for each in np.unique(rank) if each >= 0})
+        if not all_of_them:
+            return None
+        if len(all_of_them) == 1:
+            return Recipe((tuple(all_of_them),))
+        dims = {len(self.coded.shapes[each]) for each in all_of_them}
+        stacked = dims == {owners[0].ndim - 1}
+        if not stacked and dims != {owners[0].ndim}:
+            raise CannotSay(f"{name} is made of tensors with another number of dims: {', '.join(all_of_them[:4])}")
+        held = [rank[name].numbers for rank in self.ranks]
+        ranks = [[rank[place] for rank in held] for place in range(len(held[0]))] if stacked else [held]
+        groups = tuple(self._in_order(name, each) for each in ranks)
+        if stacked and any(len(group) != len(groups[0]) for group in groups):
+            raise CannotSay(f"{name} has more tensors of some experts than of others")
+        return Recipe(groups, stacked)
+
+    def _in_order(self, name: str, ranks: list[Numbers]) -> tuple[str, ...]:
+        """The tensors that follow one another along the first dim, the same on every rank."""
+        orders = []
+        for numbers in ranks:
+            rows = numbers.reshape(len(numbers), -1)
+            owners = self.coded.owners(rows)
+            firsts = owners.max(1)
+            if ((owners != firsts[:, None]) & (owners >= 0)).any():
+                raise CannotSay(f"{name} has several tensors beside each other, not one behind another")
+            runs: list[int] = []
+            begun = -1
+            for place, owner in enumerate(firsts):
+                if owner >= 0 and (not runs or owner != runs[-1] or (rows[place] == rows[begun]).all()):
+                    runs.append(int(owner))
+                    begun = place
+            apart = [each for each, _ in groupby(runs)]
+            if len(set(apart)) != len(apart):
+                raise CannotSay(f"{name} has tensors in turn, a piece of each")
+            orders.append(tuple(self.coded.names[each] for each in runs))
+        if len(set(orders)) != 1:
+            raise CannotSay(f"{name} is made of other tensors on other ranks")
+        return orders[0]
+
+    def _block(self, held: Held, recipe: Recipe, place: int, tensor: str) -> Numbers:
+        numbers = held.numbers[place] if recipe.stacked else held.numbers
+        if len(recipe.groups[place]) > 1:
+            owners = self.coded.owners(numbers).reshape(len(numbers), -1).max(1)
+            numbers = numbers[owners == self.coded.names.index(tensor)]
+            numbers = numbers[: len(numbers) // recipe.groups[place].count(tensor)]
+        return np.where(numbers > 0, numbers - self.coded.first(tensor), -1)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A small checkpoint of a type of model, of which names, shapes and config count and no numbers."""
+
+    name: str
+    directory: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def at(cls, name: str, directory: Path) -> Checkpoint:
+        """The one in a directory."""
+        shapes = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                shapes |= {each: tuple(opened.get_slice(each).get_shape()) for each in opened.keys()}
+        return cls(name, directory, shapes, json.loads((directory / "config.json").read_text()))
+
+
+def read(checkpoint: Checkpoint, loader: Loader, scratch: Path, widths: tuple[int, ...] = WIDTHS) -> list[Reading]:
+    """A checkpoint at several widths; RuntimeError with what vLLM says where it does not load it."""
+    coded = write(checkpoint.shapes, checkpoint.config, checkpoint.directory, scratch / "coded")
+    model = from_checkpoint(open_checkpoint(coded.directories[0]))
+    readings = []
+    for tp in widths:
+        out = [scratch / f"held-{tp}-{place}" for place, _ in enumerate(coded.directories)]
+        again = {str(each): str(at) for each, at in zip(coded.directories[1:], out[1:], strict=True)}
+        passes = [loader.held(coded.directories[0], tp, "auto", out[0], partial=True, again=again)]
+        passes += [[load_file(at / f"rank-{rank}.safetensors") for rank in range(tp)] for at in out[1:]]
+        ranks = [
+            {name: decoded([held[rank][name] for held in passes]) for name in passes[0][rank]} for rank in range(tp)
+        ]
+        with safe_open(out[0] / "rank-0.safetensors", "pt") as opened:
+            changed = opened.metadata()
+        readings.append(Reading(checkpoint.name, model, coded, tp, ranks, json.loads(changed["added"])))
+    return readings
+
+
+def kind_of(name: str) -> str:
+    """A name with 0 for every number in it."""
+    return numbered(name)[0]
