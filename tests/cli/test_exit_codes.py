@@ -69,6 +69,9 @@ EXAMPLES = {
     "a tier of `verify` could not run": "test_verify_command.py::test_a_reference_that_was_asked_for_and_cannot_judge",
     "a fault injected on purpose was not noticed": "test_verdict.py::test_a_tier_that_misses_a_canary",
     "a tensor that nothing computes with is cut": "test_weights_tier.py::test_what_nothing_runs_and_is_cut",
+    "a class of transformers is cut in a way that nobody here has seen": (
+        "test_untried.py::test_a_cut_that_nobody_has_seen_is_named"
+    ),
     "the device does not repeat itself: [inconclusive](../explanation/verdict.md#what-inconclusive-means)": (
         "test_weights_tier.py::test_a_device_that_does_not_repeat_itself"
     ),

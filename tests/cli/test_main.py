@@ -876,7 +876,7 @@ def test_the_list_says_what_is_done_for_each_model_type() -> None:
     lines = [line.split() for line in own.splitlines()]
     assert lines[0] == ["architecture", "verify", "engines", "quantised", "model_types"]
     rows = {(line[0], line[-1]): line[1:-1] for line in lines[1:]}
-    assert rows["qwen3", "qwen3"] == ["tpshard", "vllm", "sglang", "vllm"]
+    assert rows["qwen3", "qwen3"] == ["tpshard", "vllm", "sglang", "megatron", "vllm"]
     assert rows["bloom", "bloom"] == ["tpshard", "vllm", "-"]
     assert rows["qwen", "qwen"] == ["bytes", "-", "-"]
     assert ["kimi_k25", "vllm", "fp8", "compressed-tensors", "deepseek_v3,", "kimi_k2"] in map(
