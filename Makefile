@@ -8,7 +8,7 @@ MEGATRON ?= .venv-megatron
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-all test-bytes check fuzz test-crash soak test-engines engine-table test-megatron bench bench-others power power-trained power-engine gpu-check docs \
+.PHONY: demo test test-all test-bytes check fuzz test-crash soak test-engines engine-table test-megatron bench bench-others bench-stream power power-trained power-engine gpu-check docs \
 	dist test-signing test-action clean
 
 demo: $(VENV)/.base
@@ -55,6 +55,11 @@ bench-others: $(VENV)/.dev
 		$(if $(DEEPSEEK),--deepseek $(DEEPSEEK)) $(if $(VLLM_PYTHON),--vllm-python $(VLLM_PYTHON)) \
 		$(if $(VLLM_SCRIPT),--vllm-script $(VLLM_SCRIPT)) \
 		$(if $(TRANSFORMERS_SCRIPT),--transformers-script $(TRANSFORMERS_SCRIPT)) $(ARGS)
+
+# Peak memory and time of verify --stream on a layer of DeepSeek-V3's shape with 32 experts, by transformers' class: 14 GB
+# in DIR, removed after. About half an hour.
+bench-stream: $(VENV)/.dev
+	$(BIN)/python -m tests.bench.stream $(if $(DIR),--dir $(DIR)) $(ARGS)
 
 # Every parameter of every architecture against vLLM's own loaders, and its tokens, on CPU. An environment of 2 GB, an hour.
 test-engines: $(VENV)/.dev $(ENGINES)/.ready

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.checkpoints import make
 from tests.helpers.command import succeeds, tpshard
+from tests.helpers.grids import some
 from tpshard.api import convert as api
 from tpshard.execute.publish import Settings
+from tpshard.verifier.hf import prepare, streamed
 
 CPU = ("--device", "cpu", "--tokens", "2")
 
@@ -53,10 +56,10 @@ def test_exchanged_files_are_named(pair: tuple[Path, Path], tmp_path: Path) -> N
     assert result.out.splitlines()[0].endswith("the files of ranks 0 and 1 are exchanged")
 
 
-def test_several_processes_and_some_layers(pair: tuple[Path, Path], warm_processes: None) -> None:
-    found = tpshard(
-        "verify", pair[1], *CPU, "--tier", "exact,native", "--layers", "0,-1", "--nproc-per-node", "2", "--json"
-    ).json
+@pytest.mark.parametrize("how", some(["--stream", "--no-stream"], ["--stream"]))
+def test_several_processes_and_some_layers(pair: tuple[Path, Path], warm_processes: None, how: str) -> None:
+    options = ("--tier", "exact,native", "--layers", "0,-1", "--nproc-per-node", "2", how)
+    found = tpshard("verify", pair[1], *CPU, *options, "--json").json
     assert found["verdict"] == "pass", found["reason"]
     assert (found["settings"]["processes"], found["settings"]["layers"]) == (2, [0, 2])
 
@@ -75,7 +78,6 @@ def test_a_model_that_the_decoder_has_by_either_engine(tmp_path: Path) -> None:
         (("--engine", "tpshard", "--tier", "exact"), 4, "verify does not know the model type 'mixtral'"),
         (("--engine", "tpshard"), 4, "verify does not know the model type 'mixtral'"),
         (("--engine", "vllm"), 2, "vllm"),
-        (("--tier", "exact", "--stream"), 4, "--stream is not for --engine transformers"),
         (("--tier", "exact", "--sequence-parallel"), 4, "--sequence-parallel is not for --engine transformers"),
         (("--tier", "exact", "--layers", "7"), 2, "there is no layer 7"),
     ],
@@ -83,6 +85,36 @@ def test_a_model_that_the_decoder_has_by_either_engine(tmp_path: Path) -> None:
 def test_what_is_refused(pair: tuple[Path, Path], options: tuple[str, ...], code: int, said: str) -> None:
     result = tpshard("verify", pair[1], *CPU, *options)
     assert (result.code, result.out) == (code, "") and said in result.err
+
+
+def test_streamed_it_is_the_same(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1 << 10)
+    kept, read = (tpshard("verify", pair[1], *CPU, option, "--json").json for option in ("--no-stream", "--stream"))
+    assert (kept["settings"].pop("streamed"), read["settings"].pop("streamed")) == (False, True)
+    assert kept.pop("volatile").keys() == read.pop("volatile").keys() and read == kept
+    assert read["verdict"] == "pass" and len(read["canaries"]) >= 10
+
+
+def test_it_is_streamed_where_memory_is_short(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "usable", lambda *_: 3_000_000)
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1 << 10)
+    short = tpshard("verify", pair[1], *CPU, "--tier", "exact", "--layers", "0", "--json")
+    assert short.json["verdict"] == "pass" and short.json["settings"]["streamed"] is True
+    assert "each of 2 tokens reads all weights again" in short.err
+    refused = tpshard("verify", pair[1], *CPU, "--tier", "exact", "--no-stream")
+    assert refused.code == 6 and "--stream needs less" in refused.err
+
+
+def test_a_class_that_takes_all_experts_at_once_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4's, if its one product of all experts were not taken apart."""
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.delitem(streamed._IN_PARTS, torch.bmm)
+    model, shards = make("llama4_text", tmp_path / "model"), tmp_path / "shards"
+    succeeds("split", model, "--tp", 2, "-o", shards, "-q", "--no-fsync")
+    result = tpshard("verify", shards, "--source", model, *CPU, "--stream", "--tier", "exact")
+    assert (result.code, result.out) == (4, "")
+    for said in ("experts.gate_up_proj at once", "GB", "--no-stream keeps all weights in memory"):
+        assert said in result.err
 
 
 def test_without_transformers(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ _TOKENS = Annotated[int, opt.number("--tokens", _TOKENS_HELP, least=0, expected=
 _FLOAT32 = Annotated[bool, Option("--float32", help="The exact tier in float32, with a limit of 1e-5.")]
 _LAYERS_HELP = "Only these layers, as in 0,1,-1 [default: all]."
 _LAYERS = Annotated[str | None, Option("--layers", help=_LAYERS_HELP, metavar="LIST")]
-_STREAM_HELP = "Read weights block by block [default: when memory is short]."
+_STREAM_HELP = "Read weights block by block, as they are used [default: when memory is short]."
 _STREAM = Annotated[bool | None, Option("--stream/--no-stream", help=_STREAM_HELP)]
 _SEQUENCE_HELP = "Cut the sequence between modules: reduce-scatter and all-gather."
 _SEQUENCE = Annotated[bool, Option("--sequence-parallel", help=_SEQUENCE_HELP)]

@@ -162,7 +162,7 @@ def _shifted(role: str) -> Inject:
 
     def inject(shards: DamagedShards, places: Places) -> None:
         for name in places.tensors(role):
-            shards.write(0, name, shards.read(0, name).roll(1, places.axis(role, name)))
+            shards.shift(0, name, places.axis(role, name))
 
     return inject
 

@@ -26,17 +26,17 @@ class Progress:
 
     def __init__(self, what: str, total: int, say: Say = silent, clock: Callable[[], float] = time.monotonic) -> None:
         self.what, self.total, self.say, self.clock = what, max(1, total), say, clock
-        self.done = 0
+        self.done: float = 0
         self.begun = self.said = clock()
 
-    def step(self, count: int = 1) -> None:
-        """Count steps that are done."""
+    def step(self, count: float = 1) -> None:
+        """Count steps that are done, or parts of one."""
         self.done += count
         now = self.clock()
         if now - self.said >= QUIET_SECONDS and self.done < self.total:
             self.said = now
             left = (now - self.begun) * (self.total - self.done) / self.done
-            self.say(f"{self.what}: {100 * self.done // self.total}% done, about {duration(left)} left")
+            self.say(f"{self.what}: {int(100 * self.done / self.total)}% done, about {duration(left)} left")
 
 
 def duration(seconds: float) -> str:

@@ -20,8 +20,8 @@ from tpshard.verifier.ranks.stages import injected
 from tpshard.verifier.ranks.translate import require_replicas, stored_in
 from tpshard.verifier.report.verdict import Canary, Tier, Verdict
 
-_LESS = {"tpshard": "--stream needs less, --layers looks at fewer", "transformers": "--layers looks at fewer layers"}
-"""By engine, the way out where memory does not suffice."""
+_LESS = "--stream needs less, --layers looks at fewer"
+"""The way out where memory does not suffice."""
 Judged = tuple[list[Tier], list[Canary], dict[str, float]]
 """Tiers, their canaries, and the seconds that each tier took."""
 
@@ -55,7 +55,7 @@ def verify(
         run = (library.ready if engine == "transformers" else ready)(opened, options)
         judged = _tiers(run, opened, first)
     except torch.OutOfMemoryError as error:
-        raise LocalIOError(f"out of memory: {str(error).splitlines()[0]}", hint=_LESS[engine]) from None
+        raise LocalIOError(f"out of memory: {str(error).splitlines()[0]}", hint=_LESS) from None
     return _verdict(run, opened, options, judged, started)
 
 

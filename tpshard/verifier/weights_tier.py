@@ -152,10 +152,17 @@ Damage = Callable[[Parameter, int], Readable | None]
 """What a rank has of a parameter, with a fault; None where the fault does not apply."""
 _ROWS = 64
 """In how many of a tensor's first rows a fault is put, where it has so many."""
+_ELEMENTS = 1 << 22
+"""And in how many elements of them at most, but for two rows."""
 
 
 def _in_rows(change: Callable[[Tensor], Tensor]) -> Damage:
-    return lambda parameter, rank: _Damaged(parameter.ranks[rank], change, min(_ROWS, _own_rows(parameter, rank)))
+    def damage(parameter: Parameter, rank: int) -> Readable:
+        held = parameter.ranks[rank]
+        most = max(2, _ELEMENTS // max(1, torch.Size(held.shape[1:]).numel()))  # a row may be an expert
+        return _Damaged(held, change, min(_ROWS, most, _own_rows(parameter, rank)))
+
+    return damage
 
 
 def _own_rows(parameter: Parameter, rank: int) -> int:

@@ -155,6 +155,19 @@ def test_transformers_own_class(name: str, option: str) -> None:
     assert [tier["name"] for tier in found["tiers"]] == ["exact", "transformers"][: 2 if option == "--reference" else 1]
 
 
+_STREAMED = [name for name in FORMATS if name in CANARIES]
+
+
+@pytest.mark.parametrize("name", some(_STREAMED, ["nvfp4"]))
+def test_transformers_own_class_that_reads_what_it_needs(name: str) -> None:
+    split(name)
+    options = ("--engine", "transformers", "--tier", "exact,native")
+    kept, read = (verify(*options, option).json for option in ("--no-stream", "--stream"))
+    assert (kept["settings"].pop("streamed"), read["settings"].pop("streamed")) == (False, True)
+    assert kept.pop("volatile").keys() == read.pop("volatile").keys() and read == kept
+    assert read["verdict"] == "pass"
+
+
 def test_streamed_and_cast() -> None:
     """What is not quantised may have been cast when it was split; nothing else is."""
     quantised("fp8-block", Path("model"))

@@ -114,3 +114,14 @@ def test_a_rank_with_another_tower_fails(made: Made, tmp_path: Path) -> None:
     given = ("--source", model, "--tier", "exact", "--tokens", 1, "--json")
     found = tpshard("verify", out, *given)
     assert found.code == 1 and "mlp.fc1" in found.json["reason"], found.json["reason"]
+
+
+def test_streamed_its_text_is_run_alone(made: Made, tmp_path: Path) -> None:
+    """Pictures need all weights in memory: a line says so, and the text model is streamed, of a class that can."""
+    model, out = made("llava"), tmp_path / "out"
+    succeeds("split", model, "--tp", 2, "-o", out, "--no-fsync")
+    given = ("--source", model, "--engine", "transformers", "--tier", "weights,exact", "--tokens", 1, "--json")
+    found = succeeds("verify", out, *given, "--stream").json
+    assert (found["settings"]["runs"], found["settings"]["streamed"]) == ("the text model", True)
+    assert "all weights in memory, which --stream does not keep" in found["warnings"][0]
+    assert found["verdict"] == "pass" and "vision_tower" in [each["prefix"] for each in found["not_run"]]

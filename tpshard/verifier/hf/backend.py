@@ -13,22 +13,27 @@ from tpshard.verifier.backend import Backend, Fed, Judge, Reference, T
 from tpshard.verifier.criteria import CHOICE, relative
 from tpshard.verifier.elements import Parameter, RankShares
 from tpshard.verifier.group import Group, Single
+from tpshard.verifier.hf.beside import UnshardedRun
 from tpshard.verifier.hf.overrides import Pinned, precision
-from tpshard.verifier.hf.parallel import Link, connect, is_experts
+from tpshard.verifier.hf.parallel import Link, connect
 from tpshard.verifier.hf.partition import parameters
 from tpshard.verifier.hf.places import StoredPlaces
-from tpshard.verifier.hf.probes import Feeder, ModuleRecorder, blocks, every_expert
+from tpshard.verifier.hf.probes import Feeder, blocks
 from tpshard.verifier.hf.sides import Side
-from tpshard.verifier.hf.skeleton import Frame, fill, skeleton, skip_layers
+from tpshard.verifier.hf.skeleton import Frame, fill, layers_of, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding
 
 
 @dataclass(frozen=True)
 class TransformersBackend(Backend):
-    """Both sides of a comparison, from which models are built."""
+    """Both sides of a comparison, from which models are built.
+
+    most: where weights are streamed, the elements of a parameter that may be in memory at once.
+    """
 
     frame: Frame
+    most: int | None = None
 
     @property
     def compared(self) -> tuple[int, ...]:
@@ -37,10 +42,12 @@ class TransformersBackend(Backend):
     def _side(self, weights: Weights, dtype: torch.dtype, cuts: Mapping[str, RankShares], rank: int | None) -> Side:
         """The unsharded model, or a rank's with its collectives."""
         model = skeleton(self.frame.config, dtype, self.device)
-        fill(model, self.frame, weights, dtype, self.device, rank)
+        fill(model, self.frame, weights, dtype, self.device, rank, self.most)
         link = Link() if rank is None else connect(model, self.frame.config, cuts, rank)
         skip_layers(model, self.frame.layers)
-        return Side(model, dtype, cuts, rank, link, partial(self.progress.step, len(self.frame.layers) + 2))
+        every, step = layers_of(model), self.progress.step
+        layers = dict(every[i] for i in self.frame.layers)
+        return Side(model, dtype, cuts, rank, link, partial(step, 2), self.frame.pictures, layers, step)
 
     def reference(self, dtype: torch.dtype) -> Side:
         """The unsharded model."""
@@ -103,26 +110,26 @@ class TransformersBackend(Backend):
     def feed(self, dtype: torch.dtype, limit: float) -> Fed:
         whole, models = self.reference(dtype), self.here(dtype)
         names = blocks(whole, self.frame.layers)
-        recorder, pins = ModuleRecorder(whole, names), Pinned()
-        with recorder.looking():
-            wanted = whole.run(Single(), self.steps, pins)
-        names = [name for name in recorder.records if name in set(names)]
-        experts = [name for name in recorder.records if is_experts(whole.modules[name])]
-        with precision(dtype):
-            reached = {name: every_expert(whole.modules[name], recorder.records[name]) for name in experts}
 
         def work(group: Group) -> list[Finding]:
-            side, mine = models[group.rank], Pinned(pins.made)
-            feeder = Feeder(whole, recorder.records, side, names, limit)
-            with feeder.looking():
+            side, mine, more = models[group.rank], Pinned(beside.pins.made), list[Finding]()
+            feeder = Feeder(whole, beside.record, side, names, limit)
+
+            def leave(layer: str) -> None:
+                more.extend(_experts(side, group, *each) for each in beside.experts.get(layer, ()))
+                beside.leave(layer)
+
+            with feeder.looking(), side.between(beside.reach, leave):
                 side.run(group, [self.prompt], mine)
-            differences = mine.differences(pins, side.routers)
+            beside.logits()
+            differences = mine.differences(beside.pins, side.routers)
             chosen = [Finding(f"{name}{CHOICE}", group.rank, error) for name, error in differences.items()]
-            more = [_experts(side, group, name, *reached[name]) for name in experts]
             return [*feeder.findings, *chosen, *more]
 
-        errors = self._errors(models, pins, wanted)
-        return errors, self.findings(work)
+        with UnshardedRun(whole, names, self.steps, len(models)) as beside:
+            findings = self.findings(work)
+            wanted = beside.logits()
+        return self._errors(models, beside.pins, wanted), findings
 
 
 def _pinned(choices: Any) -> Pinned:
@@ -130,6 +137,7 @@ def _pinned(choices: Any) -> Pinned:
 
 
 def _experts(side: Side, group: Group, name: str, args: tuple[Tensor, ...], wanted: Tensor) -> Finding:
+    """A rank's experts on a token for each."""
     given = tuple(x.to(side.dtype) if x.is_floating_point() else x for x in args)
     with precision(side.dtype):
-        return Finding(f"{name} (every expert)", group.rank, relative(side.modules[name](*given), wanted))
+        return Finding(f"{name} (every expert)", group.rank, relative(side.modules[name].forward(*given), wanted))

@@ -22,7 +22,7 @@ from tpshard.verifier.hf.parallel import is_experts
 from tpshard.verifier.hf.places_in_whole import PlacedShare, Shares, put_in_place, shares_of
 from tpshard.verifier.hf.probes import blocks, every_expert
 from tpshard.verifier.hf.sides import Side
-from tpshard.verifier.hf.skeleton import fill, skeleton, skip_layers
+from tpshard.verifier.hf.skeleton import fill, layers_of, skeleton, skip_layers
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Finding, Place
 
@@ -57,7 +57,8 @@ class MaskedBackend(TransformersBackend):
     def _side(self, weights: Weights, dtype: torch.dtype, cuts: Mapping[str, RankShares], rank: int | None) -> Side:
         if rank is None:
             side = super()._side(weights, dtype, cuts, rank)
-            return MaskedSide(side.model, side.dtype, {}, None, side.link, side.progress, self.frame.pictures)
+            more = (self.frame.pictures, side.layers, side.count)
+            return MaskedSide(side.model, side.dtype, {}, None, side.link, side.progress, *more)
         return self._placed(weights, dtype, rank, self.shares, whole=False)
 
     def _placed(self, weights: Weights, dtype: torch.dtype, rank: int, shares: Shares, *, whole: bool) -> Side:
@@ -69,8 +70,9 @@ class MaskedBackend(TransformersBackend):
         link = MaskedLink()
         connect(model, mine, rank, link)
         skip_layers(model, self.frame.layers)
-        steps = len(self.frame.layers) + 2
-        return MaskedSide(model, dtype, {}, rank, link, partial(self.progress.step, steps), self.frame.pictures)
+        every, step = layers_of(model), self.progress.step
+        more = (self.frame.pictures, dict(every[i] for i in self.frame.layers), step)
+        return MaskedSide(model, dtype, {}, rank, link, partial(step, 2), *more)
 
     def feed(self, dtype: torch.dtype, limit: float) -> Fed:
         whole, models = self.reference(dtype), self.here(dtype)

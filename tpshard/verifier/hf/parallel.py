@@ -21,6 +21,7 @@ from tpshard.verifier.hf.heads import (
     tell,
     tell_mixers,
 )
+from tpshard.verifier.hf.streamed import as_parameter, changed
 
 BY_CORE, CORES = "CodeGenAttention", 4
 """A class that reads q, v and k by core of the machine that trained CodeGen, and needs heads for each of them."""
@@ -191,7 +192,7 @@ def _experts(name: str, module: nn.Module, tp: int, link: Link) -> Callable[...,
     forward = module.forward
     bias = module._parameters.get("down_proj_bias")
     if bias is not None:
-        module._parameters["down_proj_bias"] = nn.Parameter(bias / tp, requires_grad=False)
+        module._parameters["down_proj_bias"] = as_parameter(changed(bias, lambda part: part / tp))
     return lambda *args, **kwargs: link.reduce(name, forward(*args, **kwargs))
 
 
@@ -215,7 +216,8 @@ def _some_experts(name: str, module: nn.Module, cut: RankShares, rank: int, link
     experts = cut.experts or cut
     forward, first, size = module.forward, experts.first(rank), experts.sizes[rank]
     if (bias := module._parameters.get("down_proj_bias")) is not None:
-        module._parameters["down_proj_bias"] = nn.Parameter(bias / experts.firsts.count(first), requires_grad=False)
+        sharing = experts.firsts.count(first)
+        module._parameters["down_proj_bias"] = as_parameter(changed(bias, lambda part: part / sharing))
 
     def work(x: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if chosen is None or weights is None:
@@ -265,7 +267,7 @@ def _over_all_ranks(name: str, module: nn.Module, cut: RankShares, rank: int, li
     def norm(*args: Tensor) -> Tensor:
         module._parameters["weight"] = nn.Parameter(put_together(mine, 0), requires_grad=False)
         whole: Tensor = own(*(put_together(x, -1) for x in args))
-        module._parameters["weight"] = nn.Parameter(mine, requires_grad=False)
+        module._parameters["weight"] = as_parameter(mine)
         return whole.narrow(-1, first, size)
 
     return norm

@@ -72,7 +72,29 @@ class StoredParts:
             tensor = torch.cat([weights.get(name) for name in self.experts[0]]) if self.joined else None
             tensor = weights.get(self.experts[0][0]) if tensor is None else tensor
             return tensor.transpose(-1, -2) if self.turned else tensor
-        return torch.stack([torch.cat([weights.get(name) for name in expert]) for expert in self.experts])
+        return self.rows(weights, 0, len(self.experts))
+
+    def rows(self, weights: Weights, start: int, stop: int) -> Tensor:
+        """Some of its rows, or of its experts, without reading the others; in its stored dtype."""
+        if not self.stacked:
+            tensor = torch.cat(list(self._joined(weights, start, stop))) if len(self.stored) > 1 else None
+            tensor = weights.rows(self.stored[0], start, stop) if tensor is None else tensor
+            return tensor.transpose(-1, -2) if self.turned else tensor
+        some = [torch.cat([weights.get(name) for name in expert]) for expert in self.experts[start:stop]]
+        if len(some) == 1:  # without another copy
+            return some[0].unsqueeze(0)
+        return (
+            torch.stack(some) if some else weights.rows(self.stored[0], 0, 0).new_empty((0, *self.shape(weights)[1:]))
+        )
+
+    def _joined(self, weights: Weights, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows of tensors that lie one behind another."""
+        at = 0
+        for name in self.stored:
+            size = weights.shape(name)[0]
+            first, last = min(max(start - at, 0), size), min(max(stop - at, 0), size)
+            yield weights.rows(name, first, last)
+            at += size
 
 
 def recipes(names: Collection[str], keys: Collection[str], prefix: str) -> dict[str, StoredParts]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ _PLAIN = re.compile(
 
 @dataclass(frozen=True)
 class HeldParts:
-    """A parameter that is made of several stored tensors, read whole."""
+    """A parameter that is made of several stored tensors, read some experts at a time."""
 
     weights: Weights
     parts: StoredParts
@@ -31,10 +31,7 @@ class HeldParts:
         return self.parts.shape(self.weights)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        if not self.parts.stacked:
-            return self.parts.tensor(self.weights)[start:stop]
-        some = replace(self.parts, experts=self.parts.experts[start : max(stop, start + 1)])
-        return some.tensor(self.weights)[: stop - start]
+        return self.parts.rows(self.weights, start, stop)
 
 
 def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Iterator[Parameter]:

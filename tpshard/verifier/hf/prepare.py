@@ -1,5 +1,6 @@
 """What is decided before transformers' classes compute a number: prompt, layers, memory; and the tiers."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 from tpshard.errors import TpshardError, UnsupportedError, UsageError
+from tpshard.storage.tensor_names import numbered
 from tpshard.verifier.backend import Canaries, EngineRun, JudgeTier, OpenedSet
 from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
+from tpshard.verifier.hf import streamed
 from tpshard.verifier.hf.backend import TransformersBackend
 from tpshard.verifier.hf.config import covers, has_towers, model_config, same_model, text_config
 from tpshard.verifier.hf.masked_backend import UNUSED, MaskedBackend
 from tpshard.verifier.hf.pictures import pictures_for, with_placeholder
 from tpshard.verifier.hf.skeleton import Frame, fill, frame_of, skeleton, skip_layers
+from tpshard.verifier.hf.streamed import TooLargeError
 from tpshard.verifier.memory import require_memory, usable
 from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.options import VerifyOptions
@@ -28,6 +32,7 @@ from tpshard.verifier.tiers import exact, native
 from tpshard.verifier.weights_tier import judge_weights
 
 _UNTRIED = "transformers' {} model was never tried here, and it cannot be told whether the shards are wrong or we are"
+_LESS = "--layers looks at fewer layers, --float32 --tier exact takes half"
 
 
 def engine_of(asked: str, config: Mapping[str, Any]) -> str:
@@ -47,16 +52,17 @@ def engine_of(asked: str, config: Mapping[str, Any]) -> str:
 
 
 def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
-    """Decide prompt, layers and number of tokens, and say what memory it will take.
+    """Decide prompt, layers, number of tokens and what is kept in memory, and say how much that is.
 
-    UnsupportedError for what only the built-in decoder does: streaming, and cutting the sequence. UsageError where
-    shards and source are of different models; LocalIOError where memory cannot suffice.
+    UnsupportedError for what only the built-in decoder does, cutting the sequence, and for a class that cannot be
+    streamed. UsageError where shards and source are of different models; LocalIOError where memory cannot suffice.
     """
-    for wanted, option in ((options.stream, "--stream"), (options.sequence_parallel, "--sequence-parallel")):
-        if wanted:
-            raise UnsupportedError(f"{option} is not for --engine transformers", hint="leave it out")
-    towers = has_towers(opened.config)
-    (sides, tokens), alone = opened.team.together(lambda: _prepare(opened, options))
+    if options.sequence_parallel:
+        raise UnsupportedError("--sequence-parallel is not for --engine transformers", hint="leave it out")
+    towers, team = has_towers(opened.config), opened.team
+    (sides, tokens), alone = team.together(lambda: _prepare(opened, options))
+    streams = any(team.run(lambda group: _streams(opened, sides, tokens, options.stream)))
+    sides = team.together(lambda: _kept(opened, sides, tokens, streams))
     import transformers
 
     return EngineRun(
@@ -64,6 +70,7 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         prompt_tokens=sides.prompt.numel(),
         tokens=tokens,
         layers=sides.compared,
+        streamed=streams,
         begin=lambda: _begin(sides, tokens, opened, options),
         # The library's code may stumble over a rank's shapes, which must not pass.
         unsure=(UnsupportedError,),
@@ -104,16 +111,17 @@ def _sides(opened: OpenedSet, options: VerifyOptions, *, whole: bool) -> tuple[T
         frame = replace(frame.of_source(opened.source), aside=shards.aside)
     for weights in (opened.source, *shards.ranks):
         require_floats(weights, frame.stored(weights))
-    need, free = _memory(opened, frame, ids.numel()), usable(device, opened.sharing)
-    opened.say(f"transformers' own {_kind(config)} model: about {need / 1e9:.1f} GB of memory")
-    require_memory(need, free, device, "--layers looks at fewer layers, --float32 --tier exact takes half")
+    backend: TransformersBackend = TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame)
+    if not frame.tried:
+        backend = MaskedBackend(opened.source, shards.ranks, opened.team, ids, device, frame, sparing=not shards.stored)
     if whole:
+        if options.stream:
+            raise UnsupportedError("pictures take all weights in memory, which --stream does not keep")
+        require_memory(_resident(opened, backend, tokens), usable(device, opened.sharing), device, _LESS)
         frame, tokens = _with_pictures(opened, frame, ids, options.seed, tokens, positions)
         ids = frame.pictures.ids.to(device)  # type: ignore[union-attr]
-    if frame.tried:
-        return TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame), tokens
-    sparing = not shards.stored
-    return MaskedBackend(opened.source, shards.ranks, opened.team, ids, device, frame, sparing=sparing), tokens
+        backend = replace(backend, frame=frame, prompt=ids)
+    return backend, tokens
 
 
 def _with_pictures(
@@ -136,6 +144,61 @@ def _with_pictures(
             "a picture takes more places than the model has positions", expected=positions, found=length
         )
     return replace(frame, pictures=found), min(tokens, positions - length) if positions else tokens
+
+
+def _streams(opened: OpenedSet, sides: TransformersBackend, tokens: int, asked: bool | None) -> bool:
+    """Whether weights are streamed: as asked, or because memory asks for it and the class can."""
+    if asked is not None:
+        return asked
+    return sides.frame.streams and _resident(opened, sides, tokens) > usable(sides.device, opened.sharing)
+
+
+def _kept(opened: OpenedSet, sides: TransformersBackend, tokens: int, streams: bool) -> TransformersBackend:
+    """The sides, with all weights in memory or streamed. LocalIOError where that is too much.
+
+    UnsupportedError where the class takes more at once than streaming reads, or runs among zeros.
+    """
+    most, resident = largest_block(sides.frame) if streams else None, _resident(opened, sides, tokens)
+    own = f"transformers' own {_kind(sides.frame.config)} model"
+    if streams and not sides.frame.streams:
+        what = f"{own} is run among zeros with all weights in memory: about {resident / 1e9:.1f} GB, --stream or not"
+        raise UnsupportedError(what, hint=f"leave --stream out; {_LESS}")
+    need = resident if most is None else 3 * 8 * most + _logits(opened, sides, tokens)
+    how = own if most is None else f"streaming the weights of {own}"
+    opened.say(f"{how}: about {need / 1e9:.1f} GB of memory")
+    if tokens and streams:
+        opened.say(f"each of {tokens} tokens reads all weights again; --tokens 0 runs the prompt alone")
+    less = f"--stream needs less, {_LESS}" if sides.frame.streams else _LESS
+    hint = "free memory, or use another machine" if streams else less
+    require_memory(need, usable(sides.device, opened.sharing), sides.device, hint)
+    sides = replace(sides, most=most)
+    for layer in _looked_at(sides.frame, most) if most is not None else ():
+        one = replace(sides.only(layer), prompt=sides.prompt[:1, :1])
+        try:
+            one.run(torch.float64, one.steps)
+        except TooLargeError:
+            raise
+        except Exception:  # is met again, and told, by the tiers
+            pass
+    return sides
+
+
+def largest_block(frame: Frame) -> int:
+    """The most elements that an operation of a class that is streamed reads at once: a matrix, or an expert's.
+
+    Of a table it reads rows, or blocks of them.
+    """
+    shapes = [shape for key, shape in frame.shapes.items() if frame.needed(key) and not frame.is_table(key)]
+    return max(streamed.BLOCK_BYTES // 8, *(math.prod(shape[1:] if len(shape) > 2 else shape) for shape in shapes))
+
+
+def _looked_at(frame: Frame, most: int) -> list[int]:
+    """A layer of each kind that holds more than an operation reads at once."""
+    kinds: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+    for key, shape in frame.shapes.items():
+        if (layer := frame.layer(key)) is not None and layer in frame.layers and math.prod(shape) > most:
+            kinds.setdefault(layer, []).append((numbered(key)[0], shape))
+    return list({tuple(kind): layer for layer, kind in reversed(kinds.items())}.values())
 
 
 def _kind(config: Any) -> str:
@@ -195,14 +258,20 @@ def _injected(config: Any, canaries: Canaries) -> list[Canary]:
         return canaries()
 
 
-def _memory(opened: OpenedSet, frame: Frame, tokens: int) -> int:
+def _resident(opened: OpenedSet, sides: TransformersBackend, tokens: int) -> int:
     """Peak bytes: the source and the ranks that run here in float64, and the larger of them once more as it is read."""
-    here = opened.team.here
     # What is put in its place among zeros is as large as the whole.
-    ranks = (opened.shards.ranks[rank] if frame.tried else opened.source for rank in here)
+    ranks = (opened.shards.ranks[rank] if sides.frame.tried else opened.source for rank in opened.team.here)
     held = (opened.source, *ranks)
-    logits = tokens * int(frame.text.vocab_size)
-    return 8 * sum(elements(weights, frame.stored(weights)) for weights in held) + 8 * logits * (2 + len(here))
+    kept = sum(elements(weights, sides.frame.stored(weights)) for weights in held)
+    return 8 * kept + _logits(opened, sides, tokens)
+
+
+def _logits(opened: OpenedSet, sides: TransformersBackend, tokens: int) -> int:
+    """Bytes of all logits, and of what is made of them to compare them."""
+    batch, length = sides.prompt.shape
+    vocab = sides.frame.shapes[sides.frame.head][0]
+    return 8 * batch * (length + tokens) * vocab * (len(opened.team.here) + 8)
 
 
 def _begin(

@@ -1,9 +1,9 @@
 """Module by module: what the unsharded model takes and gives, put before a rank's modules one at a time."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from tpshard.verifier.hf.parallel import (
 )
 from tpshard.verifier.hf.sides import Side
 from tpshard.verifier.hf.skeleton import layers_of
+from tpshard.verifier.hf.streamed import changed
 from tpshard.verifier.report.verdict import Finding
 
 # Their rows are several blocks, so that a rank's are no stretch of the whole's.
@@ -92,7 +93,7 @@ class ModuleRecorder:
         hooks = ExitStack()
         for name, module in self.side.modules.items():
             if name and (module._parameters or name in self.names):
-                hooks.enter_context(module.register_forward_hook(partial(self._keep, name), with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(functools.partial(self._keep, name), with_kwargs=True))
         return hooks
 
     def _keep(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -107,7 +108,7 @@ class Feeder:
     """
 
     whole: Side
-    records: Mapping[str, ModuleRecord]
+    record: Callable[[str], ModuleRecord | None]
     side: Side
     names: Sequence[str]
     limit: float
@@ -122,17 +123,17 @@ class Feeder:
         """What feeds and compares for the time of a `with`."""
         hooks, cuts = ExitStack(), self.side.cuts
         for name in self.names:
-            hook = partial(self._feed, name)
+            hook = functools.partial(self._feed, name)
             hooks.enter_context(self.side.modules[name].register_forward_pre_hook(hook, with_kwargs=True))
         for name, module in self.side.modules.items():
-            if name in self.records and name not in self.names:
+            if name and module._parameters and name not in self.names:
                 if is_row(name, module, cuts):
-                    hooks.enter_context(module.register_forward_pre_hook(partial(self._share, name)))
+                    hooks.enter_context(module.register_forward_pre_hook(functools.partial(self._share, name)))
                 elif is_linear(module):
-                    hooks.enter_context(module.register_forward_hook(partial(self._part, name), prepend=True))
+                    hooks.enter_context(module.register_forward_hook(functools.partial(self._part, name), prepend=True))
         for name in self.names:
             module = self.side.modules[name]  # before what repeats its keys and values
-            hooks.enter_context(module.register_forward_hook(partial(self._judge, name), prepend=True))
+            hooks.enter_context(module.register_forward_hook(functools.partial(self._judge, name), prepend=True))
         hooks.callback(setattr, self.side.link, "show", self.side.link.show)
         self.side.link.show = self._summand
         return hooks
@@ -144,8 +145,10 @@ class Feeder:
         return x.narrow(-1, first, min(cut.sizes[self.rank], x.shape[-1] - first))
 
     def _feed(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        record, row = self.records[name], is_row(name, module, self.side.cuts)
+        record, row = self.record(name), is_row(name, module, self.side.cuts)
         self.inside = []
+        if record is None:  # which the unsharded model does without
+            return args, kwargs
 
         def instead(given: Any, recorded: Any) -> Any:
             if not _carries(recorded):
@@ -156,7 +159,9 @@ class Feeder:
         return positional, {k: instead(x, record.kwargs.get(k)) if k in STREAM else x for k, x in kwargs.items()}
 
     def _judge(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
-        wanted = self.records[name].output
+        if (record := self.record(name)) is None:
+            return
+        wanted = record.output
         if is_column(name, module, self.side.cuts) and not self.side.is_head(name):
             wanted = self._mine(name, wanted)
         error, culprit = relative(_first(output), wanted), None
@@ -166,31 +171,41 @@ class Feeder:
 
     def _part(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         """What a linear module inside of a compared one gives: the rank's features, or, of one not cut, all."""
-        column, whole = is_column(name, module, self.side.cuts), self.records[name].output
+        if (record := self.record(name)) is None:
+            return
+        column, whole = is_column(name, module, self.side.cuts), record.output
         if not column or not name.endswith(BLOCKS):
             wanted = self._mine(name, whole) if column else whole
             self.inside.append((name, lambda: relative(_first(output), wanted)))
 
     def _share(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        wanted = self._mine(name, self.records[name].input)
+        if (record := self.record(name)) is None:
+            return
+        wanted = self._mine(name, record.input)
         self.inside.append((f"input of {name}", lambda: relative(args[0], wanted)))
 
     def _summand(self, name: str, partial: Tensor) -> None:
         """A rank's summand of a sum over ranks, which is what the rank's part of the weights makes of the input."""
         module, whole = self.side.modules[name], self.whole.modules[name]
+        if (record := self.record(name)) is None:
+            return
         if is_row(name, module, self.side.cuts):
-            cut, x = self.side.cuts[f"{name}.weight"], self.records[name].input
-            weight = whole._parameters["weight"]
-            assert weight is not None
-            mine = weight.narrow(in_dim(module), cut.first(self.rank), cut.sizes[self.rank])
-            x = x if name in self.names and x.shape[-1] == mine.shape[in_dim(module)] else self._mine(name, x)
-            self.inside.append((name, lambda: relative(partial, product(module, x, mine))))
-        elif is_experts(module):
-            self.inside.append((name, lambda: relative(partial, self._experts(name, whole))))
+            cut, x = self.side.cuts[f"{name}.weight"], record.input
+            size = cut.sizes[self.rank]
+            x = x if name in self.names and x.shape[-1] == size else self._mine(name, x)
 
-    def _experts(self, name: str, whole: nn.Module) -> Tensor:
+            def own() -> Tensor:
+                weight = whole._parameters["weight"]
+                assert weight is not None
+                return product(module, x, weight.narrow(in_dim(module), cut.first(self.rank), size))
+
+            self.inside.append((name, lambda: relative(partial, own())))
+        elif is_experts(module):
+            self.inside.append((name, lambda: relative(partial, self._experts(name, whole, record))))
+
+    def _experts(self, name: str, whole: nn.Module, record: ModuleRecord) -> Tensor:
         """The unsharded experts' output with the rank's features, or experts, alone."""
-        cut, record = self.side.cuts[f"{name}.down_proj"], self.records[name]
+        cut = self.side.cuts[f"{name}.down_proj"]
         args, experts = record.args, cut if cut.dim == 0 else cut.experts
         if experts is not None and len(args) > 1:
             x, chosen, weights = args
@@ -219,7 +234,8 @@ def _part_of_experts(whole: nn.Module, down: RankShares, rank: int) -> dict[str,
             return weight.narrow(dim, 2 * first, 2 * size)
         return torch.cat([weight.narrow(dim, first, size), weight.narrow(dim, down.total + first, size)], dim)
 
-    return {leaf: part(leaf, weight) for leaf, weight in whole._parameters.items() if weight is not None}
+    held = {leaf: weight for leaf, weight in whole._parameters.items() if weight is not None}
+    return {leaf: changed(weight, functools.partial(part, leaf)) for leaf, weight in held.items()}
 
 
 def every_expert(module: nn.Module, record: ModuleRecord) -> tuple[tuple[Any, ...], Tensor]:
@@ -234,7 +250,7 @@ def every_expert(module: nn.Module, record: ModuleRecord) -> tuple[tuple[Any, ..
     tokens = tokens[tokens.any(-1)]
     x = tokens[torch.arange(count, device=tokens.device) % len(tokens)]
     if len(record.args) + len(record.kwargs) == 1:
-        return (x,), _first(module(x))
+        return (x,), _first(module.forward(x))
     chosen = torch.arange(count, device=tokens.device).unsqueeze(1)
     args = (x, chosen, x.new_ones(count, 1))
-    return args, _first(module(*args))
+    return args, _first(module.forward(*args))

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,9 @@ class Side:
     link: Link = field(default_factory=Link)
     progress: Callable[[], None] = lambda: None
     pictures: Pictures | None = None
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+    """The layers that are looked at, by name."""
+    count: Callable[[float], None] = lambda layers: None
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -60,8 +64,9 @@ class Side:
         cached = len(steps) + more > 1
         logits: list[Tensor] = []
         cache: Any = None
-        with precision(self.dtype), pins.watching(self.routers | self.indexers):
-            for i in range(len(steps) + more):
+        total = len(steps) + more
+        with precision(self.dtype), pins.watching(self.routers | self.indexers), self._counting(total):
+            for i in range(total):
                 if i == len(steps):
                     steps.append(self._next(logits[-1]))
                 out = self._step(steps[i], cache, cached, self._seen() if i == 0 else {})
@@ -69,6 +74,21 @@ class Side:
                 logits.append(out.logits)
         self.progress()
         return torch.cat(logits, 1)
+
+    def between(self, enter: Callable[[str], None], leave: Callable[[str], None]) -> ExitStack:
+        """What calls `enter` before a layer and `leave` behind it, for the time of a `with`."""
+        hooks = ExitStack()
+        for name, layer in self.layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, name=name: enter(name)))
+            hooks.enter_context(layer.register_forward_hook(lambda *_, name=name: leave(name)))
+        return hooks
+
+    def _counting(self, total: int) -> ExitStack:
+        """What counts a layer once in `total` passes, for the time of a `with`."""
+        hooks = ExitStack()
+        for layer in self.layers.values():
+            hooks.enter_context(layer.register_forward_hook(lambda *_: self.count(1 / total)))
+        return hooks
 
     def _next(self, logits: Tensor) -> Tensor:
         """The greedy choice [B, 1], of what stands for text."""

@@ -21,6 +21,7 @@ from tpshard.verifier.hf.heads import with_shared_heads
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.hf.pictures import Pictures
+from tpshard.verifier.hf.streamed import arriving, as_parameter
 from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
@@ -131,6 +132,11 @@ class Frame:
         """Whether this class was split and run here, so that a rank's model can be told its heads and widths."""
         return self.config.model_type in TRIED
 
+    @property
+    def streams(self) -> bool:
+        """Whether operations may read what they need: not among zeros, and not where pictures are put before it."""
+        return self.tried and self.pictures is None
+
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
 
@@ -165,6 +171,12 @@ class Frame:
         """Whether the parameter is outside of layers, or of a layer that is looked at."""
         layer = self.layer(key)
         return layer is None or layer in self.layers
+
+    def is_table(self, key: str) -> bool:
+        """Whether the parameter has a row for each token of the vocabulary."""
+        shape = self.shapes[key]
+        outside = len(shape) == 2 and self.layer(key) is None and shape[0] >= self.shapes[self.embedding][0]
+        return outside or key in (self.head, self.embedding)
 
     @property
     def text(self) -> Any:
@@ -303,11 +315,19 @@ def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def fill(
-    model: nn.Module, frame: Frame, weights: Weights, dtype: torch.dtype, device: torch.device, rank: int | None = None
+    model: nn.Module,
+    frame: Frame,
+    weights: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int | None = None,
+    most: int | None = None,
 ) -> None:
     """Give the model its parameters; those of layers that are not looked at stay empty.
 
-    A parameter that nothing stored makes is a DifferentError of a rank, an UnsupportedError of the source.
+    most: the elements of a parameter that may be in memory at once, of which each operation reads what it needs; None:
+    all are read here. A parameter that nothing stored makes is a DifferentError of a rank, an UnsupportedError of the
+    source.
     """
     found = frame.recipes(weights)
     for key, recipe in found.items():
@@ -315,10 +335,14 @@ def fill(
             raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
+        if leaf in module._parameters and frame.streams:
+            made = arriving(key, recipe, weights, dtype, device, table=frame.is_table(key), most=most)
+            module._parameters[leaf] = as_parameter(made)
+            continue
         tensor = recipe.tensor(weights)
         tensor = move(tensor, device, dtype if tensor.is_floating_point() else None)
         if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+            module._parameters[leaf] = as_parameter(tensor)
         else:
             module._buffers[leaf] = tensor
     for key, _ in model.named_parameters(remove_duplicate=False):

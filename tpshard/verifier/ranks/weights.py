@@ -1,11 +1,15 @@
 """Where the decoder's tensors come from: stored names resolved, shapes read as out and in, values cast."""
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+COMPARED = 1 << 25
+"""Elements that are compared at a time."""
 
 
 def move(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
@@ -95,16 +99,34 @@ class Disturbed:
         return self.weights.shape(name)
 
     def get(self, name: str) -> Tensor:
-        return self._moved(self.weights.get(name))
+        return self._moved(self.weights.get(name), 0)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._moved(self.weights.rows(name, start, stop))
+        return self._moved(self.weights.rows(name, start, stop), start * math.prod(self.weights.shape(name)[1:]))
 
-    def _moved(self, tensor: Tensor) -> Tensor:
+    def _moved(self, tensor: Tensor, first: int) -> Tensor:
+        """Of a tensor's elements from `first` on: each goes where its place sends it, whatever is read with it."""
         if not tensor.is_floating_point():
             return tensor
-        signs = torch.randint(2, tensor.shape, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-        return tensor.double() * (1 + signs.to(tensor.device) * torch.finfo(torch.float64).eps)
+        moved = tensor.double().clone(memory_format=torch.contiguous_format)
+        flat = moved.view(-1)
+        for start in range(0, len(flat), _MOVED):
+            some = flat[start : start + _MOVED]
+            places = torch.arange(first + start, first + start + len(some), device=some.device)
+            some *= 1 + _signs(places) * torch.finfo(torch.float64).eps
+        return moved
+
+
+_MOVED = 1 << 20
+"""Elements that are moved at a time."""
+
+
+def _signs(places: Tensor) -> Tensor:
+    """1 or -1 for each integer, as if at random: the rounds of a generator that mixes a counter."""
+    mixed = places * 0x2545F4914F6CDD1D
+    for shift, factor in ((29, 0x369DEA0F31A53F85), (32, 0x27BB2EE687B0B0FD)):
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed < 0).double() * 2 - 1
 
 
 def replaced(weights: Weights, changes: Mapping[str, Tensor]) -> Borrowed:
@@ -121,8 +143,9 @@ def blocks(weights: Weights, name: str, step: int) -> Iterator[Tensor]:
 
 
 def equal(one: Weights, other: Weights, name: str) -> bool:
-    """Whether both have the same tensor of this name, looked at a few rows at a time: an embedding is large."""
-    if name not in other.names() or one.shape(name) != other.shape(name):
+    """Whether both have the same tensor of this name, looked at some rows at a time: an embedding is large."""
+    if name not in other.names() or (shape := one.shape(name)) != other.shape(name):
         return False
-    pairs = zip(blocks(one, name, 1024), blocks(other, name, 1024), strict=True)
+    step = max(1, COMPARED // max(1, math.prod(shape[1:])))
+    pairs = zip(blocks(one, name, step), blocks(other, name, step), strict=True)
     return all(torch.equal(mine.cpu(), theirs.cpu()) for mine, theirs in pairs)
