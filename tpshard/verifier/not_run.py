@@ -16,14 +16,13 @@ _SCALES = "it scales activations or the KV cache, for which exact arithmetic has
 
 
 def apart(idle: Sequence[Parameter], run: Collection[str]) -> tuple[NotRun, ...]:
-    """The idle tensors by prefix and by why, in their order; `run` are the names of those that are computed with."""
+    """The idle tensors by prefix and by why, what is cut first; `run` are the names of those that are computed with."""
     taken = {start for name in run for start in _starts(name)}
     found: dict[tuple[str, str], list[Parameter]] = {}
     for parameter in idle:
         found.setdefault((_prefix(parameter.name, taken), _why(parameter)), []).append(parameter)
-    return tuple(
-        NotRun(prefix, len(each), sum(map(_bytes, each)), why, why == _CUT) for (prefix, why), each in found.items()
-    )
+    order = sorted(found.items(), key=lambda each: each[0][1] != _CUT)
+    return tuple(NotRun(prefix, len(each), sum(map(_bytes, each)), why, why == _CUT) for (prefix, why), each in order)
 
 
 def _starts(name: str) -> list[str]:
