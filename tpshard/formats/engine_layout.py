@@ -72,16 +72,16 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
     cut = tensor.cut
     if how == "grouped":
         return tuple(_grouped(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size))
+    if how not in (None, "paired") and not cut.segments:
+        cut = Cut("column", 0)  # of what the architecture leaves whole
     if how == "even":
-        cut = cut if cut.segments else Cut("column", 0)
         axis = _even(tensor, cut, dealt.mesh.tp)
         axes = {axis.name: axis}
         dealt = deal(axes, dealt.mesh)
-        cut = Cut(cut.kind if cut.dim else "column", cut.dim or 0, (axis.name,))
+        cut = replace(cut, segments=(axis.name,), interleave=None)
     elif how in ("replicate", "first"):
         cut = Cut("replicate")
     elif how not in (None, "paired"):
-        cut = cut if cut.segments else Cut("column", 0)
         cut = replace(cut, segments=tuple(how.split()[1:]), interleave=None)
     held = tuple(stored for (stored,) in shard([replace(tensor, cut=cut)], axes, dealt))
     if how == "paired":

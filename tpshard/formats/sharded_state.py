@@ -237,8 +237,8 @@ class ShardedState(Format):
             if not found.model.config.get(key, True):
                 raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
         for key, reason in found.family.lacks.items():
-            if found.model.config.get(key):
-                raise self._unsupported(f"{self.engine} does not load {model_type} with {key} so: {reason}")
+            if value := found.model.config.get(key):
+                raise self._unsupported(f"{self.engine} does not load {model_type} with {key} {value!r:.40}: {reason}")
         for key, reason in found.family.says.items():
             if key not in found.model.config:
                 what = f"{self.engine} does not load {model_type} with a config that does not say {key}: {reason}"
