@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_SIZES = {
+SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -25,26 +25,26 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": (
         "minimax",
         # A prompt is several blocks of lightning attention.
-        _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8, "mlp_alpha_factor": 2.0},
+        SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8, "mlp_alpha_factor": 2.0},
     ),
     # Keys and values of equal width: of others transformers saves the convolutions cut at the wrong places.
-    "minimax-stacked": ("minimax", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8}),
+    "minimax-stacked": ("minimax", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8}),
     "olmo_hybrid": (
         "olmo_hybrid",
-        _SIZES
+        SIZES
         | {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     ),
-    "olmo_hybrid-stacked": ("olmo_hybrid", _SIZES | {"layer_types": ["linear_attention", "full_attention"]}),
+    "olmo_hybrid-stacked": ("olmo_hybrid", SIZES | {"layer_types": ["linear_attention", "full_attention"]}),
     "mamba2": (
         "mamba2",
         {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "state_size": 12, "n_groups": 2}
         | {"chunk_size": 8, "use_bias": True},
     ),
-    "bitnet": ("bitnet", _SIZES),
+    "bitnet": ("bitnet", SIZES),
     # Three layers share two transformers, whose adapters are their own.
     "zamba2": (
         "zamba2",
-        _SIZES
+        SIZES
         | {"num_hidden_layers": 4, "layers_block_type": ["hybrid", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 2}
         | {"n_mamba_heads": 8, "mamba_ngroups": 2, "mamba_d_state": 12, "chunk_size": 8, "adapter_rank": 4}
         | {"num_key_value_heads": 8, "use_shared_attention_adapter": True, "use_mem_rope": True},
@@ -60,11 +60,11 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         }
         | {"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
     ),
-    "hy_v4": ("hy_v4", _SIZES | _LATENT | {"num_hidden_layers": 3}),
-    "hy_v4-stacked": ("hy_v4", _SIZES | _LATENT),
+    "hy_v4": ("hy_v4", SIZES | _LATENT | {"num_hidden_layers": 3}),
+    "hy_v4-stacked": ("hy_v4", SIZES | _LATENT),
     "dots3_note": (
         "dots3_note_text",
-        _SIZES
+        SIZES
         | _LATENT
         | {"num_hidden_layers": 3, "shared_experts_intermediate_size": 48, "sliding_window": 8, "head_dim": 24}
         | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 16}
@@ -72,7 +72,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen4_exp": (
         "qwen4_exp_text",
-        _SIZES
+        SIZES
         | _EXPERTS
         | {"head_dim": 16, "shared_expert_intermediate_size": 48, "layer_types": ["linear_attention", "full_attention"]}
         | {
@@ -88,7 +88,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "inkling": (
         "inkling_text",
-        _SIZES
+        SIZES
         | {
             "n_routed_experts": 4,
             "moe_intermediate_size": 32,
@@ -105,7 +105,7 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "laguna": (
         "laguna",
-        _SIZES
+        SIZES
         | _EXPERTS
         | {
             "head_dim": 16,
@@ -116,11 +116,11 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "laguna-stacked": (
         "laguna",
-        _SIZES | _EXPERTS | {"head_dim": 16, "shared_expert_intermediate_size": 48, "gating": "per-head"},
+        SIZES | _EXPERTS | {"head_dim": 16, "shared_expert_intermediate_size": 48, "gating": "per-head"},
     ),
     "laguna-per-element": (
         "laguna",
-        _SIZES | _EXPERTS | {"head_dim": 16, "shared_expert_intermediate_size": 48, "gating": "per-element"},
+        SIZES | _EXPERTS | {"head_dim": 16, "shared_expert_intermediate_size": 48, "gating": "per-element"},
     ),
 }
 NOT_STACKED = frozenset(

@@ -7,17 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.helpers.further_checkpoints import FURTHER, NOT_STACKED
+from tests.helpers.further_checkpoints import FURTHER, NOT_STACKED, SIZES
 
-_GQA = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts_per_tok": 2,
-}
+_GQA = SIZES | {"num_experts_per_tok": 2}
 _WIDE = _GQA | {"head_dim": 16}
 _EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
 _ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 32}

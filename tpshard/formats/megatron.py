@@ -9,12 +9,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from tpshard.errors import UsageError
 from tpshard.formats.base import CUT_ANEW, Format
 from tpshard.formats.dcp import archive_at, archives
 from tpshard.formats.dcp_metadata import Described, StoredChunk, StoredObject, metadata_pickle
 from tpshard.formats.megatron_args import arguments, pickled
-from tpshard.formats.megatron_layout import EXPERTS, MegatronLayout, MegatronParameter, megatron_layout, padded_vocab
+from tpshard.formats.megatron_layout import (
+    EXPERTS,
+    NO_QUANTISED,
+    MegatronLayout,
+    MegatronParameter,
+    megatron_layout,
+    padded_vocab,
+    require_no_shares,
+)
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import object_archive, require_storage
 from tpshard.planning.box import Box, corner
@@ -48,13 +55,11 @@ class Megatron(Format):
     container = True
     folder = _FOLDER
     no_advice = CUT_ANEW
-    no_quantised = "Megatron's quantised layers keep their weights in other forms"
+    no_quantised = NO_QUANTISED
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rectangle is a stored tensor, by Megatron's name and where it begins: `name#layer,row,column`."""
-        if options.uneven or options.shares is not None:
-            what, hint = "Megatron divides tensors evenly", "leave them out, or use --format native"
-            raise UsageError(what, found="--uneven or --shares", hint=hint)
+        require_no_shares(options)
         layout = megatron_layout(model, padded_vocab(model, options.tp, options.pad_vocab_to))
         mesh = Mesh(options.tp)
         require_even(layout.axes, mesh, "Megatron divides evenly: use one of those; it loads at any tp that it takes")

@@ -7,9 +7,10 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 
-from tpshard.errors import UnsupportedError
+from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.engine_layout import joined, recipes_of, transposed
 from tpshard.formats.engine_tables import STACK, EngineFamily, load_table
+from tpshard.formats.split import Options
 from tpshard.planning.axes import Axis
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, padded
@@ -24,6 +25,8 @@ _OF_PREDICTOR = ("enorm", "hnorm", "eh_proj", "final_layernorm")
 _EH_PROJ, _PREDICTED = ".eh_proj.weight", "predicted rows"
 _ENDS = ("embed_tokens", "shared_head.head")
 _SHARED_ENDS = "of a layer that predicts a further token, for which Megatron uses the model's own embedding and head"
+NO_QUANTISED = "Megatron's quantised layers keep their weights in other forms"
+"""Why neither of Megatron's formats holds quantised models."""
 VOCAB_MULTIPLE = 128
 """Megatron pads vocabularies to a multiple of this on each rank, unless it is told otherwise."""
 _BIASED = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -116,6 +119,13 @@ def family_of(model_type: object) -> EngineFamily:
         what = f"the names that Megatron has for model_type {model_type!r} are not known"
         raise UnsupportedError(what, expected=", ".join(sorted(families())), found=model_type)
     return replace(families()[str(model_type)])  # one that remembers the names of this model alone
+
+
+def require_no_shares(options: Options) -> None:
+    """UsageError where other than equal shares are asked for."""
+    if options.uneven or options.shares is not None:
+        what, hint = "Megatron divides tensors evenly", "leave them out, or use --format native"
+        raise UsageError(what, found="--uneven or --shares", hint=hint)
 
 
 def padded_vocab(model: Model, tp: int, pad_to: int | None) -> int:

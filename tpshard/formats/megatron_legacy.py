@@ -13,12 +13,14 @@ from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.base import Format
 from tpshard.formats.megatron_args import arguments, pickled
 from tpshard.formats.megatron_layout import (
+    NO_QUANTISED,
     ONE_EXPERT,
     QKV,
     MegatronLayout,
     MegatronParameter,
     megatron_layout,
     padded_vocab,
+    require_no_shares,
 )
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.formats.torch_archive import archive_file, pickle_text, require_storage
@@ -51,13 +53,11 @@ class MegatronLegacy(Format):
     has_stages = True
     has_experts = True
     folder = _FOLDER
-    no_quantised = "Megatron's quantised layers keep their weights in other forms"
+    no_quantised = NO_QUANTISED
 
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Stored tensors have the names that they have in the whole model; files number layers and experts anew."""
-        if options.uneven or options.shares is not None:
-            what, hint = "Megatron divides tensors evenly", "leave them out, or use --format native"
-            raise UsageError(what, found="--uneven or --shares", hint=hint)
+        require_no_shares(options)
         placed = placement(model, options.mesh, options.pp_layers)
         _require_stages(placed)
         _require_experts(placed)

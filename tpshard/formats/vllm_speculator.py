@@ -9,7 +9,7 @@ from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of
 from tpshard.formats.engine_tables import EngineFamily, Speculator, exchanged, fits_any, load_table
 from tpshard.formats.sharded_state import ShardedState, is_draft
-from tpshard.formats.split import Options, RankLayouts, Split
+from tpshard.formats.split import Split
 from tpshard.planning.model import Model
 from tpshard.storage.tensor_names import numbered, with_numbers
 
@@ -30,19 +30,13 @@ class DraftState(ShardedState):
         """All of them: each was compared in FP8."""
         return self.model_types
 
-    def lay(self, model: Model, options: Options) -> RankLayouts:
-        """Every rank's parameters of the draft model; UnsupportedError for a checkpoint without one."""
-        if options.mesh.pp > 1 or options.mesh.ep > 1:
-            what = f"how {self.engine} holds a draft model in stages, or with whole experts, was not compared"
-            raise UnsupportedError(what, hint="leave out --pp and --ep")
-        return super().lay(model, options)
-
     def notes(self, split: Split) -> tuple[str, ...]:
         """How the engine is told of it."""
         says = '{"method": "mtp", "model": "THIS SET", "num_speculative_tokens": 1}'
         return (f"{self.engine} loads it beside the model's own set: --speculative-config '{says}'",)
 
     def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
+        """The draft model alone, under the names of the model's own layers; UnsupportedError where there is none."""
         found = super()._as_engine_has(model, version)
         family, unplaced, text = found.family, found.unplaced, model.architecture.get("text")
         model_type = str(model.architecture.get("model_type"))

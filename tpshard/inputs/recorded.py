@@ -1,7 +1,7 @@
 """The planned split that a manifest records: model, options, and what each rank stores."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
     )
     entries = manifest["tensors"]
     tensors = tuple(LogicalTensor(e["name"], e["dtype"], tuple(e["shape"]), cut_from_json(e)) for e in entries)
+    dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
     model = Model(
         tensors=tensors,
         axes={name: Axis(**axis) for name, axis in manifest["axes"].items()},
@@ -58,14 +59,13 @@ def parse(manifest: Mapping[str, Any], raw: bytes, directory: Path) -> Split:
         quantisation=manifest.get("quantisation", {}),
         layers=_layers(manifest.get("layers")),
         experts=_experts(manifest.get("experts")),
+        notes=tuple(_not_in_it(tensors, dropped)),
     )
     placed = _placement(manifest, model, options)
     layout = tuple(tuple(_stored(manifest, tensors, mesh, rank)) for rank in range(mesh.size))
     if reason := why_unsound(tensors, layout):
         raise ValueError(reason)
-    dropped = {entry["name"]: entry["dropped"] for entry in entries if "dropped" in entry}
     layouts = RankLayouts(layout, None, dropped, placed)
-    model = replace(model, notes=tuple(_not_in_it(tensors, dropped)))
     return Split(model, options, format_of(options.format), layouts, (manifest["set"], raw))
 
 

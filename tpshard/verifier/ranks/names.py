@@ -1,4 +1,7 @@
-"""Which files of a directory are ranks, told by their names alone; no file is opened here, and torch not needed."""
+"""Which files of a directory are ranks, told by their names; torch is not needed.
+
+No weights are opened here: of a set its manifest's word for the format is read, of Megatron's the tracker.
+"""
 
 import json
 import re
@@ -53,7 +56,10 @@ def _is_draft(directory: Path) -> bool:
 
 
 def rank_files(directory: Path) -> RankFiles:
-    """The ranks' files; CorruptError where some are missing, or are of several widths or formats."""
+    """The ranks' files; CorruptError where some are missing, or are of several widths or formats.
+
+    UnsupportedError of a draft model, which nothing here runs.
+    """
     if _is_draft(directory):
         what, hint = "verify runs no draft model", "`tpshard check --source` compares every byte with the model"
         raise UnsupportedError(what, path=directory, expected="a set of the model", hint=hint)

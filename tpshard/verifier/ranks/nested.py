@@ -118,12 +118,12 @@ _MOON = Beside(
     thirds=r"\.wqkv",
 )
 _WHOLE = Beside(rows=r"(?!)", columns=r"(?!)", heads=("", 1), by_head=r"(?!)")
-_LLAMA4 = Beside(
+_LLAMA4 = replace(
+    _CLIP,
     rows=r"layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.fc1)|adapter\.mlp\.fc1|patch_embedding\.linear|projector\.linear_1",
     columns=r"layers\.\d+\.(self_attn\.o_proj|mlp\.fc2)|adapter\.mlp\.fc2",
     heads=("num_attention_heads", 16),
-    by_head=r"self_attn\.\w+",
-    fused={"self_attn.qkv_proj": tuple(f"self_attn.{each}" for each in _QKV)},
+    spared=None,
 )
 _QWEN2_OMNI = replace(
     _QWEN,
