@@ -3,7 +3,10 @@
 export PYTHONDONTWRITEBYTECODE =
 PYTHON ?= python3
 VENV ?= .venv
-ENGINES ?= .venv-engines
+ENGINES_VERSION ?= 0.32
+ENGINES ?= .venv-engines$(NEWER:%=-%)
+# Of vLLM's versions one that has no wheel for CPUs: its classes beside the other one's compiled extension.
+NEWER = $(filter-out 0.32,$(ENGINES_VERSION))
 MEGATRON ?= .venv-megatron
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -62,6 +65,7 @@ bench-stream: $(VENV)/.dev
 	$(BIN)/python -m tests.bench.stream $(if $(DIR),--dir $(DIR)) $(ARGS)
 
 # Every parameter of every architecture against vLLM's own loaders, and its tokens, on CPU. An environment of 2 GB, an hour.
+# ENGINES_VERSION=0.33: against that version's, in an environment of its own, without tokens; see tests/engines/newer.py.
 test-engines: $(VENV)/.dev $(ENGINES)/.ready
 	OMP_NUM_THREADS=1 ENGINE_PYTHON=$(ENGINES)/bin/python $(BIN)/python -m pytest -v tests/engines/check_vllm.py \
 		tests/engines/check_vllm_quantised.py $(ARGS)
@@ -124,9 +128,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(PIP) --editable . --config-settings editable_mode=compat
 	touch $@
 
-$(ENGINES)/.ready: tests/engines/requirements.txt
+$(ENGINES)/.ready: tests/engines/requirements.txt $(NEWER:%=tests/engines/newer.py)
 	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	$(NEWER:%=$(ENGINES)/bin/python tests/engines/newer.py %.0)
 	touch $@
 
 $(MEGATRON)/.ready: tests/megatron/requirements.txt
@@ -144,4 +149,4 @@ $(VENV)/.docs: $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) $(MEGATRON) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-engines* $(ENGINES) $(MEGATRON) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

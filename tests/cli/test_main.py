@@ -393,6 +393,7 @@ WRITTEN = {
     "ranks": [{"rank": int, "parts": [{"file": str, "size": int, "sha256": (str, None)}]}],
     "left_out": [{"file": str, "reason": str}], "warnings": [str],
 }  # fmt: skip
+VERSION = {"engine": str, "version": str, "compared": str}
 CONTRACT: dict[str, Any] = {
     "plan": {
         "schema_version": int, "command": str, "model_type": str, "source": SOURCE,
@@ -437,9 +438,13 @@ CONTRACT: dict[str, Any] = {
         "schema_version": int, "command": str,
         "architectures": [{
             "name": str, "model_types": [str],
-            "supported": [{"model_type": str, "verify": str, "engines": [str], "quantised": [str]}],
+            "supported": [
+                {"model_type": str, "verify": str, "engines": [str], "quantised": [str], "versions": [VERSION]}
+            ],
         }],
-        "nesting": [{"model_type": str, "texts": [str], "engines": [str], "quantised": [str]}],
+        "nesting": [
+            {"model_type": str, "texts": [str], "engines": [str], "quantised": [str], "versions": [VERSION]}
+        ],
     },
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import Tensor
 import tpshard
 from tests.engines import engine_models as models
 from tests.engines import engine_nested as nested
-from tests.engines.running import Generator, Loader, Ranks, bits, differences, everything, written
+from tests.engines.running import Generator, Loader, Ranks, bits, differences, everything, split, written
 from tpshard.errors import CorruptError, UnsupportedError
 
 pytest_plugins = ("tests.engines.engine_fixtures",)
@@ -41,7 +41,7 @@ def require_held(source: Path, tp: int, loader: Loader, tmp_path: Path) -> None:
     """Our files are what vLLM holds of a checkpoint, it loads them as that, and they come back whole."""
     theirs = loader.held(source, tp, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
-    tpshard.split(source, tp, shards, format="vllm")
+    split(source, tp, shards, format="vllm")
     assert differences(rounded(written(shards, tp), theirs), theirs) == []
     loaded = loader.held(shards, tp, "sharded_state", tmp_path / "loaded")
     assert differences(rounded(loaded, theirs), theirs) == []
@@ -56,7 +56,7 @@ def test_ours_is_what_vllm_holds_on_each_stage(name: str, tp: int, pp: int, load
     source = models.make(name, tmp_path / "source")
     theirs = loader.held(source, tp, "auto", tmp_path / "theirs", pp=pp)
     shards = tmp_path / "shards"
-    tpshard.split(source, tp, shards, format="vllm", pp=pp)
+    split(source, tp, shards, format="vllm", pp=pp)
     assert differences(written(shards, tp, pp), theirs) == []
     assert differences(loader.held(shards, tp, "sharded_state", tmp_path / "loaded", pp=pp), theirs) == []
     assert not tpshard.check(shards, source).differences
@@ -70,7 +70,7 @@ def test_ours_is_what_vllm_holds_of_whole_experts(name: str, tp: int, pp: int, l
     source = models.make(name, tmp_path / "source")
     theirs = loader.held(source, tp, "auto", tmp_path / "theirs", pp=pp, ep=True)
     shards = tmp_path / "shards"
-    tpshard.split(source, tp, shards, format="vllm", pp=pp, ep=tp)
+    split(source, tp, shards, format="vllm", pp=pp, ep=tp)
     assert differences(written(shards, tp, pp), theirs) == []
     assert differences(loader.held(shards, tp, "sharded_state", tmp_path / "loaded", pp=pp, ep=True), theirs) == []
     assert not tpshard.check(shards, source).differences
@@ -85,7 +85,7 @@ def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
     source = made.with_draft(name, tmp_path / "source")
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
-    tpshard.split(source, 2, shards, format="vllm")
+    split(source, 2, shards, format="vllm")
     assert differences(written(shards, 2), theirs) == []
     assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert not tpshard.check(shards, source).differences
@@ -101,7 +101,7 @@ def test_the_speculator_is_the_draft_model_that_vllm_holds(
     source = made.with_draft(name, tmp_path / "source", models.DRAFT_CONFIGS.get(name))
     theirs = loader.held(source, tp, "auto", tmp_path / "theirs", draft=True)
     shards = tmp_path / "shards"
-    tpshard.split(source, tp, shards, format="vllm-speculator")
+    split(source, tp, shards, format="vllm-speculator")
     assert differences(rounded(written(shards, tp), theirs), theirs) == []
     loaded = loader.held(shards, tp, "sharded_state", tmp_path / "loaded", draft=True)
     assert differences(rounded(loaded, theirs), theirs) == []
@@ -112,7 +112,7 @@ def test_the_speculator_is_the_draft_model_that_vllm_holds(
 def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
     with pytest.raises((UnsupportedError, CorruptError)):
-        tpshard.split(source, 4, tmp_path / "shards", format="vllm")
+        split(source, 4, tmp_path / "shards", format="vllm")
     try:
         theirs = loader.held(source, 4, "auto", tmp_path / "theirs")
     except RuntimeError:
@@ -124,7 +124,7 @@ def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp
 def test_refused_is_what_vllm_cannot_run(name: str, generator: Generator, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
     with pytest.raises(UnsupportedError):
-        tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+        split(source, 2, tmp_path / "shards", format="vllm")
     with pytest.raises(RuntimeError, match="EngineCore|Engine core"):
         generator.tokens(source, "auto", tmp_path / "tokens")
 
@@ -160,7 +160,7 @@ def left_out(source: Path, ranks: Ranks) -> list[str]:
 @pytest.mark.parametrize("name", STARTED)
 def test_tokens_of_the_started_engine(name: str, generator: Generator, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
-    tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    split(source, 2, tmp_path / "shards", format="vllm")
     unsharded = generator.tokens(source, "auto", tmp_path / "unsharded")
     assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
     assert generator.tokens(tmp_path / "shards", "sharded_state", tmp_path / "sharded") == unsharded
@@ -169,7 +169,7 @@ def test_tokens_of_the_started_engine(name: str, generator: Generator, tmp_path:
 @pytest.mark.parametrize("name", STAGED)
 def test_tokens_of_the_engine_started_in_two_stages(name: str, generator: Generator, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
-    tpshard.split(source, 1, tmp_path / "shards", format="vllm", pp=2)
+    split(source, 1, tmp_path / "shards", format="vllm", pp=2)
     unsharded = generator.tokens(source, "auto", tmp_path / "unsharded", stages=True)
     assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
     assert generator.tokens(tmp_path / "shards", "sharded_state", tmp_path / "sharded", stages=True) == unsharded
@@ -177,7 +177,7 @@ def test_tokens_of_the_engine_started_in_two_stages(name: str, generator: Genera
 
 def test_a_wrong_width_loads_without_an_error_so_check_stands_before_it(loader: Loader, tmp_path: Path) -> None:
     source = models.make("llama", tmp_path / "source")
-    tpshard.split(source, 4, tmp_path / "shards", format="vllm")
+    split(source, 4, tmp_path / "shards", format="vllm")
     with pytest.raises(RuntimeError, match="loading tensor of shape"):  # vLLM warns; held.py takes that for an error
         loader.held(tmp_path / "shards", 2, "sharded_state", tmp_path / "loaded")
     with safe_open(tmp_path / "shards" / "model-rank-0-part-0.safetensors", "pt") as file:

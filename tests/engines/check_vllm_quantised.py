@@ -17,7 +17,7 @@ import torch
 import tpshard
 from tests.engines import engine_models as models
 from tests.engines import fp8_blocks
-from tests.engines.running import Generator, Loader, Ranks, differences, everything, written
+from tests.engines.running import Generator, Loader, Ranks, differences, everything, split, written
 from tests.helpers.gpt_oss import with_blocks
 from tests.quantised.fixture_table import FIXTURES, TABLE
 from tpshard.errors import UnsupportedError
@@ -78,7 +78,7 @@ def test_ours_loads_as_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_p
     source = completed(name, tmp_path / "source")
     theirs = loader.held(source, tp, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
-    tpshard.split(source, tp, shards, format="vllm")
+    split(source, tp, shards, format="vllm")
     assert differences(in_dtypes_of(theirs, written(shards, tp)), theirs) == []
     assert differences(loader.held(shards, tp, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert not tpshard.check(shards, source).differences
@@ -94,7 +94,7 @@ def test_ours_is_what_vllm_holds_of_whole_experts(name: str, loader: Loader, tmp
     source = completed(name, tmp_path / "source")
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs", ep=True)
     shards = tmp_path / "shards"
-    tpshard.split(source, 2, shards, format="vllm", ep=2)
+    split(source, 2, shards, format="vllm", ep=2)
     assert differences(in_dtypes_of(theirs, written(shards, 2)), theirs) == []
     assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded", ep=True), theirs) == []
     assert not tpshard.check(shards, source).differences
@@ -109,7 +109,7 @@ def test_fp8_in_blocks_of_families_without_a_fixture(name: str, loader: Loader, 
     source = fp8_blocks.make(name, tmp_path / "source")
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
-    tpshard.split(source, 2, shards, format="vllm")
+    split(source, 2, shards, format="vllm")
     assert differences(in_dtypes_of(theirs, written(shards, 2)), theirs) == []
     assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert any(tensor.dtype == torch.float8_e4m3fn for tensor in theirs[0].values())
@@ -133,7 +133,7 @@ def require_held(source: Path, loader: Loader, tmp_path: Path) -> None:
     """Our files at tp 2 are what vLLM holds of a checkpoint, it loads them as that, and they come back whole."""
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
     shards = tmp_path / "shards"
-    tpshard.split(source, 2, shards, format="vllm")
+    split(source, 2, shards, format="vllm")
     assert differences(in_dtypes_of(theirs, written(shards, 2)), theirs) == []
     assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded"), theirs) == []
     assert not tpshard.check(shards, source).differences
@@ -148,7 +148,7 @@ def test_the_speculator_in_fp8_is_the_draft_model_that_vllm_holds(name: str, loa
     source = fp8_blocks.with_draft(name, tmp_path / "source")
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs", draft=True)
     shards = tmp_path / "shards"
-    tpshard.split(source, 2, shards, format="vllm-speculator")
+    split(source, 2, shards, format="vllm-speculator")
     assert differences(written(shards, 2), theirs) == []
     assert differences(loader.held(shards, 2, "sharded_state", tmp_path / "loaded", draft=True), theirs) == []
     assert not tpshard.check(shards, source).differences
@@ -157,7 +157,7 @@ def test_the_speculator_in_fp8_is_the_draft_model_that_vllm_holds(name: str, loa
 def test_the_keys_of_an_index_are_held_unquantised(loader: Loader, tmp_path: Path) -> None:
     source = fp8_blocks.make("glm_moe_dsa", tmp_path / "source", r"mlp\.gate\.|indexer\.weights_proj")
     with pytest.raises(UnsupportedError, match="indexer.wk.weight: it is quantised"):
-        tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+        split(source, 2, tmp_path / "shards", format="vllm")
     held = loader.held(source, 2, "auto", tmp_path / "theirs")[0]
     assert held["model.layers.1.self_attn.indexer.wk_weights_proj.weight"].dtype == torch.bfloat16
     assert everything(source)["model.layers.1.self_attn.indexer.wk.weight"].dtype == torch.float8_e4m3fn
@@ -168,7 +168,7 @@ def test_blocks_that_do_not_divide(blocks: int, loader: Loader, tmp_path: Path) 
     """gpt-oss' parameters are as large as the kernel wants, and hold ours in their first rows and columns."""
     source, shards = with_blocks(blocks, tmp_path / "source"), tmp_path / "shards"
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs")
-    tpshard.split(source, 2, shards, format="vllm")
+    split(source, 2, shards, format="vllm")
     ours = written(shards, 2)
     inside = [
         {name: tensor[tuple(slice(size) for size in mine[name].shape)] for name, tensor in rank.items()}
@@ -191,7 +191,7 @@ def in_dtypes_of(theirs: Ranks, ours: Ranks) -> Ranks:
 def test_refused_is_what_vllm_refuses(name: str, loader: Loader, tmp_path: Path) -> None:
     source = completed(name, tmp_path / "source")
     with pytest.raises(UnsupportedError):
-        tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+        split(source, 2, tmp_path / "shards", format="vllm")
     with pytest.raises(RuntimeError, match=REFUSED[name]):
         loader.held(source, 2, "auto", tmp_path / "theirs")
 
@@ -220,7 +220,7 @@ def test_tokens_of_the_started_engine(name: str, generator: Generator, tmp_path:
         return
     unsharded = generator.tokens(source, "auto", tmp_path / "unsharded")
     assert all(len(each["tokens"]) == len(each["logprobs"]) > 1 for each in unsharded)
-    tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    split(source, 2, tmp_path / "shards", format="vllm")
     assert generator.tokens(tmp_path / "shards", "sharded_state", tmp_path / "sharded") == unsharded
 
 

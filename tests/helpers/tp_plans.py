@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 
 from tests.helpers.paths import DOCS
-from tpshard.api.archs import nesting, rows
+from tpshard.api.archs import nesting, rows, versions_text
 from tpshard.rules.architecture import Architecture, all_builtin
 
 KINDS = {
@@ -320,18 +320,19 @@ listed further down.
 (*bytes*: there is remote code alone, files are compared and nothing is run). *engines* are the formats for engines that
 have a table of its names (`--format`). `tpshard archs --json` says all of this. Quantised modules are cut by what they
 are made of, in every architecture ([formats](formats.md#quantised-models)); *quantised* names the engines' formats of
-which a quantised checkpoint of the type was compared with what the engine holds, by one method at least.
+which a quantised checkpoint of the type was compared with what the engine holds, by one method at least. *versions* are
+those of vLLM, and of other engines where they are named; *read*: the names were read in the sources, nothing was run.
 
-| rules | model_types | verify | engines | quantised | transformers' plan |
-|---|---|---|---|---|---|
+| rules | model_types | verify | engines | versions | quantised | transformers' plan |
+|---|---|---|---|---|---|---|
 {rows}
 
 ## Models that nest one of these
 
 Whatever nests one of the text models above is split in `native`. With their towers as the engine holds them:
 
-| model_type | text models | engines | quantised by |
-|---|---|---|---|
+| model_type | text models | engines | versions | quantised by |
+|---|---|---|---|---|
 {nesting}
 
 ## Cut here, and not by transformers' plan
@@ -359,12 +360,14 @@ def page() -> str:
         differ = any(t in by_type for t in planned for by_type in (DIFFERENCES | OTHERWISE | WHOLE).values())
         verdicts[architecture.name] = ("more is cut here" if differ else "the same") if planned else "none"
     lines = []
-    for name, verify, engines, quantised, those in rows():
-        cells = (_listed(those), verify, ", ".join(engines) or "–", ", ".join(quantised) or "–", verdicts[name])
+    for name, verify, engines, versions, quantised, those in rows():
+        lists = ", ".join(engines), versions, ", ".join(quantised), verdicts[name]
+        cells = (_listed(those), verify, *(each or "–" for each in lists))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     towers = []
     for each in nesting():
-        cells = (_listed(each.texts), ", ".join(each.engines), ", ".join(each.quantised) or "–")
+        versions = versions_text(each.versions)
+        cells = (_listed(each.texts), ", ".join(each.engines), versions, ", ".join(each.quantised) or "–")
         towers.append(f"| `{each.model_type}` | {' | '.join(cells)} |")
     text = {
         "rows": "\n".join(lines),

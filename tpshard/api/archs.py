@@ -1,11 +1,12 @@
 """`archs`: the built-in architectures, and rules to start from for others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tpshard.errors import TargetError, UnsupportedError, UsageError
 from tpshard.formats import FORMATS, format_of
+from tpshard.formats.engine_versions import Compared
 from tpshard.formats.megatron_layout import families
 from tpshard.formats.sharded_state import ShardedState
 from tpshard.formats.vllm_speculator import DraftState
@@ -26,18 +27,28 @@ def model_types() -> dict[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
+class Version:
+    """A version whose names an engine's format knows, and how they were compared: its classes were run, or read."""
+
+    engine: str
+    version: str
+    compared: Compared
+
+
+@dataclass(frozen=True)
 class Supported:
     """What is done for a model_type that has rules.
 
     verify: whose code runs it, "tpshard" or "transformers"; "bytes" where nobody's does and files are compared.
     engines: the formats for engines that know its names. quantised: those of them of which quantised modules were
-    compared with what the engine holds. In `native` every architecture may be quantised.
+    compared with what the engine holds. In `native` every architecture may be quantised. versions: those of engines.
     """
 
     model_type: str
     verify: ProvedBy
     engines: tuple[str, ...]
     quantised: tuple[str, ...]
+    versions: tuple[Version, ...]
 
 
 @dataclass(frozen=True)
@@ -51,20 +62,20 @@ class Nesting:
     texts: tuple[str, ...]
     engines: tuple[str, ...]
     quantised: tuple[str, ...]
+    versions: tuple[Version, ...]
 
 
 def supported() -> dict[str, list[Supported]]:
     """What is done for each model_type, by the name of its architecture."""
     known = _engines()
-    named = {name: each.model_types for name, each in known.items()}
-    named["megatron"] = frozenset(families())
+    named = {name: each.versions for name, each in known.items()} | {"megatron": dict.fromkeys(families(), {})}
     compared = {name: each.quantised_types for name, each in known.items()}
 
     def of(model_type: str) -> Supported:
-        engines, quantised = (
-            tuple(engine for engine, types in those.items() if model_type in types) for those in (named, compared)
-        )
-        return Supported(model_type, proved_by(model_type), engines, quantised)
+        engines = tuple(name for name, types in named.items() if model_type in types)
+        quantised = tuple(name for name, types in compared.items() if model_type in types)
+        versions = (each for name in engines for each in _versions(name, named[name][model_type]))
+        return Supported(model_type, proved_by(model_type), engines, quantised, tuple(versions))
 
     return {name: list(map(of, types)) for name, types in model_types().items()}
 
@@ -72,11 +83,19 @@ def supported() -> dict[str, list[Supported]]:
 def nesting() -> list[Nesting]:
     """The models with a tower that engines' formats hold; `native` splits whatever nests a text model with rules."""
     return [
-        Nesting(model_type, tuple(family.texts), (name,), family.quantised)
+        Nesting(
+            model_type, tuple(family.texts), (name,), family.quantised, tuple(_versions(name, versions[model_type]))
+        )
         for name, each in _engines().items()
         if not isinstance(each, DraftState)
+        for versions in (each.versions,)
         for model_type, family in sorted(each.nested.items())
     ]
+
+
+def _versions(engine: str, compared: Mapping[str, Compared]) -> Iterator[Version]:
+    for version, how in compared.items():
+        yield Version(engine, version, how)
 
 
 def _engines() -> dict[str, ShardedState]:
@@ -84,14 +103,25 @@ def _engines() -> dict[str, ShardedState]:
     return {name: each for name, each in formats.items() if isinstance(each, ShardedState)}
 
 
-def rows() -> Iterator[tuple[str, str, tuple[str, ...], tuple[str, ...], list[str]]]:
-    """Name of the architecture, verify, engines, quantised, and its model_types of which these are the same."""
+def versions_text(versions: Iterable[Version]) -> str:
+    """Engines' versions for people: the first engine's, and others' where they differ; none is ""."""
+    texts: dict[str, str] = {}
+    for each in versions:
+        read = " read" if each.compared == "read" else ""
+        texts[each.engine] = f"{texts.get(each.engine, '')} {each.version}{read}"
+    first = next(iter(texts.values()), "")
+    return ", ".join([first.strip(), *(f"{name}{text}" for name, text in texts.items() if text != first)])
+
+
+def rows() -> Iterator[tuple[str, str, tuple[str, ...], str, tuple[str, ...], list[str]]]:
+    """Name of the architecture, verify, engines, versions, quantised, and those of its model_types that are alike."""
     for name, types in supported().items():
-        alike: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+        alike: dict[tuple[str, tuple[str, ...], str, tuple[str, ...]], list[str]] = {}
         for each in types:
-            alike.setdefault((each.verify, each.engines, each.quantised), []).append(each.model_type)
-        for (verify, engines, quantised), those in alike.items():
-            yield name, verify, engines, quantised, those
+            key = each.verify, each.engines, versions_text(each.versions), each.quantised
+            alike.setdefault(key, []).append(each.model_type)
+        for key, those in alike.items():
+            yield name, *key, those
 
 
 def draft(

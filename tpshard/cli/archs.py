@@ -11,8 +11,8 @@ from tpshard.cli.console import opened
 from tpshard.cli.options import again
 
 app = typer.Typer(rich_markup_mode=None)
-_LINE = "{:<20} {:<12} {:<20} {:<20} {}"
-_NESTING = "{:<20} {:<11} {:<24} {}"
+_LINE = "{:<20} {:<12} {:<20} {:<10} {:<20} {}"
+_NESTING = "{:<20} {:<11} {:<10} {:<24} {}"
 
 
 @app.callback(invoke_without_command=True)
@@ -34,10 +34,11 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
 
     Where verify says "bytes", there is remote code alone: files are compared, nothing is run. What is not listed splits
     with rules of your own: `tpshard archs draft`. Quantised checkpoints of all of them split; named are the engines'
-    formats of which a quantised one was compared with what the engine holds.
+    formats of which a quantised one was compared with what the engine holds. Behind an engine's version stands "read"
+    where its names were read in its sources and nothing was run.
     """
     with opened(json, quiet) as console:
-        from tpshard.api.archs import nesting, rows, supported
+        from tpshard.api.archs import nesting, rows, supported, versions_text
 
         if console.as_json:
             entries = [
@@ -51,12 +52,14 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
             nested = list(map(asdict, nesting()))
             console.data({"schema_version": 1, "command": "archs", "architectures": entries, "nesting": nested})
         else:
-            console.show(_LINE.format("architecture", "verify", "engines", "quantised", "model_types"))
-            for name, verify, *engines, those in rows():
-                console.show(_LINE.format(name, verify, *(" ".join(each) or "-" for each in engines), ", ".join(those)))
-            console.show("", _NESTING.format("nests a text model", "engines", "quantised", "text models"))
+            heads = "architecture", "verify", "engines", "versions", "quantised", "model_types"
+            console.show(_LINE.format(*heads))
+            for name, verify, engines, versions, quantised, those in rows():
+                lists = " ".join(engines) or "-", versions or "-", " ".join(quantised) or "-", ", ".join(those)
+                console.show(_LINE.format(name, verify, *lists))
+            console.show("", _NESTING.format("nests a text model", "engines", "versions", "quantised", "text models"))
             for each in nesting():
-                lists = (" ".join(named) or "-" for named in (each.engines, each.quantised))
+                lists = " ".join(each.engines), versions_text(each.versions), " ".join(each.quantised) or "-"
                 console.show(_NESTING.format(each.model_type, *lists, ", ".join(each.texts)))
 
 

@@ -249,7 +249,7 @@ _FORMAT_HELP = (
 )
 FORMAT = Annotated[str, Option("--format", help=_FORMAT_HELP, metavar="FORMAT", autocompletion=_formats)]
 _ADVISED_HELP = "Whose ranks are judged: native, vllm, sglang, meta, deepseek."
-_VERSION_HELP = "Whose names the files have, as in 0.32 [default: the newest known]."
+_VERSION_HELP = "Whose names the files have, as in 0.33 [default of vLLM: 0.32]."
 ENGINE_VERSION = Annotated[str | None, Option("--engine-version", help=_VERSION_HELP, metavar="VERSION")]
 PICKLE = Annotated[bool, _allow_pickle("pytorch_model*.bin")]
 _FOLLOW_HELP = "Read files that are symlinks out of the model's directory."

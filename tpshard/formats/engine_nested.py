@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.formats.engine_tables import EngineFamily, below, fits_any, match, merged
+from tpshard.formats.engine_entries import below, merged
+from tpshard.formats.engine_tables import EngineFamily, fits_any, match
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tpshard.formats.engine_entries import as_of, below, merged
 from tpshard.storage.tensor_names import numbered
 
 STACK = "#"
@@ -243,9 +244,14 @@ class Speculator:
 
 @dataclass(frozen=True)
 class Table:
-    """An engine's table: families by model_type, and what it does not load at all."""
+    """An engine's table: families by model_type, and what it does not load at all.
+
+    version: the one that this is of. read: model_types whose names were read in its sources, and not run.
+    """
 
     versions: tuple[str, ...]
+    version: str
+    read: frozenset[str]
     families: Mapping[str, EngineFamily]
     refused_models: Mapping[str, str]
     quantised: QuantisedModules
@@ -306,23 +312,28 @@ def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(r"\.".join(parts) + r"(?:\..+)?")
 
 
-@lru_cache(maxsize=4)
-def load_table(path: Path) -> Table:
-    """Read an engine's table. It is our own file: what is wrong with it is our bug."""
-    data = tomllib.loads(path.read_text(encoding="utf-8"))
+@lru_cache(maxsize=8)
+def load_table(path: Path, version: str | None = None) -> Table:
+    """Read an engine's table as it is for one of its versions, the first by default.
+
+    It is our own file: what is wrong with it is our bug.
+    """
+    data = as_of(tomllib.loads(path.read_text(encoding="utf-8")), version)
     families: dict[str, EngineFamily] = {}
     for name, entry in data["families"].items():
         family = _family(data["families"], name)
         family = replace(family, refused={**data["refused_names"], **family.refused})
         families |= {model_type: family for model_type in entry.get("model_types", ())}
-    pipelines, experts, compared = (
-        frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts", "quantised_types")
+    pipelines, experts, compared, read = (
+        frozenset(data.get(key, ())) for key in ("pipelines", "whole_experts", "quantised_types", "read")
     )
     quantised, speculators = _quantised(data.get("quantised", {})), data.get("speculators", {})
     made = {name: _speculator(speculators, families, name) for name in speculators}
     drafts = {each: made[name] for name, entry in speculators.items() for each in entry.get("model_types", ())}
+    refused = {name: reason for name, reason in data["refused_models"].items() if reason}
+    versions = tuple(data["versions"])
     return Table(
-        tuple(data["versions"]), families, data["refused_models"], quantised, pipelines, experts, drafts, compared
+        versions, version or versions[0], read, families, refused, quantised, pipelines, experts, drafts, compared
     )
 
 
@@ -362,24 +373,3 @@ def _family(entries: Mapping[str, Mapping[str, Any]], name: str) -> EngineFamily
     assert set(entry) <= known, f"unknown keys in {name}: {set(entry) - known}"
     family = EngineFamily(**entry)
     return replace(family, fused={target: sources for target, sources in family.fused.items() if sources})
-
-
-def below(place: str, value: Any) -> Any:
-    """Part of a table with a place before every pattern that begins with a dot; its lists as tuples."""
-    if isinstance(value, dict):
-        return {below(place, key): below(place, each) for key, each in value.items()}
-    if isinstance(value, list):
-        return tuple(below(place, each) for each in value)
-    return place + value if isinstance(value, str) and value.startswith(".") else value
-
-
-def merged(entries: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """A family's keys over those that it is like, each over the one before; tables key by key."""
-    entry = entries[name]
-    like = entry.get("like", [])
-    own = {key: value for key, value in entry.items() if key not in ("like", "model_types")}
-    found: dict[str, Any] = {}
-    for each in (*(merged(entries, other) for other in ([like] if isinstance(like, str) else like)), own):
-        for key, value in each.items():
-            found[key] = {**found.get(key, {}), **value} if isinstance(value, dict) else value
-    return found

@@ -29,7 +29,8 @@ from tpshard.formats.engine_quantised import (
     unplaced,
 )
 from tpshard.formats.engine_stages import on_stages
-from tpshard.formats.engine_tables import EngineFamily, load_table
+from tpshard.formats.engine_tables import EngineFamily, Table, load_table
+from tpshard.formats.engine_versions import Compared, table_of, versions
 from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, Range
@@ -72,11 +73,16 @@ class ShardedState(Format):
         self.nested = load_nested(self.path.with_name(nested)) if nested else {}
 
     @property
-    def model_types(self) -> frozenset[str]:
-        """The text models whose names the table knows, alone or in a model that nests them."""
-        table = load_table(self.path)
+    def versions(self) -> dict[str, dict[str, Compared]]:
+        """Of each model whose names the table knows: the engine's versions, and how these were compared with them.
+
+        A model may nest a text model, or be one that others nest.
+        """
+        return versions(self.path, self._known)
+
+    def _known(self, table: Table) -> set[str]:
         within = (text for family in self.nested.values() for text in family.texts)
-        return frozenset({*table.families, *within} - table.refused_models.keys())
+        return {*table.families, *self.nested, *within}
 
     @property
     def quantised_types(self) -> frozenset[str]:
@@ -88,7 +94,7 @@ class ShardedState(Format):
         given = model
         family, model, unheld = self._as_engine_has(given, options.engine_version)
         self._require_compared(model, options)
-        quantised = load_table(self.path).quantised
+        quantised = load_table(self.path, options.engine_version).quantised
         method = method_of(quantised, model, self.engine)
         placed = placement(model, options.mesh, options.pp_layers)
         dealt = self._deal(family, placed.axes, model, options)
@@ -133,7 +139,7 @@ class ShardedState(Format):
 
     def _require_compared(self, model: Model, options: Options) -> None:
         """UnsupportedError for a mesh of which nobody has compared what the engine then holds of such models."""
-        table, model_type = load_table(self.path), str(model.architecture.get("model_type"))
+        table, model_type = load_table(self.path, options.engine_version), str(model.architecture.get("model_type"))
         what = f"what {self.engine} holds of {model_type}"
         if options.pp > 1 and model_type not in table.pipelines:
             raise self._unsupported(f"{what} on each stage of a pipeline is not known")
@@ -179,7 +185,7 @@ class ShardedState(Format):
         text = split.model.architecture.get("text") or split.model.architecture
         if not count:
             return ()
-        known = load_table(self.path).speculators
+        known = load_table(self.path, split.options.engine_version).speculators
         how = "--format vllm-speculator writes it" if text["model_type"] in known else "its names are not known"
         return (f"{count} tensors predict further tokens, which {self.engine} loads as a draft model: {how}",)
 
@@ -199,29 +205,26 @@ class ShardedState(Format):
         if "config.json" not in files:
             return files
         config = given = json.loads(content_of(files["config.json"]))
-        _, model, _ = self._as_engine_has(split.model, split.options.engine_version)
+        version = split.options.engine_version
+        _, model, _ = self._as_engine_has(split.model, version)
         if model.tied:
             head, embedding = next(iter(model.tied.items()))
             stored = {model.full_name(tensor.name) for tensor in split.kept.tensors}
             tied = not {f"{head}.weight", f"{embedding}.weight"} <= stored
             text = model.architecture.get("text")
             config = with_flag(config, text["config"] if text else None, "tie_word_embeddings", tied)
-        config = completed(method_of(load_table(self.path).quantised, model, self.engine), split.model, config)
+        config = completed(method_of(load_table(self.path, version).quantised, model, self.engine), split.model, config)
         if config != given or split.model.tied:
             files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
     def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
         """The engine's names of a model. UnsupportedError where they are not known, or where it does not load it."""
-        table = load_table(self.path)
+        table = table_of(self.path, self.engine, version)
         model_type = str(model.architecture.get("model_type"))
-        if version is not None and version not in table.versions:
-            what = f"the names of {self.engine} {version} are not known"
-            hint = f"names change between versions: split for {self.engine} {table.versions[0]} and load with that"
-            raise UnsupportedError(what, expected=", ".join(table.versions), found=version, hint=hint)
         if reason := table.refused_models.get(model_type):
-            what = f"{self.engine} {table.versions[0]} does not load {model_type} from sharded_state"
-            raise self._unsupported(f"{what}: {reason}")
+            what = f"{self.engine} {table.version} does not load {model_type} from sharded_state"
+            raise self._unsupported(f"{what}: {reason}", others=self.versions.get(model_type, ()))
         if model.architecture.get("text"):
             found = self._nested(model, table.families)
         elif model_type in table.families:
@@ -231,7 +234,7 @@ class ShardedState(Format):
                 f"the names that {self.engine} has for model_type {model_type!r} are not known",
                 expected=", ".join(sorted(table.families)),
                 found=model_type,
-                hint="use --format native",
+                hint=_or_version("use --format native", self.versions.get(model_type, ())),
             )
         for key, reason in found.family.needs.items():
             if not found.model.config.get(key, True):
@@ -272,8 +275,9 @@ class ShardedState(Format):
                 )
                 raise self._unsupported(what, tensor.name)
 
-    def _unsupported(self, message: str, tensor: str | None = None) -> UnsupportedError:
-        return UnsupportedError(message, tensor=tensor, hint="use --format native, or another engine's format")
+    def _unsupported(self, message: str, tensor: str | None = None, others: Iterable[str] = ()) -> UnsupportedError:
+        hint = _or_version("use --format native, or another engine's format", others)
+        return UnsupportedError(message, tensor=tensor, hint=hint)
 
     def _shares(
         self,
@@ -346,6 +350,11 @@ class ShardedState(Format):
             what = "the checkpoint has no head, and its config does not say that it is tied to the embedding"
             raise CorruptError(what, tensor=head, hint="use --format native, or complete the checkpoint")
         return names
+
+
+def _or_version(hint: str, others: Iterable[str]) -> str:
+    """A hint, and the versions of the engine that would do."""
+    return ", or ".join([hint, *(f"--engine-version {each}" for each in others)])
 
 
 def _experts_of(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of
-from tpshard.formats.engine_tables import EngineFamily, Speculator, exchanged, fits_any, load_table
+from tpshard.formats.engine_tables import EngineFamily, Speculator, Table, exchanged, fits_any, load_table
 from tpshard.formats.sharded_state import ShardedState, is_draft
 from tpshard.formats.split import Split
 from tpshard.planning.model import Model
@@ -21,14 +21,13 @@ class DraftState(ShardedState):
     not_held = "of the model that the draft model predicts for"
 
     @property
-    def model_types(self) -> frozenset[str]:
-        """The text models, alone or in a model that nests them, of whose draft models the table knows the names."""
-        return frozenset(load_table(self.path).speculators)
-
-    @property
     def quantised_types(self) -> frozenset[str]:
         """All of them: each was compared in FP8."""
-        return self.model_types
+        return frozenset(load_table(self.path).speculators)
+
+    def _known(self, table: Table) -> set[str]:
+        """The text models, alone or in a model that nests them, of whose draft models the table knows the names."""
+        return set(table.speculators)
 
     def notes(self, split: Split) -> tuple[str, ...]:
         """How the engine is told of it."""
@@ -42,14 +41,14 @@ class DraftState(ShardedState):
         model_type = str(model.architecture.get("model_type"))
         if text:  # the class for its layers is a text model's
             model_type = str(text["model_type"])
-            family, unplaced = load_table(self.path).families[model_type], frozenset()
+            family, unplaced = load_table(self.path, version).families[model_type], frozenset()
             inside = tuple(tensor for tensor in model.tensors if is_text(model, tensor.name))
             model = replace(model, tensors=inside, config=text_config_of(model))
         draft = {tensor.name for tensor in model.tensors if is_draft(family, model, tensor.name)}
         if not draft:
             what = "the checkpoint has no layers that predict further tokens"
             raise UnsupportedError(what, hint="--format vllm writes the model")
-        known = load_table(self.path).speculators
+        known = load_table(self.path, version).speculators
         if model_type not in known:
             what = f"the names that {self.engine} has for the draft model of {model_type!r} are not known"
             raise UnsupportedError(what, expected=", ".join(sorted(known)), found=model_type)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.engines.running import Loader
+from tests.engines.running import Loader, engine_version
 from tests.engines.table import nested
 from tests.engines.table.coded import UNSET
 from tests.engines.table.findings import Findings, layer_pattern
@@ -90,7 +90,7 @@ def read_entry(checkpoints: list[Checkpoint], loader: Loader, scratch: Path) -> 
 
 def _read_nested(found: Entry, head: str) -> None:
     """The entry of a model that nests text models, each type of these by itself and so each tower."""
-    families = load_table(FORMAT.path).families
+    families = load_table(FORMAT.path, engine_version()).families
     texts: dict[str, str] = {}
     prefix = ""
     for text, readings in _grouped(found.readings, lambda each: str(each.model.architecture["text"]["model_type"])):

@@ -46,7 +46,7 @@ class Findings:
         model = reading.model
         names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors}
         embedding = next((f"{to}.weight" for to in model.tied.values()), "")
-        if self.is_tied(reading):
+        if self.is_tied(reading) or self._has_no_head(reading, names, embedding):
             self.tied = _module(reading.parameter_of[_key(names, embedding)])
             names = {name: full for name, full in names.items() if full != embedding}
         for into, recipe in reading.recipes.items():
@@ -80,6 +80,11 @@ class Findings:
         """Whether the checkpoint has no head because its embedding is the head."""
         stored = {reading.model.full_name(tensor.name) for tensor in reading.model.tensors}
         return any(f"{head}.weight" not in stored for head in reading.model.tied)
+
+    def _has_no_head(self, reading: Reading, names: Mapping[str, str], embedding: str) -> bool:
+        """Whether the class takes the embedding for the head also where the checkpoint has one of its own."""
+        held = {full for name, full in names.items() if name in reading.parameter_of}
+        return embedding in held and self.head_of in names.values() and self.head_of not in held
 
     def _name(self, into: str, recipe: Recipe, names: Mapping[str, str]) -> None:
         groups = [[names[tensor] for tensor in group if tensor in names] for group in recipe.groups]
