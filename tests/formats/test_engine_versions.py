@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.command import fails, llama, succeeds
 from tests.helpers.toys import read_all
+from tests.quantised.fixture_table import FIXTURES
 from tpshard.formats.engine_tables import load_table
 from tpshard.formats.vllm import FORMAT
 
@@ -89,6 +90,13 @@ def test_what_one_version_does_not_load_another_one_may() -> None:
     error = fails(4, "split", new, *TO_VLLM, "-o", "other")
     assert "llama_bidirec" in error["message"] and error["hint"].endswith("or --engine-version 9.9")
     names(new, "other", "--engine-version", "9.9")
+
+
+def test_quantised_models_are_for_versions_of_which_they_were_compared() -> None:
+    source, out = FIXTURES / "fp8-block-llama", ("-o", "out")
+    error = fails(4, "split", source, *TO_VLLM, "--engine-version", "0.33", *out)
+    assert "vLLM 0.33 for quantised models" in error["message"] and "compared" in error["message"]
+    succeeds("split", source, *TO_VLLM, "--engine-version", "0.32", *out)
 
 
 @pytest.mark.usefixtures("later")

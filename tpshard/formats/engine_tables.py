@@ -246,7 +246,8 @@ class Speculator:
 class Table:
     """An engine's table: families by model_type, and what it does not load at all.
 
-    version: the one that this is of. read: model_types whose names were read in its sources, and not run.
+    version: the one that this is of. read: model_types whose names were read in its sources, and not run. no_quantised:
+    why it holds no quantised modules.
     """
 
     versions: tuple[str, ...]
@@ -259,6 +260,7 @@ class Table:
     whole_experts: frozenset[str] = frozenset()
     speculators: Mapping[str, Speculator] = field(default_factory=dict)
     quantised_types: frozenset[str] = frozenset()
+    no_quantised: str = ""
 
 
 def exchanged(patterns: Mapping[str, str], name: str) -> str:
@@ -331,10 +333,9 @@ def load_table(path: Path, version: str | None = None) -> Table:
     made = {name: _speculator(speculators, families, name) for name in speculators}
     drafts = {each: made[name] for name, entry in speculators.items() for each in entry.get("model_types", ())}
     refused = {name: reason for name, reason in data["refused_models"].items() if reason}
-    versions = tuple(data["versions"])
-    return Table(
-        versions, version or versions[0], read, families, refused, quantised, pipelines, experts, drafts, compared
-    )
+    versions, plain = tuple(data["versions"]), data.get("no_quantised", "")
+    known = versions, version or versions[0], read, families, refused, quantised
+    return Table(*known, pipelines, experts, drafts, compared, plain)
 
 
 def _speculator(

@@ -141,6 +141,8 @@ class ShardedState(Format):
         """UnsupportedError for a mesh of which nobody has compared what the engine then holds of such models."""
         table, model_type = load_table(self.path, options.engine_version), str(model.architecture.get("model_type"))
         what = f"what {self.engine} holds of {model_type}"
+        if model.quantisation and table.no_quantised:
+            raise self._unsupported(f"{self.engine} {table.version} for quantised models: {table.no_quantised}")
         if options.pp > 1 and model_type not in table.pipelines:
             raise self._unsupported(f"{what} on each stage of a pipeline is not known")
         if 1 < options.ep < options.tp:

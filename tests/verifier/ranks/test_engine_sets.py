@@ -108,6 +108,8 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
     "gemma4_text": {},
     "gemma4_text-moe": {},
 }
+TABLE = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())
+CHANGED = {version: entry.get("families", {}) for version, entry in TABLE["later"].items()}
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
 OTHERWISE = ("nemotron_h", "minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
 """Those of which newer code saves some tensors under other names than published files have."""
@@ -198,9 +200,21 @@ def test_there_and_back(name: str, published: bool, tmp_path: Path) -> None:
     assert (found["verdict"], found["reason"]) == ("pass", None)
 
 
+@pytest.mark.parametrize(("version", "name"), [(version, name) for version, names in CHANGED.items() for name in names])
+def test_names_that_a_later_version_changed_are_read(version: str, name: str, tmp_path: Path) -> None:
+    model, sets = tmp_path / "model", (tmp_path / "first", tmp_path / "later")
+    build(name, 0, **BY_TRANSFORMERS[name]).save_pretrained(model)
+    for out, asked in zip(sets, ((), ("--engine-version", version)), strict=True):
+        succeeds("split", model, "--tp", 2, "--format", "vllm", *asked, "-o", out, "--no-fsync")
+        found = succeeds("verify", out, "--source", model, "--tier", "bytes,weights", "--json").json
+        assert (found["verdict"], found["reason"]) == ("pass", None)
+    first, later = (read_all(out, "model-rank-0-*.safetensors").keys() for out in sets)
+    assert first != later
+
+
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
-    written = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())["families"]
+    written = TABLE["families"]
     unrun = {"bailing_moe_v2"}  # there is remote code alone, and no names that a class could have
     assert known.keys() | unrun == {name for family in written.values() for name in family.get("model_types", ())}
     tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {

@@ -80,6 +80,7 @@ _FUSED_MLP = replace(_LLAMA, halves={})
 _BLOOM = Names(grouped="self_attention.query_key_value")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _SHARED_MOE = replace(_LLAMA, halves=_swiglu("mlp") | _swiglu("mlp.shared_experts"))
+_HUNYUAN = replace(_LLAMA, halves=_swiglu("mlp") | _swiglu("mlp.shared_mlp"))
 _LATENTS = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 _MLA = {"self_attn.mla_attn": "self_attn"}
 _DEEPSEEK = Names(
@@ -202,7 +203,7 @@ VLLM: Mapping[str, Names] = {
     ),
     "cohere2_moe": replace(_SHARED_MOE, renamed={_SHARED: "mlp.shared_experts"}),
     "flex_olmo": replace(_LLAMA, renamed={"mlp.experts.gate": "mlp.gate"}, whole=_QK_NORMS),
-    "hunyuan_v1_moe": replace(_LLAMA, halves=_swiglu("mlp") | _swiglu("mlp.shared_mlp")),
+    "hunyuan_v1_moe": replace(_HUNYUAN, renamed={f"{_SHARED}.shared_experts": "mlp.shared_mlp"}),  # since 0.33
     "glm4_moe": _GLM_MOE,
     "glm4_moe_lite": Names(renamed={**_GLM_MOE.renamed, **_MLA}, halves=_DEEPSEEK.halves),
     "mimo_v2_flash": replace(
@@ -220,9 +221,8 @@ VLLM: Mapping[str, Names] = {
     ),
     "afmoe": replace(_SHARED_MOE, renamed={_SHARED: "mlp.shared_experts", "mlp.gate": "mlp.router.gate"}),
     "hy_v3": replace(
-        _LLAMA,
+        _HUNYUAN,
         renamed={_SHARED: "mlp.shared_mlp", "mlp.gate": "mlp.router.gate"},
-        halves=_swiglu("mlp") | _swiglu("mlp.shared_mlp"),
         otherwise={
             "mlp.shared_mlp": "mlp.shared_experts",
             "mlp.router.gate": "mlp.gate",
