@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.engines import engine_shapes
+
 _TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = _TOKENS | {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
 _MHA = _SIZES | {"intermediate_size": 512, "max_position_embeddings": 128}
@@ -62,6 +64,21 @@ _LING = {
     **{"use_qk_norm": True, "use_rmsnorm": True, "use_bias": False, "use_qkv_bias": False, "norm_head": False},
     **{"score_function": "sigmoid", "n_group": 4, "topk_group": 2, "router_dtype": "fp32", "norm_topk_prob": True},
     **{"embedding_dropout": 0.0, "attention_dropout": 0.0, "output_dropout": 0.0, "partial_rotary_factor": 0.5},
+}
+_LING_1 = _LING | {
+    **{"first_k_dense_replace": 0, "moe_router_enable_expert_bias": False, "use_qk_norm": False},
+    **{"score_function": None, "n_group": None, "topk_group": None, "router_dtype": None, "partial_rotary_factor": 1.0},
+}
+_RING = (
+    _FINE
+    | _LING
+    | {"layer_group_size": 2, "group_norm_size": 4, "q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 16}
+    | {"qk_nope_head_dim": 32, "v_head_dim": 48, "num_key_value_heads": 8, "partial_rotary_factor": 0.5}
+    | {"architectures": ["BailingMoeV2_5ForCausalLM"], "tie_word_embeddings": False}
+)
+_LING_3 = _RING | {
+    **{"architectures": ["BailingMoeV3ForCausalLM"], "short_conv_kernel_size": 4, "no_kda_lora": True},
+    **{"moe_shared_expert_intermediate_size": 64, "gated_attention_proj_granularity_type": "head_wise"},
 }
 _LONGCAT = {
     **_TOKENS,
@@ -163,6 +180,46 @@ _CHATGLM = {
     **{"add_bias_linear": False, "add_qkv_bias": True, "num_hidden_layers": 2},
 }
 
+_ATTENDS = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": 4}
+_NO_ATTENTION = {"no_op": True, "replace_with_linear": False, "n_heads_in_group": None}
+_FEEDS = {"no_op": False, "replace_with_linear": False, "ffn_mult": 1.5}
+_SEARCHED = (
+    _TOKENS
+    | {"hidden_size": 256, "num_attention_heads": 8, "max_position_embeddings": 128, "num_hidden_layers": 4}
+    | {
+        "block_configs": [
+            {"attention": _ATTENDS, "ffn": _FEEDS},
+            {"attention": _NO_ATTENTION, "ffn": _FEEDS | {"ffn_mult": 3.0}},
+            {"attention": _ATTENDS | {"n_heads_in_group": 8}, "ffn": {"no_op": True, "replace_with_linear": False}},
+            {"attention": _ATTENDS, "ffn": {"no_op": False, "replace_with_linear": False, "intermediate_size": 384}},
+        ]
+    }
+)
+_LINEAR_BLOCKS = {
+    "num_hidden_layers": 1,
+    "block_configs": [{"attention": _NO_ATTENTION | {"no_op": False, "replace_with_linear": True}, "ffn": _FEEDS}],
+}
+_MINICPM = _GQA | {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 64}
+# Layers that attend to a window have fewer heads.
+_LAGUNA = (
+    _FINE
+    | {"layer_types": ["sliding_attention", "full_attention"], "num_attention_heads_per_layer": [4, 8]}
+    | {"shared_expert_intermediate_size": 128, "sliding_window": 8}
+)
+_OLMO_HYBRID = _GQA | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 48,
+}
+_DBRX = {
+    **{"vocab_size": 1000, "d_model": 256, "n_heads": 8, "n_layers": 2, "max_seq_len": 128},
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 8, "moe_top_k": 2},
+}
+_MAMBA_2 = {
+    **{"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 64, "state_size": 32, "chunk_size": 32},
+}
 _MIXED = {"num_shared_experts": 2, "prefix_dense_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -334,6 +391,19 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "chatglm-tied": ("chatglm", _CHATGLM | _TIED),
     "mimo_v2_flash": ("mimo_v2_flash", _MIMO | _UNTIED),
     "mimo_v2_flash-bias": ("mimo_v2_flash", _MIMO | _UNTIED | _BIAS),
+    "nemotron-nas": ("nemotron-nas", _SEARCHED | _UNTIED),
+    "nemotron-nas-tied-bias": ("nemotron-nas", _SEARCHED | _TIED | _BIAS),
+    "minicpm": ("minicpm", _MINICPM | _TIED),
+    "minicpm-untied-experts": ("minicpm", _MINICPM | _UNTIED | {"num_experts": 8, "num_experts_per_tok": 2}),
+    "bailing_moe": ("bailing_moe", _FINE | _UNTIED | _LING_1),
+    "bailing_moe-tied": ("bailing_moe", _FINE | _TIED | _LING_1),
+    "bailing_moe-bias": ("bailing_moe", _FINE | _UNTIED | _LING_1 | {"use_qkv_bias": True}),
+    "bailing_hybrid": ("bailing_hybrid", _RING),
+    "bailing_hybrid-no-q-lora": ("bailing_hybrid", _RING | {"q_lora_rank": None}),
+    "bailing_hybrid-v3": ("bailing_hybrid", _LING_3),
+    "bailing_moe_v3": ("bailing_moe_v3", _LING_3 | {"gated_attention_proj_granularity_type": "element_wise"}),
+    "mamba2": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 4}),
+    "mamba2-tied": ("mamba2", _MAMBA_2 | _TIED | {"n_groups": 1}),
 }
 
 PIPELINES = [
@@ -409,6 +479,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared-bias": ("granitemoeshared", _LOCAL | _UNTIED | _BIAS | {"shared_intermediate_size": 128}),
     "llama4-bias": ("llama4_text", _LLAMA4 | _UNTIED | _BIAS),
     "mimo_v2_flash-tied": ("mimo_v2_flash", _MIMO | _TIED),
+    "olmo_hybrid": ("olmo_hybrid", _OLMO_HYBRID | _UNTIED),
+    "nemotron-nas-linear": ("nemotron-nas", _SEARCHED | _UNTIED | _LINEAR_BLOCKS),
+    "minicpm-bias": ("minicpm", _MINICPM | _TIED | _BIAS),
+    "bailing_moe-norm-head": ("bailing_moe", _FINE | _UNTIED | _LING_1 | {"norm_head": True}),
+    "bailing_moe-all-biases": ("bailing_moe", _FINE | _UNTIED | _LING_1 | {"use_bias": True}),
+    "mamba2-bias": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 1, "use_bias": True}),
+    "mamba2-no-conv-bias": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 1, "use_conv_bias": False}),
+    "dbrx": ("dbrx", _DBRX | _UNTIED),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
 
@@ -425,6 +503,13 @@ NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What vLLM loads whole and cannot run; at tp 2."""
 
+
+UNREAD: dict[str, tuple[str, dict[str, Any]]] = {
+    "laguna": ("laguna", _LAGUNA | _UNTIED),
+    "laguna-tied-bias": ("laguna", _LAGUNA | _TIED | _BIAS),
+    "laguna-per-element": ("laguna", _LAGUNA | _UNTIED | {"gating": "per-element"}),
+}
+"""What vLLM loads with something left out that its class has a place for."""
 
 _MTP = ("mtp.fc", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")
 
@@ -497,7 +582,7 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Pat
 
     changes: of the config.
     """
-    model_type, config = {**LOADED, **REFUSED, **NOT_RUN}[name]
+    model_type, config = {**LOADED, **REFUSED, **NOT_RUN, **UNREAD}[name]
     config = {**config, **(changes or {})}
     if model_type in WRITTEN:
         architecture, shapes = WRITTEN[model_type]
@@ -589,32 +674,6 @@ def _exaone(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _bailing_moe_v2(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, vocab, head = config["hidden_size"], config["vocab_size"], config["head_dim"]
-    heads, kv, experts = config["num_attention_heads"], config["num_key_value_heads"], config["num_experts"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.word_embeddings.weight": (vocab, hidden),
-        "lm_head.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
-        shapes |= {f"{prefix}attention.{letter}_layernorm.weight": (head,) for letter in ("query", "key")}
-        shapes[f"{prefix}attention.query_key_value.weight"] = ((heads + 2 * kv) * head, hidden)
-        shapes[f"{prefix}attention.dense.weight"] = (hidden, heads * head)
-        blocks = {"mlp.": config["intermediate_size"]}
-        if layer >= config["first_k_dense_replace"]:
-            wide = config["moe_intermediate_size"]
-            blocks = {f"mlp.experts.{each}.": wide for each in range(experts)}
-            blocks["mlp.shared_experts."] = wide * config["num_shared_experts"]
-            shapes |= {f"{prefix}mlp.gate.weight": (experts, hidden), f"{prefix}mlp.gate.expert_bias": (experts,)}
-        for block, wide in blocks.items():
-            shapes |= {f"{prefix}{block}{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
-            shapes[f"{prefix}{block}down_proj.weight"] = (hidden, wide)
-    return shapes
-
-
 def _longcat_flash(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, vocab, heads = config["hidden_size"], config["vocab_size"], config["num_attention_heads"]
     query, latent, rope = config["q_lora_rank"], config["kv_lora_rank"], config["qk_rope_head_dim"]
@@ -655,10 +714,17 @@ WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ..
     "internlm2": ("InternLM2ForCausalLM", _internlm2),
     "exaone": ("ExaoneForCausalLM", _exaone),
     "chatglm": ("ChatGLMModel", _chatglm),
-    "bailing_moe_v2": ("BailingMoeV2ForCausalLM", _bailing_moe_v2),
+    "bailing_moe_v2": ("BailingMoeV2ForCausalLM", engine_shapes.bailing_moe),
+    "bailing_moe": ("BailingMoeForCausalLM", engine_shapes.bailing_moe),
+    "bailing_hybrid": ("BailingMoeV2_5ForCausalLM", engine_shapes.bailing_hybrid),
+    "bailing_moe_v3": ("BailingMoeV3ForCausalLM", engine_shapes.bailing_hybrid),
+    "olmo_hybrid": ("OlmoHybridForCausalLM", engine_shapes.olmo_hybrid),
+    "nemotron-nas": ("DeciLMForCausalLM", engine_shapes.nemotron_nas),
+    "dbrx": ("DbrxForCausalLM", engine_shapes.dbrx),
+    "minicpm": ("MiniCPMForCausalLM", engine_shapes.minicpm),
     "longcat_flash": ("LongcatFlashForCausalLM", _longcat_flash),
 }
-"""What transformers has no class for: the class that the config names, and the tensors' shapes."""
+"""What transformers has no class for, or saves wrongly: the class that the config names, and the tensors' shapes."""
 
 
 def _written(

@@ -120,6 +120,7 @@ def without_kernels() -> None:
     import vllm.model_executor.kernels.linear as linear
     import vllm.model_executor.layers.fused_moe.config as experts
     import vllm.model_executor.layers.quantization.utils.marlin_utils as marlin
+    import vllm.triton_utils.allocation as triton
 
     checked = experts.FusedMoEConfig.__post_init__
 
@@ -130,6 +131,7 @@ def without_kernels() -> None:
     experts.FusedMoEConfig.__post_init__ = unchecked
 
     stubs: dict[object, object] = {marlin.verify_marlin_supported: lambda *_, **__: None}
+    stubs[triton.set_triton_allocator] = lambda *_: None
     for name, chooser in vars(linear).items():
         if re.fullmatch(r"init_\w+_linear_kernel", name):
             stubs[chooser] = NoKernel
@@ -165,8 +167,31 @@ def in_this_process() -> None:
 
 def with_configs() -> None:
     """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
-    for name in ("internlm2", "internlm3", "exaone", "iquestcoder", "bailing_moe_v2"):
+    for name in (
+        *("internlm2", "internlm3", "exaone", "iquestcoder", "bailing_moe_v2"),
+        *("minicpm", "bailing_moe", "bailing_hybrid", "bailing_moe_v3"),
+    ):
         AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
+    AutoConfig.register("nemotron-nas", SearchedConfig)
+
+
+class Attributes(dict):
+    """A part of a config whose keys are attributes."""
+
+    def __getattr__(self, key: str) -> object:
+        if key not in self:
+            raise AttributeError(key)
+        return Attributes(self[key]) if isinstance(self[key], dict) else self[key]
+
+
+class SearchedConfig(LlamaConfig):
+    """The config of layers found by search, as its published class has it."""
+
+    model_type = "nemotron-nas"
+
+    def __post_init__(self, **given: object) -> None:
+        super().__post_init__(**given)
+        self.block_configs = [Attributes(block) for block in vars(self).get("block_configs", ())]
 
 
 class Complaints(logging.Handler):

@@ -51,6 +51,7 @@ class NameKind(NamedTuple):
     float32: bool
     function: str
     unrepeated: bool
+    unread: bool
     fused: tuple[FusedInto, ...]
     renamed: str
 
@@ -78,9 +79,11 @@ class EngineFamily:
     plain: tuple[str, ...] = ()
     either: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stands_in: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
+    where_attends: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
@@ -120,6 +123,7 @@ class EngineFamily:
             float32=fits_any(self.float32, name),
             function=next((each for each, patterns in self.computed.items() if fits_any(patterns, name)), ""),
             unrepeated=fits_any(self.unrepeated, name),
+            unread=fits_any(self.unread, name),
             fused=tuple(
                 FusedInto(
                     target,
@@ -142,6 +146,12 @@ class EngineFamily:
         """The numbers of the layers that tensors are in, of those that attend."""
         counted = (name for name in names if not self.attends or self.kind(name).attends)
         return sorted({layer for name in counted if (layer := self.layer_of(name)) is not None})
+
+    def told_apart(self, names: Mapping[str, str]) -> dict[str, str]:
+        """Full names, with those of `where_attends` in the layers that attend."""
+        layers = self.attending(names.values()) if self.where_attends else ()
+        inside = {each for each, name in names.items() if self.layer_of(name) in layers} if layers else ()
+        return {each: exchanged(self.where_attends, name) if each in inside else name for each, name in names.items()}
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""
@@ -248,6 +258,7 @@ class Table:
 
     version: the one that this is of. read: model_types whose names were read in its sources, and not run. no_quantised:
     why it holds no quantised modules.
+    classes: of model_types that are published with several classes, the model_type whose names each class has.
     """
 
     versions: tuple[str, ...]
@@ -261,6 +272,7 @@ class Table:
     speculators: Mapping[str, Speculator] = field(default_factory=dict)
     quantised_types: frozenset[str] = frozenset()
     no_quantised: str = ""
+    classes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def exchanged(patterns: Mapping[str, str], name: str) -> str:
@@ -335,7 +347,7 @@ def load_table(path: Path, version: str | None = None) -> Table:
     refused = {name: reason for name, reason in data["refused_models"].items() if reason}
     versions, plain = tuple(data["versions"]), data.get("no_quantised", "")
     known = versions, version or versions[0], read, families, refused, quantised
-    return Table(*known, pipelines, experts, drafts, compared, plain)
+    return Table(*known, pipelines, experts, drafts, compared, plain, data.get("classes", {}))
 
 
 def _speculator(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
+from tpshard.formats.engine_config import named_as, require_config
 from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_quantised import (
@@ -177,6 +178,7 @@ class ShardedState(Format):
         """How the engine is told of stages that it would make otherwise, and of what is left out."""
         stages, pp, left = split.layouts.stages, split.options.pp, self._drafts(split)
         sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
+        left += self._unread(split)
         if stages is None or sizes == even_layers(stages.layers.count, pp):
             return left
         variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
@@ -190,6 +192,17 @@ class ShardedState(Format):
         known = load_table(self.path, split.options.engine_version).speculators
         how = "--format vllm-speculator writes it" if text["model_type"] in known else "its names are not known"
         return (f"{count} tensors predict further tokens, which {self.engine} loads as a draft model: {how}",)
+
+    def _unread(self, split: Split) -> tuple[str, ...]:
+        model = split.model
+        family = load_table(self.path).families.get(str(model.architecture.get("model_type")))
+        if family is None or not family.unread:
+            return ()
+        count = sum(family.kind(model.full_name(tensor.name)).unread for tensor in model.tensors)
+        what = (
+            f"{count} tensors that {self.engine}'s own loader leaves out, although it computes with them, are in these"
+        )
+        return (f"{what} files: with the checkpoint itself it computes something else",) if count else ()
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The engine's default patterns; it reads all parts that there are."""
@@ -227,10 +240,11 @@ class ShardedState(Format):
         if reason := table.refused_models.get(model_type):
             what = f"{self.engine} {table.version} does not load {model_type} from sharded_state"
             raise self._unsupported(f"{what}: {reason}", others=self.versions.get(model_type, ()))
+        named = named_as(self.engine, table, model_type, model.config)
         if model.architecture.get("text"):
             found = self._nested(model, table.families)
-        elif model_type in table.families:
-            found = AsEngineHas(replace(table.families[model_type]), model)  # remembers the names of this model alone
+        elif named in table.families:
+            found = AsEngineHas(replace(table.families[named]), model)  # remembers the names of this model alone
         else:
             raise UnsupportedError(
                 f"the names that {self.engine} has for model_type {model_type!r} are not known",
@@ -238,16 +252,7 @@ class ShardedState(Format):
                 found=model_type,
                 hint=_or_version("use --format native", self.versions.get(model_type, ())),
             )
-        for key, reason in found.family.needs.items():
-            if not found.model.config.get(key, True):
-                raise self._unsupported(f"{self.engine} does not load {model_type} with {key} false: {reason}")
-        for key, reason in found.family.lacks.items():
-            if value := found.model.config.get(key):
-                raise self._unsupported(f"{self.engine} does not load {model_type} with {key} {value!r:.40}: {reason}")
-        for key, reason in found.family.says.items():
-            if key not in found.model.config:
-                what = f"{self.engine} does not load {model_type} with a config that does not say {key}: {reason}"
-                raise UnsupportedError(what, expected=key, hint="take the published config.json")
+        require_config(self.engine, model_type, found)
         return found
 
     def _nested(self, model: Model, families: Mapping[str, EngineFamily]) -> AsEngineHas:
@@ -329,7 +334,7 @@ class ShardedState(Format):
 
     def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""
-        names = {tensor.name: model.full_name(tensor.name) for tensor in tensors}
+        names = family.told_apart({tensor.name: model.full_name(tensor.name) for tensor in tensors})
         kinds = {numbered(name)[0] for name in names.values()}  # the head and the embedding have no number
         stored = {family.rename(kind) for kind in kinds}
         head = f"{family.head}.weight"

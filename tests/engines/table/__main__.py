@@ -55,7 +55,7 @@ def checkpoints(model: str, scratch: Path) -> Iterator[Checkpoint]:
     if Path(model).is_dir():
         yield Checkpoint.at(model, Path(model))
         return
-    names = {**engine_models.LOADED, **engine_models.REFUSED}
+    names = {**engine_models.LOADED, **engine_models.REFUSED, **engine_models.UNREAD}
     of_type = [name for name, (model_type, _) in names.items() if model_type == model]
     nested = [name for name in engine_nested.LOADED if engine_nested.made_as(name)[0] == model]
     for name in nested:

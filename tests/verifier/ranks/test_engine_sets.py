@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tpshard.formats
+from tests.helpers import served_checkpoints
 from tests.helpers import transformers_runs as library
 from tests.helpers.checkpoints import VARIANTS, build, make
 from tests.helpers.command import succeeds
@@ -110,8 +111,10 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
 }
 TABLE = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())
 CHANGED = {version: entry.get("families", {}) for version, entry in TABLE["later"].items()}
+# Those whose class runs among zeros.
+MASKED: dict[str, dict[str, object]] = {"laguna": {}, "mamba2": {"use_bias": False}}
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
-OTHERWISE = ("nemotron_h", "minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash")
+OTHERWISE = ("nemotron_h", "minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash", "laguna")
 """Those of which newer code saves some tensors under other names than published files have."""
 
 
@@ -187,16 +190,31 @@ def test_a_correct_split_for_vllm_is_equal(name: str, tp: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("name", "published"), [*((name, True) for name in BY_TRANSFORMERS), *((name, False) for name in OTHERWISE)]
+    ("name", "published"),
+    [*((name, True) for name in (*BY_TRANSFORMERS, *MASKED)), *((name, False) for name in OTHERWISE)],
 )
 def test_there_and_back(name: str, published: bool, tmp_path: Path) -> None:
     model, out, merged = tmp_path / "model", tmp_path / "out", tmp_path / "merged"
-    build(name, 0, **BY_TRANSFORMERS[name]).save_pretrained(model, save_original_format=published)
+    changes = {**BY_TRANSFORMERS, **MASKED}[name]
+    build(name, 0, **changes).save_pretrained(model, save_original_format=published)
     succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
     succeeds("check", out, "--source", model)
     succeeds("merge", out, "-o", merged, "--no-fsync")
     assert read_all(merged) == read_all(model)
-    found = succeeds("verify", out, "--source", model, "--tier", "bytes,weights", "--json").json
+    require_proved(out, model, masked=name in MASKED)
+
+
+def test_there_and_back_of_a_published_form(tmp_path: Path) -> None:
+    model, out = served_checkpoints.make("bailing_hybrid, Ling 3.0", tmp_path / "model"), tmp_path / "out"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["BailingMoeV3ForCausalLM"]}))
+    succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
+    require_proved(out, model, masked=True)
+
+
+def require_proved(out: Path, model: Path, *, masked: bool) -> None:
+    tiers = "bytes,weights,exact" if masked else "bytes,weights"
+    found = succeeds("verify", out, "--source", model, "--tier", tiers, "--json").json
     assert (found["verdict"], found["reason"]) == ("pass", None)
 
 
@@ -215,9 +233,16 @@ def test_names_that_a_later_version_changed_are_read(version: str, name: str, tm
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
     written = TABLE["families"]
-    unrun = {"bailing_moe_v2"}  # there is remote code alone, and no names that a class could have
+    unrun = {
+        "bailing_moe",
+        "bailing_moe_v2",
+        "bailing_moe_v3",
+        "minicpm",
+        "nemotron-nas",
+    }  # there is remote code alone, and no names that a class could have
     assert known.keys() | unrun == {name for family in written.values() for name in family.get("model_types", ())}
-    tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS)} | {
+    tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS, *MASKED)} | {
+        "bailing_hybrid",
         "internlm2",
         "exaone",
         "chatglm",

@@ -122,6 +122,7 @@ def _described(config: Mapping[str, Any]) -> Family:
     sizes = {key: config[key] for key in _SIZES if config.get(key) is not None}
     if isinstance(listed := config.get("layers_block_type"), list):
         sizes.setdefault("num_hidden_layers", len(listed))  # a newer config says what every layer is, not how many
+    sizes.setdefault("num_attention_heads", 1)  # of Mamba alone nothing attends
     return describe(config if model_type in FAMILIES else {**sizes, "model_type": "llama"})
 
 

@@ -229,6 +229,28 @@ VLLM: Mapping[str, Names] = {
             "mlp.expert_bias": f"mlp.{_BIAS}",
         },
     ),
+    "laguna": replace(
+        _LLAMA,
+        renamed={_SHARED: "mlp.shared_expert", f"mlp.experts.routed_experts.{_BIAS}": f"mlp.experts.{_BIAS}"},
+        halves={},
+        otherwise={"mlp.shared_expert": "mlp.shared_experts", f"mlp.experts.{_BIAS}": f"mlp.gate.{_BIAS}"},
+    ),
+    "mamba2": Names(computed={"mixer.A": "mixer.A_log"}),
+    "bailing_hybrid": Names(
+        renamed={
+            "self_attn": "attention",
+            "self_attn.mla_attn": "attention",
+            "self_attn.mla_attn.o_proj": "attention.dense",
+            f"mlp.experts.routed_experts.{_BIAS}": "mlp.gate.expert_bias",
+            _SHARED: "mlp.shared_experts",
+        },
+        halves={
+            **_swiglu("mlp"),
+            **_swiglu("mlp.shared_experts"),
+            "attention.fused_qkv_a_proj": ("attention.q_a_proj", "attention.kv_a_proj_with_mqa"),
+            "attention.qkvb_proj": tuple(f"attention.{letter}_proj" for letter in "qkvb"),
+        },
+    ),
     "minimax_m2": replace(_LLAMA, otherwise={"block_sparse_moe": "mlp"}),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), _DEEPSEEK),
     **dict.fromkeys(

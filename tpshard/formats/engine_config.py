@@ -1,0 +1,42 @@
+"""What an engine's table asks of a model's config.json: the class that it names, keys that it must or must not have."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tpshard.errors import UnsupportedError
+from tpshard.formats.engine_nested import AsEngineHas
+from tpshard.formats.engine_tables import Table
+
+_HINT = "use --format native, or another engine's format"
+
+
+def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, Any]) -> str:
+    """The model_type whose names the table has for a model: its own, or that of its class where it may have several."""
+    classes = table.classes.get(model_type)
+    if classes is None:
+        return model_type
+    given = config.get("architectures") or []
+    for name in given:
+        if name in classes:
+            return classes[name]
+    what = (
+        f"{engine} has several classes for model_type {model_type!r}, and the config's architectures name none of them"
+    )
+    found = ", ".join(map(str, given)) or "no architectures"
+    raise UnsupportedError(what, expected=", ".join(classes), found=found, hint="take the published config.json")
+
+
+def require_config(engine: str, model_type: str, held: AsEngineHas) -> None:
+    """UnsupportedError for a config that the engine does not load, or not from `sharded_state`."""
+    family, config = held.family, held.model.config
+    for key, reason in family.needs.items():
+        if not config.get(key, True):
+            raise UnsupportedError(f"{engine} does not load {model_type} with {key} false: {reason}", hint=_HINT)
+    for key, reason in family.lacks.items():
+        if value := config.get(key):
+            what = f"{engine} does not load {model_type} with {key} {value!r:.40}: {reason}"
+            raise UnsupportedError(what, hint=_HINT)
+    for key, reason in family.says.items():
+        if key not in config:
+            what = f"{engine} does not load {model_type} with a config that does not say {key}: {reason}"
+            raise UnsupportedError(what, expected=key, hint="take the published config.json")
