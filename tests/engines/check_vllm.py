@@ -78,7 +78,10 @@ def test_ours_is_what_vllm_holds_of_whole_experts(name: str, tp: int, pp: int, l
     assert differences([everything(tmp_path / "merged")], [everything(source)]) == []
 
 
-@pytest.mark.parametrize(("made", "name"), [(module, name) for module in (models, nested) for name in module.DRAFTS])
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [(module, name) for module in (models, nested) for name in module.DRAFTS] + [(models, n) for n in models.NO_CLASS],
+)
 def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
     made: ModuleType, name: str, loader: Loader, tmp_path: Path
 ) -> None:
@@ -137,6 +140,15 @@ def without(ranks: Ranks, names: set[str]) -> Ranks:
     return [{name: tensor for name, tensor in rank.items() if name not in names} for rank in ranks]
 
 
+@pytest.mark.parametrize("name", models.NO_CLASS)
+def test_a_draft_model_is_refused_that_vllm_does_not_load(name: str, loader: Loader, tmp_path: Path) -> None:
+    source = models.with_draft(name, tmp_path / "source")
+    with pytest.raises(UnsupportedError, match="does not load the draft model"):
+        tpshard.split(source, 2, tmp_path / "shards", format="vllm-speculator")
+    with pytest.raises(RuntimeError, match="IndexError: list index out of range"):
+        loader.held(source, 2, "auto", tmp_path / "theirs", draft=True)
+
+
 @pytest.mark.parametrize("name", models.REFUSED)
 def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp_path: Path) -> None:
     source = models.make(name, tmp_path / "source")
@@ -147,6 +159,20 @@ def test_refused_is_what_vllm_does_not_load_whole(name: str, loader: Loader, tmp
     except RuntimeError:
         return  # vLLM refuses it too, or leaves a parameter unset, or adds one that sharded_state cannot have
     assert left_out(source, theirs), "vLLM holds all of it: there is no reason to refuse it"
+
+
+@pytest.mark.parametrize("name", models.READ_OTHERWISE)
+def test_refused_is_what_vllm_takes_in_another_order(name: str, loader: Loader, tmp_path: Path) -> None:
+    """It cuts q, k and v as if they lay one behind another; stored are shares of all three."""
+    source = models.make(name, tmp_path / "source")
+    with pytest.raises(UnsupportedError, match="in another order"):
+        tpshard.split(source, 2, tmp_path / "shards", format="vllm")
+    stored = everything(source)["model.layers.0.self_attn.qkv_proj.weight"]
+    held = loader.held(source, 2, "auto", tmp_path / "theirs")[0]["model.layers.0.self_attn.qkv_proj.weight"]
+    config = models.READ_OTHERWISE[name][1]
+    head, kv = config["head_dim"], config["num_key_value_heads"]
+    sizes = (config["num_attention_heads"] * head, kv * head, kv * config["v_head_dim"])
+    assert torch.equal(held, torch.cat([block.chunk(2)[0] for block in stored.split(sizes)]))
 
 
 @pytest.mark.parametrize("name", models.NOT_RUN)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.engines import engine_shapes
+from tests.engines import engine_shapes, engine_written
 
 _TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = _TOKENS | {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
@@ -121,6 +121,19 @@ _MIMO = (
     | {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "swa_head_dim": 32, "swa_v_head_dim": 16}
     | {"add_swa_attention_sink_bias": True, "n_group": 1, "topk_group": 1}
 )
+# In a window more heads attend.
+_STEP = _HEAD | {
+    **{"num_hidden_layers": 3, "num_attention_groups": 2, "max_seq_len": 128, "sliding_window": 8},
+    # The list goes on for the layers that predict further tokens.
+    **{"layer_types": ["full_attention", "sliding_attention"] * 2, "use_head_wise_attn_gate": True},
+    **{"moe_num_experts": 8, "moe_top_k": 2, "moe_intermediate_size": 64, "share_expert_dim": 128},
+    **{"moe_layers_enum": "1,2", "use_moe": True, "use_moe_router_bias": True, "need_fp32_gate": True},
+    **{"moe_router_activation": "sigmoid", "partial_rotary_factors": [0.5, 1.0, 0.5]},
+    "attention_other_setting": {
+        **{"attention_type": "sliding_attention", "num_attention_heads": 12, "num_attention_groups": 2, "head_dim": 32},
+    },
+    **{"apart": False, "attention_bias": False, "mlp_bias": False},
+}
 
 _BIASES = ("correction_bias", "expert_bias")
 
@@ -404,6 +417,8 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_moe_v3": ("bailing_moe_v3", _LING_3 | {"gated_attention_proj_granularity_type": "element_wise"}),
     "mamba2": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 4}),
     "mamba2-tied": ("mamba2", _MAMBA_2 | _TIED | {"n_groups": 1}),
+    "step3p5": ("step3p5", _STEP | _UNTIED),
+    "step3p5-experts-apart": ("step3p5", _STEP | _UNTIED | {"apart": True}),
 }
 
 PIPELINES = [
@@ -487,6 +502,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2-bias": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 1, "use_bias": True}),
     "mamba2-no-conv-bias": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 1, "use_conv_bias": False}),
     "dbrx": ("dbrx", _DBRX | _UNTIED),
+    "step3p5-tied": ("step3p5", _STEP | _TIED),
+    "step3p5-bias": ("step3p5", _STEP | _UNTIED | _BIAS),
+    "step3p5-mlp-bias": ("step3p5", _STEP | _UNTIED | {"mlp_bias": True}),
+    "step3p5-without-moe_num_experts": (
+        "step3p5",
+        {key: each for key, each in (_STEP | _UNTIED).items() if key != "moe_num_experts"},
+    ),
 }
 """What vLLM does not load, or loads with something of the checkpoint left out; at tp 4."""
 
@@ -502,6 +524,14 @@ NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """What vLLM loads whole and cannot run; at tp 2."""
+
+READ_OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mimo_v2": (
+        "mimo_v2",
+        _MIMO | _UNTIED | {"attention_bias": False, "norm_topk_prob": True, "num_key_value_heads": 4},
+    ),
+}
+"""What vLLM loads whole, with rows in another order than they are stored in; at tp 2."""
 
 
 UNREAD: dict[str, tuple[str, dict[str, Any]]] = {
@@ -520,6 +550,10 @@ def _next(copied: int, layer: int, *others: str) -> tuple[str, str, tuple[str, .
 
 
 _WINDOW = ("enorm", "hnorm", "eh_proj", "input_layernorm", "pre_mlp_layernorm", "final_layernorm")
+_STEP_AROUND = (
+    *("enorm", "hnorm", "eh_proj", "input_layernorm", "post_attention_layernorm"),
+    *("transformer.shared_head.norm", "transformer.shared_head.output"),
+)
 _DENSE = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "deepseek_v3": _next(2, 3),
@@ -546,6 +580,14 @@ DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
 }
 """Of which layer what predicts further tokens is a copy, under which name, and what is around it."""
+NO_CLASS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "step3p5": (
+        "model.layers.1.self_attn.",
+        "model.layers.3.self_attn.",
+        tuple(f"model.layers.3.{each}" for each in (*_STEP_AROUND, *_DENSE)),
+    ),
+}
+"""The same of those whose draft model vLLM does not load."""
 DRAFT_CONFIGS: dict[str, dict[str, Any]] = {"qwen3_next": {"mlp_only_layers": []}}
 """Other configs for those that vLLM makes a draft model of."""
 
@@ -555,13 +597,13 @@ def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) 
     import torch
     from safetensors.torch import load_file, save_file
 
-    copied, copy, around = DRAFTS[name]
+    copied, copy, around = {**DRAFTS, **NO_CLASS}[name]
     make(name, path, changes)
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
     vocab, width = tensors["model.embed_tokens.weight"].shape
     ffn = config.get("intermediate_size")
     shapes = {"down_proj": (width, ffn), "gate_proj": (ffn, width), "up_proj": (ffn, width)}
-    shapes |= dict.fromkeys(("embed_tokens", "head"), (vocab, width))
+    shapes |= dict.fromkeys(("embed_tokens", "head", "output"), (vocab, width))
     drafted = {copy + each.removeprefix(copied): t for each, t in tensors.items() if each.startswith(copied)}
     assert drafted
     for module in around:
@@ -582,11 +624,10 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Pat
 
     changes: of the config.
     """
-    model_type, config = {**LOADED, **REFUSED, **NOT_RUN, **UNREAD}[name]
+    model_type, config = {**LOADED, **REFUSED, **NOT_RUN, **UNREAD, **READ_OTHERWISE}[name]
     config = {**config, **(changes or {})}
     if model_type in WRITTEN:
-        architecture, shapes = WRITTEN[model_type]
-        return _written(path, model_type, architecture, shapes(config), config)
+        return written(path, model_type, config)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -723,23 +764,24 @@ WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, tuple[int, ..
     "dbrx": ("DbrxForCausalLM", engine_shapes.dbrx),
     "minicpm": ("MiniCPMForCausalLM", engine_shapes.minicpm),
     "longcat_flash": ("LongcatFlashForCausalLM", _longcat_flash),
+    **engine_written.WRITTEN,
 }
 """What transformers has no class for, or saves wrongly: the class that the config names, and the tensors' shapes."""
 
 
-def _written(
-    path: Path, model_type: str, architecture: str, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]
-) -> Path:
+def written(path: Path, model_type: str, config: dict[str, Any]) -> Path:
+    """Write a checkpoint of a type of `WRITTEN`."""
     import torch
     from safetensors.torch import save_file
 
+    architecture, shapes = WRITTEN[model_type]
     tensors = {}
-    for name, shape in shapes.items():
+    for name, shape in shapes(config).items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         tensors[name] = (0.08 * torch.randn(shape, generator=generator)).bfloat16()
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    written = {
+    described = {
         "architectures": [architecture],
         "model_type": model_type,
         "hidden_act": "silu",
@@ -750,5 +792,5 @@ def _written(
         "dtype": "bfloat16",
         **config,
     }
-    (path / "config.json").write_text(json.dumps(written, indent=2))
+    (path / "config.json").write_text(json.dumps(described, indent=2))
     return path

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.engines import engine_models
+from tests.engines import engine_models, engine_written
 
 _TEXT = {
     **{"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
@@ -50,6 +50,48 @@ _GEMMA4 = {
 _AUDIO = {
     **{"d_model": 128, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 192},
     **{"num_mel_bins": 16, "output_dim": 256},
+}
+_ERNIE = _TEXT | {
+    **{"num_hidden_layers": 3, "moe_num_experts": [8, 8], "moe_intermediate_size": [64, 32], "moe_k": 2},
+    **{"moe_num_shared_experts": 2, "moe_layer_start_index": [1, 1], "moe_layer_end_index": [29, 28]},
+    **{"moe_layer_interval": 1, "use_bias": False, "freq_allocation": 6, "im_patch_id": 900},
+    **{"pixel_hidden_size": 128, "spatial_conv_size": 2, "temporal_conv_size": 2, "use_temporal_conv": True},
+    "vision_config": {
+        **{"depth": 2, "num_heads": 4, "hidden_size": 128, "embed_dim": 128, "mlp_ratio": 2, "patch_size": 14},
+        **{"in_channels": 3, "spatial_merge_size": 2, "hidden_act": "quick_gelu"},
+    },
+}
+_MUSE = {
+    "text_config": _TEXT,
+    "vision_config": _VISION | {"pos_emb_height": 8, "pos_emb_width": 8, "max_position_embeddings": 64},
+    **{"out_hidden_size": 512, "projector_hidden_size": 48},
+}
+_VIT = {
+    **{
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+    },
+    "hidden_act": "gelu_pytorch_tanh",
+}
+_MOLMO2 = {
+    "text_config": {key: each for key, each in _TEXT.items() if "token_id" not in key}
+    | {"additional_vocab_size": 8, "qkv_bias": True, "use_qk_norm": True, "qk_norm_type": "qwen3", "norm_after": False}
+    | {"hidden_act": "silu", "layer_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling_layers": None}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "vit_config": _VIT
+    | {"num_hidden_layers": 2, "layer_norm_eps": 1e-6, "image_patch_size": 14, "image_num_pos": 16}
+    | {"image_default_input_size": [56, 56]},
+    "adapter_config": _VIT
+    | {"hidden_act": "silu", "vit_layers": [-1, -2], "pooling_attention_mask": False, "text_hidden_size": 256},
+    **{"image_patch_id": 900, "tie_word_embeddings": False},
+}
+_PERCEPTION = {
+    **{"width": 128, "layers": 2, "heads": 4, "mlp_ratio": 1.5, "image_size": 56, "patch_size": 14, "output_dim": None},
+    **{"hidden_act": "quick_gelu", "ls_init_value": 0.1, "layer_norm_eps": 1e-5, "num_channels": 3},
+    **{"use_ln_pre": True, "use_ln_post": False, "use_abs_posemb": True, "use_cls_token": False, "use_rope2d": True},
 }
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl": (
@@ -281,6 +323,27 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "kimi_k25": ("kimi_k25", _KIMI),
     "kimi_vl": ("kimi_k25", _KIMI),
+    "ernie4_5_moe_vl": ("ernie4_5_moe_vl", _ERNIE | {"tie_word_embeddings": False}),
+    "ernie4_5_moe_vl-tied": ("ernie4_5_moe_vl", _ERNIE | {"tie_word_embeddings": True}),
+    "muse_glimmer": ("muse_glimmer", _MUSE),
+    "molmo2": ("molmo2", _MOLMO2),
+    "molmo2-olmo-norms": (
+        "molmo2",
+        _MOLMO2
+        | {
+            "text_config": _MOLMO2["text_config"]
+            | {"qk_norm_type": "olmo", "qkv_bias": False, "num_key_value_heads": 4}
+        },
+    ),
+    "step3p7": (
+        "step3p7",
+        {
+            "text_config": engine_models.LOADED["step3p5"][1]
+            | {"model_type": "step3p5", "architectures": ["Step3p5ForCausalLM"]},
+            "vision_config": _PERCEPTION,
+            **{"projector_bias": False, "tie_word_embeddings": False},
+        },
+    ),
 }
 """What vLLM loads."""
 
@@ -310,6 +373,7 @@ _PUBLISHED: dict[str, dict[str, str]] = {
 """What transformers 5 saves otherwise than published files have it, which alone vLLM loads: beginnings of names."""
 _CONFIGS: dict[str, dict[str, Any]] = {
     "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"], "text_config": {"model_type": "kimi_k2"}},
+    "muse_glimmer": {"vision_config": {"output_dim": 512, "adapter_dim": 48}},
     "kimi_vl": {
         "architectures": ["KimiVLForConditionalGeneration"],
         "model_type": "kimi_vl",
@@ -331,6 +395,8 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Pat
 
     logging.disable_progress_bar()
     model_type, config = LOADED[name]
+    if model_type in engine_written.WRITTEN:
+        return engine_models.written(path, model_type, {**config, **(changes or {})})
     config = {**config, "text_config": {**config["text_config"], **(changes or {})}}
     if model_type in _THINKERS:
         made = AutoConfig.for_model(f"{model_type}_thinker", **config)

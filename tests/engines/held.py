@@ -36,7 +36,7 @@ os.environ |= {
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from vllm import ModelRegistry
 from vllm.config import set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
@@ -46,6 +46,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
+from vllm.transformers_utils.config import _CONFIG_REGISTRY
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 SHARED = "tpshard-"
@@ -165,6 +166,19 @@ def in_this_process() -> None:
     registry._run_in_subprocess = lambda ask: ask()
 
 
+class Published(PreTrainedConfig):
+    """A config with whatever keys it has, and those that it nests."""
+
+    def __init__(self, **given: object) -> None:
+        nested = {key: each for key, each in given.items() if key.endswith("_config") and isinstance(each, dict)}
+        kept = {key: nested[key] for key in ("quantization_config",) if key in nested}
+        super().__init__(**{key: each for key, each in given.items() if key not in nested}, **kept)
+        for key in nested.keys() - kept.keys():
+            inner = dict(nested[key])  # type: ignore[call-overload]
+            known = inner.get("model_type") in _CONFIG_REGISTRY
+            setattr(self, key, (_CONFIG_REGISTRY[inner["model_type"]] if known else PreTrainedConfig)(**inner))
+
+
 def with_configs() -> None:
     """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
     for name in (
@@ -173,6 +187,10 @@ def with_configs() -> None:
     ):
         AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
     AutoConfig.register("nemotron-nas", SearchedConfig)
+    # Published for newer classes than transformers', whose own configs have other keys: molmo2, step3p7.
+    for name in ("ernie4_5_moe_vl", "mimo_v2", "phi4mm", "molmo2", "step3p7"):
+        own = {"model_type": name, "__init__": Published.__init__}  # a config's class else gets one made of its fields
+        AutoConfig.register(name, type(f"{name}Config", (Published,), own), exist_ok=True)
 
 
 class Attributes(dict):

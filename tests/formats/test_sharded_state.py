@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import tpshard
 from tests.conftest import Get
 from tests.engines import check_vllm_quantised, engine_models, fp8_blocks
-from tests.engines.engine_models import DRAFTS, with_draft
+from tests.engines.engine_models import DRAFTS, NO_CLASS, with_draft
 from tests.engines.engine_models import make as make_for_engines
 from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.checkpoints import make
@@ -263,13 +263,29 @@ def test_a_first_dim_of_1_that_the_engine_does_not_have(tmp_path: Path, quick: S
     assert torch.equal(held, bias[0])
 
 
+@pytest.mark.parametrize("name", ["step3p5", "step3p5-experts-apart"])
+def test_stacks_of_experts_are_fused_along_their_second_dim(name: str, tmp_path: Path, quick: Settings) -> None:
+    source = make_for_engines(name, tmp_path / "source")
+    tpshard.split(source, 2, tmp_path / "out", format="vllm", settings=quick)
+    tensors, moe = load(source), "model.layers.1.moe"
+    for rank, held in enumerate(ranks(tmp_path / "out", 2)):
+        stacks = {}
+        for part in ("gate", "up", "down"):
+            apart = [tensors.get(f"{moe}.experts.{expert}.{part}_proj.weight") for expert in range(8)]
+            found = tensors.get(f"{moe}.{part}_proj.weight")
+            stacks[part] = (torch.stack(apart) if found is None else found).chunk(2, -1 if part == "down" else 1)[rank]
+        experts = f"{moe}.experts.routed_experts"
+        assert torch.equal(held[f"{experts}.w13_weight"], torch.cat([stacks["gate"], stacks["up"]], 1))
+        assert torch.equal(held[f"{experts}.w2_weight"], stacks["down"])
+
+
 def test_layers_that_do_not_attend_have_no_scales(made: Get, tmp_path: Path, quick: Settings) -> None:
     tpshard.split(made("qwen3_next"), 2, tmp_path / "out", format="vllm", settings=quick)
     scaled = {name for name in ranks(tmp_path / "out", 2)[0] if name.endswith(SCALES)}
     assert scaled == set(scales("model.layers.1.self_attn.attn", 1))
 
 
-@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("name", [*DRAFTS, *NO_CLASS])
 def test_what_predicts_further_tokens_is_left_out_and_named(name: str, tmp_path: Path, quick: Settings) -> None:
     source, plain = with_draft(name, tmp_path / "source"), make_for_engines(name, tmp_path / "plain")
     for model, out in ((source, "out"), (plain, "plain-out")):
@@ -407,7 +423,7 @@ def test_patterns() -> None:
         renamed={"model.layers.*.q": "h.*.r", "model": "m"},
     )
     expert = family.kind("model.layers.3.experts.12.w3.weight_scale")
-    assert expert.fused == (("model.layers.*.w13_", 1, "model.layers.{0}.w13_weight_scale", 1),)
+    assert expert.fused == (("model.layers.*.w13_", 1, "model.layers.{0}.w13_weight_scale", 1, 0),)
     assert family.kind("model.layers.4.experts.0.w3.weight_scale") is expert
     assert family.layer_of("model.layers.3.experts.12.w3.weight_scale") == 3
     assert family.layer_of("model.norm.weight") is None

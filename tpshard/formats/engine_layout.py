@@ -15,6 +15,8 @@ from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.window import window
 from tpshard.storage.tensor_names import numbered
 
+VOCAB_MULTIPLE = 64
+"""Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
 Share = StoredTensor
 """A rank's share of one logical tensor, before it is named, fused or stacked: the names in it count for nothing."""
 
@@ -41,10 +43,14 @@ def shares_of(
     family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor], dealt: Deal
 ) -> dict[str, tuple[Share, ...]]:
     """Each tensor's share of every rank, cut and turned as the engine has it; tensors that are alike have one."""
-    shares = {}
+    kinds = {tensor.name: family.kind(model.full_name(tensor.name)) for tensor in tensors}
+    in_line = [tensor for tensor in tensors if kinds[tensor.name].cut == "joint"]
+    shares = _joint(sorted(in_line, key=lambda each: kinds[each.name].fused[0].place), dealt.mesh.tp)
     known: dict[object, tuple[Share, ...]] = {}
     for tensor in tensors:
-        kind = family.kind(model.full_name(tensor.name))
+        if tensor.name in shares:
+            continue
+        kind = kinds[tensor.name]
         turned = kind.transposed or (kind.either and _is_turned(tensor))
         how = (turned, kind.squeezed, kind.function)
         key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, *how)
@@ -90,6 +96,30 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
         zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
         return (held[0], *(zeros for _ in held[1:]))
     return held
+
+
+def _joint(tensors: Sequence[LogicalTensor], tp: int) -> dict[str, tuple[Share, ...]]:
+    """The shares of vocabularies that follow one another, cut as one: a rank may have nothing of some."""
+    total = -(-sum(tensor.shape[0] for tensor in tensors) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if total % tp:
+        found, name = f"{total} rows on {tp} ranks", tensors[0].name
+        raise UnsupportedError("vocabularies that are cut as one do not divide", tensor=name, found=found, hint="--tp")
+    size, first, shares = total // tp, 0, {}
+    for tensor in tensors:
+        rows, *rest = tensor.shape
+        held = []
+        for rank in range(tp):
+            low, high = (min(max(end - first, 0), rows) for end in (rank * size, (rank + 1) * size))
+            parts = (
+                (Part(tensor.name, slab(tensor.shape, 0, low, high), (0,) * len(tensor.shape)),) if low < high else ()
+            )
+            padded = (rank + 1) * size - max(first + rows, rank * size) if tensor is tensors[-1] else 0
+            shape = (high - low + max(padded, 0), *rest)
+            fills = (slab(shape, 0, high - low, shape[0]),) if padded > 0 else ()
+            held.append(StoredTensor(tensor.name, tensor.dtype, shape, parts, fills))
+        shares[tensor.name] = tuple(held)
+        first += rows
+    return shares
 
 
 def _even(tensor: LogicalTensor, cut: Cut, tp: int) -> Axis:
@@ -170,27 +200,30 @@ def _computed(share: Share, function: str) -> Share:
 
 
 def recipes_of(
-    family: EngineFamily, named: Mapping[str, str], alone: Collection[str] = ()
+    family: EngineFamily, named: Mapping[str, str], alone: Collection[str] = (), first: int | None = None
 ) -> dict[str, ParameterParts]:
     """The engine's parameters by name, in the order of the first tensor of each. named: tensor → full name.
 
-    alone: tensors that count for all that are fused with theirs.
+    alone: tensors that count for all that are fused with theirs. first: how many experts the first of two stacks has.
     """
-    found: dict[tuple[str, str], dict[int | None, dict[int, str]]] = {}
+    found: dict[tuple[str, str, int], dict[int | None, dict[int, str]]] = {}
     for name, full_name in named.items():
         _, numbers = numbered(full_name)
-        for target, place, into, stacked in family.kind(full_name).fused:
+        for target, place, into, stacked, dim, behind in family.kind(full_name).fused:
             group = None if stacked is None else numbers[stacked]
-            found.setdefault((into.format(*numbers), target), {}).setdefault(group, {})[place] = name
+            if first is not None and group is not None and behind != (group >= first):
+                continue
+            found.setdefault((into.format(*numbers), target, dim), {}).setdefault(group, {})[place] = name
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
-    for (into, target), groups in found.items():
-        whole = len(family.fused[target])
+    for (into, target, dim), groups in found.items():
+        patterns = family.parts(target, dim)
+        whole = len(patterns)
         for parts in groups.values():
-            for place, pattern in enumerate(family.fused[target]):
+            for place, pattern in enumerate(patterns):
                 other = family.stands_in.get(pattern)
                 if place not in parts and other is not None:
-                    parts[place] = parts[family.fused[target].index(other)]
+                    parts[place] = parts[patterns.index(other)]
         lacking = [
             group for group in groups.values() if len(group) < whole and not any(n in alone for n in group.values())
         ]
@@ -200,11 +233,12 @@ def recipes_of(
             raise CorruptError(
                 f"not all tensors that make {into} are there",
                 tensor=into,
-                expected=", ".join(family.fused[target]),
+                expected=", ".join(patterns),
                 found=", ".join(lacking[0].values()),
             )
         ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
-        recipes[into] = ParameterParts(tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered), None not in groups)
+        made = tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered)
+        recipes[into] = ParameterParts(made, None not in groups, dim)
         members |= {name: into for group in groups.values() for name in group.values()}
     result: dict[str, ParameterParts] = {}
     for name, full_name in named.items():

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.engine_entries import below, merged
-from tpshard.formats.engine_tables import EngineFamily, fits_any, match
+from tpshard.formats.engine_patterns import fits_any, match
+from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.layout import LogicalTensor
 from tpshard.planning.model import Model
@@ -25,7 +26,7 @@ from tpshard.storage.tensor_names import numbered
 _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3), "row": (1, 1)}
 """How a tower's tensors are cut: how many segments one has, and how often a segment has the axis' units."""
 
-_NO_NAMES = ("buffers", "needs", "says", "lacks", "extra_layers", "rest_last", "alone_repeated")
+_NO_NAMES = ("buffers", "needs", "says", "lacks", "extra_layers", "first_experts", "rest_last", "alone_repeated")
 _NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots"), ("cuts", "computed")
 """What a family has that is no names, names that are keys alone, and values alone; elsewhere all are names."""
 
@@ -124,7 +125,8 @@ def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsE
     )
     around, axes, tensors = config_around(model), dict(model.axes), []
     for tensor in model.tensors:
-        cut = _cut(parts, around, axes, tensor, names[tensor.name]) if not is_text(model, tensor.name) else None
+        beside = not is_text(model, tensor.name) or _begun(begins, tensor.name)
+        cut = _cut(parts, around, axes, tensor, names[tensor.name]) if beside else None
         tensors.append(replace(tensor, cut=cut) if cut else tensor)
     head = {name: nested.text + name.rpartition(".")[2] for name in model.tied}  # a head lies beside its base model
     tied = {head[name]: names[f"{to}.weight"].removesuffix(".weight") for name, to in model.tied.items()}
@@ -168,13 +170,17 @@ def is_text(model: Model, name: str) -> bool:
 
 
 def _full_name(nested: NestedFamily, model: Model, begins: Mapping[str, str], name: str) -> str:
-    """The name that the family's patterns are for."""
-    if is_text(model, name):
+    """The name that the family's patterns are for. What begins as the table says is not the text's."""
+    if is_text(model, name) and not _begun(begins, name):
         return nested.text + model.full_name(name)
     for old, new in begins.items():
         if name == old or name.startswith(f"{old}."):
             name = new + name.removeprefix(old)
     return name
+
+
+def _begun(begins: Mapping[str, str], name: str) -> bool:
+    return any(name == old or name.startswith(f"{old}.") for old in begins)
 
 
 def _tower(nested: NestedFamily, model: Model) -> Tower:

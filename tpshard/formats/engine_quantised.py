@@ -13,7 +13,8 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_layout import ParameterParts, Share
-from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules, match
+from tpshard.formats.engine_patterns import match
+from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules
 from tpshard.planning.box import Shape, full
 from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, StoredTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
@@ -102,7 +103,7 @@ def unplaced(quantised: QuantisedModules, family: EngineFamily, model: Model, la
     names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors if model.quantisation}
 
     def is_before(name: str) -> bool:
-        return any(place < len(family.fused[target]) - 1 for target, place, *_ in family.kind(name).fused)
+        return any(each.place < len(family.parts(each.target, each.dim)) - 1 for each in family.kind(name).fused)
 
     return frozenset(
         name

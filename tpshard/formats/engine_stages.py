@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from tpshard.formats.engine_tables import EngineFamily, fits_any
+from tpshard.formats.engine_patterns import fits_any
+from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.layout import Row, RowKind
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model

@@ -5,7 +5,6 @@ The comment at the head of `vllm.toml` explains the language. A pattern fits a t
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -14,22 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpshard.formats.engine_entries import as_of, below, merged
+from tpshard.formats.engine_patterns import BEHIND, exchanged, fits_any, match, renamed, stars_of
 from tpshard.storage.tensor_names import numbered
-
-STACK = "#"
-"""The component of a pattern that stands for every expert of a layer."""
 
 
 class FusedInto(NamedTuple):
     """A parameter that tensors are parts of, as the table has it: their place in it, and its name for their numbers.
 
-    stacked: which of their numbers is the expert's, where experts are stacked.
+    stacked: which of their numbers is the expert's, where experts are stacked. dim: along which they are fused.
+    behind: whether they are the experts behind the first ones.
     """
 
     target: str
     place: int
     name: str
     stacked: int | None
+    dim: int
+    behind: bool = False
 
 
 class NameKind(NamedTuple):
@@ -64,6 +64,7 @@ class EngineFamily:
     head: str = ""
     tied: str = ""
     extra_layers: str = ""
+    first_experts: str = ""
     needs: Mapping[str, str] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class EngineFamily:
     float32: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stands_in: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     where_attends: Mapping[str, str] = field(default_factory=dict)
@@ -104,14 +106,19 @@ class EngineFamily:
         return {}
 
     def _kind(self, name: str) -> NameKind:
-        fused = ((target, *each) for target, patterns in self.fused.items() for each in enumerate(patterns))
+        fused = (
+            (dim, target, *each)
+            for dim, targets in enumerate((self.fused, self.stacks))
+            for target, patterns in targets.items()
+            for each in enumerate(patterns)
+        )
         parts = [part.replace("{", "{{").replace("}", "}}") for part in name.split(".")]
         places = [place for place, part in enumerate(parts) if part == "0"]
         for number, place in enumerate(places):
             parts[place] = f"{{{number}}}"
         by_numbers = ".".join(parts)
         return NameKind(
-            layer=places.index(_places(self.layer)[0][0]) if match(self.layer, name) else None,
+            layer=places.index(stars_of(self.layer)[0][0]) if match(self.layer, name) else None,
             attends=fits_any(self.attends, name),
             draft=fits_any(self.drafts, name),
             refusal=next((reason for pattern, reason in self.refused.items() if match(pattern, name)), None),
@@ -128,10 +135,12 @@ class EngineFamily:
                 FusedInto(
                     target,
                     place,
-                    _into(pattern, by_numbers, target.removesuffix("?")),
-                    None if (stack := _places(pattern)[1]) is None else places.index(stack),
+                    renamed(pattern, by_numbers, target.removesuffix("?")),
+                    None if (stack := stars_of(pattern)[1]) is None else places.index(stack),
+                    dim,
+                    BEHIND in pattern.split("."),
                 )
-                for target, place, pattern in fused
+                for dim, target, place, pattern in fused
                 if match(pattern, name)
             ),
             renamed=exchanged(self.renamed, by_numbers),
@@ -152,6 +161,10 @@ class EngineFamily:
         layers = self.attending(names.values()) if self.where_attends else ()
         inside = {each for each, name in names.items() if self.layer_of(name) in layers} if layers else ()
         return {each: exchanged(self.where_attends, name) if each in inside else name for each, name in names.items()}
+
+    def parts(self, target: str, dim: int) -> tuple[str, ...]:
+        """The patterns of what is fused into a parameter along a dim, in order."""
+        return (self.fused, self.stacks)[dim][target]
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""
@@ -273,57 +286,7 @@ class Table:
     quantised_types: frozenset[str] = frozenset()
     no_quantised: str = ""
     classes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-
-def exchanged(patterns: Mapping[str, str], name: str) -> str:
-    """A name with what the longest fitting pattern says in place of what it fits; the same name where none does."""
-    found = max((p for p in patterns if match(p, name)), key=lambda p: p.count("."), default=None)
-    return name if found is None else _into(found, name, patterns[found])
-
-
-def match(pattern: str, name: str) -> bool:
-    """Whether a pattern fits a tensor's name."""
-    return _compile(pattern).fullmatch(name) is not None
-
-
-def _into(pattern: str, name: str, target: str) -> str:
-    """The name that a target with the `*` of a pattern has for one that the pattern fits.
-
-    What follows in the name stays; a target that ends with `_` takes it without the dot.
-    """
-    stars, _, length = _places(pattern)
-    parts = name.split(".")
-    values = iter([parts[place] for place in stars])
-    into = ".".join(next(values) if part == "*" else part for part in target.split("."))
-    rest = ".".join(("", *parts[length:]))
-    return into + (rest.removeprefix(".") if target.endswith("_") else rest)
-
-
-@lru_cache(maxsize=4096)
-def _places(pattern: str) -> tuple[tuple[int, ...], int | None, int]:
-    """Which components of a pattern are `*`, which one is STACK, and how many there are."""
-    parts = pattern.split(".")
-    stars = tuple(place for place, part in enumerate(parts) if part == "*")
-    return stars, parts.index(STACK) if STACK in parts else None, len(parts)
-
-
-def fits_any(patterns: tuple[str, ...], name: str) -> bool:
-    """Whether one of the patterns fits a tensor's name."""
-    return any(match(pattern, name) for pattern in patterns)
-
-
-@lru_cache(maxsize=4096)
-def _compile(pattern: str) -> re.Pattern[str]:
-    parts = []
-    for part in pattern.split("."):
-        if part == "*":
-            parts.append(r"[^.]+")
-        elif part == STACK:
-            parts.append(r"\d+")
-        else:
-            assert "*" not in part, f"{pattern}: a star is a whole component"
-            parts.append("".join(p if p.startswith("[") else re.escape(p) for p in re.split(r"(\[[^]]*\])", part)))
-    return re.compile(r"\.".join(parts) + r"(?:\..+)?")
+    refused_drafts: Mapping[str, str] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=8)
@@ -347,7 +310,8 @@ def load_table(path: Path, version: str | None = None) -> Table:
     refused = {name: reason for name, reason in data["refused_models"].items() if reason}
     versions, plain = tuple(data["versions"]), data.get("no_quantised", "")
     known = versions, version or versions[0], read, families, refused, quantised
-    return Table(*known, pipelines, experts, drafts, compared, plain, data.get("classes", {}))
+    classes, without = data.get("classes", {}), data.get("refused_drafts", {})
+    return Table(*known, pipelines, experts, drafts, compared, plain, classes, without)
 
 
 def _speculator(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.engine_layout import joined, recipes_of, transposed
-from tpshard.formats.engine_tables import STACK, EngineFamily, load_table
+from tpshard.formats.engine_patterns import STACK
+from tpshard.formats.engine_tables import EngineFamily, load_table
 from tpshard.formats.split import Options
 from tpshard.planning.axes import Axis
 from tpshard.planning.box import Box, Shape, full, slab

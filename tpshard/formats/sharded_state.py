@@ -15,7 +15,7 @@ from pathlib import Path
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_config import named_as, require_config
-from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
+from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_quantised import (
     completed,
@@ -46,8 +46,6 @@ from tpshard.storage.names import NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
 from tpshard.storage.tensor_names import numbered
 
-VOCAB_MULTIPLE = 64
-"""Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
 DRAFT = "of a layer that predicts further tokens, a draft model of its own"
 """Why such tensors are not among the model's."""
 _SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
@@ -120,7 +118,8 @@ class ShardedState(Format):
             named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
             shares = in_shapes(quantised, family, named, shares, last)
         recipes = {
-            into: fused(quantised, named, shares, each) for into, each in recipes_of(family, named, last).items()
+            into: fused(quantised, named, shares, each)
+            for into, each in recipes_of(family, named, last, _first_experts(family, model)).items()
         }
         require_whole_blocks(model, recipes, shares)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
@@ -189,8 +188,11 @@ class ShardedState(Format):
         text = split.model.architecture.get("text") or split.model.architecture
         if not count:
             return ()
-        known = load_table(self.path, split.options.engine_version).speculators
-        how = "--format vllm-speculator writes it" if text["model_type"] in known else "its names are not known"
+        table, how = load_table(self.path, split.options.engine_version), "its names are not known"
+        if text["model_type"] in table.speculators:
+            how = "--format vllm-speculator writes it"
+        elif text["model_type"] in table.refused_drafts:
+            how = f"{self.engine} {table.version} does not load it"
         return (f"{count} tensors predict further tokens, which {self.engine} loads as a draft model: {how}",)
 
     def _unread(self, split: Split) -> tuple[str, ...]:
@@ -373,6 +375,13 @@ def _experts_of(
     tensors = {tensor.name: tensor for tensor in model.tensors}
     whole = (name for name, recipe in recipes.items() if placed.of_experts(tensors[recipe.tensors[0]]))
     return dict.fromkeys(whole, placed.experts[1])
+
+
+def _first_experts(family: EngineFamily, model: Model) -> int | None:
+    """How many experts of a layer are in the first of two stacks; None where there is one."""
+    counted = model.config.get(family.first_experts) if family.first_experts else None
+    counted = counted[0] if isinstance(counted, list) and counted else counted
+    return counted if isinstance(counted, int) else None
 
 
 def is_draft(family: EngineFamily, model: Model, name: str) -> bool:

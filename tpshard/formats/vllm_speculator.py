@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of
-from tpshard.formats.engine_tables import EngineFamily, Speculator, Table, exchanged, fits_any, load_table
+from tpshard.formats.engine_patterns import exchanged, fits_any
+from tpshard.formats.engine_tables import EngineFamily, Speculator, Table, load_table
 from tpshard.formats.sharded_state import ShardedState, is_draft
 from tpshard.formats.split import Split
 from tpshard.planning.model import Model
@@ -48,7 +49,11 @@ class DraftState(ShardedState):
         if not draft:
             what = "the checkpoint has no layers that predict further tokens"
             raise UnsupportedError(what, hint="--format vllm writes the model")
-        known = load_table(self.path, version).speculators
+        table = load_table(self.path, version)
+        known = table.speculators
+        if reason := table.refused_drafts.get(model_type):
+            what = f"{self.engine} {table.version} does not load the draft model of {model_type}: {reason}"
+            raise UnsupportedError(what, tensor=min(draft), hint="--format native keeps its layers")
         if model_type not in known:
             what = f"the names that {self.engine} has for the draft model of {model_type!r} are not known"
             raise UnsupportedError(what, expected=", ".join(sorted(known)), found=model_type)

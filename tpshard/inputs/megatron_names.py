@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.formats.engine_tables import STACK, EngineFamily
+from tpshard.formats.engine_patterns import STACK
+from tpshard.formats.engine_tables import EngineFamily
 from tpshard.formats.megatron_layout import QKV
 from tpshard.planning.box import Shape
 from tpshard.storage.safetensors import TensorInfo

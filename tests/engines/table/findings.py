@@ -27,6 +27,7 @@ class Findings:
     head_of: str
     pairs: dict[str, str] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
+    stacks: dict[str, list[str]] = field(default_factory=dict)
     stands_in: dict[str, str] = field(default_factory=dict)
     hows: dict[str, set[How]] = field(default_factory=dict)
     float32: dict[str, bool] = field(default_factory=dict)
@@ -102,10 +103,11 @@ class Findings:
         except CannotSay as problem:
             self._cannot(str(problem))
             return
-        known = self.fused.setdefault(target, sources)
+        every = self.stacks if recipe.dim else self.fused
+        known = every.setdefault(target, sources)
         fewer, all_of_them = sorted((known, sources), key=lambda each: len(set(each)))
         if known != sources and len(set(fewer)) < len(fewer) == len(all_of_them):
-            self.fused[target] = all_of_them
+            every[target] = all_of_them
             self.stands_in |= {part: other for part, other in zip(all_of_them, fewer, strict=True) if part != other}
         elif known != sources:
             self._cannot(f"{into} is made of {', '.join(sources)} in some layers, and of others in others")
@@ -171,7 +173,7 @@ class Findings:
 
     def entry(self) -> dict[str, Any]:
         """The entry, as it stands in the table; `model_types` is left to the caller."""
-        in_parts = {each for sources in self.fused.values() for each in sources}
+        in_parts = {each for every in (self.fused, self.stacks) for sources in every.values() for each in sources}
         alone = [name for name in self.pairs if any(_fits(each, name) for each in in_parts)]
         fused_names = {
             f"{target}?" if any(_fits(each, name) for name in alone for each in sources) else target: sources
@@ -207,6 +209,7 @@ class Findings:
             **flags,
             "float32": sorted(pattern(kind) for kind, own in self.float32.items() if own),
             "fused": fused_names,
+            "stacks": self.stacks,
             "stands_in": self.stands_in,
             "renamed": names,
             "cuts": {cut: sorted(set(patterns)) for cut, patterns in cuts.items()},
@@ -235,7 +238,7 @@ def _expert(groups: list[list[str]], recipe: Recipe) -> int | None:
 
 
 def _fits(pattern_of_source: str, kind: str) -> bool:
-    from tpshard.formats.engine_tables import match
+    from tpshard.formats.engine_patterns import match
 
     return match(pattern_of_source, kind)
 

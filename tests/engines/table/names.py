@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from tests.engines.table.reading import CannotSay
-from tpshard.formats.engine_tables import STACK, EngineFamily, match
+from tpshard.formats.engine_patterns import STACK, match
+from tpshard.formats.engine_tables import EngineFamily
 
 
 def pattern(kind: str, expert: int | None = None) -> str:

@@ -29,10 +29,14 @@ class CannotSay(Exception):
 
 
 class Recipe(NamedTuple):
-    """The tensors that a parameter is made of, in order: one group, or one for each expert where they are stacked."""
+    """The tensors that a parameter is made of, in order: one group, or one for each expert where they are stacked.
+
+    dim: along which they follow one another.
+    """
 
     groups: tuple[tuple[str, ...], ...]
     stacked: bool = False
+    dim: int = 0
 
 
 Blocks = Mapping[str, list[Numbers]]
@@ -100,6 +104,8 @@ class Reading:
         if not stacked and dims != {owners[0].ndim}:
             raise CannotSay(f"{name} is made of tensors with another number of dims: {', '.join(all_of_them[:4])}")
         held = [rank[name].numbers for rank in self.ranks]
+        if not stacked and owners[0].ndim == 3 and len(np.unique(owners[0][0])) > 1:
+            return Recipe((self._in_order(name, [numbers.swapaxes(0, 1) for numbers in held]),), dim=1)
         ranks = [[rank[place] for rank in held] for place in range(len(held[0]))] if stacked else [held]
         groups = tuple(self._in_order(name, each) for each in ranks)
         if stacked and any(len(group) != len(groups[0]) for group in groups):
@@ -132,9 +138,10 @@ class Reading:
     def _block(self, held: Held, recipe: Recipe, place: int, tensor: str) -> Numbers:
         numbers = held.numbers[place] if recipe.stacked else held.numbers
         if len(recipe.groups[place]) > 1:
-            owners = self.coded.owners(numbers).reshape(len(numbers), -1).max(1)
-            numbers = numbers[owners == self.coded.names.index(tensor)]
-            numbers = numbers[: len(numbers) // recipe.groups[place].count(tensor)]
+            rows = numbers.swapaxes(0, recipe.dim)
+            owners = self.coded.owners(rows).reshape(len(rows), -1).max(1)
+            rows = rows[owners == self.coded.names.index(tensor)]
+            numbers = rows[: len(rows) // recipe.groups[place].count(tensor)].swapaxes(0, recipe.dim)
         return np.where(numbers > 0, numbers - self.coded.first(tensor), -1)
 
 
