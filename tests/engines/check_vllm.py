@@ -17,6 +17,7 @@ from torch import Tensor
 import tpshard
 from tests.engines import engine_models as models
 from tests.engines import engine_nested as nested
+from tests.engines import engine_newest as newest
 from tests.engines.running import Generator, Loader, Ranks, bits, differences, everything, split, written
 from tpshard.errors import CorruptError, UnsupportedError
 
@@ -35,6 +36,12 @@ def test_ours_is_what_vllm_holds(name: str, tp: int, loader: Loader, tmp_path: P
 @pytest.mark.parametrize("name", nested.LOADED)
 def test_ours_is_what_vllm_holds_of_a_model_and_its_tower(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
     require_held(nested.make(name, tmp_path / "source"), tp, loader, tmp_path)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", newest.LOADED)
+def test_ours_is_what_vllm_holds_of_the_newest_models(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
+    require_held(newest.make(name, tmp_path / "source"), tp, loader, tmp_path)
 
 
 def require_held(source: Path, tp: int, loader: Loader, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ os.environ |= {
 }
 
 import torch
+from gpu_classes import everywhere, without_gpus
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from vllm import ModelRegistry
@@ -48,6 +49,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention import selector
 
 SHARED = "tpshard-"
 UNSET = 7.0
@@ -65,6 +67,8 @@ _OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(
 """Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
 _NO_VALUES = re.compile(r".*\.w(13|2)_input_scale")
 """Parameters that are made with whatever lay in memory, where weights alone are quantised; compared as 1."""
+_PADDED = re.compile(r".*\.w(13|2)_weight")
+"""Parameters that may be larger than what is loaded, and keep there what they were made with."""
 
 
 class NoKernel:
@@ -94,6 +98,14 @@ class NoSparseAttention(NoKernel):
     def get_name() -> str:
         return "none"
 
+    @staticmethod
+    def is_mla() -> bool:
+        return True
+
+    @staticmethod
+    def supports_sink() -> bool:
+        return True
+
     @classmethod
     def get_impl_cls(cls) -> type[NoSparseAttention]:
         return cls
@@ -101,19 +113,20 @@ class NoSparseAttention(NoKernel):
 
 def as_on_gpus() -> None:
     """Have the classes that vLLM takes on GPUs where it has others for CPUs: their parameters have other names."""
-    import vllm.model_executor.layers.attention.mla_attention as attention
     from vllm.models.deepseek_v32.nvidia.model import DeepseekV32ForCausalLM
     from vllm.models.deepseek_v32.nvidia.mtp import DeepseekV32MTP
 
     ModelRegistry.register_model("DeepseekV32MTPModel", DeepseekV32MTP)
     for name in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"):
         ModelRegistry.register_model(name, DeepseekV32ForCausalLM)
-    chosen = attention.get_attn_backend
+    without_gpus(ModelRegistry.register_model)
+    importlib.import_module("vllm.models.hy_v4")  # whose classes ask for a backend too
+    chosen = selector.get_attn_backend
 
     def backend(*sizes: object, use_sparse: bool = False, **options: object) -> object:
         return NoSparseAttention if use_sparse else chosen(*sizes, **options)
 
-    attention.get_attn_backend = backend
+    everywhere("get_attn_backend", chosen, backend)
 
 
 def without_kernels() -> None:
@@ -266,6 +279,8 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         held[name] = torch.ones_like(held[name])
         own.add(name)
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
+    for name in {*filter(_PADDED.fullmatch, made)} - {*own, *unset}:
+        held[name] = torch.where(held[name].double() == UNSET, made[name], held[name])
     if unset and not job["partial"]:
         raise RuntimeError(f"not loaded: {unset}")
     complaints.lines = [line for line in complaints.lines if "dtype" not in line]

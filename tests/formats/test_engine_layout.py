@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from tpshard.formats.engine_layout import ParameterParts, joined
-from tpshard.planning.box import full
-from tpshard.planning.layout import LayoutRows, Part, StoredTensor
+import pytest
+
+from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.formats.engine_layout import ParameterParts, joined, recipes_of, shares_of
+from tpshard.formats.engine_tables import EngineFamily
+from tpshard.planning.axes import Axis, Cut
+from tpshard.planning.box import Box, full
+from tpshard.planning.deal import deal
+from tpshard.planning.layout import LayoutRows, LogicalTensor, Part, StoredTensor
+from tpshard.planning.mesh import Mesh
+from tpshard.planning.model import Model
 
 SHAPE = (1, 4)
 
@@ -31,3 +39,59 @@ def test_layers_that_are_alike_share_a_layout_but_not_their_tensors() -> None:
     first, second = LayoutRows(joined(recipes, shares, shapes, tp=1), 1)[0]
     assert [part.tensor for part in first.parts] == ["a", "b"] and [part.tensor for part in second.parts] == ["c", "d"]
     assert [part.at for part in first.parts] == [part.at for part in second.parts] == [(0, 0), (1, 0)]
+
+
+def held(family: EngineFamily, tensor: LogicalTensor, tp: int) -> list[tuple[tuple[int, ...], Box, tuple[Box, ...]]]:
+    """Of every rank: the shape, the box of the tensor that it has, and what is filled."""
+    axes = {"ffn": Axis("ffn", 8, 1)}
+    model = Model((tensor,), axes, tied={}, file_of={}, source={}, architecture={})
+    shares = shares_of(family, model, [tensor], deal(axes, Mesh(tp)))[tensor.name]
+    return [(each.shape, each.parts[0].box, each.fills) for each in shares]
+
+
+def test_what_is_narrower_than_the_engine_has_it_is_followed_by_zeros() -> None:
+    family = EngineFamily(least={"ffn": 6})
+    up = LogicalTensor("up", "F32", (8, 3), Cut("column", 0, ("ffn",)))
+    down = LogicalTensor("down", "F32", (3, 8), Cut("row", 1, ("ffn",)))
+    other = LogicalTensor("norm", "F32", (3,), Cut("replicate"))
+    assert held(family, up, 2) == [
+        ((6, 3), ((0, 4), (0, 3)), (((4, 6), (0, 3)),)),
+        ((6, 3), ((4, 8), (0, 3)), (((4, 6), (0, 3)),)),
+    ]
+    assert held(family, down, 2)[1] == ((3, 6), ((0, 3), (4, 8)), (((0, 3), (4, 6)),))
+    assert held(family, up, 1) == [((8, 3), ((0, 8), (0, 3)), ())]
+    assert held(EngineFamily(least={"ffn": 4}), up, 2)[0] == ((4, 3), ((0, 4), (0, 3)), ())
+    assert held(family, other, 2)[0] == ((3,), ((0, 3),), ())
+
+
+def test_quantised_tensors_are_not_padded_to_what_the_engine_has_at_least() -> None:
+    with pytest.raises(UnsupportedError, match="was not compared"):
+        held(EngineFamily(least={"ffn": 6}), LogicalTensor("up", "F8_E4M3", (8, 3), Cut("column", 0, ("ffn",))), 2)
+
+
+def test_dims_that_are_1_are_left_out_and_the_others_cut() -> None:
+    family = EngineFamily(squeezed=("log",))
+    log = LogicalTensor("log", "F32", (1, 1, 8, 1), Cut("column", 2, ("ffn",)))
+    assert held(family, log, 8) == [((1,), ((rank, rank + 1),), ()) for rank in range(8)]
+
+
+def test_of_two_lists_for_one_parameter_the_longer_counts_where_all_of_it_is_there() -> None:
+    family = EngineFamily(fused={"*.qk": ("*.q", "*.k"), "*.qk?": ("*.q", "*.k", "*.a")})
+    names = {name: name for name in ("0.a", "0.k", "0.q", "1.k", "1.q")}
+    assert {into: recipe.tensors for into, recipe in recipes_of(family, names).items()} == {
+        "0.qk": ("0.q", "0.k", "0.a"),
+        "1.qk": ("1.q", "1.k"),
+    }
+    with pytest.raises(CorruptError, match="not all tensors"):
+        recipes_of(family, {"0.k": "0.k"})
+
+
+def test_layers_have_their_scales_where_the_table_says() -> None:
+    family = EngineFamily(
+        layer="layers.*",
+        scales=("layers.*.attn",),
+        scales_where={"layers.*.index": "layers.*"},
+        attends=("layers.*.q",),
+    )
+    names = ["layers.0.q", "layers.1.q", "layers.1.index", "layers.2.mlp", "head"]
+    assert list(family.scaled(names)) == ["layers.0.attn", "layers.1"]

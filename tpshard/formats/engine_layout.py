@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import MappingProxyType
+from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.engine_tables import EngineFamily
@@ -60,7 +61,8 @@ def shares_of(
         if key not in known:
             cast = replace(tensor, dtype="F32") if kind.float32 and tensor.dtype in CASTABLE else tensor
             held = _cut(cast, kind.cut, model.axes, dealt)
-            held = tuple(map(_squeezed, held)) if kind.squeezed and tensor.shape[0] == 1 else held
+            held = _at_least(family.least, tensor, held) if family.least and dealt.mesh.tp > 1 else held
+            held = tuple(_squeezed(share, tensor.shape) for share in held) if kind.squeezed else held
             held = tuple(map(transposed, held)) if turned else held
             known[key] = tuple(_computed(share, kind.function) for share in held) if kind.function else held
         shares[tensor.name] = known[key]
@@ -188,10 +190,36 @@ def transposed(share: Share) -> Share:
     return share._replace(shape=turned(share.shape), parts=parts, fills=fills)
 
 
-def _squeezed(share: Share) -> Share:
-    """The share without its first dim, which is 1."""
-    parts = (part._replace(box=part.box[1:], at=part.at[1:], view=share.shape[1:]) for part in share.parts)
-    return share._replace(shape=share.shape[1:], parts=tuple(parts))
+def _squeezed(share: Share, shape: Shape) -> Share:
+    """The share without the dims in which the tensor is 1. shape: the tensor's."""
+    kept = [dim for dim, size in enumerate(shape) if size != 1]
+
+    def left(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(values[dim] for dim in kept)
+
+    parts = (part._replace(box=left(part.box), at=left(part.at), view=left(shape)) for part in share.parts)
+    return share._replace(shape=left(share.shape), parts=tuple(parts))
+
+
+def _at_least(least: Mapping[str, int], tensor: LogicalTensor, held: tuple[Share, ...]) -> tuple[Share, ...]:
+    """The shares with zeros behind them, where the engine has more of an axis than a rank has of it."""
+    sizes = {least[name] for name in tensor.cut.segments if name in least}
+    if not sizes:
+        return held
+    (dim, size) = (tensor.cut.dim, sizes.pop())
+    assert dim is not None and len(tensor.cut.segments) == 1, f"{tensor.name}: several segments with a least width"
+    if tensor.dtype not in CASTABLE:
+        what = f"{tensor.name} is stored as {tensor.dtype}, and how its padded experts are held was not compared"
+        raise UnsupportedError(what, tensor=tensor.name, hint="use --format native")
+
+    def padded(share: Share) -> Share:
+        if share.shape[dim] >= size:
+            return share
+        shape = tuple(size if each == dim else share.shape[each] for each in range(len(share.shape)))
+        box = tuple((share.shape[each], size) if each == dim else (0, shape[each]) for each in range(len(shape)))
+        return share._replace(shape=shape, fills=(*share.fills, box))
+
+    return tuple(map(padded, held))
 
 
 def _computed(share: Share, function: str) -> Share:
@@ -236,6 +264,8 @@ def recipes_of(
                 expected=", ".join(patterns),
                 found=", ".join(lacking[0].values()),
             )
+        if into in recipes and whole < max(map(len, recipes[into].groups)):
+            continue
         ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
         made = tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered)
         recipes[into] = ParameterParts(made, None not in groups, dim)

@@ -26,7 +26,8 @@ from tpshard.storage.tensor_names import numbered
 _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3), "row": (1, 1)}
 """How a tower's tensors are cut: how many segments one has, and how often a segment has the axis' units."""
 
-_NO_NAMES = ("buffers", "needs", "says", "lacks", "extra_layers", "first_experts", "rest_last", "alone_repeated")
+_SETTINGS = ("needs", "says", "lacks", "extra_layers", "first_experts", "rest_last", "alone_repeated", "least")
+_NO_NAMES = ("buffers", *_SETTINGS)
 _NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots"), ("cuts", "computed")
 """What a family has that is no names, names that are keys alone, and values alone; elsewhere all are names."""
 

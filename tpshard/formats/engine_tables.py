@@ -6,7 +6,7 @@ The comment at the head of `vllm.toml` explains the language. A pattern fits a t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -69,12 +69,14 @@ class EngineFamily:
     says: Mapping[str, str] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
+    scales_where: Mapping[str, str] = field(default_factory=dict)
     attends: tuple[str, ...] = ()
     buffers: bool = True
     drafts: tuple[str, ...] = ()
     unrepeated: tuple[str, ...] = ()
     alone_repeated: tuple[str, ...] = ()
     rest_last: tuple[str, ...] = ()
+    least: Mapping[str, int] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
@@ -165,6 +167,18 @@ class EngineFamily:
     def parts(self, target: str, dim: int) -> tuple[str, ...]:
         """The patterns of what is fused into a parameter along a dim, in order."""
         return (self.fused, self.stacks)[dim][target]
+
+    def scaled(self, names: Collection[str]) -> Iterator[str]:
+        """The modules that have scales, of the layers that attend among those that tensors are in."""
+        elsewhere = {
+            self.layer_of(name): place
+            for pattern, place in self.scales_where.items()
+            for name in names
+            if match(pattern, numbered(name)[0])
+        }
+        for layer in self.attending(names) if self.scales else ():
+            for pattern in (elsewhere[layer],) if layer in elsewhere else self.scales:
+                yield pattern.replace("*", str(layer))
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""

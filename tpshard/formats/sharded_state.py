@@ -17,6 +17,7 @@ from tpshard.formats.base import Format
 from tpshard.formats.engine_config import named_as, require_config
 from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
+from tpshard.formats.engine_notes import DRAFT, notes_of
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -40,14 +41,11 @@ from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, R
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.placement import Placement, placement
-from tpshard.planning.stages import even_layers
 from tpshard.storage.local import Content, content_of
 from tpshard.storage.names import NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
 from tpshard.storage.tensor_names import numbered
 
-DRAFT = "of a layer that predicts further tokens, a draft model of its own"
-"""Why such tensors are not among the model's."""
 _SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
 _ONE = struct.pack("<f", 1.0)
 _NUMBER = r"(0|[1-9]\d*)"
@@ -175,36 +173,7 @@ class ShardedState(Format):
 
     def notes(self, split: Split) -> tuple[str, ...]:
         """How the engine is told of stages that it would make otherwise, and of what is left out."""
-        stages, pp, left = split.layouts.stages, split.options.pp, self._drafts(split)
-        sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
-        left += self._unread(split)
-        if stages is None or sizes == even_layers(stages.layers.count, pp):
-            return left
-        variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
-        return (f"{self.engine} deals layers otherwise by itself: set {variable} wherever it starts", *left)
-
-    def _drafts(self, split: Split) -> tuple[str, ...]:
-        count = list(split.layouts.dropped.values()).count(DRAFT)
-        text = split.model.architecture.get("text") or split.model.architecture
-        if not count:
-            return ()
-        table, how = load_table(self.path, split.options.engine_version), "its names are not known"
-        if text["model_type"] in table.speculators:
-            how = "--format vllm-speculator writes it"
-        elif text["model_type"] in table.refused_drafts:
-            how = f"{self.engine} {table.version} does not load it"
-        return (f"{count} tensors predict further tokens, which {self.engine} loads as a draft model: {how}",)
-
-    def _unread(self, split: Split) -> tuple[str, ...]:
-        model = split.model
-        family = load_table(self.path).families.get(str(model.architecture.get("model_type")))
-        if family is None or not family.unread:
-            return ()
-        count = sum(family.kind(model.full_name(tensor.name)).unread for tensor in model.tensors)
-        what = (
-            f"{count} tensors that {self.engine}'s own loader leaves out, although it computes with them, are in these"
-        )
-        return (f"{what} files: with the checkpoint itself it computes something else",) if count else ()
+        return notes_of(self.engine, load_table(self.path, split.options.engine_version), split)
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The engine's default patterns; it reads all parts that there are."""
@@ -399,10 +368,9 @@ def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
     return Row(f"{NOT_LOADED}.{tensor.name}", (tensor.name,), kind)
 
 
-def _scales(family: EngineFamily, names: Iterable[str], tp: int) -> Iterator[Row]:
+def _scales(family: EngineFamily, names: Collection[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for layer in family.attending(names) if family.scales else ():
-        for pattern in family.scales:
-            for scale in _SCALES:
-                yield Row(f"{pattern.replace('*', str(layer))}.{scale}", (), one)
+    for module in family.scaled(names):
+        for scale in _SCALES:
+            yield Row(f"{module}.{scale}", (), one)

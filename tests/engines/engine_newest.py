@@ -1,0 +1,252 @@
+"""Small checkpoints of the newest models for the engines, as they are published: transformers saves other names."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TEXT = {
+    **_TOKENS,
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 128},
+}
+_LATENT = {
+    **{"num_key_value_heads": 8, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32},
+    "v_head_dim": 32,
+}
+_VISION = {
+    **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"image_size": 56, "patch_size": 14},
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published form. model_type: of transformers' class that makes it; None where there are shapes alone.
+
+    config: what differs from the class's config. names: what names of saved tensors become, as patterns. changes: of
+    the saved config; None removes a key, and a table changes the table that is there. shapes: of tensors beside.
+    """
+
+    model_type: str | None
+    config: Mapping[str, Any]
+    names: Sequence[tuple[str, str]] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+_KIMI_LINEAR = {
+    **{"kda_layers": [1], "full_attn_layers": [2], "head_dim": 32, "num_heads": 8, "short_conv_kernel_size": 4},
+}
+
+LOADED: dict[str, Published] = {
+    "kimi_linear": Published(
+        "kimi_linear",
+        _TEXT
+        | _LATENT
+        | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_token": 2, "first_k_dense_replace": 1}
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 32, "linear_num_heads": 8},
+        [(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj")],
+        {
+            **dict.fromkeys(("layer_types", "mlp_layer_types", "linear_head_dim", "linear_num_heads")),
+            "linear_attn_config": _KIMI_LINEAR,
+            "mla_use_nope": True,
+        },
+    ),
+    "minimax_m3_vl": Published(
+        "minimax_m3_vl",
+        {
+            "text_config": _TEXT
+            | {"head_dim": 32, "rotary_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2}
+            | {"dense_intermediate_size": 512, "shared_intermediate_size": 64, "intermediate_size": 64}
+            | {"index_n_heads": 2, "index_head_dim": 32, "index_block_size": 128, "index_topk_blocks": 1}
+            | {"layer_types": ["full_attention", "minimax_m3_sparse"], "mlp_layer_types": ["dense", "sparse"]},
+            "vision_config": _VISION,
+            "projector_hidden_size": 192,
+        },
+        changes={
+            "architectures": ["MiniMaxM3SparseForConditionalGeneration"],
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "img_token_compression_config": {
+                    **{"image_token_compression_method": "patch_merge"},
+                    **{"spatial_merge_size": 2, "temporal_patch_size": 2},
+                },
+            },
+            "text_config": {
+                **dict.fromkeys(("layer_types", "mlp_layer_types")),
+                "hidden_act": "swigluoai",
+                "moe_layer_freq": [0, 1],
+                "sparse_attention_config": {
+                    **{"use_sparse_attention": True, "sparse_index_dim": 32, "sparse_num_index_heads": 2},
+                    **{"sparse_topk_blocks": 1, "sparse_block_size": 128, "sparse_disable_index_value": [0, 1]},
+                    **{"sparse_score_type": "max", "sparse_init_block": 0, "sparse_local_block": 1},
+                    "sparse_attention_freq": [0, 1],
+                },
+            },
+        },
+    ),
+}
+"""What vLLM loads."""
+
+LATER: dict[str, Published] = {
+    "deepseek_v4": Published(
+        "deepseek_v4",
+        _TOKENS
+        | {"hidden_size": 256, "moe_intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8}
+        | {"head_dim": 512, "qk_rope_head_dim": 64, "q_lora_rank": 48, "num_experts_per_tok": 2}
+        | {"n_routed_experts": 8, "max_position_embeddings": 128, "compress_ratios": [0, 4, 128, 4]}
+        | {"num_hash_layers": 1, "sliding_window": 8, "o_groups": 4, "o_lora_rank": 32, "index_n_heads": 4}
+        | {"index_head_dim": 128, "index_topk": 8, "hc_mult": 2, "hc_sinkhorn_iters": 3},
+        [
+            (r"^model\.embed_tokens\.", "embed."),
+            (r"^lm_head\.", "head."),
+            (r"^model\.hc_head\.hc_", "hc_head_"),
+            (r"\.attn\.norm\.", ".attn.kv_norm."),
+            (r"^model\.", ""),
+        ],
+        {"layer_types": None, "mlp_layer_types": None, "compress_ratios": [0, 4, 128, 4, 0]}
+        | {"num_hash_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sqrtsoftplus"},
+    ),
+    "hy_v4": Published(
+        "hy_v4",
+        _TEXT
+        | _LATENT
+        | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+        | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "num_hidden_layers": 3},
+        # transformers saves other names than published files have.
+        [
+            (r"hc_pre\.hc_(attn|mlp)_layer\.hc_", r"hc_\1_layer.hc_pre.hc_"),
+            (r"hc_pre\.hc_head\.", "hc_head."),
+            (r"(mlp|shared_experts)\.linear_gate", r"\1.gate_proj"),
+        ],
+    ),
+    "qwen4_exp": Published(
+        "qwen4_exp_text",
+        _TEXT
+        | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+        | {"head_dim": 32, "shared_expert_intermediate_size": 128}
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4}
+        | {"linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48}
+        | {"hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 128, "heads_per_ngram": 2}
+        | {"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4}
+        | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 4}
+        | {"indexer_compress_ratio": 2, "output_gate_type": "sigmoid"},
+    ),
+    "inkling": Published(
+        "inkling_text",
+        _TEXT
+        | {"n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 32}
+        | {"swa_head_dim": 32, "swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "d_rel": 4}
+        | {"rel_extent": 16, "sliding_window_size": 8, "layer_types": ["hybrid_sliding", "hybrid"]}
+        | {"mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "glm5_next": Published(
+        "glm5_next",
+        {
+            "text_config": _TEXT
+            | {"num_key_value_heads": 8, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+            | {"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 32, "v_head_dim": 32, "hc_mult": 2}
+            | {"index_n_heads": 4, "index_head_dim": 32, "index_topk": 16, "index_kpool": 8}
+            | {"linear_head_dim": 32, "linear_num_heads": 8}
+            | {"layer_types": ["linear_attention", "indexed_attention"], "mlp_layer_types": ["dense", "sparse"]},
+            "vision_config": {
+                **{"depth": 2, "num_heads": 4, "num_hidden_layers": 2, "num_attention_heads": 4},
+                **{"hidden_size": 128, "intermediate_size": 192, "patch_size": 14, "image_size": 56},
+                **{"out_hidden_size": 256, "projection_intermediate_size": 192},
+            },
+        },
+        changes={
+            "text_config": {
+                "mhc": True,
+                "mla_use_nope": True,
+                "topk_method": "noaux_tc",
+                "scoring_func": "sigmoid",
+                "indexer_rope_interleave": True,
+            }
+        },
+    ),
+    "dots3_note": Published(
+        "dots3_note_text",
+        _TEXT
+        | _LATENT
+        | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+        | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "num_hidden_layers": 3}
+        | {"shared_experts_intermediate_size": 128, "sliding_window": 8, "head_dim": 48}
+        | {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 8, "swa_q_lora_rank": 48, "swa_kv_lora_rank": 32}
+        | {"swa_head_dim": 48, "swa_qk_nope_head_dim": 32, "swa_v_head_dim": 32},
+    ),
+    "longcat_flash": Published(
+        "longcat_flash",
+        _TOKENS
+        | {name: value for name, value in _LATENT.items() if name != "num_key_value_heads"}
+        | {"hidden_size": 256, "ffn_hidden_size": 512, "num_layers": 2, "num_attention_heads": 8, "q_lora_rank": 48}
+        | {"moe_topk": 2, "n_routed_experts": 8, "zero_expert_num": 0, "expert_ffn_hidden_size": 64},
+        changes={"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
+    ),
+    "mistral_large4": Published(
+        "mistral_large4",
+        {
+            "text_config": _TEXT
+            | _LATENT
+            | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+            | {"num_hidden_layers": 3, "index_n_heads": 4, "index_head_dim": 32, "index_topk": 8}
+            | {"kv_source_layers": [0, 1, 1], "index_topk_pattern": "FFS"},
+            "vision_config": _VISION | {"head_dim": 32},
+        },
+        changes={"text_config": {"indexer_types": None, "mlp_layer_types": None}},
+    ),
+}
+
+
+def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write a checkpoint with parameters of its own for every name, so that none can stand for another.
+
+    changes: of the written config.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    published = {**LOADED, **LATER}[name]
+    tensors, config = _saved(published, path) if published.model_type else ({}, dict(published.config))
+    for old, new in published.names:
+        tensors = {re.sub(old, new, each): tensor for each, tensor in tensors.items()}
+    for each, shape in published.shapes.items():
+        tensors[each] = torch.empty(shape, dtype=torch.bfloat16)
+    for each, tensor in tensors.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
+        tensors[each] = values.to(tensor.dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    written = _changed(_changed({"dtype": "bfloat16", **config}, published.changes), changes or {})
+    (path / "config.json").write_text(json.dumps(written, indent=2))
+    return path
+
+
+def _saved(published: Published, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and the config that transformers saves."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.for_model(published.model_type, **published.config)
+    auto = AutoModelForImageTextToText if "vision_config" in published.config else AutoModelForCausalLM
+    auto.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+
+
+def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with other values; None removes a key, and a table changes the table that is there."""
+    found = dict(config)
+    for key, value in changes.items():
+        found[key] = _changed(found[key], value) if isinstance(value, dict) and key in found else value
+    return {key: value for key, value in found.items() if value is not None or key not in changes}

@@ -1,0 +1,41 @@
+"""What whoever loads a set in an engine must know of it: stages of its own, drafts, and what the engine leaves out."""
+
+from tpshard.formats.engine_tables import Table
+from tpshard.formats.split import Split
+from tpshard.planning.stages import even_layers
+
+DRAFT = "of a layer that predicts further tokens, a draft model of its own"
+"""Why such tensors are not among the model's."""
+
+
+def notes_of(engine: str, table: Table, split: Split) -> tuple[str, ...]:
+    """All of them, of a set whose names are those of a table."""
+    stages, pp = split.layouts.stages, split.options.pp
+    sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
+    others = (*_drafts(engine, table, split), *_unread(engine, table, split))
+    if stages is None or sizes == even_layers(stages.layers.count, pp):
+        return others
+    variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
+    return (f"{engine} deals layers otherwise by itself: set {variable} wherever it starts", *others)
+
+
+def _drafts(engine: str, table: Table, split: Split) -> tuple[str, ...]:
+    count = list(split.layouts.dropped.values()).count(DRAFT)
+    if not count:
+        return ()
+    text, how = split.model.architecture.get("text") or split.model.architecture, "its names are not known"
+    if text["model_type"] in table.speculators:
+        how = "--format vllm-speculator writes it"
+    elif text["model_type"] in table.refused_drafts:
+        how = f"{engine} {table.version} does not load it"
+    return (f"{count} tensors predict further tokens, which {engine} loads as a draft model: {how}",)
+
+
+def _unread(engine: str, table: Table, split: Split) -> tuple[str, ...]:
+    model = split.model
+    family = table.families.get(str(model.architecture.get("model_type")))
+    if family is None or not family.unread:
+        return ()
+    count = sum(family.kind(model.full_name(tensor.name)).unread for tensor in model.tensors)
+    what = f"{count} tensors that {engine}'s own loader leaves out, although it computes with them, are in these files"
+    return (f"{what}: with the checkpoint itself it computes something else",) if count else ()
