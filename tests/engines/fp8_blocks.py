@@ -11,7 +11,9 @@ from tests.engines import engine_models as models
 from tests.engines import engine_nested as nested
 
 _WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512}
+_EVEN = _WIDE | {"hidden_size": 512}
 _MOE = _WIDE | {"moe_intermediate_size": 256}
+_SHARED = _EVEN | {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
 _LATENT = (
     _MOE
     | {"num_key_value_heads": 4, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -27,7 +29,6 @@ _MIMO = _MOE | {"v_head_dim": 128, "swa_num_attention_heads": 4, "swa_head_dim":
 _AROUND = r"|eh_proj|shared_head|embed_tokens|mtp\.fc|mtp_linear_proj"
 DRAFTS: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v3": (_LATENT, r"mlp\.gate\."),
-    "glm4_moe": (_MOE, r"mlp\.gate\."),
 }
 """Others of which the layers that predict further tokens are published so."""
 BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
@@ -52,6 +53,12 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "lfm2_moe": ({"num_attention_heads": 2, "head_dim": 128, "moe_intermediate_size": 256}, r"feed_forward\.gate\."),
     **{name: (_WIDE, "none") for name in ("apertus", "arcee", "cwm", "ernie4_5", "granite_swa", "hunyuan_v1_dense")},
     **{name: (_WIDE, "none") for name in ("hyperclovax", "jais2", "ministral3", "olmo3", "vaultgemma")},
+    **{name: (_EVEN, "none") for name in ("qwen2", "gemma2", "gemma3")},
+    "mixtral": (_EVEN | {"intermediate_size": 256}, r"\.gate\."),
+    "glm4_moe": (_MOE, r"mlp\.gate\."),
+    "qwen2_moe": (_SHARED, r"mlp\.gate\.|shared_expert_gate"),
+    "deepseek_v2": (_LATENT, r"mlp\.gate\."),
+    "deepseek_v32": (_LATENT | {"index_head_dim": 128}, r"mlp\.gate\.|indexer\.(wk|weights_proj)"),
 }
 """What differs in the config, so that ranks have whole blocks, and which matrices of layers stay as they are."""
 
@@ -154,7 +161,7 @@ def _quantised(path: Path, plain: str) -> Path:
         tensors[key] = tensor
         if tensor.dim() != 2:
             continue
-        if not re.search(r"\.layers\.|mtp", key) or re.search(plain, key):
+        if not re.search(r"\.(layers|h)\.|mtp", key) or re.search(plain, key):
             listed.append(key.rpartition(".")[0])
             continue
         tensors[key] = tensor.to(torch.float8_e4m3fn)
