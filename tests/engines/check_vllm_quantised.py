@@ -145,7 +145,15 @@ def require_held(source: Path, loader: Loader, tmp_path: Path) -> None:
     "name", [*sorted({*fp8_blocks.BLOCKS, *fp8_blocks.DRAFTS} & models.DRAFTS.keys()), "qwen3_5", "qwen3_5_moe"]
 )
 def test_the_speculator_in_fp8_is_the_draft_model_that_vllm_holds(name: str, loader: Loader, tmp_path: Path) -> None:
-    source = fp8_blocks.with_draft(name, tmp_path / "source")
+    require_draft_held(fp8_blocks.with_draft(name, tmp_path / "source"), loader, tmp_path)
+
+
+def test_the_speculator_with_an_index_in_fp8_is_the_draft_model_that_vllm_holds(loader: Loader, tmp_path: Path) -> None:
+    require_draft_held(fp8_blocks.with_draft("deepseek_v32", tmp_path / "source", "weights_proj"), loader, tmp_path)
+
+
+def require_draft_held(source: Path, loader: Loader, tmp_path: Path) -> None:
+    """Our speculator at tp 2 is the draft model that vLLM makes of a checkpoint, and it loads it as that."""
     theirs = loader.held(source, 2, "auto", tmp_path / "theirs", draft=True)
     shards = tmp_path / "shards"
     split(source, 2, shards, format="vllm-speculator")
@@ -154,13 +162,22 @@ def test_the_speculator_in_fp8_is_the_draft_model_that_vllm_holds(name: str, loa
     assert not tpshard.check(shards, source).differences
 
 
-def test_the_keys_of_an_index_are_held_unquantised(loader: Loader, tmp_path: Path) -> None:
-    source = fp8_blocks.make("glm_moe_dsa", tmp_path / "source", r"mlp\.gate\.|indexer\.weights_proj")
-    with pytest.raises(UnsupportedError, match="indexer.wk.weight: it is quantised"):
+@pytest.mark.parametrize("name", fp8_blocks.INDEXED)
+def test_the_keys_of_an_index_are_held_multiplied_by_their_scales(name: str, loader: Loader, tmp_path: Path) -> None:
+    source = fp8_blocks.indexed(name, tmp_path / "source")
+    require_held(source, loader, tmp_path)
+    index = "model.layers.1.self_attn.indexer."
+    assert written(tmp_path / "shards", 2)[1][f"{index}wk_weights_proj.weight"].dtype == torch.bfloat16
+    assert written(tmp_path / "shards", 2)[1][f"{index}wq_b.weight"].dtype == torch.float8_e4m3fn
+    assert everything(source)[f"{index}wk.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_the_weights_of_an_index_that_are_quantised_are_not_loaded(loader: Loader, tmp_path: Path) -> None:
+    source = fp8_blocks.indexed("deepseek_v32", tmp_path / "source", plain="none")
+    with pytest.raises(UnsupportedError, match="indexer.weights_proj.weight: it is quantised"):
         split(source, 2, tmp_path / "shards", format="vllm")
-    held = loader.held(source, 2, "auto", tmp_path / "theirs")[0]
-    assert held["model.layers.1.self_attn.indexer.wk_weights_proj.weight"].dtype == torch.bfloat16
-    assert everything(source)["model.layers.1.self_attn.indexer.wk.weight"].dtype == torch.float8_e4m3fn
+    with pytest.raises(RuntimeError, match="weight_scale_inv"):
+        loader.held(source, 2, "auto", tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("blocks", [5, 7])

@@ -89,6 +89,15 @@ def make(name: str, path: Path, plain: str | None = None) -> Path:
     return _quantised(models.make(name, path, sizes), plain or kept)
 
 
+INDEXED = ("deepseek_v32", "glm_moe_dsa")
+"""Those whose indexers are published so as well, but for the weights of their heads."""
+
+
+def indexed(name: str, path: Path, plain: str = "weights_proj") -> Path:
+    """Write one of them. plain: which matrices of the indexer stay as they are."""
+    return make(name, path, rf"mlp\.gate\.|indexer\.({plain})")
+
+
 def nesting(name: str, path: Path, place: str) -> Path:
     """Write a model of which the text is in FP8. place: the config that says so, "" for the whole model's."""
     sizes, kept = NESTED[name]
@@ -143,12 +152,16 @@ def packed(name: str, path: Path) -> Path:
     return path
 
 
-def with_draft(name: str, path: Path) -> Path:
-    """Write one with a layer that predicts one more token, also in FP8 but for what is around it."""
+def with_draft(name: str, path: Path, index: str = "") -> Path:
+    """Write one with a layer that predicts one more token, also in FP8 but for what is around it.
+
+    index: of an indexer, the matrices that stay as they are, if not those of `BLOCKS`.
+    """
     if name in nested.DRAFTS:
         sizes, kept = NESTED[name]
         return _quantised(nested.with_draft(name, path, sizes), f"{kept}{_AROUND}|visual")
     sizes, kept = {**BLOCKS, **DRAFTS}[name]
+    kept = rf"mlp\.gate\.|indexer\.({index})" if index else kept
     return _quantised(models.with_draft(name, path, sizes | models.DRAFT_CONFIGS.get(name, {})), kept + _AROUND)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tpshard.execute.functions import computed
+from tpshard.execute.functions import BlockScales, computed
+from tpshard.planning.layout import SCALED
 
 NUMBERS = [0.0, -0.0, 1.0, -3.25, 2.7725887, 88.5, 88.72, 89.0, 800.0, -200.0, float("inf"), float("-inf")]
 
@@ -24,3 +25,30 @@ def test_what_is_no_number_stays_none() -> None:
     block = memoryview(torch.tensor([float("nan"), 0.0]).numpy().tobytes())
     found = torch.frombuffer(bytearray(computed("-exp", block, "F32")), dtype=torch.float32)
     assert found[0].isnan() and found[1] == -1.0
+
+
+@pytest.mark.parametrize(("shape", "grid"), [((128, 256), (1, 2)), ((256, 384), (2, 3)), ((64, 256), (1, 2))])
+@pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])
+def test_blocks_times_their_scales(shape: tuple[int, int], grid: tuple[int, int], scales: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).view(torch.float8_e4m3fn)
+    scale = (torch.rand(grid, generator=generator) * 10.0 ** torch.randint(-6, 3, grid, generator=generator)).to(scales)
+    height, width = (a // b for a, b in zip(shape, grid, strict=True))
+    wide = scale.float().repeat_interleave(height, 0).repeat_interleave(width, 1)
+    expected = (weight.float() * wide).bfloat16()
+    numbers = memoryview(scale.view(torch.uint8).numpy().tobytes())
+    for rows in ((0, shape[0]), (3, 60)):
+        block = (rows, (5, shape[1] - 7))
+        stored = memoryview(weight.view(torch.uint8)[rows[0] : rows[1], 5 : shape[1] - 7].numpy().tobytes())
+        kind = "F32" if scales == torch.float32 else "BF16"
+        found = computed(SCALED, stored, "F8_E4M3", BlockScales(shape, grid, numbers, kind, shape, block))
+        held = torch.frombuffer(bytearray(found), dtype=torch.bfloat16).view(rows[1] - rows[0], -1)
+        there = expected[rows[0] : rows[1], 5 : shape[1] - 7]
+        numbers_there = ~there.isnan()  # what is no number has many forms
+        assert torch.equal(held.isnan(), there.isnan())
+        assert torch.equal(held.view(torch.int16)[numbers_there], there.view(torch.int16)[numbers_there])
+
+
+def test_what_has_no_scales_stays() -> None:
+    block = memoryview(torch.randn(8).bfloat16().view(torch.uint8).numpy().tobytes())
+    assert computed(SCALED, block, "BF16") == block

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.engines import fp8_blocks
 from tests.helpers.command import fails, succeeds
@@ -173,3 +174,42 @@ def test_a_method_that_vllm_would_not_see() -> None:
     succeeds("plan", "model", "--tp", 2)
     error = fails(4, "split", "model", "--tp", 2, "--format", "vllm", "-o", "out")
     assert error["found"] == "none" and "config.json" in error["hint"]
+
+
+@pytest.mark.parametrize("name", fp8_blocks.INDEXED)
+def test_the_keys_of_an_index_are_multiplied_by_their_scales(name: str) -> None:
+    source = load_file(fp8_blocks.indexed(name, Path("index")) / "model.safetensors")
+    succeeds("split", "index", "--tp", 2, "--format", "vllm", "-o", "out")
+    index = "model.layers.1.self_attn.indexer."
+    scales = source[f"{index}wk.weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+    keys = (source[f"{index}wk.weight"].float() * scales).bfloat16()
+    expected = torch.cat((keys, source[f"{index}weights_proj.weight"]))
+    for rank in (0, 1):
+        held = load_file(f"out/model-rank-{rank}-part-0.safetensors")
+        assert torch.equal(held[f"{index}wk_weights_proj.weight"], expected)
+        assert not any("indexer.wk." in name for name in held)
+    beside = load_file("out/source-rank-0-part-1.safetensors")
+    assert {name.rpartition("indexer.")[2] for name in beside} >= {"wk.weight", "wk.weight_scale_inv"}
+    succeeds("check", "out", "--source", "index")
+    succeeds("merge", "out", "-o", "whole")
+    assert read_all(Path("whole")) == read_all(Path("index"))
+    succeeds("reshard", "out", "--tp", 4, "--format", "vllm", "-o", "four")
+    succeeds("check", "four", "--source", "index")
+
+
+def test_a_wrong_key_of_an_index_is_found() -> None:
+    fp8_blocks.indexed("deepseek_v32", Path("index"))
+    succeeds("split", "index", "--tp", 2, "--format", "vllm", "-o", "out")
+    path, name = Path("out/model-rank-1-part-0.safetensors"), "model.layers.1.self_attn.indexer.wk_weights_proj.weight"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    held = load_file(path)
+    held[name][0, 0] *= -1
+    save_file(held, path, metadata)
+    assert "wk" in fails(1, "check", "out", "--source", "index")
+
+
+def test_the_weights_of_an_index_that_are_quantised_are_refused() -> None:
+    fp8_blocks.indexed("deepseek_v32", Path("index"), plain="none")
+    error = fails(4, "split", "index", "--tp", 2, "--format", "vllm", "-o", "out")
+    assert "indexer.weights_proj.weight: it is quantised" in error

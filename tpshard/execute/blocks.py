@@ -12,7 +12,7 @@ from math import gcd, isqrt, prod
 from typing import Any, NamedTuple, TypeVar
 
 from tpshard.planning.box import Box, Shape, extents, intersect, merge_box, merge_shape, mergeable
-from tpshard.planning.join import Fill, Region, Step
+from tpshard.planning.join import Fill, Region, Step, Transfer
 from tpshard.planning.strides import Piece, row_major
 from tpshard.storage.safetensors import DTYPE_BITS
 
@@ -49,6 +49,14 @@ class Flat(NamedTuple):
         return {piece.box[place][0] for piece in self.pieces}
 
 
+class FlatScales(NamedTuple):
+    """The scales of a tensor's blocks as a step that is read whole. of: the tensor's shape. shape: theirs."""
+
+    of: Shape
+    shape: Shape
+    step: "FlatStep"
+
+
 class FlatStep(NamedTuple):
     """A step in merged dims. The same block of it is read from `sources` and goes to `targets`."""
 
@@ -61,6 +69,7 @@ class FlatStep(NamedTuple):
     target_dtype: str
     value: bytes
     function: str = ""
+    scales: "FlatScales | None" = None
 
     def blocks(self) -> Iterator[Box]:
         """Boxes that tile the tensor, each of at most BLOCK bytes unless one item is larger.
@@ -128,7 +137,14 @@ def flatten(step: Step) -> FlatStep:
         target_dtype=regions[-1].dtype,
         value=value,
         function="" if isinstance(step, Fill) else step.function,
+        scales=None if isinstance(step, Fill) else _scales(step),
     )
+
+
+def _scales(step: Transfer) -> FlatScales | None:
+    if step.scales is None:
+        return None
+    return FlatScales(step.scales.of, step.scales.shape, flatten(step.scales.step))
 
 
 def _scalar(region: Region) -> Region:

@@ -7,12 +7,13 @@ every output file. That prefix is what is flushed, journalled and hashed behind 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Protocol
 
 from tpshard.errors import DifferentError
 from tpshard.execute.blocks import BLOCK, Flat, FlatStep, flatten, operations
-from tpshard.execute.functions import computed
-from tpshard.planning.box import Box
+from tpshard.execute.functions import BlockScales, computed
+from tpshard.planning.box import Box, full
 from tpshard.planning.join import Step
 from tpshard.planning.layout import StoredTensor
 from tpshard.storage.pool import Pool
@@ -60,11 +61,22 @@ class Loader:
             self._compare(step, flat, block, buffer)
         if step.function:
             assert step.source_dtype is not None
-            return computed(step.function, buffer, step.source_dtype)
+            return computed(step.function, buffer, step.source_dtype, self._scales(step, block))
         if step.source_dtype != step.target_dtype:
             assert self.convert is not None and step.source_dtype is not None
             return self.convert(buffer, step.source_dtype, step.target_dtype, step.name)
         return buffer
+
+    def _scales(self, step: FlatStep, block: Box) -> BlockScales | None:
+        """What a block's numbers are multiplied with."""
+        if step.scales is None:
+            return None
+        scales = step.scales.step
+        buffer = memoryview(bytearray(prod(scales.shape) * scales.sources[0].item))
+        for flat in scales.sources:
+            self._read(flat, full(scales.shape), buffer)
+        assert scales.source_dtype is not None
+        return BlockScales(step.scales.of, step.scales.shape, buffer, scales.source_dtype, step.shape, block)
 
     def _buffer(self, size: int) -> memoryview:
         buffer: bytearray | None = getattr(self._local, "buffer", None)

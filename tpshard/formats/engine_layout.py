@@ -11,7 +11,7 @@ from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, Range, deal, why_not
-from tpshard.planning.layout import LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
+from tpshard.planning.layout import FUNCTIONS, SCALED, LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
 from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.window import window
 from tpshard.storage.tensor_names import numbered
@@ -41,9 +41,12 @@ class ParameterParts:
 
 
 def shares_of(
-    family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor], dealt: Deal
+    family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor], dealt: Deal, scaled: Collection[str] = ()
 ) -> dict[str, tuple[Share, ...]]:
-    """Each tensor's share of every rank, cut and turned as the engine has it; tensors that are alike have one."""
+    """Each tensor's share of every rank, cut and turned as the engine has it; tensors that are alike have one.
+
+    scaled: those that it multiplies by their scales.
+    """
     kinds = {tensor.name: family.kind(model.full_name(tensor.name)) for tensor in tensors}
     in_line = [tensor for tensor in tensors if kinds[tensor.name].cut == "joint"]
     shares = _joint(sorted(in_line, key=lambda each: kinds[each.name].fused[0].place), dealt.mesh.tp)
@@ -53,7 +56,8 @@ def shares_of(
             continue
         kind = kinds[tensor.name]
         turned = kind.transposed or (kind.either and _is_turned(tensor))
-        how = (turned, kind.squeezed, kind.function)
+        function = SCALED if tensor.name in scaled else kind.function
+        how = (turned, kind.squeezed, function)
         key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, *how)
         if kind.function and tensor.dtype not in CASTABLE:
             what = f"{tensor.name} is stored as {tensor.dtype}, of which nothing is computed"
@@ -64,7 +68,7 @@ def shares_of(
             held = _at_least(family.least, tensor, held) if family.least and dealt.mesh.tp > 1 else held
             held = tuple(_squeezed(share, tensor.shape) for share in held) if kind.squeezed else held
             held = tuple(map(transposed, held)) if turned else held
-            known[key] = tuple(_computed(share, kind.function) for share in held) if kind.function else held
+            known[key] = tuple(_computed(share, function) for share in held) if function else held
         shares[tensor.name] = known[key]
     return shares
 
@@ -224,7 +228,7 @@ def _at_least(least: Mapping[str, int], tensor: LogicalTensor, held: tuple[Share
 
 def _computed(share: Share, function: str) -> Share:
     """What a function makes of the share's numbers."""
-    return share._replace(dtype="F32", function=function)
+    return share._replace(dtype=FUNCTIONS[function], function=function)
 
 
 def recipes_of(
@@ -353,4 +357,6 @@ def _join(
     shape = (*first.shape[:dim], begin, *first.shape[dim + 1 :])
     shape = (len(recipe.groups), *shape) if recipe.stacked else shape
     stored, view = (shape[:1], shape) if recipe.flat else (shape, None)
-    return RankShare(StoredTensor(name, first.dtype, stored, tuple(parts), tuple(fills), view), tuple(owners))
+    function = next((share.function for share in held if share.function), "")
+    made = StoredTensor(name, first.dtype, stored, tuple(parts), tuple(fills), view, function=function)
+    return RankShare(made, tuple(owners))

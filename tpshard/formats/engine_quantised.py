@@ -16,7 +16,8 @@ from tpshard.formats.engine_layout import ParameterParts, Share
 from tpshard.formats.engine_patterns import match
 from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules
 from tpshard.planning.box import Shape, full
-from tpshard.planning.layout import LogicalTensor, RankShare, Row, RowKind, StoredTensor
+from tpshard.planning.join import is_grid
+from tpshard.planning.layout import SCALED, LogicalTensor, RankShare, Row, RowKind, StoredTensor
 from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
 from tpshard.storage.names import QUANTISED_KEYS
 
@@ -109,6 +110,18 @@ def unplaced(quantised: QuantisedModules, family: EngineFamily, model: Model, la
         name
         for name, full_name in names.items()
         if suffix_of(full_name) in quantised.unplaced or (name in last and is_before(full_name))
+    )
+
+
+def scaled(family: EngineFamily, model: Model) -> frozenset[str]:
+    """Tensors in FP8 that the engine multiplies by the scales of their blocks."""
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors if family.scaled}
+    return frozenset(
+        tensor.name
+        for tensor in (model.tensors if family.scaled else ())
+        if tensor.dtype == "F8_E4M3"
+        and family.kind(model.full_name(tensor.name)).scaled
+        and is_grid(tensor.shape, shapes.get(f"{tensor.name}{SCALED[1:]}", ()))
     )
 
 

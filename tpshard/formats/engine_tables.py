@@ -47,6 +47,7 @@ class NameKind(NamedTuple):
     transposed: bool
     squeezed: bool
     plain: bool
+    scaled: bool
     either: bool
     float32: bool
     function: str
@@ -80,6 +81,7 @@ class EngineFamily:
     transposed: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
     either: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
@@ -128,6 +130,7 @@ class EngineFamily:
             transposed=fits_any(self.transposed, name),
             squeezed=fits_any(self.squeezed, name),
             plain=fits_any(self.plain, name),
+            scaled=fits_any(self.scaled, name),
             either=fits_any(self.either, name),
             float32=fits_any(self.float32, name),
             function=next((each for each, patterns in self.computed.items() if fits_any(patterns, name)), ""),
@@ -168,7 +171,7 @@ class EngineFamily:
         """The patterns of what is fused into a parameter along a dim, in order."""
         return (self.fused, self.stacks)[dim][target]
 
-    def scaled(self, names: Collection[str]) -> Iterator[str]:
+    def with_scales(self, names: Collection[str]) -> Iterator[str]:
         """The modules that have scales, of the layers that attend among those that tensors are in."""
         elsewhere = {
             self.layer_of(name): place

@@ -10,6 +10,7 @@ import re
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
@@ -28,6 +29,7 @@ from tpshard.formats.engine_quantised import (
     method_of,
     refusal,
     require_whole_blocks,
+    scaled,
     unplaced,
 )
 from tpshard.formats.engine_stages import on_stages
@@ -37,7 +39,7 @@ from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, Range
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
-from tpshard.planning.layout import LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
+from tpshard.planning.layout import SCALED, LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.placement import Placement, placement
@@ -95,8 +97,9 @@ class ShardedState(Format):
         method = method_of(quantised, model, self.engine)
         placed = placement(model, options.mesh, options.pp_layers)
         dealt = self._deal(family, placed.axes, model, options)
-        last = counted_last(quantised, family, model)
+        last, multiplied = counted_last(quantised, family, model), scaled(family, model)
         dropped, beside = self._dropped(family, model), unplaced(quantised, family, model, last) | unheld
+        beside |= {f"{name}{SCALED[1:]}" for name in multiplied}
         held = {tensor.name for tensor in model.tensors}
         dropped |= {tensor.name: self.not_held for tensor in given.tensors if tensor.name not in held}
         unloaded, beside = {*dropped, *beside}, beside - dropped.keys()
@@ -104,14 +107,15 @@ class ShardedState(Format):
         reasons: dict[tuple[object, ...], str | None] = {}  # layers are alike
         for tensor in tensors:
             name = model.full_name(tensor.name)
-            key = numbered(name)[0], tensor.dtype, tensor.shape, tensor.cut
+            taken = not model.quantisation or tensor.name in multiplied
+            key = numbered(name)[0], tensor.dtype, tensor.shape, tensor.cut, taken
             if key not in reasons:
-                own = refusal(quantised, family, tensor, name) if model.quantisation else None
+                own = None if taken else refusal(quantised, family, tensor, name)
                 reasons[key] = family.refusal(name) or own
             if reason := reasons[key]:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
-        shares = self._shares(family, model, tensors, dealt, placed)
+        shares = self._shares(family, model, tensors, dealt, placed, multiplied)
         if model.quantisation:
             named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
             shares = in_shapes(quantised, family, named, shares, last)
@@ -126,7 +130,8 @@ class ShardedState(Format):
         rows += _scales(family, named.values(), options.tp)
         rows = [row._replace(name=family.place(row.name)) for row in rows] if family.moved else rows
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
-        beside |= {tensor.name for tensor in tensors if family.kind(model.full_name(tensor.name)).function}
+        computed = (each.tensors for each in recipes.values() if any(shares[name][0].function for name in each.tensors))
+        beside |= set(chain.from_iterable(computed))
         rows += [_not_loaded(tensor, options.tp) for tensor in model.tensors if tensor.name in beside]
         if options.pp == 1:
             return RankLayouts(LayoutRows(rows, options.tp), dealt, dropped, placed if placed.experts else None)
@@ -264,14 +269,16 @@ class ShardedState(Format):
         tensors: Sequence[LogicalTensor],
         dealt: Deal,
         placed: Placement,
+        multiplied: Collection[str],
     ) -> dict[str, tuple[Share, ...]]:
         """The ranks' shares; of whole experts all of each, of which `joined` takes the rank's."""
         if placed.experts is None:
-            return shares_of(family, model, tensors, dealt)
+            return shares_of(family, model, tensors, dealt, multiplied)
         whole = [tensor for tensor in tensors if placed.of_experts(tensor)]
         alone = self._deal(family, model.axes, model, Options(1))
         found = {name: held * placed.mesh.tp for name, held in shares_of(family, model, whole, alone).items()}
-        return found | shares_of(family, model, [each for each in tensors if each.name not in found], dealt)
+        rest = [each for each in tensors if each.name not in found]
+        return found | shares_of(family, model, rest, dealt, multiplied)
 
     def _deal(self, family: EngineFamily, model_axes: Mapping[str, Axis], model: Model, options: Options) -> Deal:
         """The engine's ranges of the axes, the vocabulary padded as it pads it."""
@@ -371,6 +378,6 @@ def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
 def _scales(family: EngineFamily, names: Collection[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for module in family.scaled(names):
+    for module in family.with_scales(names):
         for scale in _SCALES:
             yield Row(f"{module}.{scale}", (), one)

@@ -13,7 +13,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 from tpshard.errors import CorruptError
 from tpshard.planning.box import Box, Shape, corner, extents, full, tiles, volume
-from tpshard.planning.layout import Layout, LogicalTensor, Part, StoredTensor, rows_of
+from tpshard.planning.layout import SCALED, Layout, LogicalTensor, Part, StoredTensor, rows_of
 from tpshard.planning.strides import Piece, common_view, fine_box, pieces_of, placed_box, row_major
 from tpshard.storage.safetensors import DTYPE_BITS, build_header, nbytes
 
@@ -72,10 +72,18 @@ class Region(NamedTuple):
     pieces: tuple[Piece, ...]
 
 
+class Scales(NamedTuple):
+    """The scales of a tensor's blocks, and how to read them. of: the shape of that tensor."""
+
+    of: Shape
+    shape: Shape
+    step: "Transfer"
+
+
 class Transfer(NamedTuple):
     """Move one logical tensor: read `sources`, which tile it; `replicas` must hold the same; write `targets`.
 
-    function: what the targets have of its numbers, if not themselves.
+    function: what the targets have of its numbers, if not themselves. scales: by which it multiplies them.
     """
 
     name: str
@@ -84,6 +92,7 @@ class Transfer(NamedTuple):
     replicas: tuple[Region, ...]
     targets: tuple[Region, ...]
     function: str = ""
+    scales: Scales | None = None
 
     @property
     def nbytes(self) -> int:
@@ -203,7 +212,10 @@ def join(logical: Sequence[LogicalTensor], sources: Iterable[Placed], outputs: S
                 if key not in done:
                     done.add(key)
                     step = _transfer(name, shapes[name], held.get((name, ""), ()), wanted[key])
-                    steps.append((at, step._replace(function=function) if function else step))
+                    if function:
+                        scales = _scales(name, shapes, held) if function == SCALED else None
+                        step = step._replace(function=function, scales=scales)
+                    steps.append((at, step))
             for box in stored.fills:
                 strides = row_major(stored.view or stored.shape)
                 offset = sum(start * stride for start, stride in zip(corner(box), strides, strict=True))
@@ -265,6 +277,26 @@ def _transfer(name: str, shape: Shape, held: _Held, wanted: _Held) -> Transfer:
         for side, pieces in sides
     ]
     return Transfer(name, flow.fine, sources, replicas, targets)
+
+
+def _scales(name: str, shapes: Mapping[str, Shape], held: Mapping[tuple[str, str], _Held]) -> Scales | None:
+    """Where the scales of a matrix' blocks lie, if it has some; CorruptError where they are not of equal blocks."""
+    scales, of = f"{name}{SCALED[1:]}", shapes[name]
+    if (shape := shapes.get(scales)) is None:
+        return None
+    if not is_grid(of, shape):
+        what, expected = f"{scales} is not a grid of {name}", f"a shape that divides {list(of)}"
+        raise CorruptError(what, tensor=scales, expected=expected, found=list(shape))
+    return Scales(of, shape, _transfer(scales, shape, held.get((scales, ""), ()), ()))
+
+
+def is_grid(shape: Shape, scales: Shape) -> bool:
+    """Whether a matrix is as many equal blocks as it has scales.
+
+    >>> is_grid((128, 256), (1, 2)), is_grid((192, 256), (2, 2)), is_grid((160, 256), (3, 2))
+    (True, True, False)
+    """
+    return len(shape) == len(scales) == 2 and all(b and a % b == 0 for a, b in zip(shape, scales, strict=True))
 
 
 _Kind = tuple[Shape, tuple[_Place, ...]]

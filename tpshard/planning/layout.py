@@ -29,8 +29,10 @@ class LogicalTensor:
     cut: Cut
 
 
-FUNCTIONS = ("-exp",)
-"""What a stored number may be of the source's; the result is F32."""
+SCALED = "*_scale_inv"
+"""The numbers in FP8, each times the scale of its block: the tensor of that name and what follows the star."""
+FUNCTIONS = {"-exp": "F32", SCALED: "BF16"}
+"""What a stored number may be of the source's, and the dtype of the result."""
 
 
 class Part(NamedTuple):

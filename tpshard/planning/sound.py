@@ -60,7 +60,7 @@ def _fits(stored: StoredTensor, shapes: Mapping[str, Shape]) -> bool:
     view = stored.shape if stored.view is None else stored.view
     if not (_is_shape(view) and prod(view) == prod(stored.shape)):
         return False
-    if stored.function not in ("", *FUNCTIONS) or (stored.function and stored.dtype != "F32"):
+    if stored.function and FUNCTIONS.get(stored.function) != stored.dtype:
         return False
     if len(stored.value) not in (0, max(1, DTYPE_BITS[stored.dtype] // 8)):
         return False

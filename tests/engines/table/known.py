@@ -13,7 +13,7 @@ from tpshard.formats.engine_tables import EngineFamily, _family
 from tpshard.storage.tensor_names import numbered
 
 NOT_READ = (
-    "buffers", "needs", "says", "unrepeated", "alone_repeated", "rest_last", "plain", "slots",
+    "buffers", "needs", "says", "unrepeated", "alone_repeated", "rest_last", "plain", "scaled", "slots",
 )  # fmt: skip
 """Keys of a family that loading a checkpoint that is not quantised does not show."""
 
