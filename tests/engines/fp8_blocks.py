@@ -53,7 +53,14 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "lfm2_moe": ({"num_attention_heads": 2, "head_dim": 128, "moe_intermediate_size": 256}, r"feed_forward\.gate\."),
     **{name: (_WIDE, "none") for name in ("apertus", "arcee", "cwm", "ernie4_5", "granite_swa", "hunyuan_v1_dense")},
     **{name: (_WIDE, "none") for name in ("hyperclovax", "jais2", "ministral3", "olmo3", "vaultgemma")},
-    **{name: (_EVEN, "none") for name in ("qwen2", "gemma2", "gemma3")},
+    **{name: (_EVEN, "none") for name in ("qwen2", "gemma", "gemma2", "gemma3", "cohere", "cohere2", "granite")},
+    **{
+        name: (_EVEN, "none")
+        for name in ("exaone", "exaone4", "glm4", "gpt_neox", "helium", "internlm3", "iquestcoder")
+    },
+    **{name: (_EVEN, "none") for name in ("ministral", "nemotron", "olmo", "olmo2", "opt", "seed_oss", "smollm3")},
+    **{name: (_EVEN, "none") for name in ("stablelm", "starcoder2")},
+    "olmoe": (_EVEN | {"intermediate_size": 256}, r"mlp\.gate\."),
     "mixtral": (_EVEN | {"intermediate_size": 256}, r"\.gate\."),
     "glm4_moe": (_MOE, r"mlp\.gate\."),
     "qwen2_moe": (_SHARED, r"mlp\.gate\.|shared_expert_gate"),
