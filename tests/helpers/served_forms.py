@@ -7,6 +7,7 @@ decoders that publish their own code, as tensors of the right shapes.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ NESTED: dict[str, dict[str, Any]] = {
     "muse_glimmer": {
         "text_config": _TEXT | {"head_dim": 16},
         "vision_config": _TOWER | {"pos_emb_height": 2, "pos_emb_width": 2, "max_position_embeddings": 4},
-        **{"out_hidden_size": 32, "projector_hidden_size": 48},
+        **{"out_hidden_size": 128, "projector_hidden_size": 48},
     },
     "mllama": {
         "text_config": _TEXT | {"cross_attention_layers": [1]},
@@ -92,6 +93,21 @@ def make(model_type: str, path: Path, *, published: bool) -> Path:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
     model.save_pretrained(path, save_original_format=published)
     return path
+
+
+def ernie_as_published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the nested form as it is published: all values at the top, lists of both kinds of experts."""
+    left_out = ("mlp_layer_types", "rope_parameters", "head_dim")
+    inner = {key: value for key, value in config["text_config"].items() if key not in left_out}
+    vision = config["vision_config"]
+    kept = {key: vision[key] for key in ("depth", "hidden_size", "num_heads", "patch_size", "spatial_merge_size")}
+    return inner | {
+        **{"model_type": "ernie4_5_moe_vl", "moe_num_experts": [2, 2], "moe_layer_start_index": [1, 1]},
+        **{"moe_layer_end_index": [1, 1], "moe_layer_interval": 1, "rope_theta": 1e4, "freq_allocation": 2},
+        **{"im_patch_id": VOCAB - 1, "spatial_conv_size": 2, "temporal_conv_size": 2},
+        "vision_config": kept
+        | {"embed_dim": vision["hidden_size"], "mlp_ratio": vision["intermediate_size"] / vision["hidden_size"]},
+    }
 
 
 _LLAMA = {

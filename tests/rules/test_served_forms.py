@@ -82,10 +82,7 @@ def test_what_publishes_its_own_code(name: str, tp: int, tmp_path: Path) -> None
 def test_ernie_as_it_is_published(tmp_path: Path) -> None:
     """All values at the top, and lists of both kinds of experts: the decoder is cut in the same way."""
     nested = served_forms.make("ernie4_5_vl_moe", tmp_path / "nested", published=True)
-    inner = json.loads((nested / "config.json").read_text())["text_config"]
-    config = {key: value for key, value in inner.items() if key not in ("mlp_layer_types", "rope_parameters")}
-    config |= {"model_type": "ernie4_5_moe_vl", "moe_num_experts": [2, 2], "moe_layer_start_index": [1, 1]}
-    config |= {"moe_layer_end_index": [1, 1], "vision_config": {"depth": 1}}
+    config = served_forms.ernie_as_published(json.loads((nested / "config.json").read_text()))
     model = write_checkpoint(tmp_path / "model", config, read_all(nested))
     plans = [succeeds("plan", each, "--tp", 2, "--json").json for each in (nested, model)]
     assert plans[0]["ranks"] == plans[1]["ranks"]

@@ -139,7 +139,6 @@ def test_every_model_type_with_rules_is_run() -> None:
         "mistral_native",
     }
     remote |= {"deepseek_v4", "mistral_large4", "qwen4_exp_text", "step3p5", "step3p7_text", "minimax_m3_text"}
-    remote |= {"mllama_text_model", "molmo2_text", "muse_glimmer_text", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl_text"}
     assert rules - remote <= FAMILIES.keys() | TRIED | AMONG_ZEROS | COMPUTES_AS.keys()
     assert FAMILIES.keys() == DECODED
     assert {name for name in rules if proved_by(name) == "bytes"} == remote

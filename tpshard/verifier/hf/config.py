@@ -5,6 +5,7 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.verifier.dequantise.find import QUANTISATION
+from tpshard.verifier.hf.published import as_class
 from tpshard.verifier.model_types import COMPUTES_AS, TRIED
 
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
@@ -16,7 +17,7 @@ _LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
 
 def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the text model: the config itself, or what a multimodal one nests."""
-    config = config["thinker_config"] if isinstance(config.get("thinker_config"), Mapping) else config
+    config = with_towers(config)
     nested = next((config[key] for key in TEXT_KEYS if isinstance(config.get(key), Mapping)), None)
     outer = str(config.get("model_type"))
     if outer not in TRIED and nested is None and f"{outer}_text" in COMPUTES_AS:
@@ -88,7 +89,7 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
 def with_towers(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the model that sees pictures and computes logits: of a model that also speaks, a part."""
     thinker = config.get("thinker_config")
-    return thinker if isinstance(thinker, Mapping) else config
+    return as_class(thinker if isinstance(thinker, Mapping) else config)
 
 
 def has_towers(config: Mapping[str, Any]) -> bool:

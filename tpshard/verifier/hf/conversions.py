@@ -4,19 +4,26 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpshard.verifier.hf.converted import Conversion
 from tpshard.verifier.hf.parameters import StoredParts
 
-_JOINED = (["Concatenate"], ["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+_JOINED = ((["Concatenate"], [0]), (["MergeModulelist"], [0]), (["MergeModulelist", "Concatenate"], [0, 1]))
+"""Operations, and the dims that they go along."""
 
 
 @dataclass(frozen=True)
 class Conversions:
-    """What transformers does to a checkpoint's names before it gives them to a class."""
+    """What transformers does to a checkpoint's names before it gives them to a class.
+
+    made: the parameters that are there under their own names, since they were converted before.
+    """
 
     renamings: list[Any]
     converters: list[Any]
     prefix: str
     keys: Mapping[str, Any]
+    model: Any
+    made: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: Any) -> "Conversions":
@@ -26,18 +33,41 @@ class Conversions:
         every = get_model_conversion_mapping(model)
         converters = [each for each in every if isinstance(each, WeightConverter)]
         renamings = [each for each in every if not isinstance(each, WeightConverter)]
-        return cls(renamings, converters, str(getattr(model, "base_model_prefix", "")), model.state_dict())
+        return cls(renamings, converters, str(getattr(model, "base_model_prefix", "")), model.state_dict(), model)
 
     def recipes(self, names: Collection[str]) -> dict[str, StoredParts]:
         """Which stored tensors make which parameters, as far as that is by name, by stacking and by joining rows.
 
-        An expert of which a matrix is missing is left out.
+        An expert of which a matrix is missing is left out. What is converted otherwise is named, no more: see
+        `converted`.
         """
+        found, matched = self._matched(names)
+        for conversion in matched:
+            columns = list(conversion.parts.values())
+            if not _is_joined(conversion.converter):
+                found |= dict.fromkeys(conversion.keys, StoredParts((tuple(conversion.stored),), stacked=False))
+            elif len(columns) == len(conversion.converter.source_patterns):
+                experts = tuple(zip(*columns, strict=False))
+                stacked = type(conversion.converter.operations[0]).__name__ == "MergeModulelist"
+                if stacked or len(experts) == 1:
+                    first = _first_number(columns[0][0]) if stacked else 0
+                    found[conversion.key] = StoredParts(experts, stacked, first)
+        return found
+
+    def others(self, names: Collection[str]) -> list[Conversion]:
+        """What is converted otherwise than by name, by stacking and by joining rows."""
+        return [each for each in self._matched(names)[1] if not _is_joined(each.converter)]
+
+    def _matched(self, names: Collection[str]) -> tuple[dict[str, StoredParts], list[Conversion]]:
+        """What is converted by name alone, and the rest by the first parameter that it makes."""
         from transformers.core_model_loading import rename_source_key
 
         found: dict[str, StoredParts] = {}
         parts: dict[str, dict[str, list[str]]] = {}
         for stored in sorted(names, key=_in_order):
+            if stored in self.made:
+                found[stored] = StoredParts(((stored,),), stacked=False)
+                continue
             key, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, dict(self.keys))
             if key not in self.keys:
                 continue
@@ -45,17 +75,19 @@ class Conversions:
                 found.setdefault(key, StoredParts(((stored,),), stacked=False))
             else:
                 parts.setdefault(key, {}).setdefault(pattern, []).append(stored)
+        matched = []
         for key, by_pattern in parts.items():
             converter = next(each for each in self.converters if by_pattern.keys() <= set(each.source_patterns))
-            kinds = [type(each).__name__ for each in converter.operations]
-            if kinds not in _JOINED or len(by_pattern) != len(converter.source_patterns):
-                continue
-            columns = [by_pattern[pattern] for pattern in converter.source_patterns]
-            experts = tuple(zip(*columns, strict=False))
-            stacked = kinds[0] == "MergeModulelist"
-            if stacked or len(experts) == 1:
-                found[key] = StoredParts(experts, stacked, _first_number(columns[0][0]) if stacked else 0)
-        return found
+            order = {pattern: by_pattern[pattern] for pattern in converter.source_patterns if pattern in by_pattern}
+            matched.append(Conversion(converter, self.model, key, order))
+        return found, matched
+
+
+def _is_joined(converter: Any) -> bool:
+    """Whether rows are joined, or those of each of a stack."""
+    kinds = [type(each).__name__ for each in converter.operations]
+    dims = [getattr(each, "dim", 0) for each in converter.operations]
+    return (kinds, dims) in _JOINED
 
 
 def _in_order(name: str) -> list[tuple[bool, int, str]]:

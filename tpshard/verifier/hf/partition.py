@@ -1,7 +1,7 @@
 """Which elements of the source each rank must hold of the parameters of transformers' classes."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +48,9 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
         padded, known = key.rpartition(".")[0] in ends, frame.tried and _PLAIN.search(key) is not None
         if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
             for name in whole[key].stored:
-                held_by = [Held(rank, name) for rank in ranks]
+                each = [Held(rank, name) for rank in ranks]
                 like_keys = name.removeprefix(place)
-                yield Parameter(like_keys, Held(source, name), held_by, known=frame.tried)
+                yield Parameter(like_keys, Held(source, name), each, known=frame.tried)
             continue
         sides = [_held(source, whole[key]), *(_held(rank, found[key]) for rank, found in zip(ranks, held, strict=True))]
         cut = cuts.get(key)
@@ -61,8 +61,32 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
             yield Parameter(key, sides[0], sides[1:], known=known, parts=parts, groups=groups)
             continue
         starts = None if cut is None else cut.starts
-        yield Parameter(key, sides[0], sides[1:], None, padded, known=known or padded, starts=starts)
+        orders = of_tables(whole[key], held_by(key, held), source, ranks) if padded else None
+        yield Parameter(key, sides[0], sides[1:], orders, padded, known=known or padded, starts=starts)
     yield from idle(source, ranks, used, frame.layers, frame.depth, frame.aside)
+
+
+def held_by(key: str, held: Sequence[Mapping[str, StoredParts]]) -> list[StoredParts]:
+    """What each rank makes a parameter of."""
+    return [found[key] for found in held]
+
+
+def of_tables(
+    whole: StoredParts, held: Sequence[StoredParts], source: Weights, ranks: Sequence[Weights]
+) -> list[Tensor] | None:
+    """The rows of each rank where an embedding is several tables, of each of which a rank has its part; else None."""
+    if not whole.joined or any(len(parts.stored) != len(whole.stored) for parts in held):
+        return None
+    orders: list[list[Tensor]] = [[] for _ in ranks]
+    first = 0
+    for number, name in enumerate(whole.stored):
+        sides = [Held(rank, parts.stored[number]) for rank, parts in zip(ranks, held, strict=True)]
+        count = source.shape(name)[0]
+        for rank, share in enumerate(Parameter(name, Held(source, name), sides, padded=True).shares()):
+            order = torch.arange(count) if share.order is None else share.order
+            orders[rank].append(torch.where(order < 0, order, order + first))
+        first += count
+    return [torch.cat(each) for each in orders]
 
 
 def _sharing(source: Held | HeldParts, experts: RankShares) -> list[tuple[Share, tuple[int, ...]]]:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,14 +114,14 @@ def _forms(model: Any, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
     if vision is None:
         return
     patch, channels = _one(getattr(vision, "patch_size", 14)), _channels(vision)
-    frames = int(getattr(vision, "temporal_patch_size", 1) or 1)
+    frames = int(_named(vision, "temporal_patch_size", "patch_temporal") or 1)
     takes = set(inspect.signature(model.forward).parameters)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     t, rows, columns = _GRID
-    merge = _one(getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_kernel_size", None) or 1)
+    merge = _one(_named(vision, "spatial_merge_size", "merge_kernel_size", "merge_size") or 1)
     rows, columns = (max(1, n // 2) * max(2, merge) for n in (rows, columns))
     if "image_grid_thw" in takes:
         grid = torch.tensor([[t, rows, columns]] * batch)
@@ -128,14 +129,35 @@ def _forms(model: Any, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
         yield {"pixel_values": noise(patches, channels * frames * patch * patch), "image_grid_thw": grid}
         yield {"pixel_values": noise(patches, channels, patch, patch), "image_grid_thw": grid}
         yield {"pixel_values": noise(patches, channels, frames, patch, patch), "image_grid_thw": grid}
+    if "image_token_pooling" in takes:
+        count = int(vision.num_position_embeddings)
+        pooled = next(n for n in (2, 3, 1) if count % n == 0)
+        yield {
+            "pixel_values": noise(batch, count, channels * patch * patch),
+            "image_token_pooling": torch.arange(batch * count).view(-1, pooled),
+            "image_grids": torch.tensor([[1, count // pooled, 0, 0]] * batch),
+        }
     sizes = getattr(vision, "image_size", None)
     high, wide = (
         (sizes if isinstance(sizes, list | tuple) else (sizes, sizes)) if sizes else (rows * patch, columns * patch)
     )
+    if "aspect_ratio_ids" in takes:
+        tiles, ratios = vision.max_num_tiles, vision.supported_aspect_ratios
+        which = next((i for i, (down, across) in enumerate(ratios) if down * across > 1), 0)
+        yield {
+            "pixel_values": noise(batch, 1, tiles, channels, high, wide),
+            "aspect_ratio_ids": torch.full((batch, 1), 1 + which),
+            "aspect_ratio_mask": (torch.arange(tiles) < math.prod(ratios[which])).long().expand(batch, 1, tiles),
+        }
     sizes = {"image_sizes": torch.tensor([[high, wide]] * batch)}
     for more in ({}, sizes) if "image_sizes" in takes else ({},):
         yield {"pixel_values": noise(batch, channels, high, wide), **more}
         yield {"pixel_values": noise(batch, 1, channels, high, wide), **more}
+
+
+def _named(config: Any, *keys: str) -> Any:
+    """What a config has under the first of these keys; None where it has none."""
+    return next((value for key in keys if (value := getattr(config, key, None))), None)
 
 
 def _one(size: Any) -> int:
@@ -143,16 +165,13 @@ def _one(size: Any) -> int:
 
 
 def _channels(vision: Any) -> int:
-    return int(
-        getattr(vision, "in_channels", None)
-        or getattr(vision, "num_channels", None)
-        or getattr(vision, "in_chans", None)
-        or 3
-    )
+    return int(_named(vision, "in_channels", "num_channels", "in_chans") or 3)
 
 
 def _features(model: Any, made: Mapping[str, Tensor]) -> int | None:
-    """How many tokens' places the pictures take."""
+    """How many tokens' places the pictures take: of those that layers attend to, each one."""
+    if not hasattr(model, "get_image_features"):
+        return len(made["pixel_values"])
     arguments = {key: x.to(model.dtype) if x.is_floating_point() else x for key, x in made.items()}
     found = model.get_image_features(**arguments)
     found = getattr(found, "pooler_output", None) if getattr(found, "pooler_output", None) is not None else found
@@ -170,4 +189,7 @@ def _placed(
     ids = torch.cat((text[:, :_FIRST], places, text[:, _FIRST:]), 1)
     takes = inspect.signature(model.forward).parameters
     which = {key: (ids == token).long() for key in ("mm_token_type_ids", "token_type_ids") if key in takes}
+    if "cross_attention_mask" in takes and "aspect_ratio_mask" in made:  # text looks at pictures before it
+        seen = (ids == token).cumsum(1)[:, :, None] * made["aspect_ratio_mask"]
+        which["cross_attention_mask"] = seen.unsqueeze(2)
     return Pictures({**made, **which}, ids, barred)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tpshard.errors import DifferentError
 from tpshard.verifier.elements import Held, Parameter, RankShares, Readable
 from tpshard.verifier.hf.parameters import StoredParts
-from tpshard.verifier.hf.partition import HeldParts
+from tpshard.verifier.hf.partition import HeldParts, held_by, of_tables
 from tpshard.verifier.hf.skeleton import Frame
 from tpshard.verifier.ranks.weights import Weights
 
@@ -72,7 +72,8 @@ def shares_of(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> dict[s
             continue
         sides = [_readable(weights, each[key]) for weights, each in zip((source, *ranks), (whole, *held), strict=True)]
         padded = key.rpartition(".")[0] in ends
-        parameter = Parameter(key, sides[0], sides[1:], None, padded, known=padded, starts=cut.starts)
+        orders = of_tables(whole[key], held_by(key, held), source, ranks) if padded else None
+        parameter = Parameter(key, sides[0], sides[1:], orders, padded, known=padded, starts=cut.starts)
         found[key] = _shares(key, parameter, cut)
     return found
 

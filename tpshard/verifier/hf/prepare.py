@@ -8,7 +8,6 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tpshard.errors import TpshardError, UnsupportedError, UsageError
 from tpshard.storage.tensor_names import numbered
@@ -108,34 +107,33 @@ def _sides(opened: OpenedSet, options: VerifyOptions, *, whole: bool) -> tuple[T
         ids, layers, tokens = decide(opened, options, same=same, vocab=vocab, layers=depth, positions=positions)
         frame = frame if layers is None else replace(frame, layers=layers)
         frame.require_described(opened.source, opened.config.get("architectures"))
-        frame = replace(frame.of_source(opened.source), aside=shards.aside)
-    for weights in (opened.source, *shards.ranks):
-        require_floats(weights, frame.stored(weights))
-    backend: TransformersBackend = TransformersBackend(opened.source, shards.ranks, opened.team, ids, device, frame)
+        for weights in (opened.source, *shards.ranks):
+            require_floats(weights, frame.stored(weights))
+        frame, source, ranks = frame.converted(opened.source, shards.ranks)
+        frame = replace(frame.of_source(source), aside=shards.aside)
+    backend: TransformersBackend = TransformersBackend(source, ranks, opened.team, ids, device, frame)
     if not frame.tried:
-        backend = MaskedBackend(opened.source, shards.ranks, opened.team, ids, device, frame, sparing=not shards.stored)
+        backend = MaskedBackend(source, ranks, opened.team, ids, device, frame, sparing=not shards.stored)
     if whole:
         if options.stream:
             raise UnsupportedError("pictures take all weights in memory, which --stream does not keep")
         require_memory(_resident(opened, backend, tokens), usable(device, opened.sharing), device, _LESS)
-        frame, tokens = _with_pictures(opened, frame, ids, options.seed, tokens, positions)
+        frame, tokens = _with_pictures(backend, options.seed, tokens, positions)
         ids = frame.pictures.ids.to(device)  # type: ignore[union-attr]
         backend = replace(backend, frame=frame, prompt=ids)
     return backend, tokens
 
 
-def _with_pictures(
-    opened: OpenedSet, frame: Frame, ids: Tensor, seed: int, tokens: int, positions: int
-) -> tuple[Frame, int]:
+def _with_pictures(sides: TransformersBackend, seed: int, tokens: int, positions: int) -> tuple[Frame, int]:
     """The frame with noise for pixels in a form that its class takes, and how many tokens may follow.
 
     UnsupportedError where none is known.
     """
-    frame = replace(frame, config=with_placeholder(frame.config, frame.text.vocab_size))
-    model: Any = skeleton(frame.config, torch.float32, opened.device)
-    fill(model, frame, opened.source, torch.float32, opened.device)
+    frame = replace(sides.frame, config=with_placeholder(sides.frame.config, sides.frame.text.vocab_size))
+    model: Any = skeleton(frame.config, torch.float32, sides.device)
+    fill(model, frame, sides.source, torch.float32, sides.device)
     skip_layers(model, frame.layers)
-    found = pictures_for(model, ids, seed, frame.text.vocab_size)
+    found = pictures_for(model, sides.prompt, seed, frame.text.vocab_size)
     if found is None:
         raise UnsupportedError("its class takes pictures in a form that is not known here")
     length = found.ids.shape[1]

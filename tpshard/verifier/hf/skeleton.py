@@ -17,6 +17,7 @@ from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.elements import RankShares
 from tpshard.verifier.hf.config import text_config
 from tpshard.verifier.hf.conversions import Conversions
+from tpshard.verifier.hf.converted import converted
 from tpshard.verifier.hf.heads import with_shared_heads
 from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
@@ -210,6 +211,14 @@ class Frame:
             if dims and dims[0] != dims[1] and recipe.shape(source) == (experts, dims[1], dims[0]):
                 turned.add(key)
         return replace(self, headless=self.head not in found, turned=frozenset(turned))
+
+    def converted(self, source: Weights, ranks: Sequence[Weights]) -> tuple["Frame", Weights, Sequence[Weights]]:
+        """Source and ranks with parameters in the place of what transformers makes them of, and the frame of these."""
+        others = [] if self.conversions is None else self.conversions.others(source.names())
+        if not others:
+            return self, source, ranks
+        made, whole, held = converted(others, self.shapes.keys(), source, ranks)
+        return replace(self, conversions=replace(self.conversions, made=made)), whole, held
 
     def stored(self, weights: Weights) -> list[str]:
         """The stored tensors that the parameters are made of."""
