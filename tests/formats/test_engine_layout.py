@@ -94,4 +94,4 @@ def test_layers_have_their_scales_where_the_table_says() -> None:
         attends=("layers.*.q",),
     )
     names = ["layers.0.q", "layers.1.q", "layers.1.index", "layers.2.mlp", "head"]
-    assert list(family.scaled(names)) == ["layers.0.attn", "layers.1"]
+    assert list(family.with_scales(names)) == ["layers.0.attn", "layers.1"]

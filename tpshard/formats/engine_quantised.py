@@ -247,7 +247,7 @@ def constants(
 
     said, cached = _declared(model), bool(model.quantisation and model.quantisation["kv_cache"])
     buffers = [b for b in method.buffers if cached or not any(said.get(key) == v for key, v in b.unless.items())]
-    modules = family.scaled(names) if buffers and family.buffers else ()
+    modules = family.with_scales(names) if buffers and family.buffers else ()
     for module, buffer in product(modules, buffers):
         if module.rpartition(".")[2] not in buffer.not_in:
             for name in buffer.names:
