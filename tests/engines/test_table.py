@@ -9,7 +9,7 @@ import pytest
 
 from tests.engines.table import __main__ as tool
 from tests.engines.table.known import parsed
-from tests.engines.table.recorded import FILE, Record, Replay, entry_of
+from tests.engines.table.replay import FILE, Record, Replay, entry_of
 from tpshard.formats.engine_tables import load_table
 from tpshard.formats.vllm import FORMAT
 
@@ -25,7 +25,7 @@ scales = [".self_attn.attn"]
 ".mlp.gate_up_proj" = [".mlp.gate_proj", ".mlp.up_proj"]
 ".self_attn.qkv_proj" = [".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj"]
 """
-QKV = "model.layers.1.self_attn.qkv_proj.weight"
+QKV = tuple(f"model.layers.{layer}.self_attn.qkv_proj.weight" for layer in range(2))
 
 
 @pytest.fixture
@@ -64,13 +64,10 @@ def test_what_agrees_with_the_table_is_equal(
 
 
 def test_parts_in_another_order_are_named(record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for load in record[:4]:
-        for rank in load["ranks"]:
-            dtype, shape, (q, k, v) = rank[QKV]
-            rank[QKV] = dtype, shape, [q, v, k]
-            other = QKV.replace("1", "0")
-            dtype, shape, (q, k, v) = rank[other]
-            rank[other] = dtype, shape, [q, v, k]
+    for rank in (rank for load in record[:4] for rank in load["ranks"]):
+        for name in QKV:
+            dtype, shape, (q, (k, rows, two, apart)) = rank[name]
+            rank[name] = dtype, shape, [q, [k + apart, rows, two, -apart]]
     said = differences(record, tmp_path, capsys)
     assert "model.layers.0.self_attn.k_proj.weight: fused: read" in said and "known" in said
 
@@ -111,4 +108,4 @@ def test_a_class_that_takes_the_embedding_for_the_head_has_none(record: Record, 
             rank["lm_head.weight"] = rank.pop("model.embed_tokens.weight")
     found = entry_of(Replay(record), tmp_path)
     assert (found.entry["head"], found.entry["tied"]) == ("", "lm_head")
-    assert "renamed" not in found.entry and "refused" not in found.entry
+    assert found.entry.get("renamed", {}) == {} and "refused" not in found.entry

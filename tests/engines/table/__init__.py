@@ -8,5 +8,6 @@
 - `names`: patterns, from pairs of names;
 - `findings`: what readings of several checkpoints of one type say together, as an entry;
 - `known`: whether an entry says the same as the table does;
-- `nested`: the same of models that nest a text model.
+- `nested`: the same of models that nest a text model;
+- `replay`: what vLLM held of one checkpoint, recorded, for tests of the tool where there is no vLLM.
 """

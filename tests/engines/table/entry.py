@@ -76,7 +76,7 @@ def read_entry(checkpoints: list[Checkpoint], loader: Loader, scratch: Path) -> 
         except CannotSay as problem:
             found.problems.append(str(problem))
         return found
-    findings = Findings(layer_pattern(found.readings[0]), f"{head}.weight")
+    findings = Findings(layer_pattern(found.readings[0]), f"{head}.weight", f"{embedding}.weight")
     for reading in found.readings:
         try:
             findings.add(reading)

@@ -25,6 +25,7 @@ class Findings:
 
     layer: str
     head_of: str
+    embedding_of: str = ""
     pairs: dict[str, str] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
     stacks: dict[str, list[str]] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Findings:
         """Take in one more."""
         model = reading.model
         names = {tensor.name: model.full_name(tensor.name) for tensor in model.tensors}
-        embedding = next((f"{to}.weight" for to in model.tied.values()), "")
+        embedding = next((f"{to}.weight" for to in model.tied.values()), self.embedding_of)
         if self.is_tied(reading) or self._has_no_head(reading, names, embedding):
             self.tied = _module(reading.parameter_of[_key(names, embedding)])
             names = {name: full for name, full in names.items() if full != embedding}

@@ -1,6 +1,6 @@
 """What vLLM held of a small LLaMA, recorded, so that the tool is tested where there is no vLLM.
 
-`ENGINE_PYTHON=.venv-engines/bin/python python -m tests.engines.table.recorded` records it anew.
+`ENGINE_PYTHON=.venv-engines/bin/python python -m tests.engines.table.replay` records it anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.engines.table.coded import DIGITS, ONE, ZERO, Numbers, decoded
 from tests.engines.table.entry import Entry, read_entry
 from tests.engines.table.reading import Checkpoint
 
-FILE = Path(__file__).with_name("recorded.json")
+FILE = Path(__file__).with_name("replay.json")
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 100,
