@@ -10,7 +10,7 @@ from tpshard.verifier.families.configs import FAMILIES, describe
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.hf.config import text_of
 from tpshard.verifier.ranks import meta_deepseek as published
-from tpshard.verifier.ranks import vllm as sharded_state
+from tpshard.verifier.ranks import replicas
 from tpshard.verifier.ranks.dcp import dealt
 from tpshard.verifier.ranks.megatron_names import in_source
 from tpshard.verifier.ranks.nested import NESTED, Beside, beside_of, names_in, shares_beside
@@ -150,4 +150,4 @@ def require_replicas(opened: RankSet) -> None:
     """DifferentError where what an engine takes from each rank, and the decoder from one, is not the same on all."""
     if opened.format == "vllm":
         config = opened.config if _beside(opened) is None else text_of(opened.config)
-        sharded_state.require_replicas(opened.stored, VLLM[str(config.get("model_type"))])
+        replicas.require_replicas(opened.stored, VLLM[str(config.get("model_type"))])

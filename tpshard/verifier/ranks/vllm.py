@@ -15,12 +15,11 @@ from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.fused import Parts, Placed, begun
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
-from tpshard.verifier.ranks.weights import equal
+from tpshard.verifier.ranks.replicas import SCALES, some_experts
 
 Pieces = Iterator[tuple[str, RankPiece]]
 TEXT = "language_model"
 """Below which a model that nests a text model has it."""
-SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 _LAYER = re.compile(r"(.*?\.\d+\.)(.+)")
 _EXPERTS = re.compile(r".+\.experts\.routed_experts\.(w13|w2)_(.+)")
 
@@ -245,8 +244,7 @@ VLLM: Mapping[str, Names] = {
             _SHARED: "mlp.shared_experts",
         },
         halves={
-            **_swiglu("mlp"),
-            **_swiglu("mlp.shared_experts"),
+            **_SHARED_MOE.halves,
             "attention.fused_qkv_a_proj": ("attention.q_a_proj", "attention.kv_a_proj_with_mqa"),
             "attention.qkvb_proj": tuple(f"attention.{letter}_proj" for letter in "qkvb"),
         },
@@ -306,7 +304,7 @@ class Rank:
         family = self.family
         parts = Parts(self.source, layer, len(self.ranks), self.rank, names.otherwise)
         module, _, suffix = tensor.rpartition(".")
-        if tensor in names.once and not _some_experts(self.ranks, stored.name):
+        if tensor in names.once and not some_experts(self.ranks, stored.name):
             stored = Stored(self.ranks[0], stored.name)
         if experts := _EXPERTS.fullmatch(tensor):
             before = sum(each.shape(stored.name)[0] for each in self.ranks[: self.rank])
@@ -399,23 +397,3 @@ class Rank:
             first = self.rank * (shape[0] // rows) // tp * rows if shape[0] < rows * tp else self.rank * rows
             return Rows(stored, torch.arange(first, min(first + rows, shape[0])))
         return Rows(stored, even(shape[0], self.rank, tp))
-
-
-def _some_experts(ranks: Sequence[FileWeights], name: str) -> bool:
-    """Whether each rank holds some experts whole: then the router counts more of them than a rank's tensor has."""
-    router = f"{name.partition('.experts.')[0]}.router.weight"
-    return router in ranks[0].names() and ranks[0].shape(router)[0] > ranks[0].shape(name)[0]
-
-
-def require_replicas(ranks: Sequence[FileWeights], names: Names) -> None:
-    """DifferentError where what an engine takes from each rank, and we take from one, is not the same on all."""
-    for rank, weights in enumerate(ranks):
-        for name in weights.names():
-            module, _, suffix = name.rpartition(".")
-            if suffix in SCALES and bool((weights.get(name) != 1.0).any()):
-                raise DifferentError(f"{name} of rank {rank} scales an unquantised cache", tensor=name, expected=1.0)
-            if module.endswith(names.whole) and not equal(weights, ranks[0], name):
-                raise DifferentError(f"{name} of rank {rank}, which all ranks hold whole, is not rank 0's", tensor=name)
-            summed = rank and name.endswith(names.once) and not _some_experts(ranks, name)
-            if summed and bool(weights.get(name).any()):
-                raise DifferentError(f"{name} of rank {rank} is added to rank 0's", tensor=name, expected="zeros")
