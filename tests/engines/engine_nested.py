@@ -88,6 +88,32 @@ _MOLMO2 = {
     | {"hidden_act": "silu", "vit_layers": [-1, -2], "pooling_attention_mask": False, "text_hidden_size": 256},
     **{"image_patch_id": 900, "tie_word_embeddings": False},
 }
+_PHI4MM = {key: each for key, each in _TEXT.items() if key != "head_dim"} | {
+    **{"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "resid_pdrop": 0.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    # Two layers of the 27 that its class says the tower has.
+    "img_processor": {"layer_idx": -26},
+    "embd_layer": {
+        "embedding_cls": "image_audio",
+        "audio_embd_layer": {
+            **{"embedding_cls": "audio", "compression_rate": 8, "downsample_rate": 1, "projection_cls": "mlp"},
+            **{"use_conv_downsample": False, "use_qformer": False},
+        },
+        "image_embd_layer": {"embedding_cls": "tune_image", "hd_transform_order": "sub_glb"},
+    },
+    "audio_processor": {
+        "name": "cascades",
+        "config": {
+            **{"input_size": 16, "chunk_size": -1, "left_chunk": 18, "attention_dim": 64, "attention_heads": 4},
+            **{"linear_units": 96, "num_blocks": 2, "input_layer": "nemo_conv", "kernel_size": 3, "causal": True},
+            **{"activation": "swish", "conv_activation": "swish", "conv_glu_type": "swish", "bias_in_glu": True},
+            **{"ext_pw_kernel_size": 1, "ext_pw_out_channel": 64, "depthwise_seperable_out_channel": 64},
+            **{"depthwise_multiplier": 1, "cnn_layer_norm": True, "time_reduction": 8, "attention_glu_type": "swish"},
+            **{"nemo_conv_settings": {"conv_channels": 32}, "encoder_embedding_config": {"input_size": 16}},
+            "relative_attention_bias_args": {"type": "t5", "t5_bias_max_distance": 500},
+        },
+    },
+}
 _PERCEPTION = {
     **{"width": 128, "layers": 2, "heads": 4, "mlp_ratio": 1.5, "image_size": 56, "patch_size": 14, "output_dim": None},
     **{"hidden_act": "quick_gelu", "ls_init_value": 0.1, "layer_norm_eps": 1e-5, "num_channels": 3},
@@ -327,6 +353,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5_moe_vl-tied": ("ernie4_5_moe_vl", _ERNIE | {"tie_word_embeddings": True}),
     "muse_glimmer": ("muse_glimmer", _MUSE),
     "molmo2": ("molmo2", _MOLMO2),
+    "phi4mm": ("phi4mm", _PHI4MM),
     "molmo2-olmo-norms": (
         "molmo2",
         _MOLMO2

@@ -179,11 +179,78 @@ def step3p7(config: dict[str, Any]) -> Shapes:
     return found | {"vit_large_projector.weight": (config["text_config"]["hidden_size"], 4 * wide)}
 
 
+def phi4mm(config: dict[str, Any]) -> Shapes:
+    """Phi 4 multimodal: each matrix of the text with two adapters; a tower of which the last layer is not taken."""
+    hidden, ffn, found = config["hidden_size"], config["intermediate_size"], ends(config)
+    head = hidden // config["num_attention_heads"]
+    qkv = hidden + 2 * head * config["num_key_value_heads"]
+    modules = {"self_attn.qkv_proj": (qkv, hidden), "self_attn.o_proj": (hidden, hidden)}
+    modules |= {"mlp.gate_up_proj": (2 * ffn, hidden), "mlp.down_proj": (hidden, ffn)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        found |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        for module, (rows, columns) in modules.items():
+            found[f"{prefix}{module}.base_layer.weight"] = (rows, columns)
+            for adapter in ("speech", "vision"):
+                found[f"{prefix}{module}.lora_A.{adapter}.weight"] = (4, columns)
+                found[f"{prefix}{module}.lora_B.{adapter}.weight"] = (rows, 4)
+    start, wide = "model.embed_tokens_extend.image_embed.", 1152  # vLLM's class has no other
+    found |= {f"{start}glb_GN": (1, 1, wide), f"{start}sub_GN": (1, 1, 1, wide)}
+    found |= linear(start, {"img_projection.0": (hidden, wide), "img_projection.2": (hidden, hidden)})
+    start += "img_processor."
+    found[f"{start}embeddings.patch_embedding.weight"] = (wide, 3, 14, 14)
+    found[f"{start}embeddings.patch_embedding.bias"] = (wide,)
+    found[f"{start}embeddings.position_embedding.weight"] = (1024, wide)
+    found |= {f"{start}head.probe": (1, 1, wide)} | norms(start, wide, "post_layernorm")
+    for layer in range(3):
+        prefix = f"{start}encoder.layers.{layer}."
+        found |= linear(
+            f"{prefix}self_attn.", {name: (wide, wide) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        )
+        found |= linear(f"{prefix}mlp.", {"fc1": (4304, wide), "fc2": (wide, 4304)})
+        found |= norms(prefix, wide, "layer_norm1", "layer_norm2")
+    return found | _conformer("model.embed_tokens_extend.audio_embed.", config["audio_processor"]["config"], hidden)
+
+
+def _conformer(start: str, config: dict[str, Any], hidden: int) -> Shapes:
+    wide, ffn, convolved = (
+        config["attention_dim"],
+        config["linear_units"],
+        config["nemo_conv_settings"]["conv_channels"],
+    )
+    encoder = f"{start}encoder."
+    found = linear(encoder, {"embed.out": (wide, wide)})
+    for place, shape in ((0, (3, 3)), (2, (3, 3)), (3, (1, 1)), (5, (3, 3)), (6, (1, 1))):
+        conv = f"{encoder}embed.conv.{place}."
+        found |= {
+            f"{conv}weight": (convolved, convolved if shape == (1, 1) else 1, *shape),
+            f"{conv}bias": (convolved,),
+        }
+    found[f"{encoder}relative_attention_bias_layer.bias_values.weight"] = (1000, config["attention_heads"])
+    found |= {f"{encoder}encoder_embedding.global_{name}": (config["input_size"],) for name in ("mean", "invstd")}
+    for layer in range(config["num_blocks"]):
+        prefix = f"{encoder}encoders.{layer}."
+        for half in ("feed_forward_in", "feed_forward_out"):
+            found |= norms(f"{prefix}{half}.", wide, "layer_norm")
+            found |= linear(f"{prefix}{half}.net.", {"0.linear": (2 * ffn, wide), "2": (wide, ffn)})
+        found |= linear(f"{prefix}self_attn.linear_", {name: (wide, wide) for name in ("q", "k", "v", "out")})
+        found |= norms(prefix, wide, "conv.layer_norm", "layer_norm_att", "layer_norm")
+        found |= {f"{prefix}conv.glu.b{each}": (1, wide, 1) for each in "12"}
+        shapes = {"glu.ext_pw_conv_1d": (2 * wide, wide, 1), "ext_pw_conv_1d": (wide, wide, 1)}
+        shapes |= {"dw_sep_conv_1d.dw_conv": (wide, 1, 3), "dw_sep_conv_1d.pw_conv": (wide, wide, 1)}
+        found |= {f"{prefix}conv.{name}.weight": shape for name, shape in shapes.items()}
+        found |= {f"{prefix}conv.{name}.bias": shape[:1] for name, shape in shapes.items()}
+    for kind in ("speech", "vision"):
+        found |= linear(f"{start}audio_projection.{kind}.", {"0": (hidden, wide), "2": (hidden, hidden)})
+    return found
+
+
 WRITTEN: dict[str, tuple[str, Callable[[dict[str, Any]], Shapes]]] = {
     "step3p5": ("Step3p5ForCausalLM", step3p5),
     "mimo_v2": ("MiMoV2ForCausalLM", mimo_v2),
     "ernie4_5_moe_vl": ("Ernie4_5_VLMoeForConditionalGeneration", ernie4_5_moe_vl),
     "molmo2": ("Molmo2ForConditionalGeneration", molmo2),
     "step3p7": ("Step3p7ForConditionalGeneration", step3p7),
+    "phi4mm": ("Phi4MMForCausalLM", phi4mm),
 }
 """By model_type, the class that the config names, and the tensors' shapes."""

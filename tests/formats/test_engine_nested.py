@@ -29,7 +29,7 @@ EACH = tuple(name for name in LOADED if "-" not in name)
 
 NOT_RUN = (
     *("gemma4_unified", "ernie4_5_moe_vl", "ernie4_5_moe_vl-tied", "muse_glimmer", "molmo2", "molmo2-olmo-norms"),
-    "step3p7",
+    *("step3p7", "phi4mm"),
 )
 """Those whose text model verify does not run."""
 
@@ -94,6 +94,22 @@ def test_what_vllm_gathers_is_cut_as_one(made: Made, tmp_path: Path) -> None:
     name = "visual.blocks.0.attn.qkv.weight"
     succeeds("split", made("qwen2_vl"), "--tp", 4, "--format", "vllm", "-o", tmp_path / "out")
     assert torch.equal(torch.cat([held[name] for held in ranks(tmp_path / "out")]), everything(made("qwen2_vl"))[name])
+
+
+def test_adapters_and_layers_that_vllm_does_not_make_lie_beside(made: Made, tmp_path: Path) -> None:
+    """Of a model with rules for all of it, towers too."""
+    source = everything(made("phi4mm"))
+    succeeds("split", made("phi4mm"), "--tp", 2, "--format", "vllm", "-o", tmp_path / "out")
+    held = ranks(tmp_path / "out")
+    tower = "vision_encoder.img_processor.encoder.layers."
+    assert {name.removeprefix(tower)[0] for name in held[0] if name.startswith(tower)} == {"0", "1"}
+    heads = source["model.embed_tokens_extend.image_embed.img_processor.encoder.layers.1.self_attn.out_proj.weight"]
+    assert torch.equal(held[1][f"{tower}1.self_attn.out_proj.weight"], heads.chunk(2, 1)[1])
+    assert not [name for name in held[0] if "lora" in name or "head.probe" in name]
+    beside = load_file(tmp_path / "out" / "source-rank-0-part-1.safetensors")
+    assert {name.removeprefix("source.") for name in beside} == {
+        name for name in source if "lora" in name or "layers.2." in name or "head.probe" in name or "post_layer" in name
+    }
 
 
 def test_experts_of_pictures_are_a_stack_of_their_own(made: Made, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ class NestedFamily:
     own: Tower
     depth: str = ""
     default_depth: int = -1
+    layers: int | None = None
     required: Mapping[str, str] = field(default_factory=dict)
     quantised: tuple[str, ...] = ()
 
@@ -236,11 +237,13 @@ def _unplaced(
 
 def _deepest(nested: NestedFamily, config: Mapping[str, Any]) -> int | None:
     """How many layers of the tower the engine makes; None for all."""
-    total = (config.get("vision_config") or {}).get("num_hidden_layers")
+    total = (config.get("vision_config") or {}).get("num_hidden_layers", nested.layers)
     if not nested.depth or type(total) is not int:
         return None
-    chosen = config.get(nested.depth, nested.default_depth)
-    if type(chosen) is not int:
+    outer, _, key = nested.depth.rpartition(".")
+    around = config.get(outer) if outer else config
+    chosen = around.get(key, nested.default_depth) if isinstance(around, dict) else nested.default_depth
+    if type(chosen) is not int or (nested.layers and chosen >= 0):
         what = "how the engine holds a model that takes features of several layers was not compared"
         raise UnsupportedError(what, expected=f"one number in {nested.depth}", found=chosen, hint="use --format native")
     return total + chosen + 1 if chosen < 0 else chosen
@@ -258,7 +261,7 @@ def load_nested(path: Path) -> Mapping[str, NestedFamily]:
         made = tuple(_parsed(below(place, merged(data["towers"], tower))) for tower in towers)
         family = NestedFamily(towers=made, own=_parsed(below("", own)), **keys)
         for model_type in entry["model_types"]:
-            methods = tuple(method for method, types in data["quantised"].items() if model_type in types)
+            methods = tuple(method for method, types in data.get("quantised", {}).items() if model_type in types)
             families[model_type] = replace(family, quantised=methods)
     return families
 

@@ -217,7 +217,7 @@ class ShardedState(Format):
             what = f"{self.engine} {table.version} does not load {model_type} from sharded_state"
             raise self._unsupported(f"{what}: {reason}", others=self.versions.get(model_type, ()))
         named = named_as(self.engine, table, model_type, model.config)
-        if model.architecture.get("text"):
+        if model.architecture.get("text") or model_type in self.nested:
             found = self._nested(model, table.families)
         elif named in table.families:
             found = AsEngineHas(replace(table.families[named]), model)  # remembers the names of this model alone
@@ -232,7 +232,11 @@ class ShardedState(Format):
         return found
 
     def _nested(self, model: Model, families: Mapping[str, EngineFamily]) -> AsEngineHas:
-        model_type, text_type = str(model.architecture["model_type"]), str(model.architecture["text"]["model_type"])
+        model_type, text = str(model.architecture["model_type"]), model.architecture.get("text")
+        if not text:  # its rules are for all of it
+            text = {"model_type": model_type, "config": None, "replicated": []}
+            model = replace(model, architecture={**model.architecture, "text": text})
+        text_type = str(text["model_type"])
         family = self.nested.get(model_type)
         like = family.texts.get(text_type) if family else None
         if family is None or like is None:
