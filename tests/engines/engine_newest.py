@@ -92,10 +92,6 @@ LOADED: dict[str, Published] = {
             },
         },
     ),
-}
-"""What vLLM loads."""
-
-LATER: dict[str, Published] = {
     "deepseek_v4": Published(
         "deepseek_v4",
         _TOKENS
@@ -127,26 +123,6 @@ LATER: dict[str, Published] = {
             (r"(mlp|shared_experts)\.linear_gate", r"\1.gate_proj"),
         ],
     ),
-    "qwen4_exp": Published(
-        "qwen4_exp_text",
-        _TEXT
-        | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
-        | {"head_dim": 32, "shared_expert_intermediate_size": 128}
-        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4}
-        | {"linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48}
-        | {"hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 128, "heads_per_ngram": 2}
-        | {"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4}
-        | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 4}
-        | {"indexer_compress_ratio": 2, "output_gate_type": "sigmoid"},
-    ),
-    "inkling": Published(
-        "inkling_text",
-        _TEXT
-        | {"n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 32}
-        | {"swa_head_dim": 32, "swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "d_rel": 4}
-        | {"rel_extent": 16, "sliding_window_size": 8, "layer_types": ["hybrid_sliding", "hybrid"]}
-        | {"mlp_layer_types": ["dense", "sparse"]},
-    ),
     "glm5_next": Published(
         "glm5_next",
         {
@@ -171,6 +147,30 @@ LATER: dict[str, Published] = {
                 "indexer_rope_interleave": True,
             }
         },
+    ),
+}
+"""What vLLM loads."""
+
+LATER: dict[str, Published] = {
+    "qwen4_exp": Published(
+        "qwen4_exp_text",
+        _TEXT
+        | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+        | {"head_dim": 32, "shared_expert_intermediate_size": 128}
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4}
+        | {"linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48}
+        | {"hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 128, "heads_per_ngram": 2}
+        | {"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4}
+        | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 4}
+        | {"indexer_compress_ratio": 2, "output_gate_type": "sigmoid"},
+    ),
+    "inkling": Published(
+        "inkling_text",
+        _TEXT
+        | {"n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 32}
+        | {"swa_head_dim": 32, "swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "d_rel": 4}
+        | {"rel_extent": 16, "sliding_window_size": 8, "layer_types": ["hybrid_sliding", "hybrid"]}
+        | {"mlp_layer_types": ["dense", "sparse"]},
     ),
     "dots3_note": Published(
         "dots3_note_text",
@@ -204,6 +204,9 @@ LATER: dict[str, Published] = {
     ),
 }
 
+ROOMY = {"deepseek_v4": ".attn_sink"}
+"""How the names end of parameters that a kernel has larger than what is loaded."""
+
 
 def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """Write a checkpoint with parameters of its own for every name, so that none can stand for another.
@@ -221,6 +224,9 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Pat
         tensors[each] = torch.empty(shape, dtype=torch.bfloat16)
     for each, tensor in tensors.items():
         generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+        if not tensor.is_floating_point():
+            tensors[each] = torch.randint(0, 8, tensor.shape, generator=generator, dtype=tensor.dtype)
+            continue
         values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
         tensors[each] = values.to(tensor.dtype)
     path.mkdir(parents=True, exist_ok=True)

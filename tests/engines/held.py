@@ -67,7 +67,7 @@ _OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(
 """Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
 _NO_VALUES = re.compile(r".*\.w(13|2)_input_scale")
 """Parameters that are made with whatever lay in memory, where weights alone are quantised; compared as 1."""
-_PADDED = re.compile(r".*\.w(13|2)_weight")
+_PADDED = re.compile(r".*\.w(13|2)_weight|.*\.attn_sink")
 """Parameters that may be larger than what is loaded, and keep there what they were made with."""
 
 
@@ -279,7 +279,7 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         held[name] = torch.ones_like(held[name])
         own.add(name)
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
-    for name in {*filter(_PADDED.fullmatch, made)} - {*own, *unset}:
+    for name in {*filter(_PADDED.fullmatch, made.keys() & held.keys())} - {*own, *unset}:
         held[name] = torch.where(held[name].double() == UNSET, made[name], held[name])
     if unset and not job["partial"]:
         raise RuntimeError(f"not loaded: {unset}")

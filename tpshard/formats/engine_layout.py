@@ -1,13 +1,13 @@
 """A rank's share of a tensor as an engine has it: cut its way, transposed, fused with others, stacked over experts."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.formats.engine_tables import EngineFamily
+from tpshard.formats.engine_tables import EngineFamily, exchanged, match
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, Range, deal, why_not
@@ -58,7 +58,7 @@ def shares_of(
         turned = kind.transposed or (kind.either and _is_turned(tensor))
         function = SCALED if tensor.name in scaled else kind.function
         how = (turned, kind.squeezed, function)
-        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, *how)
+        key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, kind.shaped, *how)
         if kind.function and tensor.dtype not in CASTABLE:
             what = f"{tensor.name} is stored as {tensor.dtype}, of which nothing is computed"
             raise UnsupportedError(what, tensor=tensor.name, hint="use --format native")
@@ -67,6 +67,7 @@ def shares_of(
             held = _cut(cast, kind.cut, model.axes, dealt)
             held = _at_least(family.least, tensor, held) if family.least and dealt.mesh.tp > 1 else held
             held = tuple(_squeezed(share, tensor.shape) for share in held) if kind.squeezed else held
+            held = tuple(_shaped(share, kind.shaped) for share in held) if kind.shaped else held
             held = tuple(map(transposed, held)) if turned else held
             known[key] = tuple(_computed(share, function) for share in held) if function else held
         shares[tensor.name] = known[key]
@@ -205,6 +206,12 @@ def _squeezed(share: Share, shape: Shape) -> Share:
     return share._replace(shape=left(share.shape), parts=tuple(parts))
 
 
+def _shaped(share: Share, dims: tuple[int, ...]) -> Share:
+    """The share of a vector with dims of 1 beside its own, which is 0 in `dims`."""
+    (length,) = share.shape
+    return share._replace(shape=tuple(size or length for size in dims), view=share.shape)
+
+
 def _at_least(least: Mapping[str, int], tensor: LogicalTensor, held: tuple[Share, ...]) -> tuple[Share, ...]:
     """The shares with zeros behind them, where the engine has more of an axis than a rank has of it."""
     sizes = {least[name] for name in tensor.cut.segments if name in least}
@@ -283,6 +290,32 @@ def recipes_of(
             assert renamed not in result, f"{name} and {result[renamed]} are one parameter"
             result[renamed] = ParameterParts(((name,),))
     return result
+
+
+def with_scales(family: EngineFamily, names: Collection[str]) -> Iterator[str]:
+    """The modules that have scales, of the layers that attend among those that tensors are in."""
+    elsewhere = {
+        layer: place for pattern, place in family.scales_where.items() for layer in _layers(family, names, pattern)
+    }
+    for layer in family.attending(names) if family.scales else ():
+        for pattern in (elsewhere[layer],) if layer in elsewhere else family.scales:
+            yield pattern.replace("*", str(layer))
+
+
+def in_places(family: EngineFamily, names: Collection[str], rows: Sequence[Row]) -> list[Row]:
+    """The rows where the engine's class has them, which what else a layer has may decide. names: of the tensors."""
+    for pattern, moved in family.moved_where.items():
+        layers = _layers(family, names, pattern)
+        rows = [
+            row._replace(name=exchanged(moved, row.name)) if family.layer_of(row.name) in layers else row
+            for row in rows
+        ]
+    return [row._replace(name=family.place(row.name)) for row in rows] if family.moved else list(rows)
+
+
+def _layers(family: EngineFamily, names: Collection[str], pattern: str) -> set[int | None]:
+    """The layers that have something that a pattern fits."""
+    return {family.layer_of(name) for name in names if match(pattern, numbered(name)[0])}
 
 
 def joined(

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.engine_layout import ParameterParts, Share
+from tpshard.formats.engine_layout import ParameterParts, Share, with_scales
 from tpshard.formats.engine_patterns import match
 from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules
 from tpshard.planning.box import Shape, full
@@ -247,7 +247,7 @@ def constants(
 
     said, cached = _declared(model), bool(model.quantisation and model.quantisation["kv_cache"])
     buffers = [b for b in method.buffers if cached or not any(said.get(key) == v for key, v in b.unless.items())]
-    modules = family.with_scales(names) if buffers and family.buffers else ()
+    modules = with_scales(family, names) if buffers and family.buffers else ()
     for module, buffer in product(modules, buffers):
         if module.rpartition(".")[2] not in buffer.not_in:
             for name in buffer.names:

@@ -6,7 +6,7 @@ The comment at the head of `vllm.toml` explains the language. A pattern fits a t
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -50,6 +50,7 @@ class NameKind(NamedTuple):
     scaled: bool
     either: bool
     float32: bool
+    shaped: tuple[int, ...]
     function: str
     unrepeated: bool
     unread: bool
@@ -78,6 +79,7 @@ class EngineFamily:
     alone_repeated: tuple[str, ...] = ()
     rest_last: tuple[str, ...] = ()
     least: Mapping[str, int] = field(default_factory=dict)
+    shaped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     squeezed: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
@@ -95,6 +97,7 @@ class EngineFamily:
     slots: Mapping[str, int] = field(default_factory=dict)
     every_stage: tuple[str, ...] = ()
     moved: Mapping[str, str] = field(default_factory=dict)
+    moved_where: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def kind(self, name: str) -> NameKind:
@@ -133,6 +136,7 @@ class EngineFamily:
             scaled=fits_any(self.scaled, name),
             either=fits_any(self.either, name),
             float32=fits_any(self.float32, name),
+            shaped=next((dims for pattern, dims in self.shaped.items() if match(pattern, name)), ()),
             function=next((each for each, patterns in self.computed.items() if fits_any(patterns, name)), ""),
             unrepeated=fits_any(self.unrepeated, name),
             unread=fits_any(self.unread, name),
@@ -170,18 +174,6 @@ class EngineFamily:
     def parts(self, target: str, dim: int) -> tuple[str, ...]:
         """The patterns of what is fused into a parameter along a dim, in order."""
         return (self.fused, self.stacks)[dim][target]
-
-    def with_scales(self, names: Collection[str]) -> Iterator[str]:
-        """The modules that have scales, of the layers that attend among those that tensors are in."""
-        elsewhere = {
-            self.layer_of(name): place
-            for pattern, place in self.scales_where.items()
-            for name in names
-            if match(pattern, numbered(name)[0])
-        }
-        for layer in self.attending(names) if self.scales else ():
-            for pattern in (elsewhere[layer],) if layer in elsewhere else self.scales:
-                yield pattern.replace("*", str(layer))
 
     def refusal(self, name: str) -> str | None:
         """Why the engine cannot take a tensor."""

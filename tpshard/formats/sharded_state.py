@@ -16,7 +16,16 @@ from pathlib import Path
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_config import named_as, require_config
-from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
+from tpshard.formats.engine_layout import (
+    VOCAB_MULTIPLE,
+    ParameterParts,
+    Share,
+    in_places,
+    joined,
+    recipes_of,
+    shares_of,
+    with_scales,
+)
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
 from tpshard.formats.engine_quantised import (
@@ -128,7 +137,7 @@ class ShardedState(Format):
         rows = joined(recipes, shares, shapes, options.tp, _experts_of(model, placed, recipes))
         rows += constants(method, family, model, rows, named.values(), options.tp)
         rows += _scales(family, named.values(), options.tp)
-        rows = [row._replace(name=family.place(row.name)) for row in rows] if family.moved else rows
+        rows = in_places(family, named.values(), rows)
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
         computed = (each.tensors for each in recipes.values() if any(shares[name][0].function for name in each.tensors))
         beside |= set(chain.from_iterable(computed))
@@ -382,6 +391,6 @@ def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
 def _scales(family: EngineFamily, names: Collection[str], tp: int) -> Iterator[Row]:
     """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for module in family.with_scales(names):
+    for module in with_scales(family, names):
         for scale in _SCALES:
             yield Row(f"{module}.{scale}", (), one)
