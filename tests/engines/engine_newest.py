@@ -208,19 +208,19 @@ ROOMY = {"deepseek_v4": ".attn_sink"}
 """How the names end of parameters that a kernel has larger than what is loaded."""
 
 
-def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, published: bool = True) -> Path:
     """Write a checkpoint with parameters of its own for every name, so that none can stand for another.
 
-    changes: of the written config.
+    changes: of the written config. published: whether names are those of published files, not what transformers saves.
     """
     import torch
     from safetensors.torch import save_file
 
-    published = {**LOADED, **LATER}[name]
-    tensors, config = _saved(published, path) if published.model_type else ({}, dict(published.config))
-    for old, new in published.names:
+    form = {**LOADED, **LATER}[name]
+    tensors, config = _saved(form, path) if form.model_type else ({}, dict(form.config))
+    for old, new in form.names if published else ():
         tensors = {re.sub(old, new, each): tensor for each, tensor in tensors.items()}
-    for each, shape in published.shapes.items():
+    for each, shape in form.shapes.items():
         tensors[each] = torch.empty(shape, dtype=torch.bfloat16)
     for each, tensor in tensors.items():
         generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
@@ -231,7 +231,7 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Pat
         tensors[each] = values.to(tensor.dtype)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    written = _changed(_changed({"dtype": "bfloat16", **config}, published.changes), changes or {})
+    written = _changed(_changed({"dtype": "bfloat16", **config}, form.changes), changes or {})
     (path / "config.json").write_text(json.dumps(written, indent=2))
     return path
 

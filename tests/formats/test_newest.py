@@ -1,0 +1,74 @@
+"""The newest models for vLLM: what is written comes back whole, and what the table says beyond other families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.engines.engine_newest import LOADED, make
+from tests.helpers.command import succeeds
+from tests.helpers.toys import read_all
+from tpshard.api import convert as api
+from tpshard.errors import UnsupportedError
+from tpshard.execute.publish import Settings
+
+QUICK = Settings(fsync=False, workers=1)
+FILE = "model-rank-1-part-0.safetensors"
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    source = make(name, tmp_path / "source")
+    out = tmp_path / "out"
+    succeeds("split", source, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
+    succeeds("check", out, "--source", source)
+    succeeds("merge", out, "-o", tmp_path / "merged", "--no-fsync")
+    assert read_all(tmp_path / "merged") == read_all(source)
+
+
+def split(name: str, tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A source's tensors, and what the second of two ranks has."""
+    source = make(name, tmp_path / "source")
+    api.split(source, 2, tmp_path / "out", format="vllm", settings=QUICK)
+    return load_file(source / "model.safetensors"), load_file(tmp_path / "out" / FILE)
+
+
+def test_experts_narrower_than_the_class_makes_them_are_followed_by_zeros(tmp_path: Path) -> None:
+    whole, held = split("kimi_linear", tmp_path)
+    experts = "model.layers.1.block_sparse_moe.experts."
+    stacked = held[f"{experts}routed_experts.w13_weight"]
+    assert stacked.shape == (8, 512, 256)
+    assert torch.equal(stacked[3, :32], whole[f"{experts}3.w1.weight"][32:])
+    assert torch.equal(stacked[3, 256:288], whole[f"{experts}3.w3.weight"][32:])
+    assert not stacked[:, 32:256].any() and not stacked[:, 288:].any()
+    linear = held["model.layers.0.self_attn.in_proj_qkvgfab.weight"]
+    assert torch.equal(linear[-32:], whole["model.layers.0.self_attn.f_a_proj.weight"])
+
+
+def test_layers_that_choose_what_they_attend_to_have_that_in_one_matrix_and_scales_elsewhere(tmp_path: Path) -> None:
+    whole, held = split("minimax_m3_vl", tmp_path)
+    layers = "language_model.model.layers."
+    attention = next(name for name in whole if name.endswith("layers.1.self_attn.index_k_proj.weight"))
+    assert torch.equal(held[f"{layers}1.self_attn.qkv_proj.weight"][-32:], whole[attention])
+    assert held[f"{layers}0.self_attn.qkv_proj.weight"].shape[0] < held[f"{layers}1.self_attn.qkv_proj.weight"].shape[0]
+    assert {f"{layers}0.self_attn.attn._k_scale", f"{layers}1.self_attn._k_scale"} <= held.keys()
+    assert f"{layers}1.self_attn.attn._k_scale" not in held
+
+
+def test_outputs_of_latent_attention_have_another_place_than_those_of_linear(tmp_path: Path) -> None:
+    whole, held = split("glm5_next", tmp_path)
+    layers = "language_model.model._active_layers."
+    assert {f"{layers}0.self_attn.o_proj.weight", f"{layers}1.self_attn.mla_attn.o_proj.weight"} <= held.keys()
+    log = whole["model.language_model.layers.0.self_attn.A_log"]
+    assert torch.equal(held[f"{layers}0.self_attn.A_log"], log[4:].float().view(1, 1, 4, 1))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4"])
+def test_names_that_transformers_saves_and_vllm_does_not_load_are_refused(name: str, tmp_path: Path) -> None:
+    source = make(name, tmp_path / "source", published=False)
+    api.split(source, 2, tmp_path / "native", settings=QUICK)
+    with pytest.raises(UnsupportedError, match="published names"):
+        api.split(source, 2, tmp_path / "out", format="vllm", settings=QUICK)
