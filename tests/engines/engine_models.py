@@ -233,6 +233,12 @@ _MAMBA_2 = {
     **{"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     **{"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 64, "state_size": 32, "chunk_size": 32},
 }
+_ZAMBA = (
+    _MHA
+    | {"num_hidden_layers": 4, "layers_block_type": ["hybrid", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 2}
+    | {"n_mamba_heads": 8, "mamba_d_state": 32, "chunk_size": 32, "adapter_rank": 16, "num_key_value_heads": 8}
+)
+
 _MIXED = {"num_shared_experts": 2, "prefix_dense_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"]}
 
 LOADED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -415,6 +421,8 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid-no-q-lora": ("bailing_hybrid", _RING | {"q_lora_rank": None}),
     "bailing_hybrid-v3": ("bailing_hybrid", _LING_3),
     "bailing_moe_v3": ("bailing_moe_v3", _LING_3 | {"gated_attention_proj_granularity_type": "element_wise"}),
+    "zamba2": ("zamba2", _ZAMBA | _TIED | {"mamba_ngroups": 4, "use_shared_attention_adapter": True}),
+    "zamba2-one-group": ("zamba2", _ZAMBA | _TIED | {"mamba_ngroups": 1, "use_shared_attention_adapter": False}),
     "mamba2": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 4}),
     "mamba2-tied": ("mamba2", _MAMBA_2 | _TIED | {"n_groups": 1}),
     "step3p5": ("step3p5", _STEP | _UNTIED),

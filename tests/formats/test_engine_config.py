@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import tpshard
 from tests.engines.engine_models import make
 from tpshard.errors import UnsupportedError
+from tpshard.formats.engine_config import told_apart
 from tpshard.formats.engine_tables import EngineFamily
 
 LINEAR, LATENT = "model.layers.0.self_attn.", "model.layers.1.self_attn."
@@ -28,7 +29,7 @@ def test_a_name_is_another_in_the_layers_that_attend() -> None:
         layer="layers.*", attends=("layers.*.keys",), where_attends={"layers.*.dense": "layers.*.output"}
     )
     names = dict(enumerate(("layers.0.dense.weight", "layers.1.dense.weight", "layers.1.keys.weight", "dense.weight")))
-    told = family.told_apart({str(number): name for number, name in names.items()})
+    told = told_apart(family, {str(number): name for number, name in names.items()})
     assert list(told.values()) == [names[0], "layers.1.output.weight", *list(names.values())[2:]]
 
 
@@ -38,6 +39,21 @@ def test_of_a_type_with_several_classes_the_config_says_which(tmp_path: Path) ->
     assert {f"{LINEAR}dense.weight", f"{LATENT}mla_attn.o_proj.weight"} <= ring.keys()
     assert {f"{LINEAR}o_proj.weight", f"{LATENT}dense.weight", f"{LINEAR}qkvb_proj.weight"} <= ling.keys()
     assert not {f"{LINEAR}o_proj.weight", f"{LATENT}dense.weight"} & ring.keys()
+
+
+def test_what_the_checkpoint_numbers_and_the_engine_calls_by_words(tmp_path: Path) -> None:
+    """Zamba's adapters, which go into a small space and out of it; each layer's attention has scales of its own."""
+    source = make("zamba2", tmp_path / "source")
+    held, given = rank(source, tmp_path / "out"), load_file(source / "model.safetensors")
+    block = "model.layers.0.shared_transformer."
+    for module, cut in (("self_attn.linear_k_adapter_list.2", 2), ("feed_forward.gate_up_proj_adapter_list.2", 4)):
+        into, out = (given[f"{block}{module}.{number}.weight"] for number in (0, 1))
+        assert torch.equal(held[f"{block}{module}.A.weight"], into.chunk(2)[0])
+        rows = out.chunk(cut)
+        assert torch.equal(held[f"{block}{module}.B.weight"], torch.cat(rows[::2][: cut // 2]))
+    scaled = {name.removesuffix("._k_scale") for name in held if name.endswith("._k_scale")}
+    attention = [(0, 0), (0, 2), (1, 1)]
+    assert scaled == {f"model.layers.{each}.shared_transformer.self_attn.dpa_list.{turn}" for each, turn in attention}
 
 
 @pytest.mark.parametrize("given", [["BailingHybridForCausalLM"], None])

@@ -1,11 +1,11 @@
-"""What an engine's table asks of a model's config.json: the class that it names, keys that it must or must not have."""
+"""What an engine's table says of one model and not of all of its type: by its config.json, or by the layers it has."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_nested import AsEngineHas
-from tpshard.formats.engine_tables import Table
+from tpshard.formats.engine_tables import EngineFamily, Table, exchanged, match
 
 _HINT = "use --format native, or another engine's format"
 
@@ -40,3 +40,21 @@ def require_config(engine: str, model_type: str, held: AsEngineHas) -> None:
         if key not in config:
             what = f"{engine} does not load {model_type} with a config that does not say {key}: {reason}"
             raise UnsupportedError(what, expected=key, hint="take the published config.json")
+
+
+def told_apart(family: EngineFamily, names: Mapping[str, str]) -> dict[str, str]:
+    """Full names, by tensor, with what `where_attends` and `spelled` say: no pattern knows a layer, or a number."""
+    layers = family.attending(names.values()) if family.where_attends else ()
+    found = {}
+    for tensor, name in names.items():
+        inside = layers and family.layer_of(name) in layers
+        found[tensor] = _spelled(family, exchanged(family.where_attends, name) if inside else name)
+    return found
+
+
+def _spelled(family: EngineFamily, name: str) -> str:
+    for pattern, words in family.spelled.items():
+        if match(pattern, name):
+            parts, place = name.split("."), pattern.count(".") + 1
+            return ".".join((*parts[:place], words[int(parts[place])], *parts[place + 1 :]))
+    return name

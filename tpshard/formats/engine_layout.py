@@ -83,6 +83,8 @@ def _is_turned(tensor: LogicalTensor) -> bool:
 def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt: Deal) -> tuple[Share, ...]:
     """The shares of a tensor as an engine cuts it. how: None for the architecture's own cut."""
     cut = tensor.cut
+    if how == "even of whole":
+        how = None if cut.segments else "even"
     if how == "grouped":
         return tuple(_grouped(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size))
     if how not in (None, "paired") and not cut.segments:
@@ -293,13 +295,16 @@ def recipes_of(
 
 
 def with_scales(family: EngineFamily, names: Collection[str]) -> Iterator[str]:
-    """The modules that have scales, of the layers that attend among those that tensors are in."""
+    """The modules that have scales: of the layers that attend among those that tensors are in, and for each of some."""
     elsewhere = {
         layer: place for pattern, place in family.scales_where.items() for layer in _layers(family, names, pattern)
     }
     for layer in family.attending(names) if family.scales else ():
         for pattern in (elsewhere[layer],) if layer in elsewhere else family.scales:
             yield pattern.replace("*", str(layer))
+    for pattern, module in family.scaled_by.items():
+        ends = (exchanged({pattern: module}, name).split(".") for name in names if match(pattern, name))
+        yield from dict.fromkeys(".".join(each[: module.count(".") + 1]) for each in ends)
 
 
 def in_places(family: EngineFamily, names: Collection[str], rows: Sequence[Row]) -> list[Row]:

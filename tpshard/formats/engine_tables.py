@@ -92,6 +92,8 @@ class EngineFamily:
     stands_in: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     where_attends: Mapping[str, str] = field(default_factory=dict)
+    spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scaled_by: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
@@ -164,12 +166,6 @@ class EngineFamily:
         """The numbers of the layers that tensors are in, of those that attend."""
         counted = (name for name in names if not self.attends or self.kind(name).attends)
         return sorted({layer for name in counted if (layer := self.layer_of(name)) is not None})
-
-    def told_apart(self, names: Mapping[str, str]) -> dict[str, str]:
-        """Full names, with those of `where_attends` in the layers that attend."""
-        layers = self.attending(names.values()) if self.where_attends else ()
-        inside = {each for each, name in names.items() if self.layer_of(name) in layers} if layers else ()
-        return {each: exchanged(self.where_attends, name) if each in inside else name for each, name in names.items()}
 
     def parts(self, target: str, dim: int) -> tuple[str, ...]:
         """The patterns of what is fused into a parameter along a dim, in order."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_config import named_as, require_config
+from tpshard.formats.engine_config import named_as, require_config, told_apart
 from tpshard.formats.engine_layout import (
     VOCAB_MULTIPLE,
     ParameterParts,
@@ -325,7 +325,7 @@ class ShardedState(Format):
 
     def _names(self, family: EngineFamily, model: Model, tensors: Sequence[LogicalTensor]) -> dict[str, str]:
         """Each tensor's full name, with a tied pair under the name that the engine keeps."""
-        names = family.told_apart({tensor.name: model.full_name(tensor.name) for tensor in tensors})
+        names = told_apart(family, {tensor.name: model.full_name(tensor.name) for tensor in tensors})
         kinds = {numbered(name)[0] for name in names.values()}  # the head and the embedding have no number
         stored = {family.rename(kind) for kind in kinds}
         head = f"{family.head}.weight"
@@ -389,7 +389,7 @@ def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
 
 
 def _scales(family: EngineFamily, names: Collection[str], tp: int) -> Iterator[Row]:
-    """The scales of an unquantised KV cache: 1.0, one scalar each, in every layer."""
+    """The scales of an unquantised KV cache: 1.0, one scalar each, of every module that has such."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
     for module in with_scales(family, names):
         for scale in _SCALES:
