@@ -21,6 +21,7 @@ from tests.engines import check_vllm_quantised, engine_models, fp8_blocks
 from tests.engines.engine_models import DRAFTS, NO_CLASS, with_draft
 from tests.engines.engine_models import make as make_for_engines
 from tests.helpers import multimodal_checkpoints as multimodal
+from tests.helpers import served_checkpoints as served
 from tests.helpers.checkpoints import make
 from tests.helpers.paths import DOCS
 from tests.quantised.fixture_table import FIXTURES
@@ -360,6 +361,12 @@ def test_a_text_model_among_others_that_are_not_known_is_refused(tmp_path: Path)
     source = multimodal.make("idefics3", tmp_path / "source")
     with pytest.raises(UnsupportedError, match="in idefics3 with llama in it"):
         tpshard.split(source, 2, tmp_path / "out", format="vllm")
+
+
+def test_mimo_v2_is_refused_with_a_tower_and_without(tmp_path: Path) -> None:
+    for source in (served.make("mimo_v2", tmp_path / "tower"), make_for_engines("mimo_v2", tmp_path / "text")):
+        with pytest.raises(UnsupportedError, match="does not load mimo_v2 .*in another order than they are stored in"):
+            tpshard.split(source, 2, tmp_path / "out", format="vllm")
 
 
 def test_a_checkpoint_without_its_head_is_refused(made: Get, tmp_path: Path) -> None:
