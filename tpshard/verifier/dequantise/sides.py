@@ -11,12 +11,13 @@ from tpshard.inputs.checkpoint import read_quantisation
 from tpshard.storage.local import Directory
 from tpshard.storage.names import CONFIG
 from tpshard.verifier.dequantise.find import Recipe, recipes
-from tpshard.verifier.dequantise.view import DequantisedWeights
+from tpshard.verifier.dequantise.view import DequantisedWeights, RoundedWeights
 from tpshard.verifier.elements import Held, Parameter, Share
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 
 _FORMATS = ("native", "dcp", "dcp-hf", "deepseek", "vllm")
 """The formats of which each tensor of a module can be told."""
+_COMPUTED = ("F64", "F32", "F16", "BF16")
 _UNPLACED = {"vllm": ("shape", "groups")}
 """What formats have no place for, by its role. Without groups, inputs are in the order of their scales."""
 
@@ -40,8 +41,10 @@ def dequantised(
     How a module is quantised is known from the source; what a rank has of it, from the rank's own files alone.
     """
     unplaced = _UNPLACED.get(opened.format, ())
-    ranks = [DequantisedWeights(rank, _held(found, rank, unplaced), rank) for rank in opened.ranks]
     whole = DequantisedWeights(source, found, FileWeights(source.infos.values()))
+    ranks = [
+        DequantisedWeights(_multiplied(found, rank, whole), _held(found, rank, unplaced), rank) for rank in opened.ranks
+    ]
     for number, rank in enumerate(ranks):
         _require_shapes(number, rank, whole)
     return replace(opened, ranks=tuple(ranks), stored=opened.stored or opened.ranks), whole
@@ -51,10 +54,21 @@ def _held(found: Mapping[str, Recipe], rank: FileWeights, unplaced: Collection[s
     """Those of the source's weights that a rank has values of, without what it need not have and has not."""
     held = {}
     for name, recipe in found.items():
-        if recipe.stored["values"] in rank.names():
+        if recipe.stored["values"] in rank.names() and not _is_plain(rank, recipe):
             stored = {r: each for r, each in recipe.stored.items() if r not in unplaced or each in rank.names()}
             held[name] = replace(recipe, stored=stored)
     return held
+
+
+def _multiplied(found: Mapping[str, Recipe], rank: FileWeights, source: DequantisedWeights) -> FileWeights:
+    """A rank's tensors, with those that an engine holds multiplied by their scales as the source makes them."""
+    plain = {name for name, recipe in found.items() if name in rank.names() and _is_plain(rank, recipe)}
+    return RoundedWeights(rank, plain, source) if plain else rank
+
+
+def _is_plain(rank: FileWeights, recipe: Recipe) -> bool:
+    """Whether a rank has the weight itself in place of the values that make it."""
+    return rank.infos[recipe.stored["values"]].dtype in _COMPUTED
 
 
 def _require_shapes(number: int, rank: DequantisedWeights, source: DequantisedWeights) -> None:

@@ -1,6 +1,6 @@
 """Quantised weights read as the floating-point weights that they stand for, under the names of those."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -59,3 +59,29 @@ class DequantisedWeights(FileWeights):
     def _info(self, name: str, values: TensorInfo) -> TensorInfo:
         shape = self.recipes[name].scheme.shape(self.module(name))
         return TensorInfo(name, "F64", shape, values.file, 0, 8 * torch.Size(shape).numel())
+
+
+class RoundedWeights(FileWeights):
+    """A rank's tensors. Some, `rounded`, are the source's quantised weights in the dtype that an engine computes in.
+
+    Where a number is the source's rounded to that dtype, it is the source's, and of the same shape; else it stays.
+    """
+
+    def __init__(self, plain: FileWeights, rounded: Collection[str], source: DequantisedWeights) -> None:
+        self.plain, self.rounded, self.source = plain, rounded, source
+        super().__init__(plain.infos.values())
+
+    @property
+    def as_stored(self) -> FileWeights:
+        return self.plain
+
+    def get(self, name: str) -> Tensor:
+        return self.rows(name, 0, self.shape(name)[0]) if name in self.rounded else self.plain.get(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        found = self.plain.rows(name, start, stop)
+        if name not in self.rounded or self.source.shape(name) != self.shape(name):
+            return found
+        expected = self.source.rows(name, start, stop)
+        nearest = expected.float().to(found.dtype)
+        return expected.where(found == nearest, found.double())
