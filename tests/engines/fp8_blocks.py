@@ -13,6 +13,9 @@ from tests.engines import engine_nested as nested
 _WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128, "intermediate_size": 512}
 _EVEN = _WIDE | {"hidden_size": 512}
 _MOE = _WIDE | {"moe_intermediate_size": 256}
+_HYBRID = _EVEN | {"mamba_d_head": 128}
+_SHARED_EXPERT = {"moe_intermediate_size": 256, "moe_shared_expert_intermediate_size": 256}
+_LLAMA4 = _EVEN | {"intermediate_size": 256, "intermediate_size_mlp": 512}
 _SHARED = _EVEN | {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
 _LATENT = (
     _MOE
@@ -59,13 +62,14 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
         for name in ("exaone", "exaone4", "glm4", "gpt_neox", "helium", "internlm3", "iquestcoder")
     },
     **{name: (_EVEN, "none") for name in ("ministral", "nemotron", "olmo", "olmo2", "opt", "seed_oss", "smollm3")},
-    **{name: (_EVEN, "none") for name in ("stablelm", "starcoder2")},
+    **{name: (_EVEN, "none") for name in ("stablelm", "starcoder2", "internlm2")},
     "olmoe": (_EVEN | {"intermediate_size": 256}, r"mlp\.gate\."),
     "mixtral": (_EVEN | {"intermediate_size": 256}, r"\.gate\."),
     "glm4_moe": (_MOE, r"mlp\.gate\."),
     "qwen2_moe": (_SHARED, r"mlp\.gate\.|shared_expert_gate"),
     "deepseek_v2": (_LATENT, r"mlp\.gate\."),
     "deepseek_v32": (_LATENT | {"index_head_dim": 128}, r"mlp\.gate\.|indexer\.(wk|weights_proj)"),
+    "nemotron_h": (_HYBRID | _SHARED_EXPERT, r"\.gate\.|mixer\.in_proj"),
 }
 """What differs in the config, so that ranks have whole blocks, and which matrices of layers stay as they are."""
 
@@ -86,8 +90,17 @@ NESTED: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3_5": (_LINEAR | _turning(6, 5, 5), r"in_proj_[ab]"),
     "qwen3_5_moe": (_LINEAR | _turning(6, 5, 5), r"mlp\.gate\.|shared_expert_gate|in_proj_[ab]"),
     "kimi_k25": (_LATENT, r"mlp\.gate\."),
+    "kimi_vl": (_LATENT, r"mlp\.gate\."),
+    "qwen2_vl": (_FEW | _turning(16, 24, 24), "none"),
+    "qwen3_vl_moe": (_MOE | _turning(24, 20, 20), r"mlp\.gate\."),
+    "qwen3_omni_moe": (_MOE | _turning(24, 20, 20), r"mlp\.gate\.|audio"),
+    "llava_next": (_WIDE, "none"),
 }
 """Text models that others nest, whose towers are published as they are."""
+PLACED = (
+    *("llava", "gemma3", "internvl", "qwen2_5_vl", "qwen3_vl", "glm4v_moe", "qwen3_5", "qwen3_5_moe", "kimi_k25"),
+)
+"""Those of which the config of the text says so as well as the whole one."""
 
 
 def make(name: str, path: Path, plain: str | None = None) -> Path:
@@ -116,23 +129,62 @@ def nesting(name: str, path: Path, place: str) -> Path:
     return path
 
 
-PACKED = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "llava", "gemma3", "kimi_k25")
+PACKED = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "llava", "gemma3", "kimi_k25", "llama4")
 _EXPERTS, _TEXT = (
-    r"\.mlp\.experts\.\d+\.\w+\.weight",
-    r".*\.layers\.\d+\.(self_attn|mlp)\.(\w_proj|(gate|up|down)_proj)\.weight",
+    r".*\.(mlp|feed_forward)\.experts\.\d+\.\w+\.weight",
+    r".*\.layers\.\d+\.(self_attn|mlp|feed_forward|feed_forward\.shared_expert)\.(\w|gate|up|down)_proj\.weight",
 )
+
+
+PACKED_TEXTS = {"qwen2": "none", "mixtral": r"\.gate\.", "llama4": "router"}
+"""Text models alone, and which of the matrices in their layers stay as they are."""
 
 
 def packed(name: str, path: Path) -> Path:
     """Write a model whose text is packed in INT4; of Kimi-K2.5 routed experts alone, as it is published."""
+    nested.make(name, path, _LLAMA4 if name == "llama4" else NESTED[name][0])
+    if name == "llama4":
+        _one_by_one(path / "model.safetensors")
+    pattern = _EXPERTS if name == "kimi_k25" else f"(?!.*(visual|vision))({_TEXT}|{_EXPERTS})"
+    plain = _packed(path, pattern)
+    if name == "kimi_k25":
+        those = ("self_attn", "shared_experts", r"mlp\.(gate|up|gate_up|down)_proj", "vision_tower", "mm_projector")
+        plain = ["lm_head", *(f"re:.*{each}.*" for each in those)]
+    return _declared_packed(path, plain, "text_config" if name == "kimi_k25" else "")
+
+
+def packed_text(name: str, path: Path) -> Path:
+    """Write a text model that is packed in INT4, with experts one by one, as tools save them."""
+    models.make(name, path, _LLAMA4 if name == "llama4" else BLOCKS[name][0])
+    if name == "llama4":
+        _one_by_one(path / "model.safetensors")
+    plain = _packed(path, rf"(?!.*({PACKED_TEXTS[name]})).*\.layers\..*\.weight")
+    return _declared_packed(path, plain)
+
+
+def _one_by_one(file: Path) -> None:
+    """Save stacked experts that are for products from the left as matrices of their own."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    for name in [each for each in tensors if each.endswith(".experts.gate_up_proj")]:
+        stem = name.removesuffix("gate_up_proj")
+        pairs = zip(tensors.pop(name), tensors.pop(f"{stem}down_proj"), strict=True)
+        for expert, (both, down) in enumerate(pairs):
+            gate, up = both.chunk(2, -1)
+            for module, matrix in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+                tensors[f"{stem}{expert}.{module}.weight"] = matrix.T.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _packed(path: Path, pattern: str) -> list[str]:
+    """Pack the matrices that fit a pattern, in groups of 32; the names of the others."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    nested.make(name, path, NESTED[name][0])
-    pattern = _EXPERTS if name == "kimi_k25" else f"{_TEXT}|{_EXPERTS}"
     generator, tensors, plain = torch.Generator().manual_seed(0), dict[str, torch.Tensor](), list[str]()
     for key, tensor in load_file(path / "model.safetensors").items():
-        if re.search("visual|vision", key) or not re.search(pattern, key):
+        if tensor.dim() != 2 or not re.match(pattern, key):
             tensors[key] = tensor
             if tensor.dim() == 2:
                 plain.append(key.removesuffix(".weight"))
@@ -142,13 +194,14 @@ def packed(name: str, path: Path) -> Path:
         tensors[f"{key}_packed"], tensors[f"{key}_shape"] = packing, torch.tensor([rows, columns])
         tensors[f"{key}_scale"] = torch.rand((rows, columns // 32), generator=generator).bfloat16()
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return plain
+
+
+def _declared_packed(path: Path, plain: list[str], place: str = "") -> Path:
+    """Say it in the config, or in the one at a place."""
     config = json.loads((path / "config.json").read_text())
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
-    if name == "kimi_k25":
-        those = ("self_attn", "shared_experts", r"mlp\.(gate|up|gate_up|down)_proj", "vision_tower", "mm_projector")
-        plain = ["lm_head", *(f"re:.*{each}.*" for each in those)]
-    declared = config["text_config"] if name == "kimi_k25" else config
-    declared["quantization_config"] = {
+    (config[place] if place else config)["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}},
@@ -180,6 +233,13 @@ def _quantised(path: Path, plain: str) -> Path:
     for key, tensor in load_file(path / "model.safetensors").items():
         tensors[key] = tensor
         if tensor.dim() != 2:
+            if tensor.dim() == 3 and re.search("experts|block_sparse", key):
+                listed.append(
+                    re.sub(r"(experts|block_sparse_moe\.experts|block_sparse_moe)\..*", r"\1", key).removesuffix(
+                        ".experts"
+                    )
+                    + ".experts"
+                )
             continue
         if not re.search(r"\.(layers|h)\.|mtp", key) or re.search(plain, key):
             listed.append(key.rpartition(".")[0])

@@ -20,7 +20,7 @@ from tests.engines import fp8_blocks
 from tests.engines.engine_nested import LOADED, make
 from tests.helpers.command import fails, succeeds
 from tests.helpers.grids import some
-from tests.helpers.multimodal_checkpoints import renamed, with_config
+from tests.helpers.multimodal_checkpoints import renamed
 
 Tensors = dict[str, torch.Tensor]
 Made = Callable[[str], Path]
@@ -245,17 +245,11 @@ def test_heads_of_a_tower_that_do_not_divide_are_refused(
     assert "4 vision heads on 8 ranks" in error["message"]
 
 
-def test_a_quantised_model_with_a_tower_is_refused(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_model_with_a_tower_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    source = shutil.copytree(made("mistral3"), tmp_path / "source")
-    tensors = everything(source)
-    for name in [each for each in tensors if each.endswith("_proj.weight") and each.startswith("language_model")]:
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = torch.ones(-(-tensors[name].shape[0] // 128), -(-tensors[name].shape[1] // 128))
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with_config(source, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    source = fp8_blocks.packed("glm4v_moe", tmp_path / "source")
     message = fails(4, "split", source, "--tp", 2, "--format", "vllm", "-o", "out")["message"]
-    assert "mistral3 quantised by fp8" in message
+    assert "glm4v_moe quantised by compressed-tensors" in message
 
 
 def test_a_quantised_tower_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +265,10 @@ def test_a_quantised_tower_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 QUANTISED = {
-    **{f"{name}-fp8": partial(fp8_blocks.nesting, name, place="text_config") for name in fp8_blocks.NESTED},
+    **{
+        f"{name}-fp8": partial(fp8_blocks.nesting, name, place="text_config" if name in fp8_blocks.PLACED else "")
+        for name in fp8_blocks.NESTED
+    },
     **{f"{name}-int4": partial(fp8_blocks.packed, name) for name in fp8_blocks.PACKED},
 }
 

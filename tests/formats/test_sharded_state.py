@@ -353,7 +353,7 @@ def test_what_the_class_would_leave_out_is_refused(made: Get, tmp_path: Path) ->
 def test_the_types_that_are_said_to_be_compared_quantised_are_those_that_are() -> None:
     configs = [json.loads((FIXTURES / name / "config.json").read_text()) for name in check_vllm_quantised.LOADED]
     compared = {(config.get("text_config") or config)["model_type"] for config in configs}
-    compared |= {engine_models.LOADED[name][0] for name in fp8_blocks.BLOCKS}
+    compared |= {engine_models.LOADED[name][0] for name in (*fp8_blocks.BLOCKS, *fp8_blocks.PACKED_TEXTS)}
     assert load_table(TABLES / "vllm.toml").quantised_types == compared
 
 

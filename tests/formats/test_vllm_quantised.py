@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.engines import fp8_blocks
-from tests.helpers.command import fails, succeeds
+from tests.helpers.command import fails, succeeds, tpshard
 from tests.helpers.gpt_oss import with_blocks
 from tests.helpers.quantised import FORMATS, SMALL, quantised_tensors
 from tests.helpers.toys import read, read_all, write_checkpoint
@@ -191,10 +191,12 @@ def test_the_keys_of_an_index_are_multiplied_by_their_scales(name: str) -> None:
     beside = load_file("out/source-rank-0-part-1.safetensors")
     assert {name.rpartition("indexer.")[2] for name in beside} >= {"wk.weight", "wk.weight_scale_inv"}
     succeeds("check", "out", "--source", "index")
+    verified = succeeds("verify", "out", "--source", "index", "--tier", "bytes", "--tier", "weights", "--json").json
+    assert verified["verdict"] == "pass"
     succeeds("merge", "out", "-o", "whole")
     assert read_all(Path("whole")) == read_all(Path("index"))
-    succeeds("reshard", "out", "--tp", 4, "--format", "vllm", "-o", "four")
-    succeeds("check", "four", "--source", "index")
+    succeeds("reshard", "out", "--tp", 1, "--format", "vllm", "-o", "one")
+    succeeds("check", "one", "--source", "index")
 
 
 def test_a_wrong_key_of_an_index_is_found() -> None:
@@ -206,10 +208,33 @@ def test_a_wrong_key_of_an_index_is_found() -> None:
     held = load_file(path)
     held[name][0, 0] *= -1
     save_file(held, path, metadata)
-    assert "wk" in fails(1, "check", "out", "--source", "index")
+    for command in (("check",), ("verify", "--tier", "bytes", "--tier", "weights")):
+        found = tpshard(*command, "out", "--source", "index")
+        assert found.code == 1 and f"{name.rpartition('wk')[0]}wk.weight" in found.out + found.err
 
 
 def test_the_weights_of_an_index_that_are_quantised_are_refused() -> None:
     fp8_blocks.indexed("deepseek_v32", Path("index"), plain="none")
     error = fails(4, "split", "index", "--tp", 2, "--format", "vllm", "-o", "out")
-    assert "indexer.weights_proj.weight: it is quantised" in error
+    assert "indexer.weights_proj.weight: it is quantised" in error["message"]
+
+
+def test_rows_in_another_order_with_their_scales_and_experts_one_by_one() -> None:
+    source = load_file(fp8_blocks.packed_text("llama4", Path("packed")) / "model.safetensors")
+    succeeds("split", "packed", "--tp", 2, "--format", "vllm", "-o", "out")
+    held = load_file("out/model-rank-1-part-0.safetensors")
+    layer = "model.layers.1."
+    for end in ("weight_packed", "weight_scale"):
+        q, k, v = (source[f"{layer}self_attn.{each}_proj.{end}"] for each in "qkv")
+        paired = [each.view(-1, 64, 2, each.shape[1]).transpose(1, 2).reshape(each.shape) for each in (q, k)]
+        parts = [each[len(each) // 2 :] for each in (*paired, v)]
+        assert torch.equal(held[f"{layer}self_attn.qkv_proj.{end}"], torch.cat(parts))
+    experts = f"{layer}feed_forward.experts."
+    gates = [
+        torch.cat([source[f"{experts}{expert}.{each}_proj.weight_scale"][128:] for each in ("gate", "up")])
+        for expert in range(8)
+    ]
+    assert torch.equal(held[f"{experts}routed_experts.w13_weight_scale"], torch.stack(gates))
+    succeeds("check", "out", "--source", "packed")
+    succeeds("merge", "out", "-o", "whole")
+    assert read_all(Path("whole")) == read_all(Path("packed"))

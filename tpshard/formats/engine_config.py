@@ -5,7 +5,8 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_nested import AsEngineHas
-from tpshard.formats.engine_tables import EngineFamily, Table, exchanged, match
+from tpshard.formats.engine_patterns import exchanged, match
+from tpshard.formats.engine_tables import EngineFamily, Table
 
 _HINT = "use --format native, or another engine's format"
 

@@ -3,11 +3,13 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.formats.engine_tables import EngineFamily, exchanged, match
+from tpshard.formats.engine_patterns import exchanged, match
+from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, Range, deal, why_not
@@ -64,7 +66,7 @@ def shares_of(
             raise UnsupportedError(what, tensor=tensor.name, hint="use --format native")
         if key not in known:
             cast = replace(tensor, dtype="F32") if kind.float32 and tensor.dtype in CASTABLE else tensor
-            held = _cut(cast, kind.cut, model.axes, dealt)
+            held = _cut(cast, None if _is_of_all(tensor) else kind.cut, model.axes, dealt)
             held = _at_least(family.least, tensor, held) if family.least and dealt.mesh.tp > 1 else held
             held = tuple(_squeezed(share, tensor.shape) for share in held) if kind.squeezed else held
             held = tuple(_shaped(share, kind.shaped) for share in held) if kind.shaped else held
@@ -72,6 +74,11 @@ def shares_of(
             known[key] = tuple(_computed(share, function) for share in held) if function else held
         shares[tensor.name] = known[key]
     return shares
+
+
+def _is_of_all(tensor: LogicalTensor) -> bool:
+    """Whether it says something of all of a quantised matrix, its one scale or its shape, and so is whole."""
+    return not tensor.cut.segments and (prod(tensor.shape) == 1 or tensor.dtype == "I64")
 
 
 def _is_turned(tensor: LogicalTensor) -> bool:
@@ -165,23 +172,32 @@ def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank:
     cut = tensor.cut
     assert cut.dim is not None and cut.interleave is not None
     repeats = axes[cut.interleave].count
-    sizes = [axes[name].count // repeats * axes[name].unit for name in cut.segments]
+    units = [_stored_unit(tensor, axes[name]) for name in cut.segments]
+    sizes = [axes[name].count // repeats * unit for name, unit in zip(cut.segments, units, strict=True)]
     parts: list[Part] = []
     stored = 0
-    for index, name in enumerate(cut.segments):
+    for index, (name, unit) in enumerate(zip(cut.segments, units, strict=True)):
         first, last = dealt.of(name, rank)
         per_group = axes[name].count // repeats
         for group in range(repeats):
             low, high = max(first, group * per_group), min(last, (group + 1) * per_group)
             if low >= high:
                 continue
-            start = group * sum(sizes) + sum(sizes[:index]) + (low - group * per_group) * axes[name].unit
-            length = (high - low) * axes[name].unit
+            start = group * sum(sizes) + sum(sizes[:index]) + (low - group * per_group) * unit
+            length = (high - low) * unit
             box = slab(tensor.shape, cut.dim, start, start + length)
             parts.append(Part(tensor.name, box, tuple(stored if dim == cut.dim else 0 for dim in range(len(box)))))
             stored += length
     shape = (*tensor.shape[: cut.dim], stored, *tensor.shape[cut.dim + 1 :])
     return StoredTensor(tensor.name, tensor.dtype, shape, tuple(parts))
+
+
+def _stored_unit(tensor: LogicalTensor, axis: Axis) -> int:
+    """How many of what a tensor stores along its cut dim a unit is; UnsupportedError where it is no whole number."""
+    if axis.unit % tensor.cut.ratio:
+        what = f"{tensor.name} is stored in blocks that no unit of {axis.name} is"
+        raise UnsupportedError(what, tensor=tensor.name, hint="use --format native")
+    return axis.unit // tensor.cut.ratio
 
 
 def transposed(share: Share) -> Share:

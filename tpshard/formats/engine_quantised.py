@@ -72,7 +72,8 @@ def refusal(quantised: QuantisedModules, family: EngineFamily, tensor: LogicalTe
     """Why the engine cannot take a tensor of a quantised model. name: its full name."""
     module = f"{name.rpartition('.')[0]}.weight"
     kind = family.kind(module)
-    if (kind.transposed or kind.cut not in (None, "replicate")) and tensor.dtype not in CASTABLE:
+    turned = kind.cut in ("grouped", "paired") and tensor.cut.dim not in (None, 0)
+    if (kind.transposed or turned) and tensor.dtype not in CASTABLE:
         return "how the engine cuts or turns it where it is quantised is not known"
     if kind.plain and tensor.dtype not in CASTABLE:
         return "it is quantised, and the engine's class holds it in the dtype that it computes in"
@@ -208,14 +209,18 @@ def fused(
 
 
 def require_whole_blocks(
-    model: Model, recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]]
+    family: EngineFamily, model: Model, recipes: Mapping[str, ParameterParts], shares: Mapping[str, tuple[Share, ...]]
 ) -> None:
-    """UnsupportedError where matrices meet inside a block once they are fused: engines have one grid for all."""
+    """UnsupportedError where matrices meet inside a block once they are fused: engines have one grid for all.
+
+    And where a cut that is the engine's own, in equal slices of what is stored, lies in one.
+    """
     rows = _block_rows(model.config.get("quantization_config"))
     if rows is None:
         return
     for recipe in recipes.values():
-        for tensor in (tensor for group in recipe.groups for tensor in group[:-1]):
+        sliced = [name for name in recipe.tensors if family.kind(model.full_name(name)).cut == "even"]
+        for tensor in (*(tensor for group in recipe.groups for tensor in group[:-1]), *sliced):
             stored = shares[tensor][0]
             if stored.dtype in ("F8_E4M3", "F8_E5M2") and len(stored.shape) > 1 and stored.shape[0] % rows:
                 what = f"{tensor} ends inside a block, and the engine has others behind it"

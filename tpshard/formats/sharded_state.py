@@ -132,7 +132,7 @@ class ShardedState(Format):
             into: fused(quantised, named, shares, each)
             for into, each in recipes_of(family, named, last, _first_experts(family, model)).items()
         }
-        require_whole_blocks(model, recipes, shares)
+        require_whole_blocks(family, model, recipes, shares)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         rows = joined(recipes, shares, shapes, options.tp, _experts_of(model, placed, recipes))
         rows += constants(method, family, model, rows, named.values(), options.tp)
