@@ -6,7 +6,6 @@ The classes, and what they make of a checkpoint's names, are transformers'; the 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 from tests.helpers.command import succeeds, tpshard
 from tests.helpers.grids import some
 from tests.helpers.own_rules import CONFIGS, make, rules
-from tpshard.verifier.hf import prepare, streamed
 
 
 @pytest.fixture(autouse=True)
@@ -133,19 +131,3 @@ def test_a_class_without_attention_is_met() -> None:
         f'[rules]\n"column vocab" = ["backbone.embeddings", "lm_head?"]\n"replicate" = {whole}\n'
     )
     assert verify("weights,exact").code == 0
-
-
-def test_it_is_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for, that is refused with the size; where memory is short the error is that of memory."""
-    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1 << 10)
-    make("mellum")
-    split(rules("mellum"))
-    refused = verify("exact", "--stream")
-    error = refused.json["error"]
-    assert refused.code == 4 and error["hint"].startswith("leave --stream out")
-    assert re.search(r"among zeros with all weights in memory: about [\d.]+ GB, --stream or not", error["message"])
-    assert verify("exact", "--no-stream").json["settings"]["streamed"] is False
-    monkeypatch.setattr(prepare, "usable", lambda *_: 100_000)
-    short = verify("exact")
-    hint = short.json["error"]["hint"]
-    assert short.code == 6 and "--layers looks at fewer" in hint and "--stream" not in hint

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.helpers import multimodal_checkpoints as multimodal
 from tests.helpers.command import succeeds, tpshard
 from tests.helpers.grids import some
+from tpshard.verifier.hf import prepare, streamed
 from tpshard.verifier.hf.config import model_config
 from tpshard.verifier.hf.pictures import Pictures, pictures_for, with_placeholder
 from tpshard.verifier.hf.skeleton import fill, frame_of, skeleton
@@ -116,12 +117,27 @@ def test_a_rank_with_another_tower_fails(made: Made, tmp_path: Path) -> None:
     assert found.code == 1 and "mlp.fc1" in found.json["reason"], found.json["reason"]
 
 
-def test_streamed_its_text_is_run_alone(made: Made, tmp_path: Path) -> None:
-    """Pictures need all weights in memory: a line says so, and the text model is streamed, of a class that can."""
+@pytest.mark.parametrize("name", some(EVERY, ["qwen2_5_vl"]))
+def test_streamed_it_is_the_same(name: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower's matrices are read one by one as the text model's are: every figure is what it is in memory."""
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 1 << 10)
+    model, out = made(name), tmp_path / "out"
+    succeeds("split", model, "--tp", 2, "-o", out, "--no-fsync")
+    given = ("--source", model, "--engine", "transformers", "--tier", "weights,exact", "--tokens", 1, "--json")
+    kept, read = (succeeds("verify", out, *given, how).json for how in ("--no-stream", "--stream"))
+    assert (read["settings"]["runs"], read["settings"]["streamed"]) == ("the whole model", True)
+    assert {key for key in kept if kept[key] != read[key]} == {"settings", "volatile"}
+
+
+def test_where_the_whole_cannot_be_run_its_text_is_streamed(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line says why, and the tower is named as not run."""
     model, out = made("llava"), tmp_path / "out"
     succeeds("split", model, "--tp", 2, "-o", out, "--no-fsync")
+    monkeypatch.setattr(prepare, "pictures_for", lambda *_: None)
     given = ("--source", model, "--engine", "transformers", "--tier", "weights,exact", "--tokens", 1, "--json")
     found = succeeds("verify", out, *given, "--stream").json
     assert (found["settings"]["runs"], found["settings"]["streamed"]) == ("the text model", True)
-    assert "all weights in memory, which --stream does not keep" in found["warnings"][0]
+    assert "its text model is run alone" in found["warnings"][0]
     assert found["verdict"] == "pass" and "vision_tower" in [each["prefix"] for each in found["not_run"]]

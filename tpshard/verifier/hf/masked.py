@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.hf.parallel import Link, in_dim, is_linear, product
 from tpshard.verifier.hf.places_in_whole import PlacedShare, Shares
+from tpshard.verifier.hf.streamed import Streamed, as_parameter, is_read_of, zeros_like
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _without(module: nn.Module, leaves: Leaves) -> Iterator[None]:
     kept = {leaf: module._parameters[leaf] for leaf in leaves}
     for leaf, parameter in kept.items():
         assert parameter is not None
-        module._parameters[leaf] = nn.Parameter(torch.zeros_like(parameter), requires_grad=False)
+        module._parameters[leaf] = as_parameter(zeros_like(parameter))
     try:
         yield
     finally:
@@ -167,8 +167,10 @@ def _summed(name: str, module: nn.Module, leaves: Leaves, tp: int, link: Link) -
 
 def _given(module: nn.Module, leaves: Leaves, args: tuple[Any, ...]) -> bool:
     """Whether a module is called with what it holds: a block of it, say, for one expert."""
-    held = {module._parameters[leaf].untyped_storage().data_ptr() for leaf in leaves}  # type: ignore[union-attr]
-    return any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in held for x in args)
+    own = [module._parameters[leaf] for leaf in leaves]
+    held = {p.untyped_storage().data_ptr() for p in own if p is not None and not isinstance(p, Streamed)}
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    return any(x.untyped_storage().data_ptr() in held or any(is_read_of(x, p) for p in own) for x in tensors)
 
 
 def _only_cut(module: nn.Module, leaves: Leaves) -> bool:

@@ -64,9 +64,9 @@ class MaskedBackend(TransformersBackend):
     def _placed(self, weights: Weights, dtype: torch.dtype, rank: int, shares: Shares, *, whole: bool) -> Side:
         """A rank's model; whole: of weights that have everything, of which it gets its shares."""
         model: Any = skeleton(self.frame.config, dtype, self.device)
-        fill(model, self.frame, weights, dtype, self.device, None if whole else rank)
+        fill(model, self.frame, weights, dtype, self.device, None if whole else rank, self.most)
         mine = {key: each for key, each in shares.items() if self.frame.needed(key)}
-        put_in_place(model, mine, rank)
+        put_in_place(model, mine, rank, self.frame.is_table)
         link = MaskedLink()
         connect(model, mine, rank, link)
         skip_layers(model, self.frame.layers)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from tpshard.verifier.criteria import relative
+from tpshard.verifier.hf.gradients import Gradients
 from tpshard.verifier.hf.masked import Sums, is_row, row_leaf
 from tpshard.verifier.hf.parallel import in_dim, is_linear, product
 from tpshard.verifier.hf.places_in_whole import PlacedShare, Shares
 from tpshard.verifier.hf.probes import STREAM, ModuleRecord
 from tpshard.verifier.hf.sides import Side
+from tpshard.verifier.hf.streamed import Streamed, as_parameter
 from tpshard.verifier.report.verdict import Finding
 
 Records = Mapping[str, Sequence[ModuleRecord]]
@@ -135,8 +137,8 @@ class MaskedFeeder:
             x, wanted = share.only(args[0]), share.only(taken)
             self.inside.append((f"input of {name}", lambda: relative(x, wanted)))
             weights = (each.modules[name]._parameters["weight"] for each in (self.side, self.whole))
-            mine, theirs = (share.only(w, in_dim(module)) for w in weights if w is not None)
-            self.inside.append((name, lambda: relative(product(module, wanted, mine), product(module, wanted, theirs))))
+            both = [partial(share.only, w, in_dim(module)) for w in weights if w is not None]
+            self.inside.append((name, lambda: relative(*(product(module, wanted, own()) for own in both))))
         elif share is None or is_linear(module) or name in self.sums.summed:
             mine_of, expected = (self._mine(name, module, x) for x in (given, record.output))
             self.inside.append((name, lambda: relative(mine_of, expected)))
@@ -155,14 +157,16 @@ def _weighed(name: str, x: Tensor) -> Tensor:
     return (x * torch.rand(x.shape, generator=generator, dtype=torch.float64).to(x)).sum()
 
 
-def _with_inputs(module: nn.Module, leaf: str, share: PlacedShare, args: tuple[Any, ...]) -> Tensor:
+def _with_inputs(
+    module: nn.Module, leaf: str, share: PlacedShare, args: tuple[Any, ...], gradients: Gradients
+) -> Tensor:
     """What a module makes of the inputs that a rank has."""
     weight = module._parameters[leaf]
     assert weight is not None
-    shape = [1] * weight.dim()
-    shape[share.dim] = share.total
-    part = weight.detach() * share.held.to(weight.device).view(shape)
-    module._parameters[leaf] = nn.Parameter(part, requires_grad=False)
+    part = share.alone(weight.detach() if not isinstance(weight, Streamed) else weight)
+    if isinstance(part, Streamed):
+        part.reader = gradients.of_no_use
+    module._parameters[leaf] = as_parameter(part)
     try:
         found = first_of(module.forward(*args))
     finally:
@@ -190,6 +194,7 @@ class Uses:
         """
         weighed: list[Tensor] = []
         names = {name: p for name, p in side.model.named_parameters() if p.is_floating_point() and not p.is_meta}
+        gradients = Gradients(names)
 
         def summed(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             first = first_of(output)
@@ -200,16 +205,15 @@ class Uses:
             if rows is None:
                 weighed.append(_weighed(name, first))
             elif (leaf := row_leaf(module, leaves)) is not None:
-                weighed.append(_weighed(name, _with_inputs(module, leaf, leaves[leaf], args)))
+                part = _with_inputs(module, leaf, leaves[leaf], args, gradients)
+                weighed.append(_weighed(name, part))
             return first.detach() if isinstance(output, Tensor) else (first.detach(), *output[1:])
 
         def apart(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.shape == output.shape]
             return output.detach() + sum(x - x.detach() for x in given)
 
-        with ExitStack() as hooks, torch.enable_grad():
-            for parameter in names.values():
-                parameter.requires_grad_(True)
+        with ExitStack() as hooks, gradients.wanted():
             if side.rank is None:
                 for name in sums.summed:
                     hooks.enter_context(side.modules[name].register_forward_hook(partial(summed, name)))
@@ -219,26 +223,13 @@ class Uses:
                 before = side.link.show
                 hooks.callback(setattr, side.link, "show", before)
                 side.link.show = lambda name, x: weighed.append(_weighed(name, x)) if x.requires_grad else None
-            try:
-                run()
-                total = torch.stack(weighed).sum() if weighed else None
-                made = (
-                    [None] * len(names)
-                    if total is None
-                    else torch.autograd.grad(total, list(names.values()), allow_unused=True)
-                )
-            finally:
-                for parameter in names.values():
-                    parameter.requires_grad_(False)
-        alive = {}
-        most = max((float(grad.abs().max()) for grad in made if grad is not None and grad.numel()), default=0.0)
+            run()
+            if weighed:
+                gradients.find(torch.stack(weighed).sum())
+        found = gradients.largest
+        most = max((float(size.max()) for dims in found.values() for size in dims if len(size)), default=0.0)
         least = most * _ROUNDING * torch.finfo(side.dtype).eps if side.rank is None else 0.0
-        for (name, parameter), grad in zip(names.items(), made, strict=True):
-            seen = torch.zeros_like(parameter, dtype=torch.bool) if grad is None else grad.abs() > least
-            alive[name] = [
-                seen.movedim(dim, 0).flatten(1).any(-1) if seen.dim() > 1 else seen for dim in range(seen.dim())
-            ]
-        return cls(alive)
+        return cls({name: [size > least for size in dims] for name, dims in found.items()})
 
     def unused(self, whole: "Uses", shares: Shares, rank: int) -> Iterator[tuple[str, int]]:
         """Parameters of which a rank holds what nothing of its own depends on, and the first such index.

@@ -1,6 +1,6 @@
 """Where in the source's parameters a rank's shares lie, and a model whose parameters have them there, among zeros."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from tpshard.verifier.elements import Held, Parameter, RankShares, Readable
 from tpshard.verifier.hf.parameters import StoredParts
 from tpshard.verifier.hf.partition import HeldParts, held_by, of_tables
 from tpshard.verifier.hf.skeleton import Frame
+from tpshard.verifier.hf.streamed import Streamed, as_parameter, in_memory, in_parts
+from tpshard.verifier.ranks.pieces import rows_at
 from tpshard.verifier.ranks.weights import Weights
 
 _REPEATING = 1 << 16
@@ -44,9 +46,38 @@ class PlacedShare:
         """A rank's tensor in the shape of the unsharded one. DifferentError where it has not the share's size."""
         if len(self.here) and part.shape[self.dim] <= int(self.here.max()):
             raise DifferentError(f"{key} has fewer indices than its share", tensor=key)
-        full = part.new_zeros(*part.shape[: self.dim], self.total, *part.shape[self.dim + 1 :])
-        there, here = self.there.to(part.device), self.here.to(part.device)
-        return full.index_copy_(self.dim, there, part.index_select(self.dim, here))
+        shape = (*part.shape[: self.dim], self.total, *part.shape[self.dim + 1 :])
+        if not isinstance(part, Streamed):
+            return self._placed(part, self.there, self.here, shape)
+        read = part.arrival.rows
+        if self.dim:
+            return part.remade(
+                shape,
+                lambda start, stop: self._placed(read(start, stop), self.there, self.here, (stop - start, *shape[1:])),
+            )
+
+        def rows(start: int, stop: int) -> Tensor:
+            some = ((self.there >= start) & (self.there < stop)).nonzero().flatten()
+            mine, at = rows_at(read, self.here[some]), torch.arange(len(some))
+            return self._placed(mine, self.there[some] - start, at, (stop - start, *shape[1:]))
+
+        return part.remade(shape, rows)
+
+    def _placed(self, part: Tensor, there: Tensor, here: Tensor, shape: Sequence[int]) -> Tensor:
+        full = part.new_zeros(shape)
+        if not torch.equal(here, torch.arange(part.shape[self.dim])):
+            part = part.index_select(self.dim, here.to(part.device))
+        return full.index_copy_(self.dim, there.to(part.device), part)
+
+    def alone(self, whole: Tensor) -> Tensor:
+        """Something that has all indices, with those of other ranks zero."""
+        shape = [1] * whole.dim()
+        shape[self.dim] = self.total
+        held = self.held.to(whole.device).view(shape)
+        if not isinstance(whole, Streamed):
+            return whole * held
+        read, rows = whole.arrival.rows, self.dim == 0
+        return whole.remade(whole.shape, lambda start, stop: read(start, stop) * (held[start:stop] if rows else held))
 
     def only(self, whole: Tensor, dim: int = -1) -> Tensor:
         """The indices of the rank of something that has all."""
@@ -127,8 +158,11 @@ def _wherever(there: Tensor, here: Tensor, alike: Tensor) -> tuple[Tensor, Tenso
     return everywhere, origin[everywhere]
 
 
-def put_in_place(model: nn.Module, shares: Shares, rank: int) -> None:
-    """Give the parameters that a rank has in part the shape that they have in the unsharded model."""
+def put_in_place(model: nn.Module, shares: Shares, rank: int, is_table: Callable[[str], bool]) -> None:
+    """Give the parameters that a rank has in part the shape that they have in the unsharded model.
+
+    Of one that is streamed, what is read is put in its place then.
+    """
     done = set()  # layers may share a module
     for key, each in shares.items():
         owner, _, leaf = key.rpartition(".")
@@ -137,5 +171,5 @@ def put_in_place(model: nn.Module, shares: Shares, rank: int) -> None:
             continue
         done.add((id(module), leaf))
         held = module._parameters if leaf in module._parameters else module._buffers
-        full = each[rank].whole(key, held[leaf])
-        held[leaf] = nn.Parameter(full, requires_grad=False) if leaf in module._parameters else full
+        full = each[rank].whole(key, in_memory(held[leaf]))
+        held[leaf] = as_parameter(in_parts(key, full, table=is_table(key))) if leaf in module._parameters else full

@@ -51,7 +51,7 @@ def engine_of(asked: str, config: Mapping[str, Any]) -> str:
 
 
 def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
-    """Decide prompt, layers, number of tokens and what is kept in memory, and say how much that is.
+    """Decide prompt, layers, number of tokens and what is kept in memory, and say how much that is where a tier runs.
 
     UnsupportedError for what only the built-in decoder does, cutting the sequence, and for a class that cannot be
     streamed. UsageError where shards and source are of different models; LocalIOError where memory cannot suffice.
@@ -61,7 +61,8 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     towers, team = has_towers(opened.config), opened.team
     (sides, tokens), alone = team.together(lambda: _prepare(opened, options))
     streams = any(team.run(lambda group: _streams(opened, sides, tokens, options.stream)))
-    sides = team.together(lambda: _kept(opened, sides, tokens, streams))
+    if {"exact", "native"} & set(options.computed):
+        sides = team.together(lambda: _kept(opened, sides, tokens, streams))
     import transformers
 
     return EngineRun(
@@ -115,23 +116,24 @@ def _sides(opened: OpenedSet, options: VerifyOptions, *, whole: bool) -> tuple[T
     if not frame.tried:
         backend = MaskedBackend(source, ranks, opened.team, ids, device, frame, sparing=not shards.stored)
     if whole:
-        if options.stream:
-            raise UnsupportedError("pictures take all weights in memory, which --stream does not keep")
-        require_memory(_resident(opened, backend, tokens), usable(device, opened.sharing), device, _LESS)
-        frame, tokens = _with_pictures(backend, options.seed, tokens, positions)
+        most = largest_block(frame) if _streams(opened, backend, tokens, options.stream) else None
+        require_memory(_need(opened, backend, tokens, most), usable(device, opened.sharing), device, _LESS)
+        frame, tokens = _with_pictures(backend, options.seed, tokens, positions, most)
         ids = frame.pictures.ids.to(device)  # type: ignore[union-attr]
         backend = replace(backend, frame=frame, prompt=ids)
     return backend, tokens
 
 
-def _with_pictures(sides: TransformersBackend, seed: int, tokens: int, positions: int) -> tuple[Frame, int]:
+def _with_pictures(
+    sides: TransformersBackend, seed: int, tokens: int, positions: int, most: int | None
+) -> tuple[Frame, int]:
     """The frame with noise for pixels in a form that its class takes, and how many tokens may follow.
 
     UnsupportedError where none is known.
     """
     frame = replace(sides.frame, config=with_placeholder(sides.frame.config, sides.frame.text.vocab_size))
     model: Any = skeleton(frame.config, torch.float32, sides.device)
-    fill(model, frame, sides.source, torch.float32, sides.device)
+    fill(model, frame, sides.source, torch.float32, sides.device, None, most)
     skip_layers(model, frame.layers)
     found = pictures_for(model, sides.prompt, seed, frame.text.vocab_size)
     if found is None:
@@ -145,33 +147,29 @@ def _with_pictures(sides: TransformersBackend, seed: int, tokens: int, positions
 
 
 def _streams(opened: OpenedSet, sides: TransformersBackend, tokens: int, asked: bool | None) -> bool:
-    """Whether weights are streamed: as asked, or because memory asks for it and the class can."""
+    """Whether weights are streamed: as asked, or because memory asks for it."""
     if asked is not None:
         return asked
-    return sides.frame.streams and _resident(opened, sides, tokens) > usable(sides.device, opened.sharing)
+    return _need(opened, sides, tokens, None) > usable(sides.device, opened.sharing)
 
 
 def _kept(opened: OpenedSet, sides: TransformersBackend, tokens: int, streams: bool) -> TransformersBackend:
     """The sides, with all weights in memory or streamed. LocalIOError where that is too much.
 
-    UnsupportedError where the class takes more at once than streaming reads, or runs among zeros.
+    UnsupportedError where the class takes more at once than streaming reads.
     """
-    most, resident = largest_block(sides.frame) if streams else None, _resident(opened, sides, tokens)
-    own = f"transformers' own {_kind(sides.frame.config)} model"
-    if streams and not sides.frame.streams:
-        what = f"{own} is run among zeros with all weights in memory: about {resident / 1e9:.1f} GB, --stream or not"
-        raise UnsupportedError(what, hint=f"leave --stream out; {_LESS}")
-    need = resident if most is None else 3 * 8 * most + _logits(opened, sides, tokens)
+    most = largest_block(sides.frame) if streams else None
+    need, own = _need(opened, sides, tokens, most), f"transformers' own {_kind(sides.frame.config)} model"
     how = own if most is None else f"streaming the weights of {own}"
     opened.say(f"{how}: about {need / 1e9:.1f} GB of memory")
     if tokens and streams:
         opened.say(f"each of {tokens} tokens reads all weights again; --tokens 0 runs the prompt alone")
-    less = f"--stream needs less, {_LESS}" if sides.frame.streams else _LESS
-    hint = "free memory, or use another machine" if streams else less
+    hint = "free memory, or use another machine" if streams else f"--stream needs less, {_LESS}"
     require_memory(need, usable(sides.device, opened.sharing), sides.device, hint)
     sides = replace(sides, most=most)
     for layer in _looked_at(sides.frame, most) if most is not None else ():
-        one = replace(sides.only(layer), prompt=sides.prompt[:1, :1])
+        one = sides.only(layer)
+        one = one if sides.frame.pictures else replace(one, prompt=sides.prompt[:1, :1])
         try:
             one.run(torch.float64, one.steps)
         except TooLargeError:
@@ -187,7 +185,7 @@ def largest_block(frame: Frame) -> int:
     Of a table it reads rows, or blocks of them.
     """
     shapes = [shape for key, shape in frame.shapes.items() if frame.needed(key) and not frame.is_table(key)]
-    return max(streamed.BLOCK_BYTES // 8, *(math.prod(shape[1:] if len(shape) > 2 else shape) for shape in shapes))
+    return max(streamed.BLOCK_BYTES // 8, *(math.prod(shape[1:] if len(shape) == 3 else shape) for shape in shapes))
 
 
 def _looked_at(frame: Frame, most: int) -> list[int]:
@@ -256,8 +254,11 @@ def _injected(config: Any, canaries: Canaries) -> list[Canary]:
         return canaries()
 
 
-def _resident(opened: OpenedSet, sides: TransformersBackend, tokens: int) -> int:
-    """Peak bytes: the source and the ranks that run here in float64, and the larger of them once more as it is read."""
+def _need(opened: OpenedSet, sides: TransformersBackend, tokens: int, most: int | None) -> int:
+    """Peak bytes. In memory: the source and the ranks that run here in float64, and the larger of them once more as it
+    is read. Streamed: what an operation reads, makes of it and finds of its gradients."""
+    if most is not None:
+        return 3 * 8 * most + _logits(opened, sides, tokens)
     # What is put in its place among zeros is as large as the whole.
     ranks = (opened.shards.ranks[rank] if sides.frame.tried else opened.source for rank in opened.team.here)
     held = (opened.source, *ranks)

@@ -145,11 +145,6 @@ class Frame:
         """Whether this class was split and run here, so that a rank's model can be told its heads and widths."""
         return self.config.model_type in TRIED
 
-    @property
-    def streams(self) -> bool:
-        """Whether operations may read what they need: not among zeros, and not where pictures are put before it."""
-        return self.tried and self.pictures is None
-
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
 
@@ -360,16 +355,12 @@ def fill(
             raise UnsupportedError("the source has not all experts", tensor=key, expected=frame.shapes[key])
         owner, _, leaf = key.rpartition(".")
         module = model.get_submodule(owner)
-        if leaf in module._parameters and frame.streams:
+        if leaf in module._parameters:
             made = arriving(key, recipe, weights, dtype, device, table=frame.is_table(key), most=most)
             module._parameters[leaf] = as_parameter(made)
             continue
         tensor = recipe.tensor(weights)
-        tensor = move(tensor, device, dtype if tensor.is_floating_point() else None)
-        if leaf in module._parameters:
-            module._parameters[leaf] = as_parameter(tensor)
-        else:
-            module._buffers[leaf] = tensor
+        module._buffers[leaf] = move(tensor, device, dtype if tensor.is_floating_point() else None)
     for key, _ in model.named_parameters(remove_duplicate=False):
         if key in frame.shapes and key not in found and frame.needed(key):
             if rank is None:

@@ -1,7 +1,7 @@
 """Parameters that are read by the operation which needs them, and that nobody keeps: rows, experts, or the whole."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,8 @@ BLOCK_BYTES = 1 << 26
 """Bytes of a table of the vocabulary that are multiplied at a time."""
 _TOGETHER = 64
 """Rows of a table come in multiples of this, so that each block begins where memory does for the processor."""
+_READ_OF = "tpshard_read_of"
+"""The attribute of a row that says of which parameter it is."""
 
 
 class TooLargeError(UnsupportedError):
@@ -38,14 +40,19 @@ class Arrival:
     in_blocks: bool = False
 
 
+Reader = Callable[[Callable[[int, int], Tensor], int, int], Tensor]
+"""What reads rows in the place of who asked for them: `reader(rows, start, stop)`."""
+
+
 class Streamed(Tensor):
     """A tensor with a shape and no memory: an operation gets what it reads, the result is an ordinary tensor.
 
     Rows of an embedding, experts of a stack and blocks of a head are read alone; whatever else is done with it gets the
-    whole, once, which is a TooLargeError where that is too much.
+    whole, once, which is a TooLargeError where that is too much. reader: through which it is read, for a time.
     """
 
     arrival: Arrival
+    reader: "Reader | None" = None
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device, arrival: Arrival) -> "Streamed":
@@ -70,7 +77,8 @@ class Streamed(Tensor):
 
     def at(self, start: int, stop: int) -> Tensor:
         """Some rows."""
-        return self.arrival.rows(start, stop)
+        read = self.arrival.rows
+        return read(start, stop) if self.reader is None else self.reader(read, start, stop)
 
     def whole(self) -> Tensor:
         """All rows."""
@@ -85,9 +93,12 @@ class Streamed(Tensor):
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Streamed":
         """The same with each of its rows changed, as `change` makes it of any number of rows."""
         shape = change(torch.empty(self.shape, dtype=self.dtype, device="meta")).shape
-        rows, arrival = self.arrival.rows, self.arrival
-        other = Arrival(arrival.name, lambda start, stop: change(rows(start, stop)), arrival.most, arrival.in_blocks)
-        return Streamed(shape, self.dtype, self.device, other)
+        rows = self.arrival.rows
+        return self.remade(shape, lambda start, stop: change(rows(start, stop)))
+
+    def remade(self, shape: Sequence[int], rows: Callable[[int, int], Tensor]) -> "Streamed":
+        """Another in its place, which is made of it: as much of that may be in memory, and it is read as this is."""
+        return Streamed(shape, self.dtype, self.device, replace(self.arrival, rows=rows))
 
 
 def changed(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -124,18 +135,36 @@ def arriving(
         rows = parts.rows(weights, start, stop)
         return move(rows, device, dtype if rows.is_floating_point() else None)
 
-    streamed, in_blocks = most is not None and len(shape) > 1, False
-    if table and len(shape) == 2:
-        in_blocks = torch.Size(shape).numel() * dtype.itemsize > BLOCK_BYTES
-    if streamed:
-        return Streamed(shape, dtype, device, Arrival(key, read, most, in_blocks))
+    if most is not None and len(shape) > 1:
+        return in_parts(key, Streamed(shape, dtype, device, Arrival(key, read, most)), table=table)
     tensor = parts.tensor(weights)
-    tensor = move(tensor, device, dtype if tensor.is_floating_point() else None)
-    if in_blocks or (len(shape) == 3 and "experts" in key):
-        return Streamed(
-            shape, tensor.dtype, device, Arrival(key, lambda start, stop: tensor[start:stop], None, in_blocks)
-        )
+    return in_parts(key, move(tensor, device, dtype if tensor.is_floating_point() else None), table=table)
+
+
+def in_parts(key: str, tensor: Tensor, *, table: bool) -> Tensor:
+    """A parameter of which operations take experts one by one, and a large table's rows in blocks."""
+    in_blocks = table and tensor.dim() == 2 and tensor.numel() * tensor.element_size() > BLOCK_BYTES
+    if isinstance(tensor, Streamed):
+        tensor.arrival = replace(tensor.arrival, in_blocks=in_blocks)
+    elif in_blocks or (tensor.dim() == 3 and "experts" in key):
+        arrival = Arrival(key, lambda start, stop: tensor[start:stop], None, in_blocks)
+        return Streamed(tensor.shape, tensor.dtype, tensor.device, arrival)
     return tensor
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """The tensor that parts are taken of, where it is in memory."""
+    return tensor.whole() if isinstance(tensor, Streamed) and tensor.arrival.most is None else tensor
+
+
+def zeros_like(tensor: Tensor) -> Tensor:
+    """Zeros in a tensor's place."""
+    if not isinstance(tensor, Streamed):
+        return torch.zeros_like(tensor)
+    dtype, device = tensor.dtype, tensor.device
+    return tensor.remade(
+        tensor.shape, lambda start, stop: torch.zeros((stop - start, *tensor.shape[1:]), dtype=dtype, device=device)
+    )
 
 
 def _whole(tree: Any) -> Any:
@@ -154,7 +183,27 @@ def _row(x: Any, index: Any) -> Tensor | None:
     index = index + len(x) if index < 0 else index
     if not 0 <= index < len(x):
         raise IndexError(f"index {index} is out of bounds for {len(x)} rows")
-    return x.at(index, index + 1)[0]
+    row = x.at(index, index + 1)[0]
+    setattr(row, _READ_OF, x.arrival.name)
+    return row
+
+
+def _viewed(x: Tensor, *shape: Any) -> Tensor | None:
+    """The same elements in another shape, where each of its rows is some whole rows: experts that lie in a matrix."""
+    if not isinstance(x, Streamed) or not x.dim() or not x.numel():
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        found = torch.empty(x.shape, device="meta").view(*shape).shape
+    some, rest = divmod(len(x), found[0]) if found else (0, 1)
+    if rest or len(found) < 2 or not some:
+        return None
+    read = x.at
+    return x.remade(found, lambda start, stop: read(start * some, stop * some).view(stop - start, *found[1:]))
+
+
+def is_read_of(x: Any, parameter: Tensor | None) -> bool:
+    """Whether a tensor is a row, or an expert, of this parameter."""
+    return isinstance(parameter, Streamed) and getattr(x, _READ_OF, None) == parameter.arrival.name
 
 
 def _embedded(ids: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor | None:
@@ -185,6 +234,7 @@ def _expert_by_expert(x: Tensor, experts: Tensor) -> Tensor | None:
 
 _IN_PARTS: Mapping[Any, Callable[..., Tensor | None]] = {
     Tensor.__getitem__: _row,
+    Tensor.view: _viewed,
     F.embedding: _embedded,
     F.linear: _linear,
     torch.bmm: _expert_by_expert,
