@@ -407,7 +407,8 @@ CONTRACT: dict[str, Any] = {
         "numbers": {
             "batch": int, "seq": int, "gpu_memory": (int, None), "usable": float,
             "kv_cache": {
-                "layers": int, "axis": (str, None), "latent": (int, None), "dtype": str, "window": (int, None)
+                "layers": int, "caches": int, "axis": (str, None), "latent": (int, None), "dtype": str,
+                "window": (int, None),
             },
             "ranks": [{"rank": int, "weights": int, "kv_cache": int, "total": int}],
             "stages": [{

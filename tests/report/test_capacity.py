@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.bench.synthetic import DEEPSEEK_V3, LLAMA_8B, LLAMA_405B, deepseek_tensors, llama_tensors
+from tests.helpers import served_checkpoints
 from tests.helpers.command import fails, llama, succeeds, tpshard
 from tpshard.api.advise import advise
 from tpshard.api.convert import plan
@@ -21,7 +22,7 @@ from tpshard.planning.layout import LogicalTensor, shard
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 from tpshard.report.advice import Devices, advice
-from tpshard.report.capacity import Workload, cache_bytes, numbers, ring_bytes, traits
+from tpshard.report.capacity import Workload, cache_bytes, number_lines, numbers, ring_bytes, traits
 from tpshard.report.stage_bytes import like_layers, rank_bytes
 from tpshard.rules.architecture import builtin
 from tpshard.rules.classify import classify
@@ -123,6 +124,29 @@ def test_latent_attention_is_cached_whole_by_every_rank() -> None:
     caches = cache_bytes(built, facts, deal(built.axes, Mesh(4)), Workload(batch=2, seq=10))
     assert caches == [2 * 10 * 61 * 576 * 2] * 4
     assert traits(model("deepseek_v3", config, shapes)) == facts
+
+
+def test_a_layer_that_attends_twice_caches_twice(tmp_path: Path) -> None:
+    """LongCat: 2 layers x 2 attentions x (16 + 8) numbers; what predicts a further token decodes nothing."""
+    found = plan(served_checkpoints.make("longcat_flash", tmp_path / "m"), 2, workload=Workload(batch=3, seq=10))
+    cache = found.numbers()["kv_cache"]
+    assert (cache["layers"], cache["caches"], cache["latent"], cache["dtype"]) == (2, 4, 24, "F32")
+    assert [rank["kv_cache"] for rank in found.numbers()["ranks"]] == [3 * 10 * 2 * 2 * (16 + 8) * 4] * 2
+    assert any(line.endswith("2 layers with 4 caches, F32") for line in number_lines(found.numbers()))
+
+
+def test_linear_attention_and_mixers_cache_no_tokens(tmp_path: Path, made: Callable[..., Path]) -> None:
+    """Of 2 layers of Kimi Linear the last keeps a latent of 16 + 8; of Jamba's the last has keys and values."""
+    work = Workload(batch=3, seq=10)
+    found = plan(served_checkpoints.make("kimi_linear", tmp_path / "m"), 2, workload=work).numbers()
+    assert (found["kv_cache"]["layers"], found["kv_cache"]["caches"], found["kv_cache"]["latent"]) == (1, 1, 24)
+    assert [rank["kv_cache"] for rank in found["ranks"]] == [3 * 10 * 1 * (16 + 8) * 4] * 2
+    assert found["communication"]["all_reduces"] == 4  # one behind each attention, one behind each feed-forward
+    config = json.loads((made("jamba") / "config.json").read_text())
+    heads, width = config["num_key_value_heads"], config["hidden_size"] // config["num_attention_heads"]
+    found = plan(made("jamba"), 1, workload=work).numbers()
+    assert (found["kv_cache"]["layers"], found["kv_cache"]["axis"]) == (1, "kv")
+    assert [rank["kv_cache"] for rank in found["ranks"]] == [3 * 10 * 1 * 2 * heads * width * 4]
 
 
 def test_kv_heads_are_cached_where_they_are() -> None:

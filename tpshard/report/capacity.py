@@ -28,6 +28,8 @@ USABLE = 0.9
 KV_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8": "F8_E4M3"}
 """The names that `--kv-dtype` knows."""
 _LAYER = re.compile(r"(?<![^.])0\.([^.]+)")
+_BLOCK = re.compile(r"(?<![^.])(\d+)\.([^.]+)(?:\.(\d+)(?=\.))?")
+"""A layer's number, the block in it, and which of several of that name."""
 _LATENT = re.compile(r"(?:kv_a_proj_with_mqa|wkv_a_with_mqa|\.attn\.wkv)\.(?:weight|weight_packed|scales)$")
 """Makes what DeepSeek's latent attention caches: the compressed key and value of all heads, and one rotary key.
 
@@ -71,13 +73,15 @@ class Traits:
     """What memory and communication depend on.
 
     blocks: the row-parallel sums of each layer that has any, by its number; each is one all-reduce of batch x seq x
-    hidden elements, and each such layer caches keys and values. dtype: of activations. cache_dtype: of keys and values.
+    hidden elements. caches: the attentions of each layer that keep keys and values: none of a mixer or of linear
+    attention, two of a layer that attends twice. dtype: of activations. cache_dtype: of keys and values.
     cache_axis: the axis whose units have a key and a value each; None with latent attention, of which `latent` elements
     are cached by every rank. window: of sliding attention. expert_layers: which of those layers have routed experts.
     active: how many of them a token is for, None where the config does not say.
     """
 
     blocks: Mapping[int, int]
+    caches: Mapping[int, int]
     hidden: int
     dtype: str
     cache_dtype: str
@@ -90,7 +94,12 @@ class Traits:
     @property
     def layers(self) -> int:
         """How many layers cache keys and values."""
-        return len(self.blocks)
+        return len(self.caches)
+
+    @property
+    def cached(self) -> int:
+        """How many attentions do."""
+        return sum(self.caches.values())
 
     @property
     def sums(self) -> int:
@@ -99,8 +108,11 @@ class Traits:
 
     def of(self, layers: Range) -> Self:
         """The traits of some of the layers."""
-        blocks = {layer: count for layer, count in self.blocks.items() if layer in range(*layers)}
-        return replace(self, blocks=blocks, expert_layers=self.expert_layers.intersection(blocks))
+        blocks, caches = (
+            {layer: count for layer, count in each.items() if layer in range(*layers)}
+            for each in (self.blocks, self.caches)
+        )
+        return replace(self, blocks=blocks, caches=caches, expert_layers=self.expert_layers.intersection(blocks))
 
 
 def traits(model: Model) -> Traits:
@@ -140,12 +152,15 @@ def traits(model: Model) -> Traits:
     blocks = own or blocks
     window = config.get("sliding_window")
     by_layer = Counter(layer for layer, _ in blocks)
+    axis = None if latent else _cached(model.axes)
+    caches = _caches(model, axis, count) if latent or axis else {}
     return Traits(
         blocks=by_layer,
+        caches=dict.fromkeys(by_layer, 1) if caches is None else caches,
         hidden=hidden,
         dtype=activations,
         cache_dtype=model.quantisation.get("kv_cache") or activations,
-        cache_axis=None if latent else _cached(model.axes),
+        cache_axis=axis,
         latent=latent,
         window=window if isinstance(window, int) and config.get("use_sliding_window") is not False else None,
         expert_layers=frozenset(routed.intersection(by_layer)),
@@ -157,6 +172,27 @@ def _of_experts(model: Model, tensor: LogicalTensor) -> bool:
     """Whether a tensor is of a routed expert, or of all of a layer."""
     name, experts = model.full_name(tensor.name), model.experts
     return experts is not None and (experts.number(name) is not None or experts.are_stacked(name, tensor.shape))
+
+
+def _caches(model: Model, axis: str | None, count: object) -> dict[int, int] | None:
+    """How many attentions of each layer have what is cached: a latent, or heads of the axis. None where none has.
+
+    count: of the layers, as the config says; those beyond, and shorter stacks beside, predict further tokens.
+    """
+    found: dict[str, set[tuple[int, str, str | None]]] = {}
+    for tensor in model.tensors:
+        if axis is None:
+            caches = _LATENT.search(tensor.name) is not None
+        else:
+            caches = any(each.partition("-")[0] == axis.partition("-")[0] for each in tensor.cut.segments)
+        if caches and (at := _BLOCK.search(tensor.name)):
+            found.setdefault(tensor.name[: at.start()], set()).add((int(at[1]), at[2], at[3]))
+    stacks = [Counter(layer for layer, *_ in each) for each in found.values()]
+    if not stacks:
+        return None
+    largest = dict(max(stacks, key=len))
+    own = {layer: each for layer, each in largest.items() if not isinstance(count, int) or layer < count}
+    return own or largest
 
 
 def _cached(axes: Mapping[str, Axis]) -> str | None:
@@ -174,14 +210,14 @@ def _out(tensor: LogicalTensor) -> int:
 def cache_bytes(
     model: Model, facts: Traits, dealt: Deal, workload: Workload, stages: Stages | None = None
 ) -> list[int]:
-    """What each rank caches of `batch` sequences of `seq` tokens: keys and values of its KV heads and layers."""
-    layers = [facts.of(each).layers for each in stages.ranges] if stages else [facts.layers]
+    """What each rank caches of `batch` sequences of `seq` tokens: keys and values of its KV heads and attentions."""
+    caches = [facts.of(each).cached for each in stages.ranges] if stages else [facts.cached]
     bits = workload.batch * workload.seq * DTYPE_BITS[workload.cache_dtype(facts.cache_dtype)]
     found = []
     for rank in range(dealt.mesh.size):
         first, last = (0, 1) if facts.cache_axis is None else dealt.of(facts.cache_axis, rank)
         each = facts.latent if facts.cache_axis is None else 2 * model.axes[facts.cache_axis].unit
-        found.append(bits * layers[dealt.mesh.coordinate(rank)[0]] * each * (last - first) // 8)
+        found.append(bits * caches[dealt.mesh.coordinate(rank)[0]] * each * (last - first) // 8)
     return found
 
 
@@ -257,7 +293,7 @@ def numbers(
             entry["free"] = workload.gpu_memory - own - cached
             entry["fits"] = fits(own + cached, workload.gpu_memory)
         ranks.append(entry)
-    cache = {"layers": facts.layers, "axis": facts.cache_axis, "latent": facts.latent or None}
+    cache = {"layers": facts.layers, "caches": facts.cached, "axis": facts.cache_axis, "latent": facts.latent or None}
     cache |= {"dtype": workload.cache_dtype(facts.cache_dtype), "window": facts.window}
     each = [facts.of(layers) for layers in stages.ranges] if stages else [facts]
     needs = []
@@ -303,7 +339,8 @@ def number_lines(found: Mapping[str, Any]) -> list[str]:
         texts.append(f"{which}: {weights} weights + {cached} KV cache = {total}{room}")
     cache, sent = found["kv_cache"], found["communication"]
     work = f"batch {found['batch']} x {found['seq']} tokens"
-    texts.append(f"KV cache: {work}, {cache['layers']} layers, {cache['dtype']}")
+    several = f" with {cache['caches']} caches" if cache["caches"] != cache["layers"] else ""
+    texts.append(f"KV cache: {work}, {cache['layers']} layers{several}, {cache['dtype']}")
     if cache["latent"]:
         texts.append(f"latent attention: {cache['latent']} numbers a token and layer, whole on each rank")
     if cache["window"] and cache["window"] < found["seq"]:
