@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tpshard.errors import CorruptError, UnsupportedError
-from tpshard.formats.engine_layout import ParameterParts, in_places, joined, recipes_of, shares_of, with_scales
+from tpshard.formats.engine_layout import ParameterParts, joined, recipes_of, shares_of
+from tpshard.formats.engine_places import in_places, with_scales
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, full

@@ -12,8 +12,9 @@ from math import prod
 from typing import Any
 
 from tpshard.errors import UnsupportedError
-from tpshard.formats.engine_layout import ParameterParts, Share, with_scales
+from tpshard.formats.engine_layout import ParameterParts, Share
 from tpshard.formats.engine_patterns import match
+from tpshard.formats.engine_places import with_scales
 from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules
 from tpshard.planning.box import Shape, full
 from tpshard.planning.join import is_grid

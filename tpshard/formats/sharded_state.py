@@ -16,18 +16,10 @@ from pathlib import Path
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_config import named_as, require_config, told_apart
-from tpshard.formats.engine_layout import (
-    VOCAB_MULTIPLE,
-    ParameterParts,
-    Share,
-    in_places,
-    joined,
-    recipes_of,
-    shares_of,
-    with_scales,
-)
+from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
+from tpshard.formats.engine_places import in_places, with_scales
 from tpshard.formats.engine_quantised import (
     completed,
     constants,

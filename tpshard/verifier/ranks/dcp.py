@@ -75,7 +75,7 @@ class _Metadata(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Piece:
     """Where `.metadata` puts a rectangle of a tensor, the tensor's dtype, and the shapes of what begins there."""
 
     name: str
@@ -121,7 +121,7 @@ def of_metadata(directory: Path, wanted: Callable[[str], bool] = lambda name: Tr
     return chunks
 
 
-def _listed(metadata: Any, path: Path) -> tuple[dict[str, list[int]], list[_Place]]:
+def _listed(metadata: Any, path: Path) -> tuple[dict[str, list[int]], list[_Piece]]:
     """Sizes of the tensors that `.metadata` describes, and the places of their rectangles.
 
     CorruptError for a rectangle of a tensor that it does not describe, or in a file elsewhere. Of another structure
@@ -141,7 +141,7 @@ def _listed(metadata: Any, path: Path) -> tuple[dict[str, list[int]], list[_Plac
             raise CorruptError(message, path=path, tensor=index.fqn, found=place.relative_path)
         dtype, shapes = tensor.properties.dtype, [_ints(c.sizes) for c in tensor.chunks if c.offsets == index.offset]
         begin, length = _ints((place.offset, place.length))
-        places.append(_Place(index.fqn, _ints(index.offset), dtype, shapes, place.relative_path, begin, length))
+        places.append(_Piece(index.fqn, _ints(index.offset), dtype, shapes, place.relative_path, begin, length))
     return {name: list(_ints(tensor.size)) for name, tensor in tensors.items()}, places
 
 
