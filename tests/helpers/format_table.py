@@ -199,7 +199,8 @@ def sizes(text: str) -> dict[str, set[int]]:
             found[axis].add(int(number))
     for axis, numbers in re.findall(r"for (tp|pp|ep) in \(([\d, ]+)\)", text):
         found[axis].update(map(int, re.findall(r"\d+", numbers)))
-    for call in (r"tpshard\.(?:split|reshard)\([^,()]+(?:\([^()]*\))?, (\d+)", r"publish\(\w+, [^,()]+, (\d+)"):
+    made = r"(?<![\w.])(?:tpshard\.)?(?:split|reshard)\([^,()]+(?:\([^()]*\))?, (\d+)"
+    for call in (made, r"publish\(\w+, [^,()]+, (\d+)"):
         found["tp"].update(map(int, re.findall(call, text)))
     for axis, numbers in _parameters(text):
         found[axis] |= numbers

@@ -118,10 +118,10 @@ def rows() -> Iterator[tuple[str, str, tuple[str, ...], str, tuple[str, ...], li
     for name, types in supported().items():
         alike: dict[tuple[str, tuple[str, ...], str, tuple[str, ...]], list[str]] = {}
         for each in types:
-            key = each.verify, each.engines, versions_text(each.versions), each.quantised
+            key = str(each.verify), each.engines, versions_text(each.versions), each.quantised
             alike.setdefault(key, []).append(each.model_type)
-        for key, those in alike.items():
-            yield name, *key, those
+        for same, those in alike.items():
+            yield name, *same, those
 
 
 def draft(

@@ -59,8 +59,8 @@ def list_all(json: opt.JSON = False, quiet: opt.QUIET = False) -> None:
                 console.show(_LINE.format(name, verify, *lists))
             console.show("", _NESTING.format("nests a text model", "engines", "versions", "quantised", "text models"))
             for each in nesting():
-                lists = " ".join(each.engines), versions_text(each.versions), " ".join(each.quantised) or "-"
-                console.show(_NESTING.format(each.model_type, *lists, ", ".join(each.texts)))
+                named = " ".join(each.engines), versions_text(each.versions), " ".join(each.quantised) or "-"
+                console.show(_NESTING.format(each.model_type, *named, ", ".join(each.texts)))
 
 
 @app.command("show")
