@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.engines.table import __main__ as tool
-from tests.engines.table.known import parsed
+from tests.engines.table.known import parsed, parsed_nested
 from tests.engines.table.replay import FILE, Record, Replay, entry_of
+from tests.engines.table.toml import as_toml
 from tpshard.formats.engine_tables import load_table
 from tpshard.formats.vllm import FORMAT
 
@@ -109,3 +110,11 @@ def test_a_class_that_takes_the_embedding_for_the_head_has_none(record: Record, 
     found = entry_of(Replay(record), tmp_path)
     assert (found.entry["head"], found.entry["tied"]) == ("", "lm_head")
     assert found.entry.get("renamed", {}) == {} and "refused" not in found.entry
+
+
+def test_an_entry_of_a_nested_model_is_read_as_the_tables_are() -> None:
+    entry = {"model_types": ["llava"], "texts": {"llama": "llama"}, "text": "language_model.", "place": "vision_tower"}
+    text = "\n\n".join(
+        [as_toml("llava", {"axes": []}, room="towers"), as_toml("llava", {**entry, "towers": ["llava"]}, room="nested")]
+    )
+    assert parsed_nested(text, "llava").texts == {"llama": "llama"}
