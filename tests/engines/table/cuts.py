@@ -45,7 +45,26 @@ def explanations(reading: Reading, name: str, deal: Deal) -> set[How]:
     """Everything that says what the ranks have of a tensor."""
     tensor = next(each for each in reading.model.tensors if each.name == name)
     held = reading.blocks[name]
-    return {how for how in _possible(tensor) if _gives(reading, tensor, how, deal, held)}
+    found = {how for how in _possible(tensor) if _gives(reading, tensor, how, deal, held)}
+    return found or ({How("joint")} if _joint(reading, name) else set())
+
+
+def _joint(reading: Reading, name: str) -> bool:
+    """Whether what follows one another in a parameter is cut as one."""
+    (group,) = reading.recipes[reading.parameter_of[name]].groups[:1]
+    full = {each: reading.model.full_name(each) for each in group}
+    names, tensors = tuple(map(kind_of, full.values())), {each.name: each for each in reading.model.tensors}
+    family = EngineFamily(cuts={"joint": names}, fused={"joint": names})
+    if len(set(group)) < 2 or len({tensors[each].shape[1:] for each in group}) > 1:
+        return False
+    shares = shares_of(family, reading.model, [tensors[each] for each in group], dealt(reading))
+    for each in group:
+        for share, block in zip(shares[each], reading.blocks[each], strict=True):
+            numbers = _numbers(share, tensors[each].shape)
+            numbers = numbers[(numbers >= 0).any(axis=tuple(range(1, numbers.ndim)))]
+            if numbers.shape != block.shape or not bool((numbers == block).all()):
+                return False
+    return True
 
 
 def _possible(tensor: LogicalTensor) -> Iterator[How]:

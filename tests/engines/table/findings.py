@@ -12,6 +12,7 @@ from tests.engines.table.coded import ONE
 from tests.engines.table.cuts import How, dealt, explanations
 from tests.engines.table.names import fused, pattern, renamed, shortened
 from tests.engines.table.reading import CannotSay, Reading, Recipe, kind_of
+from tpshard.formats.engine_patterns import BEHIND, STACK
 from tpshard.formats.sharded_state import _SCALES
 from tpshard.storage.tensor_names import numbered
 
@@ -100,7 +101,7 @@ class Findings:
                 self._cannot(f"{ours} is {theirs} in some layers and {self.pairs[ours]} in others")
             return
         try:
-            target, sources = fused(kind_of(into), [kind_of(each) for each in groups[0]], _expert(groups, recipe))
+            target, sources = fused(kind_of(into), [kind_of(each) for each in groups[0]], *_expert(groups, recipe))
         except CannotSay as problem:
             self._cannot(str(problem))
             return
@@ -227,15 +228,18 @@ def _preference(how: How) -> tuple[bool, bool, bool, int, str]:
     return how.either, how.transposed, how.squeezed, order.index(cut) if cut in order else len(order), cut
 
 
-def _expert(groups: list[list[str]], recipe: Recipe) -> int | None:
-    """Which number of stacked tensors' names is that of the expert."""
+def _expert(groups: list[list[str]], recipe: Recipe) -> tuple[int | None, str]:
+    """Which number of stacked tensors' names is that of the expert, and what stands for it: another for later ones."""
     if not recipe.stacked:
-        return None
+        return None, STACK
     numbers = [numbered(group[0])[1] for group in groups]
     changing = [place for place, each in enumerate(zip(*numbers, strict=True)) if len(set(each)) > 1]
-    if len(changing) != 1 or [each[changing[0]] for each in numbers] != list(range(len(numbers))):
+    if len(changing) != 1:
         raise CannotSay(f"{groups[0][0]} and others are not stacked by their number")
-    return changing[0]
+    first = numbers[0][changing[0]]
+    if [each[changing[0]] for each in numbers] != list(range(first, first + len(numbers))):
+        raise CannotSay(f"{groups[0][0]} and others are not stacked by their number")
+    return changing[0], BEHIND if first else STACK
 
 
 def _fits(pattern_of_source: str, kind: str) -> bool:

@@ -78,7 +78,7 @@ def _told_apart(read: EngineFamily, known: EngineFamily, name: str) -> Mapping[s
         "float32": (a.float32, b.float32),
         "function": (a.function, b.function),
         "fused": tuple(
-            [(each.target, each.place, each.name.format(*numbers), each.stacked, each.dim) for each in kind.fused]
+            sorted((each.target, each.place, each.name.format(*numbers), each.stacked, each.dim) for each in kind.fused)
             for kind in (a, b)
         ),
     }

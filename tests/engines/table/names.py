@@ -12,11 +12,11 @@ from tpshard.formats.engine_patterns import STACK, match
 from tpshard.formats.engine_tables import EngineFamily
 
 
-def pattern(kind: str, expert: int | None = None) -> str:
-    """A kind as a pattern. expert: which of its numbers is that of a stacked expert."""
+def pattern(kind: str, expert: int | None = None, stack: str = STACK) -> str:
+    """A kind as a pattern. expert: which of its numbers is that of a stacked expert, which `stack` stands for."""
     parts = kind.split(".")
     for number, place in enumerate([place for place, part in enumerate(parts) if part == "0"]):
-        parts[place] = STACK if number == expert else "*"
+        parts[place] = stack if number == expert else "*"
     return ".".join(parts)
 
 
@@ -59,10 +59,10 @@ def _beginnings(name: str, into: str) -> Iterable[tuple[str, str]]:
             yield pattern(".".join(ours)), pattern(".".join(theirs))
 
 
-def fused(into: str, kinds: Sequence[str], expert: int | None) -> tuple[str, list[str]]:
+def fused(into: str, kinds: Sequence[str], expert: int | None, stack: str = STACK) -> tuple[str, list[str]]:
     """A parameter made of several tensors, and these, as the table has them.
 
-    expert: which number of their names is that of a stacked expert.
+    expert: which number of their names is that of a stacked expert, which `stack` stands for.
     """
     target, sources = into.split("."), [kind.split(".") for kind in kinds]
     while len(target) > 1 and all(len(each) > 1 and each[-1] == target[-1] for each in sources):
@@ -71,7 +71,7 @@ def fused(into: str, kinds: Sequence[str], expert: int | None) -> tuple[str, lis
     if len(last) == 1 and target[-1].endswith(f"_{(tail := last.pop())}"):
         target[-1] = target[-1].removesuffix(tail)
         sources = [each[:-1] for each in sources]
-    patterns = [pattern(".".join(each), expert) for each in sources]
+    patterns = [pattern(".".join(each), expert, stack) for each in sources]
     if any(each.split(".").count("*") != target.count("0") for each in patterns):
         raise CannotSay(f"{into} has other numbers than {', '.join(kinds)}")
     return pattern(".".join(target)), patterns

@@ -15,6 +15,7 @@ from tests.engines.table.names import fused, pattern
 from tests.engines.table.reading import CannotSay, Reading, kind_of
 from tpshard.formats.engine_nested import is_text
 from tpshard.formats.engine_tables import EngineFamily
+from tpshard.formats.sharded_state import _SCALES
 
 _HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
 _ATTENTION = ("attn", "attention", "wqkv", "wo")
@@ -34,20 +35,34 @@ class Beside:
     problems: list[str] = field(default_factory=list)
 
 
+def in_text(reading: Reading, tensor: str) -> bool:
+    """Whether a tensor is the text's: not where vLLM has it beside all that the text's layers are below."""
+    model, into = reading.model, reading.parameter_of.get(tensor)
+    if not is_text(model, tensor) or into is None or model.layers is None:
+        return is_text(model, tensor)
+    within = model.layers.within
+    layered = (each for each in reading.parameter_of if f" {each} {model.full_name(each)}".count(f" {within}"))
+    first = next(layered, None)
+    root = reading.parameter_of[first].split(".")[0] if first else "model"
+    return root == "model" or into.split(".")[0] == root
+
+
 def text_alone(reading: Reading, prefix: str) -> Reading:
     """What was read of the text model, under its own names. prefix: how vLLM's begin."""
     model = reading.model
-    texts = [tensor for tensor in model.tensors if is_text(model, tensor.name)]
+    texts = [tensor for tensor in model.tensors if in_text(reading, tensor.name)]
     names = {tensor.name: model.full_name(tensor.name) for tensor in texts}
     tied = {head.rpartition(".")[2]: names[f"{to}.weight"].removesuffix(".weight") for head, to in model.tied.items()}
     own = replace(model, tensors=tuple(texts), full_names=names, tied=tied, config=model.text_config or model.config)
-    others = {tensor for tensor in reading.parameter_of if not is_text(model, tensor)}
+    others = {tensor for tensor in reading.parameter_of if not in_text(reading, tensor)}
     theirs = {reading.parameter_of[tensor] for tensor in others}
     ranks = [
         {
             name.removeprefix(prefix): held
             for name, held in rank.items()
-            if name not in theirs and name.startswith(prefix) and (prefix or name in reading.recipes)
+            if name not in theirs
+            and name.startswith(prefix)
+            and (prefix or name in reading.recipes or name.rpartition(".")[2] in _SCALES)
         }
         for rank in reading.ranks
     ]
@@ -56,7 +71,7 @@ def text_alone(reading: Reading, prefix: str) -> Reading:
 
 def prefixes(reading: Reading) -> list[str]:
     """How vLLM's names of the text may begin: with what all of them begin with, the longest first."""
-    held = [into.split(".") for tensor, into in reading.parameter_of.items() if is_text(reading.model, tensor)]
+    held = [into.split(".") for tensor, into in reading.parameter_of.items() if in_text(reading, tensor)]
     first, last = min(held), max(held)
     same = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
     return ["".join(f"{part}." for part in first[:size]) for size in range(same, -1, -1)]
@@ -98,9 +113,12 @@ def beside(readings: Iterable[Reading]) -> Beside:
     found = Beside()
     for reading in readings:
         model = reading.model
-        names = [tensor.name for tensor in model.tensors if not is_text(model, tensor.name)]
+        names = [tensor.name for tensor in model.tensors if not in_text(reading, tensor.name)]
         pairs, parts = _apart(reading, names)
-        found.begins |= begins(pairs, found.begins)
+        of_rules = [name for name in names if is_text(model, name)]  # that the text's rules have
+        found.begins = begins(pairs, found.begins)
+        same = {name.split(".")[0] for name in of_rules if begin(found.begins, name) == name}
+        found.begins |= {first: first for first in same}
         begun = {name: begin(found.begins, name) for name in names}
         found.renamed |= {pattern(kind_of(begun[a])): pattern(kind_of(b)) for a, b in pairs.items() if begun[a] != b}
         for into, sources in parts.items():
@@ -165,6 +183,7 @@ def begins(pairs: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]
             same += 1
         for cut in range(same, -1, -1):
             tried = found | {".".join(old[: len(old) - cut]): ".".join(new[: len(new) - cut])}
+            tried = dict(sorted(tried.items(), key=lambda each: -each[0].count(".")))
             if all(begin(tried, each) == pairs[each] or begin(found, each) != pairs[each] for each in pairs) and (
                 begin(tried, name) == pairs[name]
             ):

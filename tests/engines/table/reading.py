@@ -131,9 +131,10 @@ class Reading:
             if len(set(apart)) != len(apart):
                 raise CannotSay(f"{name} has tensors in turn, a piece of each")
             orders.append(tuple(self.coded.names[each] for each in runs))
-        if len(set(orders)) != 1:
+        longest = max(orders, key=len)
+        if any(order != tuple(each for each in longest if each in order) for order in orders):
             raise CannotSay(f"{name} is made of other tensors on other ranks")
-        return orders[0]
+        return longest  # a rank may have nothing of some
 
     def _block(self, held: Held, recipe: Recipe, place: int, tensor: str) -> Numbers:
         numbers = held.numbers[place] if recipe.stacked else held.numbers
