@@ -56,9 +56,11 @@ def test_what_is_no_pipeline_is_refused() -> None:
 @pytest.mark.parametrize("architecture", [a for a in all_builtin() if a.before], ids=lambda each: each.name)
 def test_every_module_outside_of_layers_has_its_side(architecture: Architecture) -> None:
     """What comes first is an embedding or made of one; what comes last is a norm, a head, or a draft's."""
-    layers = Layers(architecture.within, 4, architecture.before)
-    assert architecture.within.endswith(("layers.", ".h.", ".blocks."))
-    for pattern in {p.removesuffix("?") for rule in architecture.rules for p in rule.patterns}:
+    patterns = {p.removesuffix("?") for rule in architecture.rules for p in rule.patterns}
+    within = architecture.within(patterns)
+    layers = Layers(within, 4, architecture.before)
+    assert within.endswith(("layers.", ".h.", ".blocks."))
+    for pattern in patterns:
         if "*" in pattern:
             continue
         if layers.position(f"{pattern}.weight") < 0:

@@ -157,6 +157,21 @@ def test_inkling_as_it_is_published(made: Made, tmp_path: Path) -> None:
         assert not [name for name, tensor in expected.items() if not torch.equal(held[name], tensor)]
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_layers_of_every_form_are_dealt_to_stages(published: bool, tmp_path: Path) -> None:
+    """Molmo 2 has its layers in `blocks` where it is published, and in `layers` where newer code saved it."""
+    model = served_forms.make("molmo2", tmp_path / "model", published=published)
+    succeeds("split", model, "--tp", 2, "--pp", 2, "-o", tmp_path / "out", "--no-fsync")
+    on = {row["name"]: row["stages"] for row in json.loads((tmp_path / "out" / "tpshard.json").read_text())["tensors"]}
+    numbered = {
+        name: re.search(r"(?<!vision)\.(?:blocks|layers)\.(\d+)\.(?:self_attn|mlp|attn_norm|ff_norm)", name)
+        for name in on
+    }
+    found = {name: int(match[1]) for name, match in numbered.items() if match and not any(t in name for t in TOWERS)}
+    assert set(found.values()) == {0, 1}
+    assert all(on[name] == [layer] for name, layer in found.items())
+
+
 def classified(model: Path, **changes: Any) -> Classification:
     config = json.loads((model / "config.json").read_text()) | changes
     config = {key: value for key, value in config.items() if value != "gone"}

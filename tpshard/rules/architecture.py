@@ -75,11 +75,14 @@ class Architecture:
         """How a name may begin that lacks the prefix or has another one, and how it begins in the rules."""
         return ("", self.prefix), *((other, self.prefix) for other in self.other_prefixes)
 
-    @property
-    def within(self) -> str:
-        """How the names of layers begin, up to their number: what most patterns of required modules begin with."""
+    def within(self, names: Collection[str]) -> str:
+        """How the names of layers begin, up to their number: what most patterns of required modules begin with.
+
+        names: of a checkpoint's tensors, as the rules have them; of several forms it is the one that some are in.
+        """
         begun = [p.partition("*")[0] for rule in self.rules for p in rule.patterns if "*" in p and not p.endswith("?")]
-        return max(begun, key=begun.count, default="")
+        forms = sorted(dict.fromkeys(begun), key=begun.count, reverse=True)
+        return next((form for form in forms if any(name.startswith(form) for name in names)), "")
 
     def expert_kinds(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """How the kinds of experts' names begin up to their number, and the kinds of modules that stack them."""

@@ -89,7 +89,7 @@ def classify(
     axes = _with_steps(axes, cuts)
     tied = dict(architecture.tied) if config.get("tie_word_embeddings") else {}
     full_names = {name: full for full, name in matcher.names.items() if full != name}
-    layers = Layers(architecture.within, matcher.layers, tuple(dict.fromkeys(architecture.before)))
+    layers = Layers(architecture.within(matcher.names), matcher.layers, tuple(dict.fromkeys(architecture.before)))
     return Classification(axes, cuts, tied, full_names, float32, heads, layers, _experts(architecture, config))
 
 
