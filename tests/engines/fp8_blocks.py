@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tests.engines import engine_models as models
@@ -62,7 +64,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
         for name in ("exaone", "exaone4", "glm4", "gpt_neox", "helium", "internlm3", "iquestcoder")
     },
     **{name: (_EVEN, "none") for name in ("ministral", "nemotron", "olmo", "olmo2", "opt", "seed_oss", "smollm3")},
-    **{name: (_EVEN, "none") for name in ("stablelm", "starcoder2", "internlm2")},
+    **{name: (_EVEN, "none") for name in ("stablelm", "starcoder2", "internlm2", "glm")},
     "olmoe": (_EVEN | {"intermediate_size": 256}, r"mlp\.gate\."),
     "mixtral": (_EVEN | {"intermediate_size": 256}, r"\.gate\."),
     "glm4_moe": (_MOE, r"mlp\.gate\."),
@@ -103,10 +105,13 @@ PLACED = (
 """Those of which the config of the text says so as well as the whole one."""
 
 
-def make(name: str, path: Path, plain: str | None = None) -> Path:
-    """Write a checkpoint in FP8, with a scale for every block. plain: other matrices that stay as they are."""
-    sizes, kept = BLOCKS[name]
-    return _quantised(models.make(name, path, sizes), plain or kept)
+def make(name: str, path: Path, plain: str | None = None, sizes: Mapping[str, Any] = MappingProxyType({})) -> Path:
+    """Write a checkpoint in FP8, with a scale for every block.
+
+    plain: other matrices that stay as they are. sizes: what else differs in the config.
+    """
+    differing, kept = BLOCKS[name]
+    return _quantised(models.make(name, path, {**differing, **sizes}), plain or kept)
 
 
 INDEXED = ("deepseek_v32", "glm_moe_dsa")
@@ -136,7 +141,10 @@ _EXPERTS, _TEXT = (
 )
 
 
-PACKED_TEXTS = {"qwen2": "none", "mixtral": r"\.gate\.", "llama4": "router"}
+PACKED_TEXTS = {
+    **{"qwen2": "none", "gemma2": "none", "mixtral": r"\.gate\.", "llama4": "router"},
+    "qwen2_moe": r"\.gate\.|shared_expert_gate",
+}
 """Text models alone, and which of the matrices in their layers stay as they are."""
 
 

@@ -238,3 +238,16 @@ def test_rows_in_another_order_with_their_scales_and_experts_one_by_one() -> Non
     succeeds("check", "out", "--source", "packed")
     succeeds("merge", "out", "-o", "whole")
     assert read_all(Path("whole")) == read_all(Path("packed"))
+
+
+@pytest.mark.parametrize(("ffn", "divides"), [(512, True), (384, False)])
+def test_equal_slices_of_what_is_stored_in_blocks(ffn: int, divides: bool) -> None:
+    source = load_file(fp8_blocks.make("glm", Path("glm"), sizes={"intermediate_size": ffn}) / "model.safetensors")
+    if not divides:
+        fails(4, "split", "glm", "--tp", 2, "--format", "vllm", "-o", "out")
+        return
+    succeeds("split", "glm", "--tp", 2, "--format", "vllm", "-o", "out")
+    held = load_file("out/model-rank-1-part-0.safetensors")
+    for end in ("weight", "weight_scale_inv"):
+        name = f"model.layers.0.mlp.gate_up_proj.{end}"
+        assert torch.equal(held[name].float(), source[name].chunk(2)[1].float())

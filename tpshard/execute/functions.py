@@ -80,7 +80,8 @@ def _of_fp8() -> "NDArray[float32]":
     exponents, fractions = codes >> 3 & 15, codes & 7
     values = numpy.where(exponents > 0, 8 + fractions, fractions) * 2.0 ** (numpy.maximum(exponents, 1) - 10)
     values[codes & 127 == 127] = numpy.nan
-    return numpy.where(codes & 128, -values, values).astype(numpy.float32)
+    found: NDArray[float32] = numpy.where(codes & 128, -values, values).astype(numpy.float32)
+    return found
 
 
 def _numbers(block: memoryview, dtype: str) -> Sequence[float]:
