@@ -130,7 +130,12 @@ def test_it_is_streamed_where_memory_is_short(tmp_path: Path, monkeypatch: pytes
     Path("mine.toml").write_text(rules("mellum"))
     succeeds("split", "model", "--tp", 2, "--rules", "mine.toml", "-o", "out", "--no-fsync")
     given = ("verify", "out", "--source", "model", "--tier", "exact", "--tokens", 1, "--json")
-    monkeypatch.setattr(prepare, "usable", lambda *_: 400_000)
+    # Three times 25,000 numbers in memory, or three of 1024; of either what 32 tokens make of them.
+    monkeypatch.setattr(prepare, "usable", lambda *_: 0)
+    kept, read = (tpshard(*given, how).json["error"]["expected"] for how in ("--no-stream", "--stream"))
+    least, most = (int(each.split()[0].replace(",", "")) for each in (read, kept))
+    assert most - least > 8 * 3 * 20_000
+    monkeypatch.setattr(prepare, "usable", lambda *_: least)
     assert succeeds(*given).json["settings"]["streamed"] is True
     short = tpshard(*given, "--no-stream").json["error"]
     assert short["code"] == "io" and short["hint"].startswith("--stream needs less")

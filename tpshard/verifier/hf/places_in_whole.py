@@ -1,14 +1,15 @@
 """Where in the source's parameters a rank's shares lie, and a model whose parameters have them there, among zeros."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.elements import Held, Parameter, RankShares, Readable
+from tpshard.verifier.elements import BLOCK_BYTES, Held, Parameter, RankShares, Readable
 from tpshard.verifier.hf.parameters import StoredParts
 from tpshard.verifier.hf.partition import HeldParts, held_by, of_tables
 from tpshard.verifier.hf.skeleton import Frame
@@ -141,12 +142,21 @@ def _alike(source: Readable, dim: int) -> Tensor | None:
     shape = source.shape
     if shape[dim] > _REPEATING or torch.Size(shape).numel() * 8 > _REPEATING * shape[dim]:
         return None
-    slices = source.rows(0, shape[0]).movedim(dim, 0).flatten(1) if len(shape) > 1 else source.rows(0, shape[0])
-    _, groups = torch.unique(slices.double(), dim=0, return_inverse=True)
-    first = torch.full((int(groups.max()) + 1,), len(groups)).scatter_reduce(
-        0, groups, torch.arange(len(groups)), "amin"
-    )
-    return None if len(first) == len(groups) else first[groups]
+    places: dict[bytes, int] = {}
+    first = [places.setdefault(each, index) for index, each in enumerate(_digests(source, dim))]
+    return None if len(places) == len(first) else torch.tensor(first)
+
+
+def _digests(source: Readable, dim: int) -> Iterator[bytes]:
+    """What tells the values of each index along a dim from others, of which some are wide at a time."""
+    shape = source.shape
+    step = max(1, BLOCK_BYTES * shape[dim] // (8 * torch.Size(shape).numel()))
+    whole = source.rows(0, shape[0]).movedim(dim, 0) if dim else None
+    for start in range(0, shape[dim], step):
+        stop = min(start + step, shape[dim])
+        some = source.rows(start, stop) if whole is None else whole[start:stop]
+        values = some.double().reshape(stop - start, -1) + 0.0  # without the zero's sign
+        yield from (blake2b(each.tobytes(), digest_size=16).digest() for each in values.cpu().numpy())
 
 
 def _wherever(there: Tensor, here: Tensor, alike: Tensor) -> tuple[Tensor, Tensor]:

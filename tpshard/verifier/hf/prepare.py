@@ -257,13 +257,19 @@ def _injected(config: Any, canaries: Canaries) -> list[Canary]:
 def _need(opened: OpenedSet, sides: TransformersBackend, tokens: int, most: int | None) -> int:
     """Peak bytes. In memory: the source and the ranks that run here in float64, and the larger of them once more as it
     is read. Streamed: what an operation reads, makes of it and finds of its gradients."""
+    beside = _logits(opened, sides, tokens) + (0 if sides.frame.tried else _activations(sides))
     if most is not None:
-        return 3 * 8 * most + _logits(opened, sides, tokens)
+        return 3 * 8 * most + beside
     # What is put in its place among zeros is as large as the whole.
     ranks = (opened.shards.ranks[rank] if sides.frame.tried else opened.source for rank in opened.team.here)
     held = (opened.source, *ranks)
-    kept = sum(elements(weights, sides.frame.stored(weights)) for weights in held)
-    return 8 * kept + _logits(opened, sides, tokens)
+    return 8 * sum(elements(weights, sides.frame.stored(weights)) for weights in held) + beside
+
+
+def _activations(sides: TransformersBackend) -> int:
+    """Bytes of what each matrix takes and gives for the prompt: recorded, and twice in what gradients are made of."""
+    shapes = (shape for key, shape in sides.frame.shapes.items() if sides.frame.needed(key) and len(shape) > 1)
+    return 3 * 8 * sides.prompt.numel() * sum(sum(shape[-2:]) for shape in shapes)
 
 
 def _logits(opened: OpenedSet, sides: TransformersBackend, tokens: int) -> int:
