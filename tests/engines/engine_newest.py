@@ -203,6 +203,7 @@ LATER: dict[str, Published] = {
         changes={"text_config": {"indexer_types": None, "mlp_layer_types": None}},
     ),
 }
+"""Types of which the table has no names yet."""
 
 ROOMY = {"deepseek_v4": ".attn_sink"}
 """How the names end of parameters that a kernel has larger than what is loaded."""

@@ -30,7 +30,7 @@ _MADE: dict[str, dict[str, str]] = {
 }
 """By module, vLLM's names of classes for which it has others on CPUs, and those that it takes on GPUs."""
 _EVERYWHERE: dict[str, dict[str, Callable[..., Any]]] = {
-    "vllm.utils.torch_utils": {"get_accelerator_view_from_cpu_tensor": lambda tensor: tensor},
+    "vllm.utils.torch_utils": {"get_accelerator_view_from_cpu_tensor": lambda tensor: tensor.detach()},
     "vllm.v1.attention.backends.fa_utils": {"is_flash_attn_varlen_func_available": lambda: True},
     "vllm.models.deepseek_v4.nvidia.ops.o_proj": {"compute_fp8_einsum_recipe": lambda: ((1, 128, 128), False)},
 }

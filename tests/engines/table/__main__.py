@@ -1,8 +1,9 @@
 """`python -m tests.engines.table NAME_OR_DIRECTORY ...`: an entry of vLLM's table, read off vLLM.
 
-A name is one of `engine_models.py`: all checkpoints there of that type are read. A directory is a small checkpoint of
-a type that tpshard has rules for, as its publisher names the tensors; several of one type (with biases and without,
-dense and with experts) make one entry. With `--known` nothing is written: what is read is held against the table.
+A name is one of `engine_newest.py`, or a type of `engine_models.py`, all checkpoints of which are read. A directory is
+a small checkpoint of a type that tpshard has rules for, as its publisher names the tensors; several of one type (with
+biases and without, dense and with experts) make one entry. With `--known` nothing is written: what is read is held
+against the table.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.engines import engine_models, engine_nested
+from tests.engines import engine_models, engine_nested, engine_newest
 from tests.engines.running import Loader, engine_version
 from tests.engines.table import known
 from tests.engines.table.entry import Entry, read_entry
@@ -54,6 +55,9 @@ def checkpoints(model: str, scratch: Path) -> Iterator[Checkpoint]:
     """The checkpoints that are given by a type's name or a directory."""
     if Path(model).is_dir():
         yield Checkpoint.at(model, Path(model))
+        return
+    if model in engine_newest.LOADED or model in engine_newest.LATER:
+        yield Checkpoint.at(model, engine_newest.make(model, scratch / model))
         return
     names = {**engine_models.LOADED, **engine_models.REFUSED, **engine_models.UNREAD}
     of_type = [name for name, (model_type, _) in names.items() if model_type == model]
