@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.elements import RankShares
-from tpshard.verifier.hf.config import WITHOUT_TOWERS, text_config
+from tpshard.verifier.hf.config import text_config
 from tpshard.verifier.hf.conversions import Conversions
 from tpshard.verifier.hf.converted import converted
 from tpshard.verifier.hf.heads import with_shared_heads
@@ -75,8 +75,6 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
     with _empty_parameters(), precision(dtype):
         model: Any = class_of(config)(config, dtype=dtype, attn_implementation="eager")
     built: nn.Module = model.train(False)
-    if getattr(config, WITHOUT_TOWERS, False):
-        _drop_towers(built)
     for module in built.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # for gradients alone, and refused where a rank has fewer rows
@@ -84,15 +82,6 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return built
-
-
-def _drop_towers(model: Any) -> None:
-    """Leave the text model of a larger one, where the larger one has it in a module."""
-    base = model.get_submodule(model.base_model_prefix)
-    start, layer = f"{model.base_model_prefix}.", layers_of(model)[0][0]
-    for name, _ in list(base.named_children()):
-        if layer.startswith(f"{start}{name}.") and layer.count(".", len(start)) > 1:
-            base._modules.update({other: None for other in base._modules if other != name})
 
 
 def layers_of(model: Any) -> list[tuple[str, nn.Module]]:
@@ -120,7 +109,7 @@ class Frame:
     the source stores for products from the left. `aside`: as in `RankSet`. `conversions`: of a class that was not
     tried, what transformers does to names. `ties`: of a parameter that the class has under several names, the others.
     `decoder`: how the names of its layers begin. `depth`: how many there are. `pictures`: what is put before a tower,
-    where the class has one. `counts`: the buffers that hold whole numbers, such as the experts of each token.
+    where the class has one.
     """
 
     config: Any
@@ -138,7 +127,6 @@ class Frame:
     decoder: str = ""
     depth: int = 0
     pictures: Pictures | None = None
-    counts: frozenset[str] = frozenset()
 
     @property
     def tried(self) -> bool:
@@ -228,9 +216,8 @@ class Frame:
         return replace(self, conversions=replace(self.conversions, made=made)), whole, held
 
     def stored(self, weights: Weights) -> list[str]:
-        """The stored tensors that the parameters are made of, but for those that hold whole numbers."""
-        found = self.recipes(weights).items()
-        return sorted({name for key, recipe in found if key not in self.counts for name in recipe.stored})
+        """The stored tensors that the parameters are made of."""
+        return sorted({name for recipe in self.recipes(weights).values() for name in recipe.stored})
 
     def is_of_experts(self, key: str) -> bool:
         """Whether a parameter is a stack, a matrix or a bias of each expert."""
@@ -306,9 +293,7 @@ def _in_order(key: str, recipes: Sequence[StoredParts], experts: Sequence[int]) 
 def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     """The frame of a model, with these of its layers; all by default."""
     model = skeleton(config, torch.float32, torch.device("cpu"))
-    state = model.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in state.items()}
-    counts = frozenset(key for key, value in state.items() if not value.is_floating_point())
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     names = {id(module): name for name, module in model.named_modules()}
     ends = (model.get_output_embeddings(), model.get_input_embeddings())  # type: ignore[operator]
     head, embedding = (f"{names[id(end)]}.weight" for end in ends)
@@ -321,7 +306,6 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     ties = _ties(model) if untried else {}
     decoder = layers_of(model)[0][0].rpartition(".")[0] + "." if untried else ""
     more: dict[str, Any] = {"conversions": conversions, "ties": ties, "decoder": decoder, "depth": len(every)}
-    more["counts"] = counts
     return Frame(config, shapes, prefix, head, embedding, looked_at, buffers, **more)
 
 
