@@ -184,5 +184,6 @@ BY_HAND: Mapping[str, Callable[[str, Tensor, Mapping[str, Any], int, int], Tenso
     "glm5_next_text": _glm5_next,
     "nemotron-nas": _nemotron_nas,
     "phi4mm": _phi4mm,
+    "phi4_multimodal": _phi4mm,
 }
 """By model_type; None for a tensor that other families have, too."""

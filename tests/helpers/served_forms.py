@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.helpers.further_checkpoints import FURTHER
 from tests.helpers.toys import Tensor, write_checkpoint
 
 VOCAB = 251
@@ -69,6 +70,36 @@ NESTED: dict[str, dict[str, Any]] = {
         "vision_config": _TOWER | {"out_hidden_size": 64, "projection_intermediate_size": 32},
     },
 }
+_VOCAB = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+NESTED |= {
+    "qwen4_exp": {
+        "text_config": FURTHER["qwen4_exp"][1] | _VOCAB,
+        "vision_config": _TOWER | {"in_channels": 3, "out_hidden_size": 64, "num_position_embeddings": 16},
+    },
+    "phi4_multimodal": {
+        **(_TEXT | {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+        "vision_config": {
+            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"image_size": 28, "patch_size": 14, "crop_size": 28},
+        },
+        "audio_config": {
+            **{"hidden_size": 32, "intermediate_size": 48, "num_blocks": 1, "num_attention_heads": 4},
+            **{"ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32, "nemo_conv_channels": 8},
+        },
+    },
+    "dots3_note": {
+        "text_config": FURTHER["dots3_note"][1] | _VOCAB,
+        "vision_config": {
+            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"moe_intermediate_size": 16, "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 2},
+            **{"num_experts_per_tok": 1, "adapter_in_dim": 32, "adapter_out_dim": 64},
+        },
+        "audio_config": {
+            **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4},
+            **{"downsample_hidden_size": 8, "adapter_input_size": 32, "adapter_out_dim": 64},
+        },
+    },
+}
 NOT_RUN = frozenset(
     {"muse_glimmer_text", "mllama_text_model", "molmo2_text", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl_text"}
     | {"glm5_next_text", "nemotron-nas", "phi4mm", "minicpm", "minimax_text_01", "minimax_m1"}
@@ -79,18 +110,19 @@ NOT_RUN = frozenset(
 def make(model_type: str, path: Path, *, published: bool) -> Path:
     """Write the checkpoint of a nested model, under published names or under those of transformers' classes."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = AutoConfig.for_model(model_type, **NESTED[model_type])
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
-    model = model.to_empty(device="cpu")
+    seeing = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if seeing else AutoModelForCausalLM
+    model: Any = auto.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            if tensor.is_floating_point():  # numbers of a vocabulary are the class's own
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
     model.save_pretrained(path, save_original_format=published)
     return path
 

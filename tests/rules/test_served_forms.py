@@ -70,7 +70,8 @@ FORMS = [(name, published) for name in NESTED for published in (True, False)]
 def test_what_nests_a_text_model(form: tuple[str, bool], tp: int, tmp_path: Path) -> None:
     name, published = form
     model = served_forms.make(name, tmp_path / "model", published=published)
-    there_and_back(model, tmp_path, tp, json.loads((model / "config.json").read_text())["text_config"])
+    config = json.loads((model / "config.json").read_text())
+    there_and_back(model, tmp_path, tp, config.get("text_config", config))
 
 
 @pytest.mark.parametrize(("name", "tp"), in_turn(list(REMOTE), (2, 4)))
@@ -155,6 +156,10 @@ def test_inkling_as_it_is_published(made: Made, tmp_path: Path) -> None:
         expected, held = fused(tensors_of_file(tmp_path / "plain" / file)), tensors_of_file(tmp_path / "out" / file)
         assert held.keys() == expected.keys() | tower.keys()
         assert not [name for name, tensor in expected.items() if not torch.equal(held[name], tensor)]
+    given = ("--source", model, "--tier", "weights,exact", "--tokens", 1, "--json")
+    found = succeeds("verify", tmp_path / "out", *given).json
+    assert (found["verdict"], found["settings"]["runs"]) == ("pass", "the text model"), found["reason"]
+    assert {each["prefix"] for each in found["not_run"]} == {"model.visual", "model.mtp"}
 
 
 @pytest.mark.parametrize("published", [True, False])

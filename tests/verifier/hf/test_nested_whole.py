@@ -6,6 +6,7 @@ of text and pictures in one list, matrices turned round.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.helpers import served_checkpoints, served_forms
 from tests.helpers.command import succeeds, tpshard
 from tests.helpers.grids import some
 from tests.helpers.served_forms import NESTED
+from tests.helpers.toys import read_all, write_checkpoint
 from tpshard.rules import architecture
 
 ARCHITECTURES = Path(architecture.__file__).parent / "architectures"
@@ -42,9 +44,9 @@ def verified(model: Path, out: Path, tiers: str, *more: object) -> Any:
     return tpshard("verify", out, *given)
 
 
-FORMS = [(name, published) for name in NESTED for published in (True, False) if name != "glm5_next"]
-FORMS = [form for form in FORMS if form != ("muse_glimmer", False)]  # both forms are the same
+ONE_FORM = {"muse_glimmer", "phi4_multimodal", "glm5_next"}  # the last has a test of its own
 SERVED = [("mistral_large4", True)]
+FORMS = [(name, published) for name in NESTED for published in (True, False) if published or name not in ONE_FORM]
 
 
 @pytest.mark.parametrize(("name", "published"), some([*FORMS, *SERVED], [("molmo2", True)]))
@@ -60,10 +62,10 @@ def test_right_rules_pass(name: str, published: bool, made: Made, tmp_path: Path
 @pytest.mark.parametrize(("name", "published"), some([*FORMS, *SERVED], [("ernie4_5_vl_moe", True)]))
 def test_the_class_has_what_transformers_loads(name: str, published: bool, made: Made) -> None:
     """Logits of transformers' own loading, and others for another picture."""
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     from tpshard.verifier.hf.config import model_config
-    from tpshard.verifier.hf.pictures import pictures_for, placeholder, with_placeholder
+    from tpshard.verifier.hf.pictures import pictures_for, with_placeholder
     from tpshard.verifier.hf.skeleton import fill, frame_of, skeleton
     from tpshard.verifier.ranks.open import open_source
 
@@ -73,18 +75,38 @@ def test_the_class_has_what_transformers_loads(name: str, published: bool, made:
     frame, source, _ = frame.converted(stored, [])
     whole: Any = skeleton(frame.config, torch.float32, cpu)
     fill(whole, frame.of_source(source), source, torch.float32, cpu)
-    wanted: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    for key in ("image_token_id", "image_token_index"):
-        if hasattr(wanted.config, key):
-            setattr(wanted.config, key, placeholder(frame.config))
+    auto = AutoModelForCausalLM if name == "phi4_multimodal" else AutoModelForImageTextToText
+    wanted: Any = auto.from_pretrained(
+        path, config=frame.config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
         found = pictures_for(whole, torch.arange(3, 35).view(2, 16), 0, 251)
         assert found is not None
         pixels = found.of_dtype(torch.float32, cpu)
         theirs, ours = (each(input_ids=found.ids, **pixels).logits for each in (wanted, whole))
-        other = whole(input_ids=found.ids, **(pixels | {"pixel_values": -pixels["pixel_values"]})).logits
+        first = next(iter(pixels))
+        other = whole(input_ids=found.ids, **(pixels | {first: -pixels[first]})).logits
     assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
     assert float((other - ours)[:, -1].norm() / ours[:, -1].norm()) > 1e-4
+
+
+def test_layers_that_predict_further_tokens_are_named(made: Made, tmp_path: Path) -> None:
+    """Step 3.7 as published has one: the rest is run whole."""
+    model, out = made("step3p7"), tmp_path / "out"
+    succeeds("split", model, "--tp", 2, "-o", out, "--no-fsync")
+    found = verified(model, out, "weights,exact", "--allow-not-run", "model.layers.").json
+    assert (found["verdict"], found["settings"]["runs"]) == ("pass", "the whole model"), found["reason"]
+    assert {each["prefix"].split(".*")[0] for each in found["not_run"]} == {"model.layers.2"}
+
+
+def test_ernie_as_it_is_published_is_run_whole(made: Made, tmp_path: Path) -> None:
+    """All values at the top of the config, under a model type that transformers does not know."""
+    nested = made("ernie4_5_vl_moe")
+    config = served_forms.ernie_as_published(json.loads((nested / "config.json").read_text()))
+    model, out = write_checkpoint(tmp_path / "model", config, read_all(nested)), tmp_path / "out"
+    succeeds("split", model, "--tp", 2, "-o", out, "--no-fsync")
+    found = verified(model, out, "weights,exact").json
+    assert (found["verdict"], found["settings"]["runs"]) == ("pass", "the whole model"), found["reason"]
 
 
 WRONG = [

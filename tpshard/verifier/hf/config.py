@@ -11,6 +11,8 @@ from tpshard.verifier.model_types import COMPUTES_AS, TRIED
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 # Facts of a file, not of a model.
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
+OUTER = "outer_model_type"
+"""Holds, in the config of a text model, the type of the model that nests it: its table has the names of the files."""
 # Weights are dequantised before a class has them.
 _LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
 
@@ -59,6 +61,7 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
 
     UnsupportedError where the library is not installed, or where it or this engine does not know the model.
     """
+    outer = with_towers(config).get("model_type")
     config = with_towers(config) if whole else text_of(config)
     try:
         from transformers import AutoConfig
@@ -83,6 +86,8 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
     for each in (made, text_config(made)):
         if hasattr(each, "per_layer_config"):
             each.allow_global_per_layer_attribute_access = True  # for what is said of most layers
+    if outer != config.get("model_type"):
+        setattr(made, OUTER, outer)
     return made
 
 
@@ -98,7 +103,19 @@ def has_towers(config: Mapping[str, Any]) -> bool:
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     except ImportError:
         return False
-    return with_towers(config).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return with_towers(config).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or not parted(config)
+
+
+def parted(config: Mapping[str, Any]) -> bool:
+    """Whether the text model has a config, and a class, of its own; else a class that computes it has the tower too."""
+    text, own = text_of(config), isinstance(config.get("vision_config"), Mapping)
+    return not (own and text.get("model_type") == config.get("model_type") and _is_causal(text))
+
+
+def _is_causal(text: Mapping[str, Any]) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return text.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _plain(value: Any) -> Any:

@@ -4,11 +4,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpshard.verifier.hf.config import OUTER
 from tpshard.verifier.hf.converted import Conversion
 from tpshard.verifier.hf.parameters import StoredParts
 
 _JOINED = ((["Concatenate"], [0]), (["MergeModulelist"], [0]), (["MergeModulelist", "Concatenate"], [0, 1]))
 """Operations, and the dims that they go along."""
+_TEXT = "language_model."
+"""Where models with towers have their text model."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,11 @@ class Conversions:
 
     @classmethod
     def of(cls, model: Any) -> "Conversions":
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
-        every = get_model_conversion_mapping(model)
+        outer = getattr(model.config, OUTER, None)
+        every = [*((outer and get_checkpoint_conversion_mapping(outer)) or ()), *get_model_conversion_mapping(model)]
         converters = [each for each in every if isinstance(each, WeightConverter)]
         renamings = [each for each in every if not isinstance(each, WeightConverter)]
         return cls(renamings, converters, str(getattr(model, "base_model_prefix", "")), model.state_dict(), model)
@@ -47,11 +51,10 @@ class Conversions:
             if not _is_joined(conversion.converter):
                 found |= dict.fromkeys(conversion.keys, StoredParts((tuple(conversion.stored),), stacked=False))
             elif len(columns) == len(conversion.converter.source_patterns):
-                experts = tuple(zip(*columns, strict=False))
                 stacked = type(conversion.converter.operations[0]).__name__ == "MergeModulelist"
-                if stacked or len(experts) == 1:
-                    first = _first_number(columns[0][0]) if stacked else 0
-                    found[conversion.key] = StoredParts(experts, stacked, first)
+                experts = tuple(zip(*columns, strict=False)) if stacked else (tuple(conversion.stored),)
+                first = _first_number(columns[0][0]) if stacked else 0
+                found[conversion.key] = StoredParts(experts, stacked, first)
         return found
 
     def others(self, names: Collection[str]) -> list[Conversion]:
@@ -60,15 +63,16 @@ class Conversions:
 
     def _matched(self, names: Collection[str]) -> tuple[dict[str, StoredParts], list[Conversion]]:
         """What is converted by name alone, and the rest by the first parameter that it makes."""
-        from transformers.core_model_loading import rename_source_key
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
 
         found: dict[str, StoredParts] = {}
         parts: dict[str, dict[str, list[str]]] = {}
-        for stored in sorted(names, key=_in_order):
+        for stored in sorted(names, key=dot_natural_key):
             if stored in self.made:
                 found[stored] = StoredParts(((stored,),), stacked=False)
                 continue
-            key, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, dict(self.keys))
+            name, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, dict(self.keys))
+            key = name if name in self.keys else name.replace(_TEXT, "", 1)  # of a larger model's table
             if key not in self.keys:
                 continue
             if pattern is None:
@@ -88,10 +92,6 @@ def _is_joined(converter: Any) -> bool:
     kinds = [type(each).__name__ for each in converter.operations]
     dims = [getattr(each, "dim", 0) for each in converter.operations]
     return (kinds, dims) in _JOINED
-
-
-def _in_order(name: str) -> list[tuple[bool, int, str]]:
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _first_number(name: str) -> int:

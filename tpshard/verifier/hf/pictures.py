@@ -39,8 +39,10 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "media_placeholder_token
 
 
 def placeholder(config: Any) -> int | None:
-    """The token that stands for a picture."""
-    return next((found for key in _PLACEHOLDERS if isinstance(found := getattr(config, key, None), int)), None)
+    """The token that stands for a picture; some name it beside what makes its features."""
+    places = (config, getattr(config, "vision_config", None))
+    found = (getattr(each, key, None) for each in places for key in _PLACEHOLDERS)
+    return next((token for token in found if isinstance(token, int)), None)
 
 
 def with_placeholder(config: Any, vocab: int) -> Any:
@@ -49,9 +51,10 @@ def with_placeholder(config: Any, vocab: int) -> Any:
     if token is None or token < vocab:
         return config
     config = copy.deepcopy(config)
-    for key in _PLACEHOLDERS:
-        if isinstance(getattr(config, key, None), int):
-            setattr(config, key, vocab - 1)
+    for each in (config, getattr(config, "vision_config", None)):
+        for key in _PLACEHOLDERS:
+            if isinstance(getattr(each, key, None), int):
+                setattr(each, key, vocab - 1)
     return config
 
 
@@ -83,11 +86,8 @@ def pictures_for(model: Any, ids: Tensor, seed: int, vocab: int) -> Pictures | N
             if count is None or count % len(ids):
                 continue
             found = _placed(model, made, text, token, barred, count // len(ids))
-            other = Pictures(
-                {**found.arguments, "pixel_values": found.arguments["pixel_values"].flip(0, -1) * 1.5},
-                found.ids,
-                barred,
-            )
+            pixels = next(iter(made))
+            other = Pictures({**found.arguments, pixels: made[pixels].flip(0, -1) * 1.5}, found.ids, barred)
             one, two = (
                 model(input_ids=found.ids, **each.of_dtype(model.dtype, model.device)).logits for each in (found, other)
             )
@@ -108,7 +108,7 @@ def pictures_for(model: Any, ids: Tensor, seed: int, vocab: int) -> Pictures | N
 
 
 def _forms(model: Any, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Pixels and what goes with them, in each form that some class takes."""
+    """Pixels and, behind them, what goes with them, in each form that some class takes."""
     generator = torch.Generator().manual_seed(seed)
     vision = next((c for key in ("vision_config", "vit_config") if (c := getattr(model.config, key, None))), None)
     if vision is None:
@@ -141,6 +141,13 @@ def _forms(model: Any, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
     high, wide = (
         (sizes if isinstance(sizes, list | tuple) else (sizes, sizes)) if sizes else (rows * patch, columns * patch)
     )
+    if "image_attention_mask" in takes and (crop := getattr(vision, "crop_size", None)):
+        side = crop // patch
+        yield {
+            "image_pixel_values": noise(batch, 2, channels, crop, crop),
+            "image_sizes": torch.tensor([[crop, crop]] * batch),
+            "image_attention_mask": torch.ones(batch, 2, side, side),
+        }
     if "aspect_ratio_ids" in takes:
         tiles, ratios = vision.max_num_tiles, vision.supported_aspect_ratios
         which = next((i for i, (down, across) in enumerate(ratios) if down * across > 1), 0)
@@ -170,10 +177,16 @@ def _channels(vision: Any) -> int:
 
 def _features(model: Any, made: Mapping[str, Tensor]) -> int | None:
     """How many tokens' places the pictures take: of those that layers attend to, each one."""
-    if not hasattr(model, "get_image_features"):
+    if "image_attention_mask" in made:  # four patches are one feature, and one ends each row, and the first half
+        batch, _, side, _ = made["image_attention_mask"].shape
+        half = -(-side // 2)
+        return int(batch * (2 * half * (half + 1) + 1))
+    places = (model, getattr(model, model.base_model_prefix, None))
+    owner = next((each for each in places if hasattr(each, "get_image_features")), None)
+    if owner is None:
         return len(made["pixel_values"])
     arguments = {key: x.to(model.dtype) if x.is_floating_point() else x for key, x in made.items()}
-    found = model.get_image_features(**arguments)
+    found: Any = owner.get_image_features(**arguments)
     found = getattr(found, "pooler_output", None) if getattr(found, "pooler_output", None) is not None else found
     if isinstance(found, Tensor):
         return found.shape[:-1].numel()

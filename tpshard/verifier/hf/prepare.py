@@ -16,7 +16,7 @@ from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf import streamed
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.config import covers, has_towers, model_config, same_model, text_config
+from tpshard.verifier.hf.config import covers, has_towers, model_config, parted, same_model, text_config
 from tpshard.verifier.hf.masked_backend import UNUSED, MaskedBackend
 from tpshard.verifier.hf.pictures import pictures_for, with_placeholder
 from tpshard.verifier.hf.skeleton import Frame, fill, frame_of, skeleton, skip_layers
@@ -89,6 +89,8 @@ def _prepare(opened: OpenedSet, options: VerifyOptions) -> tuple[tuple[Transform
         except UsageError:
             raise
         except Exception as error:
+            if not parted(opened.config):
+                raise
             said = " ".join(str(error).split())[:200] or repr(error)
             alone = f"the model with its towers cannot be run here ({said}): its text model is run alone"
     return _sides(opened, options, whole=False), alone
@@ -109,7 +111,7 @@ def _sides(opened: OpenedSet, options: VerifyOptions, *, whole: bool) -> tuple[T
         frame = frame if layers is None else replace(frame, layers=layers)
         frame.require_described(opened.source, opened.config.get("architectures"))
         for weights in (opened.source, *shards.ranks):
-            require_floats(weights, frame.stored(weights))
+            require_floats(weights, frame.stored(weights, numbers=False))
         frame, source, ranks = frame.converted(opened.source, shards.ranks)
         frame = replace(frame.of_source(source), aside=shards.aside)
     backend: TransformersBackend = TransformersBackend(source, ranks, opened.team, ids, device, frame)

@@ -41,7 +41,7 @@ def _sections(config: Config) -> list[int]:
     return [(half - frames) // 2, (half - frames) // 2, frames]
 
 
-def _known(vision: Config) -> Config:
+def _known(vision: Config) -> dict[str, Any]:
     known = ("depth", "hidden_size", "hidden_act", "num_heads", "in_channels", "patch_size", "intermediate_size")
     return {key: vision[key] for key in (*known, "spatial_merge_size") if key in vision}
 

@@ -215,9 +215,10 @@ class Frame:
         made, whole, held = converted(others, self.shapes.keys(), source, ranks)
         return replace(self, conversions=replace(self.conversions, made=made)), whole, held
 
-    def stored(self, weights: Weights) -> list[str]:
-        """The stored tensors that the parameters are made of."""
-        return sorted({name for recipe in self.recipes(weights).values() for name in recipe.stored})
+    def stored(self, weights: Weights, *, numbers: bool = True) -> list[str]:
+        """The stored tensors that the parameters are made of; numbers: and buffers, which may be whole numbers."""
+        found = self.recipes(weights).items()
+        return sorted({name for key, each in found if numbers or key not in self.buffers for name in each.stored})
 
     def is_of_experts(self, key: str) -> bool:
         """Whether a parameter is a stack, a matrix or a bias of each expert."""
