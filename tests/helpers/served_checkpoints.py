@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +402,22 @@ SERVED: dict[str, Served] = {
         widths=(2, 1),
     ),
 }  # fmt: skip
+
+
+SERVED["minimax_m3_vl, numbers for layers"] = replace(
+    SERVED["minimax_m3_vl"],
+    changes={
+        "text_config": {
+            **dict.fromkeys(("layer_types", "mlp_layer_types", "index_n_heads", "index_head_dim")),
+            **dict.fromkeys(("index_block_size", "index_topk_blocks")),
+            **{"model_type": "minimax_m3_text", "moe_layer_freq": [0, 1]},
+            "sparse_attention_config": {
+                **{"sparse_num_index_heads": 2, "sparse_index_dim": 16, "sparse_attention_freq": [0, 1]},
+                **{"sparse_block_size": 4, "sparse_topk_blocks": 1},
+            },
+        }
+    },
+)
 
 
 def make(name: str, path: Path) -> Path:

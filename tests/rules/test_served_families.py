@@ -35,6 +35,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 # Their text models have tests of their own, or another form is tested.
 ALIKE = ("gemma4", "glm46v", "kimi_k25", "mistral3 with mistral4", "deepseek_v4, as transformers saves it")
+ALIKE = (*ALIKE, "minimax_m3_vl, numbers for layers")
 
 
 @pytest.mark.parametrize(("name", "turned"), in_turn(without(SERVED, ALIKE), (False, True)))

@@ -22,6 +22,7 @@ PROVED = (
     "mistral3 with mistral4",
     "kimi_linear",
     "minimax_m3_vl",
+    "minimax_m3_vl, numbers for layers",
     "bailing_hybrid, Ling 3.0",
 )
 UNKNOWN = ("qwen4_exp",)
