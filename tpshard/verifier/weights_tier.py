@@ -49,7 +49,7 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
         {"differences": sum(map(len, ranks)), "tensors": len(model), "elements": elements},
         not_run=tuple(parameter.name for parameter in idle),
         by_running=tuple(each.name for each in model if each.runs and not each.known and each.dim is not None),
-        apart=apart(idle, [parameter.name for parameter in model if parameter.runs]),
+        apart=apart(idle, [name for parameter in model if parameter.runs for name in _names(parameter)]),
     )
     cut = [each.name for each in idle if not each.known and each.dim is not None]
     cut = [name for name in cut if not name.startswith(tuple(allowed))]
@@ -63,6 +63,11 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
         reason = f"{what}: {cut[0]} is the first; {accepts} accepts that"
         return replace(tier, status="inconclusive", reason=reason)
     return tier
+
+
+def _names(parameter: Parameter) -> tuple[str, ...]:
+    """What a parameter is called, by a class and in the files."""
+    return (parameter.name, parameter.source.name) if isinstance(parameter.source, Held) else (parameter.name,)
 
 
 _Found = list[tuple[int, FirstDifference]]

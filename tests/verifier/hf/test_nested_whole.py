@@ -122,7 +122,7 @@ WRONG = [
     (
         "ernie4_5_vl_moe",
         "row experts_ffn if sparse and not stacked",
-        "replicate if sparse and not stacked and true",
+        "replicate if not stacked and sparse",
         "mlp",
     ),
 ]

@@ -34,7 +34,8 @@ class Conversions:
         from transformers.core_model_loading import WeightConverter
 
         outer = getattr(model.config, OUTER, None)
-        every = [*((outer and get_checkpoint_conversion_mapping(outer)) or ()), *get_model_conversion_mapping(model)]
+        table = get_checkpoint_conversion_mapping(outer) if outer else None  # type: ignore[no-untyped-call]
+        every = [*(table or ()), *get_model_conversion_mapping(model)]
         converters = [each for each in every if isinstance(each, WeightConverter)]
         renamings = [each for each in every if not isinstance(each, WeightConverter)]
         return cls(renamings, converters, str(getattr(model, "base_model_prefix", "")), model.state_dict(), model)

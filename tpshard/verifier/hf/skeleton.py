@@ -209,11 +209,12 @@ class Frame:
 
     def converted(self, source: Weights, ranks: Sequence[Weights]) -> tuple["Frame", Weights, Sequence[Weights]]:
         """Source and ranks with parameters in the place of what transformers makes them of, and the frame of these."""
-        others = [] if self.conversions is None else self.conversions.others(source.names())
-        if not others:
+        conversions = self.conversions
+        others = [] if conversions is None else conversions.others(source.names())
+        if conversions is None or not others:
             return self, source, ranks
         made, whole, held = converted(others, self.shapes.keys(), source, ranks)
-        return replace(self, conversions=replace(self.conversions, made=made)), whole, held
+        return replace(self, conversions=replace(conversions, made=made)), whole, held
 
     def stored(self, weights: Weights, *, numbers: bool = True) -> list[str]:
         """The stored tensors that the parameters are made of; numbers: and buffers, which may be whole numbers."""
