@@ -48,7 +48,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Stretch:
     """Where in a stored tensor of the source a rank's tensor lies: at these indices along a dim. None: it has all."""
 
     dim: int
@@ -68,9 +68,9 @@ class Converted:
     weights: Weights
     source: Weights
     made: Mapping[str, Conversion]
-    places: Mapping[str, _Place] | None = None
+    places: Mapping[str, _Stretch] | None = None
     kept: list[_Kept] = field(default_factory=list)
-    held: dict[str, dict[str, _Place]] = field(default_factory=dict)
+    held: dict[str, dict[str, _Stretch]] = field(default_factory=dict)
 
     @cached_property
     def _hidden(self) -> set[str]:
@@ -121,7 +121,7 @@ class Converted:
         full = tensor.new_zeros(self.source.shape(name))
         return full.index_copy_(place.dim, place.at, tensor.narrow(place.dim, 0, len(place.at)))
 
-    def _part(self, key: str) -> _Place:
+    def _part(self, key: str) -> _Stretch:
         """What of a parameter the rank has. UnsupportedError where that is no range of indices along one dim."""
         conversion = self.made[key]
         if conversion.key not in self.held:
@@ -130,7 +130,7 @@ class Converted:
             self.held[conversion.key] = {made: _indices(made, mark) for made, mark in conversion.of(marks).items()}
         return self.held[conversion.key][key]
 
-    def _mark(self, name: str, place: _Place | None) -> Tensor:
+    def _mark(self, name: str, place: _Stretch | None) -> Tensor:
         shape = self.source.shape(name)
         if place is None:
             return torch.zeros(shape, dtype=torch.bool)
@@ -139,13 +139,13 @@ class Converted:
         return torch.zeros(shape, dtype=torch.bool).index_fill_(place.dim, place.at, True)
 
 
-def _indices(key: str, mark: Tensor) -> _Place:
+def _indices(key: str, mark: Tensor) -> _Stretch:
     if bool(mark.all()):
-        return _Place(0, None)
+        return _Stretch(0, None)
     for dim in range(mark.dim()):
         along = mark.movedim(dim, 0).flatten(1) if mark.dim() > 1 else mark.unsqueeze(1)
         if bool((along.all(1) == along.any(1)).all()):
-            return _Place(dim, along.all(1).nonzero().flatten())
+            return _Stretch(dim, along.all(1).nonzero().flatten())
     raise UnsupportedError(f"{key} is cut in more than one of its dims", tensor=key)
 
 
@@ -169,19 +169,19 @@ def converted(
     return frozenset(made), Converted(source, source, made), held
 
 
-def _place(name: str, source: Weights, rank: Weights) -> _Place:
+def _place(name: str, source: Weights, rank: Weights) -> _Stretch:
     """Where a rank's tensor lies in the source's, by what it holds. An element that is another hides no place."""
     full, shape = source.shape(name), rank.shape(name)
     if full == shape:
-        return _Place(0, None)
+        return _Stretch(0, None)
     dims = [dim for dim, (mine, all_) in enumerate(zip(shape, full, strict=False)) if mine != all_]
     if len(full) != len(shape) or len(dims) != 1:
         raise DifferentError(f"{name} does not have the model's shape", tensor=name, expected=full, found=shape)
     beside = f"{name.removesuffix('bias')}weight"
     if name.endswith(".bias") and beside in source.names() and beside in rank.names():
         if (like := _place(beside, source, rank)).at is not None and len(like.at) == shape[0]:
-            return _Place(0, like.at)  # a bias may have a number often
-    return _Place(dims[0], _order(name, _slices(source.get(name), dims[0]), _slices(rank.get(name), dims[0])))
+            return _Stretch(0, like.at)  # a bias may have a number often
+    return _Stretch(dims[0], _order(name, _slices(source.get(name), dims[0]), _slices(rank.get(name), dims[0])))
 
 
 def _order(name: str, whole: Sequence[bytes], part: Sequence[bytes]) -> Tensor:
