@@ -30,8 +30,8 @@ AMONG_ZEROS = frozenset(
         "bailing_hybrid bitnet dbrx diffllama doge dots3_note_text ernie4_5_moe_vl_text ernie4_5_vl_moe_text"
         " falcon_mamba gemma4_unified_text glm5_next_text hy_v4 inkling_text jetmoe"
         " kimi_linear laguna longcat_flash mamba2 mellum minimax minimax_m3_text"
-        " minimax_m3_vl_text mllama_text_model molmo2_text muse_glimmer_text olmo_hybrid"
-        " phi4_multimodal step3p7_text youtu zamba2"
+        " minimax_m3_vl_text mistral_large4 mllama_text_model molmo2_text muse_glimmer_text"
+        " olmo_hybrid phi4_multimodal step3p7_text youtu zamba2"
     ).split()
 )
 """Of any other class of transformers that `verify` runs, those that the tests run, with right rules and wrong ones."""

@@ -13,6 +13,8 @@ TEXT_KEYS = ("text_config", "llm_config", "language_config")
 NO_MATTER = {"architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path", "use_cache"}
 OUTER = "outer_model_type"
 """Holds, in the config of a text model, the type of the model that nests it: its table has the names of the files."""
+WITHOUT_TOWERS = "without_towers"
+"""Is true of the config of a model with towers of which the text model alone is run."""
 # Weights are dequantised before a class has them.
 _LEFT_OUT = {"model_type", "architectures", *QUANTISATION}
 
@@ -53,7 +55,35 @@ def covers(config: Mapping[str, Any]) -> bool:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except ImportError:
         return False
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_towers(config)
+    known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_towers(config)
+    return known or larger_of(model_type) is not None
+
+
+def larger_of(model_type: str) -> str | None:
+    """The type of the model with towers whose class computes a text model's logits, where none does for it alone."""
+    try:
+        from transformers.models.auto.configuration_auto import model_type_to_module_name
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        )
+    except ImportError:
+        return None
+    found: str = model_type_to_module_name(model_type)  # type: ignore[no-untyped-call]
+    alone = model_type in TRIED or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return None if alone or found not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else found
+
+
+def _in_larger(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """The config of the text model; true with that of a model with towers, where this alone has a class."""
+    text = text_of(config)
+    larger = larger_of(str(text.get("model_type")))
+    if larger is None:
+        return text, False
+    if with_towers(config).get("model_type") == larger:
+        return with_towers(config), True
+    tied = bool(text.get("tie_word_embeddings"))
+    return {"model_type": larger, "text_config": dict(text), "tie_word_embeddings": tied}, True
 
 
 def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
@@ -62,14 +92,15 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
     UnsupportedError where the library is not installed, or where it or this engine does not know the model.
     """
     outer = with_towers(config).get("model_type")
-    config = with_towers(config) if whole else text_of(config)
+    given = config
+    config, alone = (with_towers(given), False) if whole else _in_larger(given)
     try:
         from transformers import AutoConfig
         from transformers.utils import logging
     except ImportError:
         hint = "pip install transformers, or --tier bytes"
         raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
-    if not whole and not covers(config):
+    if not whole and not covers(given):
         what = f"this transformers has no class that computes logits for the model type {config.get('model_type')!r}"
         raise UnsupportedError(what, hint="--tier bytes compares the files; remote code is never run")
     from huggingface_hub.errors import StrictDataclassError
@@ -88,6 +119,8 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
             each.allow_global_per_layer_attribute_access = True  # for what is said of most layers
     if outer != config.get("model_type"):
         setattr(made, OUTER, outer)
+    if alone:
+        setattr(made, WITHOUT_TOWERS, True)
     return made
 
 

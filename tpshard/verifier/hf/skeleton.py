@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.elements import RankShares
-from tpshard.verifier.hf.config import text_config
+from tpshard.verifier.hf.config import WITHOUT_TOWERS, text_config
 from tpshard.verifier.hf.conversions import Conversions
 from tpshard.verifier.hf.converted import converted
 from tpshard.verifier.hf.heads import with_shared_heads
@@ -75,6 +75,8 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
     with _empty_parameters(), precision(dtype):
         model: Any = class_of(config)(config, dtype=dtype, attn_implementation="eager")
     built: nn.Module = model.train(False)
+    if getattr(config, WITHOUT_TOWERS, False):
+        _drop_towers(built)
     for module in built.modules():
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # for gradients alone, and refused where a rank has fewer rows
@@ -82,6 +84,15 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return built
+
+
+def _drop_towers(model: Any) -> None:
+    """Leave the text model of a larger one, where the larger one has it in a module."""
+    base = model.get_submodule(model.base_model_prefix)
+    start, layer = f"{model.base_model_prefix}.", layers_of(model)[0][0]
+    for name, _ in list(base.named_children()):
+        if layer.startswith(f"{start}{name}.") and layer.count(".", len(start)) > 1:
+            base._modules.update({other: None for other in base._modules if other != name})
 
 
 def layers_of(model: Any) -> list[tuple[str, nn.Module]]:
