@@ -353,7 +353,8 @@ SERVED: dict[str, Served] = {
         | {name: value for name, value in _LATENT.items() if name != "num_key_value_heads"}
         | {"hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2, "num_attention_heads": 8, "q_lora_rank": 24}
         # transformers saves matrices for experts that have none, where there are such.
-        | {"moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 0, "expert_ffn_hidden_size": 32},
+        | {"moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 0, "expert_ffn_hidden_size": 32}
+        | {"head_dim": 8},  # of what is turned
         _MLA,
         shapes={
             **{"model.mtp.embed_tokens.weight": (VOCAB, 64), "model.mtp.layers.0.eh_proj.weight": (64, 128)},

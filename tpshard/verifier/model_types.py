@@ -27,11 +27,11 @@ TRIED = frozenset(
 )
 AMONG_ZEROS = frozenset(
     (
-        "bailing_hybrid bitnet dbrx diffllama doge dots3_note_text ernie4_5_moe_vl_text ernie4_5_vl_moe_text"
-        " falcon_mamba gemma4_unified_text glm5_next_text hy_v4 inkling_text jetmoe"
+        "bailing_hybrid bitnet dbrx deepseek_v4 diffllama doge dots3_note_text ernie4_5_moe_vl_text"
+        " ernie4_5_vl_moe_text falcon_mamba gemma4_unified_text glm5_next_text hy_v4 inkling_text jetmoe"
         " kimi_linear laguna longcat_flash mamba2 mellum minimax minimax_m3_text"
         " minimax_m3_vl_text mistral_large4 mllama_text_model molmo2_text muse_glimmer_text"
-        " olmo_hybrid phi4_multimodal step3p7_text youtu zamba2"
+        " olmo_hybrid phi4_multimodal step3p5 step3p7_text youtu zamba2"
     ).split()
 )
 """Of any other class of transformers that `verify` runs, those that the tests run, with right rules and wrong ones."""
@@ -48,10 +48,21 @@ COMPUTES_AS = {
     "qwen3_vl_text": "qwen3",
 }
 """Text models that compute as these do, some of them on text alone: its positions in three dimensions are one."""
+BY_CONFIG = {
+    "bailing_moe_v2": "glm4_moe",
+    "chatglm": "glm",
+    "exaone": "llama",
+    "mimo_v2": "mimo_v2_flash",
+    "minicpm": "granite",
+    "qwen": "qwen2",
+}
+"""Models that publish code of their own, which these compute where the config says no more: `hf/own_code`."""
 
 
 def proved_by(model_type: str) -> ProvedBy:
     """Whose code `verify` runs by default; "bytes" where it has none that was tried."""
     if model_type in DECODED:
         return "tpshard"
-    return "transformers" if COMPUTES_AS.get(model_type, model_type) in TRIED | AMONG_ZEROS else "bytes"
+    return (
+        "transformers" if {**COMPUTES_AS, **BY_CONFIG}.get(model_type, model_type) in TRIED | AMONG_ZEROS else "bytes"
+    )

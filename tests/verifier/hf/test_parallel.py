@@ -32,7 +32,7 @@ from tpshard.verifier.hf.config import model_config
 from tpshard.verifier.hf.heads import heads_of
 from tpshard.verifier.hf.overrides import Pinned, Wide
 from tpshard.verifier.hf.parameters import recipes
-from tpshard.verifier.model_types import AMONG_ZEROS, COMPUTES_AS, DECODED, TRIED, proved_by
+from tpshard.verifier.model_types import AMONG_ZEROS, BY_CONFIG, COMPUTES_AS, DECODED, TRIED, proved_by
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.ranks.weights import InMemory, replaced
 from tpshard.verifier.tiers import exact, native
@@ -119,30 +119,24 @@ def test_every_model_type_with_rules_is_run() -> None:
     rules = {name for file in files for name in tomllib.loads(file.read_text())["model_types"]}
     remote = {
         "baichuan",
-        "chatglm",
-        "exaone",
-        "qwen",
         "eagle",
         "eagle3",
-        "minicpm",
         "phi4mm",
         "nemotron-nas",
-        "mimo_v2",
     }
     remote |= {
         "nemotron-nas",
         "bailing_moe",
-        "bailing_moe_v2",
         "bailing_moe_v3",
         "minimax_text_01",
         "minimax_m1",
         "mistral_native",
     }
-    remote |= {"deepseek_v4", "qwen4_exp_text", "step3p5"}
-    assert rules - remote <= FAMILIES.keys() | TRIED | AMONG_ZEROS | COMPUTES_AS.keys()
+    remote |= {"qwen4_exp_text"}
+    assert rules - remote <= FAMILIES.keys() | TRIED | AMONG_ZEROS | COMPUTES_AS.keys() | BY_CONFIG.keys()
     assert FAMILIES.keys() == DECODED
     assert {name for name in rules if proved_by(name) == "bytes"} == remote
-    assert set(COMPUTES_AS.values()) <= TRIED
+    assert {*COMPUTES_AS.values(), *BY_CONFIG.values()} <= TRIED
 
 
 def test_every_architecture_has_a_variant() -> None:

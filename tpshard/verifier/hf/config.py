@@ -5,6 +5,7 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.verifier.dequantise.find import QUANTISATION
+from tpshard.verifier.hf.own_code import as_known, published_as
 from tpshard.verifier.hf.published import as_class
 from tpshard.verifier.model_types import COMPUTES_AS, TRIED
 
@@ -37,7 +38,7 @@ def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config of the model that computes the same, where there are no pictures."""
     alike = COMPUTES_AS.get(str(config.get("model_type")))
     if alike is None:
-        return config
+        return as_known(config)
     changed = {**config, "model_type": alike}
     for key in ("rope_parameters", "rope_scaling"):
         if isinstance(rope := config.get(key), Mapping):
@@ -57,6 +58,11 @@ def covers(config: Mapping[str, Any]) -> bool:
         return False
     known = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or has_towers(config)
     return known or larger_of(model_type) is not None
+
+
+def tried(config: Any) -> bool:
+    """Whether a class was split and run here, from its own names, so that a rank's model can be told its widths."""
+    return config.model_type in TRIED and published_as(config) is None
 
 
 def larger_of(model_type: str) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tpshard.verifier.hf.config import OUTER
 from tpshard.verifier.hf.converted import Conversion
+from tpshard.verifier.hf.own_code import conversions_of, published_as
 from tpshard.verifier.hf.parameters import StoredParts
 
 _JOINED = ((["Concatenate"], [0]), (["MergeModulelist"], [0]), (["MergeModulelist", "Concatenate"], [0, 1]))
@@ -35,7 +36,8 @@ class Conversions:
 
         outer = getattr(model.config, OUTER, None)
         table = get_checkpoint_conversion_mapping(outer) if outer else None  # type: ignore[no-untyped-call]
-        every = [*(table or ()), *get_model_conversion_mapping(model)]
+        own = published_as(model.config)
+        every = [*(conversions_of(own) if own else table or ()), *get_model_conversion_mapping(model)]
         converters = [each for each in every if isinstance(each, WeightConverter)]
         renamings = [each for each in every if not isinstance(each, WeightConverter)]
         return cls(renamings, converters, str(getattr(model, "base_model_prefix", "")), model.state_dict(), model)

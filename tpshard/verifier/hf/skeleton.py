@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.elements import RankShares
-from tpshard.verifier.hf.config import WITHOUT_TOWERS, text_config
+from tpshard.verifier.hf.config import WITHOUT_TOWERS, text_config, tried
 from tpshard.verifier.hf.conversions import Conversions
 from tpshard.verifier.hf.converted import converted
 from tpshard.verifier.hf.heads import with_shared_heads
@@ -23,7 +23,6 @@ from tpshard.verifier.hf.overrides import precision
 from tpshard.verifier.hf.parameters import StoredParts, recipes
 from tpshard.verifier.hf.pictures import Pictures
 from tpshard.verifier.hf.streamed import arriving, as_parameter
-from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.ranks.weights import Weights, move
 from tpshard.verifier.report.verdict import layer_of
 from tpshard.verifier.stacks import Shapes, cut_dim, firsts, starts
@@ -142,7 +141,7 @@ class Frame:
     @property
     def tried(self) -> bool:
         """Whether this class was split and run here, so that a rank's model can be told its heads and widths."""
-        return self.config.model_type in TRIED
+        return tried(self.config)
 
     def require_described(self, source: Weights, classes: object) -> None:
         """CorruptError unless the source has just the parameters and biases that its config says it has.
@@ -313,7 +312,7 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     every = tuple(range(len(layers_of(model))))
     prefix = str(getattr(model, "base_model_prefix", ""))
     buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
-    untried = config.model_type not in TRIED
+    untried = not tried(config)
     conversions = Conversions.of(model) if untried else None
     looked_at = every if layers is None else layers
     ties = _ties(model) if untried else {}

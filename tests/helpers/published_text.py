@@ -1,0 +1,96 @@
+"""Text models as they are published, with numbers that can be computed with: some by class, some by shapes alone."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.helpers import served_checkpoints, served_forms
+from tests.helpers.served_checkpoints import SERVED
+from tests.helpers.toys import Tensor, read_all, write_checkpoint
+
+VOCAB = 64
+_SIZES = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB, "num_hidden_layers": 2}
+_GPT = {
+    "transformer.wte": (VOCAB, 32), "lm_head": (VOCAB, 32), "transformer.ln_f": (32,),
+    "transformer.h.*.ln_1": (32,), "transformer.h.*.ln_2": (32,), "transformer.h.*.mlp.c_proj": (32, 48),
+}  # fmt: skip
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "exaone": (
+        {"intermediate_size": 48, "num_key_value_heads": 2, "num_layers": 2, "num_hidden_layers": None}
+        | {"layer_norm_epsilon": 1e-5, "activation_function": "silu", "rope_theta": 500000.0},
+        _GPT
+        | {f"transformer.h.*.attn.attention.{each}_proj": (32, 32) for each in ("q", "out")}
+        | {f"transformer.h.*.attn.attention.{each}_proj": (16, 32) for each in "kv"}
+        | {f"transformer.h.*.mlp.c_fc_{each}": (48, 32) for each in (0, 1)},
+    ),
+    "qwen": (
+        {"intermediate_size": 96, "layer_norm_epsilon": 1e-6, "rotary_emb_base": 10000, "no_bias": True},
+        _GPT
+        | {"transformer.h.*.attn.c_attn": (96, 32), "transformer.h.*.attn.c_attn.bias": (96,)}
+        | {"transformer.h.*.attn.c_proj": (32, 32)}
+        | {f"transformer.h.*.mlp.w{each}": (48, 32) for each in (1, 2)},
+    ),
+    "chatglm": (
+        {"ffn_hidden_size": 48, "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True}
+        | {"num_layers": 2, "num_hidden_layers": None, "kv_channels": 8, "padded_vocab_size": VOCAB, "vocab_size": 60}
+        | {"layernorm_epsilon": 1e-5, "rmsnorm": True, "seq_length": 64, "add_bias_linear": False, "pad_token_id": 0},
+        {
+            "transformer.embedding.word_embeddings": (VOCAB, 32), "transformer.output_layer": (VOCAB, 32),
+            "transformer.encoder.final_layernorm": (32,), "transformer.encoder.layers.*.input_layernorm": (32,),
+            "transformer.encoder.layers.*.post_attention_layernorm": (32,),
+            "transformer.encoder.layers.*.self_attention.query_key_value": (64, 32),
+            "transformer.encoder.layers.*.self_attention.query_key_value.bias": (64,),
+            "transformer.encoder.layers.*.self_attention.dense": (32, 32),
+            "transformer.encoder.layers.*.mlp.dense_h_to_4h": (96, 32),
+            "transformer.encoder.layers.*.mlp.dense_4h_to_h": (32, 48),
+        },
+    ),
+}  # fmt: skip
+"""By model_type, what a config has beside sizes, and the shapes of weights, and of biases."""
+
+
+def make(name: str, path: Path) -> Path:
+    """Write the checkpoint, as it is published."""
+    if name in SHAPES:
+        changes, shapes = SHAPES[name]
+        found = {}
+        for module, shape in shapes.items():
+            full = module if module.endswith(".bias") else f"{module}.weight"
+            found |= {full.replace("*", str(layer)): shape for layer in range(2 if "*" in module else 1)}
+        config = _SIZES | changes | {"model_type": name}
+        return write_checkpoint(path, {key: x for key, x in config.items() if x is not None}, drawn(found))
+    if name == "minicpm":
+        model = served_forms.write(name, path)
+        config = json.loads((model / "config.json").read_text())
+        config |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+        return write_checkpoint(path, config, drawn({each: x.shape for each, x in read_all(model).items()}))
+    if name == "step3p5":
+        return _without_tower(served_checkpoints.make("step3p7", path.with_name("step3p7")), path)
+    if SERVED[name].model_type is None:
+        config = {"num_experts_per_tok": 2, **SERVED[name].config}
+        text = {each: x for each, x in SERVED[name].shapes.items() if each.startswith(("model.", "lm_head."))}
+        return write_checkpoint(path, config, drawn(text))
+    return served_checkpoints.make(name, path)
+
+
+def _without_tower(model: Path, path: Path) -> Path:
+    """Its text model, which Step 3.5 is."""
+    config = json.loads((model / "config.json").read_text())["text_config"] | {"model_type": "step3p5"}
+    kept = {name: x for name, x in read_all(model).items() if name.startswith(("model.", "lm_head."))}
+    return write_checkpoint(path, config, kept)
+
+
+def drawn(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Random numbers: norms around 1, all else around 0."""
+    found = {}
+    for name, shape in shapes.items():
+        numbers = 0.08 * np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        norm = "norm" in name or ".ln_" in name
+        found[name] = Tensor("F32", tuple(shape), (numbers + norm).astype("<f4").tobytes())
+    return found
