@@ -93,6 +93,7 @@ NESTED: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3_5_moe": (_LINEAR | _turning(6, 5, 5), r"mlp\.gate\.|shared_expert_gate|in_proj_[ab]"),
     "kimi_k25": (_LATENT, r"mlp\.gate\."),
     "kimi_vl": (_LATENT, r"mlp\.gate\."),
+    "gemma4": (_EVEN | {"global_head_dim": 128}, "per_layer"),
     "qwen2_vl": (_FEW | _turning(16, 24, 24), "none"),
     "qwen3_vl_moe": (_MOE | _turning(24, 20, 20), r"mlp\.gate\."),
     "qwen3_omni_moe": (_MOE | _turning(24, 20, 20), r"mlp\.gate\.|audio"),
