@@ -65,6 +65,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     },
     **{name: (_EVEN, "none") for name in ("ministral", "nemotron", "olmo", "olmo2", "opt", "seed_oss", "smollm3")},
     **{name: (_EVEN, "none") for name in ("stablelm", "starcoder2", "internlm2", "glm")},
+    "falcon-new": ({"hidden_size": 512, "num_attention_heads": 4, "num_kv_heads": 2}, "none"),
     "olmoe": (_EVEN | {"intermediate_size": 256}, r"mlp\.gate\."),
     "mixtral": (_EVEN | {"intermediate_size": 256}, r"\.gate\."),
     "glm4_moe": (_MOE, r"mlp\.gate\."),
