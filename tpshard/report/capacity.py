@@ -190,7 +190,7 @@ def _caches(model: Model, axis: str | None, count: object) -> dict[int, int] | N
     stacks = [Counter(layer for layer, *_ in each) for each in found.values()]
     if not stacks:
         return None
-    largest = dict(max(stacks, key=len))
+    largest: dict[int, int] = max(stacks, key=lambda each: len(each))
     own = {layer: each for layer, each in largest.items() if not isinstance(count, int) or layer < count}
     return own or largest
 

@@ -81,7 +81,7 @@ class Gradients:
 
     def _noted(self, part: Tensor, again: Callable[[], Tensor]) -> Tensor:
         storage = part.untyped_storage()
-        self._read[storage._cdata] = StorageWeakRef(storage), again
+        self._read[storage._cdata] = StorageWeakRef(storage), again  # type: ignore[no-untyped-call]
         return part
 
     def _put_away(self, saved: Tensor) -> Any:
