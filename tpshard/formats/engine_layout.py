@@ -140,7 +140,7 @@ def _joint(tensors: Sequence[LogicalTensor], tp: int) -> dict[str, tuple[Share, 
 def _even(tensor: LogicalTensor, cut: Cut, tp: int) -> Axis:
     """An axis of everything that is stored along the cut dim, whatever it is."""
     assert cut.dim is not None
-    rows = tensor.shape[cut.dim] * cut.ratio
+    rows = int(tensor.shape[cut.dim] * cut.ratio)
     axis = Axis(f"{rows} rows", rows, unit=1)
     if reason := why_not(axis, tp):
         raise UnsupportedError(reason, tensor=tensor.name, found=f"tp {tp}")

@@ -75,7 +75,7 @@ def larger_of(model_type: str) -> str | None:
         )
     except ImportError:
         return None
-    found: str = model_type_to_module_name(model_type)  # type: ignore[no-untyped-call]
+    found: str = model_type_to_module_name(model_type)
     alone = model_type in TRIED or model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return None if alone or found not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else found
 

@@ -243,7 +243,7 @@ def _split(shared: str | None) -> Any:
     class Shares(Split):
         """Each share holds a part of the rows of every module."""
 
-        def convert(  # type: ignore[no-untyped-def]
+        def convert(  # type: ignore[no-untyped-def, override]
             self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs
         ):
             rows = next(iter(input_dict.values()))
