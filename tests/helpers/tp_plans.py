@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
 
+from tests.families.published_families import lines as lines_of_families
 from tests.helpers.paths import DOCS
 from tpshard.api.archs import nesting, rows, versions_text
 from tpshard.rules.architecture import Architecture, all_builtin
@@ -142,7 +143,8 @@ DIFFERENCES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Query, key and value as one module, as later files have them.": {"mimo_v2_flash": ("self_attn.qkv_proj",)},
     "Experts one by one, as some tools write them.": {
-        "step3p5": tuple(f"moe.experts.*.{name}" for name in _GATED)
+        "step3p5": tuple(f"moe.experts.*.{name}" for name in _GATED),
+        "llama4_text": tuple(f"feed_forward.experts.*.{name}" for name in _GATED),
     },
     "Feed-forwards whole on every rank but for the experts. Each is cut here like any other.": {
         "minimax_m3_vl_text": (*(f"mlp.{name}" for name in _GATED), *_shared("block_sparse_moe.shared_experts")),
@@ -335,6 +337,17 @@ Whatever nests one of the text models above is split in `native`. With their tow
 |---|---|---|---|---|
 {nesting}
 
+## Models that are served with several GPUs
+
+Each from a small checkpoint in the form that is published, by `tests/families`: all of them are split, checked and
+merged back byte for byte. *verify*: *whole*, every tensor that is cut runs; *the text*, what is beside the text model,
+or predicts further tokens, is compared and not run; *bytes*, no class runs it. *vllm*: `--format vllm` writes it, and
+*quantised* too where the type was compared so, by one method at least.
+
+| model | model_type | verify | vllm | quantised |
+|---|---|---|---|---|
+{families}
+
 ## Cut here, and not by transformers' plan
 
 {differences}
@@ -372,6 +385,7 @@ def page() -> str:
     text = {
         "rows": "\n".join(lines),
         "nesting": "\n".join(towers),
+        "families": "\n".join(lines_of_families()),
         "differences": _reasons(DIFFERENCES),
         "otherwise": _reasons(OTHERWISE),
         "whole": _reasons(WHOLE),

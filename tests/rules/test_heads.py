@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.helpers.command import fails, succeeds
-from tests.helpers.toys import Tensor, read_all, read_rank, write_checkpoint
+from tests.helpers.head_checkpoints import WITH_HEADS, random_floats, with_head
+from tests.helpers.toys import read_all, read_rank, write_checkpoint
 from tpshard.rules.architecture import all_builtin
 from tpshard.rules.patterns import HEADS
 
@@ -21,42 +20,6 @@ Made = Callable[..., Path]
 @pytest.fixture(autouse=True)
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-LINEAR = {"score.weight": (2, 64)}
-WITH_HEADS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
-    "sequences": ("llama-gqa", {"architectures": ["LlamaForSequenceClassification"]}, LINEAR),
-    "tokens": ("qwen3", {"architectures": ["Qwen3ForTokenClassification"]}, LINEAR | {"score.bias": (2,)}),
-    "reward": (
-        "qwen2-bias",
-        {"architectures": ["Qwen2ForRewardModel"]},
-        {"score.0.weight": (64, 64), "score.0.bias": (64,), "score.2.weight": (1, 64), "score.2.bias": (1,)},
-    ),
-    "reward, of one module": ("llama-mqa", {"architectures": ["LlamaForRewardModel"]}, {"v_head.weight": (1, 64)}),
-    "value beside logits": ("mistral", {}, {"v_head.summary.weight": (1, 64), "v_head.summary.bias": (1,)}),
-    "classifier": ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, {"classifier.weight": (2, 96)}),
-    "in both directions": (
-        "llama-gqa",
-        {"architectures": ["LlamaBidirectionalForSequenceClassification"], "model_type": "llama_bidirec"},
-        LINEAR,
-    ),
-    "none": ("qwen3", {"architectures": ["Qwen3Model"]}, {}),
-    "none, by transformers' class": ("olmo", {"architectures": ["OlmoModel"]}, {}),
-}
-
-
-def numbers(shape: tuple[int, ...]) -> Tensor:
-    return Tensor("F32", shape, np.random.default_rng(0).standard_normal(shape).astype("<f4").tobytes())
-
-
-def with_head(case: str, made: Made, out: Path) -> tuple[Path, dict[str, Tensor]]:
-    """A checkpoint with another head than its own, and the head's tensors."""
-    name, changes, shapes = WITH_HEADS[case]
-    config, tensors = json.loads((made(name) / "config.json").read_text()), read_all(made(name))
-    if changes:
-        tensors = {n: tensor for n, tensor in tensors.items() if n not in ("lm_head.weight", "output.weight")}
-    head = {name: numbers(shape) for name, shape in shapes.items()}
-    return write_checkpoint(out, config | changes, tensors | head), head
 
 
 @pytest.mark.parametrize("case", WITH_HEADS)
@@ -81,7 +44,7 @@ def test_a_model_without_a_head_runs(made: Made, tmp_path: Path) -> None:
 
 def test_inside_a_larger_model_a_head_is_said_too(made: Made, tmp_path: Path) -> None:
     tensors = {f"language_model.{name}": tensor for name, tensor in read_all(made("llama-gqa")).items()}
-    score = numbers((2, 64))
+    score = random_floats((2, 64))
     text = json.loads((made("llama-gqa") / "config.json").read_text())
     config = {"model_type": "some_vl", "text_config": text}
     for place in ("score.weight", "language_model.score.weight"):
@@ -97,7 +60,7 @@ def test_every_architecture_may_lack_its_head_and_have_another() -> None:
 
 def test_a_tensor_that_is_no_head_is_refused(made: Made, tmp_path: Path) -> None:
     tensors = read_all(made("llama-gqa"))
-    extra = numbers((2, 64))
+    extra = random_floats((2, 64))
     config = json.loads((made("llama-gqa") / "config.json").read_text())
     for name in ("score.0.1.weight", "model.score.weight", "model.layers.0.score.weight", "scores.weight"):
         model = write_checkpoint(tmp_path / name, config, tensors | {name: extra})

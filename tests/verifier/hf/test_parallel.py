@@ -350,13 +350,13 @@ def test_whose_code_runs() -> None:
     assert engine.engine_of("auto", model_config({"model_type": "llama"}).to_dict()) == "tpshard"
     assert engine.engine_of("transformers", {"model_type": "llama"}) == "transformers"
     assert engine.engine_of("auto", {"model_type": "phi3"}) == "transformers"
-    with pytest.raises(UnsupportedError, match="chatglm"):
-        engine.engine_of("auto", {"model_type": "chatglm"})
+    with pytest.raises(UnsupportedError, match="baichuan"):
+        engine.engine_of("auto", {"model_type": "baichuan"})
     with pytest.raises(UsageError):
         VerifyOptions(Path("shards"), engine="vllm")
     assert engine.engine_of("auto", {"model_type": "bitnet"}) == "transformers"  # never tried here
-    with pytest.raises(UnsupportedError, match="no class that computes logits for the model type 'chatglm'"):
-        model_config({"model_type": "chatglm"})
+    with pytest.raises(UnsupportedError, match="no class that computes logits for the model type 'baichuan'"):
+        model_config({"model_type": "baichuan"})
 
 
 def test_without_transformers_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

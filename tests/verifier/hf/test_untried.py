@@ -92,6 +92,31 @@ def test_more_than_a_rank_uses_is_named() -> None:
     assert "holds more of model.layers.0.mlp.experts.gate_up_proj than its part of the model uses" in reason
 
 
+def test_numbers_of_which_some_are_alike() -> None:
+    """Nobody knows which of them a rank holds: nothing is said of those that it does not use."""
+    from safetensors.torch import load_file, save_file
+
+    make("mamba2")
+    file = Path("model/model.safetensors")
+    tensors = load_file(file)
+    alike = {name: (tensor * 16).round() / 16 for name, tensor in tensors.items() if name.endswith("conv1d.bias")}
+    assert alike and all(len(tensor.unique()) < len(tensor) // 4 for tensor in alike.values())
+    save_file(tensors | alike, file, metadata={"format": "pt"})
+    split(rules("mamba2"))
+    found = verify("weights,exact")
+    assert found.code == 0, found.json["reason"]
+
+
+def test_a_config_that_a_class_stumbles_over() -> None:
+    make("mellum")
+    split(rules("mellum"))
+    config = Path("model/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 10**6}))
+    Path("out/config.json").write_bytes(config.read_bytes())
+    found = verify("exact")
+    assert found.code == 4 and "Padding_idx must be within num_embeddings" in found.err
+
+
 def test_another_element_fails_whoever_runs_it() -> None:
     make("mellum")
     split(rules("mellum"), "--checksum", "none")

@@ -106,7 +106,7 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
     except ImportError:
         hint = "pip install transformers, or --tier bytes"
         raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
-    if not whole and not covers(given):
+    if not (whole or alone or covers(config)):
         what = f"this transformers has no class that computes logits for the model type {config.get('model_type')!r}"
         raise UnsupportedError(what, hint="--tier bytes compares the files; remote code is never run")
     from huggingface_hub.errors import StrictDataclassError

@@ -235,7 +235,8 @@ class Uses:
         """Parameters of which a rank holds what nothing of its own depends on, and the first such index.
 
         Of what the whole model does not need on this prompt nothing is said, nor of a parameter that a rank does not
-        use at all, nor, where ranks have whole experts, of what has a row for each expert: a router.
+        use at all, nor, where ranks have whole experts, of what has a row for each expert: a router. Nor of indices of
+        which some are alike, so that nobody knows which of them a rank holds.
         """
         experts = {
             each[rank].total for name, each in shares.items() if each[rank].dim == 0 and len(self.alive[name]) > 2
@@ -246,6 +247,8 @@ class Uses:
                     continue
                 idle = whole.alive[name][dim] & ~mine
                 if (each := shares.get(name)) is not None and each[rank].dim == dim:
+                    if not each[rank].sure:
+                        continue
                     idle &= each[rank].held.to(idle.device)
                 if bool(idle.any()) and bool(mine.any()):
                     yield name, int(idle.nonzero()[0])

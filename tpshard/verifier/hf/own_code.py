@@ -146,7 +146,7 @@ def _chatglm(config: Config) -> dict[str, Any] | None:
         },
     }
     theta = 10000 * config.get("rope_ratio", 1)
-    return {**_renamed(config, keys), "partial_rotary_factor": 0.5, "rope_theta": theta}
+    return {"pad_token_id": None, **_renamed(config, keys), "partial_rotary_factor": 0.5, "rope_theta": theta}
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")

@@ -67,12 +67,20 @@ def class_of(config: Any) -> Callable[..., Any]:
 
 
 def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The unsharded model, with eager attention and experts, without its parameters' memory."""
+    """The unsharded model, with eager attention and experts, without its parameters' memory.
+
+    UnsupportedError where its class makes none of the config.
+    """
     config = copy.deepcopy(config)
     for each in {id(each): each for each in (config, text_config(config))}.values():
         each._experts_implementation = "eager"
     with _empty_parameters(), precision(dtype):
-        model: Any = class_of(config)(config, dtype=dtype, attn_implementation="eager")
+        try:
+            model: Any = class_of(config)(config, dtype=dtype, attn_implementation="eager")
+        except Exception as error:  # the library's own, of any kind
+            said = " ".join(str(error).split()) or type(error).__name__
+            hint = "--tier bytes compares the files"
+            raise UnsupportedError(f"transformers makes no model of this config: {said}", hint=hint) from error
     built: nn.Module = model.train(False)
     if getattr(config, WITHOUT_TOWERS, False):
         _drop_towers(built)
