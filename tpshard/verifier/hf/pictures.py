@@ -129,6 +129,15 @@ def _forms(model: Any, batch: int, seed: int) -> Iterator[dict[str, Tensor]]:
         yield {"pixel_values": noise(patches, channels * frames * patch * patch), "image_grid_thw": grid}
         yield {"pixel_values": noise(patches, channels, patch, patch), "image_grid_thw": grid}
         yield {"pixel_values": noise(patches, channels, frames, patch, patch), "image_grid_thw": grid}
+    if "image_position_ids" in takes:
+        pooled = _one(_named(vision, "pooling_kernel_size") or 1)
+        across = torch.arange(2 * pooled)
+        places = torch.cartesian_prod(across, across).flip(1).expand(batch, -1, -1)
+        for side in (patch, patch * pooled):
+            yield {
+                "pixel_values": noise(batch, places.shape[1], channels * side * side),
+                "image_position_ids": places,
+            }
     if "image_token_pooling" in takes:
         count = int(vision.num_position_embeddings)
         pooled = next(n for n in (2, 3, 1) if count % n == 0)
@@ -187,7 +196,8 @@ def _features(model: Any, made: Mapping[str, Tensor]) -> int | None:
         return len(made["pixel_values"])
     arguments = {key: x.to(model.dtype) if x.is_floating_point() else x for key, x in made.items()}
     found: Any = owner.get_image_features(**arguments)
-    found = getattr(found, "pooler_output", None) if getattr(found, "pooler_output", None) is not None else found
+    given = (getattr(found, key, None) for key in ("pooler_output", "last_hidden_state"))
+    found = next((each for each in given if each is not None), found)
     if isinstance(found, Tensor):
         return found.shape[:-1].numel()
     parts = [each for each in found or () if isinstance(each, Tensor)]
