@@ -55,6 +55,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
     "flex_olmo": (_MOE | {"intermediate_size": 256}, r"mlp\.gate\."),
     "nanochat": (_WIDE, "none"),
     "lfm2": ({"num_attention_heads": 2}, "none"),
+    **{name: (_MOE | {"num_attention_heads": 4}, r"mlp\.gate\.") for name in ("bailing_moe", "bailing_moe_v2")},
     "lfm2_moe": ({"num_attention_heads": 2, "head_dim": 128, "moe_intermediate_size": 256}, r"feed_forward\.gate\."),
     **{name: (_WIDE, "none") for name in ("apertus", "arcee", "cwm", "ernie4_5", "granite_swa", "hunyuan_v1_dense")},
     **{name: (_WIDE, "none") for name in ("hyperclovax", "jais2", "ministral3", "olmo3", "vaultgemma")},

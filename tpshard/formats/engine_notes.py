@@ -12,7 +12,7 @@ def notes_of(engine: str, table: Table, split: Split) -> tuple[str, ...]:
     """All of them, of a set whose names are those of a table."""
     stages, pp = split.layouts.stages, split.options.pp
     sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
-    others = (*_drafts(engine, table, split), *_unread(engine, table, split))
+    others = (*_drafts(engine, table, split), *_unread(engine, table, split), *_quantised(engine, table, split))
     if stages is None or sizes == even_layers(stages.layers.count, pp):
         return others
     variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
@@ -39,3 +39,12 @@ def _unread(engine: str, table: Table, split: Split) -> tuple[str, ...]:
     count = sum(family.kind(model.full_name(tensor.name)).unread for tensor in model.tensors)
     what = f"{count} tensors that {engine}'s own loader leaves out, although it computes with them, are in these files"
     return (f"{what}: with the checkpoint itself it computes something else",) if count else ()
+
+
+def _quantised(engine: str, table: Table, split: Split) -> tuple[str, ...]:
+    """Of a model that nests another, the table lists by which methods this may be."""
+    architecture = split.model.architecture
+    if not split.model.quantisation or architecture.get("text") or architecture["model_type"] in table.quantised_types:
+        return ()
+    what = f"what {engine} holds of a quantised {architecture['model_type']} was not compared"
+    return (f"{what}: load these files once before you ship them",)
