@@ -1,5 +1,6 @@
 """Devices and their memory."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -34,6 +35,24 @@ def available(device: torch.device) -> int:
 def usable(device: torch.device, sharing: int = 1) -> int:
     """The bytes that one of `sharing` processes may fill on a device."""
     return int(available(device) * FILL) // sharing
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_LARGE = 8 << 20
+
+
+def return_what_is_freed() -> None:
+    """Let this process give blocks of 8 MB and more back to the system whenever they are freed.
+
+    glibc keeps blocks of up to 32 MB for itself once some were freed; where weights come and go, holes among them add
+    up to more than the weights. Elsewhere nothing is done.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
+        mallopt(parameter, _LARGE)
 
 
 def require_memory(need: int, free: int, device: torch.device, hint: str) -> None:

@@ -21,7 +21,7 @@ from tpshard.verifier.hf.masked_backend import UNUSED, MaskedBackend
 from tpshard.verifier.hf.pictures import pictures_for, with_placeholder
 from tpshard.verifier.hf.skeleton import Frame, fill, frame_of, skeleton, skip_layers
 from tpshard.verifier.hf.streamed import TooLargeError
-from tpshard.verifier.memory import require_memory, usable
+from tpshard.verifier.memory import require_memory, return_what_is_freed, usable
 from tpshard.verifier.model_types import TRIED
 from tpshard.verifier.options import VerifyOptions
 from tpshard.verifier.prompt import decide, require_finite
@@ -59,8 +59,12 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
     if options.sequence_parallel:
         raise UnsupportedError("--sequence-parallel is not for --engine transformers", hint="leave it out")
     towers, team = has_towers(opened.config), opened.team
+    if options.stream:
+        return_what_is_freed()
     (sides, tokens), alone = team.together(lambda: _prepare(opened, options))
     streams = any(team.run(lambda group: _streams(opened, sides, tokens, options.stream)))
+    if streams:
+        return_what_is_freed()
     if {"exact", "native"} & set(options.computed):
         sides = team.together(lambda: _kept(opened, sides, tokens, streams))
     import transformers
