@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.engines.engine_newest import LOADED, make
 from tests.helpers.command import succeeds
@@ -34,6 +34,22 @@ def split(name: str, tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict[str,
     source = make(name, tmp_path / "source")
     api.split(source, 2, tmp_path / "out", format="vllm", settings=QUICK)
     return load_file(source / "model.safetensors"), load_file(tmp_path / "out" / FILE)
+
+
+def test_what_predicts_further_tokens_is_named_as_left_out(tmp_path: Path) -> None:
+    """Of Hy4 it has names of its own behind the layers."""
+    source = make("hy_v4", tmp_path / "source")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    layer = "model.layers.1."
+    more = {n.replace(layer, "model.mtp_layers.0."): x.clone() for n, x in tensors.items() if n.startswith(layer)}
+    more |= {"model.mtp_layers.0.enorm.weight": tensors["model.norm.weight"].clone()}
+    save_file(tensors | more, file, metadata={"format": "pt"})
+    out = tmp_path / "out"
+    found = succeeds("split", source, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
+    assert f"{len(more)} tensors predict further tokens" in found.err
+    assert not [name for name in load_file(out / FILE) if "mtp" in name]
+    succeeds("check", out, "--source", source)
 
 
 def test_experts_narrower_than_the_class_makes_them_are_followed_by_zeros(tmp_path: Path) -> None:

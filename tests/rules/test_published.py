@@ -56,6 +56,11 @@ MORE = {
         {"mtp.layers.0.enorm": (64,), "mtp.layers.0.hnorm": (64,), "mtp.layers.0.eh_proj": (64, 128)}
         | {"mtp.layers.1.final_layernorm": (64,)},
     ),
+    "hy_v4": (
+        {"model.layers.1.": "model.mtp_layers.0."},
+        {f"model.mtp_layers.0.{norm}": (64,) for norm in ("enorm", "hnorm", "final_layernorm")}
+        | {"model.mtp_layers.0.eh_proj": (64, 128)},
+    ),
     "ernie4_5_moe": (
         {"model.layers.0.": "model.mtp_block.0."},
         {"model.mtp_emb_norm.0": (64,), "model.mtp_hidden_norm.0": (64,), "model.mtp_linear_proj.0": (64, 128)},
