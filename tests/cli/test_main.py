@@ -892,5 +892,6 @@ def test_the_list_says_what_is_done_for_each_model_type() -> None:
     )
     listed = {entry["name"]: entry["supported"] for entry in succeeds("archs", "--json").json["architectures"]}
     kimi = {"model_type": "kimi_k2", "verify": "transformers", "engines": ["vllm", "vllm-speculator"]}
-    kimi["quantised"] = ["vllm-speculator"]
-    assert kimi in listed["deepseek_v3"]
+    versions = [(engine, version) for engine in ("vllm", "vllm-speculator") for version in ("0.32", "0.33")]
+    compared = [{"engine": engine, "version": version, "compared": "run"} for engine, version in versions]
+    assert {**kimi, "quantised": ["vllm-speculator"], "versions": compared} in listed["deepseek_v3"]

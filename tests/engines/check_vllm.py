@@ -44,6 +44,12 @@ def test_ours_is_what_vllm_holds_of_the_newest_models(name: str, tp: int, loader
     require_held(newest.make(name, tmp_path / "source"), tp, loader, tmp_path, newest.ROOMY.get(name, ""))
 
 
+@pytest.mark.parametrize("name", models.CLASSIFIERS)
+def test_ours_is_what_vllm_holds_of_a_classifier_of_sequences(name: str, loader: Loader, tmp_path: Path) -> None:
+    require_held(models.as_classifier(name, tmp_path / "source"), 2, loader, tmp_path)
+    assert {rank["score.weight"].dtype for rank in written(tmp_path / "shards", 2)} == {torch.float32}
+
+
 def require_held(source: Path, tp: int, loader: Loader, tmp_path: Path, roomy: str = "") -> None:
     """Our files are what vLLM holds of a checkpoint, it loads them as that, and they come back whole.
 

@@ -191,7 +191,7 @@ FAMILIES = (
     Family("Bamba", "bamba", _saved("bamba")),
     Family("Apertus", "apertus", _engine("apertus"), vllm=True),
     Family("Falcon, as RefinedWeb", "RefinedWeb", _old("falcon-new"), vllm=True),
-    Family("A classifier of sequences", "llama", _head("sequences"), verify="text"),
+    Family("A classifier of sequences", "llama", _head("sequences"), verify="text", vllm=True),
     Family("A classifier of tokens", "qwen3", _head("tokens"), verify="text"),
     Family("A reward model", "qwen2", _head("reward"), verify="text"),
     Family("A value beside the logits", "mistral", _head("value beside logits"), verify="text"),

@@ -68,6 +68,24 @@ def test_a_tensor_that_is_no_head_is_refused(made: Made, tmp_path: Path) -> None
 
 
 def test_an_engine_is_not_given_a_head_that_it_was_not_compared_with(made: Made, tmp_path: Path) -> None:
-    model, _ = with_head("sequences", made, tmp_path / "model")
-    for engine in ("vllm", "sglang"):
-        assert "score.weight" in fails(4, "plan", model, "--tp", 2, "--format", engine)["message"]
+    for engine, case in (("vllm", "tokens"), ("vllm", "reward"), ("sglang", "sequences")):
+        model, _ = with_head(case, made, tmp_path / f"{engine}-{case}")
+        assert "score." in fails(4, "plan", model, "--tp", 2, "--format", engine)["message"]
+
+
+def test_a_classifier_of_sequences_is_as_vllm_holds_it(made: Made, tmp_path: Path) -> None:
+    """Its head whole on every rank, and in F32; a bias is made while vLLM loads a checkpoint, and refused."""
+    model, head = with_head("sequences", made, tmp_path / "model")
+    out = tmp_path / "out"
+    succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
+    for rank in range(2):
+        held = read_all(out, f"model-rank-{rank}-*.safetensors")
+        assert held["score.weight"] == head["score.weight"] and head["score.weight"].dtype == "F32"
+        assert "lm_head.weight" not in held and held["model.embed_tokens.weight"].shape == (128, 64)
+    succeeds("check", out, "--source", model)
+    succeeds("merge", out, "-o", tmp_path / "merged", "--no-fsync")
+    assert read_all(tmp_path / "merged") == read_all(model)
+    biased = read_all(model) | {"score.bias": random_floats((2,))}
+    config = json.loads((model / "config.json").read_text())
+    other = write_checkpoint(tmp_path / "biased", config, biased)
+    assert "score.bias" in fails(4, "plan", other, "--tp", 2, "--format", "vllm")["message"]

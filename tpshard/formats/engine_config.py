@@ -1,6 +1,7 @@
 """What an engine's table says of one model and not of all of its type: by its config.json, or by the layers it has."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from tpshard.errors import UnsupportedError
@@ -25,6 +26,19 @@ def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, An
     )
     found = ", ".join(map(str, given)) or "no architectures"
     raise UnsupportedError(what, expected=", ".join(classes), found=found, hint="take the published config.json")
+
+
+def with_head(table: Table, held: AsEngineHas) -> AsEngineHas:
+    """The names with the head of another task, where the config's class has one that the table knows."""
+    family = held.family
+    for name in held.model.config.get("architectures") or ():
+        for end, head in table.heads.items():
+            if str(name).endswith(end):
+                refused = {key: why for key, why in family.refused.items() if key != head["module"]}
+                float32 = (*family.float32, f"{head['module']}.weight") if head["float32"] else family.float32
+                more = {"head": head["module"], "float32": float32, "refused": {**refused, **head["refused"]}}
+                return held._replace(family=replace(family, **more))
+    return held
 
 
 def require_config(engine: str, model_type: str, held: AsEngineHas) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_config import named_as, require_config, told_apart
+from tpshard.formats.engine_config import named_as, require_config, told_apart, with_head
 from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
@@ -221,7 +221,8 @@ class ShardedState(Format):
         if model.architecture.get("text") or model_type in self.nested:
             found = self._nested(model, table.families)
         elif named in table.families:
-            found = AsEngineHas(replace(table.families[named]), model)  # remembers the names of this model alone
+            # A family remembers the names of one model alone.
+            found = with_head(table, AsEngineHas(replace(table.families[named]), model))
         else:
             raise UnsupportedError(
                 f"the names that {self.engine} has for model_type {model_type!r} are not known",
