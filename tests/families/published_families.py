@@ -48,29 +48,22 @@ def _saved(name: str, **config: Any) -> Callable[[Path], Path]:
     return lambda out: checkpoints.make(name, out, **config)
 
 
+def _by(make: Callable[[str, Path], Path]) -> Callable[[str], Callable[[Path], Path]]:
+    return lambda name: lambda out: make(name, out)
+
+
+_served = _by(served_checkpoints.make)
+_code = _by(remote_checkpoints.checkpoint)
+_text = _by(published_text.make)
+
+
 def _old(name: str) -> Callable[[Path], Path]:
     """Under the keys of the first published configs."""
     return lambda out: checkpoints.published(_made_beside(out)(name), out, old_keys=True)
 
 
-def _served(name: str) -> Callable[[Path], Path]:
-    return lambda out: served_checkpoints.make(name, out)
-
-
 def _form(name: str) -> Callable[[Path], Path]:
     return lambda out: served_forms.make(name, out, published=True)
-
-
-def _remote(name: str) -> Callable[[Path], Path]:
-    return lambda out: served_forms.write(name, out)
-
-
-def _code(name: str) -> Callable[[Path], Path]:
-    return lambda out: remote_checkpoints.checkpoint(name, out)
-
-
-def _text(name: str) -> Callable[[Path], Path]:
-    return lambda out: published_text.make(name, out)
 
 
 def _engine(name: str) -> Callable[[Path], Path]:

@@ -9,7 +9,7 @@ from tpshard.formats.engine_nested import AsEngineHas
 from tpshard.formats.engine_patterns import exchanged, match
 from tpshard.formats.engine_tables import EngineFamily, Table
 
-_HINT = "use --format native, or another engine's format"
+HINT = "use --format native, or another engine's format"
 
 
 def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, Any]) -> str:
@@ -46,11 +46,11 @@ def require_config(engine: str, model_type: str, held: AsEngineHas) -> None:
     family, config = held.family, held.model.config
     for key, reason in family.needs.items():
         if not config.get(key, True):
-            raise UnsupportedError(f"{engine} does not load {model_type} with {key} false: {reason}", hint=_HINT)
+            raise UnsupportedError(f"{engine} does not load {model_type} with {key} false: {reason}", hint=HINT)
     for key, reason in family.lacks.items():
         if value := config.get(key):
             what = f"{engine} does not load {model_type} with {key} {value!r:.40}: {reason}"
-            raise UnsupportedError(what, hint=_HINT)
+            raise UnsupportedError(what, hint=HINT)
     for key, reason in family.says.items():
         if key not in config:
             what = f"{engine} does not load {model_type} with a config that does not say {key}: {reason}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_config import named_as, require_config, told_apart, with_head
+from tpshard.formats.engine_config import HINT, named_as, require_config, told_apart, with_head
 from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
@@ -265,7 +265,7 @@ class ShardedState(Format):
                 raise self._unsupported(what, tensor.name)
 
     def _unsupported(self, message: str, tensor: str | None = None, others: Iterable[str] = ()) -> UnsupportedError:
-        hint = _or_version("use --format native, or another engine's format", others)
+        hint = _or_version(HINT, others)
         return UnsupportedError(message, tensor=tensor, hint=hint)
 
     def _shares(
