@@ -85,6 +85,8 @@ def test_a_model_that_the_decoder_has_by_either_engine(tmp_path: Path) -> None:
 def test_what_is_refused(pair: tuple[Path, Path], options: tuple[str, ...], code: int, said: str) -> None:
     result = tpshard("verify", pair[1], *CPU, *options)
     assert (result.code, result.out) == (code, "") and said in result.err
+    if "does not know" in said:
+        assert "--engine transformers" in result.err and "--rules NAME" in result.err
 
 
 def test_streamed_it_is_the_same(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

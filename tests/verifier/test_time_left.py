@@ -18,6 +18,14 @@ def test_a_line_every_ten_seconds_with_the_time_left() -> None:
     assert len(lines) == 5  # all done: nothing is left
 
 
+def test_the_first_steps_say_nothing_about_the_rest() -> None:
+    now, lines = [0.0], list[str]()
+    progress = Progress("exact tier", 1000, lines.append, lambda: now[0])
+    now[0] += 15
+    progress.step()
+    assert lines == ["exact tier: 0% done"]
+
+
 def test_units_and_steps() -> None:
     assert [duration(x) for x in (0.1, 80, 600, 7200)] == ["1 s", "80 s", "10 min", "2.0 h"]
     assert steps_of("native", 8, 4) > steps_of("exact", 8, 4) > 10 * 9

@@ -8,6 +8,8 @@ from tpshard.verifier.options import Say, silent
 
 QUIET_SECONDS = 10.0
 """The least time between two lines."""
+TELLING = 0.05
+"""The share of the steps that says something about the rest: the first ones also load the library's code."""
 
 
 def steps_of(tier: str, layers: int, ranks: int) -> int:
@@ -35,8 +37,9 @@ class Progress:
         now = self.clock()
         if now - self.said >= QUIET_SECONDS and self.done < self.total:
             self.said = now
-            left = (now - self.begun) * (self.total - self.done) / self.done
-            self.say(f"{self.what}: {int(100 * self.done / self.total)}% done, about {duration(left)} left")
+            share = self.done / self.total
+            left = f", about {duration((now - self.begun) * (1 - share) / share)} left" if share >= TELLING else ""
+            self.say(f"{self.what}: {int(100 * share)}% done{left}")
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,10 @@ FAMILIES: Mapping[str, Callable[[Config, str], Family]] = {
     **{"qwen2": qwen, "qwen3": qwen, "RefinedWeb": falcon, "RefinedWebModel": falcon},
 }
 """What describes a model, by its model type."""
+_OTHERWISE = (
+    "`--engine transformers` runs every class that transformers has, `--rules NAME` computes it as another architecture"
+    " with the same tensors, `--tier bytes` compares the files"
+)
 
 
 def describe(config: Mapping[str, Any]) -> Family:
@@ -27,8 +31,7 @@ def describe(config: Mapping[str, Any]) -> Family:
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
-        hint = f"known: {', '.join(sorted(FAMILIES))}"
-        raise UnsupportedError(f"verify does not know the model type {model_type!r}", hint=hint)
+        raise UnsupportedError(f"verify does not know the model type {model_type!r}", hint=_OTHERWISE)
     try:
         known = Config(config)
         tied = bool(known.get("tie_word_embeddings", default=model_type in _TIED))

@@ -13,7 +13,7 @@ from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import replicas
 from tpshard.verifier.ranks.dcp import dealt
 from tpshard.verifier.ranks.megatron_names import in_source
-from tpshard.verifier.ranks.nested import NESTED, Beside, beside_of, names_in, shares_beside
+from tpshard.verifier.ranks.nested import Beside, beside_of, names_in, shares_beside
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
 from tpshard.verifier.ranks.vllm import TEXT, VLLM, Names, Rank
@@ -65,10 +65,9 @@ def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]
     config = opened.config if beside is None else text_of(opened.config)
     model_type = str(config.get("model_type"))
     if model_type not in known:
-        known, model_type = {*known, *NESTED}, str(opened.config.get("model_type"))
-        what = f"the names that the format {opened.format} has for model_type {model_type!r}"
-        message, expected = f"verify does not know {what}", ", ".join(sorted(known))
-        raise UnsupportedError(message, path=opened.directory, expected=expected, hint=_OTHERWISE)
+        model_type = str(opened.config.get("model_type"))
+        message = f"verify does not know the names that the format {opened.format} has for model_type {model_type!r}"
+        raise UnsupportedError(message, path=opened.directory, hint=_OTHERWISE)
     family, every = _described(config), range(len(opened.ranks))
     if opened.format == "meta":
         return [dict(published.meta(opened.ranks, family, rank)) for rank in every]
