@@ -363,6 +363,23 @@ def test_a_text_model_among_others_that_are_not_known_is_refused(tmp_path: Path)
         tpshard.split(source, 2, tmp_path / "out", format="vllm")
 
 
+def test_a_text_model_that_has_no_class_is_refused_with_the_reason(tmp_path: Path) -> None:
+    source = served.make("mistral3 with mistral4", tmp_path / "source")
+    with pytest.raises(UnsupportedError, match="in mistral3 with mistral4 in it, .*: vLLM has no class for it"):
+        tpshard.split(source, 2, tmp_path / "out", format="vllm")
+
+
+def test_a_class_that_the_engine_has_dropped_is_refused_by_its_name(made: Get, tmp_path: Path) -> None:
+    """Of a type that it loads under another class."""
+    source = shutil.copytree(made("llama"), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["AquilaForCausalLM"]}))
+    with pytest.raises(UnsupportedError, match="AquilaForCausalLM: .*LlamaForCausalLM computes the same") as caught:
+        tpshard.split(source, 2, tmp_path / "out", format="vllm")
+    assert "`architectures`" in str(caught.value.hint)
+    tpshard.split(source, 2, tmp_path / "out", format="native")
+
+
 def test_mimo_v2_is_refused_with_a_tower_and_without(tmp_path: Path) -> None:
     for source in (served.make("mimo_v2", tmp_path / "tower"), make_for_engines("mimo_v2", tmp_path / "text")):
         with pytest.raises(UnsupportedError, match="does not load mimo_v2 .*in another order than they are stored in"):

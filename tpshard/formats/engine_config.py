@@ -13,11 +13,17 @@ HINT = "use --format native, or another engine's format"
 
 
 def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, Any]) -> str:
-    """The model_type whose names the table has for a model: its own, or that of its class where it may have several."""
-    classes = table.classes.get(model_type)
+    """The model_type whose names the table has for a model: its own, or that of its class where it may have several.
+
+    UnsupportedError for a class that the engine does not load.
+    """
+    given, classes = config.get("architectures") or [], table.classes.get(model_type)
+    for name in given:
+        if reason := table.refused_classes.get(str(name)):
+            hint = "name a class that computes the same in `architectures` of config.json, or use --format native"
+            raise UnsupportedError(f"{engine} {table.version} does not load {name}: {reason}", hint=hint)
     if classes is None:
         return model_type
-    given = config.get("architectures") or []
     for name in given:
         if name in classes:
             return classes[name]

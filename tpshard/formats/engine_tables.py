@@ -277,6 +277,7 @@ class Table:
     version: the one that this is of. read: model_types whose names were read in its sources, and not run. no_quantised:
     why it holds no quantised modules. heads: by what the names of classes end with, their head in place of a family's.
     classes: of model_types that are published with several classes, the model_type whose names each class has.
+    refused_classes: classes that it does not load.
     """
 
     versions: tuple[str, ...]
@@ -293,6 +294,7 @@ class Table:
     classes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     refused_drafts: Mapping[str, str] = field(default_factory=dict)
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refused_classes: Mapping[str, str] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=8)
@@ -317,7 +319,8 @@ def load_table(path: Path, version: str | None = None) -> Table:
     versions, plain = tuple(data["versions"]), data.get("no_quantised", "")
     known = versions, version or versions[0], read, families, refused, quantised
     classes, without = data.get("classes", {}), data.get("refused_drafts", {})
-    return Table(*known, pipelines, experts, drafts, compared, plain, classes, without, data.get("heads", {}))
+    heads, gone = data.get("heads", {}), data.get("refused_classes", {})
+    return Table(*known, pipelines, experts, drafts, compared, plain, classes, without, heads, gone)
 
 
 def _speculator(

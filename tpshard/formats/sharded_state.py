@@ -219,21 +219,18 @@ class ShardedState(Format):
             raise self._unsupported(f"{what}: {reason}", others=self.versions.get(model_type, ()))
         named = named_as(self.engine, table, model_type, model.config)
         if model.architecture.get("text") or model_type in self.nested:
-            found = self._nested(model, table.families)
+            found = self._nested(model, table)
         elif named in table.families:
             # A family remembers the names of one model alone.
             found = with_head(table, AsEngineHas(replace(table.families[named]), model))
         else:
-            raise UnsupportedError(
-                f"the names that {self.engine} has for model_type {model_type!r} are not known",
-                expected=", ".join(sorted(table.families)),
-                found=model_type,
-                hint=_or_version("use --format native", self.versions.get(model_type, ())),
-            )
+            what = f"the names that {self.engine} has for model_type {model_type!r} are not known"
+            hint = "use --format native; `tpshard archs` lists the types that each engine's format takes"
+            raise UnsupportedError(what, hint=_or_version(hint, self.versions.get(model_type, ())))
         require_config(self.engine, model_type, found)
         return found
 
-    def _nested(self, model: Model, families: Mapping[str, EngineFamily]) -> AsEngineHas:
+    def _nested(self, model: Model, table: Table) -> AsEngineHas:
         model_type, text = str(model.architecture["model_type"]), model.architecture.get("text")
         if not text:  # its rules are for all of it
             text = {"model_type": model_type, "config": None, "replicated": []}
@@ -243,10 +240,11 @@ class ShardedState(Format):
         like = family.texts.get(text_type) if family else None
         if family is None or like is None:
             what = f"the names that {self.engine} has in {model_type} with {text_type} in it, not a text model alone,"
-            raise self._unsupported(f"{what} are not known")
+            why = table.refused_models.get(text_type)
+            raise self._unsupported(f"{what} are not known" + (f": {why}" if why else ""))
         if model.quantisation:
             self._require_quantised(family.quantised, model)
-        found = as_engine_has(family, families[like], model)
+        found = as_engine_has(family, table.families[like], model)
         for key, reason in family.required.items():
             if not found.model.config.get(key):
                 raise self._unsupported(f"{self.engine} does not load {model_type} without {key}: {reason}")
