@@ -6,12 +6,12 @@ import pytest
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.engine_layout import ParameterParts, joined, recipes_of, shares_of
-from tpshard.formats.engine_places import in_places, with_scales
+from tpshard.formats.engine_places import with_scales
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, full
 from tpshard.planning.deal import deal
-from tpshard.planning.layout import LayoutRows, LogicalTensor, Part, Row, RowKind, StoredTensor
+from tpshard.planning.layout import LayoutRows, LogicalTensor, Part, StoredTensor
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import Model
 
@@ -91,28 +91,16 @@ def test_layers_have_their_scales_where_the_table_says() -> None:
     family = EngineFamily(
         layer="layers.*",
         scales=("layers.*.attn",),
-        scales_where={"layers.*.index": "layers.*"},
+        scales_where={"layers.*.index": "layers.*", "layers.*.turns.*": "layers.*.attn.*"},
         attends=("layers.*.q",),
     )
     names = ["layers.0.q", "layers.1.q", "layers.1.index", "layers.2.mlp", "head"]
     assert list(with_scales(family, names)) == ["layers.0.attn", "layers.1"]
+    several = ["layers.10.q", "layers.2.turns.1.up", "layers.2.turns.1.down", "layers.2.turns.3.up"]
+    assert list(with_scales(family, several)) == ["layers.2.attn.1", "layers.2.attn.3", "layers.10.attn"]
 
 
-def test_what_a_layer_has_decides_where_the_class_has_the_rest() -> None:
-    """And of a vector, dims of 1 are put around its own."""
-    family = EngineFamily(
-        layer="layers.*",
-        shaped={"layers.*.log": (1, 1, 0, 1)},
-        moved={"layers.*": "active.*"},
-        moved_where={"layers.*.latent": {"layers.*.o": "layers.*.inner.o"}},
-    )
-    names = ["layers.0.o", "layers.1.latent", "layers.1.o", "norm"]
-    rows = [Row(name, (), RowKind(())) for name in names]
-    assert [row.name for row in in_places(family, names, rows)] == [
-        "active.0.o",
-        "active.1.latent",
-        "active.1.inner.o",
-        "norm",
-    ]
+def test_a_vector_may_have_dims_around_its_own() -> None:
+    family = EngineFamily(layer="layers.*", shaped={"layers.*.log": (1, 1, 0, 1)})
     log = LogicalTensor("layers.3.log", "F32", (8,), Cut("column", 0, ("ffn",)))
     assert held(family, log, 2)[1] == ((1, 1, 4, 1), ((4, 8),), ())

@@ -93,13 +93,11 @@ class EngineFamily:
     renamed: Mapping[str, str] = field(default_factory=dict)
     where_attends: Mapping[str, str] = field(default_factory=dict)
     spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    scaled_by: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
     every_stage: tuple[str, ...] = ()
     moved: Mapping[str, str] = field(default_factory=dict)
-    moved_where: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def kind(self, name: str) -> NameKind:

@@ -19,7 +19,7 @@ from tpshard.formats.engine_config import HINT, named_as, require_config, told_a
 from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
-from tpshard.formats.engine_places import in_places, with_scales
+from tpshard.formats.engine_places import with_scales
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -129,7 +129,7 @@ class ShardedState(Format):
         rows = joined(recipes, shares, shapes, options.tp, _experts_of(model, placed, recipes))
         rows += constants(method, family, model, rows, named.values(), options.tp)
         rows += _scales(family, named.values(), options.tp)
-        rows = in_places(family, named.values(), rows)
+        rows = [row._replace(name=family.place(row.name)) for row in rows] if family.moved else rows
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
         computed = (each.tensors for each in recipes.values() if any(shares[name][0].function for name in each.tensors))
         beside |= set(chain.from_iterable(computed))
