@@ -248,6 +248,7 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         enable_expert_parallel=bool(job["ep"]),
         load_format=load_format,
         enforce_eager=True,
+        enable_prefix_caching=False,  # else hybrid models with latent attention ask for a processor with AMX
         max_model_len=64,
         speculative_config={"method": "mtp", "num_speculative_tokens": 1} if job.get("draft") else None,
     )
