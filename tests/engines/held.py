@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import re
-import socket
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -236,9 +236,12 @@ class Complaints(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def load(job: dict[str, object], rank: int, port: int) -> None:
-    """One rank's model, loaded and written; raises for whatever vLLM refuses, and for a parameter left unset."""
-    os.environ["VLLM_DIST_IDENT"] = f"{SHARED}{port}"  # names the memory in which stages meet
+def load(job: dict[str, object], rank: int, meeting: Path) -> None:
+    """One rank's model, loaded and written; raises for whatever vLLM refuses, and for a parameter left unset.
+
+    meeting: a file where the ranks find each other; of ports another process may be quicker.
+    """
+    os.environ["VLLM_DIST_IDENT"] = f"{SHARED}{os.getppid()}"  # names the memory in which stages meet
     tp, pp, load_format = int(str(job["tp"])), int(str(job["pp"])), str(job["load_format"])
     arguments = EngineArgs(
         model=str(job["model"]),
@@ -258,7 +261,7 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
     os.environ["VLLM_DIST_IDENT"] = str(rank)  # no two agree on it, so none shares memory with others
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
     with set_current_vllm_config(config):
-        init_distributed_environment(tp * pp, rank, f"tcp://127.0.0.1:{port}", rank, backend="gloo")
+        init_distributed_environment(tp * pp, rank, meeting.absolute().as_uri(), rank, backend="gloo")
         initialize_model_parallel(tp, pp)
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
             model = initialize_model(vllm_config=config, model_config=described)
@@ -302,46 +305,40 @@ def load(job: dict[str, object], rank: int, port: int) -> None:
         save_file(tensors, f"{out}/rank-{rank}.safetensors", metadata=metadata)
 
 
-def answer(job: dict[str, object]) -> dict[str, object]:
-    """Run a job, and say how it went; again where its processes did not even meet, which says nothing of the model."""
-    for _ in range(3):
-        said = run(job)
-        if "DistNetworkError" not in str(said.get("error")):
-            break
-    return said
-
-
 def run(job: dict[str, object]) -> dict[str, object]:
-    """Run a job in one forked process a rank, and say how it went."""
+    """Run a job in one forked process a rank, and say how it went: of the first that fails, whom no other waits for."""
     out = Path(str(job["out"]))
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
+    for left in (out / "meeting", *out.glob("error-*.txt")):
+        left.unlink(missing_ok=True)
+    children = {}
     for rank in range(int(str(job["tp"])) * int(str(job["pp"]))):
         child = os.fork()
         if child == 0:
             status = 1
             try:
                 os.dup2(2, 1)  # stdout is for answers
-                load(job, rank, port)
+                load(job, rank, out / "meeting")
                 status = 0
             except BaseException:
                 (out / f"error-{rank}.txt").write_text(traceback.format_exc())
             finally:
                 os._exit(status)
-        children.append(child)
-    failed = [os.waitpid(child, 0)[1] != 0 for child in children]
-    for left in Path("/dev/shm").glob(f"*{SHARED}{port}*"):  # forked processes that end at once leave it
+        children[child] = rank
+    failed = None
+    while children:
+        child, status = os.wait()
+        rank = children.pop(child)
+        if status and failed is None:
+            failed = rank
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    for left in Path("/dev/shm").glob(f"*{SHARED}{os.getpid()}*"):  # forked processes that end at once leave it
         left.unlink()
-    if not any(failed):
+    if failed is None:
         return {"ok": True}
-    texts = [(out / f"error-{rank}.txt") for rank, bad in enumerate(failed) if bad]
-    said = texts[0].read_text() if texts[0].exists() else "the process was killed"
-    for text in texts:
-        text.unlink(missing_ok=True)
-    return {"error": said}
+    text = out / f"error-{failed}.txt"
+    return {"error": text.read_text() if text.exists() else "the process was killed"}
 
 
 def main() -> None:
@@ -352,7 +349,7 @@ def main() -> None:
     in_this_process()
     with_configs()
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(run(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
