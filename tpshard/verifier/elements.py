@@ -145,7 +145,8 @@ class Parameter:
     begin, where they are not one behind another. padded: whether ranks may hold zeros behind the last index. runs:
     whether the backend computes with it. known: whether the backend knows how it is cut; else ranges are tried, and
     then where each index is found. parts: of how many equal parts each rank has a range. groups: where ranks have
-    some part of it and nothing of the rest (experts): such parts, and the ranks that share each.
+    some part of it and nothing of the rest (experts): such parts, and the ranks that share each. beside: of a bias, the
+    weight with whose outputs it goes: where a number is there often, no search says which one is meant.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Parameter:
     starts: Sequence[int] | None = None
     parts: int = 1
     groups: Sequence[tuple[Readable, Sequence[int]]] = ()
+    beside: "Parameter | None" = None
 
     @cached_property
     def dim(self) -> int | None:
@@ -194,6 +196,8 @@ class Parameter:
     def _own(self) -> list[Tensor]:
         """The indices of each rank; where nobody knows, ranges are tried, those of two halves, and last a search."""
         assert self.dim is not None
+        if (orders := self._of_outputs()) is not None:
+            return orders
         total = self.source.shape[self.dim]
         parts = (self.parts,) if self.known else (1, 2)
         tried = [list(self.orders)] if self.orders else [self._ranges(self.dim, count) for count in parts]
@@ -212,20 +216,29 @@ class Parameter:
                 return orders
         return self._searched(self.dim, tried)
 
+    def _of_outputs(self) -> list[Tensor] | None:
+        """The indices of the weight beside, if ranks have as many outputs of it."""
+        weight = self.beside
+        if self.known or weight is None or weight.groups or weight.dim != 0 or len(weight.source.shape) < 2:
+            return None
+        alike = all(mine.shape[0] == other.shape[0] for mine, other in zip(self.ranks, weight.ranks, strict=True))
+        return weight._own if alike and self.source.shape[0] == weight.source.shape[0] else None
+
     def _searched(self, dim: int, tried: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Where the source has what each rank holds: every index, and each as often as it likes.
 
         Ranks that hold as many indices as there are hold each of them once. Where values repeat, as in a norm, and one
         of them is there too often, some element is wrong: the nearest order that was `tried` says which.
         """
-        source = list(_slices(self.source, dim))
+        wide = len({each.rows(0, 0).dtype for each in (self.source, *self.ranks)}) > 1
+        source = list(_slices(self.source, dim, wide))
         places: dict[bytes, int] = {}
         first = [places.setdefault(piece, index) for index, piece in enumerate(source)]
         if self.padded:
             places.setdefault(bytes(len(source[0])), -1)
         orders = []
         for rank, held in enumerate(self.ranks):
-            indices = [places.get(piece) for piece in _slices(held, dim)]
+            indices = [places.get(piece) for piece in _slices(held, dim, wide)]
             if None in indices:
                 what = f"holds at index {indices.index(None)} of dim {dim} what the source does not have"
                 raise self._differs(f"of rank {rank} {what}", None, None)
@@ -282,9 +295,10 @@ def idle(
         yield Parameter(name, whole, sides, padded=not known, runs=False, known=known, parts=parts, groups=groups)
 
 
-def _slices(tensor: Readable, dim: int) -> Iterator[bytes]:
-    """The bytes of every index of a tensor along a dim."""
-    whole = _bits(tensor.rows(0, tensor.shape[0]).movedim(dim, 0))
+def _slices(tensor: Readable, dim: int, wide: bool) -> Iterator[bytes]:
+    """The bytes of every index of a tensor along a dim; wide: of its values in float64, where dtypes differ."""
+    rows = tensor.rows(0, tensor.shape[0])
+    whole = _bits((rows.double() if wide else rows).movedim(dim, 0))
     for index in range(len(whole)):
         yield whole[index].contiguous().numpy().tobytes()
 

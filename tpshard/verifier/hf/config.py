@@ -31,7 +31,7 @@ def text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if outer in TRIED or nested is None:
         return _on_text_alone(config)
     tied = bool(nested.get("tie_word_embeddings") or config.get("tie_word_embeddings"))
-    return {**_on_text_alone(nested), "tie_word_embeddings": tied}
+    return {"model_type": f"{outer}_text", **_on_text_alone(nested), "tie_word_embeddings": tied}
 
 
 def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -181,7 +181,11 @@ def _place(name: str, source: Weights, rank: Weights) -> _Stretch:
     if name.endswith(".bias") and beside in source.names() and beside in rank.names():
         if (like := _place(beside, source, rank)).at is not None and len(like.at) == shape[0]:
             return _Stretch(0, like.at)  # a bias may have a number often
-    return _Stretch(dims[0], _order(name, _slices(source.get(name), dims[0]), _slices(rank.get(name), dims[0])))
+    tensors = [weights.get(name) for weights in (source, rank)]
+    if tensors[0].dtype != tensors[1].dtype:
+        tensors = [tensor.double() for tensor in tensors]
+    whole, part = (_slices(tensor, dims[0]) for tensor in tensors)
+    return _Stretch(dims[0], _order(name, whole, part))
 
 
 def _order(name: str, whole: Sequence[bytes], part: Sequence[bytes]) -> Tensor:

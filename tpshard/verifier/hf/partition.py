@@ -44,6 +44,7 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
     place = place_of(source.names(), frame.shapes.keys(), frame.prefix)
     ends = {key.rpartition(".")[0] for key in (frame.head, frame.embedding)}
     cuts = frame.cuts_by(whole, held, source, ranks)
+    weights = dict[str, Parameter]()
     for key in (key for key in frame.shapes if key in whole):
         padded, known = key.rpartition(".")[0] in ends, frame.tried and _PLAIN.search(key) is not None
         if whole[key].stacked and all(found[key].stored == whole[key].stored for found in held):
@@ -62,7 +63,12 @@ def parameters(frame: Frame, source: Weights, ranks: Sequence[Weights]) -> Itera
             continue
         starts = None if cut is None else cut.starts
         orders = of_tables(whole[key], held_by(key, held), source, ranks) if padded else None
-        yield Parameter(key, sides[0], sides[1:], orders, padded, known=known or padded, starts=starts)
+        module, _, leaf = key.rpartition(".")
+        beside = weights.get(module) if leaf == "bias" else None
+        made = Parameter(key, sides[0], sides[1:], orders, padded, known=known or padded, starts=starts, beside=beside)
+        if leaf == "weight":
+            weights[module] = made
+        yield made
     yield from idle(source, ranks, used, frame.layers, frame.depth, frame.aside)
 
 

@@ -6,16 +6,15 @@ some modules, of each third of a fused q, k and v, and everything of all others.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.ranks.vllm import TEXT, Names
+from tpshard.verifier.ranks.vllm import TEXT
+from tpshard.verifier.ranks.vllm_names import Names, Spelled
 from tpshard.verifier.ranks.weights import Weights
 
 _BEGINS = (
-    (f"{TEXT}.model", (f"{TEXT}.model", f"model.{TEXT}", "thinker.model", "model")),
-    (f"{TEXT}.lm_head", (f"{TEXT}.lm_head", "thinker.lm_head", "lm_head")),
     ("visual", ("visual", "model.visual", "thinker.visual")),
     ("audio_tower", ("thinker.audio_tower",)),
     *((each, (f"model.{each}",)) for each in ("embed_vision", "embed_audio", "vision_embedder")),
@@ -33,61 +32,61 @@ _BEGINS = (
     ("mm_projector.linear_2", ("mm_projector.linear_2", "mm_projector.proj.2")),
 )
 """How names begin in vLLM, and in sources: where one has several of these, the first."""
-_QKV = ("q_proj", "k_proj", "v_proj")
+_TEXTS = {
+    "model": (f"{TEXT}.model", f"model.{TEXT}", "thinker.model", "model.transformer", "model"),
+    "lm_head": (f"{TEXT}.lm_head", "thinker.lm_head", "lm_head"),
+}
+"""The same of the text, behind what its names begin with in vLLM."""
 
 
 @dataclass(frozen=True)
 class Beside:
     """How vLLM has what a model has beside its text, by the ends of modules' names in the source's terms.
 
-    heads: the key of vision_config that counts a tower's heads, in the modules `by_head`; and what it is where it is
-    not there. rows, columns: of which a rank has an even share. thirds: rows of three modules, stored as one. spared:
-    what vLLM does not have. depth: the key of the config that says behind which of the tower's layers nothing is taken,
-    and what it is where it is not there. fused: as in `Names.halves`.
+    heads: the part of the config, and its key, that counts a tower's heads, in the modules `by_head`; and what it is
+    where it is not there. rows, columns: of which a rank has an even share. thirds: rows of three modules, stored as
+    one. spared: what vLLM does not have. depth: the key of the config that says behind which of the tower's layers
+    nothing is taken, and what it is where it is not there. begins: as `_BEGINS`, of this model alone. spelled: as in
+    `Names`. text: what the text's names begin with in vLLM.
     """
 
     rows: str
     columns: str
-    heads: tuple[str, int]
+    heads: tuple[str, str, int]
     by_head: str
     thirds: str | None = None
-    fused: Mapping[str, tuple[str, ...]] | None = None
     spared: str | None = None
     depth: tuple[str, int] | None = None
+    begins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    spelled: Spelled = field(default_factory=dict)
+    text: str = f"{TEXT}."
 
 
 _QWEN = Beside(
     rows=r"blocks\.\d+\.(attn\.qkv|mlp\.(fc1|gate_proj|up_proj|linear_fc1))|merger(_list\.\d+)?\.(mlp\.0|linear_fc1)",
     columns=r"blocks\.\d+\.(attn\.proj|mlp\.(fc2|down_proj|linear_fc2))|merger(_list\.\d+)?\.(mlp\.2|linear_fc2)",
-    heads=("num_heads", 16),
+    heads=("vision_config", "num_heads", 16),
     by_head=r"attn\.(qkv|proj)",
-    fused={"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
 )
 _QWEN_THIRDS = replace(_QWEN, thirds=r"attn\.qkv")
 _GLM = replace(
     _QWEN_THIRDS,
     rows=r"blocks\.\d+\.(attn\.qkv|mlp\.(gate_proj|up_proj))|merger\.(proj|gate_proj|up_proj)",
     columns=r"blocks\.\d+\.(attn\.proj|mlp\.down_proj)|merger\.down_proj",
-    heads=("num_heads", 12),
-    fused={**(_QWEN.fused or {}), "visual.merger.gate_up_proj": ("visual.merger.gate_proj", "visual.merger.up_proj")},
+    heads=("vision_config", "num_heads", 12),
 )
 _CLIP = Beside(
     rows=r"encoder\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.fc1)",
     columns=r"encoder\.layers\.\d+\.(self_attn\.out_proj|mlp\.fc2)",
-    heads=("num_attention_heads", 12),
+    heads=("vision_config", "num_attention_heads", 12),
     by_head=r"self_attn\.\w+",
-    fused={"self_attn.qkv_proj": tuple(f"self_attn.{each}" for each in _QKV)},
     spared=r"vision_tower\.(vision_model\.)?head\..+",
 )
 _PIXTRAL = Beside(
     rows=r"transformer\.layers\.\d+\.(attention\.[qkv]_proj|feed_forward\.(gate_proj|up_proj))",
     columns=r"transformer\.layers\.\d+\.(attention\.o_proj|feed_forward\.down_proj)",
-    heads=("num_attention_heads", 16),
+    heads=("vision_config", "num_attention_heads", 16),
     by_head=r"attention\.\w+",
-    fused={
-        "attention.qkv_proj": tuple(f"attention.{each}" for each in _QKV),
-        "feed_forward.gate_up_proj": ("feed_forward.gate_proj", "feed_forward.up_proj"),
-    },
 )
 
 
@@ -108,34 +107,109 @@ _LLAVA = {
     "pixtral": _projected(_featured(_PIXTRAL, -2)),
 }
 _INTERN = Beside(
-    rows=r"encoder\.layer\.\d+\.mlp\.fc1", columns=r"encoder\.layer\.\d+\.mlp\.fc2", heads=("", 1), by_head=r"(?!)"
+    rows=r"encoder\.layer\.\d+\.mlp\.fc1",
+    columns=r"encoder\.layer\.\d+\.mlp\.fc2",
+    heads=("vision_config", "", 1),
+    by_head=r"(?!)",
 )
 _MOON = Beside(
     rows=r"blocks\.\d+\.(wqkv|mlp\.fc0)",
     columns=r"blocks\.\d+\.(wo|mlp\.fc1)",
-    heads=("num_attention_heads", 16),
+    heads=("vision_config", "num_attention_heads", 16),
     by_head=r"\.(wqkv|wo)",
     thirds=r"\.wqkv",
 )
-_WHOLE = Beside(rows=r"(?!)", columns=r"(?!)", heads=("", 1), by_head=r"(?!)")
+_WHOLE = Beside(rows=r"(?!)", columns=r"(?!)", heads=("vision_config", "", 1), by_head=r"(?!)")
 _LLAMA4 = replace(
     _CLIP,
     rows=r"layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.fc1)|adapter\.mlp\.fc1|patch_embedding\.linear|projector\.linear_1",
     columns=r"layers\.\d+\.(self_attn\.o_proj|mlp\.fc2)|adapter\.mlp\.fc2",
-    heads=("num_attention_heads", 16),
+    heads=("vision_config", "num_attention_heads", 16),
     spared=None,
 )
 _QWEN2_OMNI = replace(
     _QWEN,
     rows=rf"blocks\.\d+\.attn\.[qkv]|{_QWEN.rows}",
     by_head=r"attn\.([qkv]|proj)",
-    fused={**(_QWEN.fused or {}), "attn.qkv": ("attn.q", "attn.k", "attn.v")},
 )
 _QWEN3_OMNI = replace(
     _QWEN_THIRDS,
     rows=rf"tower\.layers\.\d+\.(self_attn\.[qkv]_proj|fc1)|{_QWEN.rows}",
     columns=rf"tower\.layers\.\d+\.(self_attn\.out_proj|fc2)|{_QWEN.columns}",
-    fused={"self_attn.qkv_proj": tuple(f"self_attn.{each}" for each in _QKV)},
+)
+_PERCEPTION = Beside(
+    rows=r"resblocks\.\d+\.(attn\.in_proj|mlp\.c_fc)|vit_large_projector",
+    columns=r"resblocks\.\d+\.(attn\.out_proj|mlp\.c_proj)",
+    heads=("vision_config", "heads", 16),
+    by_head=r"attn\.(in_proj|out_proj)",
+    thirds=r"attn\.in_proj",
+    begins={each: (each, f"model.{each}") for each in ("vision_model", "vit_large_projector")},
+    spelled={
+        "attn.qkv_proj.weight": ("attn.in_proj_weight",),
+        "attn.qkv_proj.bias": ("attn.in_proj_bias",),
+        "mlp.fc1": ("mlp.c_fc",),
+        "mlp.fc2": ("mlp.c_proj",),
+    },
+)
+_ERNIE_BEGINS = {
+    f"resampler_model.{part}_{new}": (f"model.resampler_model.{part}_linear.{old}",)
+    for part in ("spatial", "temporal")
+    for new, old in (("linear1", 0), ("linear2", 2), ("norm", 3))
+}
+_ERNIE = Beside(
+    rows=r"blocks\.\d+\.(attn\.qkv|mlp\.fc1)|resampler_model\.((spatial|temporal)_linear\.[02]|mlp)",
+    columns=r"blocks\.\d+\.(attn\.proj|mlp\.fc2)",
+    heads=("vision_config", "num_heads", 16),
+    by_head=r"attn\.(qkv|proj)",
+    thirds=r"attn\.qkv",
+    begins={
+        "vision_model": ("vision_model", "model.vision_model"),
+        **_ERNIE_BEGINS,
+        "resampler_model": ("model.resampler_model",),
+    },
+)
+_MOLMO2 = Beside(
+    rows=r"resblocks\.\d+\.(attention\.w[qkv]|feed_forward\.w1)|image_pooling_2d\.w[qkv]|image_projector\.w[13]",
+    columns=r"resblocks\.\d+\.(attention\.wo|feed_forward\.w2)|image_pooling_2d\.wo|image_projector\.w2",
+    heads=("vit_config", "num_attention_heads", 16),
+    by_head=r"attention\.w[qkvo]",
+    begins={"vision_backbone": ("model.vision_backbone",)},
+    text="",
+)
+_MUSE = Beside(
+    rows=r"layers\.\d+\.attn\.[qkv]_proj",
+    columns=r"layers\.\d+\.attn\.proj",
+    heads=("vision_config", "num_attention_heads", 16),
+    by_head=r"attn\.\w+",
+    begins={
+        "vision_encoder.transformer": ("model.vision_tower.layers",),
+        "vision_encoder.conv1_linear": ("model.vision_tower.patch_embedder.patch_embedding",),
+        "vision_encoder.positional_embedding_vlm": (
+            "model.vision_tower.patch_embedder.position_embedding_table.weight",
+        ),
+        "vision_encoder": ("model.vision_tower",),
+        "vision_adapter.c_fc": ("model.vision_adapter.fc1",),
+        "vision_adapter.c_proj": ("model.vision_adapter.fc2",),
+        "vision_adapter": ("model.vision_adapter",),
+        "vision_projection": ("model.vision_projection",),
+    },
+    spelled={
+        "attn.o_proj": ("attn.proj",),
+        "ln_1": ("norm1",),
+        "ln_2": ("norm2",),
+        "mlp.c_fc": ("mlp.fc1",),
+        "mlp.c_proj": ("mlp.fc2",),
+    },
+    text="",
+)
+_MINIMAX_M3 = replace(
+    _projected(_CLIP),
+    rows=rf"{_projected(_CLIP).rows}|patch_merge_mlp\.linear_1",
+    columns=rf"{_projected(_CLIP).columns}|patch_merge_mlp\.linear_2",
+    heads=("vision_config", "num_attention_heads", 16),
+    spared=None,
+    begins={f"vision_tower.{each}": (each,) for each in ("multi_modal_projector", "patch_merge_mlp")},
+    spelled={"fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
 )
 NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "qwen2_vl": _QWEN,
@@ -153,6 +227,12 @@ NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "qwen2_5_omni": _QWEN2_OMNI,
     "qwen3_omni_moe": _QWEN3_OMNI,
     **dict.fromkeys(("kimi_vl", "kimi_k25"), _MOON),
+    "minimax_m3_vl": _MINIMAX_M3,
+    "glm5_next": replace(_GLM, heads=("vision_config", "num_heads", 16)),
+    "step3p7": _PERCEPTION,
+    "ernie4_5_moe_vl": _ERNIE,
+    "molmo2": _MOLMO2,
+    "muse_glimmer": _MUSE,
 }
 """By the model_type of a config; those of several by that of its vision_config."""
 
@@ -165,45 +245,44 @@ def beside_of(config: Mapping[str, Any]) -> Beside | None:
     return found
 
 
-def _vision(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _vision(config: Mapping[str, Any], part: str = "vision_config") -> Mapping[str, Any]:
     thinker = config.get("thinker_config")
-    vision = (thinker if isinstance(thinker, Mapping) else config).get("vision_config")
+    vision = (thinker if isinstance(thinker, Mapping) else config).get(part)
     return vision if isinstance(vision, Mapping) else {}
+
+
+def texts_in(beside: Beside) -> tuple[str, ...]:
+    """How the text's names begin in vLLM."""
+    return tuple(f"{beside.text}{each}" for each in _TEXTS)
 
 
 def names_in(source: Weights, text: Names, beside: Beside) -> tuple[Names, Names]:
     """vLLM's names of the text, and of what is beside it, in the terms of this source."""
     roots = {}
-    for new, begins in _BEGINS:
+    for new, begins in (
+        *((f"{beside.text}{each}", begins) for each, begins in _TEXTS.items()), *beside.begins.items(), *_BEGINS
+    ):  # fmt: skip
         there = (old for old in begins if any(f"{name}.".startswith(f"{old}.") for name in source.names()))
-        if (old := next(there, None)) is not None:
+        if new not in roots and (old := next(there, None)) is not None:
             roots[new] = old
-    roots |= {f"{TEXT}.{new}": f"{roots.get(f'{TEXT}.model', 'model')}{old.removeprefix('model')}"
-              for new, old in text.roots.items()}  # fmt: skip
-    return replace(text, roots=roots), Names(roots=roots, halves=_below(roots, beside.fused or {}))
-
-
-def _below(roots: Mapping[str, str], halves: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """Modules outside of layers by their whole names, which begin as the source's do."""
-    old = roots.get("visual", "visual")
-    return {
-        re.sub("^visual", old, module): tuple(re.sub("^visual", old, part) for part in parts)
-        for module, parts in halves.items()
-    }
+    base = roots.get(f"{beside.text}model", "model")
+    begun = {f"{beside.text}{new}": f"{base}{old.removeprefix('model')}" for new, old in text.roots.items()}
+    return replace(text, roots=roots | begun), Names(roots=roots, spelled=beside.spelled)
 
 
 def shares_beside(
-    config: Mapping[str, Any], beside: Beside, source: Weights, ranks: Sequence[Weights], text: Sequence[str]
+    config: Mapping[str, Any], beside: Beside, source: Weights, ranks: Sequence[Weights]
 ) -> dict[str, int]:
-    """The tensors beside the text (whose names begin as `text` says), and how many modules' rows each is.
+    """The tensors beside the text, and how many modules' rows each is.
 
     DifferentError where a rank has not the share that vLLM has: whole heads, as many on every rank.
     """
     found, tp = {}, len(ranks)
-    key, default = beside.heads
-    heads = int(_vision(config).get(key, default))
-    for name in _held(config, beside, source, text):
-        full, module, suffix = list(source.shape(name)), name.rpartition(".")[0], name.rpartition(".")[2]
+    part, key, default = beside.heads
+    heads = int(_vision(config, part).get(key, default))
+    for name in _held(config, beside, source):
+        full, leaf = list(source.shape(name)), re.fullmatch(r"(.+)[._](weight|bias)", name)
+        module, suffix = (leaf[1], leaf[2]) if leaf else (name, "")
         dim = _dim(beside, module, suffix)
         found[name] = 3 if beside.thirds and dim is not None and re.search(f"{beside.thirds}$", module) else 1
         if dim is not None:
@@ -227,10 +306,14 @@ def _dim(beside: Beside, module: str, suffix: str) -> int | None:
     return 1 if suffix == "weight" and re.search(rf"(^|[._])({beside.columns})$", module) else None
 
 
-def _held(config: Mapping[str, Any], beside: Beside, source: Weights, text: Sequence[str]) -> Iterator[str]:
+def _held(config: Mapping[str, Any], beside: Beside, source: Weights) -> Iterator[str]:
     """The source's tensors beside the text that vLLM has."""
+    roots, begins = names_in(source, Names(), beside)[0].roots, texts_in(beside)
+    text = tuple(f"{roots[new]}." for new in begins if new in roots)
+    others = tuple(f"{old}." for new, old in roots.items() if new not in begins and f"{old}.".startswith(text))
     for name in source.names():
-        if name.startswith(tuple(text)) or (beside.spared and re.search(rf"(^|\.)({beside.spared})$", name)):
+        of_text = name.startswith(text) and not f"{name}.".startswith(others)
+        if of_text or (beside.spared and re.search(rf"(^|\.)({beside.spared})$", name)):
             continue
         layer = re.search(r"\.layers?\.(\d+)\.", name)
         if beside.depth is None or layer is None or int(layer[1]) < _deepest(config, *beside.depth):

@@ -10,7 +10,7 @@ from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.weights import equal
 
 if TYPE_CHECKING:
-    from tpshard.verifier.ranks.vllm import Names
+    from tpshard.verifier.ranks.vllm_names import Names
 
 SCALES = ("_k_scale", "_v_scale", "_q_scale", "_prob_scale")
 

@@ -13,16 +13,16 @@ from tpshard.verifier.ranks import meta_deepseek as published
 from tpshard.verifier.ranks import replicas
 from tpshard.verifier.ranks.dcp import dealt
 from tpshard.verifier.ranks.megatron_names import in_source
-from tpshard.verifier.ranks.nested import Beside, beside_of, names_in, shares_beside
+from tpshard.verifier.ranks.nested import Beside, beside_of, names_in, shares_beside, texts_in
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
-from tpshard.verifier.ranks.vllm import TEXT, VLLM, Names, Rank
+from tpshard.verifier.ranks.vllm import TEXT, Rank
+from tpshard.verifier.ranks.vllm_names import VLLM
 from tpshard.verifier.ranks.weights import named
 from tpshard.verifier.report.verdict import layer_of
 
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
-_TEXTS = (f"{TEXT}.model", f"{TEXT}.lm_head")
 
 _OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
 
@@ -42,14 +42,18 @@ def translated(opened: RankSet, source: FileWeights) -> RankSet:
     ranks = [PieceWeights({_as_source(name, source): piece for name, piece in pieces.items()}) for pieces in made]
     beside, aside = _beside(opened), dict[str, int]()
     if beside is not None:
-        names, _ = names_in(source, Names(), beside)
-        aside = shares_beside(opened.config, beside, source, ranks, tuple(f"{names.of(each)}." for each in _TEXTS))
+        aside = shares_beside(opened.config, beside, source, ranks)
     return replace(opened, ranks=tuple(ranks), stored=opened.ranks, aside=aside)
 
 
 def _beside(opened: RankSet) -> Beside | None:
     """How vLLM has what is beside the text, in a set for it."""
     return beside_of(opened.config) if opened.format == "vllm" else None
+
+
+def _text(opened: RankSet) -> Mapping[str, Any]:
+    """The config of the text model, if another nests it."""
+    return opened.config if _beside(opened) is None else text_of(opened.config)
 
 
 def _as_source(name: str, source: FileWeights) -> str:
@@ -62,7 +66,7 @@ def _as_source(name: str, source: FileWeights) -> str:
 
 def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]:
     beside, known = _beside(opened), _KNOWN[opened.format]
-    config = opened.config if beside is None else text_of(opened.config)
+    config = _text(opened)
     model_type = str(config.get("model_type"))
     if model_type not in known:
         model_type = str(opened.config.get("model_type"))
@@ -73,8 +77,10 @@ def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]
         return [dict(published.meta(opened.ranks, family, rank)) for rank in every]
     if opened.format == "vllm":
         names = (VLLM[model_type],) if beside is None else names_in(source, VLLM[model_type], beside)
-        made = [_complete(Rank(opened.ranks, names[0], family, rank, source, *names[1:])) for rank in every]
-        embedding = names[0].of(f"{TEXT}.model.{family.embed}.weight") if beside else ""
+        text = tuple(f"{each}." for each in texts_in(beside)) if beside else ()
+        other = names[-1] if beside else None
+        made = [_complete(Rank(opened.ranks, names[0], family, rank, source, other, text)) for rank in every]
+        embedding = names[0].of(f"{beside.text}model.{family.embed}.weight") if beside else ""
         return [_tied(pieces, config, family, embedding) for pieces in made]
     made = [dict(published.deepseek(weights)) for weights in opened.ranks]
     return [_tied(pieces, config, family) for pieces in made]
@@ -118,7 +124,7 @@ def _dealt(opened: RankSet) -> list[dict[str, RankPiece]]:
 def _described(config: Mapping[str, Any]) -> Family:
     """The family, or a LLaMA of its sizes: what `VLLM` has and the decoder does not is named as LLaMA is."""
     model_type = str(config.get("model_type"))
-    sizes = {key: config[key] for key in _SIZES if config.get(key) is not None}
+    sizes = {key: config[key] for key in _SIZES if config.get(key)}
     if isinstance(listed := config.get("layers_block_type"), list):
         sizes.setdefault("num_hidden_layers", len(listed))  # a newer config says what every layer is, not how many
     sizes.setdefault("num_attention_heads", 1)  # of Mamba alone nothing attends
@@ -148,5 +154,4 @@ def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
 def require_replicas(opened: RankSet) -> None:
     """DifferentError where what an engine takes from each rank, and the decoder from one, is not the same on all."""
     if opened.format == "vllm":
-        config = opened.config if _beside(opened) is None else text_of(opened.config)
-        replicas.require_replicas(opened.stored, VLLM[str(config.get("model_type"))])
+        replicas.require_replicas(opened.stored, VLLM[str(_text(opened).get("model_type"))])

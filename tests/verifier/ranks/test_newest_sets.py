@@ -1,0 +1,281 @@
+"""vLLM's sets of models that few others are like: what is right passes every tier, what is wrong is named.
+
+Each is what the engines' tests compare with vLLM itself, in the form that is published.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tests.engines import engine_models, engine_nested, engine_newest
+from tests.helpers.command import Result, succeeds
+from tests.helpers.command import tpshard as run
+from tests.helpers.grids import in_turn, some
+
+Tensors = dict[str, torch.Tensor]
+Make = Callable[[Path], Path]
+Made = Callable[[str, int], tuple[Path, Path]]
+
+# As published, with a layer more in the lists of layers than the model has.
+_FURTHER = {"num_nextn_predict_layers": 1}
+_STEP_3_7 = engine_nested.LOADED["step3p7"][1]["text_config"]
+FORMS: dict[str, Make] = {
+    **{
+        name: lambda path, name=name: engine_newest.make(name, path)
+        for name in ("kimi_linear", "minimax_m3_vl", "glm5_next", "hy_v4", "deepseek_v4")
+    },
+    **{
+        name: lambda path, name=name: engine_nested.make(name, path)
+        for name in ("molmo2", "molmo2-olmo-norms", "muse_glimmer", "ernie4_5_moe_vl", "ernie4_5_moe_vl-tied")
+    },
+    "gemma4_unified": lambda path: engine_nested.make("gemma4_unified", path),
+    "step3p5": lambda path: engine_models.make("step3p5", path, _FURTHER),
+    "step3p7": lambda path: engine_nested.make("step3p7", path, {"text_config": _STEP_3_7 | _FURTHER}),
+    **{
+        name: lambda path, name=name: engine_models.make(name, path)
+        for name in ("zamba2", "zamba2-one-group", "minicpm", "bailing_moe_v2", "exaone", "phimoe")
+    },
+}
+BY_DEFAULT = ("kimi_linear", "molmo2", "step3p5", "zamba2-one-group")
+GRID = in_turn(list(FORMS), (4, 2))
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A source and its set for vLLM, each made once."""
+    home = tmp_path_factory.mktemp("newest")
+
+    def get(name: str, tp: int) -> tuple[Path, Path]:
+        source, shards = home / name, home / f"{name}-tp{tp}"
+        if not source.exists():
+            FORMS[name](source)
+        if not shards.exists():
+            succeeds("split", source, "--tp", tp, "--format", "vllm", "-o", shards, "--no-fsync")
+        return source, shards
+
+    return get
+
+
+def verified(shards: Path, source: Path, tiers: str) -> Result:
+    return run("verify", shards, "--source", source, "--tier", tiers, "--tokens", 1, "--json")
+
+
+@pytest.mark.parametrize(("name", "tp"), some(GRID, [case for case in GRID if case[0] in BY_DEFAULT]))
+def test_a_right_set_passes(name: str, tp: int, split: Made) -> None:
+    source, shards = split(name, tp)
+    found = verified(shards, source, "bytes,weights,exact")
+    assert (found.code, found.json["verdict"], found.json["reason"]) == (0, "pass", None)
+    assert all(canary["status"] == "caught" for canary in found.json["canaries"])
+
+
+Fault = Callable[[list[Tensors]], None]
+"""Changes the ranks' tensors."""
+
+
+def exchanged(name: str) -> Fault:
+    """Two ranks have each other's slices."""
+
+    def fault(ranks: list[Tensors]) -> None:
+        ranks[0][name], ranks[1][name] = ranks[1][name], ranks[0][name]
+
+    return fault
+
+
+def flipped(name: str, at: tuple[int, ...]) -> Fault:
+    """The last bit of an element of rank 1."""
+
+    def fault(ranks: list[Tensors]) -> None:
+        element = ranks[1][name][at].view(-1)
+        element.view(torch.int32 if element.element_size() == 4 else torch.int16)[0] ^= 1
+
+    return fault
+
+
+def turned(name: str, one: slice, other: slice) -> Fault:
+    """Rows of each rank exchanged."""
+
+    def fault(ranks: list[Tensors]) -> None:
+        for held in ranks:
+            before = held[name].clone()
+            held[name][one], held[name][other] = before[other], before[one]
+
+    return fault
+
+
+def halves_exchanged(name: str) -> Fault:
+    """Of each expert's rows."""
+
+    def fault(ranks: list[Tensors]) -> None:
+        for held in ranks:
+            held[name] = held[name].roll(held[name].shape[1] // 2, 1)
+
+    return fault
+
+
+def filled(name: str, at: tuple[int, ...]) -> Fault:
+    """A number where there must be none."""
+
+    def fault(ranks: list[Tensors]) -> None:
+        ranks[1][name][at] = 1.0
+
+    return fault
+
+
+L, TEXT = "model.layers.", "language_model.model.layers."
+MOE = "block_sparse_moe.experts"
+# 8 heads of 32 on 2 ranks: the rows of q, k and v each are 128, those of b 4.
+FAULTS: dict[str, tuple[str, Fault, str]] = {
+    "kimi, heads": ("kimi_linear", exchanged(f"{L}0.self_attn.in_proj_qkvgfab.weight"), f"{L}0.self_attn."),
+    "kimi, q and k": (
+        "kimi_linear",
+        turned(f"{L}0.self_attn.in_proj_qkvgfab.weight", slice(0, 128), slice(128, 256)),
+        f"{L}0.self_attn.q_proj",
+    ),
+    "kimi, what all ranks hold": (
+        "kimi_linear",
+        flipped(f"{L}0.self_attn.in_proj_qkvgfab.weight", (400, 3)),
+        "layers.0.self_attn.forget_gate.f_a_proj.weight[12, 3] of rank 1",
+    ),
+    "kimi, convolutions": (
+        "kimi_linear",
+        turned(f"{L}0.self_attn.conv1d.weight", slice(0, 128), slice(128, 256)),
+        f"{L}0.self_attn.",
+    ),
+    "kimi, an expert": ("kimi_linear", flipped(f"{L}1.{MOE}.routed_experts.w13_weight", (3, 257, 0)), f"{L}1."),
+    "kimi, a place without a feature": (
+        "kimi_linear",
+        filled(f"{L}1.{MOE}.routed_experts.w2_weight", (3, 0, 200)),
+        f"{MOE}.routed_experts.w2_weight of rank 1 does not hold shares",
+    ),
+    "step, gate and up": (
+        "step3p5",
+        halves_exchanged(f"{L}1.moe.experts.routed_experts.w13_weight"),
+        "layers.1.m",
+    ),
+    "step, an expert": ("step3p5", flipped(f"{L}2.moe.experts.routed_experts.w13_weight", (1, 40, 0)), "layers.2."),
+    "step, a shared expert": (
+        "step3p5",
+        exchanged(f"{L}1.moe.experts._shared_experts._layer.gate_up_proj.weight"),
+        "layers.1.mlp.shared_experts.gate_proj",
+    ),
+    "zamba, an adapter's first half": (
+        "zamba2",
+        exchanged(f"{L}0.shared_transformer.feed_forward.gate_up_proj_adapter_list.2.A.weight"),
+        "gate_up_proj_adapter_list.2.0",
+    ),
+    "zamba, an adapter's other half": (
+        "zamba2",
+        flipped(f"{L}0.shared_transformer.self_attn.linear_k_adapter_list.2.B.weight", (5, 5)),
+        "linear_k_adapter_list.2.1",
+    ),
+    "zamba, a bias beside a convolution": (
+        "zamba2-one-group",
+        flipped(f"{L}0.mamba_decoder.mamba.conv1d.bias", (32,)),
+        "mamba.conv1d.bias",
+    ),
+    "molmo, words that are only read": (
+        "molmo2",
+        flipped("model.embed_tokens.weight", (490, 0)),
+        "embed_tokens.weight[1002, 0]",
+    ),
+    "molmo, words": ("molmo2", exchanged("model.embed_tokens.weight"), "embed"),
+    "molmo, heads": ("molmo2", exchanged(f"{L}1.self_attn.qkv_proj.weight"), "1.self_attn"),
+    "molmo, the tower": (
+        "molmo2",
+        exchanged("vision_backbone.image_vit.transformer.resblocks.0.attention.merged_qkv.weight"),
+        "resblocks.0.attention.w",
+    ),
+    "molmo, pooling": ("molmo2", exchanged("vision_backbone.image_pooling_2d.q_proj.weight"), "image_pooling_2d.wq"),
+    "muse, a gate": ("muse_glimmer", exchanged(f"{L}1.self_attn.output_gate_proj.weight"), "1.self_attn.gate_proj"),
+    "muse, the tower": (
+        "muse_glimmer",
+        flipped("vision_encoder.transformer.0.mlp.c_fc.weight", (5, 0)),
+        "vision_tower.layers.0.mlp.fc1.weight",
+    ),
+    "minimax, what chooses blocks": (
+        "minimax_m3_vl",
+        exchanged(f"{TEXT}1.self_attn.qkv_proj.weight"),
+        "layers.1.self_attn",
+    ),
+    "minimax, a key of blocks": (
+        "minimax_m3_vl",
+        flipped(f"{TEXT}1.self_attn.qkv_proj.weight", (250, 0)),
+        "layers.1.self_attn.index",
+    ),
+    "minimax, the tower": (
+        "minimax_m3_vl",
+        exchanged("vision_tower.patch_merge_mlp.linear_2.weight"),
+        "patch_merge_mlp.linear_2.weight",
+    ),
+    "ernie, an expert for pictures": (
+        "ernie4_5_moe_vl",
+        exchanged(f"{TEXT}1.mlp.vision_experts.routed_experts.w2_weight"),
+        "1.mlp",
+    ),
+    "ernie, a router": ("ernie4_5_moe_vl", flipped(f"{TEXT}1.mlp.vision_experts_gate.weight", (0, 0)), "1.mlp"),
+    "ernie, the resampler": (
+        "ernie4_5_moe_vl",
+        exchanged("resampler_model.temporal_linear2.weight"),
+        "model.resampler_model.temporal_linear.2.weight",
+    ),
+    "step 3.7, the tower": (
+        "step3p7",
+        exchanged("vision_model.transformer.resblocks.0.attn.qkv_proj.weight"),
+        "resblocks.0.attn.in_proj_weight",
+    ),
+    "glm, heads": (
+        "glm5_next",
+        exchanged("language_model.model._active_layers.0.self_attn.in_proj_qkvbfg_a.weight"),
+        "layers.0.self_attn.",
+    ),
+    "glm, decay": (
+        "glm5_next",
+        exchanged("language_model.model._active_layers.0.self_attn.A_log"),
+        "layers.0.self_attn",
+    ),
+    "hy, streams": ("hy_v4", flipped(f"{L}1.hc_mlp_layer.hc_pre.hc_fn.weight", (3, 3)), "layers.1."),
+    "hy, an expert": ("hy_v4", exchanged(f"{L}1.mlp.experts.routed_experts.w13_weight"), "layers.1.mlp.experts"),
+    "deepseek, sinks": ("deepseek_v4", exchanged(f"{L}0.attn.attn_sink"), "layers.0."),
+    "deepseek, an expert": (
+        "deepseek_v4",
+        flipped(f"{L}1.ffn.experts.routed_experts.w2_weight", (2, 0, 0)),
+        "layers.1.",
+    ),
+    "deepseek, a shared expert": (
+        "deepseek_v4",
+        exchanged(f"{L}1.ffn.experts._shared_experts._layer.down_proj.weight"),
+        "layers.1.",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    some(
+        list(FAULTS),
+        ["kimi, q and k", "kimi, a place without a feature", "step, gate and up", "zamba, an adapter's first half"]
+        + ["zamba, a bias beside a convolution", "molmo, words that are only read", "minimax, a key of blocks"]
+        + ["ernie, an expert for pictures", "ernie, the resampler", "glm, decay", "deepseek, a shared expert"],
+    ),
+)
+def test_a_mistake_is_named(fault: str, split: Made, tmp_path: Path) -> None:
+    name, change, said = FAULTS[fault]
+    source, right = split(name, 2)
+    shards = shutil.copytree(right, tmp_path / "shards")
+    paths = [shards / f"model-rank-{rank}-part-0.safetensors" for rank in range(2)]
+    ranks = [load_file(path) for path in paths]
+    change(ranks)
+    for path, tensors in zip(paths, ranks, strict=True):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file({each: tensor.contiguous() for each, tensor in tensors.items()}, path, metadata)
+    found = verified(shards, source, "weights,exact")
+    reason = found.json.get("reason") or found.err
+    assert (found.code, said in reason) == (1, True), reason
