@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,12 +36,13 @@ FORMS: dict[str, Make] = {
         name: lambda path, name=name: engine_nested.make(name, path)
         for name in ("molmo2", "molmo2-olmo-norms", "muse_glimmer", "ernie4_5_moe_vl", "ernie4_5_moe_vl-tied")
     },
+    "falcon_h1": lambda path: engine_models.make("falcon_h1", path),
     "gemma4_unified": lambda path: engine_nested.make("gemma4_unified", path),
     "step3p5": lambda path: engine_models.make("step3p5", path, _FURTHER),
     "step3p7": lambda path: engine_nested.make("step3p7", path, {"text_config": _STEP_3_7 | _FURTHER}),
     **{
         name: lambda path, name=name: engine_models.make(name, path)
-        for name in ("zamba2", "zamba2-one-group", "minicpm", "bailing_moe_v2", "exaone", "phimoe")
+        for name in ("zamba2", "zamba2-one-group", "minicpm", "bailing_moe_v2", "exaone", "phimoe", "granitemoehybrid")
     },
 }
 BY_DEFAULT = ("kimi_linear", "molmo2", "step3p5", "zamba2-one-group")
@@ -73,6 +75,17 @@ def test_a_right_set_passes(name: str, tp: int, split: Made) -> None:
     found = verified(shards, source, "bytes,weights,exact")
     assert (found.code, found.json["verdict"], found.json["reason"]) == (0, "pass", None)
     assert all(canary["status"] == "caught" for canary in found.json["canaries"])
+
+
+def test_places_that_are_as_many_as_the_features_of_all_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kimi Linear's ranks have place for 256 features at least: of as many a rank of two has half, and zeros."""
+    form = engine_newest.LOADED["kimi_linear"]
+    wide = replace(form, config={**form.config, "moe_intermediate_size": 256})
+    monkeypatch.setitem(engine_newest.LOADED, "wide", wide)
+    source, shards = engine_newest.make("wide", tmp_path / "source"), tmp_path / "shards"
+    succeeds("split", source, "--tp", 2, "--format", "vllm", "-o", shards, "--no-fsync")
+    found = verified(shards, source, "weights,exact")
+    assert (found.code, found.json["verdict"], found.json["reason"]) == (0, "pass", None)
 
 
 Fault = Callable[[list[Tensors]], None]

@@ -118,6 +118,8 @@ class Parts:
         which: `w13` for gate and up, `w2` for down. turned: stacked ones with their last two dims exchanged. numbers:
         of the first expert, where the ranks share each, and where each rank holds some of them whole.
         """
+        if not stored.shape:
+            raise self._differs(stored, "is no stack of experts", "a dim of experts", "none")
         count, *shape = stored.shape
         for place in _PLACES:
             for matrices in _MATRICES[which]:
@@ -127,9 +129,9 @@ class Parts:
                     for expert in range(count):
                         one = within(stored, expert * math.prod(shape), tuple(shape))
                         names = [name.format(expert + numbers[whole]) for name in one_by_one]
-                        yield from self._padded(names, one) or self._placed(names, one)
+                        yield from (() if whole else self._padded(names, one)) or self._placed(names, one)
                     return
-        for place in _PLACES:
+        for place in _PLACES if len(shape) == 2 else ():
             apart = [f"{place}{each}.{suffix}" for each in _APART[which]]
             if all(self.has(name) and len(self.source.shape(self.in_source(name) or "")) == 3 for name in apart):
                 width = stored.shape[1] // len(apart)
@@ -147,16 +149,16 @@ class Parts:
             yield from self._placed([tensor], stored)
 
     def _padded(self, names: Sequence[str], stored: Stored) -> list[tuple[str, RankPiece | None]]:
-        """An expert's matrices where a rank has place for more features than its own, with zeros in the rest.
+        """An expert's matrices where each rank has place for more features than its share, with zeros in the rest.
 
-        None of them where it has not. DifferentError where there is something else than zeros.
+        None where it has not. DifferentError where there is something else than zeros.
         """
         dim = 0 if names[0].endswith(_BEFORE) else 1
         full = self.source.shape(self.in_source(names[0]) or "")
-        if not names[0].endswith(".weight") or len(full) != 2 or full[dim] % self.tp:
+        if not names[0].endswith(".weight") or len(full) != 2 or len(stored.shape) != 2 or full[dim] % self.tp:
             return []
         place, share = stored.shape[dim] // len(names), full[dim] // self.tp
-        if stored.shape[dim] % len(names) or place in (share, full[dim]):
+        if stored.shape[dim] % len(names) or place == share:
             return []
         parts = [(self.in_source(name) or name, i * place) for i, name in enumerate(names)]
         rest = [_along(dim, stored, begin + share, begin + place) for _, begin in parts]

@@ -90,13 +90,20 @@ class Rank:
         if stack in names.stacks:
             before = names.stacks[: names.stacks.index(stack)]
             others = (stored.name.replace(f".{stack}.", f".{other}.") for other in before)
-            first = sum(stored.weights.shape(name)[0] for name in others)
+            first = sum(self._of(self.rank, name).shape[0] for name in others)
             return first, first
-        return 0, sum(each.shape(stored.name)[0] for each in self.ranks[: self.rank])
+        return 0, sum(self._of(rank, stored.name).shape[0] for rank in range(self.rank))
+
+    def _of(self, rank: int, name: str) -> Stored:
+        """What a rank stores under a name. DifferentError where that is no tensor with rows."""
+        weights = self.ranks[rank]
+        if name not in weights.names() or not weights.shape(name):
+            raise DifferentError(f"rank {rank} has no {name} with rows", tensor=name)
+        return Stored(weights, name)
 
     def _of_even_shares(self, parts: Parts, tensor: str, stored: Stored) -> Placed:
         """What all ranks' even shares make together; a vocabulary is padded."""
-        every, begin = Joined([Stored(weights, stored.name) for weights in self.ranks]), 0
+        every, begin = Joined([self._of(rank, stored.name) for rank in range(len(self.ranks))]), 0
         names = [name for each in parts.several(tensor)[0] if (name := parts.in_source(each))]
         sizes = [self.source.shape(name)[0] for name in names]
         if every.shape[0] not in (sum(sizes), -(-sum(sizes) // 64) * 64):

@@ -63,12 +63,13 @@ FUSED: Spelled = {
     "o_proj": ("wo",),
     "down_proj": ("w2",),
 }
-_TENSORS: Spelled = {"embed_tokens.weight": ("wte.embedding wte.new_embedding",)}
 """Modules that are several of the source's, one behind the other, or are called otherwise; all lie in one place.
 
 Where a source has no values, vLLM holds its keys twice. Behind a bar stand those that every rank has whole, beside its
 share of the others.
 """
+_TENSORS: Spelled = {"embed_tokens.weight": ("wte.embedding wte.new_embedding",)}
+"""The same of single tensors."""
 
 
 @dataclass(frozen=True)
