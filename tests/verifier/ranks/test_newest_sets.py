@@ -274,8 +274,8 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
     some(
         list(FAULTS),
         ["kimi, q and k", "kimi, a place without a feature", "step, gate and up", "zamba, an adapter's first half"]
-        + ["zamba, a bias beside a convolution", "molmo, words that are only read", "minimax, a key of blocks"]
-        + ["ernie, an expert for pictures", "ernie, the resampler", "glm, decay", "deepseek, a shared expert"],
+        + ["zamba, a bias beside a convolution", "molmo, words that are only read", "ernie, an expert for pictures"]
+        + ["ernie, the resampler"],
     ),
 )
 def test_a_mistake_is_named(fault: str, split: Made, tmp_path: Path) -> None:
@@ -289,6 +289,8 @@ def test_a_mistake_is_named(fault: str, split: Made, tmp_path: Path) -> None:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         save_file({each: tensor.contiguous() for each, tensor in tensors.items()}, path, metadata)
-    found = verified(shards, source, "weights,exact")
+    found = verified(shards, source, "weights")
+    if found.code == 0:  # an order that only running shows
+        found = verified(shards, source, "exact")
     reason = found.json.get("reason") or found.err
     assert (found.code, said in reason) == (1, True), reason
