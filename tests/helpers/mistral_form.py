@@ -1,4 +1,7 @@
-"""Checkpoints in Mistral's own form: params.json in place of config.json, and consolidated.safetensors."""
+"""Checkpoints in Mistral's own form: params.json in place of config.json, and consolidated.safetensors.
+
+Numbers are such that a model can be computed with.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tests.helpers.checkpoints import VOCAB
+from tests.helpers.published_text import drawn
 from tests.helpers.served_cuts import Cuts
-from tests.helpers.toys import random_tensor, write
+from tests.helpers.toys import Tensor, write
 
 PARAMS = {
     **{"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 96, "n_heads": 8, "n_kv_heads": 2},
     **{"norm_eps": 1e-5, "vocab_size": VOCAB, "rope_theta": 1e6},
 }
-LATENT = {
+LATENT: dict[str, Any] = {
     **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
     "moe": {
         **{"num_experts": 4, "num_experts_per_tok": 2, "expert_hidden_dim": 32, "num_shared_experts": 1},
-        **{"first_k_dense_replace": 1, "route_every_n": 1},
+        **{"first_k_dense_replace": 1, "route_every_n": 1, "num_expert_groups": 1, "num_expert_groups_per_tok": 1},
+        "routed_scale": 1.0,
     },
+    "yarn": {"original_max_position_embeddings": 16, "factor": 4, "apply_scale": False, "beta": 32, "alpha": 1},
+    "llama_4_scaling": {"original_max_position_embeddings": 16, "beta": 0.1},
+}
+VISION = {
+    **{"hidden_size": 32, "num_channels": 3, "image_size": 56, "patch_size": 14, "intermediate_size": 48},
+    **{"num_hidden_layers": 2, "num_attention_heads": 2, "rope_theta": 1e4, "image_token_id": 10},
 }
 CUTS = Cuts(
     ("wq", "wq_b", "wkv_b", "w1", "w3"),
@@ -56,22 +65,29 @@ def _shapes(kind: str) -> dict[str, tuple[int, ...]]:
         found |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     if kind == "pixtral":
         found |= {"vision_encoder.patch_conv": (32, 3, 14, 14), "vision_encoder.ln_pre": (32,)}
-        found |= {f"vision_encoder.transformer.layers.0.attention.w{letter}": (32, 32) for letter in "qkvo"}
+        for i in range(2):
+            layer = {f"attention.w{letter}": (32, 32) for letter in "qkvo"} | {"attention_norm": (32,)}
+            layer |= {"feed_forward.w1": (48, 32), "feed_forward.w2": (32, 48), "feed_forward.w3": (48, 32)}
+            layer["ffn_norm"] = (32,)
+            found |= {f"vision_encoder.transformer.layers.{i}.{name}": shape for name, shape in layer.items()}
         found |= {"vision_language_adapter.w_in": (64, 32), "vision_language_adapter.w_out": (64, 64)}
-    return {f"{name}.weight": shape for name, shape in found.items()}
+    biases = (
+        {"vision_language_adapter.w_in": (64,), "vision_language_adapter.w_out": (64,)} if kind == "pixtral" else {}
+    )
+    every = {f"{name}.weight": shape for name, shape in found.items()}
+    return every | {f"{name}.bias": shape for name, shape in biases.items()}
 
 
 KINDS: dict[str, Mapping[str, Any]] = {
     "7b": PARAMS,
-    "pixtral": PARAMS | {"vision_encoder": {"hidden_size": 32}},
+    "pixtral": PARAMS | {"vision_encoder": VISION},
     "mixtral": PARAMS | {"moe": {"num_experts": 4, "num_experts_per_tok": 2}},
     "large 3": PARAMS | LATENT,
 }
 
 
 def published(directory: Path, kind: str, files: int = 1) -> Path:
-    rng = np.random.default_rng(len(kind))
-    tensors = {name: random_tensor(rng, "BF16", shape) for name, shape in _shapes(kind).items()}
+    tensors = {name: _bf16(tensor) for name, tensor in drawn(_shapes(kind)).items()}
     directory.mkdir()
     (directory / "params.json").write_text(json.dumps(KINDS[kind]))
     (directory / "tekken.json").write_text("{}")
@@ -87,3 +103,9 @@ def published(directory: Path, kind: str, files: int = 1) -> Path:
     index = directory / "consolidated.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
+
+
+def _bf16(tensor: Tensor) -> Tensor:
+    """The upper half of each number."""
+    data = tensor.data
+    return Tensor("BF16", tensor.shape, b"".join(data[at + 2 : at + 4] for at in range(0, len(data), 4)))

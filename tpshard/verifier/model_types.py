@@ -54,6 +54,7 @@ BY_CONFIG = {
     "exaone": "llama",
     "mimo_v2": "mimo_v2_flash",
     "minicpm": "granite",
+    "mistral_native": "mistral",  # and others of Mistral's
     "qwen": "qwen2",
 }
 """Models that publish code of their own, which these compute where the config says no more: `hf/own_code`."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpshard.verifier.hf import mistral_params
 from tpshard.verifier.model_types import BY_CONFIG
 
 Config = Mapping[str, Any]
@@ -21,12 +22,17 @@ class OwnCode:
 
     names: what the class calls parts of names, one after the other. fused: a module whose rows are those of several,
     as many as each of these has; shared: a key of the config that says in how many shares, each with a part of all.
+    paired: modules whose rows are of heads in which what is rotated together lies side by side, and what the class
+    calls them, where it is half a head apart. experts: what gate, up and down of each expert are called, where that is
+    not what the class's own files call them.
     """
 
     config: Callable[[Config], dict[str, Any] | None]
     names: tuple[tuple[str, str], ...] = ()
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     shared: str | None = None
+    paired: tuple[tuple[str, str], ...] = ()
+    experts: tuple[str, str, str] | None = None
 
 
 def _renamed(config: Config, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -195,6 +201,9 @@ OWN_CODE: dict[str, OwnCode] = {
         ),
         ((".self_attn.query_key_value", _QKV),),
     ),
+    "mistral_native": OwnCode(
+        mistral_params.text_config, mistral_params.NAMES, paired=mistral_params.PAIRED, experts=("w1", "w3", "w2")
+    ),
 }
 """By model_type. Read off each model's own code, which vLLM's classes follow."""
 
@@ -211,7 +220,8 @@ def as_known(config: Config) -> Config:
         return config
     if made is None:
         return config
-    made["model_type"] = BY_CONFIG[model_type]
+    if made.get("model_type", model_type) == model_type:  # else it is of several, and says which
+        made["model_type"] = BY_CONFIG[model_type]
     return made | {PUBLISHED_AS: model_type} if known.names or known.fused else made
 
 
@@ -223,7 +233,7 @@ def published_as(config: Any) -> str | None:
 
 def conversions_of(model_type: str) -> list[Any]:
     """What transformers' loading would have to be told of a published type."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
     known = OWN_CODE[model_type]
     found: list[Any] = [WeightRenaming(old, new) for old, new in known.names]
@@ -232,7 +242,33 @@ def conversions_of(model_type: str) -> list[Any]:
         for leaf in ("weight", "bias"):
             each = [f"{start}.{part}.{leaf}" for part in parts]
             found.append(WeightConverter(f"{fused}.{leaf}", each, [_split(known.shared)]))
+    found += [WeightConverter(f"{old}.weight", f"{new}.weight", [_in_halves()]) for old, new in known.paired]
+    if known.experts:
+        gate, up, down = (f".experts.*.{each}.weight" for each in known.experts)
+        joined = [MergeModulelist(dim=0), Concatenate(dim=1)]
+        found.append(WeightConverter([gate, up], ".experts.gate_up_proj", joined))
+        found.append(WeightConverter(down, ".experts.down_proj", joined[:1]))
     return found
+
+
+def _in_halves() -> Any:
+    """What puts the rows of each head so that the first of each pair come before the second ones."""
+    from transformers.core_model_loading import ConversionOps
+
+    class InHalves(ConversionOps):
+        """Of latent attention, which rotates pairs as they are, nothing changes."""
+
+        def convert(  # type: ignore[no-untyped-def, override]
+            self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs
+        ):
+            rows = next(iter(input_dict.values()))
+            rows = rows[0] if isinstance(rows, list) else rows
+            attention = model.get_submodule(full_layer_name.rsplit(".", 2)[0])
+            if not hasattr(attention, "qk_rope_head_dim"):
+                rows = rows.unflatten(0, (-1, attention.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+            return {target_patterns[0]: rows}
+
+    return InHalves()
 
 
 def _split(shared: str | None) -> Any:

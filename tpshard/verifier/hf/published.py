@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tpshard.verifier.hf import mistral_params
+from tpshard.verifier.hf.own_code import PUBLISHED_AS, as_known
+
 Config = Mapping[str, Any]
 
 
@@ -46,7 +49,14 @@ def _known(vision: Config) -> dict[str, Any]:
     return {key: vision[key] for key in (*known, "spatial_merge_size") if key in vision}
 
 
-_PUBLISHED: Mapping[str, Callable[[Config], Config]] = {"ernie4_5_moe_vl": _ernie_vl}
+def _mistral(config: Config) -> Config:
+    """Mistral's own form: values of the text model at the top, those of a tower below."""
+    text = as_known(config)
+    found = None if text is config else mistral_params.with_tower(config, text)
+    return config if found is None else {**found, PUBLISHED_AS: text[PUBLISHED_AS]}
+
+
+_PUBLISHED: Mapping[str, Callable[[Config], Config]] = {"ernie4_5_moe_vl": _ernie_vl, "mistral_native": _mistral}
 
 
 def as_class(config: Config) -> Config:
