@@ -20,6 +20,7 @@ PARAMS = {
     **{"norm_eps": 1e-5, "vocab_size": VOCAB, "rope_theta": 1e6},
 }
 LATENT: dict[str, Any] = {
+    "norm_eps": 1e-6,
     **{"q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 12},
     "moe": {
         **{"num_experts": 4, "num_experts_per_tok": 2, "expert_hidden_dim": 32, "num_shared_experts": 1},
@@ -33,6 +34,11 @@ VISION = {
     **{"hidden_size": 32, "num_channels": 3, "image_size": 56, "patch_size": 14, "intermediate_size": 48},
     **{"num_hidden_layers": 2, "num_attention_heads": 2, "rope_theta": 1e4, "image_token_id": 10},
 }
+MERGED = {
+    **{"mm_projector_id": "patch_merge", "add_pre_mm_projector_layer_norm": True, "adapter_bias": False},
+    "spatial_merge_size": 2,
+}
+"""Of the tower of Mistral Small 3.1."""
 CUTS = Cuts(
     ("wq", "wq_b", "wkv_b", "w1", "w3"),
     ("wo", "w2"),
@@ -42,7 +48,7 @@ CUTS = Cuts(
 
 
 def _shapes(kind: str) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of Mistral 7B, Mixtral, or Mistral Large 3."""
+    """The names and shapes of Mistral 7B, Mixtral, Mistral Large 3, Pixtral, or Mistral Small 3.1."""
     found: dict[str, tuple[int, ...]] = {"tok_embeddings": (VOCAB, 64), "output": (VOCAB, 64), "norm": (64,)}
     for i in range(2):
         layer = {"attention_norm": (64,), "ffn_norm": (64,)}
@@ -63,7 +69,7 @@ def _shapes(kind: str) -> dict[str, tuple[int, ...]]:
         for block, wide in blocks.items():
             layer |= {f"{block}.w1": (wide, 64), f"{block}.w2": (64, wide), f"{block}.w3": (wide, 64)}
         found |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    if kind == "pixtral":
+    if kind in ("pixtral", "merged"):
         found |= {"vision_encoder.patch_conv": (32, 3, 14, 14), "vision_encoder.ln_pre": (32,)}
         for i in range(2):
             layer = {f"attention.w{letter}": (32, 32) for letter in "qkvo"} | {"attention_norm": (32,)}
@@ -71,11 +77,10 @@ def _shapes(kind: str) -> dict[str, tuple[int, ...]]:
             layer["ffn_norm"] = (32,)
             found |= {f"vision_encoder.transformer.layers.{i}.{name}": shape for name, shape in layer.items()}
         found |= {"vision_language_adapter.w_in": (64, 32), "vision_language_adapter.w_out": (64, 64)}
-    biases = (
-        {"vision_language_adapter.w_in": (64,), "vision_language_adapter.w_out": (64,)} if kind == "pixtral" else {}
-    )
-    every = {f"{name}.weight": shape for name, shape in found.items()}
-    return every | {f"{name}.bias": shape for name, shape in biases.items()}
+    if kind == "merged":
+        found |= {"pre_mm_projector_norm": (32,), "patch_merger.merging_layer": (32, 128)}
+    biased = {f"{name}.bias": (64,) for name in found if name.startswith("vision_language") and kind == "pixtral"}
+    return {f"{name}.weight": shape for name, shape in found.items()} | biased
 
 
 KINDS: dict[str, Mapping[str, Any]] = {
@@ -83,13 +88,15 @@ KINDS: dict[str, Mapping[str, Any]] = {
     "pixtral": PARAMS | {"vision_encoder": VISION},
     "mixtral": PARAMS | {"moe": {"num_experts": 4, "num_experts_per_tok": 2}},
     "large 3": PARAMS | LATENT,
+    "merged": PARAMS | {"vision_encoder": VISION | MERGED},
 }
 
 
-def published(directory: Path, kind: str, files: int = 1) -> Path:
+def published(directory: Path, kind: str, files: int = 1, **params: Any) -> Path:
+    """Write one. params: what of params.json differs."""
     tensors = {name: _bf16(tensor) for name, tensor in drawn(_shapes(kind)).items()}
     directory.mkdir()
-    (directory / "params.json").write_text(json.dumps(KINDS[kind]))
+    (directory / "params.json").write_text(json.dumps({**KINDS[kind], **params}))
     (directory / "tekken.json").write_text("{}")
     if files == 1:
         write(directory / "consolidated.safetensors", tensors)

@@ -43,7 +43,7 @@ _KEYS = {
     **{"hidden_dim": "intermediate_size", "norm_eps": "rms_norm_eps", "vocab_size": "vocab_size"},
 }
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-_MORE = ("use_biases", "ada_rms_norm_t_cond", "whisper_model_args")
+_MORE = ("use_biases", "ada_rms_norm_t_cond", "multimodal")
 """What none of these classes has."""
 
 
@@ -73,7 +73,7 @@ def text_config(params: Config) -> dict[str, Any] | None:
 
 def with_tower(params: Config, text: Config) -> Config | None:
     """The config of the class that sees pictures, around that of its text model; None where nothing sees any."""
-    args = params.get("vision_encoder") or (params.get("multimodal") or {}).get("vision_encoder_args")
+    args = params.get("vision_encoder")
     if not args or not args.keys() >= {*_TOWER, "num_attention_heads", "image_token_id"}:
         return None
     vision = {key: args[key] for key in (*_TOWER, "num_attention_heads")} | {
@@ -127,6 +127,7 @@ def _latent(config: dict[str, Any], params: Config) -> dict[str, Any] | None:
         and moe.get("route_every_n") in (None, 1)
         and (moe.get("num_expert_groups") or 1) == 1
         and not config["sliding_window"]
+        and config["rms_norm_eps"] == 1e-6  # which the class has for latents, whatever the config says
     )
     if not alike:
         return None
@@ -147,6 +148,8 @@ def _latent(config: dict[str, Any], params: Config) -> dict[str, Any] | None:
 def _rope(params: Config, *, latent: bool) -> dict[str, Any] | None:
     """Rotary positions; None where two lengths are said of which a class has one."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.get("rope_theta", 10_000.0)}
+    if latent:  # of plain ones Mistral 4's class turns whole heads; by a factor of 1 nothing is stretched
+        rope |= {"rope_type": "yarn", "factor": 1.0}
     if yarn := params.get("yarn"):
         rope |= {"rope_type": "yarn", "factor": float(yarn["factor"])}
         names = {"original_max_position_embeddings": "original_max_position_embeddings"}
