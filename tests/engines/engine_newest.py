@@ -32,6 +32,7 @@ class Published:
 
     config: what differs from the class's config. names: what names of saved tensors become, as patterns. changes: of
     the saved config; None removes a key, and a table changes the table that is there. shapes: of tensors beside.
+    beside: other files of the directory, which vLLM reads.
     """
 
     model_type: str | None
@@ -39,12 +40,18 @@ class Published:
     names: Sequence[tuple[str, str]] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 _KIMI_LINEAR = {
     **{"kda_layers": [1], "full_attn_layers": [2], "head_dim": 32, "num_heads": 8, "short_conv_kernel_size": 4},
 }
-
+_SLIDING = {
+    **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 48},
+    **{"swa_head_dim": 56, "swa_qk_nope_head_dim": 40, "swa_qk_rope_head_dim": 16, "swa_v_head_dim": 24},
+    "sliding_window": 8,
+}
+_DOTS_LAYERS = ["full_attention", "full_attention", "sliding_attention"]
 LOADED: dict[str, Published] = {
     "kimi_linear": Published(
         "kimi_linear",
@@ -148,6 +155,51 @@ LOADED: dict[str, Published] = {
             }
         },
     ),
+    "dots3_note": Published(
+        "dots3_note",
+        {
+            "text_config": _TEXT
+            | _LATENT
+            | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+            | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "num_hidden_layers": 3, "head_dim": 48}
+            | {"shared_experts_intermediate_size": 64, **_SLIDING},
+            "vision_config": {
+                **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+                **{"moe_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 2},
+                **{"num_experts_per_tok": 1, "adapter_in_dim": 128, "adapter_out_dim": 256},
+            },
+            "audio_config": {
+                **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 4},
+                **{"downsample_hidden_size": 8, "adapter_input_size": 128, "adapter_out_dim": 256},
+            },
+        },
+        # Published with the text model's values at the top.
+        changes=_TEXT
+        | _LATENT
+        | _SLIDING
+        | {"architectures": ["Dots3NoteForCausalLM"], "text_config": None, "layer_types": _DOTS_LAYERS}
+        | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+        | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "num_hidden_layers": 3}
+        | {"n_shared_experts": 1, "first_k_dense_replace": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+        | {"attention_gate_type": "headwise", "swa_attention_gate_type": "headwise", "sliding_window_size": 8}
+        | {"apply_mla_qkv_lora_rescale": True, "moe_shared_expert_intermediate_size": 64}
+        | {"rope_theta": 8e7, "swa_rope_theta": 5e4, "rms_norm_eps": 1e-5}
+        | {
+            "vision_config": {
+                **dict.fromkeys(("mlp_layer_types", "num_local_experts", "rope_parameters", "model_type")),
+                **{"embed_dim": 128, "pyramid_num_routed": [-1, 2], "adapter_type": "patch_merger"},
+                "capacity_factor": 1,
+            },
+            "audio_config": {
+                **{"whisper_adapter_in_dim": 128, "whisper_adapter_out_dim": 256},
+                "whisper_config": {
+                    **{"d_model": 128, "encoder_attention_heads": 4, "encoder_layers": 1, "encoder_ffn_dim": 192},
+                    **{"num_mel_bins": 128, "max_source_positions": 6000, "activation_function": "swiglu"},
+                },
+            },
+        },
+        beside={"added_tokens.json": {"<|imgpad|>": 999}},
+    ),
 }
 """What vLLM loads."""
 
@@ -171,16 +223,6 @@ LATER: dict[str, Published] = {
         | {"swa_head_dim": 32, "swa_num_attention_heads": 8, "swa_num_key_value_heads": 4, "d_rel": 4}
         | {"rel_extent": 16, "sliding_window_size": 8, "layer_types": ["hybrid_sliding", "hybrid"]}
         | {"mlp_layer_types": ["dense", "sparse"]},
-    ),
-    "dots3_note": Published(
-        "dots3_note_text",
-        _TEXT
-        | _LATENT
-        | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
-        | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "num_hidden_layers": 3}
-        | {"shared_experts_intermediate_size": 128, "sliding_window": 8, "head_dim": 48}
-        | {"swa_num_attention_heads": 8, "swa_num_key_value_heads": 8, "swa_q_lora_rank": 48, "swa_kv_lora_rank": 32}
-        | {"swa_head_dim": 48, "swa_qk_nope_head_dim": 32, "swa_v_head_dim": 32},
     ),
     "longcat_flash": Published(
         "longcat_flash",
@@ -234,6 +276,8 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, pub
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     written = _changed(_changed({"dtype": "bfloat16", **config}, form.changes), changes or {})
     (path / "config.json").write_text(json.dumps(written, indent=2))
+    for file, content in form.beside.items():
+        (path / file).write_text(json.dumps(content))
     return path
 
 

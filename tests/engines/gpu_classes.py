@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ class Nothing:
         return lambda *_, **__: None
 
 
+_MODULES: dict[str, tuple[str, ...]] = {
+    "vllm.vllm_flash_attn": ("flash_attn_varlen_func", "is_fa_version_supported"),
+    "vllm.vllm_flash_attn.flash_attn_interface": ("flash_attn_varlen_func",),
+    "vllm.third_party.deep_gemm": ("per_block_cast_to_fp8",),
+}
+"""Modules that a build for GPUs has, and what is imported of them: functions that answer nothing."""
+_NAMES = {
+    "vllm.v1.attention.backends.fa_utils": (
+        *("compile_flash_attn_varlen_func_from_specs", "flash_attn_varlen_func", "get_scheduler_metadata"),
+    ),
+}
+"""The same of modules that every build has."""
 _MADE: dict[str, dict[str, str]] = {
     "vllm.models.deepseek_v4.nvidia.model": {"DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM"},
 }
@@ -49,6 +62,12 @@ def without_gpus(register: Callable[[str, type], None]) -> None:
     torch.empty = unpinned
     triton = importlib.import_module("vllm.triton_utils").triton
     triton.next_power_of_2 = lambda size: 1 << (size - 1).bit_length()
+    for module, functions_of_it in _MODULES.items():
+        made_up = ModuleType(module)
+        vars(made_up).update(dict.fromkeys(functions_of_it, lambda *_, **__: None), __path__=[])
+        sys.modules[module] = made_up
+    for module, functions_of_it in _NAMES.items():
+        vars(importlib.import_module(module)).update(dict.fromkeys(functions_of_it, lambda *_, **__: None))
     for module, names in _MADE.items():
         for name, kind in names.items():
             register(name, getattr(importlib.import_module(module), kind))

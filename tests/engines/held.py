@@ -121,6 +121,8 @@ def as_on_gpus() -> None:
         ModelRegistry.register_model(name, DeepseekV32ForCausalLM)
     without_gpus(ModelRegistry.register_model)
     importlib.import_module("vllm.models.hy_v4")  # whose classes ask for a backend too
+    note = importlib.import_module("vllm.models.dots3_note.nvidia.model")
+    note.Dots3NotePaddedSparseBackend = note.Dots3NoteTritonMLABackend = NoSparseAttention  # type: ignore[attr-defined]
     chosen = selector.get_attn_backend
 
     def backend(*sizes: object, use_sparse: bool = False, **options: object) -> object:
