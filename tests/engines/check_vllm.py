@@ -23,6 +23,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 
 pytest_plugins = ("tests.engines.engine_fixtures",)
 STARTED = ("llama", "gpt2", "opt", "qwen3", "mixtral")
+DRAFTED: tuple[ModuleType, ...] = (models, nested, newest)
 STAGED = ("llama", "qwen3", "mixtral")
 
 
@@ -97,7 +98,7 @@ def test_ours_is_what_vllm_holds_of_whole_experts(name: str, tp: int, pp: int, l
 
 @pytest.mark.parametrize(
     ("made", "name"),
-    [(module, name) for module in (models, nested) for name in module.DRAFTS] + [(models, n) for n in models.NO_CLASS],
+    [(module, name) for module in DRAFTED for name in module.DRAFTS] + [(models, n) for n in models.NO_CLASS],
 )
 def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
     made: ModuleType, name: str, loader: Loader, tmp_path: Path
@@ -114,7 +115,7 @@ def test_what_predicts_further_tokens_is_left_out_as_vllm_leaves_it_out(
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize(("made", "name"), [(module, name) for module in (models, nested) for name in module.DRAFTS])
+@pytest.mark.parametrize(("made", "name"), [(module, name) for module in DRAFTED for name in module.DRAFTS])
 def test_the_speculator_is_the_draft_model_that_vllm_holds(
     made: ModuleType, name: str, tp: int, loader: Loader, tmp_path: Path
 ) -> None:

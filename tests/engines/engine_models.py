@@ -631,11 +631,14 @@ def as_classifier(name: str, path: Path, *, bias: bool = False) -> Path:
 
 def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A checkpoint with a layer that predicts one more token, as published files have it. changes: of the config."""
+    return add_draft(make(name, path, changes), *{**DRAFTS, **NO_CLASS}[name])
+
+
+def add_draft(path: Path, copied: str, copy: str, around: tuple[str, ...]) -> Path:
+    """Put a layer that predicts one more token into a checkpoint."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    copied, copy, around = {**DRAFTS, **NO_CLASS}[name]
-    make(name, path, changes)
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
     vocab, width = tensors["model.embed_tokens.weight"].shape
     ffn = config.get("intermediate_size")

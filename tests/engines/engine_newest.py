@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.engines.engine_models import add_draft
+
 _TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TEXT = {
     **_TOKENS,
@@ -247,6 +249,17 @@ LATER: dict[str, Published] = {
 }
 """Types of which the table has no names yet."""
 
+_DRAFTED = ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head")
+_DENSE = ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+DRAFTS = {
+    "dots3_note": (
+        "model.layers.2.self_attn.",
+        "model.layers.3.self_attn.",
+        (*(f"model.layers.3.{each}" for each in (*_DRAFTED, *_DENSE)), "model.mtp.embed_tokens"),
+    ),
+}
+"""As those of `engine_models.py`."""
+
 ROOMY = {"deepseek_v4": ".attn_sink"}
 """How the names end of parameters that a kernel has larger than what is loaded."""
 
@@ -279,6 +292,11 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, pub
     for file, content in form.beside.items():
         (path / file).write_text(json.dumps(content))
     return path
+
+
+def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """The checkpoint with a layer that predicts one more token."""
+    return add_draft(make(name, path, changes), *DRAFTS[name])
 
 
 def _saved(published: Published, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engines.engine_newest import LOADED, make
+from tests.engines.engine_newest import LOADED, make, with_draft
+from tests.helpers import served_forms
 from tests.helpers.command import succeeds
 from tests.helpers.toys import read_all
 from tpshard.api import convert as api
@@ -80,6 +81,41 @@ def test_outputs_of_latent_attention_have_another_place_than_those_of_linear(tmp
     assert {f"{layers}0.self_attn.o_proj.weight", f"{layers}1.self_attn.mla_attn.o_proj.weight"} <= held.keys()
     log = whole["model.language_model.layers.0.self_attn.A_log"]
     assert torch.equal(held[f"{layers}0.self_attn.A_log"], log[4:].float().view(1, 1, 4, 1))
+
+
+def test_gates_are_whole_and_layers_of_a_window_have_their_outputs_elsewhere(tmp_path: Path) -> None:
+    whole, held = split("dots3_note", tmp_path)
+    layers = "language_model.model.layers."
+    assert {f"{layers}1.self_attn.mla_attn.o_proj.weight", f"{layers}2.self_attn.o_proj.weight"} <= held.keys()
+    gates = whole["model.layers.2.self_attn.g_proj.weight"]
+    assert torch.equal(held[f"{layers}2.self_attn.g_proj.weight"], gates)
+    assert {f"{layers}1.self_attn.mla_attn.mla_attn._k_scale", f"{layers}2.self_attn.mla_attn._k_scale"} <= held.keys()
+    assert f"{layers}2.self_attn.mla_attn.mla_attn._k_scale" not in held
+    expert = "blocks.1.mlp.experts.1.fc2.weight"
+    assert torch.equal(held[f"visual.{expert}"], whole[f"vision_encoder.{expert}"])
+
+
+def test_a_layer_that_predicts_one_more_token_is_cut_as_one_that_attends_to_a_window(tmp_path: Path) -> None:
+    """`native` keeps it; it is dense, whatever the layers before it are."""
+    source, out = with_draft("dots3_note", tmp_path / "source"), tmp_path / "out"
+    succeeds("split", source, "--tp", 2, "-o", out, "--no-fsync")
+    succeeds("check", out, "--source", source)
+    succeeds("merge", out, "-o", tmp_path / "merged", "--no-fsync")
+    assert read_all(tmp_path / "merged") == read_all(source)
+    whole, held = load_file(source / "model.safetensors"), load_file(out / "rank-00001-of-00002.safetensors")
+    for name in ("self_attn.q_b_proj", "self_attn.g_proj", "mlp.up_proj"):
+        full = f"model.layers.3.{name}.weight"
+        assert torch.equal(held[full], whole[full].chunk(2)[1])
+    assert torch.equal(held["model.layers.3.eh_proj.weight"], whole["model.layers.3.eh_proj.weight"])
+    plan = succeeds("plan", source, "--tp", 2, "--format", "vllm")
+    assert "model.layers.3" in plan.out + plan.err and "model.mtp" in plan.out + plan.err
+
+
+def test_a_config_with_the_text_models_values_below_is_refused(tmp_path: Path) -> None:
+    """vLLM reads the published one, in which they are at the top."""
+    source = served_forms.make("dots3_note", tmp_path / "source", published=True)
+    with pytest.raises(UnsupportedError, match="reads the published config"):
+        api.split(source, 2, tmp_path / "out", format="vllm", settings=QUICK)
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4"])

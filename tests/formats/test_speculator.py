@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engines import engine_models, engine_nested
+from tests.engines import engine_models, engine_nested, engine_newest
 from tests.engines.running import everything
 from tests.helpers.command import fails, succeeds, tpshard
 from tests.helpers.grids import some
 
 Tensors = dict[str, torch.Tensor]
-NAMES = (*engine_models.DRAFTS, *engine_nested.DRAFTS)
+MADE = {name: module for module in (engine_models, engine_nested, engine_newest) for name in module.DRAFTS}
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,9 @@ def shards(source: Path) -> Path:
     return source.with_name("shards")
 
 
-@pytest.mark.parametrize("name", some(NAMES, ["hy_v3", "qwen3_5-tied"]))
+@pytest.mark.parametrize("name", some(MADE, ["hy_v3", "qwen3_5-tied"]))
 def test_split_and_checked(name: str, tmp_path: Path) -> None:
-    made = engine_models if name in engine_models.DRAFTS else engine_nested
-    source, shards = made.with_draft(name, tmp_path / "source"), tmp_path / "shards"
+    source, shards = MADE[name].with_draft(name, tmp_path / "source"), tmp_path / "shards"
     succeeds("split", source, "--tp", 2, "--format", "vllm-speculator", "-o", shards)
     succeeds("check", shards, "--source", source)
     drafted = {tensor for tensor, found in everything(source).items() if is_drafted(name, tensor, source)}
