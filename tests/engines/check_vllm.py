@@ -19,6 +19,7 @@ from tests.engines import engine_models as models
 from tests.engines import engine_nested as nested
 from tests.engines import engine_newest as newest
 from tests.engines.running import Generator, Loader, Ranks, bits, differences, everything, split, written
+from tests.helpers import mistral_form
 from tpshard.errors import CorruptError, UnsupportedError
 
 pytest_plugins = ("tests.engines.engine_fixtures",)
@@ -43,6 +44,13 @@ def test_ours_is_what_vllm_holds_of_a_model_and_its_tower(name: str, tp: int, lo
 @pytest.mark.parametrize("name", newest.LOADED)
 def test_ours_is_what_vllm_holds_of_the_newest_models(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
     require_held(newest.make(name, tmp_path / "source"), tp, loader, tmp_path, newest.ROOMY.get(name, ""))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", mistral_form.FOR_ENGINES)
+def test_ours_is_what_vllm_holds_of_mistrals_own_form(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
+    kind, params = mistral_form.FOR_ENGINES[name]
+    require_held(mistral_form.published(tmp_path / "source", kind, **params), tp, loader, tmp_path)
 
 
 @pytest.mark.parametrize("name", models.CLASSIFIERS)

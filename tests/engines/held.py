@@ -252,6 +252,7 @@ def load(job: dict[str, object], rank: int, meeting: Path) -> None:
         pipeline_parallel_size=pp,
         enable_expert_parallel=bool(job["ep"]),
         load_format=load_format,
+        config_format="auto" if Path(str(job["model"]), "config.json").exists() else "mistral",
         enforce_eager=True,
         enable_prefix_caching=False,  # else hybrid models with latent attention ask for a processor with AMX
         max_model_len=64,

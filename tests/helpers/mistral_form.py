@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.helpers.checkpoints import VOCAB
 from tests.helpers.published_text import drawn
 from tests.helpers.served_cuts import Cuts
-from tests.helpers.toys import Tensor, write
+from tests.helpers.toys import Tensor, random_tensor, read_all, write
 
 PARAMS = {
     **{"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 96, "n_heads": 8, "n_kv_heads": 2},
@@ -47,40 +49,64 @@ CUTS = Cuts(
 )
 
 
-def _shapes(kind: str) -> dict[str, tuple[int, ...]]:
+_WIDE = {
+    "dim": 256,
+    "n_layers": 2,
+    "head_dim": 32,
+    "hidden_dim": 512,
+    "vocab_size": 1000,
+    "max_position_embeddings": 128,
+}
+FOR_ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("7b", _WIDE),
+    "mistral-tied": ("7b", _WIDE | {"tied_embeddings": True}),
+    "mistral-scaled": ("7b", _WIDE | {"llama_4_scaling": {"original_max_position_embeddings": 16, "beta": 0.1}}),
+    "mistral-large-3": ("large 3", _WIDE | {"n_kv_heads": 8}),
+    "mistral-latent-dense": ("large 3", _WIDE | {"n_kv_heads": 8, "moe": None}),
+}
+"""Those that vLLM loads, in sizes that its classes take."""
+
+
+def _shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The names and shapes of Mistral 7B, Mixtral, Mistral Large 3, Pixtral, or Mistral Small 3.1."""
-    found: dict[str, tuple[int, ...]] = {"tok_embeddings": (VOCAB, 64), "output": (VOCAB, 64), "norm": (64,)}
-    for i in range(2):
-        layer = {"attention_norm": (64,), "ffn_norm": (64,)}
-        if kind == "large 3":
-            layer |= {"attention.wq_a": (24, 64), "attention.q_a_norm": (24,), "attention.wq_b": (192, 24)}
-            layer |= {"attention.wkv_a_with_mqa": (24, 64), "attention.kv_a_norm": (16,)}
-            layer |= {"attention.wkv_b": (224, 16), "attention.wo": (64, 96)}
+    dim, heads, moe, vision = params["dim"], params["n_heads"], params.get("moe"), params.get("vision_encoder")
+    vocab, kv, head, wide = params["vocab_size"], params["n_kv_heads"], params["head_dim"], params["hidden_dim"]
+    found: dict[str, tuple[int, ...]] = {"tok_embeddings": (vocab, dim), "output": (vocab, dim), "norm": (dim,)}
+    for i in range(params["n_layers"]):
+        layer: dict[str, tuple[int, ...]] = {"attention_norm": (dim,), "ffn_norm": (dim,)}
+        if "kv_lora_rank" in params:
+            q, latent, turned = params["q_lora_rank"], params["kv_lora_rank"], params["qk_rope_head_dim"]
+            plain, out = params["qk_nope_head_dim"], params["v_head_dim"]
+            layer |= {"wq_a": (q, dim), "q_a_norm": (q,), "wq_b": (heads * (plain + turned), q)}
+            layer |= {"wkv_a_with_mqa": (latent + turned, dim), "kv_a_norm": (latent,)}
+            layer |= {"wkv_b": (heads * (plain + out), latent), "wo": (dim, heads * out)}
         else:
-            layer |= {"attention.wq": (128, 64), "attention.wo": (64, 128)}
-            layer |= {"attention.wk": (32, 64), "attention.wv": (32, 64)}
-        blocks = {"feed_forward": 96}
-        if kind == "large 3" and i == 1:
-            blocks = {"shared_experts": 32, **{f"experts.{expert}": 32 for expert in range(4)}}
-            layer["gate"] = (4, 64)
-        elif kind == "mixtral":
-            blocks = {f"feed_forward.experts.{expert}": 96 for expert in range(4)}
-            layer["feed_forward.gate"] = (4, 64)
-        for block, wide in blocks.items():
-            layer |= {f"{block}.w1": (wide, 64), f"{block}.w2": (64, wide), f"{block}.w3": (wide, 64)}
+            layer |= {"wq": (heads * head, dim), "wo": (dim, heads * head)}
+            layer |= dict.fromkeys(("wk", "wv"), (kv * head, dim))
+        layer = {name if name.endswith("n_norm") else f"attention.{name}": shape for name, shape in layer.items()}
+        blocks = {"feed_forward": wide}
+        if moe and "kv_lora_rank" in params and i >= moe["first_k_dense_replace"]:
+            own = moe["expert_hidden_dim"]
+            blocks = {"shared_experts": own, **{f"experts.{expert}": own for expert in range(moe["num_experts"])}}
+            layer["gate"] = (moe["num_experts"], dim)
+        elif moe and "kv_lora_rank" not in params:
+            blocks = {f"feed_forward.experts.{expert}": wide for expert in range(moe["num_experts"])}
+            layer["feed_forward.gate"] = (moe["num_experts"], dim)
+        for block, size in blocks.items():
+            layer |= {f"{block}.w1": (size, dim), f"{block}.w2": (dim, size), f"{block}.w3": (size, dim)}
         found |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
-    if kind in ("pixtral", "merged"):
+    if vision:
         found |= {"vision_encoder.patch_conv": (32, 3, 14, 14), "vision_encoder.ln_pre": (32,)}
-        for i in range(2):
+        for i in range(vision["num_hidden_layers"]):
             layer = {f"attention.w{letter}": (32, 32) for letter in "qkvo"} | {"attention_norm": (32,)}
             layer |= {"feed_forward.w1": (48, 32), "feed_forward.w2": (32, 48), "feed_forward.w3": (48, 32)}
             layer["ffn_norm"] = (32,)
             found |= {f"vision_encoder.transformer.layers.{i}.{name}": shape for name, shape in layer.items()}
-        found |= {"vision_language_adapter.w_in": (64, 32), "vision_language_adapter.w_out": (64, 64)}
-    if kind == "merged":
-        found |= {"pre_mm_projector_norm": (32,), "patch_merger.merging_layer": (32, 128)}
-    biased = {f"{name}.bias": (64,) for name in found if name.startswith("vision_language") and kind == "pixtral"}
-    return {f"{name}.weight": shape for name, shape in found.items()} | biased
+        found |= {"vision_language_adapter.w_in": (dim, 32), "vision_language_adapter.w_out": (dim, dim)}
+        if "mm_projector_id" in vision:
+            found |= {"pre_mm_projector_norm": (32,), "patch_merger.merging_layer": (32, 128)}
+    biased = [name for name in found if name.startswith("vision_language") and vision.get("adapter_bias", True)]
+    return {f"{name}.weight": shape for name, shape in found.items()} | {f"{name}.bias": (dim,) for name in biased}
 
 
 KINDS: dict[str, Mapping[str, Any]] = {
@@ -93,10 +119,13 @@ KINDS: dict[str, Mapping[str, Any]] = {
 
 
 def published(directory: Path, kind: str, files: int = 1, **params: Any) -> Path:
-    """Write one. params: what of params.json differs."""
-    tensors = {name: _bf16(tensor) for name, tensor in drawn(_shapes(kind)).items()}
-    directory.mkdir()
-    (directory / "params.json").write_text(json.dumps({**KINDS[kind], **params}))
+    """Write one. params: what of params.json differs; None leaves a key out."""
+    said = {key: value for key, value in {**KINDS[kind], **params}.items() if value is not None}
+    tensors = {name: _bf16(tensor) for name, tensor in drawn(_shapes(said)).items()}
+    if said.get("tied_embeddings"):
+        del tensors["output.weight"]
+    directory.mkdir(parents=True)
+    (directory / "params.json").write_text(json.dumps(said))
     (directory / "tekken.json").write_text("{}")
     if files == 1:
         write(directory / "consolidated.safetensors", tensors)
@@ -110,6 +139,20 @@ def published(directory: Path, kind: str, files: int = 1, **params: Any) -> Path
     index = directory / "consolidated.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
+
+
+def in_fp8(model: Path) -> Path:
+    """The same with matrices of layers in FP8, as in Mistral Large 3: one scale for each, and one for its inputs."""
+    rng, tensors = np.random.default_rng(1), read_all(model)
+    for name in [name for name in tensors if ".attention.w" in name or ".feed_forward.w" in name]:
+        tensors[name] = random_tensor(rng, "F8_E4M3", tensors[name].shape)
+        for scale in ("qscale_weight", "qscale_act"):
+            tensors[name.replace("weight", scale)] = random_tensor(rng, "F32", ())
+    write(model / "consolidated.safetensors", tensors)
+    said = json.loads((model / "params.json").read_text())
+    said["quantization"] = {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}
+    (model / "params.json").write_text(json.dumps(said))
+    return model
 
 
 def _bf16(tensor: Tensor) -> Tensor:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import tpshard
 from tests.helpers.by_hand import tensors_of, tensors_of_file
 from tests.helpers.command import fails, succeeds
-from tests.helpers.mistral_form import CUTS, PARAMS, published
+from tests.helpers.mistral_form import CUTS, in_fp8, published
 from tests.helpers.served_cuts import held
-from tests.helpers.toys import contents, random_tensor, read_all, write
+from tests.helpers.toys import contents, read_all
 from tpshard.execute.publish import Settings
 
 
@@ -49,21 +48,14 @@ def test_through_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not Path("out/config.json").exists() and Path("out/params.json").exists()
     assert succeeds("check", "out", "--source", "model").code == 0
     assert succeeds("verify", "out", "--source", "model", "--tier", "bytes", "--json").json["verdict"] == "pass"
-    refused = fails(4, "split", "model", "--tp", 2, "--format", "vllm", "-o", "vllm")
+    refused = fails(4, "split", "model", "--tp", 2, "--format", "sglang", "-o", "sglang")
     assert "'mistral_native'" in refused["message"]
 
 
 def test_fp8_scales_go_with_their_weights(quick: Settings, tmp_path: Path) -> None:
     """As in Mistral Large 3: one scale for each matrix, and one for what it is multiplied with."""
-    model, rng = published(tmp_path / "model", "7b"), np.random.default_rng(1)
+    model = in_fp8(published(tmp_path / "model", "7b"))
     tensors = read_all(model)
-    for name in [name for name in tensors if ".attention.w" in name or ".feed_forward.w" in name]:
-        tensors[name] = random_tensor(rng, "F8_E4M3", tensors[name].shape)
-        for scale in ("qscale_weight", "qscale_act"):
-            tensors[name.replace("weight", scale)] = random_tensor(rng, "F32", ())
-    write(model / "consolidated.safetensors", tensors)
-    quantised = PARAMS | {"quantization": {"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}}
-    (model / "params.json").write_text(json.dumps(quantised))
     tpshard.split(model, 2, tmp_path / "out", settings=quick)
     found = read_all(tmp_path / "out", "rank-00001-*.safetensors")
     assert found["layers.0.attention.wk.weight"].shape == (16, 64)

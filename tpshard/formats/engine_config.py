@@ -8,6 +8,7 @@ from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_nested import AsEngineHas
 from tpshard.formats.engine_patterns import exchanged, match
 from tpshard.formats.engine_tables import EngineFamily, Table
+from tpshard.planning.model import DTYPE_NAMES, Model
 
 HINT = "use --format native, or another engine's format"
 
@@ -22,6 +23,9 @@ def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, An
         if reason := table.refused_classes.get(str(name)):
             hint = "name a class that computes the same in `architectures` of config.json, or use --format native"
             raise UnsupportedError(f"{engine} {table.version} does not load {name}: {reason}", hint=hint)
+    for key, kind in table.kinds.get(model_type, {}).items():
+        if config.get(key):
+            return kind
     if classes is None:
         return model_type
     for name in given:
@@ -61,6 +65,14 @@ def require_config(engine: str, model_type: str, held: AsEngineHas) -> None:
         if key not in config:
             what = f"{engine} does not load {model_type} with a config that does not say {key}: {reason}"
             raise UnsupportedError(what, expected=key, hint="take the published config.json")
+
+
+def with_dtype(config: dict[str, Any], model: Model) -> dict[str, Any]:
+    """A config that says the dtype of its tensors: the given one, or its own, or the widest that they have."""
+    stored = {tensor.dtype for tensor in model.tensors}
+    widest = next((name for name, dtype in DTYPE_NAMES.items() if dtype in stored), None)
+    said = model.dtype or config.get("dtype") or widest
+    return config if said is None or config.get("dtype") == said else {**config, "dtype": said}
 
 
 def told_apart(family: EngineFamily, names: Mapping[str, str]) -> dict[str, str]:

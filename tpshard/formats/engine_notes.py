@@ -12,11 +12,21 @@ def notes_of(engine: str, table: Table, split: Split) -> tuple[str, ...]:
     """All of them, of a set whose names are those of a table."""
     stages, pp = split.layouts.stages, split.options.pp
     sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
-    others = (*_drafts(engine, table, split), *_unread(engine, table, split), *_quantised(engine, table, split))
+    others = (
+        *_told(engine, table, split),
+        *_drafts(engine, table, split),
+        *_unread(engine, table, split),
+        *_quantised(engine, table, split),
+    )
     if stages is None or sizes == even_layers(stages.layers.count, pp):
         return others
     variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
     return (f"{engine} deals layers otherwise by itself: set {variable} wherever it starts", *others)
+
+
+def _told(engine: str, table: Table, split: Split) -> tuple[str, ...]:
+    family = table.families.get(str(split.model.architecture.get("model_type")))
+    return (f"{engine} {family.told}",) if family and family.told else ()
 
 
 def _drafts(engine: str, table: Table, split: Split) -> tuple[str, ...]:

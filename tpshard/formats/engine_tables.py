@@ -99,6 +99,7 @@ class EngineFamily:
     every_stage: tuple[str, ...] = ()
     moved: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    told: str = ""
 
     def kind(self, name: str) -> NameKind:
         """What the table says of a tensor, looked up once for all names that differ in numbers alone."""
@@ -276,6 +277,7 @@ class Table:
     why it holds no quantised modules. heads: by what the names of classes end with, their head in place of a family's.
     classes: of model_types that are published with several classes, the model_type whose names each class has.
     refused_classes: classes that it does not load.
+    kinds: of model_types whose configs name no class, a key of the config and the entry whose names it goes with.
     """
 
     versions: tuple[str, ...]
@@ -293,6 +295,7 @@ class Table:
     refused_drafts: Mapping[str, str] = field(default_factory=dict)
     heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=8)
@@ -314,11 +317,10 @@ def load_table(path: Path, version: str | None = None) -> Table:
     made = {name: _speculator(speculators, families, name) for name in speculators}
     drafts = {each: made[name] for name, entry in speculators.items() for each in entry.get("model_types", ())}
     refused = {name: reason for name, reason in data["refused_models"].items() if reason}
-    versions, plain = tuple(data["versions"]), data.get("no_quantised", "")
+    versions = tuple(data["versions"])
     known = versions, version or versions[0], read, families, refused, quantised
-    classes, without = data.get("classes", {}), data.get("refused_drafts", {})
-    heads, gone = data.get("heads", {}), data.get("refused_classes", {})
-    return Table(*known, pipelines, experts, drafts, compared, plain, classes, without, heads, gone)
+    plain = {key: data.get(key, {}) for key in ("classes", "refused_classes", "kinds", "refused_drafts", "heads")}
+    return Table(*known, pipelines, experts, drafts, compared, data.get("no_quantised", ""), **plain)
 
 
 def _speculator(

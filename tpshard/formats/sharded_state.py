@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_config import HINT, named_as, require_config, told_apart, with_head
+from tpshard.formats.engine_config import HINT, named_as, require_config, told_apart, with_dtype, with_head
 from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
@@ -45,7 +45,7 @@ from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.placement import Placement, placement
 from tpshard.storage.local import Content, content_of
-from tpshard.storage.names import NOT_LOADED
+from tpshard.storage.names import CONFIG, META_PARAMS, NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
 from tpshard.storage.tensor_names import numbered
 
@@ -192,32 +192,37 @@ class ShardedState(Format):
         return {"rank": int(found[2]), "part": int(found[3]), "stage": int(found[1] or 0)} if found else None
 
     def side_files(self, split: Split, small: Mapping[str, Content]) -> dict[str, Content]:
-        """config.json says whether the head is tied as the files have it, and which modules are quantised."""
+        """config.json says whether the head is tied as the files have it, and which modules are quantised.
+
+        Mistral's params.json in its place says the dtype too, which engines else take from the files of that form.
+        """
         files = dict(small)
-        if "config.json" not in files:
+        file = next((each for each in (CONFIG, META_PARAMS) if each in files), None)
+        if file is None:
             return files
-        config = given = json.loads(content_of(files["config.json"]))
+        config = given = json.loads(content_of(files[file]))
         version = split.options.engine_version
         _, model, _ = self._as_engine_has(split.model, version)
         if model.tied:
             head, embedding = next(iter(model.tied.items()))
             stored = {model.full_name(tensor.name) for tensor in split.kept.tensors}
             tied = not {f"{head}.weight", f"{embedding}.weight"} <= stored
-            text = model.architecture.get("text")
-            config = with_flag(config, text["config"] if text else None, "tie_word_embeddings", tied)
+            text, key = model.architecture.get("text"), "tie_word_embeddings" if file == CONFIG else "tied_embeddings"
+            config = with_flag(config, text["config"] if text else None, key, tied)
+        config = with_dtype(config, model) if file == META_PARAMS else config
         config = completed(method_of(load_table(self.path, version).quantised, model, self.engine), split.model, config)
         if config != given or split.model.tied:
-            files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+            files[file] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
     def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
         """The engine's names of a model. UnsupportedError where they are not known, or where it does not load it."""
         table = table_of(self.path, self.engine, version)
         model_type = str(model.architecture.get("model_type"))
-        if reason := table.refused_models.get(model_type):
-            what = f"{self.engine} {table.version} does not load {model_type} from sharded_state"
-            raise self._unsupported(f"{what}: {reason}", others=self.versions.get(model_type, ()))
         named = named_as(self.engine, table, model_type, model.config)
+        if reason := table.refused_models.get(model_type) or table.refused_models.get(named):
+            what = f"{self.engine} {table.version} does not load {named} from sharded_state"
+            raise self._unsupported(f"{what}: {reason}", others=self.versions.get(named, ()))
         if model.architecture.get("text") or model_type in self.nested:
             found = self._nested(model, table)
         elif named in table.families:
