@@ -421,6 +421,8 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid-no-q-lora": ("bailing_hybrid", _RING | {"q_lora_rank": None}),
     "bailing_hybrid-v3": ("bailing_hybrid", _LING_3),
     "bailing_moe_v3": ("bailing_moe_v3", _LING_3 | {"gated_attention_proj_granularity_type": "element_wise"}),
+    "longcat_flash": ("longcat_flash", _LONGCAT),
+    "longcat_flash-plain": ("longcat_flash", _LONGCAT | {"mla_scale_q_lora": False, "zero_expert_num": 0}),
     "zamba2": ("zamba2", _ZAMBA | _TIED | {"mamba_ngroups": 4, "use_shared_attention_adapter": True}),
     "zamba2-one-group": ("zamba2", _ZAMBA | _TIED | {"mamba_ngroups": 1, "use_shared_attention_adapter": False}),
     "mamba2": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 4}),
@@ -443,7 +445,6 @@ WHOLE_EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe-tied", "olmoe", "granitemoe"
 """What vLLM loads."""
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "longcat_flash": ("longcat_flash", _LONGCAT),
     "gpt_neo": ("gpt_neo", _NEO),
     "mpt": ("mpt", _MPT),
     "bloom-untied": ("bloom", _BLOOM | _UNTIED),

@@ -152,7 +152,7 @@ FAMILIES = (
     Family("Ling 3.0, as bailing_moe_v3", "bailing_moe_v3", _engine("bailing_moe_v3"), verify="bytes", vllm=True),
     Family("Step 3.5", "step3p5", _text("step3p5"), verify="text", vllm=True),
     Family("Step 3.7", "step3p7", _served("step3p7"), verify="text", vllm=True),
-    Family("LongCat Flash", "longcat_flash", _served("longcat_flash"), verify="text"),
+    Family("LongCat Flash", "longcat_flash", _served("longcat_flash"), verify="text", vllm=True),
     Family("Laguna", "laguna", _saved("laguna"), vllm=True),
     Family("Inkling", "inkling_text", _saved("inkling")),
     Family("Muse Glimmer", "muse_glimmer", _engine("muse_glimmer"), vllm=True),

@@ -24,10 +24,9 @@ def rank(source: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
     return load_file(out / "model-rank-0-part-0.safetensors")
 
 
-def test_a_name_is_another_in_the_layers_that_attend() -> None:
-    family = EngineFamily(
-        layer="layers.*", attends=("layers.*.keys",), where_attends={"layers.*.dense": "layers.*.output"}
-    )
+def test_a_name_is_another_in_the_layers_that_have_something_else() -> None:
+    where = {"layers.*.keys": {"layers.*.dense": "layers.*.output"}}
+    family = EngineFamily(layer="layers.*", renamed_where=where)
     names = dict(enumerate(("layers.0.dense.weight", "layers.1.dense.weight", "layers.1.keys.weight", "dense.weight")))
     told = told_apart(family, {str(number): name for number, name in names.items()})
     assert list(told.values()) == [names[0], "layers.1.output.weight", *list(names.values())[2:]]

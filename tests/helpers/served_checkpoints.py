@@ -366,6 +366,7 @@ SERVED: dict[str, Served] = {
                 **{"kv_a_proj_with_mqa": (24, 64), "kv_a_layernorm": (16,), "o_proj": (64, 96)},
             }.items()},
         },
+        changes={"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     ),
     "mistral_large4": Served(
         "mistral_large4",

@@ -1,7 +1,7 @@
 """Functions of numbers, of which an engine stores the results.
 
 Of an exponential that is the float32 nearest to the true one, the same on every host; an engine's own may be the one
-beside it. Of a product it is the bfloat16 nearest to the float32 nearest to the true one, as engines have it.
+beside it. Of a product it is the number nearest to the float32 nearest to the true one, as engines have it.
 """
 
 import math
@@ -9,10 +9,10 @@ import struct
 import sys
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpshard.planning.box import Box, Shape
-from tpshard.planning.layout import FUNCTIONS, SCALED
+from tpshard.planning.layout import FUNCTIONS, SCALED, TIMES, is_result
 
 if TYPE_CHECKING:
     from numpy import float32
@@ -37,14 +37,18 @@ class BlockScales(NamedTuple):
     block: Box
 
 
-def computed(function: str, block: memoryview, dtype: str, scales: BlockScales | None = None) -> memoryview:
-    """A block of a tensor as what the function makes of it, in the function's dtype. Shape [n] → [n].
+def computed(
+    function: str, block: memoryview, dtype: str, result: str, scales: BlockScales | None = None
+) -> memoryview:
+    """A block of a tensor in one dtype as what the function makes of it, in the dtype `result`. Shape [n] → [n].
 
     scales: what SCALED multiplies with; numbers that have none and are in the dtype of the result stay.
     """
-    assert function in FUNCTIONS
+    assert is_result(function, result)
     if function == SCALED:
         return _scaled(block, dtype, scales)
+    if function.startswith(TIMES):
+        return _product(block, dtype, result, float(function.removeprefix(TIMES)))
     results = array("f", [-math.inf if x > _BEYOND else -math.exp(x) for x in _numbers(block, dtype)])
     if sys.byteorder == "big":
         results.byteswap()
@@ -65,11 +69,38 @@ def _scaled(block: memoryview, dtype: str, scales: BlockScales | None) -> memory
     rows, columns = numpy.divmod(flat, scales.of[1])
     height, width = (size // count for size, count in zip(scales.of, scales.shape, strict=True))
     with numpy.errstate(all="ignore"):
-        products = (values * held[rows // height, columns // width]).astype("<f4")
-    bits = products.view("<u4")
+        return memoryview(_bfloat16(values * held[rows // height, columns // width]))
+
+
+def _product(block: memoryview, dtype: str, result: str, factor: float) -> memoryview:
+    """The numbers, rounded to the dtype that the results have, times a number: what torch computes of these."""
+    import numpy
+
+    wide = "<f8" if result == "F64" else "<f4"
+    with numpy.errstate(all="ignore"):
+        numbers = numpy.array(_numbers(block, dtype), "<f8")
+        if dtype != result:
+            numbers = numpy.array(_numbers(memoryview(_rounded(numbers, result)), result), "<f8")
+        return memoryview(_rounded(numbers.astype(wide) * numpy.array(factor, wide), result))
+
+
+def _rounded(numbers: "NDArray[Any]", dtype: str) -> bytes:
+    """The nearest numbers of a dtype."""
+    if dtype == "BF16":
+        return _bfloat16(numbers)
+    stored: bytes = numbers.astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).tobytes()
+    return stored
+
+
+def _bfloat16(numbers: "NDArray[Any]") -> bytes:
+    import numpy
+
+    numbers = numbers.astype("<f4")
+    bits = numbers.view("<u4")
     nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # ties to even
-    nearest[numpy.isnan(products)] = 0x7FC0
-    return memoryview(nearest.astype("<u2").tobytes())
+    nearest[numpy.isnan(numbers)] = 0x7FC0
+    stored: bytes = nearest.astype("<u2").tobytes()
+    return stored
 
 
 def _of_fp8() -> "NDArray[float32]":

@@ -61,7 +61,7 @@ class Loader:
             self._compare(step, flat, block, buffer)
         if step.function:
             assert step.source_dtype is not None
-            return computed(step.function, buffer, step.source_dtype, self._scales(step, block))
+            return computed(step.function, buffer, step.source_dtype, step.target_dtype, self._scales(step, block))
         if step.source_dtype != step.target_dtype:
             assert self.convert is not None and step.source_dtype is not None
             return self.convert(buffer, step.source_dtype, step.target_dtype, step.name)

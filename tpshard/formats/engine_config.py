@@ -76,12 +76,17 @@ def with_dtype(config: dict[str, Any], model: Model) -> dict[str, Any]:
 
 
 def told_apart(family: EngineFamily, names: Mapping[str, str]) -> dict[str, str]:
-    """Full names, by tensor, with what `where_attends` and `spelled` say: no pattern knows a layer, or a number."""
-    layers = family.attending(names.values()) if family.where_attends else ()
+    """Full names, by tensor, with what `renamed_where` and `spelled` say: no pattern knows a layer, or a number."""
+    where = [
+        ({family.layer_of(name) for name in names.values() if match(pattern, name)}, renamed)
+        for pattern, renamed in family.renamed_where.items()
+    ]
     found = {}
     for tensor, name in names.items():
-        inside = layers and family.layer_of(name) in layers
-        found[tensor] = _spelled(family, exchanged(family.where_attends, name) if inside else name)
+        layer = family.layer_of(name)
+        for layers, renamed in where:
+            name = exchanged(renamed, name) if layer in layers else name
+        found[tensor] = _spelled(family, name)
     return found
 
 

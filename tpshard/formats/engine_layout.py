@@ -8,11 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
+from tpshard.formats.engine_functions import computed, function_of
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
 from tpshard.planning.deal import Deal, Range, deal, why_not
-from tpshard.planning.layout import FUNCTIONS, SCALED, LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
+from tpshard.planning.layout import SCALED, LogicalTensor, Part, RankShare, Row, RowKind, StoredTensor, shard
 from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.window import window
 from tpshard.storage.tensor_names import numbered
@@ -57,7 +58,7 @@ def shares_of(
             continue
         kind = kinds[tensor.name]
         turned = kind.transposed or (kind.either and _is_turned(tensor))
-        function = SCALED if tensor.name in scaled else kind.function
+        function = SCALED if tensor.name in scaled else function_of(kind.function, model.config)
         how = (turned, kind.squeezed, function)
         key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, kind.shaped, *how)
         if kind.function and tensor.dtype not in CASTABLE:
@@ -70,7 +71,7 @@ def shares_of(
             held = tuple(_squeezed(share, tensor.shape) for share in held) if kind.squeezed else held
             held = tuple(_shaped(share, kind.shaped) for share in held) if kind.shaped else held
             held = tuple(map(transposed, held)) if turned else held
-            known[key] = tuple(_computed(share, function) for share in held) if function else held
+            known[key] = tuple(computed(share, function, model) for share in held) if function else held
         shares[tensor.name] = known[key]
     return shares
 
@@ -249,11 +250,6 @@ def _at_least(least: Mapping[str, int], tensor: LogicalTensor, held: tuple[Share
         return share._replace(shape=shape, fills=(*share.fills, box))
 
     return tuple(map(padded, held))
-
-
-def _computed(share: Share, function: str) -> Share:
-    """What a function makes of the share's numbers."""
-    return share._replace(dtype=FUNCTIONS[function], function=function)
 
 
 def recipes_of(

@@ -12,6 +12,7 @@ from math import prod
 from typing import Any
 
 from tpshard.errors import UnsupportedError
+from tpshard.formats.engine_functions import dtype_of
 from tpshard.formats.engine_layout import ParameterParts, Share
 from tpshard.formats.engine_patterns import match
 from tpshard.formats.engine_places import with_scales
@@ -19,7 +20,7 @@ from tpshard.formats.engine_tables import Constant, EngineFamily, Method, Quanti
 from tpshard.planning.box import Shape, full
 from tpshard.planning.join import is_grid
 from tpshard.planning.layout import SCALED, LogicalTensor, RankShare, Row, RowKind, StoredTensor
-from tpshard.planning.model import CASTABLE, DTYPE_NAMES, Model
+from tpshard.planning.model import CASTABLE, Model
 from tpshard.storage.names import QUANTISED_KEYS
 
 _HINT = "use --format native"
@@ -270,16 +271,9 @@ def _without(shape: Shape, dim: int | None) -> Shape:
 
 
 def _constant(constant: Constant, shape: Shape, model: Model) -> RankShare:
-    dtype = constant.dtype or _dtype_of(model)
+    dtype = constant.dtype or dtype_of(model)
     value = _bytes_of(constant.value, dtype) if constant.value else b""
     return RankShare(StoredTensor("", dtype, shape, (), (full(shape),), None, value), ())
-
-
-def _dtype_of(model: Model) -> str:
-    """The dtype that the engine computes the model in."""
-    named = model.dtype or model.config.get("dtype") or model.config.get("torch_dtype")
-    found = DTYPE_NAMES.get(str(named).removeprefix("torch."), "F32")
-    return found if found in CASTABLE else "F32"
 
 
 def _bytes_of(value: float, dtype: str) -> bytes:

@@ -91,7 +91,7 @@ class EngineFamily:
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stands_in: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
-    where_attends: Mapping[str, str] = field(default_factory=dict)
+    renamed_where: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

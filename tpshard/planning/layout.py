@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
-from math import prod
+from math import isfinite, prod
 from typing import NamedTuple, overload
 
 from tpshard.errors import UnsupportedError
@@ -33,6 +33,18 @@ SCALED = "*_scale_inv"
 """The numbers in FP8, each times the scale of its block: the tensor of that name and what follows the star."""
 FUNCTIONS = {"-exp": "F32", SCALED: "BF16"}
 """What a stored number may be of the source's, and the dtype of the result."""
+TIMES = "* "
+"""What stands before a number by which all are multiplied, in the dtype that is stored: another kind of function."""
+
+
+def is_result(function: str, dtype: str) -> bool:
+    """Whether a function's results may be stored in a dtype."""
+    if not isinstance(function, str) or not function.startswith(TIMES):
+        return FUNCTIONS.get(function) == dtype
+    try:
+        return isfinite(float(function.removeprefix(TIMES))) and dtype in ("F64", "F32", "F16", "BF16")
+    except ValueError:
+        return False
 
 
 class Part(NamedTuple):
@@ -53,7 +65,7 @@ class StoredTensor(NamedTuple):
     """One tensor of one rank: parts of logical tensors, and boxes of a constant (padding).
 
     view: the shape in which parts and fills see it, if not its own. value: the bytes of one element of the fills;
-    none for zeros. function: by which it is computed from its parts (one of FUNCTIONS), so that it gives nothing back.
+    none for zeros. function: by which it is computed from its parts (`is_result`), so that it gives nothing back.
     """
 
     name: str

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any
 
 from tpshard.planning.box import Box, Shape, full, tiles, volume
-from tpshard.planning.layout import FUNCTIONS, Layout, LogicalTensor, StoredTensor
+from tpshard.planning.layout import Layout, LogicalTensor, StoredTensor, is_result
 from tpshard.planning.strides import placed_box
 from tpshard.storage.safetensors import DTYPE_BITS, MAX_DIMS
 
@@ -60,7 +60,7 @@ def _fits(stored: StoredTensor, shapes: Mapping[str, Shape]) -> bool:
     view = stored.shape if stored.view is None else stored.view
     if not (_is_shape(view) and prod(view) == prod(stored.shape)):
         return False
-    if stored.function and FUNCTIONS.get(stored.function) != stored.dtype:
+    if stored.function and not is_result(stored.function, stored.dtype):
         return False
     if len(stored.value) not in (0, max(1, DTYPE_BITS[stored.dtype] // 8)):
         return False

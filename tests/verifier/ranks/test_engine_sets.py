@@ -19,6 +19,7 @@ from tests.helpers import served_checkpoints
 from tests.helpers import transformers_runs as library
 from tests.helpers.checkpoints import VARIANTS, build, make
 from tests.helpers.command import succeeds
+from tests.helpers.command import tpshard as command
 from tests.helpers.grids import in_turn, one_in
 from tests.helpers.toys import read_all
 from tpshard.api import convert as api
@@ -212,6 +213,40 @@ def test_there_and_back_of_a_published_form(tmp_path: Path) -> None:
     require_proved(out, model, masked=True)
 
 
+def test_norms_that_are_multiplied(tmp_path: Path) -> None:
+    """There, back and proved; and as they were before, or multiplied by another number, they are found."""
+    model, out, merged = served_checkpoints.make("longcat_flash", tmp_path / "model"), tmp_path / "out", tmp_path / "m"
+    succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
+    succeeds("check", out, "--source", model)
+    succeeds("merge", out, "-o", merged, "--no-fsync")
+    whole = {name: each for name, each in read_all(model).items() if not name.startswith("model.mtp.")}
+    assert read_all(merged) == whole
+    name, theirs = (
+        "model.layers.1.self_attn.0.mla_attn.q_a_layernorm.weight",
+        "model.layers.1.self_attn.0.q_a_layernorm",
+    )
+    held, stored = (
+        load_file(next(at.glob(files))) for at, files in ((out, "model-rank-1-*"), (model, "*.safetensors"))
+    )
+    assert torch.equal(held[name], stored[f"{theirs}.weight"] * (64 / 24) ** 0.5)
+    asked = (
+        "verify",
+        out,
+        "--source",
+        model,
+        "--tier",
+        "bytes,weights,exact",
+        "--allow-not-run",
+        "model.mtp",
+        "--json",
+    )
+    assert (found := succeeds(*asked).json)["verdict"] == "pass", found["reason"]
+    for wrong in (stored[f"{theirs}.weight"], torch.nextafter(held[name], held[name] + 1)):
+        rewrite(out, 1, lambda tensors, wrong=wrong: tensors.update({name: wrong}))
+        found = command("verify", out, "--source", model, "--tier", "weights", "--allow-not-run", "model.mtp", "--json")
+        assert found.code == 1 and theirs in found.json["reason"]
+
+
 def require_proved(out: Path, model: Path, *, masked: bool) -> None:
     tiers = "bytes,weights,exact" if masked else "bytes,weights"
     found = succeeds("verify", out, "--source", model, "--tier", tiers, "--json").json
@@ -247,6 +282,7 @@ def test_every_name_that_vllm_has_is_tried() -> None:
         # in test_newest_sets.py
         *("deepseek_v4", "ernie4_5_vl_moe_text", "gemma4_unified_text", "glm5_next_text", "minicpm", "molmo2_text"),
         *("muse_glimmer_text", "zamba2"),
+        "longcat_flash",
     }
     assert tried <= known.keys()
     alike = [known[name] for name in ("llama", "nemotron", "deepseek_v3", "falcon", "olmo2", "solar_open")]

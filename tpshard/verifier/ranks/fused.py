@@ -12,7 +12,7 @@ import torch
 from tpshard.errors import DifferentError
 from tpshard.storage.torch_pickle import DTYPES
 from tpshard.verifier.ranks.open import FileWeights
-from tpshard.verifier.ranks.pieces import Columns, Logarithm, RankPiece, Rows, Stored, Turned
+from tpshard.verifier.ranks.pieces import Columns, Logarithm, Quotient, RankPiece, Rows, Stored, Turned
 from tpshard.verifier.ranks.vllm_names import Names, fused_of
 from tpshard.verifier.ranks.weights import named
 
@@ -109,6 +109,13 @@ class Parts:
         rows = self.source.shape(name)[0]
         share = torch.arange(rows * self.rank // self.tp, rows * (self.rank + 1) // self.tp)
         return name, Logarithm(stored, Rows(Stored(self.source, name), share))
+
+    def of_product(self, tensor: str, stored: Stored, factor: float) -> tuple[str, RankPiece]:
+        """A tensor that is stored whole and times a number."""
+        name = self.in_source(tensor)
+        if name is None:
+            raise self._differs(stored, "is of a tensor that the source does not have", tensor, "none")
+        return name, Quotient(stored, Stored(self.source, name), factor)
 
     def experts(
         self, which: str, suffix: str, stored: Stored, turned: Sequence[str], numbers: tuple[int, int]

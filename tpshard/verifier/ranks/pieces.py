@@ -24,6 +24,7 @@ def rows_at(read: Callable[[int, int], Tensor], index: Tensor) -> Tensor:
 
 
 _LAST_BITS = 2.0**-22
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,33 @@ class Logarithm:
         return source.to(found.dtype).where(same, (-found).log())
 
 
-RankPiece = Stored | Rows | Turned | Columns | Joined | Logarithm
+@dataclass(frozen=True)
+class Quotient:
+    """What another piece is times a number: the source's number where that makes what is stored, bit for bit.
+
+    A source in a wider dtype is rounded before it is multiplied, as it is for all that is not.
+    """
+
+    piece: "RankPiece"
+    source: "RankPiece"
+    factor: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.piece.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        found = self.piece.rows(start, stop)
+        if self.source.shape != self.shape:
+            return found / self.factor
+        source = self.source.rows(start, stop).to(found.dtype)
+        quotient = found / self.factor
+        same = quotient == source  # although the product is another: its quotient may be rounded to the same number
+        neighbour = (source.view(_BITS[source.element_size()]) ^ 1).view(source.dtype)
+        return source.where(source * self.factor == found, neighbour.where(same, quotient))
+
+
+RankPiece = Stored | Rows | Turned | Columns | Joined | Logarithm | Quotient
 """A tensor that is made of stored ones: it has a shape, and gives its rows from one to another."""
 
 

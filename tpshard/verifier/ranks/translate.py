@@ -79,7 +79,7 @@ def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]
         names = (VLLM[model_type],) if beside is None else names_in(source, VLLM[model_type], beside)
         text = tuple(f"{each}." for each in texts_in(beside)) if beside else ()
         other = names[-1] if beside else None
-        made = [_complete(Rank(opened.ranks, names[0], family, rank, source, other, text)) for rank in every]
+        made = [_complete(Rank(opened.ranks, names[0], family, rank, source, config, other, text)) for rank in every]
         embedding = names[0].of(f"{beside.text}model.{family.embed}.weight") if beside else ""
         return [_tied(pieces, config, family, embedding) for pieces in made]
     made = [dict(published.deepseek(weights)) for weights in opened.ranks]
@@ -127,6 +127,8 @@ def _described(config: Mapping[str, Any]) -> Family:
     sizes = {key: config[key] for key in _SIZES if config.get(key)}
     if isinstance(listed := config.get("layers_block_type"), list):
         sizes.setdefault("num_hidden_layers", len(listed))  # a newer config says what every layer is, not how many
+    elif config.get("num_layers") is not None:
+        sizes.setdefault("num_hidden_layers", config["num_layers"])
     sizes.setdefault("num_attention_heads", 1)  # of Mamba alone nothing attends
     return describe(config if model_type in FAMILIES else {**sizes, "model_type": "llama"})
 

@@ -4,8 +4,9 @@ Only names are a table. What a fused parameter holds follows from shapes, the so
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Rank:
     family: Family
     rank: int
     source: FileWeights
+    config: Mapping[str, Any]
     beside: Names | None = None
     text: tuple[str, ...] = ()
 
@@ -70,6 +72,8 @@ class Rank:
             yield from self._of_even_shares(parts, tensor, stored)
         elif suffix == "A" and parts.has(logarithm := parts.one(f"{tensor}_log")):
             yield parts.of_exponential(logarithm, stored)
+        elif (one := parts.one(tensor)) in names.multiplied:
+            yield parts.of_product(one, stored, self._factor(*names.multiplied[one]))
         elif tensor in names.turned:
             yield f"{layer}{parts.one(tensor)}", Turned(stored)
         elif module == names.grouped and self.family.fused in ("heads", "groups"):
@@ -84,6 +88,10 @@ class Rank:
                     rows = torch.arange(piece.shape[0]).view(-1, 2, self.family.head_dim // 2)
                     piece = Rows(piece, rows.mT.flatten())
                 yield name, piece
+
+    def _factor(self, above: str, below: str, switch: str) -> float:
+        """The root of a ratio of the config's numbers, or 1 where it says that none is taken."""
+        return (self.config[above] / self.config[below]) ** 0.5 if self.config.get(switch) else 1.0
 
     def _numbers(self, names: Names, stack: str, stored: Stored) -> tuple[int, int]:
         """The first expert of a stack that all ranks have a share of, and of one of which each rank has some whole."""

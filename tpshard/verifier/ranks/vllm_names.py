@@ -84,6 +84,7 @@ class Names:
     adds, and the others hold zeros of. paired: modules of the source with each head's even rows before its odd ones.
     even: modules, as a pattern, of which each rank has an even share, and that are computed whole. stacks: those of a
     layer's experts that are numbered on from the one before. stacked: tensors = what other families call such experts.
+    multiplied: tensors = two of the config's numbers, the root of whose ratio they are times, and what must be true.
     """
 
     roots: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +99,7 @@ class Names:
     even: str = r"(?!)"
     stacks: tuple[str, ...] = ()
     stacked: Mapping[str, str] = field(default_factory=dict)
+    multiplied: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def beside(self, source: Collection[str]) -> "Names":
         """The names for a source with these tensors."""
@@ -166,6 +168,21 @@ VLLM: Mapping[str, Names] = {
         spelled={"text_experts_gate.weight": ("gate.weight",), "vision_experts_gate.weight": ("gate.weight_1",)},
         turned=("mlp.text_experts_gate.weight", "mlp.vision_experts_gate.weight"),
         stacks=("text_experts", "vision_experts"),
+    ),
+    "longcat_flash": Names(
+        spelled={
+            **{f"self_attn.{half}.mla_attn": (f"self_attn.{half}",) for half in (0, 1)},
+            f"experts.routed_experts.{_CHOICE}": (f"router.{_CHOICE}",),
+        },
+        multiplied={
+            f"self_attn.{half}.{which}_a_layernorm.weight": (
+                "hidden_size",
+                f"{which}_lora_rank",
+                f"mla_scale_{which}_lora",
+            )
+            for half in (0, 1)
+            for which in ("q", "kv")
+        },
     ),
     "minicpm": Names(
         stacked={
