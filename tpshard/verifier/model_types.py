@@ -31,7 +31,7 @@ AMONG_ZEROS = frozenset(
         " ernie4_5_vl_moe_text falcon_mamba gemma4_unified_text glm5_next_text hy_v4 inkling_text jetmoe"
         " kimi_linear laguna longcat_flash mamba2 mellum minimax minimax_m3_text"
         " minimax_m3_vl_text mistral_large4 mllama_text_model molmo2_text muse_glimmer_text"
-        " olmo_hybrid phi4_multimodal step3p5 step3p7_text youtu zamba2"
+        " olmo_hybrid phi4_multimodal qwen4_exp_text step3p5 step3p7_text youtu zamba2"
     ).split()
 )
 """Of any other class of transformers that `verify` runs, those that the tests run, with right rules and wrong ones."""

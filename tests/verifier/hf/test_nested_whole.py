@@ -46,10 +46,7 @@ def verified(model: Path, out: Path, tiers: str, *more: object) -> Any:
 
 ONE_FORM = {"muse_glimmer", "phi4_multimodal", "glm5_next"}  # the last has a test of its own
 SERVED = [("mistral_large4", True)]
-STUMBLES = {"qwen4_exp"}
-"""Whose class cannot decode two prompts at a time: its indexer keeps positions of both, and is given those of one."""
-RUN = [name for name in NESTED if name not in STUMBLES]
-FORMS = [(name, published) for name in RUN for published in (True, False) if published or name not in ONE_FORM]
+FORMS = [(name, published) for name in NESTED for published in (True, False) if published or name not in ONE_FORM]
 
 
 @pytest.mark.parametrize(("name", "published"), some([*FORMS, *SERVED], [("molmo2", True)]))

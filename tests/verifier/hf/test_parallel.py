@@ -131,7 +131,6 @@ def test_every_model_type_with_rules_is_run() -> None:
         "minimax_text_01",
         "minimax_m1",
     }
-    remote |= {"qwen4_exp_text"}
     assert rules - remote <= FAMILIES.keys() | TRIED | AMONG_ZEROS | COMPUTES_AS.keys() | BY_CONFIG.keys()
     assert FAMILIES.keys() == DECODED
     assert {name for name in rules if proved_by(name) == "bytes"} == remote
@@ -139,9 +138,8 @@ def test_every_model_type_with_rules_is_run() -> None:
 
 
 def test_every_architecture_has_a_variant() -> None:
-    unknown = {"qwen4_exp_text"}
     known = {VARIANTS[name].model_type for name in (*library.VARIANTS, *NEWER)} - AMONG_ZEROS
-    assert known == TRIED | unknown
+    assert known == TRIED
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,14 @@ class MaskedFeeder:
                     hooks.enter_context(module.register_forward_pre_hook(feed, with_kwargs=True))
                 elif compare and module._parameters:
                     hooks.enter_context(module.register_forward_hook(partial(self._part, name)))
-                if compare and name in self.names:
-                    hooks.enter_context(module.register_forward_hook(partial(self._judge, name)))
+                if name in self.names:
+                    seen = self._judge if compare else self._count
+                    hooks.enter_context(module.register_forward_hook(partial(seen, name)))
             yield
+
+    def _count(self, name: str, *_: Any) -> None:
+        """The next call has the inputs of the next one: a module may be called for each token."""
+        self.calls[name] += 1
 
     def _share(self, name: str) -> PlacedShare | None:
         each = self.shares.get(f"{name}.weight")
