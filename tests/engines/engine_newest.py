@@ -218,6 +218,10 @@ LATER: dict[str, Published] = {
         | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 4}
         | {"indexer_compress_ratio": 2, "output_gate_type": "sigmoid"},
     ),
+}
+"""What vLLM loads."""
+
+LATER: dict[str, Published] = {
     "inkling": Published(
         "inkling_text",
         _TEXT

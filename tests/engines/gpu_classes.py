@@ -35,6 +35,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
 _NAMES = {
     "vllm.v1.attention.backends.fa_utils": (
         *("compile_flash_attn_varlen_func_from_specs", "flash_attn_varlen_func", "get_scheduler_metadata"),
+        "reshape_and_cache_flash",
     ),
 }
 """The same of modules that every build has."""

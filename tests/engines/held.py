@@ -67,6 +67,8 @@ _OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(
 """Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
 _NO_VALUES = re.compile(r".*\.w(13|2)_input_scale")
 """Parameters that are made with whatever lay in memory, where weights alone are quantised; compared as 1."""
+_IDLE = re.compile(r".*\.input_mix_weight_down_block_inject\.weight")
+"""Parameters with rows behind what is loaded, which nobody loads and nobody reads; compared as zeros."""
 _PADDED = re.compile(r".*\.w(13|2)_weight|.*\.attn_sink")
 """Parameters that may be larger than what is loaded, and keep there what they were made with."""
 
@@ -288,6 +290,8 @@ def load(job: dict[str, object], rank: int, meeting: Path) -> None:
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
     for name in {*filter(_PADDED.fullmatch, made.keys() & held.keys())} - {*own, *unset}:
         held[name] = torch.where(held[name].double() == UNSET, made[name], held[name])
+    for name in filter(_IDLE.fullmatch, held):
+        held[name] = torch.where((held[name].double() == UNSET).all(-1, keepdim=True), 0.0, held[name])
     if unset and not job["partial"]:
         raise RuntimeError(f"not loaded: {unset}")
     complaints.lines = [line for line in complaints.lines if "dtype" not in line]

@@ -9,6 +9,7 @@ from typing import Any
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.engine_functions import computed, function_of
+from tpshard.formats.engine_rows import shares_in_line
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
@@ -18,8 +19,6 @@ from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.window import window
 from tpshard.storage.tensor_names import numbered
 
-VOCAB_MULTIPLE = 64
-"""Both engines pad vocabularies to a multiple of this before they cut them (their DEFAULT_VOCAB_PADDING_SIZE)."""
 Share = StoredTensor
 """A rank's share of one logical tensor, before it is named, fused or stacked: the names in it count for nothing."""
 
@@ -28,13 +27,15 @@ Share = StoredTensor
 class ParameterParts:
     """What one of the engine's parameters is made of: lists of tensors to fuse, one list for every stacked expert.
 
-    dim: along which they are fused. flat: an expert has one number, and no dim for it.
+    dim: along which they are fused. flat: an expert has one number, and no dim for it. multiple: of which the size of
+    that dim is one, with zeros behind what is fused.
     """
 
     groups: tuple[tuple[str, ...], ...]
     stacked: bool = False
     dim: int = 0
     flat: bool = False
+    multiple: int = 1
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -50,8 +51,7 @@ def shares_of(
     scaled: those that it multiplies by their scales.
     """
     kinds = {tensor.name: family.kind(model.full_name(tensor.name)) for tensor in tensors}
-    in_line = [tensor for tensor in tensors if kinds[tensor.name].cut == "joint"]
-    shares = _joint(sorted(in_line, key=lambda each: kinds[each.name].fused[0].place), dealt.mesh.tp)
+    shares = shares_in_line(family, model, tensors, dealt.mesh.tp)
     known: dict[object, tuple[Share, ...]] = {}
     for tensor in tensors:
         if tensor.name in shares:
@@ -112,30 +112,6 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
         zeros = held[0]._replace(parts=(), fills=(full(tensor.shape),))
         return (held[0], *(zeros for _ in held[1:]))
     return held
-
-
-def _joint(tensors: Sequence[LogicalTensor], tp: int) -> dict[str, tuple[Share, ...]]:
-    """The shares of vocabularies that follow one another, cut as one: a rank may have nothing of some."""
-    total = -(-sum(tensor.shape[0] for tensor in tensors) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if total % tp:
-        found, name = f"{total} rows on {tp} ranks", tensors[0].name
-        raise UnsupportedError("vocabularies that are cut as one do not divide", tensor=name, found=found, hint="--tp")
-    size, first, shares = total // tp, 0, {}
-    for tensor in tensors:
-        rows, *rest = tensor.shape
-        held = []
-        for rank in range(tp):
-            low, high = (min(max(end - first, 0), rows) for end in (rank * size, (rank + 1) * size))
-            parts = (
-                (Part(tensor.name, slab(tensor.shape, 0, low, high), (0,) * len(tensor.shape)),) if low < high else ()
-            )
-            padded = (rank + 1) * size - max(first + rows, rank * size) if tensor is tensors[-1] else 0
-            shape = (high - low + max(padded, 0), *rest)
-            fills = (slab(shape, 0, high - low, shape[0]),) if padded > 0 else ()
-            held.append(StoredTensor(tensor.name, tensor.dtype, shape, parts, fills))
-        shares[tensor.name] = tuple(held)
-        first += rows
-    return shares
 
 
 def _even(tensor: LogicalTensor, cut: Cut, tp: int) -> Axis:
@@ -260,18 +236,21 @@ def recipes_of(
     alone: tensors that count for all that are fused with theirs. first: how many experts the first of two stacks has.
     """
     found: dict[tuple[str, str, int], dict[int | None, dict[int, str]]] = {}
+    counted = set[tuple[str, str]]()
     for name, full_name in named.items():
         _, numbers = numbered(full_name)
-        for target, place, into, stacked, dim, behind in family.kind(full_name).fused:
+        for target, place, into, stacked, dim, behind, is_counted in family.kind(full_name).fused:
             group = None if stacked is None else numbers[stacked]
             if first is not None and group is not None and behind != (group >= first):
                 continue
-            found.setdefault((into.format(*numbers), target, dim), {}).setdefault(group, {})[place] = name
+            key = (into.format(*numbers), target, dim)
+            found.setdefault(key, {}).setdefault(group, {})[place] = name
+            counted |= {key[:2]} if is_counted else set()
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
     for (into, target, dim), groups in found.items():
         patterns = family.parts(target, dim)
-        whole = len(patterns)
+        whole = len(patterns) if (into, target) not in counted else 1 + max(map(max, groups.values()))
         for parts in groups.values():
             for place, pattern in enumerate(patterns):
                 other = family.stands_in.get(pattern)
@@ -293,7 +272,7 @@ def recipes_of(
             continue
         ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
         made = tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered)
-        recipes[into] = ParameterParts(made, None not in groups, dim)
+        recipes[into] = ParameterParts(made, None not in groups, dim, multiple=family.padded.get(target, 1))
         members |= {name: into for group in groups.values() for name in group.values()}
     result: dict[str, ParameterParts] = {}
     for name, full_name in named.items():
@@ -375,6 +354,11 @@ def _join(
                 filled = (*box[:dim], (start + begin, stop + begin), *box[dim + 1 :])
                 fills.append(((expert, expert + 1), *filled) if recipe.stacked else filled)
             begin += share.shape[dim]
+    if begin % recipe.multiple:
+        assert not recipe.stacked
+        padded = -(-begin // recipe.multiple) * recipe.multiple
+        fills.append(slab((*first.shape[:dim], padded, *first.shape[dim + 1 :]), dim, begin, padded))
+        begin = padded
     shape = (*first.shape[:dim], begin, *first.shape[dim + 1 :])
     shape = (len(recipe.groups), *shape) if recipe.stacked else shape
     stored, view = (shape[:1], shape) if recipe.flat else (shape, None)

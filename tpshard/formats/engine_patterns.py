@@ -1,6 +1,6 @@
 """Patterns of an engine's table: a pattern fits a tensor, or a module and all in it.
 
-`*` is one component of a name, and so are those that stand for experts.
+`*` is one component of a name, and so are those that stand for experts. `shard_#` is one with a number at its end.
 """
 
 import re
@@ -44,6 +44,12 @@ def stars_of(pattern: str) -> tuple[tuple[int, ...], int | None, int]:
     return stars, stacks[0] if stacks else None, len(parts)
 
 
+def number_in(pattern: str, name: str) -> int | None:
+    """The number of a part that a pattern with such a component fits; None of other patterns."""
+    found = _compile(pattern).fullmatch(name)
+    return int(found[1]) if found is not None and found.groups() else None
+
+
 def fits_any(patterns: tuple[str, ...], name: str) -> bool:
     """Whether one of the patterns fits a tensor's name."""
     return any(match(pattern, name) for pattern in patterns)
@@ -59,5 +65,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
             parts.append(r"\d+")
         else:
             assert "*" not in part, f"{pattern}: a star is a whole component"
-            parts.append("".join(p if p.startswith("[") else re.escape(p) for p in re.split(r"(\[[^]]*\])", part)))
+            begun, number = (part[:-1], r"(\d+)") if part.endswith(STACK) else (part, "")
+            plain = "".join(p if p.startswith("[") else re.escape(p) for p in re.split(r"(\[[^]]*\])", begun))
+            parts.append(plain + number)
     return re.compile(r"\.".join(parts) + r"(?:\..+)?")

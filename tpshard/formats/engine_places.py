@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
+from tpshard.errors import CorruptError
 from tpshard.formats.engine_patterns import exchanged, match
 from tpshard.formats.engine_tables import EngineFamily
 
@@ -17,3 +18,13 @@ def with_scales(family: EngineFamily, names: Collection[str]) -> Iterator[str]:
         found.setdefault(layer, {pattern.replace("*", str(layer)): None for pattern in family.scales})
     for _, modules in sorted(found.items(), key=lambda each: each[0] or 0):
         yield from modules
+
+
+def require_kept(family: EngineFamily, names: Collection[str]) -> None:
+    """CorruptError where a checkpoint has not all buffers that the engine keeps with what it has."""
+    for buffer, beside in family.kept.items():
+        layers, complete = ({family.layer_of(name) for name in names if match(each, name)} for each in (beside, buffer))
+        for layer in sorted(layers - complete, key=str):
+            name = buffer.replace("*", str(layer))
+            what = "a buffer that the engine keeps with its weights is not in the checkpoint"
+            raise CorruptError(what, tensor=name, hint="take the published files, or use --format native")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpshard.formats.engine_entries import as_of, below, merged
-from tpshard.formats.engine_patterns import BEHIND, exchanged, fits_any, match, renamed, stars_of
+from tpshard.formats.engine_patterns import BEHIND, exchanged, fits_any, match, number_in, renamed, stars_of
 from tpshard.storage.tensor_names import numbered
 
 
@@ -21,7 +21,7 @@ class FusedInto(NamedTuple):
     """A parameter that tensors are parts of, as the table has it: their place in it, and its name for their numbers.
 
     stacked: which of their numbers is the expert's, where experts are stacked. dim: along which they are fused.
-    behind: whether they are the experts behind the first ones.
+    behind: whether they are the experts behind the first ones. counted: whether the place is a number of theirs.
     """
 
     target: str
@@ -30,6 +30,7 @@ class FusedInto(NamedTuple):
     stacked: int | None
     dim: int
     behind: bool = False
+    counted: bool = False
 
 
 class NameKind(NamedTuple):
@@ -54,6 +55,7 @@ class NameKind(NamedTuple):
     function: str
     unrepeated: bool
     unread: bool
+    kept: bool
     fused: tuple[FusedInto, ...]
     renamed: str
 
@@ -90,6 +92,8 @@ class EngineFamily:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stands_in: Mapping[str, str] = field(default_factory=dict)
+    padded: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     renamed_where: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -141,14 +145,16 @@ class EngineFamily:
             function=next((each for each, patterns in self.computed.items() if fits_any(patterns, name)), ""),
             unrepeated=fits_any(self.unrepeated, name),
             unread=fits_any(self.unread, name),
+            kept=fits_any(tuple(self.kept), name),
             fused=tuple(
                 FusedInto(
                     target,
-                    place,
+                    place if (own := number_in(pattern, name)) is None else own,
                     renamed(pattern, by_numbers, target.removesuffix("?")),
                     None if (stack := stars_of(pattern)[1]) is None else places.index(stack),
                     dim,
                     BEHIND in pattern.split("."),
+                    own is not None,
                 )
                 for dim, target, place, pattern in fused
                 if match(pattern, name)

@@ -16,10 +16,10 @@ from pathlib import Path
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_config import HINT, named_as, require_config, told_apart, with_dtype, with_head
-from tpshard.formats.engine_layout import VOCAB_MULTIPLE, ParameterParts, Share, joined, recipes_of, shares_of
+from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
-from tpshard.formats.engine_places import with_scales
+from tpshard.formats.engine_places import require_kept, with_scales
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -33,6 +33,7 @@ from tpshard.formats.engine_quantised import (
     scaled,
     unplaced,
 )
+from tpshard.formats.engine_rows import VOCAB_MULTIPLE
 from tpshard.formats.engine_stages import on_stages
 from tpshard.formats.engine_tables import EngineFamily, Table, load_table
 from tpshard.formats.engine_versions import Compared, table_of, versions
@@ -116,6 +117,7 @@ class ShardedState(Format):
             if reason := reasons[key]:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
+        require_kept(family, named.values())
         shares = self._shares(family, model, tensors, dealt, placed, multiplied)
         if model.quantisation:
             named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
@@ -311,7 +313,7 @@ class ShardedState(Format):
         dropped = {}
         heads = () if family.head else tuple(f"{head}.weight" for head in model.tied)
         for tensor in model.tensors:
-            if tensor.cut.kind == "buffer":
+            if tensor.cut.kind == "buffer" and not family.kind(model.full_name(tensor.name)).kept:
                 dropped[tensor.name] = f"a buffer that {self.engine} computes itself"
             elif is_draft(family, model, tensor.name):
                 dropped[tensor.name] = DRAFT
