@@ -54,6 +54,18 @@ _SLIDING = {
     "sliding_window": 8,
 }
 _DOTS_LAYERS = ["full_attention", "full_attention", "sliding_attention"]
+
+_QWEN4 = {
+    **_TEXT,
+    **{"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "head_dim": 32},
+    **{"shared_expert_intermediate_size": 128, "layer_types": ["linear_attention", "full_attention"]},
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48},
+    **{"hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 128, "heads_per_ngram": 2},
+    **{"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4},
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 4},
+    **{"indexer_compress_ratio": 2, "output_gate_type": "sigmoid"},
+}
+
 LOADED: dict[str, Published] = {
     "kimi_linear": Published(
         "kimi_linear",
@@ -202,21 +214,28 @@ LOADED: dict[str, Published] = {
         },
         beside={"added_tokens.json": {"<|imgpad|>": 999}},
     ),
-}
-"""What vLLM loads."""
-
-LATER: dict[str, Published] = {
-    "qwen4_exp": Published(
+    "qwen4_exp": Published("qwen4_exp_text", _QWEN4),
+    "qwen4_exp-other-sizes": Published(
         "qwen4_exp_text",
-        _TEXT
-        | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
-        | {"head_dim": 32, "shared_expert_intermediate_size": 128}
-        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4}
-        | {"linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 48}
-        | {"hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [1], "ple_embed_dim": 128, "heads_per_ngram": 2}
-        | {"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 4}
-        | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 32, "indexer_budget": 4}
-        | {"indexer_compress_ratio": 2, "output_gate_type": "sigmoid"},
+        _QWEN4
+        | {"ple_layer_ids": [1, 2], "split_ngram_parts": 7, "hc_lowrank": 14, "num_hidden_layers": 3}
+        | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    ),
+    # As transformers names it where the config asks for no parts.
+    "qwen4_exp-one-table": Published(
+        "qwen4_exp_text", _QWEN4 | {"split_ngram_parts": 1}, [(r"ngram_embedding\.shard_0", "ngram_embedding")]
+    ),
+    "qwen4_exp-tower": Published(
+        "qwen4_exp",
+        {
+            "text_config": _QWEN4
+            | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5]}},
+            "vision_config": {
+                **{"depth": 2, "num_heads": 4, "hidden_size": 128, "intermediate_size": 192, "out_hidden_size": 256},
+                **{"patch_size": 14, "num_position_embeddings": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+            },
+        },
+        changes={"vision_config": {"deepstack_visual_indexes": []}},  # its class reads it, and transformers has none
     ),
 }
 """What vLLM loads."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.engines.engine_newest import LOADED, make, with_draft
 from tests.helpers import served_forms
-from tests.helpers.command import succeeds
+from tests.helpers.command import fails, succeeds
 from tests.helpers.toys import read_all
 from tpshard.api import convert as api
 from tpshard.errors import UnsupportedError
@@ -116,6 +116,56 @@ def test_a_config_with_the_text_models_values_below_is_refused(tmp_path: Path) -
     source = served_forms.make("dots3_note", tmp_path / "source", published=True)
     with pytest.raises(UnsupportedError, match="reads the published config"):
         api.split(source, 2, tmp_path / "out", format="vllm", settings=QUICK)
+
+
+def test_numbered_parts_are_one_table_of_which_ranks_have_rows(tmp_path: Path) -> None:
+    """A part of 35 rows ends within a rank's, and the buffers of the hash are as they are."""
+    whole, held = split("qwen4_exp-other-sizes", tmp_path)
+    place = "model.layers.1.ple.ple_embedding."
+    parts = [whole[f"{place}ngram_embedding.shard_{number}.weight"] for number in range(7)]
+    table = torch.cat(parts)
+    assert len(parts[0]) != len(parts[-1]) and len(table) // 2 % len(parts[0])
+    assert torch.equal(held[f"{place}ngram_embedding.weight"], table[len(table) // 2 :])
+    for buffer in ("layer_multipliers", "ngram_heads_offsets", "ngram_heads_vocab_sizes"):
+        assert torch.equal(held[place + buffer], whole[place + buffer])
+
+
+def test_what_is_fused_has_zeros_behind_up_to_a_multiple(tmp_path: Path) -> None:
+    whole, held = split("qwen4_exp", tmp_path)
+    place, mixed = "model.layers.0.attn_hyper_connection.", "input_mix_weight_down_block_inject.weight"
+    mix, inject = (whole[f"{place}{name}.weight"] for name in ("input_mix_weight_down", "block_inject_weight"))
+    assert held[place + mixed].shape == (16, mix.shape[1]) and len(mix) + len(inject) == 10
+    assert torch.equal(held[place + mixed][:10], torch.cat((mix, inject))) and not held[place + mixed][10:].any()
+    indexed = whole["model.layers.1.self_attn.indexer.index_qk_proj.weight"]
+    assert torch.equal(held["model.layers.1.self_attn.qkv_proj.weight"][-len(indexed) :], indexed)
+
+
+TABLE = "model.layers.0.ple.ple_embedding."
+
+
+@pytest.mark.parametrize(
+    ("lacking", "code", "message"),
+    [
+        (f"{TABLE}ngram_heads_offsets", 3, "a buffer that the engine keeps"),
+        (f"{TABLE}ngram_embedding.shard_1.weight", 3, "of how many parts model.layers.0.ple.ple_embedding.ngram_embed"),
+        (f"{TABLE}ngram_embedding.shard_3.weight", 3, "of how many parts model.layers.0.ple.ple_embedding.ngram_embed"),
+        (None, 4, "do not divide"),
+    ],
+)
+def test_a_table_that_is_not_there_in_full(
+    lacking: str | None, code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = make("qwen4_exp", Path("source")) / "model.safetensors"
+    tensors, last = load_file(file), f"{TABLE}ngram_embedding.shard_3.weight"
+    if lacking:
+        del tensors[lacking]
+    else:
+        tensors[last] = tensors[last][1:].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    succeeds("plan", "source", "--tp", 2)
+    error = fails(code, "plan", "source", "--tp", 2, "--format", "vllm")
+    assert message in error["message"], error
 
 
 @pytest.mark.parametrize("name", ["deepseek_v4", "hy_v4"])

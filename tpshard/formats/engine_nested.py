@@ -28,7 +28,7 @@ _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3)
 
 _SETTINGS = ("needs", "says", "lacks", "extra_layers", "first_experts", "rest_last", "alone_repeated", "least")
 _NO_NAMES = ("buffers", *_SETTINGS)
-_NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots", "shaped", "padded"), ("cuts", "computed")
+_NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots", "shaped", "padded", "counted"), ("cuts", "computed")
 """What a family has that is no names, names that are keys alone, and values alone; elsewhere all are names."""
 
 

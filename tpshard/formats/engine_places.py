@@ -1,9 +1,10 @@
 """Where an engine's class has modules of its own, which what a layer has may decide."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from tpshard.errors import CorruptError
-from tpshard.formats.engine_patterns import exchanged, match
+from tpshard.formats.engine_patterns import exchanged, match, number_in
 from tpshard.formats.engine_tables import EngineFamily
 
 
@@ -20,8 +21,20 @@ def with_scales(family: EngineFamily, names: Collection[str]) -> Iterator[str]:
         yield from modules
 
 
-def require_kept(family: EngineFamily, names: Collection[str]) -> None:
-    """CorruptError where a checkpoint has not all buffers that the engine keeps with what it has."""
+def require_all(family: EngineFamily, config: Mapping[str, Any], names: Collection[str]) -> None:
+    """CorruptError where a checkpoint has not all buffers that the engine keeps, or not as many parts as it says."""
+    for target, key in family.counted.items():
+        numbers: dict[int | None, set[int]] = {}
+        for name, each in ((name, number_in(family.fused[target][0], name)) for name in names):
+            if each is not None:
+                numbers.setdefault(family.layer_of(name), set()).add(each)
+        said = config.get(key)
+        for layer, there in numbers.items():
+            if isinstance(said, int) and there != set(range(said)):
+                into = target.replace("*", str(layer))
+                what = f"config.json says of how many parts {into} is made, and there are others"
+                found, hint = f"{len(there)} parts, the last {max(there)}", "complete the checkpoint"
+                raise CorruptError(what, expected=f"{key} {said}", found=found, hint=f"{hint}, or use --format native")
     for buffer, beside in family.kept.items():
         layers, complete = ({family.layer_of(name) for name in names if match(each, name)} for each in (beside, buffer))
         for layer in sorted(layers - complete, key=str):

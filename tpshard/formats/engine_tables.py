@@ -93,6 +93,7 @@ class EngineFamily:
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stands_in: Mapping[str, str] = field(default_factory=dict)
     padded: Mapping[str, int] = field(default_factory=dict)
+    counted: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     renamed_where: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from tpshard.formats.engine_config import HINT, named_as, require_config, told_a
 from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
-from tpshard.formats.engine_places import require_kept, with_scales
+from tpshard.formats.engine_places import require_all, with_scales
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -117,7 +117,7 @@ class ShardedState(Format):
             if reason := reasons[key]:
                 raise self._unsupported(f"{self.engine} cannot hold {tensor.name}: {reason}", tensor.name)
         named = self._names(family, model, tensors)
-        require_kept(family, named.values())
+        require_all(family, model.config, named.values())
         shares = self._shares(family, model, tensors, dealt, placed, multiplied)
         if model.quantisation:
             named = {name: engine_name(quantised, family, full_name) for name, full_name in named.items()}
