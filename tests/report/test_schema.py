@@ -177,3 +177,9 @@ def test_every_field_is_documented() -> None:
     fields |= set(METRICS)
     assert fields <= words, sorted(fields - words)
     assert set(re.findall(r"^tpshard schema (\S+)", pages, re.M)) <= set(names())
+
+
+def test_every_metric_that_is_documented_has_a_place() -> None:
+    table = (ROOT / "docs/reference/json.md").read_text().split("| tier | `metrics` | |\n")[1].split("\n\n")[0]
+    named = {name for row in table.splitlines()[1:] for name in re.findall(r"`(\w+)`", row.split("|")[2])}
+    assert named == set(METRICS)

@@ -22,8 +22,8 @@ Schema = dict[str, Any]
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 METRICS = (
-    "differences", "tensors", "elements", "relative_error", "worst_module_error", "router_error",
-    "unsharded_error", "sharded_error", "kl_unsharded", "kl_sharded", "top1_unsharded", "top1_sharded",
+    "differences", "tensors", "elements", "relative_error", "rounding_error", "worst_module_error",
+    "router_error", "unsharded_error", "sharded_error", "kl_unsharded", "kl_sharded", "top1_unsharded", "top1_sharded",
 )  # fmt: skip
 """What a tier of verify measures, and has limits for."""
 
