@@ -113,7 +113,7 @@ BY_TRANSFORMERS: dict[str, dict[str, object]] = {
 TABLE = tomllib.loads((Path(tpshard.formats.__file__).parent / "tables" / "vllm.toml").read_text())
 CHANGED = {version: entry.get("families", {}) for version, entry in TABLE["later"].items()}
 # Those whose class runs among zeros.
-MASKED: dict[str, dict[str, object]] = {"laguna": {}, "mamba2": {"use_bias": False}}
+MASKED: dict[str, dict[str, object]] = {"laguna": {}, "mamba2": {"use_bias": False}, "qwen4_exp": {}}
 STACKED = ("deepseek_v3-stacked", "granitemoe-stacked")
 OTHERWISE = ("nemotron_h", "minimax_m2", "ernie4_5_moe", "hy_v3", "exaone_moe", "mimo_v2_flash", "laguna")
 """Those of which newer code saves some tensors under other names than published files have."""
@@ -211,6 +211,25 @@ def test_there_and_back_of_a_published_form(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["BailingMoeV3ForCausalLM"]}))
     succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", out, "--no-fsync")
     require_proved(out, model, masked=True)
+
+
+def test_rows_of_a_table_and_what_is_behind_others(tmp_path: Path) -> None:
+    """Ranks with each other's rows, padding that is not zero, and an indexer that is another are found."""
+    model, right = make("qwen4_exp", tmp_path / "model"), tmp_path / "right"
+    succeeds("split", model, "--tp", 2, "--format", "vllm", "-o", right, "--no-fsync")
+    table = "model.layers.0.ple.ple_embedding.ngram_embedding"
+    mixer, qkv = "model.layers.1.mlp_hyper_connection.input_mix_weight_down_block_inject", "model.layers.1.self_attn."
+    faults: list[tuple[str, Change]] = [
+        (f"{table}.weight[120", lambda tensors: tensors[f"{table}.weight"][:2].copy_(tensors[f"{table}.weight"][2:4])),
+        (mixer, lambda tensors: tensors[f"{mixer}.weight"][-1:].fill_(1.0)),
+        (f"{qkv}indexer.index_qk_proj", lambda tensors: tensors[f"{qkv}qkv_proj.weight"][-1:].neg_()),
+        (f"{qkv}v_proj", lambda tensors: tensors[f"{qkv}qkv_proj.weight"][-49:-48].neg_()),
+    ]
+    for number, (culprit, change) in enumerate(faults):
+        wrong = shutil.copytree(right, tmp_path / str(number))
+        rewrite(wrong, 1, change)
+        found = command("verify", wrong, "--source", model, "--tier", "weights", "--json")
+        assert found.code == 1 and culprit in found.out + found.err, found.out + found.err
 
 
 def test_norms_that_are_multiplied(tmp_path: Path) -> None:

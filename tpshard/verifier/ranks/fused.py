@@ -6,6 +6,7 @@ Where one ends and the next begins follows from the source's shapes, whatever un
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 
 import torch
 
@@ -96,6 +97,13 @@ class Parts:
     def one(self, tensor: str) -> str:
         """What the source calls a tensor that is one of its own; its own name where the source has none."""
         return next((name for name in self.names.tried(tensor) if self.has(name)), tensor)
+
+    def rows(self, tensor: str) -> dict[str, int]:
+        """How many rows each of the source's tensors has that stand in the place of one, of numbered parts too."""
+        module, _, suffix = tensor.rpartition(".")
+        numbered = (f"{module}.shard_{number}.{suffix}" for number in count())
+        found = [*takewhile(self.has, numbered)] or self.several(tensor)[0]
+        return {name: self.source.shape(name)[0] for name in filter(None, map(self.in_source, found))}
 
     def has(self, tensor: str) -> bool:
         """Whether the source has a tensor."""

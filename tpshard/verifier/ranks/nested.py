@@ -214,7 +214,7 @@ _MINIMAX_M3 = replace(
 NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "qwen2_vl": _QWEN,
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_THIRDS),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), replace(_QWEN_THIRDS, spared=r"mtp\..+")),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen4_exp"), replace(_QWEN_THIRDS, spared=r"mtp\..+")),
     **dict.fromkeys(("glm4v", "glm4v_moe"), _GLM),
     "gemma3": _CLIP,
     **dict.fromkeys(("llava", "llava_next"), _LLAVA),

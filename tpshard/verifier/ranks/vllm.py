@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
-from tpshard.verifier.ranks.fused import Parts, Placed
+from tpshard.verifier.ranks.fused import Parts, Placed, within
 from tpshard.verifier.ranks.open import FileWeights
 from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
 from tpshard.verifier.ranks.replicas import SCALES, some_experts
@@ -65,6 +65,8 @@ class Rank:
         module, _, suffix = tensor.rpartition(".")
         if tensor in names.once and not some_experts(self.ranks, stored.name):
             stored = Stored(self.ranks[0], stored.name)
+        if re.fullmatch(names.padded, module):
+            stored = self._without_padding(stored, sum(parts.rows(tensor).values()))
         if experts := _EXPERTS.fullmatch(names.stacked.get(tensor, tensor)):
             numbers = self._numbers(names, experts[1], stored)
             yield from parts.experts(experts[2], experts[3], stored, names.turned, numbers)
@@ -112,14 +114,21 @@ class Rank:
     def _of_even_shares(self, parts: Parts, tensor: str, stored: Stored) -> Placed:
         """What all ranks' even shares make together; a vocabulary is padded."""
         every, begin = Joined([self._of(rank, stored.name) for rank in range(len(self.ranks))]), 0
-        names = [name for each in parts.several(tensor)[0] if (name := parts.in_source(each))]
-        sizes = [self.source.shape(name)[0] for name in names]
-        if every.shape[0] not in (sum(sizes), -(-sum(sizes) // 64) * 64):
+        sizes = parts.rows(tensor)
+        rows = sum(sizes.values())
+        if every.shape[0] not in (rows, -(-rows // 64) * 64):
             message = f"the ranks' {tensor} are not its even shares"
-            raise DifferentError(message, expected=sum(sizes), found=every.shape[0])
-        for name, size in zip(names, sizes, strict=True):
+            raise DifferentError(message, expected=rows, found=every.shape[0])
+        for name, size in sizes.items():
             yield name, Rows(every, torch.arange(begin, begin + size))
             begin += size
+
+    def _without_padding(self, stored: Stored, rows: int) -> Stored:
+        """DifferentError where something stands behind the rows that count."""
+        if rows > stored.shape[0] or bool(stored.rows(rows, stored.shape[0]).any()):
+            what = f"{stored.name} of rank {self.rank} is not {rows} rows with zeros behind"
+            raise DifferentError(what, tensor=stored.name, expected=rows, found=stored.shape[0])
+        return within(stored, 0, (rows, *stored.shape[1:]))
 
     def _q_k_v(self, stored: Stored) -> tuple[Tensor, Tensor, Tensor]:
         """The rows of q, k and v in a fused one. Where no whole heads fit, all are q's, which the decoder refuses."""

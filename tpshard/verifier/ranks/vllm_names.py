@@ -42,8 +42,13 @@ SPELLED: Spelled = {
 """Parts of any family's names. What a source has under the very name that vLLM has is not looked for elsewhere."""
 
 FUSED: Spelled = {
-    "qkv_proj": ("q_proj k_proj v_proj index_q_proj | index_k_proj", "q_proj k_proj v_proj", "q_proj k_proj k_proj"),
+    "qkv_proj": (
+        *("q_proj k_proj v_proj index_q_proj | index_k_proj", "q_proj k_proj v_proj | indexer.index_qk_proj"),
+        *("q_proj k_proj v_proj", "q_proj k_proj k_proj"),
+    ),
     "qkv": ("q k v",),
+    "kv_proj": ("key_proj value_proj",),
+    "input_mix_weight_down_block_inject": ("input_mix_weight_down block_inject_weight",),
     "gate_up_proj": ("gate_proj up_proj", "w1 w3", "c_fc_0 c_fc_1"),
     "w13": ("w1 w3",),
     "fused_qkv_a_proj": ("q_a_proj kv_a_proj_with_mqa",),
@@ -82,7 +87,8 @@ class Names:
     apart that the source interleaves. gathered: modules that every rank computes for all, in even slices, or as if q,
     k and v lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that rank 0 alone
     adds, and the others hold zeros of. paired: modules of the source with each head's even rows before its odd ones.
-    even: modules, as a pattern, of which each rank has an even share, and that are computed whole. stacks: those of a
+    even: modules, as a pattern, of which each rank has an even share, and that are computed whole; the source may have
+    them in parts. padded: modules, as a pattern, with zeros behind what they hold. stacks: those of a
     layer's experts that are numbered on from the one before. stacked: tensors = what other families call such experts.
     multiplied: tensors = two of the config's numbers, the root of whose ratio they are times, and what must be true.
     """
@@ -97,6 +103,7 @@ class Names:
     once: tuple[str, ...] = ()
     paired: tuple[str, ...] = ()
     even: str = r"(?!)"
+    padded: str = r"(?!)"
     stacks: tuple[str, ...] = ()
     stacked: Mapping[str, str] = field(default_factory=dict)
     multiplied: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
@@ -168,6 +175,9 @@ VLLM: Mapping[str, Names] = {
         spelled={"text_experts_gate.weight": ("gate.weight",), "vision_experts_gate.weight": ("gate.weight_1",)},
         turned=("mlp.text_experts_gate.weight", "mlp.vision_experts_gate.weight"),
         stacks=("text_experts", "vision_experts"),
+    ),
+    "qwen4_exp_text": Names(
+        even=r"ple\.ple_embedding\.ngram_embedding", padded=r"\w+\.input_mix_weight_down_block_inject"
     ),
     "longcat_flash": Names(
         spelled={
