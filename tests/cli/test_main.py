@@ -886,7 +886,7 @@ def test_the_list_says_what_is_done_for_each_model_type() -> None:
         *("tpshard", "vllm", "sglang", "megatron", "0.32", "0.33,", "sglang", "0.5", "read", "vllm")
     ]
     assert rows["bloom", "bloom"] == ["tpshard", "vllm", "0.32", "0.33", "vllm"]
-    assert rows["baichuan", "baichuan"] == ["bytes", "-", "-", "-"]
+    assert rows["baichuan", "baichuan"] == ["transformers", "-", "-", "-"]
     assert ["kimi_k25", "vllm", "0.32", "0.33", "fp8", "compressed-tensors", "deepseek_v3,", "kimi_k2"] in map(
         str.split, nesting.splitlines()
     )

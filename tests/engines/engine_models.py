@@ -423,6 +423,7 @@ LOADED: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_moe_v3": ("bailing_moe_v3", _LING_3 | {"gated_attention_proj_granularity_type": "element_wise"}),
     "longcat_flash": ("longcat_flash", _LONGCAT),
     "longcat_flash-plain": ("longcat_flash", _LONGCAT | {"mla_scale_q_lora": False, "zero_expert_num": 0}),
+    "bailing_moe_v3-head-wise": ("bailing_moe_v3", _LING_3 | {"q_lora_rank": None}),
     "zamba2": ("zamba2", _ZAMBA | _TIED | {"mamba_ngroups": 4, "use_shared_attention_adapter": True}),
     "zamba2-one-group": ("zamba2", _ZAMBA | _TIED | {"mamba_ngroups": 1, "use_shared_attention_adapter": False}),
     "mamba2": ("mamba2", _MAMBA_2 | _UNTIED | {"n_groups": 4}),

@@ -13,7 +13,7 @@ from tests.helpers.grids import some
 from tests.helpers.toys import read_all
 from tpshard.api.archs import nesting, supported
 
-BY_DEFAULT = ("DeepSeek V4", "Kimi K2.5", "Step 3.7", "Baichuan")
+BY_DEFAULT = ("DeepSeek V4", "Kimi K2.5", "Step 3.7", "Baichuan, 13B")
 NAMES = [family.name for family in FAMILIES]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,19 @@ _SIZES = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB, "num
 _GPT = {
     "transformer.wte": (VOCAB, 32), "lm_head": (VOCAB, 32), "transformer.ln_f": (32,),
     "transformer.h.*.ln_1": (32,), "transformer.h.*.ln_2": (32,), "transformer.h.*.mlp.c_proj": (32, 48),
+}  # fmt: skip
+_NORMS = {f"model.layers.*.{each}_layernorm": (32,) for each in ("input", "post_attention")}
+
+
+def _gated(module: str, wide: int) -> dict[str, tuple[int, ...]]:
+    start = f"model.layers.*.{module}"
+    return {f"{start}.gate_proj": (wide, 32), f"{start}.up_proj": (wide, 32), f"{start}.down_proj": (32, wide)}
+
+
+_BAICHUAN = {"model_type": "baichuan", "intermediate_size": 48, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+_PACKED = {
+    "model.embed_tokens": (VOCAB, 32), "lm_head": (VOCAB, 32), "model.norm": (32,), **_NORMS, **_gated("mlp", 48),
+    "model.layers.*.self_attn.W_pack": (96, 32), "model.layers.*.self_attn.o_proj": (32, 32),
 }  # fmt: skip
 SHAPES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "exaone": (
@@ -51,6 +65,20 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
             "transformer.encoder.layers.*.mlp.dense_4h_to_h": (32, 48),
         },
     ),
+    "baichuan": (_BAICHUAN | {"max_position_embeddings": 64}, _PACKED),
+    "baichuan-2": (_BAICHUAN | {"max_position_embeddings": 64, "model_max_length": 64, "z_loss_weight": 0}, _PACKED),
+    "baichuan-13B": (_BAICHUAN | {"model_max_length": 64}, _PACKED),
+    "bailing_moe": (
+        {"num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_shared_experts": 2, "num_experts_per_tok": 2}
+        | {"intermediate_size": 80, "moe_intermediate_size": 16, "norm_topk_prob": True, "first_k_dense_replace": 0}
+        | {"use_bias": False, "use_qkv_bias": False, "norm_head": False, "rms_norm_eps": 1e-6, "rope_theta": 600000},
+        {
+            "model.word_embeddings": (VOCAB, 32), "lm_head": (VOCAB, 32), "model.norm": (32,), **_NORMS,
+            "model.layers.*.attention.query_key_value": (64, 32), "model.layers.*.attention.dense": (32, 32),
+            "model.layers.*.mlp.gate": (4, 32), **_gated("mlp.shared_experts", 32),
+            **{name: each for i in range(4) for name, each in _gated(f"mlp.experts.{i}", 16).items()},
+        },
+    ),
 }  # fmt: skip
 """By model_type, what a config has beside sizes, and the shapes of weights, and of biases."""
 
@@ -63,12 +91,18 @@ def make(name: str, path: Path) -> Path:
         for module, shape in shapes.items():
             full = module if module.endswith(".bias") else f"{module}.weight"
             found |= {full.replace("*", str(layer)): shape for layer in range(2 if "*" in module else 1)}
-        config = _SIZES | changes | {"model_type": name}
+        config = _SIZES | {"model_type": name} | changes
         return write_checkpoint(path, {key: x for key, x in config.items() if x is not None}, drawn(found))
     if name == "minicpm":
         model = served_forms.write(name, path)
         config = json.loads((model / "config.json").read_text())
         config |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
+        return write_checkpoint(path, config, drawn({each: x.shape for each, x in read_all(model).items()}))
+    if name == "bailing_moe_v3":
+        return _ling_3(path)
+    if name in ("phi4mm", "nemotron-nas"):
+        model = served_forms.write(name, path)
+        config = json.loads((model / "config.json").read_text())
         return write_checkpoint(path, config, drawn({each: x.shape for each, x in read_all(model).items()}))
     if name == "step3p5":
         return _without_tower(served_checkpoints.make("step3p7", path.with_name("step3p7")), path)
@@ -77,6 +111,20 @@ def make(name: str, path: Path) -> Path:
         text = {each: x for each, x in SERVED[name].shapes.items() if each.startswith(("model.", "lm_head."))}
         return write_checkpoint(path, config, drawn(text))
     return served_checkpoints.make(name, path)
+
+
+def _ling_3(path: Path) -> Path:
+    """Ling 3.0 with a layer behind the last whole group, and with decays in the dims that they are given there."""
+    served = SERVED["bailing_hybrid, Ling 3.0"]
+    kinds = ["linear_attention", "full_attention", "full_attention"]
+    longer = replace(served, config={**served.config, "num_hidden_layers": 3, "layer_types": kinds})
+    model = served_checkpoints.written(longer, path.with_name("bailing_hybrid"))
+    tensors = {
+        name: Tensor(x.dtype, (1, 1, *x.shape, 1), x.data) if name.endswith("A_log") else x
+        for name, x in read_all(model).items()
+    }
+    config = json.loads((model / "config.json").read_text())
+    return write_checkpoint(path, config | {"model_type": "bailing_moe_v3", "partial_rotary_factor": 0.5}, tensors)
 
 
 def _without_tower(model: Path, path: Path) -> Path:

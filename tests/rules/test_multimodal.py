@@ -341,6 +341,6 @@ def test_verify_says_that_it_does_not_know_the_model(published: Any, tmp_path: P
     model = Path(shutil.copytree(published("llava"), tmp_path / "model"))
     tpshard.split(model, 2, tmp_path / "out", settings=quick)
     config = json.loads((model / "config.json").read_text())
-    with_config(model, text_config=config["text_config"] | {"model_type": "baichuan"})
+    with_config(model, text_config=config["text_config"] | {"model_type": "kimi_k3"})
     result = tpshard_command("verify", tmp_path / "out", "--source", model, "--tier", "exact")
-    assert result.code == 4 and "no class that computes logits for the model type 'baichuan'" in result.err
+    assert result.code == 4 and "no class that computes logits for the model type 'kimi_k3'" in result.err

@@ -49,12 +49,16 @@ COMPUTES_AS = {
 }
 """Text models that compute as these do, some of them on text alone: its positions in three dimensions are one."""
 BY_CONFIG = {
+    "baichuan": "llama",
+    "bailing_moe": "granitemoeshared",
     "bailing_moe_v2": "glm4_moe",
+    "bailing_moe_v3": "bailing_hybrid",
     "chatglm": "glm",
     "exaone": "llama",
     "mimo_v2": "mimo_v2_flash",
     "minicpm": "granite",
     "mistral_native": "mistral",  # and others of Mistral's
+    "phi4mm": "phi3",
     "qwen": "qwen2",
 }
 """Models that publish code of their own, which these compute where the config says no more: `hf/own_code`."""

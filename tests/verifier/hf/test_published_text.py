@@ -77,6 +77,31 @@ CASES: dict[str, Case] = {
         ("model.layers.*.mlp.shared_experts.up_proj", "layers.1.mlp.shared_experts"),
         allowed=["model.layers.2"],
     ),
+    "bailing_moe": Case(
+        "bailing_moe",
+        ("model.layers.0.attention.query_key_value.weight", 8, "layers.0.self_attn"),
+        ("model.layers.*.mlp.shared_experts.up_proj", "layers.0.shared_mlp"),
+    ),
+    "bailing_moe_v3": Case(
+        "bailing_hybrid",
+        ("model.layers.1.attention.q_proj.weight", 24, "layers.1.self_attn"),
+        ("model.layers.*.attention.f_proj", "layers.0.self_attn"),
+    ),
+    "baichuan": Case(
+        "baichuan",
+        ("model.layers.0.self_attn.W_pack.weight", 8, "layers.0.self_attn"),
+        ("model.layers.*.mlp.up_proj", "layers.0.mlp"),
+    ),
+    "baichuan-2": Case(
+        "baichuan",
+        ("lm_head.weight", 8, "lm_head"),
+        ("model.layers.*.self_attn.W_pack", "layers.0.self_attn"),
+    ),
+    "phi4mm": Case(
+        "phi4mm",
+        ("model.layers.1.self_attn.qkv_proj.base_layer.weight", 8, "layers.1.self_attn"),
+        ("model.layers.*.self_attn.o_proj.base_layer", "layers.0.self_attn"),
+    ),
     "minicpm": Case(
         "minicpm",
         ("model.layers.0.self_attn.q_proj.weight", 8, "layers.0.self_attn"),
@@ -135,6 +160,45 @@ def test_a_wrong_rule_fails(name: str, tmp_path: Path) -> None:
     found = verified(name, split(name, tmp_path, "--rules", file), "exact")
     assert found["verdict"] == "fail", found["reason"]
     assert place in found["tiers"][0]["first"]["module"]
+
+
+ADAPTERS = {
+    "self_attn.qkv_proj.lora_B.speech": lambda held: held[: 2 * 8].roll(8, 0),
+    "self_attn.o_proj.lora_A.vision": lambda held: held[:, : 2 * 8].roll(8, 1),
+    "mlp.gate_up_proj.lora_A.vision": lambda held: held[:1] * 1.001,
+}
+"""What is done to the first elements of an adapter's matrix on one rank: heads in another order, another number."""
+
+
+@pytest.mark.parametrize("module", some(ADAPTERS, ["self_attn.qkv_proj.lora_B.speech"]))
+def test_adapters_are_run(module: str, tmp_path: Path) -> None:
+    out = split("phi4mm", tmp_path)
+    found = verified("phi4mm", out, "weights,exact")
+    assert [each["prefix"] for each in found["not_run"]] == ["model.embed_tokens_extend"]
+    assert found["warnings"] == ["adapters (speech, vision) are run added to their matrices, all at once"]
+    file = out / "rank-00001-of-00002.safetensors"
+    with safe_open(file, "pt") as opened:
+        said = opened.metadata()
+    tensors = load_file(file)
+    tensor = tensors[f"model.layers.1.{module}.weight"]
+    changed = ADAPTERS[module](tensor)
+    tensor[: changed.shape[0], : changed.shape[1]] = changed
+    save_file(tensors, file, said)
+    for tier in ("weights", "exact"):
+        found = verified("phi4mm", out, tier)
+        assert found["verdict"] == "fail" and "layers.1." in found["reason"], found["reason"]
+
+
+def test_an_adapter_that_every_rank_has_whole_fails(tmp_path: Path) -> None:
+    text = (RULES / "phi4mm.toml").read_text()
+    cut = ', "model.layers.*.self_attn.qkv_proj.lora_B.[sv]*?"'
+    without = text.replace(cut, "", 1)
+    assert without != text
+    file = tmp_path / "wrong.toml"
+    file.write_text(without.replace('\n"replicate" = [', f'\n"replicate" = [{cut[2:]},', 1))
+    found = verified("phi4mm", split("phi4mm", tmp_path, "--rules", file), "exact")
+    assert found["verdict"] == "fail", found["reason"]
+    assert "layers.0.self_attn" in found["tiers"][0]["first"]["module"]
 
 
 def split(name: str, folder: Path, *more: object) -> Path:

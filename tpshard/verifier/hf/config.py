@@ -5,7 +5,7 @@ from typing import Any
 
 from tpshard.errors import UnsupportedError
 from tpshard.verifier.dequantise.find import QUANTISATION
-from tpshard.verifier.hf.own_code import as_known, published_as
+from tpshard.verifier.hf.own_code import as_known, published_as, unlike
 from tpshard.verifier.hf.published import as_class
 from tpshard.verifier.model_types import COMPUTES_AS, TRIED
 
@@ -60,6 +60,15 @@ def covers(config: Mapping[str, Any]) -> bool:
     return known or larger_of(model_type) is not None
 
 
+def uncovered(config: Mapping[str, Any]) -> UnsupportedError | None:
+    """Of a published config that says more than the class computes which else computes its type: what that is."""
+    text = text_of(config)
+    if (what := unlike(text)) is None:
+        return None
+    said = f"no class of transformers computes this {text.get('model_type')} model, which has {what}"
+    return UnsupportedError(said, hint="--tier bytes compares the files; remote code is never run")
+
+
 def tried(config: Any) -> bool:
     """Whether a class was split and run here, from its own names, so that a rank's model can be told its widths."""
     return config.model_type in TRIED and published_as(config) is None
@@ -107,6 +116,8 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
         hint = "pip install transformers, or --tier bytes"
         raise UnsupportedError(f"a {config.get('model_type')} model needs transformers", hint=hint) from None
     if not (whole or alone or covers(config)):
+        if (unknown := uncovered(config)) is not None:
+            raise unknown
         what = f"this transformers has no class that computes logits for the model type {config.get('model_type')!r}"
         raise UnsupportedError(what, hint="--tier bytes compares the files; remote code is never run")
     from huggingface_hub.errors import StrictDataclassError

@@ -37,7 +37,7 @@ class Conversions:
         outer = getattr(model.config, OUTER, None)
         table = get_checkpoint_conversion_mapping(outer) if outer else None  # type: ignore[no-untyped-call]
         own = published_as(model.config)
-        every = [*(conversions_of(own) if own else table or ()), *get_model_conversion_mapping(model)]
+        every = [*(conversions_of(own, model.config) if own else table or ()), *get_model_conversion_mapping(model)]
         converters = [each for each in every if isinstance(each, WeightConverter)]
         renamings = [each for each in every if not isinstance(each, WeightConverter)]
         return cls(renamings, converters, str(getattr(model, "base_model_prefix", "")), model.state_dict(), model)

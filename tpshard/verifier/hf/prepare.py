@@ -16,8 +16,9 @@ from tpshard.verifier.canaries import exact_canaries, native_canaries
 from tpshard.verifier.families.configs import describe
 from tpshard.verifier.hf import streamed
 from tpshard.verifier.hf.backend import TransformersBackend
-from tpshard.verifier.hf.config import covers, has_towers, model_config, parted, same_model, text_config
+from tpshard.verifier.hf.config import covers, has_towers, model_config, parted, same_model, text_config, uncovered
 from tpshard.verifier.hf.masked_backend import UNUSED, MaskedBackend
+from tpshard.verifier.hf.own_code import adapters_of
 from tpshard.verifier.hf.pictures import pictures_for, with_placeholder
 from tpshard.verifier.hf.skeleton import Frame, fill, frame_of, skeleton, skip_layers
 from tpshard.verifier.hf.streamed import TooLargeError
@@ -43,9 +44,9 @@ def engine_of(asked: str, config: Mapping[str, Any]) -> str:
         return asked
     try:
         describe(config)
-    except UnsupportedError:
+    except UnsupportedError as error:
         if not covers(config):
-            raise
+            raise uncovered(config) or error from None
         return "transformers"
     return "tpshard"
 
@@ -69,6 +70,8 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         sides = team.together(lambda: _kept(opened, sides, tokens, streams))
     import transformers
 
+    adapters = adapters_of(sides.frame.config)
+    at_once = f"adapters ({', '.join(adapters)}) are run added to their matrices, all at once" if adapters else ""
     return EngineRun(
         engine="transformers",
         prompt_tokens=sides.prompt.numel(),
@@ -80,7 +83,7 @@ def ready(opened: OpenedSet, options: VerifyOptions) -> EngineRun:
         unsure=(UnsupportedError,),
         settings={"runs": "the whole model" if sides.frame.pictures else "the text model"} if towers else {},
         volatile={"transformers": str(transformers.__version__)},
-        warnings=[alone] if alone else [],
+        warnings=[each for each in (alone, at_once) if each],
     )
 
 
