@@ -100,11 +100,6 @@ NESTED |= {
         },
     },
 }
-NOT_RUN = frozenset(
-    {"muse_glimmer_text", "mllama_text_model", "molmo2_text", "ernie4_5_vl_moe_text", "ernie4_5_moe_vl_text"}
-    | {"glm5_next_text", "nemotron-nas", "phi4mm", "minimax_text_01", "minimax_m1"}
-)
-"""model_types with rules that no class of transformers computes logits for, or none by itself."""
 
 
 def make(model_type: str, path: Path, *, published: bool) -> Path:

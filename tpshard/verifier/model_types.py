@@ -58,6 +58,7 @@ BY_CONFIG = {
     "mimo_v2": "mimo_v2_flash",
     "minicpm": "granite",
     "mistral_native": "mistral",  # and others of Mistral's
+    "nemotron-nas": "llama",
     "phi4mm": "phi3",
     "qwen": "qwen2",
 }

@@ -112,19 +112,32 @@ def phi_dense(tensors: Tensors, config: Config, x: Tensor, layer: int) -> Tensor
     return gated(x, *both.chunk(2), adapted(tensors, f"{start}down_proj", SCALES))
 
 
+def searched(tensors: Tensors, config: Config, x: Tensor, layer: int) -> Tensor:
+    start, heads = f"model.layers.{layer}.self_attn.", config["num_attention_heads"]
+    if f"{start}linear_attn.weight" in tensors:
+        return x @ tensors[f"{start}linear_attn.weight"].T
+    q, k, v = ((x @ tensors[f"{start}{each}_proj.weight"].T).unflatten(-1, (-1, len(x.T) // heads)) for each in "qkv")
+    return attention(turned(q, 1e4), turned(k, 1e4), v) @ tensors[f"{start}o_proj.weight"].T
+
+
 PARTS: dict[str, tuple[Part, Part]] = {
     "baichuan": (packed, dense),
     "baichuan-2": (packed, dense),
     "bailing_moe": (of_ling, experts),
+    "nemotron-nas": (searched, dense),
     "phi4mm": (of_phi, phi_dense),
 }
+
+
+EPS = {"nemotron-nas": 1e-6, "phi4mm": 1e-5}
+"""What a config that says none has, of which the rest says one."""
 
 
 def plain(name: str, tensors: Tensors, config: Config) -> Tensor:
     """Logits, by the definition of the model."""
     attends, feeds = PARTS[name]
     embedding = "word_embeddings" if "model.word_embeddings.weight" in tensors else "embed_tokens"
-    x, eps = tensors[f"model.{embedding}.weight"][IDS[0]], config.get("rms_norm_eps", 1e-5)
+    x, eps = tensors[f"model.{embedding}.weight"][IDS[0]], config.get("rms_norm_eps") or EPS[name]
     for layer in range(config["num_hidden_layers"]):
         for part, norm in ((attends, "input_layernorm"), (feeds, "post_attention_layernorm")):
             if (weight := tensors.get(f"model.layers.{layer}.{norm}.weight")) is not None:
@@ -135,21 +148,39 @@ def plain(name: str, tensors: Tensors, config: Config) -> Tensor:
     return rms(x, tensors["model.norm.weight"], eps) @ head.T
 
 
-def by_class(tensors: Tensors, config: Config) -> Tensor:
-    """Logits by the class that `verify` runs, of the same tensors."""
+def class_of(tensors: Tensors, config: Config) -> Any:
+    """The class that `verify` runs, of the same tensors."""
     of_class = model_config(config)
     frame, source, _ = frame_of(of_class).converted(InMemory(dict(tensors)), [])
     model: Any = skeleton(of_class, torch.float64, CPU)
     fill(model, frame, source, torch.float64, CPU)
-    with precision(torch.float64), torch.no_grad():
-        found: Tensor = model(input_ids=IDS).logits[0]
-    return found
+    return model
+
+
+def of(model: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    config = json.loads((model / "config.json").read_text()) | {"vision_lora": {"lora_alpha": 8, "r": 4}}
+    return {key: x.double() for file in model.glob("*.safetensors") for key, x in load_file(file).items()}, config
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_the_class_computes_the_model(name: str, tmp_path: Path) -> None:
-    model = published_text.make(name, tmp_path / "model")
-    config = json.loads((model / "config.json").read_text()) | {"vision_lora": {"lora_alpha": 8, "r": 4}}
-    tensors = {key: x.double() for file in model.glob("*.safetensors") for key, x in load_file(file).items()}
-    ours, theirs = plain(name, tensors, config), by_class(tensors, config)
+    tensors, config = of(published_text.make(name, tmp_path / "model"))
+    with precision(torch.float64), torch.no_grad():
+        theirs = class_of(tensors, config)(input_ids=IDS).logits[0]
+    ours = plain(name, tensors, config)
     assert float((ours - theirs).norm() / ours.norm()) < 1e-9
+
+
+def test_positions_go_on_where_the_first_layer_attends_to_nothing(tmp_path: Path) -> None:
+    """Classes take them from what the first layer has kept."""
+    tensors, config = of(published_text.make("nemotron-nas", tmp_path / "model"))
+    other = {"model.layers.0.": "model.layers.1.", "model.layers.1.": "model.layers.0."}
+    tensors = {next((key.replace(a, b) for a, b in other.items() if a in key), key): x for key, x in tensors.items()}
+    first, second, *rest = config["block_configs"]
+    config = {**config, "block_configs": [second, first, *rest]}
+    model = class_of(tensors, config)
+    with precision(torch.float64), torch.no_grad():
+        before = model(input_ids=IDS[:, :-1], use_cache=True)
+        last = model(input_ids=IDS[:, -1:], past_key_values=before.past_key_values).logits[0, -1]
+    wanted = plain("nemotron-nas", tensors, config)[-1]
+    assert float((last - wanted).norm() / wanted.norm()) < 1e-9

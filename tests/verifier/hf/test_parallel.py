@@ -120,10 +120,6 @@ def test_every_model_type_with_rules_is_run() -> None:
     remote = {
         "eagle",
         "eagle3",
-        "nemotron-nas",
-    }
-    remote |= {
-        "nemotron-nas",
         "minimax_text_01",
         "minimax_m1",
     }

@@ -5,8 +5,9 @@ Right shards pass; of wrong ones the first module that differs is named.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from tests.helpers import published_text
 from tests.helpers.command import succeeds
 from tests.helpers.command import tpshard as command
 from tests.helpers.grids import some
+from tpshard.errors import UnsupportedError
 from tpshard.rules import architecture
+from tpshard.verifier.hf.prepare import engine_of
 
 RULES = Path(architecture.__file__).parent / "architectures"
 
@@ -45,7 +48,7 @@ CASES: dict[str, Case] = {
         "mistral_large4",
         ("layers.0.attention.wq.weight", 24, "layers.0.self_attn.q_proj"),
         ("layers.*.attention.wkv_b", "layers.0.self_attn"),
-        runs="the text model",
+        runs="the whole model",
     ),
     "step3p5": Case(
         "step3p5",
@@ -96,6 +99,11 @@ CASES: dict[str, Case] = {
         "baichuan",
         ("lm_head.weight", 8, "lm_head"),
         ("model.layers.*.self_attn.W_pack", "layers.0.self_attn"),
+    ),
+    "nemotron-nas": Case(
+        "nemotron_nas",
+        ("model.layers.2.self_attn.q_proj.weight", 8, "layers.2.self_attn"),
+        None,  # it has its class's names, as above
     ),
     "phi4mm": Case(
         "phi4mm",
@@ -149,6 +157,21 @@ def test_heads_in_another_order_fail(name: str, tmp_path: Path) -> None:
     assert found["verdict"] == "fail" and module in found["reason"], found["reason"]
 
 
+@pytest.mark.parametrize("name", some(CASES, BY_DEFAULT))
+def test_what_is_another_ranks_fails(name: str, tmp_path: Path) -> None:
+    tensor, _, module = CASES[name].exchanged
+    out = split(name, tmp_path)
+    files = sorted(out.glob("rank-*.safetensors"))
+    both = [load_file(file) for file in files]
+    both[0][tensor], both[1][tensor] = both[1][tensor], both[0][tensor]
+    for file, tensors in zip(files, both, strict=True):
+        with safe_open(file, "pt") as opened:
+            said = opened.metadata()
+        save_file(tensors, file, said)
+    found = verified(name, out, "exact")
+    assert found["verdict"] == "fail" and module.rpartition(".")[0] in where(found), found["reason"]
+
+
 @pytest.mark.parametrize("name", some([name for name in CASES if CASES[name].whole], BY_DEFAULT))
 def test_a_wrong_rule_fails(name: str, tmp_path: Path) -> None:
     module, place = CASES[name].whole or ("", "")
@@ -158,8 +181,36 @@ def test_a_wrong_rule_fails(name: str, tmp_path: Path) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text(without.replace('\n"replicate" = [', f'\n"replicate" = ["{module}?",', 1))
     found = verified(name, split(name, tmp_path, "--rules", file), "exact")
-    assert found["verdict"] == "fail", found["reason"]
-    assert place in found["tiers"][0]["first"]["module"]
+    assert found["verdict"] == "fail" and place in where(found), found["reason"]
+
+
+UNLIKE = [
+    ("baichuan-13B", {}, "ALiBi"),
+    ("baichuan-2", {"tie_word_embeddings": True}, "one table for its embedding and its normed head"),
+    ("bailing_moe", {"score_function": "sigmoid"}, "a sigmoid for the scores of its experts"),
+    ("bailing_moe", {"norm_topk_prob": False}, "scores of experts that need not sum to 1"),
+    ("bailing_moe", {"partial_rotary_factor": 0.5}, "rotary positions in a part of each head"),
+    ("bailing_moe_v3", {"q_lora_rank": 24}, "queries that come from a latent"),
+    (
+        "bailing_moe_v3",
+        {"gated_attention_proj_granularity_type": "element_wise"},
+        "another gate than one for each head",
+    ),
+    ("bailing_moe_v3", {"expert_swiglu_limit_list": [0, 7, 0]}, "limits in its experts"),
+    ("phi4mm", {"attention_bias": True}, "biases"),
+    ("chatglm", {"rmsnorm": False}, "LayerNorms"),
+    ("minicpm", {"num_experts": 8}, "experts"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "what"), UNLIKE)
+def test_what_its_class_does_not_compute_is_said(
+    name: str, changes: Mapping[str, Any], what: str, tmp_path: Path
+) -> None:
+    config = json.loads((published_text.make(name, tmp_path / "model") / "config.json").read_text())
+    assert name == "baichuan-13B" or engine_of("auto", config) == "transformers"
+    with pytest.raises(UnsupportedError, match=f"this {config['model_type']} model, which has {what}"):
+        engine_of("auto", config | changes)
 
 
 ADAPTERS = {
@@ -197,8 +248,13 @@ def test_an_adapter_that_every_rank_has_whole_fails(tmp_path: Path) -> None:
     file = tmp_path / "wrong.toml"
     file.write_text(without.replace('\n"replicate" = [', f'\n"replicate" = [{cut[2:]},', 1))
     found = verified("phi4mm", split("phi4mm", tmp_path, "--rules", file), "exact")
-    assert found["verdict"] == "fail", found["reason"]
-    assert "layers.0.self_attn" in found["tiers"][0]["first"]["module"]
+    assert found["verdict"] == "fail" and "layers.0.self_attn" in where(found), found["reason"]
+
+
+def where(found: Any) -> str:
+    """The module that differs first, or what is said of a rank's part where nothing was run."""
+    first = found["tiers"][0]["first"]
+    return str(first["module"] if first else found["reason"])
 
 
 def split(name: str, folder: Path, *more: object) -> Path:

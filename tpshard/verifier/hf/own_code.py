@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from tpshard.errors import DifferentError
 from tpshard.verifier.hf import own_configs
 from tpshard.verifier.hf.own_configs import Config, Made
 from tpshard.verifier.model_types import BY_CONFIG
@@ -115,6 +116,7 @@ OWN_CODE: dict[str, OwnCode] = {
         ),
         _LING_FUSED,
     ),
+    "nemotron-nas": OwnCode(own_configs.nemotron_nas),
     "phi4mm": OwnCode(own_configs.phi4mm, adapters=("speech", "vision")),
 }
 """By model_type. Read off each model's own code, which vLLM's classes follow."""
@@ -189,15 +191,17 @@ def _scale(said: Any) -> float:
 
 Parts = Mapping[str, Any]
 """By pattern, the stored tensor that a parameter is made of."""
+Change = Callable[[Parts, str, Any], Any]
+"""Of parts, what they make: a parameter of this name, of a model."""
 
 
-def _shaped(parts: Parts, parameter: Any) -> Any:
+def _shaped(parts: Parts, name: str, model: Any) -> Any:
     """In the dims of the class."""
     (tensor,) = parts.values()
-    return tensor.reshape(parameter.shape)
+    return tensor.reshape(model.get_parameter(name).shape)
 
 
-def _normed(parts: Parts, _: Any) -> Any:
+def _normed(parts: Parts, *_: Any) -> Any:
     """Rows of length 1; of marks the same ones, since a row's length is that of the whole row."""
     import torch
 
@@ -205,8 +209,11 @@ def _normed(parts: Parts, _: Any) -> Any:
     return tensor if tensor.dtype == torch.bool else torch.nn.functional.normalize(tensor)
 
 
-def _adapted(scales: Mapping[str, float], parts: Parts, _: Any) -> Any:
-    """A matrix and its adapters' products, in float64, where no element is lost; of marks where any of them is."""
+def _adapted(scales: Mapping[str, float], parts: Parts, key: str, _: Any) -> Any:
+    """A matrix and its adapters' products, in float64, where no element is lost.
+
+    Of marks the matrix's. DifferentError where a rank's part of an adapter is not of the same elements.
+    """
     import torch
 
     found = parts[".base_layer.weight"]
@@ -217,13 +224,15 @@ def _adapted(scales: Mapping[str, float], parts: Parts, _: Any) -> Any:
         if first is None or second is None:
             continue
         if marks:
-            found = found | second.any(1)[:, None] & first.any(0)
+            if not bool((found == (second.any(1)[:, None] & first.any(0))).all()):
+                what = f"the adapter {name} of {key} is not cut as the matrix that it is added to"
+                raise DifferentError(what, tensor=key)
         else:
             found = found + scale * second.double() @ first.double()
     return found
 
 
-def _changed(change: Callable[[Parts, Any], Any]) -> Any:
+def _changed(change: Change) -> Any:
     """What makes one parameter of stored tensors."""
     from transformers.core_model_loading import ConversionOps
 
@@ -234,7 +243,7 @@ def _changed(change: Callable[[Parts, Any], Any]) -> Any:
             self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs
         ):
             parts = {pattern: each[0] if isinstance(each, list) else each for pattern, each in input_dict.items()}
-            return {target_patterns[0]: change(parts, model.get_parameter(full_layer_name))}
+            return {target_patterns[0]: change(parts, full_layer_name, model)}
 
     return Changed()
 

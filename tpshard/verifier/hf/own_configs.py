@@ -8,6 +8,12 @@ from typing import Any
 
 Config = Mapping[str, Any]
 Made = dict[str, Any] | str
+LAYERS = "unlike_layers"
+"""The key of a class's config that says what differs of each layer: `kv` heads, `ffn` and its activation.
+
+0: it has none; MATRIX: one matrix stands for it.
+"""
+MATRIX = "matrix"
 
 
 def _renamed(config: Config, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -221,6 +227,32 @@ def chatglm(config: Config) -> Made:
     }
     theta = 10000 * config.get("rope_ratio", 1)
     return {"pad_token_id": None, **_renamed(config, keys), "partial_rotary_factor": 0.5, "rope_theta": theta}
+
+
+def nemotron_nas(config: Config) -> Made:
+    """LLaMA, with layers that differ."""
+    heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], []
+    for block in config["block_configs"]:
+        attention, ffn = block["attention"], block["ffn"]
+        unlike = _first(
+            (attention.get("window_length") or attention.get("num_sink_tokens"), "windows"),
+            (attention.get("sparsify") or ffn.get("sparsify"), "sparse matrices"),
+        )
+        if unlike:
+            return unlike
+        kv = MATRIX if attention["replace_with_linear"] else 0
+        if not kv and not attention["no_op"]:
+            kv = heads // attention["n_heads_in_group"]
+        wide = MATRIX if ffn["replace_with_linear"] else 0
+        if not wide and not ffn["no_op"]:
+            # A multiple of the model's width, for which two of three matrices count.
+            wide = ffn.get("intermediate_size") or -(-int(2 * ffn["ffn_mult"] * hidden / 3) // 256) * 256
+        layers.append({"kv": kv, "ffn": wide, "hidden_act": ffn.get("hidden_act")})
+    if config.get("position_embedding_type") in ("mistral_yarn", "rope_llama4"):
+        return "neighbours that are turned together"
+    # What it says of all layers stands for none of them, and its class wants numbers.
+    sizes = {"num_key_value_heads": heads, "intermediate_size": config.get("intermediate_size") or 1}
+    return {**config, **sizes, LAYERS: layers}
 
 
 def phi4mm(config: Config) -> Made:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tpshard.errors import CorruptError, DifferentError, UnsupportedError
 from tpshard.verifier.elements import RankShares
+from tpshard.verifier.hf import unlike_layers
 from tpshard.verifier.hf.config import WITHOUT_TOWERS, text_config, tried
 from tpshard.verifier.hf.conversions import Conversions
 from tpshard.verifier.hf.converted import converted
@@ -77,6 +78,7 @@ def skeleton(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module
     with _empty_parameters(), precision(dtype):
         try:
             model: Any = class_of(config)(config, dtype=dtype, attn_implementation="eager")
+            unlike_layers.put_in(model)
         except Exception as error:  # the library's own, of any kind
             said = " ".join(str(error).split()) or type(error).__name__
             hint = "--tier bytes compares the files"
