@@ -79,6 +79,25 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
             **{name: each for i in range(4) for name, each in _gated(f"mlp.experts.{i}", 16).items()},
         },
     ),
+    "minimax_text_01": (
+        {"num_key_value_heads": 2, "head_dim": 8, "rotary_dim": 4, "rope_theta": 10000000, "rms_norm_eps": 1e-5}
+        | {"attn_type_list": [0, 1], "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"postnorm": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid", "hidden_act": "silu"}
+        | {f"layernorm_{each}_alpha": 3.5 + i for i, each in enumerate(("full_attention", "linear_attention", "mlp"))}
+        | {f"layernorm_{each}_beta": 1.5 for each in ("full_attention", "linear_attention", "mlp")},
+        {
+            "model.embed_tokens": (VOCAB, 32), "lm_head": (VOCAB, 32), "model.norm": (32,), **_NORMS,
+            "model.layers.0.self_attn.qkv_proj": (96, 32), "model.layers.0.self_attn.output_gate": (32, 32),
+            "model.layers.0.self_attn.norm": (32,), "model.layers.0.self_attn.out_proj": (32, 32),
+            **{f"model.layers.1.self_attn.{each}_proj": (32, 32) for each in "qo"},
+            **{f"model.layers.1.self_attn.{each}_proj": (16, 32) for each in "kv"},
+            "model.layers.*.block_sparse_moe.gate": (4, 32),
+            **{
+                f"model.layers.*.block_sparse_moe.experts.{i}.w{w}": (32, 16) if w == 2 else (16, 32)
+                for i in range(4) for w in (1, 2, 3)
+            },
+        },
+    ),
 }  # fmt: skip
 """By model_type, what a config has beside sizes, and the shapes of weights, and of biases."""
 

@@ -58,6 +58,8 @@ BY_CONFIG = {
     "mimo_v2": "mimo_v2_flash",
     "minicpm": "granite",
     "mistral_native": "mistral",  # and others of Mistral's
+    "minimax_m1": "minimax",
+    "minimax_text_01": "minimax",
     "nemotron-nas": "llama",
     "phi4mm": "phi3",
     "qwen": "qwen2",

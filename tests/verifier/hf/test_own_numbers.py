@@ -120,10 +120,45 @@ def searched(tensors: Tensors, config: Config, x: Tensor, layer: int) -> Tensor:
     return attention(turned(q, 1e4), turned(k, 1e4), v) @ tensors[f"{start}o_proj.weight"].T
 
 
+def lightning(tensors: Tensors, config: Config, x: Tensor, layer: int) -> Tensor:
+    """Heads that forget at a rate of their own, and one norm of all; or attention, with a part of each head turned."""
+    start, heads, width = f"model.layers.{layer}.self_attn.", config["num_attention_heads"], config["head_dim"]
+
+    def of(module: str) -> Tensor:
+        return x @ tensors[f"{start}{module}.weight"].T
+
+    if f"{start}q_proj.weight" in tensors:
+        q, k, v = (of(f"{each}_proj").unflatten(-1, (-1, width)) for each in "qkv")
+        part = config["rotary_dim"]
+        q, k = (torch.cat([turned(e[..., :part], config["rope_theta"]), e[..., part:]], -1) for e in (q, k))
+        return attention(q, k, v) @ tensors[f"{start}o_proj.weight"].T
+    q, k, v = torch.nn.functional.silu(of("qkv_proj")).unflatten(-1, (heads, 3, width)).unbind(-2)
+    slow = 1 - layer / (config["num_hidden_layers"] - 1 + 1e-5) + 1e-5
+    rate = torch.exp(-slow * 2.0 ** (-8 / heads * torch.arange(1, heads + 1, dtype=torch.float64)))[:, None, None]
+    state, rows = torch.zeros(heads, width, width, dtype=torch.float64), []
+    for query, key, value in zip(q, k, v, strict=True):
+        state = rate * state + key[:, :, None] * value[:, None]
+        rows.append((query[:, None] @ state).flatten())
+    normed = rms(torch.stack(rows), tensors[f"{start}norm.weight"], 1e-6)
+    return (of("output_gate").sigmoid() * normed) @ tensors[f"{start}out_proj.weight"].T
+
+
+def mixtral(tensors: Tensors, config: Config, x: Tensor, layer: int) -> Tensor:
+    start = f"model.layers.{layer}.block_sparse_moe."
+    scores, rows = (x @ tensors[f"{start}gate.weight"].T).softmax(-1), []
+    for token, row in zip(x, scores, strict=True):
+        chosen = row.argsort(descending=True)[:2]
+        each = [[tensors[f"{start}experts.{i}.w{w}.weight"] for w in (1, 3, 2)] for i in map(int, chosen)]
+        parts = [weight * gated(token, *one) for weight, one in zip(row[chosen], each, strict=True)]
+        rows.append((parts[0] + parts[1]) / row[chosen].sum())
+    return torch.stack(rows)
+
+
 PARTS: dict[str, tuple[Part, Part]] = {
     "baichuan": (packed, dense),
     "baichuan-2": (packed, dense),
     "bailing_moe": (of_ling, experts),
+    "minimax_text_01": (lightning, mixtral),
     "nemotron-nas": (searched, dense),
     "phi4mm": (of_phi, phi_dense),
 }
@@ -140,8 +175,13 @@ def plain(name: str, tensors: Tensors, config: Config) -> Tensor:
     x, eps = tensors[f"model.{embedding}.weight"][IDS[0]], config.get("rms_norm_eps") or EPS[name]
     for layer in range(config["num_hidden_layers"]):
         for part, norm in ((attends, "input_layernorm"), (feeds, "post_attention_layernorm")):
-            if (weight := tensors.get(f"model.layers.{layer}.{norm}.weight")) is not None:
-                x = x + part(tensors, config, rms(x, weight, eps), layer)
+            if (weight := tensors.get(f"model.layers.{layer}.{norm}.weight")) is None:
+                continue
+            normed = rms(x, weight, eps)
+            x = normed if config.get("postnorm") else x
+            kind = "mlp" if part is feeds else "linear_attention" if layer == 0 else "full_attention"
+            alpha, beta = (config.get(f"layernorm_{kind}_{each}", 1.0) for each in ("alpha", "beta"))
+            x = alpha * x + beta * part(tensors, config, normed, layer)
     head = tensors.get("lm_head.weight", tensors[f"model.{embedding}.weight"])
     if name == "baichuan-2":
         head = head / head.pow(2).sum(1, keepdim=True).sqrt()

@@ -100,6 +100,11 @@ CASES: dict[str, Case] = {
         ("lm_head.weight", 8, "lm_head"),
         ("model.layers.*.self_attn.W_pack", "layers.0.self_attn"),
     ),
+    "minimax_text_01": Case(
+        "minimax",
+        ("model.layers.1.self_attn.q_proj.weight", 8, "layers.1.self_attn"),
+        ("model.layers.*.self_attn.output_gate", "layers.0.self_attn"),
+    ),
     "nemotron-nas": Case(
         "nemotron_nas",
         ("model.layers.2.self_attn.q_proj.weight", 8, "layers.2.self_attn"),
@@ -197,6 +202,8 @@ UNLIKE = [
         "another gate than one for each head",
     ),
     ("bailing_moe_v3", {"expert_swiglu_limit_list": [0, 7, 0]}, "limits in its experts"),
+    ("minimax_text_01", {"postnorm": False}, "residuals taken before its norms"),
+    ("minimax_text_01", {"shared_intermediate_size": 16}, "shared experts"),
     ("phi4mm", {"attention_bias": True}, "biases"),
     ("chatglm", {"rmsnorm": False}, "LayerNorms"),
     ("minicpm", {"num_experts": 8}, "experts"),

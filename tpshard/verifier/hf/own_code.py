@@ -26,7 +26,8 @@ class OwnCode:
     as many as each of these has; shared: a key of the config that says in how many shares, each with a part of all.
     joined: what is one parameter of the class, which has its parts' rows one behind another; those of each expert where
     names have a `*`. shaped: parameters that files may have in more dims. normed: modules whose rows the model divides
-    by their length, and the key of the class's config that says so. adapters: of matrices that lie in a `base_layer`;
+    by their length, and the key of the class's config that says so. turned: modules of whose heads a part is turned by
+    positions, in a class that turns whole heads. adapters: of matrices that lie in a `base_layer`;
     all are added to it at once, which no input asks for, so that each is run.
     """
 
@@ -37,12 +38,14 @@ class OwnCode:
     joined: tuple[tuple[tuple[str, ...], str], ...] = ()
     shaped: tuple[str, ...] = ()
     normed: tuple[tuple[str, str], ...] = ()
+    turned: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
 
     @property
     def has_class_names(self) -> bool:
         """Whether files have the parameters as the class has them."""
-        return not (self.names or self.fused or self.joined or self.shaped or self.normed or self.adapters)
+        changed = (self.names, self.fused, self.joined, self.shaped, self.normed, self.turned, self.adapters)
+        return not any(changed)
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -116,6 +119,10 @@ OWN_CODE: dict[str, OwnCode] = {
         ),
         _LING_FUSED,
     ),
+    **dict.fromkeys(
+        ("minimax_text_01", "minimax_m1"),
+        OwnCode(own_configs.minimax_text_01, turned=(".self_attn.q_proj.weight", ".self_attn.k_proj.weight")),
+    ),
     "nemotron-nas": OwnCode(own_configs.nemotron_nas),
     "phi4mm": OwnCode(own_configs.phi4mm, adapters=("speech", "vision")),
 }
@@ -171,6 +178,9 @@ def conversions_of(model_type: str, config: Any) -> list[Any]:
     found += [WeightConverter(each, each, [_changed(_shaped)]) for each in known.shaped]
     normed = (f"{module}.weight" for module, key in known.normed if getattr(config, key))
     found += [WeightConverter(each, each, [_changed(_normed)]) for each in normed]
+    if known.turned and config.rotary_dim != config.head_dim:
+        order = _order(config.rotary_dim, config.head_dim)
+        found += [WeightConverter(each, each, [_changed(partial(_turned, order))]) for each in known.turned]
     if known.adapters:
         stored = (".base_layer.weight", *(f".lora_{each}.{name}.weight" for name in known.adapters for each in "AB"))
         scales = {name: _scale(getattr(config, f"{name}_lora", None)) for name in known.adapters}
@@ -207,6 +217,18 @@ def _normed(parts: Parts, *_: Any) -> Any:
 
     (tensor,) = parts.values()
     return tensor if tensor.dtype == torch.bool else torch.nn.functional.normalize(tensor)
+
+
+def _order(turned: int, head: int) -> list[int]:
+    """Features of a head so that two which are turned together lie half of it apart."""
+    half, middle = turned // 2, (turned + head) // 2
+    return [*range(half), *range(turned, middle), *range(half, turned), *range(middle, head)]
+
+
+def _turned(order: list[int], parts: Parts, *_: Any) -> Any:
+    """Rows with each head's features in this order."""
+    (tensor,) = parts.values()
+    return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 
 
 def _adapted(scales: Mapping[str, float], parts: Parts, key: str, _: Any) -> Any:

@@ -229,6 +229,39 @@ def chatglm(config: Config) -> Made:
     return {"pad_token_id": None, **_renamed(config, keys), "partial_rotary_factor": 0.5, "rope_theta": theta}
 
 
+def minimax_text_01(config: Config) -> Made:
+    """MiniMax, which turns whole heads: so features of queries and keys lie in another order, and most are turned by 0.
+
+    How fast the layers forget differs by less than 1e-5.
+    """
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    turned, shared = config.get("rotary_dim") or head, config.get("shared_intermediate_size") or 0
+    unlike = _first(
+        (not config.get("postnorm"), "residuals taken before its norms"),
+        (any(shared) if isinstance(shared, list) else shared, "shared experts"),
+        (not isinstance(config["num_local_experts"], int), "layers with unlike numbers of experts"),
+        (config["num_local_experts"] == 1, "no experts"),
+        (heads & heads - 1, "a number of heads that is no power of 2"),
+    )
+    if unlike:
+        return unlike
+    each = [("full_attention", "full_attn"), ("linear_attention", "linear_attn"), ("mlp", "mlp")]
+    kinds = config.get("attn_type_list") or config.get("decoder_attention_types") or [1] * layers
+    factor = {"rope_type": "proportional", "partial_rotary_factor": turned / head} if turned != head else {}
+    return {
+        **_renamed(
+            {key: value for key, value in config.items() if key != "rope_theta"},
+            {f"layernorm_{old}_{ab}": f"{new}_{ab}_factor" for old, new in each for ab in ("alpha", "beta")},
+        ),
+        **{"head_dim": head, "rotary_dim": turned},
+        "layer_types": ["full_attention" if kind else "linear_attention" for kind in kinds],
+        # Of the whole head's width, which the class divides by.
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.get("rope_theta", 1e4) ** (head / turned)}
+        | factor,
+    }
+
+
 def nemotron_nas(config: Config) -> Made:
     """LLaMA, with layers that differ."""
     heads, hidden, layers = config["num_attention_heads"], config["hidden_size"], []
