@@ -117,8 +117,8 @@ def make(name: str, path: Path) -> Path:
         config = json.loads((model / "config.json").read_text())
         config |= {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16}
         return write_checkpoint(path, config, drawn({each: x.shape for each, x in read_all(model).items()}))
-    if name == "bailing_moe_v3":
-        return _ling_3(path)
+    if name in ("bailing_hybrid", "bailing_moe_v3"):
+        return _ling_3(name, path)
     if name in ("phi4mm", "nemotron-nas"):
         model = served_forms.write(name, path)
         config = json.loads((model / "config.json").read_text())
@@ -132,18 +132,18 @@ def make(name: str, path: Path) -> Path:
     return served_checkpoints.make(name, path)
 
 
-def _ling_3(path: Path) -> Path:
+def _ling_3(name: str, path: Path) -> Path:
     """Ling 3.0 with a layer behind the last whole group, and with decays in the dims that they are given there."""
     served = SERVED["bailing_hybrid, Ling 3.0"]
     kinds = ["linear_attention", "full_attention", "full_attention"]
     longer = replace(served, config={**served.config, "num_hidden_layers": 3, "layer_types": kinds})
-    model = served_checkpoints.written(longer, path.with_name("bailing_hybrid"))
+    model = served_checkpoints.written(longer, path.with_name(f"{path.name}-saved"))
     tensors = {
         name: Tensor(x.dtype, (1, 1, *x.shape, 1), x.data) if name.endswith("A_log") else x
         for name, x in read_all(model).items()
     }
     config = json.loads((model / "config.json").read_text())
-    return write_checkpoint(path, config | {"model_type": "bailing_moe_v3", "partial_rotary_factor": 0.5}, tensors)
+    return write_checkpoint(path, config | {"model_type": name, "partial_rotary_factor": 0.5}, tensors)
 
 
 def _without_tower(model: Path, path: Path) -> Path:

@@ -50,6 +50,7 @@ COMPUTES_AS = {
 """Text models that compute as these do, some of them on text alone: its positions in three dimensions are one."""
 BY_CONFIG = {
     "baichuan": "llama",
+    "bailing_hybrid": "bailing_hybrid",
     "bailing_moe": "granitemoeshared",
     "bailing_moe_v2": "glm4_moe",
     "bailing_moe_v3": "bailing_hybrid",

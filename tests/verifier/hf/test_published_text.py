@@ -85,6 +85,11 @@ CASES: dict[str, Case] = {
         ("model.layers.0.attention.query_key_value.weight", 8, "layers.0.self_attn"),
         ("model.layers.*.mlp.shared_experts.up_proj", "layers.0.shared_mlp"),
     ),
+    "bailing_hybrid": Case(
+        "bailing_hybrid",
+        ("model.layers.2.attention.kv_b_proj.weight", 28, "layers.2.self_attn"),
+        ("model.layers.*.attention.kv_b_proj", "layers.1.self_attn"),
+    ),
     "bailing_moe_v3": Case(
         "bailing_hybrid",
         ("model.layers.1.attention.q_proj.weight", 24, "layers.1.self_attn"),
@@ -189,7 +194,8 @@ def test_a_wrong_rule_fails(name: str, tmp_path: Path) -> None:
     assert found["verdict"] == "fail" and place in where(found), found["reason"]
 
 
-UNLIKE = [
+_RING: dict[str, Any] = {"model_type": "bailing_hybrid", "architectures": ["BailingMoeV2_5ForCausalLM"]}
+UNLIKE: list[tuple[str, dict[str, Any], str]] = [
     ("baichuan-13B", {}, "ALiBi"),
     ("baichuan-2", {"tie_word_embeddings": True}, "one table for its embedding and its normed head"),
     ("bailing_moe", {"score_function": "sigmoid"}, "a sigmoid for the scores of its experts"),
@@ -204,6 +210,7 @@ UNLIKE = [
     ("bailing_moe_v3", {"expert_swiglu_limit_list": [0, 7, 0]}, "limits in its experts"),
     ("minimax_text_01", {"postnorm": False}, "residuals taken before its norms"),
     ("minimax_text_01", {"shared_intermediate_size": 16}, "shared experts"),
+    ("bailing_moe_v3", _RING, "Ring 2.5's linear attention"),
     ("phi4mm", {"attention_bias": True}, "biases"),
     ("chatglm", {"rmsnorm": False}, "LayerNorms"),
     ("minicpm", {"num_experts": 8}, "experts"),
@@ -216,8 +223,9 @@ def test_what_its_class_does_not_compute_is_said(
 ) -> None:
     config = json.loads((published_text.make(name, tmp_path / "model") / "config.json").read_text())
     assert name == "baichuan-13B" or engine_of("auto", config) == "transformers"
-    with pytest.raises(UnsupportedError, match=f"this {config['model_type']} model, which has {what}"):
-        engine_of("auto", config | changes)
+    other = config | changes
+    with pytest.raises(UnsupportedError, match=f"this {other['model_type']} model, which has {what}"):
+        engine_of("auto", other)
 
 
 ADAPTERS = {

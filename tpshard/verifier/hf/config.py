@@ -49,7 +49,10 @@ def _on_text_alone(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def covers(config: Mapping[str, Any]) -> bool:
     """Whether a class of transformers computes logits for this config, tried here or not. Remote code never does."""
-    model_type = str(text_of(config).get("model_type"))
+    text = text_of(config)
+    if unlike(text) is not None:
+        return False
+    model_type = str(text.get("model_type"))
     if model_type in TRIED:
         return True
     try:

@@ -58,6 +58,7 @@ _LING = (
     *((r"^model\.word_embeddings\.", "model.embed_tokens."), (r"\.attention\.dense\.", ".self_attn.o_proj.")),
     (r"\.attention\.", ".self_attn."),
 )
+_DECAYS = (".self_attn.forget_gate.A_log",)
 _LING_FUSED = ((".self_attn.query_key_value", _QKV),)
 
 
@@ -107,7 +108,8 @@ OWN_CODE: dict[str, OwnCode] = {
         ),
         _LING_FUSED,
     ),
-    "bailing_moe_v3": OwnCode(own_configs.bailing_moe_v3, shaped=(".self_attn.forget_gate.A_log",)),
+    "bailing_hybrid": OwnCode(own_configs.bailing_hybrid, shaped=_DECAYS),
+    "bailing_moe_v3": OwnCode(own_configs.bailing_moe_v3, shaped=_DECAYS),
     "chatglm": OwnCode(
         own_configs.chatglm,
         (

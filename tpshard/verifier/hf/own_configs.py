@@ -171,18 +171,27 @@ def bailing_moe_v2(config: Config) -> Made:
     return {**_renamed(config, keys), "partial_rotary_factor": partial}
 
 
+def bailing_hybrid(config: Config) -> Made:
+    """Ling 3.0 under the type of its class, saved by that or as published; or Ring 2.5."""
+    if config.get("layer_types"):
+        return dict(config)
+    if config.get("architectures") == ["BailingMoeV2_5ForCausalLM"]:
+        return "Ring 2.5's linear attention"
+    return bailing_moe_v3(config)
+
+
 def bailing_moe_v3(config: Config) -> Made:
     """Ling 3.0. What is turned of a head has a size of its own, so no factor says it.
 
     Layers behind the last whole group attend to all tokens, which the class does not know by itself.
     """
-    shared, rest = divmod(_shared_width(config), config["moe_intermediate_size"])
+    shared, rest = divmod(_shared_width({"num_shared_experts": 1, **config}), config["moe_intermediate_size"])
     limits = (config.get(f"{each}_swiglu_limit_list") or () for each in ("expert", "share_expert"))
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     unlike = _first(
         (config.get("q_lora_rank"), "queries that come from a latent"),
         (
-            config.get("gated_attention_proj_granularity_type") != "head_wise",
+            config.get("gated_attention_proj_granularity_type", "head_wise") != "head_wise",
             "another gate than one for each head",
         ),
         (not config.get("no_kda_lora", True), "gates of linear attention that come from a latent"),
