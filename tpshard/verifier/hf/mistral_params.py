@@ -47,8 +47,12 @@ _MORE = ("use_biases", "ada_rms_norm_t_cond", "multimodal")
 """What none of these classes has."""
 
 
-def text_config(params: Config) -> dict[str, Any] | None:
-    """The config of the class that computes the text model; None where none is known to compute the same."""
+def text_config(params: Config) -> dict[str, Any] | str:
+    """The config of the class that computes the text model; words where none is known to compute the same."""
+    return _text_config(params) or "values in params.json that none of the known ones computes"
+
+
+def _text_config(params: Config) -> dict[str, Any] | None:
     if any(params.get(key) for key in _MORE) or not params.get("causal", True):
         return None
     config = {new: params[old] for old, new in _KEYS.items()} | {

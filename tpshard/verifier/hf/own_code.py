@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from tpshard.errors import DifferentError
-from tpshard.verifier.hf import own_configs
+from tpshard.verifier.hf import mistral_params, own_configs
 from tpshard.verifier.hf.own_configs import Config, Made
 from tpshard.verifier.model_types import BY_CONFIG
 
@@ -27,8 +27,9 @@ class OwnCode:
     joined: what is one parameter of the class, which has its parts' rows one behind another; those of each expert where
     names have a `*`. shaped: parameters that files may have in more dims. normed: modules whose rows the model divides
     by their length, and the key of the class's config that says so. turned: modules of whose heads a part is turned by
-    positions, in a class that turns whole heads. adapters: of matrices that lie in a `base_layer`;
-    all are added to it at once, which no input asks for, so that each is run.
+    positions, in a class that turns whole heads. paired: modules of whose heads what is turned together lies side by
+    side, and what the class calls them, where it lies half a head apart. adapters: of matrices that lie in a
+    `base_layer`; all are added to it at once, which no input asks for, so that each is run.
     """
 
     config: Callable[[Config], Made]
@@ -39,13 +40,14 @@ class OwnCode:
     shaped: tuple[str, ...] = ()
     normed: tuple[tuple[str, str], ...] = ()
     turned: tuple[str, ...] = ()
+    paired: tuple[tuple[str, str], ...] = ()
     adapters: tuple[str, ...] = ()
 
     @property
     def has_class_names(self) -> bool:
         """Whether files have the parameters as the class has them."""
-        changed = (self.names, self.fused, self.joined, self.shaped, self.normed, self.turned, self.adapters)
-        return not any(changed)
+        changed = (self.names, self.fused, self.joined, self.shaped, self.normed, self.turned, self.paired)
+        return not (any(changed) or self.adapters)
 
 
 _QKV = ("q_proj", "k_proj", "v_proj")
@@ -127,6 +129,15 @@ OWN_CODE: dict[str, OwnCode] = {
     ),
     "nemotron-nas": OwnCode(own_configs.nemotron_nas),
     "phi4mm": OwnCode(own_configs.phi4mm, adapters=("speech", "vision")),
+    "mistral_native": OwnCode(
+        mistral_params.text_config,
+        mistral_params.NAMES,
+        joined=(
+            ((".experts.*.w1.weight", ".experts.*.w3.weight"), ".experts.gate_up_proj"),
+            ((".experts.*.w2.weight",), ".experts.down_proj"),
+        ),
+        paired=mistral_params.PAIRED,
+    ),
 }
 """By model_type. Read off each model's own code, which vLLM's classes follow."""
 
@@ -136,7 +147,8 @@ def as_known(config: Config) -> Config:
     model_type, made = str(config.get("model_type")), _made(config)
     if made is None or isinstance(made, str):
         return config
-    made["model_type"] = BY_CONFIG[model_type]
+    if made.get("model_type", model_type) == model_type:  # else it is of several, and says which
+        made["model_type"] = BY_CONFIG[model_type]
     return made if OWN_CODE[model_type].has_class_names else made | {PUBLISHED_AS: model_type}
 
 
@@ -180,6 +192,7 @@ def conversions_of(model_type: str, config: Any) -> list[Any]:
     found += [WeightConverter(each, each, [_changed(_shaped)]) for each in known.shaped]
     normed = (f"{module}.weight" for module, key in known.normed if getattr(config, key))
     found += [WeightConverter(each, each, [_changed(_normed)]) for each in normed]
+    found += [WeightConverter(f"{old}.weight", f"{new}.weight", [_changed(_in_halves)]) for old, new in known.paired]
     if known.turned and config.rotary_dim != config.head_dim:
         order = _order(config.rotary_dim, config.head_dim)
         found += [WeightConverter(each, each, [_changed(partial(_turned, order))]) for each in known.turned]
@@ -231,6 +244,18 @@ def _turned(order: list[int], parts: Parts, *_: Any) -> Any:
     """Rows with each head's features in this order."""
     (tensor,) = parts.values()
     return tensor.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
+def _in_halves(parts: Parts, name: str, model: Any) -> Any:
+    """The rows of each head so that the first of each pair come before the second ones.
+
+    Of latent attention, which turns pairs as they are, nothing changes.
+    """
+    (rows,) = parts.values()
+    attention = model.get_submodule(name.rsplit(".", 2)[0])
+    if hasattr(attention, "qk_rope_head_dim"):
+        return rows
+    return rows.unflatten(0, (-1, attention.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _adapted(scales: Mapping[str, float], parts: Parts, key: str, _: Any) -> Any:
