@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tpshard
+from tests.engines import engine_heads as heads
 from tests.engines import engine_models as models
 from tests.engines import engine_nested as nested
 from tests.engines import engine_newest as newest
@@ -53,23 +54,36 @@ def test_ours_is_what_vllm_holds_of_mistrals_own_form(name: str, tp: int, loader
     require_held(mistral_form.published(tmp_path / "source", kind, **params), tp, loader, tmp_path)
 
 
-@pytest.mark.parametrize("name", models.CLASSIFIERS)
-def test_ours_is_what_vllm_holds_of_a_classifier_of_sequences(name: str, loader: Loader, tmp_path: Path) -> None:
-    require_held(models.as_classifier(name, tmp_path / "source"), 2, loader, tmp_path)
-    assert {rank["score.weight"].dtype for rank in written(tmp_path / "shards", 2)} == {torch.float32}
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", heads.LOADED)
+def test_ours_is_what_vllm_holds_of_a_model_of_another_task(name: str, tp: int, loader: Loader, tmp_path: Path) -> None:
+    require_held(heads.make(name, tmp_path / "source"), tp, loader, tmp_path, pooling=True)
+    head = heads.LOADED[name].head
+    assert all(rank[each].dtype == torch.float32 for rank in written(tmp_path / "shards", tp) for each in head)
 
 
-def require_held(source: Path, tp: int, loader: Loader, tmp_path: Path, roomy: str = "") -> None:
+@pytest.mark.parametrize("name", heads.REFUSED)
+def test_refused_is_what_vllm_does_not_load_of_another_task(name: str, loader: Loader, tmp_path: Path) -> None:
+    source = heads.make(name, tmp_path / "source")
+    with pytest.raises(UnsupportedError):
+        split(source, 2, tmp_path / "shards", format="vllm")
+    with pytest.raises(RuntimeError):
+        loader.held(source, 2, "auto", tmp_path / "theirs")
+
+
+def require_held(
+    source: Path, tp: int, loader: Loader, tmp_path: Path, roomy: str = "", *, pooling: bool = False
+) -> None:
     """Our files are what vLLM holds of a checkpoint, it loads them as that, and they come back whole.
 
     roomy: how the names end of parameters that a kernel has larger, with nothing behind what is loaded.
     """
-    theirs = loader.held(source, tp, "auto", tmp_path / "theirs")
+    theirs = loader.held(source, tp, "auto", tmp_path / "theirs", pooling=pooling)
     shards = tmp_path / "shards"
     split(source, tp, shards, format="vllm")
     ours = written(shards, tp)
     assert differences(rounded(ours, theirs), narrowed(theirs, ours, roomy)) == []
-    loaded = loader.held(shards, tp, "sharded_state", tmp_path / "loaded", roomy=bool(roomy))
+    loaded = loader.held(shards, tp, "sharded_state", tmp_path / "loaded", roomy=bool(roomy), pooling=pooling)
     assert differences(rounded(loaded, theirs), theirs) == []
     assert not tpshard.check(shards, source).differences
     tpshard.merge(shards, tmp_path / "merged")

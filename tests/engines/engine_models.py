@@ -602,35 +602,6 @@ DRAFT_CONFIGS: dict[str, dict[str, Any]] = {"qwen3_next": {"mlp_only_layers": []
 """Other configs for those that vLLM makes a draft model of."""
 
 
-CLASSIFIERS = {
-    "llama": "LlamaForSequenceClassification",
-    "mistral": "MistralForSequenceClassification",
-    "qwen2": "Qwen2ForSequenceClassification",
-    "qwen2-tied": "Qwen2ForSequenceClassification",
-    "qwen3": "Qwen3ForSequenceClassification",
-    "gemma2": "Gemma2ForSequenceClassification",
-    "mixtral": "MixtralForSequenceClassification",
-}
-"""Of which there are classifiers of sequences, and their classes."""
-
-
-def as_classifier(name: str, path: Path, *, bias: bool = False) -> Path:
-    """The checkpoint of a classifier of sequences, with three labels in place of the vocabulary."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    make(name, path)
-    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
-    tensors.pop("lm_head.weight", None)
-    generator = torch.Generator().manual_seed(zlib.crc32(b"score"))
-    score = torch.randn(3, config["hidden_size"], generator=generator).to(torch.bfloat16)
-    more = {"score.weight": score, **({"score.bias": score[:, 0].clone()} if bias else {})}
-    save_file(tensors | more, path / "model.safetensors", metadata={"format": "pt"})
-    labels = {"id2label": {str(n): f"LABEL_{n}" for n in range(3)}, "label2id": {f"LABEL_{n}": n for n in range(3)}}
-    (path / "config.json").write_text(json.dumps(config | labels | {"architectures": [CLASSIFIERS[name]]}))
-    return path
-
-
 def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A checkpoint with a layer that predicts one more token, as published files have it. changes: of the config."""
     return add_draft(make(name, path, changes), *{**DRAFTS, **NO_CLASS}[name])

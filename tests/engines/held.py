@@ -2,10 +2,11 @@
 
 Runs in the engines' environment. Reads jobs as JSON lines on stdin, answers each with a JSON line on stdout:
 {"model": DIR, "tp": N, "pp": N, "ep": BOOL, "load_format": "auto" | "sharded_state", "out": DIR, "roomy": BOOL,
-"draft": BOOL, "partial": BOOL, "again": {DIR: OUT}} → {"ok": true} or {"error": TEXT}. roomy: parameters may be larger
-than what is loaded. draft: of the model that vLLM makes of the layers which predict further tokens. partial: what the
-loader leaves unset or adds is written too, the latter named in the files' metadata. again: checkpoints of the same
-model, which are loaded one after another over the first, and where their parameters go.
+"draft": BOOL, "partial": BOOL, "pooling": BOOL, "again": {DIR: OUT}} → {"ok": true} or {"error": TEXT}. roomy:
+parameters may be larger than what is loaded. draft: of the model that vLLM makes of the layers which predict further
+tokens. partial: what the loader leaves unset or adds is written too, the latter named in the files' metadata. pooling:
+of a model that generates nothing. again: checkpoints of the same model, which are loaded one after another over the
+first, and where their parameters go.
 Each rank writes OUT/rank-N.safetensors: the tensors that `ShardedStateLoader` of a fresh model would look for.
 vLLM keeps state between models of one process, so every job runs in forked processes of its own.
 """
@@ -200,7 +201,7 @@ def with_configs() -> None:
     """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
     for name in (
         *("internlm2", "internlm3", "exaone", "iquestcoder", "bailing_moe_v2"),
-        *("minicpm", "bailing_moe", "bailing_hybrid", "bailing_moe_v3"),
+        *("minicpm", "bailing_moe", "bailing_hybrid", "bailing_moe_v3", "llama_bidirec"),
     ):
         AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
     AutoConfig.register("nemotron-nas", SearchedConfig)
@@ -258,6 +259,7 @@ def load(job: dict[str, object], rank: int, meeting: Path) -> None:
         enforce_eager=True,
         enable_prefix_caching=False,  # else hybrid models with latent attention ask for a processor with AMX
         max_model_len=64,
+        runner="pooling" if job.get("pooling") else "auto",
         speculative_config={"method": "mtp", "num_speculative_tokens": 1} if job.get("draft") else None,
     )
     config = arguments.create_engine_config()

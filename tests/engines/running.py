@@ -88,16 +88,17 @@ class Loader(Engine):
         roomy: bool = False,
         draft: bool = False,
         partial: bool = False,
+        pooling: bool = False,
         again: Mapping[str, str] = MappingProxyType({}),
     ) -> Ranks:
         """What each rank's model holds after loading; RuntimeError with what vLLM said when it does not load.
 
         roomy: parameters may be larger than what is loaded. draft: of the layers that predict further tokens, and not
-        of the others. partial: some may be left unset, or come while it loads. again: more checkpoints of the model,
-        and where what is held of each goes.
+        of the others. partial: some may be left unset, or come while it loads. pooling: it generates nothing. again:
+        more checkpoints of the model, and where what is held of each goes.
         """
         how = {"tp": tp, "pp": pp, "ep": ep, "load_format": load_format, "roomy": roomy, "draft": draft}
-        how |= {"partial": partial}
+        how |= {"partial": partial, "pooling": pooling}
         self.ask({"model": str(model), **how, "out": str(out), "again": dict(again)})
         return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp * pp)]
 

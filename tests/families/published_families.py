@@ -193,10 +193,11 @@ FAMILIES = (
     Family("Falcon, as RefinedWeb", "RefinedWeb", _old("falcon-new"), vllm=True),
     Family("A classifier of sequences", "llama", _head("sequences"), verify="text", vllm=True),
     Family("A classifier of tokens", "qwen3", _head("tokens"), verify="text"),
-    Family("A reward model", "qwen2", _head("reward"), verify="text"),
+    Family("A reward model", "qwen2", _head("reward"), verify="text", vllm=True),
     Family("A value beside the logits", "mistral", _head("value beside logits"), verify="text"),
-    Family("An embedding model", "qwen3", _head("none")),
-    Family("An embedding model, in both directions", "llama_bidirec", _head("in both directions"), verify="text"),
+    Family("An embedding model", "qwen3", _head("none"), vllm=True),
+    Family("An embedding model, in both directions", "llama_bidirec", _head("in both directions, none"), vllm=True),
+    Family("A reranker, in both directions", "llama_bidirec", _head("in both directions"), verify="text", vllm=True),
 )
 
 DRAFTS = {

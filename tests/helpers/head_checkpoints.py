@@ -12,6 +12,7 @@ import numpy as np
 from tests.helpers.toys import Tensor, read_all, write_checkpoint
 
 Made = Callable[..., Path]
+BOTH_WAYS = {"model_type": "llama_bidirec", "pooling": "avg"}
 LINEAR = {"score.weight": (2, 64)}
 WITH_HEADS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "sequences": ("llama-gqa", {"architectures": ["LlamaForSequenceClassification"]}, LINEAR),
@@ -26,9 +27,10 @@ WITH_HEADS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = 
     "classifier": ("gpt2", {"architectures": ["GPT2ForTokenClassification"]}, {"classifier.weight": (2, 96)}),
     "in both directions": (
         "llama-gqa",
-        {"architectures": ["LlamaBidirectionalForSequenceClassification"], "model_type": "llama_bidirec"},
+        {"architectures": ["LlamaBidirectionalForSequenceClassification"]} | BOTH_WAYS,
         LINEAR,
     ),
+    "in both directions, none": ("llama-gqa", {"architectures": ["LlamaBidirectionalModel"]} | BOTH_WAYS, {}),
     "none": ("qwen3", {"architectures": ["Qwen3Model"]}, {}),
     "none, by transformers' class": ("olmo", {"architectures": ["OlmoModel"]}, {}),
 }

@@ -7,7 +7,7 @@ from typing import Any
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_nested import AsEngineHas
 from tpshard.formats.engine_patterns import exchanged, match
-from tpshard.formats.engine_tables import EngineFamily, Table
+from tpshard.formats.engine_tables import EngineFamily, Head, Table
 from tpshard.planning.model import DTYPE_NAMES, Model
 
 HINT = "use --format native, or another engine's format"
@@ -38,17 +38,46 @@ def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, An
     raise UnsupportedError(what, expected=", ".join(classes), found=found, hint="take the published config.json")
 
 
-def with_head(table: Table, held: AsEngineHas) -> AsEngineHas:
-    """The names with the head of another task, where the config's class has one that the table knows."""
-    family = held.family
-    for name in held.model.config.get("architectures") or ():
-        for end, head in table.heads.items():
-            if str(name).endswith(end):
-                refused = {key: why for key, why in family.refused.items() if key != head["module"]}
-                float32 = (*family.float32, f"{head['module']}.weight") if head["float32"] else family.float32
-                more = {"head": head["module"], "float32": float32, "refused": {**refused, **head["refused"]}}
-                return held._replace(family=replace(family, **more))
-    return held
+def head_of(table: Table, model: Model) -> tuple[str, Head] | None:
+    """The class that a model's config names and what the table says of its head, where it is one of another task."""
+    for name in map(str, model.config.get("architectures") or ()):
+        ends = [end for end in table.heads if name.endswith(end)]
+        head = table.heads[max(ends, key=len)] if ends else Head()
+        if head != Head():
+            return name, head
+    return None
+
+
+def with_head(engine: str, table: Table, held: AsEngineHas) -> AsEngineHas:
+    """The names with the head of another task, or without one, where the config's class is such a one.
+
+    UnsupportedError where the engine does not load it. Its own head is then what the engine has no place for.
+    """
+    family, model, unplaced = held
+    found = head_of(table, model)
+    if found is None:
+        return held
+    name, head = found
+    if head.reason:
+        raise UnsupportedError(f"{engine} does not load {name} from sharded_state: {head.reason}", hint=HINT)
+    if head.module and model.quantisation:
+        raise UnsupportedError(f"what {engine} holds of {name} where it is quantised was not compared", hint=HINT)
+    own = family.head and f"{family.head}.weight"
+    unplaced |= {each.name for each in model.tensors if family.rename(model.full_name(each.name)) == own}
+    apart = told_apart(
+        EngineFamily(spelled=head.spelled), {each.name: model.full_name(each.name) for each in model.tensors}
+    )
+    cuts = {how: (*family.cuts.get(how, ()), *patterns) for how, patterns in head.cuts.items()}
+    refused = {key: why for key, why in family.refused.items() if key != head.module}
+    family = replace(
+        family,
+        head=head.module,
+        renamed={**family.renamed, **head.renamed},
+        cuts={**family.cuts, **cuts},
+        float32=(*family.float32, *head.float32),
+        refused={**refused, **head.refused},
+    )
+    return AsEngineHas(family, replace(model, tied={}, full_names=apart), unplaced)
 
 
 def require_config(engine: str, model_type: str, held: AsEngineHas) -> None:

@@ -94,7 +94,9 @@ def _cut(tensor: LogicalTensor, how: str | None, axes: Mapping[str, Axis], dealt
         how = None if cut.segments else "even"
     if how == "grouped":
         return tuple(_grouped(tensor, axes, dealt, rank) for rank in range(dealt.mesh.size))
-    if how not in (None, "paired") and not cut.segments:
+    if how == "even columns":
+        how, cut = ("even", Cut("row", 1)) if len(tensor.shape) > 1 else (None, Cut("replicate"))
+    elif how not in (None, "paired") and not cut.segments:
         cut = Cut("column", 0)  # of what the architecture leaves whole
     if how == "even":
         axis = _even(tensor, cut, dealt.mesh.tp)

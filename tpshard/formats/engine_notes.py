@@ -1,5 +1,6 @@
 """What whoever loads a set in an engine must know of it: stages of its own, drafts, and what the engine leaves out."""
 
+from tpshard.formats.engine_config import head_of
 from tpshard.formats.engine_tables import Table
 from tpshard.formats.split import Split
 from tpshard.planning.stages import even_layers
@@ -12,12 +13,8 @@ def notes_of(engine: str, table: Table, split: Split) -> tuple[str, ...]:
     """All of them, of a set whose names are those of a table."""
     stages, pp = split.layouts.stages, split.options.pp
     sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
-    others = (
-        *_told(engine, table, split),
-        *_drafts(engine, table, split),
-        *_unread(engine, table, split),
-        *_quantised(engine, table, split),
-    )
+    made = (_told, _drafts, _unread, _quantised, _head)
+    others = tuple(note for each in made for note in each(engine, table, split))
     if stages is None or sizes == even_layers(stages.layers.count, pp):
         return others
     variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
@@ -39,6 +36,11 @@ def _drafts(engine: str, table: Table, split: Split) -> tuple[str, ...]:
     elif text["model_type"] in table.refused_drafts:
         how = f"{engine} {table.version} does not load it"
     return (f"{count} tensors predict further tokens, which {engine} loads as a draft model: {how}",)
+
+
+def _head(engine: str, table: Table, split: Split) -> tuple[str, ...]:
+    found = None if split.model.architecture.get("text") else head_of(table, split.model)
+    return (f"{engine} loads {found[0]} so with {found[1].started}",) if found and found[1].started else ()
 
 
 def _unread(engine: str, table: Table, split: Split) -> tuple[str, ...]:

@@ -277,11 +277,25 @@ class Speculator:
 
 
 @dataclass(frozen=True)
+class Head:
+    """What an engine's classes of other tasks have in place of a family's head; the keys are the table's."""
+
+    module: str = ""
+    spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    started: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     """An engine's table: families by model_type, and what it does not load at all.
 
     version: the one that this is of. read: model_types whose names were read in its sources, and not run. no_quantised:
-    why it holds no quantised modules. heads: by what the names of classes end with, their head in place of a family's.
+    why it holds no quantised modules. heads: by what the names of classes end with, what they have in place of a head.
     classes: of model_types that are published with several classes, the model_type whose names each class has.
     refused_classes: classes that it does not load.
     kinds: of model_types whose configs name no class, a key of the config and the entry whose names it goes with.
@@ -300,7 +314,7 @@ class Table:
     no_quantised: str = ""
     classes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     refused_drafts: Mapping[str, str] = field(default_factory=dict)
-    heads: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    heads: Mapping[str, Head] = field(default_factory=dict)
     refused_classes: Mapping[str, str] = field(default_factory=dict)
     kinds: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
@@ -326,8 +340,10 @@ def load_table(path: Path, version: str | None = None) -> Table:
     refused = {name: reason for name, reason in data["refused_models"].items() if reason}
     versions = tuple(data["versions"])
     known = versions, version or versions[0], read, families, refused, quantised
-    plain = {key: data.get(key, {}) for key in ("classes", "refused_classes", "kinds", "refused_drafts", "heads")}
-    return Table(*known, pipelines, experts, drafts, compared, data.get("no_quantised", ""), **plain)
+    plain = {key: data.get(key, {}) for key in ("classes", "refused_classes", "kinds", "refused_drafts")}
+    entries = data.get("heads", {})
+    heads = {each: Head(**below("", merged(entries, each))) for each in entries}
+    return Table(*known, pipelines, experts, drafts, compared, data.get("no_quantised", ""), heads=heads, **plain)
 
 
 def _speculator(

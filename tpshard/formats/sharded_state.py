@@ -15,7 +15,15 @@ from pathlib import Path
 
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
-from tpshard.formats.engine_config import HINT, named_as, require_config, told_apart, with_dtype, with_head
+from tpshard.formats.engine_config import (
+    HINT,
+    head_of,
+    named_as,
+    require_config,
+    told_apart,
+    with_dtype,
+    with_head,
+)
 from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
 from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
@@ -151,6 +159,8 @@ class ShardedState(Format):
             raise self._unsupported(f"{self.engine} {table.version} for quantised models: {table.no_quantised}")
         if options.pp > 1 and model_type not in table.pipelines:
             raise self._unsupported(f"{what} on each stage of a pipeline is not known")
+        if options.pp > 1 and (head := head_of(table, model)):
+            raise self._unsupported(f"what {self.engine} holds of {head[0]} on each stage of a pipeline is not known")
         if 1 < options.ep < options.tp:
             what = f"{self.engine} has experts whole on each rank of a stage, or all of them cut: its ep is its tp"
             hint = f"use --ep {options.tp} or 1, or --format native"
@@ -229,7 +239,7 @@ class ShardedState(Format):
             found = self._nested(model, table)
         elif named in table.families:
             # A family remembers the names of one model alone.
-            found = with_head(table, AsEngineHas(replace(table.families[named]), model))
+            found = with_head(self.engine, table, AsEngineHas(replace(table.families[named]), model))
         else:
             what = f"the names that {self.engine} has for model_type {model_type!r} are not known"
             hint = "use --format native; `tpshard archs` lists the types that each engine's format takes"
@@ -342,7 +352,7 @@ class ShardedState(Format):
             }
         if not family.head and "lm_head.weight" in stored:
             raise self._unsupported(f"{self.engine}'s class has no head of its own, and this one is not tied")
-        if family.head and head not in stored:
+        if family.head and not any(each.startswith(f"{family.head}.") for each in stored):
             if any(str(each).endswith("Model") for each in model.config.get("architectures") or ()):
                 what = "it has no head, and what the engine's classes hold of such models was not compared"
                 raise self._unsupported(f"{what}: {model.config['architectures'][0]}")

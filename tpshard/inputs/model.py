@@ -78,7 +78,7 @@ def from_checkpoint(
 
 def _heads(names: Sequence[str]) -> tuple[str, ...]:
     """What is said of heads that do not predict tokens."""
-    return (f"a head of another task, whole on every rank: {', '.join(names)}",) if names else ()
+    return (f"a head of another task, which no rule cuts: {', '.join(names)}",) if names else ()
 
 
 _ENDS = 1 << 16

@@ -156,10 +156,10 @@ VLLM: Mapping[str, Names] = {
             " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 gemma gemma2 gemma3_text"
             " glm4 glm4_moe glm4_moe_lite glm_moe_dsa gptj granite granite_swa granitemoe granitemoehybrid"
             " granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder"
-            " jais2 kimi_k2 kimi_linear laguna lfm2 lfm2_moe llama mamba2 mimo_v2_flash minimax_m2 minimax_m3_text"
-            " minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat nemotron olmo opt phi3 phimoe qwen2"
-            " qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open stablelm"
-            " starcoder2 step3p5 vaultgemma"
+            " jais2 kimi_k2 kimi_linear laguna lfm2 lfm2_moe llama llama_bidirec mamba2 mimo_v2_flash minimax_m2"
+            " minimax_m3_text minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat nemotron olmo opt phi3"
+            " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open"
+            " stablelm starcoder2 step3p5 vaultgemma"
         ).split(),
         _PLAIN,
     ),
