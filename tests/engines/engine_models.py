@@ -583,6 +583,14 @@ DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "hy_v3": _next(2, 3, "final_layernorm"),
     "exaone_moe": ("model.layers.0.", "mtp.layers.0.", _MTP),
+    "bailing_hybrid": _next(1, 2, "final_layernorm"),
+    "bailing_hybrid-v3": _next(1, 2, "final_layernorm"),
+    "bailing_moe_v3": _next(1, 2, "final_layernorm"),
+    "nemotron_h": (
+        "backbone.layers.1.",
+        "mtp.layers.0.",
+        ("mtp.layers.0.enorm", "mtp.layers.0.hnorm", "mtp.layers.0.eh_proj", "mtp.layers.1.final_layernorm"),
+    ),
     "mimo_v2_flash": (
         "model.layers.1.self_attn.",
         "model.mtp.layers.0.self_attn.",
@@ -590,6 +598,8 @@ DRAFTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
 }
 """Of which layer what predicts further tokens is a copy, under which name, and what is around it."""
+ALSO_COPIED = {"nemotron_h": ("backbone.layers.3.", "mtp.layers.1.")}
+"""Of those that take two layers for it, the second one."""
 NO_CLASS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "step3p5": (
         "model.layers.1.self_attn.",
@@ -598,26 +608,28 @@ NO_CLASS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
 }
 """The same of those whose draft model vLLM does not load."""
-DRAFT_CONFIGS: dict[str, dict[str, Any]] = {"qwen3_next": {"mlp_only_layers": []}}
+DRAFT_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"mlp_only_layers": []},
+    "nemotron_h": {"mtp_hybrid_override_pattern": "*E"},
+}
 """Other configs for those that vLLM makes a draft model of."""
 
 
 def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A checkpoint with a layer that predicts one more token, as published files have it. changes: of the config."""
-    return add_draft(make(name, path, changes), *{**DRAFTS, **NO_CLASS}[name])
-
-
-def add_draft(path: Path, copied: str, copy: str, around: tuple[str, ...]) -> Path:
-    """Put a layer that predicts one more token into a checkpoint."""
     import torch
     from safetensors.torch import load_file, save_file
 
+    copied, copy, around = {**DRAFTS, **NO_CLASS}[name]
+    make(name, path, changes)
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
-    vocab, width = tensors["model.embed_tokens.weight"].shape
+    vocab, width = config["vocab_size"], config["hidden_size"]
     ffn = config.get("intermediate_size")
     shapes = {"down_proj": (width, ffn), "gate_proj": (ffn, width), "up_proj": (ffn, width)}
     shapes |= dict.fromkeys(("embed_tokens", "head", "output"), (vocab, width))
-    drafted = {copy + each.removeprefix(copied): t for each, t in tensors.items() if each.startswith(copied)}
+    drafted = {}
+    for start, own in ((copied, copy), *([ALSO_COPIED[name]] if name in ALSO_COPIED else [])):
+        drafted |= {own + each.removeprefix(start): t for each, t in tensors.items() if each.startswith(start)}
     assert drafted
     for module in around:
         last = module.rpartition(".")[2]

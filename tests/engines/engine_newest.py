@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.engines.engine_models import add_draft
-
 _TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TEXT = {
     **_TOKENS,
@@ -272,19 +270,104 @@ LATER: dict[str, Published] = {
 }
 """Types of which the table has no names yet."""
 
-_DRAFTED = ("enorm", "hnorm", "eh_proj", "shared_head.norm", "shared_head.head")
-_DENSE = ("input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-DRAFTS = {
-    "dots3_note": (
-        "model.layers.2.self_attn.",
-        "model.layers.3.self_attn.",
-        (*(f"model.layers.3.{each}" for each in (*_DRAFTED, *_DENSE)), "model.mtp.embed_tokens"),
-    ),
-}
-"""As those of `engine_models.py`."""
-
 ROOMY = {"deepseek_v4": ".attn_sink"}
 """How the names end of parameters that a kernel has larger than what is loaded."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A layer that predicts further tokens. copied, copy: how names begin of the layer that it is like, and its own.
+
+    around: shapes of what it has besides, of width, vocabulary and ffn; `../` and `/` begin names as they do paths.
+    without: what it does not have, as a pattern.
+    changes: of the config.
+    """
+
+    copied: str
+    copy: str
+    around: Mapping[str, str]
+    without: str = "$^"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+_JOINED = {"enorm.weight": "width", "hnorm.weight": "width", "eh_proj.weight": "width 2*width"}
+DRAFTS = {
+    "hy_v4": Draft(
+        "model.layers.1.",
+        "model.mtp_layers.0.",
+        _JOINED | {"final_layernorm.weight": "width"},
+        r"hc_",
+        {"num_nextn_predict_layers": 1},
+    ),
+    "dots3_note": Draft(
+        "model.layers.2.self_attn.",
+        "model.layers.3.self_attn.",
+        {
+            **{f"../{name}": shape for name, shape in _JOINED.items()},
+            **{"../shared_head.norm.weight": "width", "../shared_head.head.weight": "vocab width"},
+            **{"../input_layernorm.weight": "width", "../post_attention_layernorm.weight": "width"},
+            **{"../mlp.gate_proj.weight": "ffn width", "../mlp.up_proj.weight": "ffn width"},
+            **{"../mlp.down_proj.weight": "width ffn", "/model.mtp.embed_tokens.weight": "vocab width"},
+        },
+        changes={"num_nextn_predict_layers": 1},
+    ),
+    "minimax_m3_vl": Draft(
+        "language_model.model.layers.1.",
+        "language_model.model.mtp.layers.0.transformer_layer.",
+        {f"../{name}": shape for name, shape in (_JOINED | {"final_layernorm.weight": "width"}).items()},
+        changes={"text_config": {"num_mtp_modules": 1}},
+    ),
+    "deepseek_v4": Draft(
+        "layers.3.",
+        "mtp.0.",
+        {
+            **dict.fromkeys(("enorm.weight", "hnorm.weight", "norm.weight"), "width"),
+            **dict.fromkeys(("e_proj.weight", "h_proj.weight"), "width width"),
+            **dict.fromkeys(("emb.tok_emb.weight", "head.weight"), "vocab width"),
+            **{"hc_head_fn": "2 2*width", "hc_head_base": "2", "hc_head_scale": "1"},
+        },
+        r"compressor|indexer",
+    ),
+    "glm5_next": Draft(
+        "model.language_model.layers.1.",
+        "model.language_model.layers.2.",
+        _JOINED | {"shared_head.norm.weight": "width", "embed_tokens.weight": "vocab width"},
+        r"^hc_",
+        {"text_config": {"num_nextn_predict_layers": 1}},
+    ),
+}
+"""Of which there are layers that predict further tokens."""
+
+
+def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """The checkpoint with such a layer."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    draft = DRAFTS[name]
+    file = make(name, path, _changed(draft.changes, changes or {})) / "model.safetensors"
+    tensors, config = load_file(file), json.loads((path / "config.json").read_text())
+    text = config.get("text_config") or config
+    width = text["hidden_size"]
+    sizes = {"width": width, "2*width": 2 * width, "vocab": text["vocab_size"], "ffn": text.get("intermediate_size")}
+    drafted = {}
+    for each, tensor in tensors.items():
+        own = each.removeprefix(draft.copied)
+        if own != each and not re.search(draft.without, own):
+            drafted[draft.copy + own] = tensor
+    for each, shape in draft.around.items():
+        above = {"../": draft.copy.rstrip(".").rpartition(".")[0] + ".", "/": ""}
+        start = next((place for begins, place in above.items() if each.startswith(begins)), draft.copy)
+        like = torch.float32 if "hc_" in each else torch.bfloat16
+        drafted[start + each.removeprefix("../").removeprefix("/")] = torch.empty(
+            [sizes.get(size) or int(size) for size in shape.split()], dtype=like
+        )
+    for each, tensor in drafted.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
+        drafted[each] = values.to(tensor.dtype)
+    save_file(tensors | drafted, file, metadata={"format": "pt"})
+    return path
 
 
 def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, published: bool = True) -> Path:
@@ -315,11 +398,6 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, pub
     for file, content in form.beside.items():
         (path / file).write_text(json.dumps(content))
     return path
-
-
-def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
-    """The checkpoint with a layer that predicts one more token."""
-    return add_draft(make(name, path, changes), *DRAFTS[name])
 
 
 def _saved(published: Published, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -41,6 +41,7 @@ _NAMES = {
 """The same of modules that every build has."""
 _MADE: dict[str, dict[str, str]] = {
     "vllm.models.deepseek_v4.nvidia.model": {"DeepseekV4ForCausalLM": "DeepseekV4ForCausalLM"},
+    "vllm.models.deepseek_v4.nvidia.mtp": {"DeepSeekV4MTPModel": "DeepSeekV4MTP"},
 }
 """By module, vLLM's names of classes for which it has others on CPUs, and those that it takes on GPUs."""
 _EVERYWHERE: dict[str, dict[str, Callable[..., Any]]] = {

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.engines import engine_models, engine_nested, engine_newest
+from tests.engines import engine_models, engine_nested, engine_newest, fp8_blocks
 from tests.engines.running import everything
 from tests.helpers.command import fails, succeeds, tpshard
 from tests.helpers.grids import some
+from tpshard.formats.vllm_speculator import FORMAT
 
 Tensors = dict[str, torch.Tensor]
 MADE = {name: module for module in (engine_models, engine_nested, engine_newest) for name in module.DRAFTS}
@@ -35,7 +36,8 @@ def shards(source: Path) -> Path:
 @pytest.mark.parametrize("name", some(MADE, ["hy_v3", "qwen3_5-tied"]))
 def test_split_and_checked(name: str, tmp_path: Path) -> None:
     source, shards = MADE[name].with_draft(name, tmp_path / "source"), tmp_path / "shards"
-    succeeds("split", source, "--tp", 2, "--format", "vllm-speculator", "-o", shards)
+    said = succeeds("split", source, "--tp", 2, "--format", "vllm-speculator", "-o", shards).err
+    assert f'--speculative-config \'{{"method": "mtp", "model": "{shards}", "num_speculative_tokens": 1}}\'' in said
     succeeds("check", shards, "--source", source)
     drafted = {tensor for tensor, found in everything(source).items() if is_drafted(name, tensor, source)}
     succeeds("merge", shards, "-o", tmp_path / "merged")
@@ -44,6 +46,25 @@ def test_split_and_checked(name: str, tmp_path: Path) -> None:
     assert drafted - left_out <= merged.keys()
     whole = everything(source)
     assert all(torch.equal(tensor, whole[each]) for each, tensor in merged.items())
+
+
+def test_layers_are_refused_without_what_their_class_takes_of_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = engine_newest.with_draft("deepseek_v4", tmp_path / "source")
+    tensors = everything(source)
+    del tensors["mtp.0.emb.tok_emb.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    error = fails(4, "plan", source, "--tp", 2, "--format", "vllm-speculator")
+    assert "takes nothing of the model's" in error["message"] and error["expected"] == "model.embed_tokens"
+    succeeds("plan", source, "--tp", 2, "--format", "vllm")
+
+
+def test_the_types_that_were_compared_in_fp8_are_those_of_the_engines_tests() -> None:
+    names = {*fp8_blocks.BLOCKS, *fp8_blocks.DRAFTS} & engine_models.DRAFTS.keys()
+    same_tensors = {"kimi_k2", "glm_moe_dsa", "qwen3_5_text", "qwen3_5_moe_text"}
+    assert FORMAT.quantised_types == {engine_models.LOADED[name][0] for name in names} | same_tensors
 
 
 def is_drafted(name: str, tensor: str, source: Path) -> bool:

@@ -273,7 +273,7 @@ def _write_split(
     written = tuple(RankPart(rank, file.name, file.size, digests[file.name]) for rank, file in parts)
     notes = () if convert is None else convert.notes()
     return WriteReport(
-        verb, target, mesh, set_id, plan.nbytes, written, (*warnings, *planned.format.notes(planned), *notes)
+        verb, target, mesh, set_id, plan.nbytes, written, (*warnings, *planned.format.notes(planned, target), *notes)
     )
 
 

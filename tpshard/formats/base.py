@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from tpshard.errors import CorruptError
@@ -77,8 +78,8 @@ class Format(ABC):
         """The same of a file in a set of this mesh, where the name alone leaves it open."""
         return self.parse_name(name)
 
-    def notes(self, split: Split) -> tuple[str, ...]:
-        """What whoever loads the set must know of it."""
+    def notes(self, split: Split, out: Path | None = None) -> tuple[str, ...]:
+        """What whoever loads the set must know of it. out: where it is written."""
         return ()
 
     def metadata(self, split: Split, tensors: Sequence[StoredTensor]) -> dict[str, str]:

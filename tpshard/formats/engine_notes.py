@@ -1,5 +1,7 @@
 """What whoever loads a set in an engine must know of it: stages of its own, drafts, and what the engine leaves out."""
 
+from collections.abc import Collection
+
 from tpshard.formats.engine_config import head_of
 from tpshard.formats.engine_tables import Table
 from tpshard.formats.split import Split
@@ -55,8 +57,13 @@ def _unread(engine: str, table: Table, split: Split) -> tuple[str, ...]:
 
 def _quantised(engine: str, table: Table, split: Split) -> tuple[str, ...]:
     """Of a model that nests another, the table lists by which methods this may be."""
-    architecture = split.model.architecture
-    if not split.model.quantisation or architecture.get("text") or architecture["model_type"] in table.quantised_types:
+    return () if split.model.architecture.get("text") else quantised_note(engine, table.quantised_types, split)
+
+
+def quantised_note(engine: str, compared: Collection[str], split: Split) -> tuple[str, ...]:
+    """What is said of a quantised model of a type that is not among those that were compared."""
+    architecture = split.model.architecture.get("text") or split.model.architecture
+    if not split.model.quantisation or architecture["model_type"] in compared:
         return ()
     what = f"what {engine} holds of a quantised {architecture['model_type']} was not compared"
     return (f"{what}: load these files once before you ship them",)

@@ -267,6 +267,7 @@ class Speculator:
 
     shares: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    owns: tuple[str, ...] = ()
     head: str = ""
     tied: str = ""
     numbered_from: str = ""
@@ -274,6 +275,7 @@ class Speculator:
     moved: Mapping[str, str] = field(default_factory=dict)
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
+    quantised: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and of experts one by one. Source: megatron/training/checkpointing.py, and the s
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from tpshard.errors import UnsupportedError, UsageError
 from tpshard.formats.base import Format
@@ -109,7 +110,7 @@ class MegatronLegacy(Format):
         stage, rank = mesh.coordinate(names.get(name, mesh.size + int(found[1])))
         return {"rank": rank, "stage": stage}
 
-    def notes(self, split: Split) -> tuple[str, ...]:
+    def notes(self, split: Split, out: Path | None = None) -> tuple[str, ...]:
         """What Megatron must be told to make the ranks that the files are of, where nobody would guess it."""
         mesh, stages, said = split.options.mesh, split.layouts.stages, list[str]()
         if stages and (uneven := _uneven([last - first for first, last in stages.ranges])):

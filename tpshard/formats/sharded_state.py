@@ -189,7 +189,7 @@ class ShardedState(Format):
             for part, (name, tensors) in enumerate(zip(names, parts, strict=True))
         )
 
-    def notes(self, split: Split) -> tuple[str, ...]:
+    def notes(self, split: Split, out: Path | None = None) -> tuple[str, ...]:
         """How the engine is told of stages that it would make otherwise, and of what is left out."""
         return notes_of(self.engine, load_table(self.path, split.options.engine_version), split)
 

@@ -3,11 +3,16 @@
 They are a set of their own, since of each of the two models vLLM's loader takes every tensor in a directory.
 """
 
+import json
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 from tpshard.errors import UnsupportedError
+from tpshard.formats.engine_config import named_as
 from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of
-from tpshard.formats.engine_patterns import exchanged, fits_any
+from tpshard.formats.engine_notes import quantised_note
+from tpshard.formats.engine_patterns import exchanged, fits_any, match
 from tpshard.formats.engine_tables import EngineFamily, Speculator, Table, load_table
 from tpshard.formats.sharded_state import ShardedState, is_draft
 from tpshard.formats.split import Split
@@ -23,17 +28,21 @@ class DraftState(ShardedState):
 
     @property
     def quantised_types(self) -> frozenset[str]:
-        """All of them: each was compared in FP8."""
-        return frozenset(load_table(self.path).speculators)
+        """Those that were compared in FP8."""
+        return frozenset(name for name, each in load_table(self.path).speculators.items() if each.quantised)
 
     def _known(self, table: Table) -> set[str]:
         """The text models, alone or in a model that nests them, of whose draft models the table knows the names."""
         return set(table.speculators)
 
-    def notes(self, split: Split) -> tuple[str, ...]:
+    def notes(self, split: Split, out: Path | None = None) -> tuple[str, ...]:
         """How the engine is told of it."""
-        says = '{"method": "mtp", "model": "THIS SET", "num_speculative_tokens": 1}'
-        return (f"{self.engine} loads it beside the model's own set: --speculative-config '{says}'",)
+        says = json.dumps({"method": "mtp", "model": str(out or "OUT"), "num_speculative_tokens": 1})
+        quantised = quantised_note(self.engine, self.quantised_types, split)
+        return (
+            *quantised,
+            f"{self.engine} loads it beside the model's own set: --speculative-config {shlex.quote(says)}",
+        )
 
     def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
         """The draft model alone, under the names of the model's own layers; UnsupportedError where there is none."""
@@ -50,6 +59,7 @@ class DraftState(ShardedState):
             what = "the checkpoint has no layers that predict further tokens"
             raise UnsupportedError(what, hint="--format vllm writes the model")
         table = load_table(self.path, version)
+        model_type = named_as(self.engine, table, model_type, model.config)
         known = table.speculators
         if reason := table.refused_drafts.get(model_type):
             what = f"{self.engine} {table.version} does not load the draft model of {model_type}: {reason}"
@@ -66,6 +76,11 @@ class DraftState(ShardedState):
                 held.add(tensor.name)
         kept = tuple(tensor for tensor in model.tensors if tensor.name in held)
         names = {tensor.name: _as_layer(entry, family, model, tensor.name) for tensor in kept}
+        placed = [exchanged(entry.moved, name) for name in names.values()]
+        if lacking := [each for each in entry.owns if not any(match(each, name) for name in placed)]:
+            what = f"{self.engine}'s class for the draft model of {model_type} takes nothing of the model's"
+            hint = "--format native keeps the layers"
+            raise UnsupportedError(what, expected=", ".join(lacking), found="none", hint=hint)
         own = replace(
             family,
             head=entry.head,

@@ -158,8 +158,8 @@ VLLM: Mapping[str, Names] = {
             " granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder"
             " jais2 kimi_k2 kimi_linear laguna lfm2 lfm2_moe llama llama_bidirec mamba2 mimo_v2_flash minimax_m2"
             " minimax_m3_text minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat nemotron olmo opt phi3"
-            " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 solar_open"
-            " stablelm starcoder2 step3p5 vaultgemma"
+            " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 "
+            " solar_open stablelm starcoder2 step3p5 vaultgemma"
         ).split(),
         _PLAIN,
     ),
