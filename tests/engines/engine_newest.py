@@ -31,8 +31,9 @@ class Published:
     """A published form. model_type: of transformers' class that makes it; None where there are shapes alone.
 
     config: what differs from the class's config. names: what names of saved tensors become, as patterns. changes: of
-    the saved config; None removes a key, and a table changes the table that is there. shapes: of tensors beside.
-    beside: other files of the directory, which vLLM reads.
+    the saved config; None removes a key, and a table changes the table that is there. shapes, numbers: of tensors
+    beside. nested: the key of the whole config that the saved one then is. beside: other files of the directory, which
+    vLLM reads.
     """
 
     model_type: str | None
@@ -40,8 +41,38 @@ class Published:
     names: Sequence[tuple[str, str]] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    numbers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    nested: str = ""
     beside: Mapping[str, Any] = field(default_factory=dict)
 
+
+_RADIO = (192, 2, 12, 384)  # width, layers, heads and features of a tower's name: `held.py` has them for it
+
+
+def _radio() -> dict[str, tuple[int, ...]]:
+    """A tower of Nemotron VL, and the projector behind it."""
+    wide, layers, _, ffn = _RADIO
+    start = "vision_model.radio_model."
+    found: dict[str, tuple[int, ...]] = {
+        f"{start}input_conditioner.norm_mean": (3, 1, 1),
+        f"{start}input_conditioner.norm_std": (3, 1, 1),
+        f"{start}model.patch_generator.embedder.weight": (wide, 3 * 16 * 16),
+        f"{start}model.patch_generator.pos_embed": (1, 16, wide),
+        f"{start}model.patch_generator.cls_token.token": (4, wide),
+        "mlp1.0.weight": (4 * wide,),
+        "mlp1.1.weight": (192, 4 * wide),
+        "mlp1.3.weight": (256, 192),
+    }
+    rows = {"attn.qkv": (3 * wide, wide), "attn.proj": (wide, wide), "mlp.fc1": (ffn, wide), "mlp.fc2": (wide, ffn)}
+    for layer in range(layers):
+        block = f"{start}model.blocks.{layer}."
+        found |= {f"{block}norm{each}.{leaf}": (wide,) for each in (1, 2) for leaf in ("weight", "bias")}
+        found |= {f"{block}{name}.weight": shape for name, shape in rows.items()}
+        found |= {f"{block}{name}.bias": shape[:1] for name, shape in rows.items()}
+    return found
+
+
+_TEACHERS = [{"name": "one", "use_summary": True}, {"name": "another", "use_summary": False}]
 
 _KIMI_LINEAR = {
     **{"kda_layers": [1], "full_attn_layers": [2], "head_dim": 32, "num_heads": 8, "short_conv_kernel_size": 4},
@@ -235,6 +266,32 @@ LOADED: dict[str, Published] = {
         },
         changes={"vision_config": {"deepstack_visual_indexes": []}},  # its class reads it, and transformers has none
     ),
+    "NemotronH_Nano_VL_V2": Published(
+        "nemotron_h",
+        _TEXT
+        | {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_hidden_layers": 4}
+        | {"mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 32, "moe_shared_expert_intermediate_size": 64}
+        | {"hybrid_override_pattern": "M*-E", "head_dim": 32, "n_groups": 4, "tie_word_embeddings": False},
+        [("^", "language_model.")],
+        {
+            **{"architectures": ["NemotronH_Nano_VL_V2"], "model_type": "NemotronH_Nano_VL_V2"},
+            **{"force_image_size": 32, "patch_size": 16, "downsample_ratio": 0.5, "template": "nemotron"},
+            **{"ps_version": "v2", "image_tag_type": "internvl", "vit_hidden_size": _RADIO[0]},
+            **{"projector_hidden_size": 192, "norm_mean": [0.5, 0.5, 0.5], "norm_std": [0.2, 0.2, 0.2]},
+            "vision_config": {
+                "args": {
+                    "model": "vit_base_patch16_224",
+                    "register_multiple": 4,
+                    "cpe_max_size": 64,
+                    "teachers": _TEACHERS,
+                },
+                **{"patch_size": 16, "preferred_resolution": [32, 32]},
+            },
+        },
+        _radio(),
+        {"vision_model.radio_model.summary_idxs": [0]},
+        nested="llm_config",
+    ),
 }
 """What vLLM loads."""
 
@@ -380,6 +437,7 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, pub
 
     form = {**LOADED, **LATER}[name]
     tensors, config = _saved(form, path) if form.model_type else ({}, dict(form.config))
+    config = {form.nested: config} if form.nested else config
     for old, new in form.names if published else ():
         tensors = {re.sub(old, new, each): tensor for each, tensor in tensors.items()}
     for each, shape in form.shapes.items():
@@ -391,6 +449,7 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, pub
             continue
         values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
         tensors[each] = values.to(tensor.dtype)
+    tensors |= {each: torch.tensor(values) for each, values in form.numbers.items()}
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     written = _changed(_changed({"dtype": "bfloat16", **config}, form.changes), changes or {})

@@ -48,7 +48,9 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.transformers_utils.config import _CONFIG_REGISTRY
+from vllm.transformers_utils.configs.radio import VIT_TIMM_DIM_BY_NAME
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention import selector
 
@@ -64,7 +66,10 @@ _BACKENDS = {
     "wna16": "MARLIN",
 }
 """Which kernels of experts a quantised model is taken to have, by vLLM's module that chooses."""
-_OWN_VALUES = re.compile(r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(bias|input_global_scale)")
+_OWN_VALUES = re.compile(
+    r".*attn\.([qkv]|prob)_(scale|zero_point)|.*\.w(13|2)_(bias|input_global_scale)"
+    r"|vision_model\.model\.encoder\.layers\.\d+\.ls[12]"
+)
 """Parameters that keep the value that they were made with, where a quantised checkpoint has none for them."""
 _NO_VALUES = re.compile(r".*\.w(13|2)_input_scale")
 """Parameters that are made with whatever lay in memory, where weights alone are quantised; compared as 1."""
@@ -132,6 +137,8 @@ def as_on_gpus() -> None:
         return NoSparseAttention if use_sparse else chosen(*sizes, **options)
 
     everywhere("get_attn_backend", chosen, backend)
+    asked = cached_tokenizer_from_config
+    everywhere(asked.__name__, asked, lambda *given, **options: asked(*given, **options) or NoTokenizer())
 
 
 def without_kernels() -> None:
@@ -197,6 +204,23 @@ class Published(PreTrainedConfig):
             setattr(self, key, (_CONFIG_REGISTRY[inner["model_type"]] if known else PreTrainedConfig)(**inner))
 
 
+class AroundNemotron(Published):
+    """The same with Nemotron-H's config in it."""
+
+    model_type = "NemotronH_Nano_VL_V2"
+
+    def __init__(self, llm_config: dict[str, object] | None = None, **given: object) -> None:
+        super().__init__(**given)
+        self.llm_config = AutoConfig.for_model(**(llm_config or {"model_type": "nemotron_h"}))
+
+
+class NoTokenizer:
+    """In place of a tokenizer, of which some classes ask the numbers of a few tokens while they are made."""
+
+    def encode(self, *_: object, **__: object) -> list[int]:
+        return [0]
+
+
 def with_configs() -> None:
     """Let AutoConfig read what is published with code of its own for it, or is younger than transformers here."""
     for name in (
@@ -205,6 +229,8 @@ def with_configs() -> None:
     ):
         AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
     AutoConfig.register("nemotron-nas", SearchedConfig)
+    VIT_TIMM_DIM_BY_NAME["vit_base_patch16_224"] = (192, 2, 12, 384)  # a small one, as `engine_newest.py` has it
+    AutoConfig.register(AroundNemotron.model_type, AroundNemotron)
     # Published for newer classes than transformers', whose own configs have other keys: molmo2, step3p7.
     for name in ("ernie4_5_moe_vl", "mimo_v2", "phi4mm", "molmo2", "step3p7"):
         own = {"model_type": name, "__init__": Published.__init__}  # a config's class else gets one made of its fields

@@ -98,7 +98,7 @@ FAMILIES = (
     Family("Kimi K3", "kimi_k3", _served("kimi_k3"), verify="bytes"),
     Family("Nemotron-H", "nemotron_h", _engine("nemotron_h"), vllm=True),
     Family("Nemotron-H, transformers' names", "nemotron_h", _around("nemotron_h, transformers' names"), vllm=True),
-    Family("Nemotron Nano VL", "NemotronH_Nano_VL_V2", _around("nemotron_h in a larger model"), verify="text"),
+    Family("Nemotron Nano VL", "NemotronH_Nano_VL_V2", _engine("NemotronH_Nano_VL_V2"), verify="text", vllm=True),
     Family("Llama-Nemotron", "nemotron-nas", _engine("nemotron-nas"), vllm=True),
     Family("Llama-Nemotron, one matrix for attention", "nemotron-nas", _text("nemotron-nas")),
     Family("ERNIE 4.5", "ernie4_5", _engine("ernie4_5"), vllm=True),

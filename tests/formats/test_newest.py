@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,24 @@ def test_what_predicts_further_tokens_is_named_as_left_out(tmp_path: Path) -> No
     assert f"{len(more)} tensors predict further tokens" in found.err
     assert not [name for name in load_file(out / FILE) if "mtp" in name]
     succeeds("check", out, "--source", source)
+
+
+def test_what_the_class_has_as_ones_is_written_as_ones(tmp_path: Path) -> None:
+    """Of Nemotron VL's tower, which is cut by as many heads as a tower of that name has; another name is refused."""
+    whole, held = split("NemotronH_Nano_VL_V2", tmp_path)
+    for layer in range(2):
+        block, stored = f"vision_model.model.encoder.layers.{layer}.", f"vision_model.radio_model.model.blocks.{layer}."
+        for each in ("ls1", "ls2"):
+            assert torch.equal(held[block + each], torch.ones(192, dtype=torch.bfloat16))
+        thirds = [part.chunk(2)[1] for part in whole[f"{stored}attn.qkv.weight"].chunk(3)]
+        assert torch.equal(held[f"{block}attn.qkv.weight"], torch.cat(thirds))
+    assert torch.equal(held["vision_model.summary_idxs"], torch.tensor([0]))
+    assert not [name for name in held if "input_conditioner" in name]
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    config["vision_config"]["args"]["model"] = "vit_giant"
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="how many vision heads a tower 'vit_giant' has is not known"):
+        api.split(tmp_path / "source", 2, tmp_path / "other", format="vllm", settings=QUICK)
 
 
 def test_experts_narrower_than_the_class_makes_them_are_followed_by_zeros(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class TowerAxis:
     name: str
     of: str = "vision_config"
     count: str = ""
+    named: Mapping[str, int] = field(default_factory=dict)
     default: int = 0
     column: tuple[str, ...] = ()
     halves: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ class Tower:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     unplaced: Mapping[str, str] = field(default_factory=dict)
+    ones: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsE
         family,
         fused={**family.fused, **parts[0].fused, **parts[1].fused},
         renamed={**family.renamed, **parts[0].renamed, **parts[1].renamed},
+        ones={**family.ones, **parts[0].ones, **parts[1].ones},
     )
     around, axes, tensors = config_around(model), dict(model.axes), []
     for tensor in model.tensors:
@@ -209,7 +212,7 @@ def _cut(
             if dim >= len(tensor.shape):
                 return None  # the bias behind a sum
             size = tensor.shape[dim] // segments
-            count = times * (config.get(axis.of) or {}).get(axis.count, axis.default) if axis.count else size
+            count = times * _units(axis, config) if axis.count else size
             if count < 1 or tensor.shape[dim] % (segments * count):
                 what = f"config.json contradicts the shape of {tensor.name}"
                 hint, found = "config.json and the weights are of different models", f"shape {list(tensor.shape)}"
@@ -220,6 +223,19 @@ def _cut(
                 if axes.setdefault(key, made := Axis(key, count, size // count)) == made:
                     return Cut("row" if dim else "column", dim, (key,) * segments)
     return None
+
+
+def _units(axis: TowerAxis, config: Mapping[str, Any]) -> int:
+    """How many units an axis has, by a number of the config or by a name in it."""
+    inner: Any = config
+    for key in axis.of.split("."):
+        inner = inner.get(key) or {}
+    found: Any = inner.get(axis.count, axis.default)
+    if axis.named and found not in axis.named:
+        what = f"how many {axis.name} a tower {found!r} has is not known"
+        expected = ", ".join(axis.named)
+        raise UnsupportedError(what, expected=expected, found=f"{axis.of}.{axis.count}", hint="use --format native")
+    return int(axis.named[found] if axis.named else found)
 
 
 def _unplaced(
@@ -257,7 +273,7 @@ def load_nested(path: Path) -> Mapping[str, NestedFamily]:
     for name, entry in data["nested"].items():
         keys = merged(data["nested"], name)
         place, towers, keys["texts"] = keys.pop("place"), keys.pop("towers"), _texts(data["nested"], name)
-        own = {key: keys.pop(key) for key in ("axes", "begins", "fused", "renamed", "unplaced") if key in keys}
+        own = {key: keys.pop(key) for key in ("axes", "begins", "fused", "renamed", "unplaced", "ones") if key in keys}
         made = tuple(_parsed(below(place, merged(data["towers"], tower))) for tower in towers)
         family = NestedFamily(towers=made, own=_parsed(below("", own)), **keys)
         for model_type in entry["model_types"]:

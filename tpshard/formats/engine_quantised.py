@@ -14,7 +14,7 @@ from typing import Any
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_functions import dtype_of
 from tpshard.formats.engine_layout import ParameterParts, Share
-from tpshard.formats.engine_patterns import match
+from tpshard.formats.engine_patterns import exchanged, match
 from tpshard.formats.engine_places import with_scales
 from tpshard.formats.engine_tables import Constant, EngineFamily, Method, QuantisedModules
 from tpshard.planning.box import Shape, full
@@ -264,6 +264,10 @@ def constants(
             if name.endswith(end := f"{joint}{constant.like}"):
                 for other in constant.names:
                     yield from row(f"{name.removesuffix(end)}{joint}{other}", constant, kind)
+    ones = {kind.dtype: Constant((), 1.0, kind.dtype) for kind in there.values()} if family.ones else {}
+    for (target, like), (name, kind) in product(family.ones.items(), there.items()):
+        if match(like, name):
+            yield from row(exchanged({like: target}, name), ones[kind.dtype], kind)
 
 
 def _without(shape: Shape, dim: int | None) -> Shape:

@@ -101,6 +101,7 @@ class EngineFamily:
     cuts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     computed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     slots: Mapping[str, int] = field(default_factory=dict)
+    ones: Mapping[str, str] = field(default_factory=dict)
     every_stage: tuple[str, ...] = ()
     moved: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
