@@ -72,6 +72,26 @@ def _radio() -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _siglip_of_timm() -> dict[str, tuple[int, ...]]:
+    """A tower of DeepSeek-VL2, as `small_timm.py` has it, and the projector behind it."""
+    wide, ffn, pool = 128, 192, "vision.attn_pool."
+    linear = {f"{pool}q": (wide, wide), f"{pool}kv": (2 * wide, wide), f"{pool}proj": (wide, wide)}
+    linear |= {f"{pool}mlp.fc1": (ffn, wide), f"{pool}mlp.fc2": (wide, ffn)}
+    linear |= {"vision.patch_embed.proj": (wide, 3, 14, 14), "projector.layers.0": (256, 4 * wide)}
+    linear["projector.layers.2"] = (256, 256)
+    norms = ["vision.norm", f"{pool}norm"]
+    for layer in range(2):
+        block = f"vision.blocks.{layer}."
+        norms += [f"{block}norm1", f"{block}norm2"]
+        linear |= {f"{block}attn.qkv": (3 * wide, wide), f"{block}attn.proj": (wide, wide)}
+        linear |= {f"{block}mlp.fc1": (ffn, wide), f"{block}mlp.fc2": (wide, ffn)}
+    found: dict[str, tuple[int, ...]] = {"vision.pos_embed": (1, 16, wide), f"{pool}latent": (1, 1, wide)}
+    found |= dict.fromkeys(("image_newline", "view_seperator"), (256,))
+    found |= {f"{name}.weight": shape for name, shape in linear.items()}
+    found |= {f"{name}.bias": shape[:1] for name, shape in linear.items()}
+    return found | {f"{name}.{leaf}": (wide,) for name in norms for leaf in ("weight", "bias")}
+
+
 _TEACHERS = [{"name": "one", "use_summary": True}, {"name": "another", "use_summary": False}]
 
 _KIMI_LINEAR = {
@@ -265,6 +285,21 @@ LOADED: dict[str, Published] = {
             },
         },
         changes={"vision_config": {"deepstack_visual_indexes": []}},  # its class reads it, and transformers has none
+    ),
+    "deepseek_vl_v2": Published(
+        "deepseek_v2",
+        _TEXT
+        | _LATENT
+        | {"q_lora_rank": None, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+        | {"first_k_dense_replace": 1, "n_shared_experts": 1, "tie_word_embeddings": False},
+        [("^", "language.")],
+        {
+            **{"architectures": ["DeepseekVLV2ForCausalLM"], "model_type": "deepseek_vl_v2", "tile_tag": "2D"},
+            **{"vision_config": {"layers": 2, "width": 128, "heads": 4}, "global_view_pos": "head"},
+            "projector_config": {"input_dim": 128, "n_embed": 256, "depth": 2, "mlp_ratio": 1, "downsample_ratio": 2},
+        },
+        _siglip_of_timm(),
+        nested="language_config",
     ),
     "NemotronH_Nano_VL_V2": Published(
         "nemotron_h",

@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import traceback
+from collections import defaultdict
 from contextlib import suppress
 from enum import EnumMeta
 from pathlib import Path
@@ -35,6 +36,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+import small_timm
 import torch
 from gpu_classes import everywhere, without_gpus
 from safetensors.torch import save_file
@@ -214,8 +216,24 @@ class AroundNemotron(Published):
         self.llm_config = AutoConfig.for_model(**(llm_config or {"model_type": "nemotron_h"}))
 
 
+def with_small_towers() -> None:
+    """Have the tower that DeepSeek-VL2's class takes from timm made of a small one, in the process that makes it."""
+    from vllm.model_executor.models.deepseek_vl2 import DeepseekVLV2ForCausalLM
+
+    made = DeepseekVLV2ForCausalLM._init_vision_module
+
+    def of_small_timm(self: DeepseekVLV2ForCausalLM, *given: object, **options: object) -> torch.nn.Module:
+        sys.modules["timm"] = small_timm
+        return made(self, *given, **options)
+
+    DeepseekVLV2ForCausalLM._init_vision_module = of_small_timm
+    VIT_TIMM_DIM_BY_NAME["vit_base_patch16_224"] = (192, 2, 12, 384)  # Nemotron VL's, as `engine_newest.py` has it
+
+
 class NoTokenizer:
     """In place of a tokenizer, of which some classes ask the numbers of a few tokens while they are made."""
+
+    vocab: defaultdict[str, int] = defaultdict(int)
 
     def encode(self, *_: object, **__: object) -> list[int]:
         return [0]
@@ -229,7 +247,6 @@ def with_configs() -> None:
     ):
         AutoConfig.register(name, type(f"{name}Config", (LlamaConfig,), {"model_type": name}))
     AutoConfig.register("nemotron-nas", SearchedConfig)
-    VIT_TIMM_DIM_BY_NAME["vit_base_patch16_224"] = (192, 2, 12, 384)  # a small one, as `engine_newest.py` has it
     AutoConfig.register(AroundNemotron.model_type, AroundNemotron)
     # Published for newer classes than transformers', whose own configs have other keys: molmo2, step3p7.
     for name in ("ernie4_5_moe_vl", "mimo_v2", "phi4mm", "molmo2", "step3p7"):
@@ -383,6 +400,7 @@ def main() -> None:
     as_on_gpus()
     in_this_process()
     with_configs()
+    with_small_towers()
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)
 

@@ -108,7 +108,7 @@ FAMILIES = (
     Family("DeepSeek V3", "deepseek_v3", _engine("deepseek_v3"), vllm=True),
     Family("DeepSeek V3.2", "deepseek_v32", _engine("deepseek_v32"), vllm=True),
     Family("DeepSeek V4", "deepseek_v4", _served("deepseek_v4"), verify="text", vllm=True),
-    Family("DeepSeek VL2", "deepseek_vl_v2", _around("deepseek_vl_v2"), verify="text"),
+    Family("DeepSeek VL2", "deepseek_vl_v2", _engine("deepseek_vl_v2"), verify="text", vllm=True),
     Family("Gemma 3", "gemma3", _engine("gemma3"), vllm=True),
     Family("ShieldGemma 2", "shieldgemma2", _around("shieldgemma2"), verify="text"),
     Family("Gemma 4", "gemma4", _engine("gemma4"), vllm=True),

@@ -72,6 +72,18 @@ def test_what_the_class_has_as_ones_is_written_as_ones(tmp_path: Path) -> None:
         api.split(tmp_path / "source", 2, tmp_path / "other", format="vllm", settings=QUICK)
 
 
+def test_of_a_tower_the_feed_forwards_alone_are_cut(tmp_path: Path) -> None:
+    """Of DeepSeek-VL2's, that of its pooling too."""
+    whole, held = split("deepseek_vl_v2", tmp_path)
+    cut = {
+        name for name in held if name.startswith(("vision.", "projector.")) and held[name].shape != whole[name].shape
+    }
+    modules = [*(f"blocks.{layer}.mlp" for layer in range(2)), "attn_pool.mlp"]
+    assert cut == {f"vision.{each}.{leaf}" for each in modules for leaf in ("fc1.weight", "fc1.bias", "fc2.weight")}
+    name = "vision.attn_pool.mlp.fc2.weight"
+    assert torch.equal(held[name], whole[name].chunk(2, 1)[1])
+
+
 def test_experts_narrower_than_the_class_makes_them_are_followed_by_zeros(tmp_path: Path) -> None:
     whole, held = split("kimi_linear", tmp_path)
     experts = "model.layers.1.block_sparse_moe.experts."

@@ -80,6 +80,8 @@ CLAIMS = (
           "engines/check_vllm.py::test_ours_is_what_vllm_holds_of_a_model_and_its_tower", tp=(2, 4)),
     Claim("vllm", BOTH, "the same, of the newest models",
           "engines/check_vllm.py::test_ours_is_what_vllm_holds_of_the_newest_models", tp=(2, 4)),
+    Claim("vllm", BOTH, "the same, of models of other tasks than to predict tokens",
+          "engines/check_vllm.py::test_ours_is_what_vllm_holds_of_a_model_of_another_task", tp=(2, 4)),
     Claim("vllm", BOTH, "the same, quantised",
           "engines/check_vllm_quantised.py::test_ours_loads_as_what_vllm_holds", tp=(2, 4)),
     Claim("vllm", BOTH, "the same, in stages",
