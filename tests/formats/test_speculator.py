@@ -67,6 +67,17 @@ def test_the_types_that_were_compared_in_fp8_are_those_of_the_engines_tests() ->
     assert FORMAT.quantised_types == {engine_models.LOADED[name][0] for name in names} | same_tensors
 
 
+def test_nemotrons_draft_has_no_embedding_and_no_head_in_the_newer_version(tmp_path: Path) -> None:
+    source, ends = engine_models.with_draft("nemotron_h", tmp_path / "source"), {}
+    for version in ("0.32", "0.33"):
+        out = tmp_path / version
+        ways = ("--tp", 2, "--format", "vllm-speculator", "--engine-version", version)
+        succeeds("split", source, *ways, "-o", out)
+        held = load_file(out / "model-rank-0-part-0.safetensors")
+        ends[version] = {name for name in held if ".layers." not in name}
+    assert ends == {"0.32": {"model.embed_tokens.weight", "lm_head.weight"}, "0.33": set()}
+
+
 def is_drafted(name: str, tensor: str, source: Path) -> bool:
     layers = json.loads((source / "config.json").read_text()).get("num_hidden_layers")
     return "mtp" in tensor or f"layers.{layers}." in tensor
