@@ -115,6 +115,18 @@ _QWEN4 = {
     **{"indexer_compress_ratio": 2, "output_gate_type": "sigmoid"},
 }
 
+_HY4 = (
+    _TEXT
+    | _LATENT
+    | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
+    | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "num_hidden_layers": 3}
+)
+_HY4_NAMES = (  # transformers saves other names than published files have
+    (r"hc_pre\.hc_(attn|mlp)_layer\.hc_", r"hc_\1_layer.hc_pre.hc_"),
+    (r"hc_pre\.hc_head\.", "hc_head."),
+    (r"(mlp|shared_experts)\.linear_gate", r"\1.gate_proj"),
+)
+
 LOADED: dict[str, Published] = {
     "kimi_linear": Published(
         "kimi_linear",
@@ -180,19 +192,8 @@ LOADED: dict[str, Published] = {
         {"layer_types": None, "mlp_layer_types": None, "compress_ratios": [0, 4, 128, 4, 0]}
         | {"num_hash_layers": 1, "topk_method": "noaux_tc", "scoring_func": "sqrtsoftplus"},
     ),
-    "hy_v4": Published(
-        "hy_v4",
-        _TEXT
-        | _LATENT
-        | {"q_lora_rank": 48, "n_routed_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
-        | {"index_n_heads": 4, "index_head_dim": 64, "index_topk": 8, "num_hidden_layers": 3},
-        # transformers saves other names than published files have.
-        [
-            (r"hc_pre\.hc_(attn|mlp)_layer\.hc_", r"hc_\1_layer.hc_pre.hc_"),
-            (r"hc_pre\.hc_head\.", "hc_head."),
-            (r"(mlp|shared_experts)\.linear_gate", r"\1.gate_proj"),
-        ],
-    ),
+    "hy_v4": Published("hy_v4", _HY4, _HY4_NAMES),
+    "hy_v4-tied": Published("hy_v4", _HY4 | {"tie_word_embeddings": True}, _HY4_NAMES),
     "glm5_next": Published(
         "glm5_next",
         {
