@@ -333,7 +333,8 @@ def load(job: dict[str, object], rank: int, meeting: Path) -> None:
         held[name] = torch.ones_like(held[name])
         own.add(name)
     unset = [name for name in unset if held[name].numel() > 1 and name not in own]
-    for name in {*filter(_PADDED.fullmatch, made.keys() & held.keys())} - {*own, *unset}:
+    padded = {*filter(_PADDED.fullmatch, made.keys() & held.keys())} - {*own, *unset}
+    for name in () if job["partial"] else padded:
         held[name] = torch.where(held[name].double() == UNSET, made[name], held[name])
     for name in filter(_IDLE.fullmatch, held):
         held[name] = torch.where((held[name].double() == UNSET).all(-1, keepdim=True), 0.0, held[name])

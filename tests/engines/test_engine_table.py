@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+import tpshard
+from tests.engines.running import Loader, Ranks, written
 from tests.engines.table import __main__ as tool
+from tests.engines.table import entry
 from tests.engines.table.known import parsed, parsed_nested
 from tests.engines.table.replay import FILE, Record, Replay, entry_of
 from tests.engines.table.toml import as_toml
+from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_tables import load_table
+from tpshard.formats.sharded_state import ShardedState
 from tpshard.formats.vllm import FORMAT
 
 ENTRY = """\
@@ -37,7 +47,8 @@ def record() -> Record:
 
 @pytest.fixture(autouse=True)
 def of_the_first_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "engine_version", lambda: load_table(FORMAT.path).versions[0])
+    for module in (tool, entry):
+        monkeypatch.setattr(module, "engine_version", lambda: load_table(FORMAT.path).versions[0])
 
 
 def differences(record: Record, scratch: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,7 +81,8 @@ def test_parts_in_another_order_are_named(record: Record, tmp_path: Path, capsys
             dtype, shape, (q, (k, rows, two, apart)) = rank[name]
             rank[name] = dtype, shape, [q, [k + apart, rows, two, -apart]]
     said = differences(record, tmp_path, capsys)
-    assert "model.layers.0.self_attn.k_proj.weight: fused: read" in said and "known" in said
+    parts = ", ".join(f"model.layers.0.self_attn.{part}_proj.weight" for part in "qvk")
+    assert f"{QKV[0]}, made of {parts}: other elements, on rank 0 of 2" in said
 
 
 def test_another_name_is_named(record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +91,9 @@ def test_another_name_is_named(record: Record, tmp_path: Path, capsys: pytest.Ca
             for name in [each for each in rank if "o_proj" in each]:
                 rank[name.replace("o_proj", "out")] = rank.pop(name)
     said = differences(record, tmp_path, capsys)
-    assert "model.layers.0.self_attn.o_proj.weight: renamed: read 'model.layers.0.self_attn.out.weight'" in said
+    made = "made of model.layers.0.self_attn.o_proj.weight"
+    assert f"model.layers.0.self_attn.o_proj.weight, {made}: the files have it, and vLLM has not" in said
+    assert f"model.layers.0.self_attn.out.weight, {made}: vLLM has it, and the files have not" in said
 
 
 def test_ranks_whose_shares_are_exchanged_are_named(
@@ -99,7 +113,29 @@ def test_a_parameter_that_the_checkpoint_has_nothing_of_is_named(
     for load in record:
         for rank in load["ranks"]:
             rank["model.layers.0.new"] = ["float32", [2], [[-1, 2, 1, 0]]]
-    assert "vLLM has model.layers.0.new, of which the checkpoint has nothing" in differences(record, tmp_path, capsys)
+    assert "vLLM has model.layers.0.new in llama, of which it has nothing" in differences(record, tmp_path, capsys)
+
+
+def test_what_the_table_refuses_is_not_equal(
+    record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: object) -> None:
+        raise UnsupportedError("no such class")
+
+    monkeypatch.setattr(ShardedState, "lay", refusing)
+    said = differences(record, tmp_path, capsys)
+    assert "the table refuses all that vLLM loads" in said and "the table refuses llama: no such class" in said
+
+
+def test_a_class_that_does_not_tie_where_the_table_does_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = list(tool.checkpoints("llama", tmp_path / "made"))
+    found = entry.read_entry(made, Laid("lm_head.weight"), tmp_path / "read")
+    assert tool.report(found, compare=True) > 0
+    said = capsys.readouterr().out
+    assert "does not load: llama-tied-bias: its class does not tie the head to the embedding" in said
+    assert "lm_head.weight, made of model.embed_tokens.weight: other elements, on rank 0 of 2" in said
 
 
 def test_a_class_that_takes_the_embedding_for_the_head_has_none(record: Record, tmp_path: Path) -> None:
@@ -113,8 +149,81 @@ def test_a_class_that_takes_the_embedding_for_the_head_has_none(record: Record, 
 
 
 def test_an_entry_of_a_nested_model_is_read_as_the_tables_are() -> None:
-    entry = {"model_types": ["llava"], "texts": {"llama": "llama"}, "text": "language_model.", "place": "vision_tower"}
+    own = {"model_types": ["llava"], "texts": {"llama": "llama"}, "text": "language_model.", "place": "vision_tower"}
     text = "\n\n".join(
-        [as_toml("llava", {"axes": []}, room="towers"), as_toml("llava", {**entry, "towers": ["llava"]}, room="nested")]
+        [as_toml("llava", {"axes": []}, room="towers"), as_toml("llava", {**own, "towers": ["llava"]}, room="nested")]
     )
     assert parsed_nested(text, "llava").texts == {"llama": "llama"}
+
+
+class Laid(Loader):
+    """In place of vLLM, ranks that hold what our files have: what the table says can be read off them.
+
+    unset: how the names end of parameters that are not loaded.
+    """
+
+    def __init__(self, unset: str) -> None:
+        self.unset = unset
+
+    def held(
+        self,
+        model: Path,
+        tp: int,
+        load_format: str,
+        out: Path,
+        *,
+        pp: int = 1,
+        again: Mapping[str, str] = MappingProxyType({}),
+        **how: Any,
+    ) -> Ranks:
+        if pp > 1:
+            raise RuntimeError("stages were not laid out")
+        for source, into in {str(model): str(out), **again}.items():
+            tpshard.split(source, tp, f"{into}-split", format="vllm")
+            Path(into).mkdir(parents=True)
+            for rank, tensors in enumerate(written(Path(f"{into}-split"), tp)):
+                tensors |= {
+                    name: torch.full_like(tensor, 7)
+                    for name, tensor in tensors.items()
+                    if name.endswith(self.unset or "nothing")
+                }
+                save_file(tensors, Path(into) / f"rank-{rank}.safetensors", metadata={"added": "[]"})
+        return [load_file(out / f"rank-{rank}.safetensors") for rank in range(tp)]
+
+
+WORDS: dict[str, dict[str, Any]] = {
+    "zamba2": {
+        "spelled": {
+            f".shared_transformer.{module}.*": ["A", "B"]
+            for module in (
+                "feed_forward.gate_up_proj_adapter_list",
+                *(f"self_attn.linear_{letter}_adapter_list" for letter in "kqv"),
+            )
+        },
+        "scales_where": {
+            ".shared_transformer.self_attn.linear_k_adapter_list.*": ".shared_transformer.self_attn.dpa_list.*"
+        },
+    },
+    "bailing_hybrid": {
+        "where_attends": {".attention.dense.weight": ".self_attn.mla_attn.o_proj.weight"},
+        "scales": [".self_attn.mla_attn.mla_attn"],
+    },
+    "kimi_linear": {"least": {"moe_ffn": 256}},
+    "glm5_next": {"shaped": {".self_attn.A_log": [1, 1, 0, 1]}},
+    "minimax_m3_vl": {"scales_where": {".self_attn.index_k_norm": ".self_attn"}, "scales": [".self_attn.attn"]},
+    "laguna": {"unread": [".mlp.experts.e_score_correction_bias"]},
+}
+"""By type, words of the table that its entry has."""
+
+
+@pytest.mark.parametrize("model_type", WORDS)
+def test_what_the_table_says_is_read_off_its_files(
+    model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = tool.by_class(list(tool.checkpoints(model_type, tmp_path / "made")))[model_type]
+    unset = WORDS[model_type].get("unread", [""])[0].rpartition(".")[2]
+    found = entry.read_entry(made[:1], Laid(unset), tmp_path / "read", model_type)
+    assert tool.report(found, compare=True, quiet=True) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{model_type}: equal"]
+    (read,) = found.texts.values() if found.nested else (found.entry,)
+    assert {key: read[key] for key in WORDS[model_type]} == WORDS[model_type]

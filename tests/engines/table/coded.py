@@ -11,7 +11,9 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -33,6 +35,8 @@ def _digits() -> NDArray[np.float64]:
 
 DIGITS = _digits()
 _EXPONENTIALS = -np.exp(DIGITS)
+_INTEGERS = np.arange(len(DIGITS)) + 8
+"""Digits of integers: none is a constant of the engine's."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ class Coded:
     shapes: Mapping[str, tuple[int, ...]]
     directories: tuple[Path, ...]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The tensors, as `owners` counts them."""
         return sorted(self.shapes)
 
-    @property
+    @cached_property
     def ends(self) -> Numbers:
         """The number of each tensor's last element."""
         return np.cumsum([int(np.prod(self.shapes[name], dtype=np.int64)) for name in self.names])
@@ -63,6 +67,11 @@ class Coded:
         """The number of a tensor's first element."""
         place = self.names.index(name)
         return int(self.ends[place - 1]) + 1 if place else 1
+
+    def elements(self, name: str) -> Numbers:
+        """The numbers of a tensor's elements."""
+        shape = self.shapes[name]
+        return (np.arange(int(np.prod(shape, dtype=np.int64))) + self.first(name)).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,14 @@ class Held:
         return first if first <= 0 and bool((self.numbers == first).all()) else None
 
 
-def write(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object], beside: Path, into: Path) -> Coded:
-    """Write the checkpoints. beside: the directory whose small files they get as well."""
+def write(
+    shapes: Mapping[str, tuple[int, ...]],
+    config: Mapping[str, object],
+    beside: Path,
+    into: Path,
+    whole: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> Coded:
+    """Write the checkpoints. beside: the directory whose small files they get as well. whole: tensors of integers."""
     names = sorted(shapes)
     total = sum(int(np.prod(shapes[name], dtype=np.int64)) for name in names)
     passes = 1
@@ -94,7 +109,8 @@ def write(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object], b
         for name in names:
             size = int(np.prod(shapes[name], dtype=np.int64))
             digits = np.arange(number, number + size) // len(DIGITS) ** place % len(DIGITS)
-            tensors[name] = torch.from_numpy(DIGITS[digits]).to(torch.bfloat16).reshape(shapes[name])
+            values = torch.from_numpy(_INTEGERS[digits] if name in whole else DIGITS[digits])
+            tensors[name] = values.to(whole.get(name, torch.bfloat16)).reshape(shapes[name])
             number += size
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         for file in beside.iterdir():
@@ -107,7 +123,8 @@ def write(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, object], b
 def decoded(passes: list[torch.Tensor]) -> Held:
     """What a parameter holds, from what it is with each of the checkpoints."""
     values = [tensor.double().numpy() for tensor in passes]
-    for function, digits in (("", DIGITS), ("-exp", _EXPONENTIALS)):
+    floating = passes[0].dtype.is_floating_point
+    for function, digits in (("", DIGITS), ("-exp", _EXPONENTIALS)) if floating else (("", _INTEGERS),):
         numbers = _numbers(values, digits, exact=not function)
         if numbers is not None:
             return Held(passes[0].dtype, numbers, function)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import permutations
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from tpshard.formats.engine_tables import EngineFamily
 from tpshard.formats.split import Options
 from tpshard.formats.vllm import FORMAT
 from tpshard.planning.deal import Deal
-from tpshard.planning.layout import LogicalTensor
+from tpshard.planning.layout import LogicalTensor, StoredTensor
 
 
 class How(NamedTuple):
@@ -26,12 +26,16 @@ class How(NamedTuple):
     transposed: bool = False
     either: bool = False
     squeezed: bool = False
+    shaped: tuple[int, ...] = ()
+    least: tuple[tuple[str, int], ...] = ()
 
     def family(self, name: str) -> EngineFamily:
         """A family that says this of one name."""
         names = (name,)
         return EngineFamily(
             cuts={self.cut: names} if self.cut else {},
+            shaped={name: self.shaped} if self.shaped else {},
+            least=dict(self.least),
             **{key: names for key in ("transposed", "either", "squeezed") if getattr(self, key)},
         )
 
@@ -45,7 +49,7 @@ def explanations(reading: Reading, name: str, deal: Deal) -> set[How]:
     """Everything that says what the ranks have of a tensor."""
     tensor = next(each for each in reading.model.tensors if each.name == name)
     held = reading.blocks[name]
-    found = {how for how in _possible(tensor) if _gives(reading, tensor, how, deal, held)}
+    found = {how for how in _possible(tensor, held) if _gives(reading, tensor, how, deal, held)}
     return found or ({How("joint")} if _joint(reading, name) else set())
 
 
@@ -67,7 +71,12 @@ def _joint(reading: Reading, name: str) -> bool:
     return True
 
 
-def _possible(tensor: LogicalTensor) -> Iterator[How]:
+def _possible(tensor: LogicalTensor, held: list[Numbers]) -> Iterator[How]:
+    wide = held[0].shape
+    if len(tensor.shape) == 1 < len(wide):
+        yield How(shaped=tuple(0 if size == max(wide) else 1 for size in wide))
+    if len(tensor.cut.segments) == 1 and tensor.cut.dim is not None and len(wide) == len(tensor.shape):
+        yield How(least=((tensor.cut.segments[0], wide[tensor.cut.dim]),))
     cuts: list[str | None] = [
         None,
         "replicate",
@@ -82,6 +91,8 @@ def _possible(tensor: LogicalTensor) -> Iterator[How]:
         plain = [order for order in orders if order != segments or tensor.cut.interleave is not None]
         cuts += [*(["grouped"] if tensor.cut.interleave else []), "even"]
         cuts += [" ".join((tensor.cut.kind, *order)) for order in plain]
+    if tensor.shape:
+        cuts.append("even of whole")
     for cut in cuts:
         yield How(cut)
         if len(tensor.shape) > 1:
@@ -106,10 +117,14 @@ def _gives(reading: Reading, tensor: LogicalTensor, how: How, deal: Deal, held: 
 def _numbers(share: Share, shape: tuple[int, ...]) -> Numbers:
     """The tensor's elements in a share, by number, and -1 for what is filled."""
     elements = np.arange(int(np.prod(shape, dtype=np.int64))).reshape(shape)
-    found = np.full(share.shape, -1, np.int64)
-    for part in share.parts:
-        seen = elements if part.view is None else elements.reshape(part.view)
-        box = seen[tuple(slice(*span) for span in part.box)]
+    return placed(share, lambda _: elements, np.full(share.view or share.shape, -1, np.int64))
+
+
+def placed(stored: StoredTensor, elements: Callable[[str], Numbers], filled: Numbers) -> Numbers:
+    """A parameter's elements by number, from those of the tensors that it is made of. filled: what is of none."""
+    for part in stored.parts:
+        seen = elements(part.tensor)
+        box = (seen if part.view is None else seen.reshape(part.view))[tuple(slice(*span) for span in part.box)]
         box = box if part.order is None else box.transpose(part.order)
-        found[tuple(slice(at, at + size) for at, size in zip(part.at, box.shape, strict=True))] = box
-    return found
+        filled[tuple(slice(at, at + size) for at, size in zip(part.at, box.shape, strict=True))] = box
+    return filled.reshape(stored.shape)

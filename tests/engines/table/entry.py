@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tests.engines.running import Loader, engine_version
 from tests.engines.table import nested
-from tests.engines.table.coded import UNSET
+from tests.engines.table.coded import OTHER, UNSET
 from tests.engines.table.findings import Findings, layer_pattern
-from tests.engines.table.known import parsed
+from tests.engines.table.known import OfEntry, differences, parsed, parsed_nested
 from tests.engines.table.names import pattern, shortened
 from tests.engines.table.reading import CannotSay, Checkpoint, Reading, kind_of, read
+from tests.engines.table.toml import as_toml
 from tpshard.errors import TpshardError
-from tpshard.formats.engine_nested import config_around
+from tpshard.formats.engine_nested import config_around, with_flag
 from tpshard.formats.engine_tables import EngineFamily, load_table
 from tpshard.formats.vllm import FORMAT
 from tpshard.rules.architecture import builtin, builtin_or_none
@@ -27,7 +29,7 @@ DEPTH = "vision_feature_layer"
 
 @dataclass
 class Entry:
-    """What was read of a type. not_loaded: checkpoints that vLLM refuses, with what it says.
+    """What was read of a type. not_loaded: checkpoints that vLLM refuses, with what it says; untied: heads unset.
 
     entry: of a text model. nested, towers, texts: of a model that nests text models, of what is beside them, and of
     each of these. like: the types of the table that have the same entry as a text.
@@ -42,6 +44,7 @@ class Entry:
     readings: list[Reading] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     not_loaded: list[str] = field(default_factory=list)
+    untied: list[Reading] = field(default_factory=list)
 
     @property
     def family(self) -> EngineFamily:
@@ -49,18 +52,21 @@ class Entry:
         return _parsed(self.entry)
 
 
-def read_entry(checkpoints: list[Checkpoint], loader: Loader, scratch: Path) -> Entry:
-    """The entry of a type of model, from small checkpoints of it."""
+def read_entry(checkpoints: list[Checkpoint], loader: Loader, scratch: Path, named: str = "") -> Entry:
+    """The entry of a type of model, from small checkpoints of it. named: the type whose names their class has."""
     config = checkpoints[0].config
-    found = Entry(str(config["model_type"]))
-    text = None if builtin_or_none(found.model_type) else text_config(config)
-    architecture = builtin(text.model_type if text else found.model_type)
+    model_type = str(config["model_type"])
+    found = Entry(named or model_type)
+    text = None if builtin_or_none(model_type) else text_config(config)
+    architecture = builtin(text.model_type if text else model_type)
     (head, embedding), *_ = architecture.tied.items() or [("", "")]
-    for number, checkpoint in enumerate(_both_ways(checkpoints, f"{head}.weight", f"{embedding}.weight")):
+    both = _both_ways(checkpoints, f"{head}.weight", f"{embedding}.weight", text.key if text else None)
+    for number, checkpoint in enumerate(both):
         try:
             readings = read(checkpoint, loader, scratch / str(number))
-            if Findings.is_tied(readings[0]) and UNSET in readings[0].constants.values():
+            if Findings.is_tied(readings[0]) and _head_unset(readings[0], head):
                 found.not_loaded.append(f"{checkpoint.name}: its class does not tie the head to the embedding")
+                found.untied += readings
                 continue
             found.readings += readings
         except (RuntimeError, TpshardError) as error:
@@ -70,7 +76,7 @@ def read_entry(checkpoints: list[Checkpoint], loader: Loader, scratch: Path) -> 
     if not found.readings:
         found.problems.append("vLLM loads none of the checkpoints")
         return found
-    if text:
+    if found.readings[0].model.architecture.get("text"):
         try:
             _read_nested(found, f"{head}.weight")
         except CannotSay as problem:
@@ -84,8 +90,17 @@ def read_entry(checkpoints: list[Checkpoint], loader: Loader, scratch: Path) -> 
             found.problems.append(f"{reading.name}: {problem}")
     findings.every_stage = _on_every_stage(found.readings, findings.head, loader, scratch)
     found.entry = {"model_types": [found.model_type], **findings.entry()}
-    found.problems += findings.problems
+    found.problems += findings.problems or _given(found.readings, OfEntry(found.family))
     return found
+
+
+def _given(readings: list[Reading], format: OfEntry) -> list[str]:
+    """Where an entry that was read gives other files than what it was read of."""
+    found: list[str] = []
+    for reading in readings:
+        with suppress(TpshardError):  # of what it refuses
+            found += (f"{each} by the entry that is read" for each in differences(reading, format))
+    return list(dict.fromkeys(found))
 
 
 def _read_nested(found: Entry, head: str) -> None:
@@ -93,12 +108,12 @@ def _read_nested(found: Entry, head: str) -> None:
     families = load_table(FORMAT.path, engine_version()).families
     texts: dict[str, str] = {}
     prefix = ""
-    for text, readings in _grouped(found.readings, lambda each: str(each.model.architecture["text"]["model_type"])):
+    for text, readings in _grouped(found.readings, _text_type):
         tried = []
         for prefix in nested.prefixes(readings[0]):
             findings, alone = nested.text_findings(readings, prefix, head)
             own = {"model_types": [text], **findings.entry()}
-            same = nested.like(_parsed(own), alone, families, text)
+            same = nested.like(alone, families, text)
             tried.append((not same, len(findings.problems), -prefix.count("."), prefix, own, same, findings))
             if same:
                 break
@@ -121,6 +136,33 @@ def _read_nested(found: Entry, head: str) -> None:
         entry |= {"place": beside.place, "begins": entry.get("begins", {}) | beside.begins}
         found.problems += beside.problems
     found.nested = {**entry, "towers": list(found.towers)}
+    if not found.problems:
+        kind = parsed_nested(text_of(found), found.model_type)
+        for text, readings in _grouped(found.readings, _text_type):
+            found.problems += _given(readings, OfEntry(_parsed(found.texts[text]), kind))
+
+
+def text_of(found: Entry) -> str:
+    """An entry as it stands in the tables."""
+    if not found.nested:
+        return as_toml(found.model_type, found.entry)
+    parts = [as_toml(name, tower, room="towers") for name, tower in found.towers.items()]
+    parts.append(as_toml(found.model_type, found.nested, room="nested"))
+    for text, entry in found.texts.items():
+        same = found.like[text]
+        parts.append(f"# {text} has the names of {', '.join(same)}" if same else as_toml(text, entry))
+    return "\n\n".join(parts)
+
+
+def _text_type(reading: Reading) -> str:
+    return str(reading.model.architecture["text"]["model_type"])
+
+
+def _head_unset(reading: Reading, head: str) -> bool:
+    """Whether the class has a head that the embedding is not loaded into."""
+    last = head.rpartition(".")[2]
+    heads = (value for name, value in reading.constants.items() if name.endswith(f"{last}.weight"))
+    return any(value in (UNSET, OTHER) for value in heads)
 
 
 def _said(error: str) -> str:
@@ -142,8 +184,11 @@ def _grouped(readings: list[Reading], key: Callable[[Reading], str]) -> Iterator
         yield value, [each for each in readings if key(each) == value]
 
 
-def _both_ways(checkpoints: list[Checkpoint], head: str, embedding: str) -> Iterator[Checkpoint]:
-    """The checkpoints, and the first one with its head tied and with one of its own, where none is so."""
+def _both_ways(checkpoints: list[Checkpoint], head: str, embedding: str, text: str | None) -> Iterator[Checkpoint]:
+    """The checkpoints, and the first one with its head tied and with one of its own, where none is so.
+
+    text: where the config nests that of the text model.
+    """
     yield from checkpoints
     first = checkpoints[0]
     have = {head in each.shapes for each in checkpoints}
@@ -154,7 +199,7 @@ def _both_ways(checkpoints: list[Checkpoint], head: str, embedding: str) -> Iter
         if own:
             shapes[head] = first.shapes[embedding]
         name = f"{first.name}, {'with a head' if own else 'tied'}"
-        yield Checkpoint(name, first.directory, shapes, {**first.config, TIE: not own})
+        yield replace(first, name=name, shapes=shapes, config=with_flag(first.config, text, TIE, not own))
 
 
 def _on_every_stage(readings: list[Reading], head: str, loader: Loader, scratch: Path) -> tuple[str, ...]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from tests.engines.table.coded import ONE
+from tests.engines.table.coded import ONE, OTHER, UNSET
 from tests.engines.table.cuts import How, dealt, explanations
 from tests.engines.table.names import fused, pattern, renamed, shortened
 from tests.engines.table.reading import CannotSay, Reading, Recipe, kind_of
 from tpshard.formats.engine_patterns import BEHIND, STACK
 from tpshard.formats.sharded_state import _SCALES
 from tpshard.storage.tensor_names import numbered
+
+
+@dataclass
+class Scaled:
+    """Of one checkpoint, by kinds of names and their numbers: modules with scales, all that is within layers; these."""
+
+    modules: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    within: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    layers: set[int] = field(default_factory=set)
+
 
 LEFT_OUT = "vLLM's class has none and would leave it out"
 _OWN = "its class makes one while it loads a checkpoint and not for sharded_state"
@@ -28,7 +38,11 @@ class Findings:
     head_of: str
     embedding_of: str = ""
     pairs: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
+    spelled: dict[str, dict[int, str]] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
+    shorter: dict[str, list[str]] = field(default_factory=dict)
     stacks: dict[str, list[str]] = field(default_factory=dict)
     stands_in: dict[str, str] = field(default_factory=dict)
     hows: dict[str, set[How]] = field(default_factory=dict)
@@ -36,9 +50,9 @@ class Findings:
     computed: dict[str, str] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     extra: bool = False
+    first_experts: set[str] | None = None
     drafts: set[str] = field(default_factory=set)
-    scales: set[str] = field(default_factory=set)
-    attends: set[str] | None = None
+    scaled: list[Scaled] = field(default_factory=list)
     tied: str = ""
     head: str = ""
     every_stage: tuple[str, ...] = ()
@@ -52,8 +66,14 @@ class Findings:
         if self.is_tied(reading) or self._has_no_head(reading, names, embedding):
             self.tied = _module(reading.parameter_of[_key(names, embedding)])
             names = {name: full for name, full in names.items() if full != embedding}
+        self.scaled.append(self._scaled(reading, names.values()))
+        unread = dict(self._unread(reading, names))
         for into, recipe in reading.recipes.items():
-            self._name(into, recipe, names)
+            self._name(into, recipe, names, model.config)
+        for tensor, into in unread.items():
+            self._name(into, Recipe(((tensor,),)), names, model.config)
+            self.unread.add(pattern(kind_of(names[tensor])))
+            self.float32[kind_of(names[tensor])] = reading.ranks[0][into].dtype == torch.float32
         deal = dealt(reading)
         known: dict[object, set[How]] = {}
         for tensor in model.tensors:
@@ -75,8 +95,8 @@ class Findings:
                 self._cannot(f"{name} is computed in some layers and not in others")
             if name == self.head_of:
                 self.head = _module(reading.parameter_of[tensor.name])
-        self._left_out(reading, names)
-        self._made(reading, names)
+        self._left_out(reading, {name: full for name, full in names.items() if name not in unread})
+        self._made(reading, names, unread.values())
 
     @staticmethod
     def is_tied(reading: Reading) -> bool:
@@ -87,21 +107,36 @@ class Findings:
     def _has_no_head(self, reading: Reading, names: Mapping[str, str], embedding: str) -> bool:
         """Whether the class takes the embedding for the head also where the checkpoint has one of its own."""
         held = {full for name, full in names.items() if name in reading.parameter_of}
-        return embedding in held and self.head_of in names.values() and self.head_of not in held
+        last = self.head_of.removesuffix(".weight").rpartition(".")[2]
+        made = any(name.endswith(f"{last}.weight") for name in reading.constants)  # of numbers that are no tensor's
+        return embedding in held and self.head_of in names.values() and self.head_of not in held and not made
 
-    def _name(self, into: str, recipe: Recipe, names: Mapping[str, str]) -> None:
+    def _unread(self, reading: Reading, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+        """Tensors that the loader leaves out, and the parameters that it leaves unset and that are called so."""
+        left = [name for name in reading.left_out if name in names]
+        for into, constant in reading.constants.items():
+            for name in left if constant == UNSET else ():
+                alike = [(numbered(each)[1], each.rpartition(".")[2]) for each in (names[name], into)]
+                if alike[0] == alike[1] and reading.coded.shapes[name] == reading.ranks[0][into].numbers.shape:
+                    yield name, into
+
+    def _name(self, into: str, recipe: Recipe, names: Mapping[str, str], config: Mapping[str, Any]) -> None:
         groups = [[names[tensor] for tensor in group if tensor in names] for group in recipe.groups]
         if not groups[0]:
             return  # the embedding of a tied head
         if len(groups) == 1 and len(groups[0]) == 1 and not recipe.stacked:
-            ours, theirs = kind_of(groups[0][0]), kind_of(into)
-            if numbered(groups[0][0])[1] != numbered(into)[1]:
-                self._cannot(f"{groups[0][0]} and {into} have other numbers")
-            if self.pairs.setdefault(ours, theirs) != theirs:
+            name = self._as_spelled(groups[0][0], into)
+            ours, theirs = kind_of(name), kind_of(into)
+            if numbered(name)[1] != numbered(into)[1]:
+                self._cannot(f"{name} and {into} have other numbers")
+            elif self.pairs.setdefault(ours, theirs) != theirs and not self._where_attends(name, theirs):
                 self._cannot(f"{ours} is {theirs} in some layers and {self.pairs[ours]} in others")
             return
         try:
-            target, sources = fused(kind_of(into), [kind_of(each) for each in groups[0]], *_expert(groups, recipe))
+            expert, stack = _expert(groups, recipe)
+            if expert is not None and stack == BEHIND:
+                self._first_experts(config, numbered(groups[0][0])[1][expert])
+            target, sources = fused(kind_of(into), [kind_of(each) for each in groups[0]], expert, stack)
         except CannotSay as problem:
             self._cannot(str(problem))
             return
@@ -111,8 +146,90 @@ class Findings:
         if known != sources and len(set(fewer)) < len(fewer) == len(all_of_them):
             every[target] = all_of_them
             self.stands_in |= {part: other for part, other in zip(all_of_them, fewer, strict=True) if part != other}
+        elif known != sources and fewer == [each for each in all_of_them if each in fewer] and not recipe.dim:
+            self.fused[target], self.shorter[target] = all_of_them, fewer
         elif known != sources:
             self._cannot(f"{into} is made of {', '.join(sources)} in some layers, and of others in others")
+
+    def _first_experts(self, config: Mapping[str, Any], first: int) -> None:
+        """Keep the keys of configs that say how many experts the first of two stacks has."""
+        keys = {key for key, value in config.items() if "expert" in key and first in (value, *_first_of(value))}
+        self.first_experts = keys if self.first_experts is None else self.first_experts & keys
+        if not self.first_experts:
+            self._cannot(f"no key of the config says that the first of two stacks has {first} experts")
+
+    def _as_spelled(self, name: str, into: str) -> str:
+        """The name with the engine's word where only the checkpoint has a number."""
+        parts, theirs = name.split("."), into.split(".")
+        places = [place for place, (a, b) in enumerate(zip(parts, theirs, strict=False)) if a.isdigit() > b.isdigit()]
+        if len(parts) != len(theirs) or len(places) != 1:
+            return name
+        (place,) = places
+        module = pattern(kind_of(".".join(parts[:place])))
+        if self.spelled.setdefault(module, {}).setdefault(int(parts[place]), theirs[place]) != theirs[place]:
+            return name
+        return ".".join((*parts[:place], theirs[place], *parts[place + 1 :]))
+
+    def _where_attends(self, name: str, theirs: str) -> bool:
+        """Whether the parameter is another one in layers with scales, the same in all of them."""
+        ours, layer, modules = kind_of(name), numbered(name)[1][:1], self.scaled[-1].modules
+        if layer in {numbers[:1] for every in modules.values() for numbers in every}:
+            return self.elsewhere.setdefault(ours, theirs) == theirs
+        if self.elsewhere.setdefault(ours, self.pairs[ours]) == self.pairs[ours]:  # what came first was of such a layer
+            self.pairs[ours] = theirs
+        return self.pairs[ours] == theirs
+
+    def _scaled(self, reading: Reading, names: Iterable[str]) -> Scaled:
+        """The modules with scales, and all in the layers that may tell in which of these they are."""
+        layers, made = reading.model.layers, Scaled()
+        for name, constant in reading.constants.items():
+            module, _, last = name.rpartition(".")
+            if last in _SCALES and constant == ONE:
+                made.modules.setdefault(kind_of(module), set()).add(numbered(module)[1])
+        prefix = self.layer.removesuffix("*")
+        for name in names:
+            parts = name.removeprefix(prefix).split(".")
+            if name.startswith(prefix) and (layers is None or int(parts[0]) < layers.count):
+                made.layers.add(int(parts[0]))
+                for size in range(2, len(parts) + 1):
+                    begun = prefix + ".".join(parts[:size])
+                    made.within.setdefault(kind_of(begun), set()).add(numbered(begun)[1])
+        return made
+
+    def _telling(self, modules: Collection[str]) -> str | None:
+        """What stands in the checkpoint where modules have scales and nowhere else: nearest to one, and shortest."""
+        found: set[str] | None = None
+        for each in self.scaled:
+            numbers = set[tuple[int, ...]]().union(*(each.modules.get(module, set()) for module in modules))
+            only = {kind for kind, those in each.within.items() if those == numbers}
+            absent = (
+                {kind for other in self.scaled for kind in other.within} - each.within.keys() if not numbers else set()
+            )
+            found = only | absent if found is None else found & (only | absent)
+        beside = min(modules).split(".")
+
+        def preferred(kind: str) -> tuple[int, int, str]:
+            same = next((n for n, pair in enumerate(zip(kind.split("."), beside, strict=False)) if len({*pair}) > 1), 9)
+            return -same, kind.count("."), kind
+
+        return min(found or (), key=preferred, default=None)
+
+    def _scales(self) -> tuple[dict[str, str], list[str], str]:
+        """`scales_where`, `scales` and `attends`."""
+        every = sorted({module for each in self.scaled for module in each.modules})
+        scales = [module for module in every if module.count(".0") == 1]  # others are several in a layer
+        if len(every) > 1:
+            scales = [each for each in scales if self._telling([each]) is None] or scales[-1:]
+        elsewhere = {self._telling([each]) or "": each for each in every if each not in scales}
+        if "" in elsewhere:
+            self._cannot(f"nothing tells where a layer has the scales of {elsewhere.pop('')}")
+        layers = [{numbers[0] for those in each.modules.values() for numbers in those} for each in self.scaled]
+        attends = ""
+        if scales and any(those and each.layers - those for each, those in zip(self.scaled, layers, strict=True)):
+            attends = self._telling(every) or ""
+            if not attends:
+                self._cannot("the layers with scales of the cache have no tensor that the others have not")
+        return elsewhere, scales, attends
 
     def _left_out(self, reading: Reading, names: Mapping[str, str]) -> None:
         layers = reading.model.layers
@@ -132,7 +249,7 @@ class Findings:
             else:
                 self.refused[pattern(kind_of(name))] = LEFT_OUT
 
-    def _made(self, reading: Reading, names: Mapping[str, str]) -> None:
+    def _made(self, reading: Reading, names: Mapping[str, str], unread: Collection[str]) -> None:
         """What is in the ranks and not in the checkpoint."""
         scaled: dict[str, set[str]] = {}
         for name, constant in reading.constants.items():
@@ -141,33 +258,16 @@ class Findings:
                 scaled.setdefault(module, set()).add(last)
             elif name in reading.added:
                 self.refused[name] = _OWN
-            else:
-                self._cannot(f"vLLM has {name}, of which the checkpoint has nothing")
+            elif name not in unread:
+                what = (
+                    "with numbers that are none of the checkpoint's" if constant == OTHER else "of which it has nothing"
+                )
+                self._cannot(f"vLLM has {name} in {reading.name}, {what}")
         for name in reading.added:
             if name in reading.parameter_of:
                 self.refused[pattern(kind_of(names[reading.recipes[name].groups[0][0]]))] = _OWN
         if any(len(each) != len(_SCALES) for each in scaled.values()):
             self._cannot("some attention layers have not all scales of the cache")
-        self.scales |= {pattern(kind_of(module)) for module in scaled}
-        self._attending(reading, names, {numbered(module)[1][0] for module in scaled})
-
-    def _attending(self, reading: Reading, names: Mapping[str, str], those: set[int]) -> None:
-        """Patterns of what only the layers with scales have, the shortest."""
-        prefix = f"{self.layer.removesuffix('*')}"
-        layers: dict[int, set[str]] = {}
-        for name in names.values():
-            if name.startswith(prefix):
-                rest = name.removeprefix(prefix).split(".")
-                found = layers.setdefault(int(rest[0]), set())
-                found |= {kind_of(".".join(rest[1 : 1 + size])) for size in range(1, len(rest))}
-        others = set(layers) - those - set(range(reading.model.layers.count if reading.model.layers else 0, 10**6))
-        if not others or not those:
-            return
-        only = set.intersection(*(layers[each] for each in those & set(layers)))
-        only -= set.union(*(layers[each] for each in others))
-        self.attends = only if self.attends is None else self.attends & only
-        if not self.attends:
-            self._cannot("the layers with scales of the cache have no tensor that the others have not")
 
     def _cannot(self, problem: str) -> None:
         if problem not in self.problems:
@@ -181,8 +281,12 @@ class Findings:
             f"{target}?" if any(_fits(each, name) for name in alone for each in sources) else target: sources
             for target, sources in self.fused.items()
         }
+        fused_names |= {f"{target}?": self.fused[target] for target in self.shorter}
+        fused_names |= self.shorter
+        told = {name: into for name, into in self.elsewhere.items() if into != self.pairs.get(name)}
+        scales_where, scales, attends = self._scales()
         try:
-            names = renamed({name: into for name, into in self.pairs.items()})
+            names = renamed({**dict(zip(told.values(), told.values(), strict=True)), **self.pairs})
         except CannotSay as problem:
             self._cannot(str(problem))
             names = {}
@@ -204,12 +308,19 @@ class Findings:
             "head": self.head,
             "tied": self.tied,
             "every_stage": list(self.every_stage),
-            "scales": sorted(self.scales),
-            "attends": [f".{min(self.attends, key=lambda each: (each.count('.'), each))}"] if self.attends else [],
+            "scales": [pattern(module) for module in scales],
+            "scales_where": {pattern(told): pattern(module) for told, module in scales_where.items()},
+            "attends": [pattern(attends)] if attends else [],
+            "first_experts": min(self.first_experts or [""]),
             "extra_layers": "num_hidden_layers" if self.extra else "",
             "drafts": sorted(self.drafts),
             **flags,
             "float32": sorted(pattern(kind) for kind, own in self.float32.items() if own),
+            "unread": sorted(self.unread),
+            "least": dict(each for how in hows.values() for each in how.least),
+            "shaped": {pattern(kind): list(how.shaped) for kind, how in hows.items() if how.shaped},
+            "spelled": {f"{module}": [words[each] for each in sorted(words)] for module, words in self.spelled.items()},
+            "where_attends": {pattern(name): pattern(into) for name, into in told.items()},
             "fused": fused_names,
             "stacks": self.stacks,
             "stands_in": self.stands_in,
@@ -222,10 +333,17 @@ class Findings:
         return {"layer": self.layer, **{key: value for key, value in short.items() if value or key == "head"}}
 
 
-def _preference(how: How) -> tuple[bool, bool, bool, int, str]:
+def _preference(how: How) -> tuple[bool, bool, bool, bool, int, str]:
     cut = how.cut or ""
     order = ("", "replicate", "grouped", "first", "even")
-    return how.either, how.transposed, how.squeezed, order.index(cut) if cut in order else len(order), cut
+    return (
+        bool(how.least or how.shaped),
+        how.either,
+        how.transposed,
+        how.squeezed,
+        order.index(cut) if cut in order else len(order),
+        cut,
+    )
 
 
 def _expert(groups: list[list[str]], recipe: Recipe) -> tuple[int | None, str]:
@@ -240,6 +358,10 @@ def _expert(groups: list[list[str]], recipe: Recipe) -> tuple[int | None, str]:
     if [each[changing[0]] for each in numbers] != list(range(first, first + len(numbers))):
         raise CannotSay(f"{groups[0][0]} and others are not stacked by their number")
     return changing[0], BEHIND if first else STACK
+
+
+def _first_of(value: object) -> list[object]:
+    return value[:1] if isinstance(value, list) else []
 
 
 def _fits(pattern_of_source: str, kind: str) -> bool:

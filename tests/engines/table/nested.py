@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
 from tests.engines.table.coded import Numbers
 from tests.engines.table.findings import Findings, layer_pattern
-from tests.engines.table.known import differences
+from tests.engines.table.known import OfEntry, differences
 from tests.engines.table.names import fused, pattern
 from tests.engines.table.reading import CannotSay, Reading, kind_of
+from tpshard.errors import TpshardError
 from tpshard.formats.engine_nested import is_text
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.formats.sharded_state import _SCALES
@@ -38,13 +40,17 @@ class Beside:
 def in_text(reading: Reading, tensor: str) -> bool:
     """Whether a tensor is the text's: not where vLLM has it beside all that the text's layers are below."""
     model, into = reading.model, reading.parameter_of.get(tensor)
+    of_rules = not model.architecture["text"]["replicated"]  # which are for all of it
+    if into is None and of_rules:
+        into = reading.parameter_of[max(reading.parameter_of, key=lambda each: len(commonprefix([each, tensor])))]
     if not is_text(model, tensor) or into is None or model.layers is None:
         return is_text(model, tensor)
     within = model.layers.within
     layered = (each for each in reading.parameter_of if f" {each} {model.full_name(each)}".count(f" {within}"))
     first = next(layered, None)
     root = reading.parameter_of[first].split(".")[0] if first else "model"
-    return root == "model" or into.split(".")[0] == root
+    heads = {name.split(".")[0] for name in model.tied} if of_rules else set()
+    return (root == "model" and not of_rules) or into.split(".")[0] in {root, *heads}
 
 
 def text_alone(reading: Reading, prefix: str) -> Reading:
@@ -86,20 +92,17 @@ def text_findings(readings: list[Reading], prefix: str, head: str) -> tuple[Find
     return found, alone
 
 
-def like(read: EngineFamily, alone: list[Reading], families: Mapping[str, EngineFamily], own: str) -> list[str]:
-    """The types of the table whose families say the same of a text model, the one of its own name first."""
-    tied = {Findings.is_tied(each) for each in alone}
-    same = []
-    for model_type, family in families.items():
-        # Of a head that was not read, and of a tie that was not, another may say what it likes.
-        asked = read
-        if True not in tied:
-            asked = replace(asked, tied=family.tied)
-        if False not in tied:
-            asked = replace(asked, head=family.head)
-        if not list(differences(asked, family, alone, stages=False)):
-            same.append(model_type)
+def like(alone: list[Reading], families: Mapping[str, EngineFamily], own: str) -> list[str]:
+    """The types of the table whose families give what the ranks hold of a text model, the one of its own name first."""
+    same = [model_type for model_type, family in families.items() if all(_gives(family, each) for each in alone)]
     return sorted(same, key=lambda each: (-_alike(each, own), each))
+
+
+def _gives(family: EngineFamily, alone: Reading) -> bool:
+    try:
+        return next(differences(alone, OfEntry(family)), None) is None
+    except (TpshardError, AssertionError):  # of words that are for models of another kind
+        return False
 
 
 def _alike(one: str, other: str) -> float:

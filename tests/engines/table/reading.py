@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.engines.running import Loader
 from tests.engines.table.coded import Coded, Held, Numbers, decoded, write
+from tpshard.formats.vllm import FORMAT
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint
 from tpshard.planning.model import Model
 from tpshard.storage.tensor_names import numbered
+from tpshard.storage.torch_pickle import DTYPES
 
 WIDTHS = (2, 4)
 
@@ -148,27 +151,43 @@ class Reading:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A small checkpoint of a type of model, of which names, shapes and config count and no numbers."""
+    """A small checkpoint of a type of model, of which names, shapes and config count and no numbers.
+
+    whole: tensors of integers.
+    """
 
     name: str
     directory: Path
     shapes: Mapping[str, tuple[int, ...]]
     config: Mapping[str, Any]
+    whole: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @classmethod
     def at(cls, name: str, directory: Path) -> Checkpoint:
         """The one in a directory."""
-        shapes = {}
+        shapes, whole = {}, {}
         for file in sorted(directory.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
-                shapes |= {each: tuple(opened.get_slice(each).get_shape()) for each in opened.keys()}
-        return cls(name, directory, shapes, json.loads((directory / "config.json").read_text()))
+                found = {each: opened.get_slice(each) for each in opened.keys()}
+                shapes |= {each: tuple(held.get_shape()) for each, held in found.items()}
+                whole |= {each: DTYPES[held.get_dtype()] for each, held in found.items()}
+        whole = {each: dtype for each, dtype in whole.items() if not dtype.is_floating_point}
+        return cls(name, directory, shapes, json.loads((directory / "config.json").read_text()), whole)
+
+
+def of_nested(model: Model) -> Model:
+    """A model, as one that nests itself where the engine's table has it so and its rules are for all of it."""
+    model_type = str(model.architecture["model_type"])
+    if model.architecture.get("text") or model_type not in FORMAT.nested:
+        return model
+    text = {"model_type": model_type, "config": None, "replicated": []}
+    return replace(model, architecture={**model.architecture, "text": text})
 
 
 def read(checkpoint: Checkpoint, loader: Loader, scratch: Path, widths: tuple[int, ...] = WIDTHS) -> list[Reading]:
     """A checkpoint at several widths; RuntimeError with what vLLM says where it does not load it."""
-    coded = write(checkpoint.shapes, checkpoint.config, checkpoint.directory, scratch / "coded")
-    model = from_checkpoint(open_checkpoint(coded.directories[0]))
+    coded = write(checkpoint.shapes, checkpoint.config, checkpoint.directory, scratch / "coded", checkpoint.whole)
+    model = of_nested(from_checkpoint(open_checkpoint(coded.directories[0])))
     readings = []
     for tp in widths:
         out = [scratch / f"held-{tp}-{place}" for place, _ in enumerate(coded.directories)]
