@@ -50,13 +50,6 @@ _EVERYWHERE: dict[str, dict[str, Callable[..., Any]]] = {
     "vllm.models.deepseek_v4.nvidia.ops.o_proj": {"compute_fp8_einsum_recipe": lambda: ((1, 128, 128), False)},
 }
 """Functions that ask for a GPU, by module, and what they answer wherever they were imported."""
-_KERNELS = {
-    "vllm.v1.attention.backends.fa_utils": (
-        *("compile_flash_attn_varlen_func_from_specs", "flash_attn_varlen_func"),
-        *("get_scheduler_metadata", "reshape_and_cache_flash"),
-    )
-}
-"""Kernels that modules import where they are told that there are such."""
 
 
 def without_gpus(register: Callable[[str, type], None]) -> None:
@@ -83,9 +76,6 @@ def without_gpus(register: Callable[[str, type], None]) -> None:
     for module, functions in _EVERYWHERE.items():
         for name, answer in functions.items():
             everywhere(name, getattr(importlib.import_module(module), name), answer)
-    for module, kernels in _KERNELS.items():
-        for name in kernels:
-            vars(importlib.import_module(module)).setdefault(name, None)
 
 
 def everywhere(name: str, function: object, other: object) -> None:

@@ -205,7 +205,9 @@ WORDS: dict[str, dict[str, Any]] = {
         },
     },
     "bailing_hybrid": {
-        "where_attends": {".attention.dense.weight": ".self_attn.mla_attn.o_proj.weight"},
+        "renamed_where": {
+            ".attention.kv_a_layernorm": {".attention.dense.weight": ".self_attn.mla_attn.o_proj.weight"}
+        },
         "scales": [".self_attn.mla_attn.mla_attn"],
     },
     "kimi_linear": {"least": {"moe_ffn": 256}},

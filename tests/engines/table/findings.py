@@ -129,7 +129,7 @@ class Findings:
             ours, theirs = kind_of(name), kind_of(into)
             if numbered(name)[1] != numbered(into)[1]:
                 self._cannot(f"{name} and {into} have other numbers")
-            elif self.pairs.setdefault(ours, theirs) != theirs and not self._where_attends(name, theirs):
+            elif self.pairs.setdefault(ours, theirs) != theirs and not self._renamed_where(name, theirs):
                 self._cannot(f"{ours} is {theirs} in some layers and {self.pairs[ours]} in others")
             return
         try:
@@ -170,7 +170,7 @@ class Findings:
             return name
         return ".".join((*parts[:place], theirs[place], *parts[place + 1 :]))
 
-    def _where_attends(self, name: str, theirs: str) -> bool:
+    def _renamed_where(self, name: str, theirs: str) -> bool:
         """Whether the parameter is another one in layers with scales, the same in all of them."""
         ours, layer, modules = kind_of(name), numbered(name)[1][:1], self.scaled[-1].modules
         if layer in {numbers[:1] for every in modules.values() for numbers in every}:
@@ -285,6 +285,8 @@ class Findings:
         fused_names |= self.shorter
         told = {name: into for name, into in self.elsewhere.items() if into != self.pairs.get(name)}
         scales_where, scales, attends = self._scales()
+        if told and not attends:
+            self._cannot(f"nothing tells which layers have {min(told)} elsewhere")
         try:
             names = renamed({**dict(zip(told.values(), told.values(), strict=True)), **self.pairs})
         except CannotSay as problem:
@@ -320,7 +322,9 @@ class Findings:
             "least": dict(each for how in hows.values() for each in how.least),
             "shaped": {pattern(kind): list(how.shaped) for kind, how in hows.items() if how.shaped},
             "spelled": {f"{module}": [words[each] for each in sorted(words)] for module, words in self.spelled.items()},
-            "where_attends": {pattern(name): pattern(into) for name, into in told.items()},
+            "renamed_where": {pattern(attends): {pattern(name): pattern(into) for name, into in told.items()}}
+            if told and attends
+            else {},
             "fused": fused_names,
             "stacks": self.stacks,
             "stands_in": self.stands_in,
