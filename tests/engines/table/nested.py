@@ -18,6 +18,7 @@ from tpshard.errors import TpshardError
 from tpshard.formats.engine_nested import is_text
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.formats.sharded_state import _SCALES
+from tpshard.rules.architecture import builtin
 
 _HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
 _ATTENTION = ("attn", "attention", "wqkv", "wo")
@@ -49,7 +50,8 @@ def in_text(reading: Reading, tensor: str) -> bool:
     layered = (each for each in reading.parameter_of if f" {each} {model.full_name(each)}".count(f" {within}"))
     first = next(layered, None)
     root = reading.parameter_of[first].split(".")[0] if first else "model"
-    heads = {name.split(".")[0] for name in model.tied} if of_rules else set()
+    own = builtin(str(model.architecture["text"]["model_type"])).tied if of_rules else {}
+    heads = {head.split(".")[0] for head in own}
     return (root == "model" and not of_rules) or into.split(".")[0] in {root, *heads}
 
 
