@@ -28,8 +28,8 @@ REFUSED_FOR_VLLM = {
     "llama, questions": "LlamaForQuestionAnswering from sharded_state: it has no classes of decoders for this task",
     "gemma3, none": "Gemma3TextModel from sharded_state: its class has names of its own, which were not compared",
 }
-WITHOUT = ("none", "none, by transformers' class", "in both directions, none", "own")
-"""Models without a head; the last has one that its class does not take."""
+WITHOUT = ("none", "none, by transformers' class", "in both directions, none", "tied", "own")
+"""Models without a head; the last has one that its class does not take, the one before says that it would be tied."""
 
 
 @pytest.fixture(autouse=True)
@@ -99,10 +99,12 @@ def test_an_engine_is_not_given_a_head_that_it_was_not_compared_with(made: Made,
     assert "Qwen3Model on each stage of a pipeline" in refused["message"]
 
 
-@pytest.mark.parametrize("case", some(WITHOUT, ["none", "own"]))
+@pytest.mark.parametrize("case", some(WITHOUT, ["tied", "own"]))
 def test_a_model_without_a_head_is_as_vllm_holds_it(case: str, made: Made, tmp_path: Path) -> None:
     """Its embedding under its own name, also where it is tied; a head that is there lies beside."""
     model, _ = with_head(case if case in WITH_HEADS else "none", made, tmp_path / "model")
+    if case == "tied":
+        write_checkpoint(model, read_config(model) | {"tie_word_embeddings": True}, read_all(model))
     if case == "own":
         stored = read_all(model)
         write_checkpoint(model, read_config(model), stored | {"lm_head.weight": stored["model.embed_tokens.weight"]})
