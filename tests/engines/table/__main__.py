@@ -118,7 +118,7 @@ def _differences(found: Entry) -> tuple[list[str], list[str]]:
     if not compared:
         differ.append("the table refuses all that vLLM loads")
     table = load_table(FORMAT.path, version)
-    if found.model_type in table.pipelines:
+    if found.in_stages and found.model_type in table.pipelines:
         read, said = found.family.every_stage, table.families[found.model_type].every_stage
         differ += [f"every_stage: read {read}, known {said}"] if sorted(read) != sorted(said) else []
     return list(dict.fromkeys(differ)), list(dict.fromkeys(refused))

@@ -25,6 +25,7 @@ from tpshard.rules.multimodal import text_config
 
 TIE = "tie_word_embeddings"
 DEPTH = "vision_feature_layer"
+_STAGES = "two stages of a pipeline"
 
 
 @dataclass
@@ -45,6 +46,11 @@ class Entry:
     problems: list[str] = field(default_factory=list)
     not_loaded: list[str] = field(default_factory=list)
     untied: list[Reading] = field(default_factory=list)
+
+    @property
+    def in_stages(self) -> bool:
+        """Whether it was read of two stages what both have."""
+        return _STAGES not in self.not_loaded
 
     @property
     def family(self) -> EngineFamily:
@@ -88,7 +94,10 @@ def read_entry(checkpoints: list[Checkpoint], loader: Loader, scratch: Path, nam
             findings.add(reading)
         except CannotSay as problem:
             found.problems.append(f"{reading.name}: {problem}")
-    findings.every_stage = _on_every_stage(found.readings, findings.head, loader, scratch)
+    stages = _on_every_stage(found.readings, findings.head, loader, scratch)
+    findings.every_stage = stages or ()
+    if stages is None:
+        found.not_loaded.append(_STAGES)
     found.entry = {"model_types": [found.model_type], **findings.entry()}
     found.problems += findings.problems or _given(found.readings, OfEntry(found.family))
     return found
@@ -202,13 +211,16 @@ def _both_ways(checkpoints: list[Checkpoint], head: str, embedding: str, text: s
         yield replace(first, name=name, shapes=shapes, config=with_flag(first.config, text, TIE, not own))
 
 
-def _on_every_stage(readings: list[Reading], head: str, loader: Loader, scratch: Path) -> tuple[str, ...]:
-    """The modules outside of layers that both of two stages have, of a checkpoint with a head if the class has one."""
+def _on_every_stage(readings: list[Reading], head: str, loader: Loader, scratch: Path) -> tuple[str, ...] | None:
+    """The modules outside of layers that both of two stages have, of a checkpoint with a head if the class has one.
+
+    None where vLLM does not load it in stages.
+    """
     reading = next((each for each in readings if Findings.is_tied(each) == (not head)), readings[0])
     try:
         stages = loader.held(reading.coded.directories[0], 1, "auto", scratch / "stages", pp=2, partial=True)
     except RuntimeError:
-        return ()
+        return None
     both = set(stages[0]) & set(stages[1])
     if Findings.is_tied(reading):  # the last stage has the embedding because it is the head
         both -= {name for name, recipe in reading.recipes.items() if "embed" in recipe.groups[0][0]}
