@@ -6,9 +6,11 @@ import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.served_shapes import KimiK3, kimi_k3
 
 _TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _TEXT = {
@@ -126,6 +128,11 @@ _HY4_NAMES = (  # transformers saves other names than published files have
     (r"hc_pre\.hc_head\.", "hc_head."),
     (r"(mlp|shared_experts)\.linear_gate", r"\1.gate_proj"),
 )
+_KIMI_K3 = KimiK3(
+    **{"hidden": 256, "dense": 512, "vocab": 1000, "q_lora": 48, "kv_lora": 32, "nope": 32, "rope": 16, "value": 32},
+    **{"linear_heads": 8, "linear": 32, "experts": 8, "expert": 64, "small": 128},
+    **{"vision": 64, "vision_qkv": 96, "vision_ffn": 128},
+)
 
 LOADED: dict[str, Published] = {
     "kimi_linear": Published(
@@ -140,6 +147,25 @@ LOADED: dict[str, Published] = {
             "linear_attn_config": _KIMI_LINEAR,
             "mla_use_nope": True,
         },
+    ),
+    "kimi_k3": Published(
+        None,
+        {
+            **{"model_type": "kimi_k3", "architectures": ["KimiK3ForConditionalGeneration"]},
+            "text_config": _TEXT
+            | _LATENT
+            | {"model_type": "kimi_linear", "q_lora_rank": 48, "mla_use_nope": True, "mla_use_output_gate": True}
+            | {"num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_token": 2, "first_k_dense_replace": 1}
+            | {"num_shared_experts": 1, "routed_expert_hidden_size": 128, "latent_moe_use_norm": True}
+            | {"hidden_act": "situ", "activation_situ_beta": 1.0, "attn_res_block_size": 2}
+            | {"linear_attn_config": _KIMI_LINEAR | {"use_full_rank_gate": True, "gate_lower_bound": -5.0}},
+            "vision_config": {
+                **{"vt_hidden_size": 64, "vt_num_hidden_layers": 2, "vt_num_attention_heads": 4, "patch_size": 14},
+                **{"vt_intermediate_size": 128, "qkv_hidden_size": 96, "init_pos_emb_height": 4},
+                "init_pos_emb_width": 4,
+            },
+        },
+        shapes=kimi_k3(_KIMI_K3, draft=False),
     ),
     "minimax_m3_vl": Published(
         "minimax_m3_vl",
@@ -330,6 +356,11 @@ LOADED: dict[str, Published] = {
     ),
 }
 """What vLLM loads."""
+LOADED["kimi_k3-6-heads"] = replace(
+    LOADED["kimi_k3"],
+    config=LOADED["kimi_k3"].config
+    | {"vision_config": LOADED["kimi_k3"].config["vision_config"] | {"vt_num_attention_heads": 6}},
+)
 
 LATER: dict[str, Published] = {
     "inkling": Published(
@@ -426,6 +457,15 @@ DRAFTS = {
         "model.language_model.layers.2.",
         _JOINED | {"shared_head.norm.weight": "width", "embed_tokens.weight": "vocab width"},
         r"^hc_",
+        {"text_config": {"num_nextn_predict_layers": 1}},
+    ),
+    "kimi_k3": Draft(
+        "language_model.model.layers.1.",
+        "language_model.model.layers.2.",
+        _JOINED
+        | {"shared_head.norm.weight": "width"}
+        | dict.fromkeys(("shared_head.head.weight", "embed_tokens.weight"), "vocab width"),
+        r"_res_",
         {"text_config": {"num_nextn_predict_layers": 1}},
     ),
 }

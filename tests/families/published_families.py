@@ -95,7 +95,7 @@ FAMILIES = (
     Family("Kimi K2.5", "kimi_k25", _engine("kimi_k25"), vllm=True),
     Family("Kimi VL", "kimi_vl", _engine("kimi_vl"), verify="text", vllm=True),
     Family("Kimi Linear", "kimi_linear", _engine("kimi_linear"), vllm=True),
-    Family("Kimi K3", "kimi_k3", _served("kimi_k3"), verify="bytes"),
+    Family("Kimi K3", "kimi_k3", _engine("kimi_k3"), verify="bytes", vllm=True),
     Family("Nemotron-H", "nemotron_h", _engine("nemotron_h"), vllm=True),
     Family("Nemotron-H, transformers' names", "nemotron_h", _around("nemotron_h, transformers' names"), vllm=True),
     Family("Nemotron Nano VL", "NemotronH_Nano_VL_V2", _engine("NemotronH_Nano_VL_V2"), verify="text", vllm=True),

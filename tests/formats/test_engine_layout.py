@@ -87,6 +87,20 @@ def test_of_two_lists_for_one_parameter_the_longer_counts_where_all_of_it_is_the
         recipes_of(family, {"0.k": "0.k"})
 
 
+def test_of_two_lists_with_the_same_tensors_the_longer_counts_and_its_rows_are_rounded_up() -> None:
+    family = EngineFamily(fused={"*.qa?": ("*.q", "*.a"), "*.qag??": ("*.q", "*.a", "*.g")}, padded={"*.qag??": 8})
+    names = {name: name for name in ("0.a", "0.g", "0.q", "1.a", "1.q", "2.g")}
+    recipes = recipes_of(family, names)
+    assert {into: (recipe.tensors, recipe.multiple) for into, recipe in recipes.items()} == {
+        "0.qag": (("0.q", "0.a", "0.g"), 8),
+        "1.qa": (("1.q", "1.a"), 1),
+        "2.g": (("2.g",), 1),
+    }
+    shares, shapes = dict.fromkeys(names, share("a")), dict.fromkeys(names, SHAPE)
+    (first, *_) = LayoutRows(joined({"0.qag": recipes["0.qag"]}, shares, shapes, tp=1), 1)[0]
+    assert (first.shape, first.fills) == ((8, 4), (((3, 8), (0, 4)),))
+
+
 def test_layers_have_their_scales_where_the_table_says() -> None:
     family = EngineFamily(
         layer="layers.*",

@@ -96,6 +96,46 @@ def test_experts_narrower_than_the_class_makes_them_are_followed_by_zeros(tmp_pa
     assert torch.equal(linear[-32:], whole["model.layers.0.self_attn.f_a_proj.weight"])
 
 
+def test_the_gate_in_one_step_is_before_what_all_ranks_have_and_zeros_round_the_rows_up(tmp_path: Path) -> None:
+    whole, held = split("kimi_k3", tmp_path)
+    layers = "language_model.model.layers."
+    linear = held[f"{layers}0.self_attn.in_proj_qkvgfab.weight"]
+    parts = [whole[f"{layers}0.self_attn.{each}_proj.weight"] for each in ("g", "f_a", "b")]
+    assert linear.shape == (560, 256)
+    assert torch.equal(linear[384:548], torch.cat([parts[0][128:], parts[1], parts[2][4:]]))
+    assert not linear[548:].any()
+    latent = held[f"{layers}1.self_attn.fused_qkv_a_g_proj.weight"]
+    parts = [whole[f"{layers}1.self_attn.{each}.weight"] for each in ("q_a_proj", "kv_a_proj_with_mqa", "g_proj")]
+    assert torch.equal(latent, torch.cat([*parts[:2], parts[2][128:]]))
+    assert f"{layers}1.block_sparse_moe.experts.routed_output_transform.up_proj.weight" in held
+
+
+def test_a_tower_whose_heads_do_not_divide_is_whole(tmp_path: Path) -> None:
+    source = make("kimi_k3-6-heads", tmp_path / "source")
+    rows = {}
+    for tp in (2, 4):
+        api.split(source, tp, tmp_path / f"{tp}", format="vllm", settings=QUICK)
+        held = load_file(tmp_path / f"{tp}" / FILE)
+        names = (f"vision_tower.encoder.blocks.1.{each}.weight" for each in ("wqkv", "mlp.fc0"))
+        rows[tp] = [len(held[each]) for each in names]
+    assert rows == {2: [144, 64], 4: [288, 128]}
+
+
+def test_how_vllm_must_be_started_is_said_where_its_kernels_need_it(tmp_path: Path) -> None:
+    given = ("--tp", 2, "--format", "vllm", "--json")
+    (note,) = succeeds("plan", make("kimi_k3", tmp_path / "k3"), *given).json["warnings"]
+    assert note.startswith('start vLLM with --additional-config \'{"kda_decode_backend": "triton", ')
+    assert not succeeds("plan", make("kimi_linear", tmp_path / "linear"), *given).json["warnings"]
+
+
+def test_kimi_k3_is_refused_for_a_version_whose_class_was_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("--tp", 2, "--format", "vllm", "--engine-version", "0.33")
+    assert "its class was not compared" in fails(4, "plan", make("kimi_k3", tmp_path / "k3"), *given)["message"]
+
+
 def test_layers_that_choose_what_they_attend_to_have_that_in_one_matrix_and_scales_elsewhere(tmp_path: Path) -> None:
     whole, held = split("minimax_m3_vl", tmp_path)
     layers = "language_model.model.layers."

@@ -33,7 +33,7 @@ def shards(source: Path) -> Path:
     return source.with_name("shards")
 
 
-@pytest.mark.parametrize("name", some(MADE, ["hy_v3", "qwen3_5-tied"]))
+@pytest.mark.parametrize("name", some(MADE, ["hy_v3", "qwen3_5-tied", "kimi_k3"]))
 def test_split_and_checked(name: str, tmp_path: Path) -> None:
     source, shards = MADE[name].with_draft(name, tmp_path / "source"), tmp_path / "shards"
     said = succeeds("split", source, "--tp", 2, "--format", "vllm-speculator", "-o", shards).err
@@ -79,7 +79,8 @@ def test_nemotrons_draft_has_no_embedding_and_no_head_in_the_newer_version(tmp_p
 
 
 def is_drafted(name: str, tensor: str, source: Path) -> bool:
-    layers = json.loads((source / "config.json").read_text()).get("num_hidden_layers")
+    config = json.loads((source / "config.json").read_text())
+    layers = config.get("text_config", config).get("num_hidden_layers")
     return "mtp" in tensor or f"layers.{layers}." in tensor
 
 

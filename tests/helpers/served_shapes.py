@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tests.helpers.checkpoints import VOCAB
@@ -24,48 +25,99 @@ def norms(*names: str, hidden: int = 64) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (hidden,) for name in names}
 
 
-def kimi_k3() -> dict[str, tuple[int, ...]]:
+@dataclass(frozen=True)
+class KimiK3:
+    """The sizes of a small Kimi K3. linear: of a head of linear attention. small: the width that experts work in."""
+
+    hidden: int = 64
+    dense: int = 96
+    vocab: int = VOCAB
+    heads: int = 8
+    q_lora: int = 24
+    kv_lora: int = 16
+    nope: int = 16
+    rope: int = 8
+    value: int = 12
+    linear_heads: int = 4
+    linear: int = 16
+    experts: int = 4
+    expert: int = 32
+    small: int = 40
+    vision: int = 32
+    vision_qkv: int = 48
+    vision_ffn: int = 40
+    image: int = 4
+
+
+def kimi_k3(of: KimiK3 = KimiK3(), *, draft: bool = True) -> dict[str, tuple[int, ...]]:  # noqa: B008
     """A layer of linear attention, a latent one with experts in a smaller space, and one that predicts a token more."""
+    hidden, text = of.hidden, "language_model.model."
     found: dict[str, tuple[int, ...]] = {
-        **{"language_model.lm_head.weight": (VOCAB, 64), "language_model.model.embed_tokens.weight": (VOCAB, 64)},
-        **norms("language_model.model.norm", "language_model.model.output_attn_res_norm"),
-        **{"language_model.model.output_attn_res_proj.weight": (1, 64)},
-        **{f"vision_tower.encoder.blocks.0.{name}.weight": (32, 32) for name in ("wqkv", "wo")},
-        **{"mm_projector.proj.0.weight": (64, 32)},
+        **{"language_model.lm_head.weight": (of.vocab, hidden), f"{text}embed_tokens.weight": (of.vocab, hidden)},
+        **norms(f"{text}norm", f"{text}output_attn_res_norm", hidden=hidden),
+        **{f"{text}output_attn_res_proj.weight": (1, hidden)},
+        **_kimi_k3_tower(of),
     }
-    for i in range(3):  # the third predicts one more token
-        start = f"language_model.model.layers.{i}."
-        found |= norms(*(f"{start}{name}_layernorm" for name in ("input", "post_attention")))
+    for i in range(2 + draft):
+        start = f"{text}layers.{i}."
+        found |= norms(*(f"{start}{name}_layernorm" for name in ("input", "post_attention")), hidden=hidden)
         if i < 2:
-            found |= norms(*(f"{start}{name}" for name in ("self_attention_res_norm", "mlp_res_norm")))
-            found |= {f"{start}{name}.weight": (1, 64) for name in ("self_attention_res_proj", "mlp_res_proj")}
+            found |= norms(*(f"{start}{name}" for name in ("self_attention_res_norm", "mlp_res_norm")), hidden=hidden)
+            found |= {f"{start}{name}.weight": (1, hidden) for name in ("self_attention_res_proj", "mlp_res_proj")}
         if i == 0:
-            found |= {f"{start}self_attn.{name}_proj.weight": (64, 64) for name in "qkvg"}
-            found |= {f"{start}self_attn.{name}_conv1d.weight": (64, 1, 4) for name in "qkv"}
-            found |= {f"{start}self_attn.f_a_proj.weight": (16, 64), f"{start}self_attn.f_b_proj.weight": (64, 16)}
-            found |= {f"{start}self_attn.b_proj.weight": (4, 64), f"{start}self_attn.dt_bias": (64,)}
-            found |= {f"{start}self_attn.A_log": (1, 1, 4, 1), f"{start}self_attn.o_norm.weight": (16,)}
-            found |= {f"{start}self_attn.o_proj.weight": (64, 64)} | gated(f"{start}mlp.", 96)
+            found |= layered(f"{start}self_attn.", _kimi_k3_linear(of)) | gated(f"{start}mlp.", of.dense, hidden)
         else:
-            found |= {f"{start}self_attn.q_a_proj.weight": (24, 64), f"{start}self_attn.q_a_layernorm.weight": (24,)}
-            found |= {f"{start}self_attn.q_b_proj.weight": (192, 24), f"{start}self_attn.kv_b_proj.weight": (224, 16)}
-            found |= {
-                f"{start}self_attn.kv_a_proj_with_mqa.weight": (24, 64),
-                f"{start}self_attn.o_proj.weight": (64, 96),
-            }
-            found |= {f"{start}self_attn.kv_a_layernorm.weight": (16,), f"{start}self_attn.g_proj.weight": (96, 64)}
+            found |= layered(f"{start}self_attn.", _kimi_k3_latent(of))
             moe = f"{start}block_sparse_moe."
-            found |= {f"{moe}gate.weight": (4, 64), f"{moe}gate.e_score_correction_bias": (4,)}
-            found |= {
-                f"{moe}routed_expert_{way}_proj.weight": shape for way, shape in (("down", (40, 64)), ("up", (64, 40)))
-            }
-            found |= {f"{moe}routed_expert_norm.weight": (40,)} | gated(f"{moe}shared_experts.", 32)
-            for expert in range(4):
-                found |= gated(f"{moe}experts.{expert}.", 32, 40, ("w1", "w3", "w2"))
+            found |= {f"{moe}gate.weight": (of.experts, hidden), f"{moe}gate.e_score_correction_bias": (of.experts,)}
+            found |= {f"{moe}routed_expert_down_proj.weight": (of.small, hidden)}
+            found |= {f"{moe}routed_expert_up_proj.weight": (hidden, of.small)}
+            found |= {f"{moe}routed_expert_norm.weight": (of.small,)}
+            found |= gated(f"{moe}shared_experts.", of.expert, hidden)
+            for expert in range(of.experts):
+                found |= gated(f"{moe}experts.{expert}.", of.expert, of.small, ("w1", "w3", "w2"))
         if i == 2:
-            found |= norms(*(f"{start}{name}" for name in ("enorm", "hnorm", "shared_head.norm")))
-            found |= {f"{start}eh_proj.weight": (64, 128), f"{start}embed_tokens.weight": (VOCAB, 64)}
-            found |= {f"{start}shared_head.head.weight": (VOCAB, 64)}
+            found |= norms(*(f"{start}{name}" for name in ("enorm", "hnorm", "shared_head.norm")), hidden=hidden)
+            found |= {f"{start}eh_proj.weight": (hidden, 2 * hidden)}
+            found |= {f"{start}{name}.weight": (of.vocab, hidden) for name in ("embed_tokens", "shared_head.head")}
+    return found
+
+
+def _kimi_k3_linear(of: KimiK3) -> dict[str, tuple[int, ...]]:
+    rows = of.linear_heads * of.linear
+    return {
+        **{f"{name}_proj.weight": (rows, of.hidden) for name in "qkvg"},
+        **{f"{name}_conv1d.weight": (rows, 1, 4) for name in "qkv"},
+        **{"f_a_proj.weight": (of.linear, of.hidden), "f_b_proj.weight": (rows, of.linear)},
+        **{"b_proj.weight": (of.linear_heads, of.hidden), "dt_bias": (rows,)},
+        **{"A_log": (1, 1, of.linear_heads, 1), "o_norm.weight": (of.linear,), "o_proj.weight": (of.hidden, rows)},
+    }
+
+
+def _kimi_k3_latent(of: KimiK3) -> dict[str, tuple[int, ...]]:
+    return {
+        **{"q_a_proj.weight": (of.q_lora, of.hidden), "q_a_layernorm.weight": (of.q_lora,)},
+        **{"q_b_proj.weight": (of.heads * (of.nope + of.rope), of.q_lora)},
+        **{"kv_a_proj_with_mqa.weight": (of.kv_lora + of.rope, of.hidden), "kv_a_layernorm.weight": (of.kv_lora,)},
+        **{"kv_b_proj.weight": (of.heads * (of.nope + of.value), of.kv_lora)},
+        **{"g_proj.weight": (of.heads * of.value, of.hidden), "o_proj.weight": (of.hidden, of.heads * of.value)},
+    }
+
+
+def _kimi_k3_tower(of: KimiK3) -> dict[str, tuple[int, ...]]:
+    wide, merged = of.vision, 4 * of.vision
+    found: dict[str, tuple[int, ...]] = {
+        "vision_tower.patch_embed.proj.weight": (wide, 3, 14, 14),
+        "vision_tower.patch_embed.pos_emb.weight": (of.image, of.image, wide),
+        "vision_tower.encoder.final_layernorm.weight": (wide,),
+        **{"mm_projector.proj.0.weight": (merged, merged), "mm_projector.proj.2.weight": (of.hidden, merged)},
+        "mm_projector.post_norm.weight": (of.hidden,),
+    }
+    for i in range(2):
+        block = f"vision_tower.encoder.blocks.{i}."
+        found |= norms(f"{block}norm0", f"{block}norm1", hidden=wide)
+        found |= {f"{block}wqkv.weight": (3 * of.vision_qkv, wide), f"{block}wo.weight": (wide, of.vision_qkv)}
+        found |= {f"{block}mlp.fc0.weight": (of.vision_ffn, wide), f"{block}mlp.fc1.weight": (wide, of.vision_ffn)}
     return found
 
 

@@ -230,6 +230,13 @@ def _at_least(least: Mapping[str, int], tensor: LogicalTensor, held: tuple[Share
     return tuple(map(padded, held))
 
 
+def first_experts(family: EngineFamily, model: Model) -> int | None:
+    """How many experts of a layer are in the first of two stacks; None where there is one."""
+    counted = model.config.get(family.first_experts) if family.first_experts else None
+    counted = counted[0] if isinstance(counted, list) and counted else counted
+    return counted if isinstance(counted, int) else None
+
+
 def recipes_of(
     family: EngineFamily, named: Mapping[str, str], alone: Collection[str] = (), first: int | None = None
 ) -> dict[str, ParameterParts]:
@@ -250,7 +257,8 @@ def recipes_of(
             counted |= {key[:2]} if is_counted else set()
     recipes: dict[str, ParameterParts] = {}
     members: dict[str, str] = {}
-    for (into, target, dim), groups in found.items():
+    shortest_first = sorted(found.items(), key=lambda item: len(family.parts(*item[0][1:])))
+    for (into, target, dim), groups in shortest_first:
         patterns = family.parts(target, dim)
         whole = len(patterns) if (into, target) not in counted else 1 + max(map(max, groups.values()))
         for parts in groups.values():
@@ -270,8 +278,6 @@ def recipes_of(
                 expected=", ".join(patterns),
                 found=", ".join(lacking[0].values()),
             )
-        if into in recipes and whole < max(map(len, recipes[into].groups)):
-            continue
         ordered = sorted(groups.items(), key=lambda item: item[0] or 0)
         made = tuple(tuple(g[i] for i in sorted(g)) for _, g in ordered)
         recipes[into] = ParameterParts(made, None not in groups, dim, multiple=family.padded.get(target, 1))
@@ -302,7 +308,7 @@ def joined(
     known: dict[object, RowKind] = {}  # layers are alike
     for name, recipe in recipes.items():
         tensors = recipe.tensors
-        how = (recipe.stacked, recipe.dim, recipe.flat, tuple(map(len, recipe.groups)))
+        how = (recipe.stacked, recipe.dim, recipe.flat, recipe.multiple, tuple(map(len, recipe.groups)))
         key = (how, *[id(shares[tensor]) for tensor in tensors])
         if key not in known:
             held = [_join(name, recipe, rank, shares, shapes) for rank in range(tp)]

@@ -26,8 +26,9 @@ from tpshard.storage.tensor_names import numbered
 _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3), "row": (1, 1)}
 """How a tower's tensors are cut: how many segments one has, and how often a segment has the axis' units."""
 
-_SETTINGS = ("needs", "says", "lacks", "extra_layers", "first_experts", "rest_last", "alone_repeated", "least")
-_NO_NAMES = ("buffers", *_SETTINGS)
+_SAID = ("needs", "says", "lacks", "started")
+_SETTINGS = ("extra_layers", "first_experts", "rest_last", "alone_repeated", "least")
+_NO_NAMES = ("buffers", *_SAID, *_SETTINGS)
 _NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots", "shaped", "padded", "counted"), ("cuts", "computed")
 """What a family has that is no names, names that are keys alone, and values alone; elsewhere all are names."""
 
@@ -55,6 +56,7 @@ class Tower:
     vision: tuple[str, ...] = ()
     layer: str = ""
     axes: tuple[TowerAxis, ...] = ()
+    or_whole: bool = False
     begins: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -113,12 +115,20 @@ def within(prefix: str, family: EngineFamily) -> EngineFamily:
     return replace(family, **changed)
 
 
-def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsEngineHas:
+def text_type(nested: Mapping[str, NestedFamily], model: Model) -> str:
+    """The model_type whose names a model has, or the text model in it. nested: by the model_type of the whole."""
+    found = str((model.architecture.get("text") or model.architecture)["model_type"])
+    whole = nested.get(str(model.architecture["model_type"]))
+    return whole.texts.get(found, found) if whole else found
+
+
+def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model, tp: int = 1) -> AsEngineHas:
     """A model and its family. text: the family of its text model.
 
     CorruptError where a count of the config contradicts a shape; UnsupportedError for a tower that is not known.
     """
-    parts = (_tower(nested, model), nested.own)
+    around = config_around(model)
+    parts = (_cut_or_whole(_tower(nested, model), around, tp), nested.own)
     begins = {old: new for part in reversed(parts) for old, new in part.begins.items()}
     names = {tensor.name: _full_name(nested, model, begins, tensor.name) for tensor in model.tensors}
     family = within(nested.text, text)
@@ -128,7 +138,7 @@ def as_engine_has(nested: NestedFamily, text: EngineFamily, model: Model) -> AsE
         renamed={**family.renamed, **parts[0].renamed, **parts[1].renamed},
         ones={**family.ones, **parts[0].ones, **parts[1].ones},
     )
-    around, axes, tensors = config_around(model), dict(model.axes), []
+    axes, tensors = dict(model.axes), []
     for tensor in model.tensors:
         beside = not is_text(model, tensor.name) or _begun(begins, tensor.name)
         cut = _cut(parts, around, axes, tensor, names[tensor.name]) if beside else None
@@ -198,6 +208,13 @@ def _tower(nested: NestedFamily, model: Model) -> Tower:
     expected = ", ".join(name for tower in nested.towers for name in tower.vision)
     what = "the names of this tower are not known"
     raise UnsupportedError(what, expected=expected, found=f"vision_config of {kind}", hint="use --format native")
+
+
+def _cut_or_whole(tower: Tower, config: Mapping[str, Any], tp: int) -> Tower:
+    """The tower, whole on every rank where the engine has it so since its heads do not divide."""
+    if not tower.or_whole or _units(tower.axes[0], config) % tp == 0:
+        return tower
+    return replace(tower, axes=())
 
 
 def _cut(

@@ -1,8 +1,9 @@
 """What whoever loads a set in an engine must know of it: stages of its own, drafts, and what the engine leaves out."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from tpshard.formats.engine_config import head_of
+from tpshard.formats.engine_nested import text_config_of
 from tpshard.formats.engine_tables import Table
 from tpshard.formats.split import Split
 from tpshard.planning.stages import even_layers
@@ -11,31 +12,36 @@ DRAFT = "of a layer that predicts further tokens, a draft model of its own"
 """Why such tensors are not among the model's."""
 
 
-def notes_of(engine: str, table: Table, split: Split) -> tuple[str, ...]:
-    """All of them, of a set whose names are those of a table."""
+def notes_of(engine: str, table: Table, split: Split, named: str) -> tuple[str, ...]:
+    """All of them, of a set whose names are those that a table has for the model_type `named`."""
     stages, pp = split.layouts.stages, split.options.pp
     sizes = tuple(last - first for first, last in stages.ranges) if stages else ()
-    made = (_told, _drafts, _unread, _quantised, _head)
-    others = tuple(note for each in made for note in each(engine, table, split))
+    others = (*_started(engine, table, split, named), *_drafts(engine, table, split, named))
+    others += tuple(note for each in (_unread, _quantised, _head) for note in each(engine, table, split))
     if stages is None or sizes == even_layers(stages.layers.count, pp):
         return others
     variable = f"VLLM_PP_LAYER_PARTITION={','.join(map(str, sizes))}"
     return (f"{engine} deals layers otherwise by itself: set {variable} wherever it starts", *others)
 
 
-def _told(engine: str, table: Table, split: Split) -> tuple[str, ...]:
-    family = table.families.get(str(split.model.architecture.get("model_type")))
-    return (f"{engine} {family.told}",) if family and family.told else ()
+def _started(engine: str, table: Table, split: Split, named: str) -> Iterator[str]:
+    model, family = split.model, table.families.get(named)
+    for path, how in family.started.items() if family else ():
+        said: object = text_config_of(model) if model.architecture.get("text") else model.config
+        for key in path.split(".") if path else ():
+            said = said.get(key) if isinstance(said, dict) else None
+        if said or not path:
+            yield f"start {engine} {how}"
 
 
-def _drafts(engine: str, table: Table, split: Split) -> tuple[str, ...]:
+def _drafts(engine: str, table: Table, split: Split, named: str) -> tuple[str, ...]:
     count = list(split.layouts.dropped.values()).count(DRAFT)
     if not count:
         return ()
-    text, how = split.model.architecture.get("text") or split.model.architecture, "its names are not known"
-    if text["model_type"] in table.speculators:
+    how = "its names are not known"
+    if named in table.speculators:
         how = "--format vllm-speculator writes it"
-    elif text["model_type"] in table.refused_drafts:
+    elif named in table.refused_drafts:
         how = f"{engine} {table.version} does not load it"
     return (f"{count} tensors predict further tokens, which {engine} loads as a draft model: {how}",)
 

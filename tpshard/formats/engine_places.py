@@ -1,11 +1,15 @@
 """Where an engine's class has modules of its own, which what a layer has may decide."""
 
+import struct
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from tpshard.errors import CorruptError
 from tpshard.formats.engine_patterns import exchanged, match, number_in
-from tpshard.formats.engine_tables import EngineFamily
+from tpshard.formats.engine_tables import SCALES, EngineFamily
+from tpshard.planning.layout import RankShare, Row, RowKind, StoredTensor
+
+_ONE = struct.pack("<f", 1.0)
 
 
 def with_scales(family: EngineFamily, names: Collection[str]) -> Iterator[str]:
@@ -19,6 +23,14 @@ def with_scales(family: EngineFamily, names: Collection[str]) -> Iterator[str]:
         found.setdefault(layer, {pattern.replace("*", str(layer)): None for pattern in family.scales})
     for _, modules in sorted(found.items(), key=lambda each: each[0] or 0):
         yield from modules
+
+
+def scales_of(family: EngineFamily, names: Collection[str], tp: int) -> Iterator[Row]:
+    """The scales of an unquantised KV cache: 1.0, one scalar each, of every module that has such."""
+    one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
+    for module in with_scales(family, names):
+        for scale in SCALES:
+            yield Row(f"{module}.{scale}", (), one)
 
 
 def require_all(family: EngineFamily, config: Mapping[str, Any], names: Collection[str]) -> None:

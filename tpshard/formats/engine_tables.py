@@ -16,6 +16,9 @@ from tpshard.formats.engine_entries import as_of, below, merged
 from tpshard.formats.engine_patterns import BEHIND, exchanged, fits_any, match, number_in, renamed, stars_of
 from tpshard.storage.tensor_names import numbered
 
+SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
+"""The buffers of vLLM's attention that an unquantised KV cache has."""
+
 
 class FusedInto(NamedTuple):
     """A parameter that tensors are parts of, as the table has it: their place in it, and its name for their numbers.
@@ -72,6 +75,7 @@ class EngineFamily:
     needs: Mapping[str, str] = field(default_factory=dict)
     says: Mapping[str, str] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
+    started: Mapping[str, str] = field(default_factory=dict)
     scales: tuple[str, ...] = ()
     scales_where: Mapping[str, str] = field(default_factory=dict)
     attends: tuple[str, ...] = ()
@@ -105,7 +109,6 @@ class EngineFamily:
     every_stage: tuple[str, ...] = ()
     moved: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    told: str = ""
 
     def kind(self, name: str) -> NameKind:
         """What the table says of a tensor, looked up once for all names that differ in numbers alone."""
@@ -152,7 +155,7 @@ class EngineFamily:
                 FusedInto(
                     target,
                     place if (own := number_in(pattern, name)) is None else own,
-                    renamed(pattern, by_numbers, target.removesuffix("?")),
+                    renamed(pattern, by_numbers, target.rstrip("?")),
                     None if (stack := stars_of(pattern)[1]) is None else places.index(stack),
                     dim,
                     BEHIND in pattern.split("."),

@@ -7,8 +7,7 @@ stands before them.
 
 import json
 import re
-import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,10 +23,10 @@ from tpshard.formats.engine_config import (
     with_dtype,
     with_head,
 )
-from tpshard.formats.engine_layout import ParameterParts, Share, joined, recipes_of, shares_of
-from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, with_flag
+from tpshard.formats.engine_layout import ParameterParts, Share, first_experts, joined, recipes_of, shares_of
+from tpshard.formats.engine_nested import AsEngineHas, as_engine_has, is_text, load_nested, text_type, with_flag
 from tpshard.formats.engine_notes import DRAFT, notes_of
-from tpshard.formats.engine_places import require_all, with_scales
+from tpshard.formats.engine_places import require_all, scales_of
 from tpshard.formats.engine_quantised import (
     completed,
     constants,
@@ -49,7 +48,7 @@ from tpshard.formats.split import Options, RankLayouts, Split
 from tpshard.planning.axes import Axis
 from tpshard.planning.deal import Deal, Range
 from tpshard.planning.join import OutputFile, output_file, parts_by_size
-from tpshard.planning.layout import SCALED, LayoutRows, LogicalTensor, RankShare, Row, RowKind, StoredTensor, whole
+from tpshard.planning.layout import SCALED, LayoutRows, LogicalTensor, RankShare, Row, RowKind, whole
 from tpshard.planning.mesh import Mesh
 from tpshard.planning.model import CASTABLE, Model
 from tpshard.planning.placement import Placement, placement
@@ -58,8 +57,6 @@ from tpshard.storage.names import CONFIG, META_PARAMS, NOT_LOADED
 from tpshard.storage.safetensors import DTYPE_BITS
 from tpshard.storage.tensor_names import numbered
 
-_SCALES = ("_k_scale", "_prob_scale", "_q_scale", "_v_scale")
-_ONE = struct.pack("<f", 1.0)
 _NUMBER = r"(0|[1-9]\d*)"
 _NAME = re.compile(rf"(?:(?:model|{NOT_LOADED})-rank|model-pp-{_NUMBER}-tp)-{_NUMBER}-part-{_NUMBER}\.safetensors")
 
@@ -101,7 +98,7 @@ class ShardedState(Format):
     def lay(self, model: Model, options: Options) -> RankLayouts:
         """Every rank's parameters as the engine holds them; UnsupportedError for what it does not load."""
         given = model
-        family, model, unheld = self._as_engine_has(given, options.engine_version)
+        family, model, unheld = self._as_engine_has(given, options.engine_version, options.tp)
         self._require_compared(model, options)
         quantised = load_table(self.path, options.engine_version).quantised
         method = method_of(quantised, model, self.engine)
@@ -132,13 +129,13 @@ class ShardedState(Format):
             shares = in_shapes(quantised, family, named, shares, last)
         recipes = {
             into: fused(quantised, named, shares, each)
-            for into, each in recipes_of(family, named, last, _first_experts(family, model)).items()
+            for into, each in recipes_of(family, named, last, first_experts(family, model)).items()
         }
         require_whole_blocks(family, model, recipes, shares)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         rows = joined(recipes, shares, shapes, options.tp, _experts_of(model, placed, recipes))
         rows += constants(method, family, model, rows, named.values(), options.tp)
-        rows += _scales(family, named.values(), options.tp)
+        rows += scales_of(family, named.values(), options.tp)
         rows = [row._replace(name=family.place(row.name)) for row in rows] if family.moved else rows
         rows.sort(key=lambda row: -(DTYPE_BITS[row.kind.dtype] // 8))
         computed = (each.tensors for each in recipes.values() if any(shares[name][0].function for name in each.tensors))
@@ -191,7 +188,8 @@ class ShardedState(Format):
 
     def notes(self, split: Split, out: Path | None = None) -> tuple[str, ...]:
         """How the engine is told of stages that it would make otherwise, and of what is left out."""
-        return notes_of(self.engine, load_table(self.path, split.options.engine_version), split)
+        table = load_table(self.path, split.options.engine_version)
+        return notes_of(self.engine, table, split, text_type(self.nested, split.model))
 
     def file_name(self, rank: int, mesh: Mesh, part: int, parts: int) -> str:
         """The engine's default patterns; it reads all parts that there are."""
@@ -227,7 +225,7 @@ class ShardedState(Format):
             files[file] = (json.dumps(config, indent=2) + "\n").encode()
         return files
 
-    def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
+    def _as_engine_has(self, model: Model, version: str | None, tp: int = 1) -> AsEngineHas:
         """The engine's names of a model. UnsupportedError where they are not known, or where it does not load it."""
         table = table_of(self.path, self.engine, version)
         model_type = str(model.architecture.get("model_type"))
@@ -236,7 +234,7 @@ class ShardedState(Format):
             what = f"{self.engine} {table.version} does not load {named} from sharded_state"
             raise self._unsupported(f"{what}: {reason}", others=self.versions.get(named, ()))
         if model.architecture.get("text") or model_type in self.nested:
-            found = self._nested(model, table)
+            found = self._nested(model, table, tp)
         elif named in table.families:
             # A family remembers the names of one model alone.
             found = with_head(self.engine, table, AsEngineHas(replace(table.families[named]), model))
@@ -247,7 +245,7 @@ class ShardedState(Format):
         require_config(self.engine, model_type, found)
         return found
 
-    def _nested(self, model: Model, table: Table) -> AsEngineHas:
+    def _nested(self, model: Model, table: Table, tp: int) -> AsEngineHas:
         model_type, text = str(model.architecture["model_type"]), model.architecture.get("text")
         if not text:  # its rules are for all of it
             text = {"model_type": model_type, "config": None, "replicated": []}
@@ -261,7 +259,7 @@ class ShardedState(Format):
             raise self._unsupported(f"{what} are not known" + (f": {why}" if why else ""))
         if model.quantisation:
             self._require_quantised(family.quantised, model)
-        found = as_engine_has(family, table.families[like], model)
+        found = as_engine_has(family, table.families[like], model, tp)
         for key, reason in family.required.items():
             if not found.model.config.get(key):
                 raise self._unsupported(f"{self.engine} does not load {model_type} without {key}: {reason}")
@@ -377,13 +375,6 @@ def _experts_of(
     return dict.fromkeys(whole, placed.experts[1])
 
 
-def _first_experts(family: EngineFamily, model: Model) -> int | None:
-    """How many experts of a layer are in the first of two stacks; None where there is one."""
-    counted = model.config.get(family.first_experts) if family.first_experts else None
-    counted = counted[0] if isinstance(counted, list) and counted else counted
-    return counted if isinstance(counted, int) else None
-
-
 def is_draft(family: EngineFamily, model: Model, name: str) -> bool:
     """Whether a tensor is of the layers that predict further tokens."""
     name, layers = model.full_name(name), model.config.get(family.extra_layers) if family.extra_layers else None
@@ -397,11 +388,3 @@ def _not_loaded(tensor: LogicalTensor, tp: int) -> Row:
     stored = whole(tensor)
     kind = RowKind((RankShare(stored, (0,)), *[None] * (tp - 1)))
     return Row(f"{NOT_LOADED}.{tensor.name}", (tensor.name,), kind)
-
-
-def _scales(family: EngineFamily, names: Collection[str], tp: int) -> Iterator[Row]:
-    """The scales of an unquantised KV cache: 1.0, one scalar each, of every module that has such."""
-    one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
-    for module in with_scales(family, names):
-        for scale in _SCALES:
-            yield Row(f"{module}.{scale}", (), one)

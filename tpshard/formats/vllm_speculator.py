@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tpshard.errors import UnsupportedError
 from tpshard.formats.engine_config import named_as
-from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of
+from tpshard.formats.engine_nested import AsEngineHas, is_text, text_config_of, text_type
 from tpshard.formats.engine_notes import quantised_note
 from tpshard.formats.engine_patterns import exchanged, fits_any, match
 from tpshard.formats.engine_tables import EngineFamily, Speculator, Table, load_table
@@ -44,13 +44,12 @@ class DraftState(ShardedState):
             f"{self.engine} loads it beside the model's own set: --speculative-config {shlex.quote(says)}",
         )
 
-    def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
+    def _as_engine_has(self, model: Model, version: str | None, tp: int = 1) -> AsEngineHas:
         """The draft model alone, under the names of the model's own layers; UnsupportedError where there is none."""
-        found = super()._as_engine_has(model, version)
+        found = super()._as_engine_has(model, version, tp)
         family, unplaced, text = found.family, found.unplaced, model.architecture.get("text")
-        model_type = str(model.architecture.get("model_type"))
+        model_type = text_type(self.nested, model)
         if text:  # the class for its layers is a text model's
-            model_type = str(text["model_type"])
             family, unplaced = load_table(self.path, version).families[model_type], frozenset()
             inside = tuple(tensor for tensor in model.tensors if is_text(model, tensor.name))
             model = replace(model, tensors=inside, config=text_config_of(model))

@@ -13,7 +13,7 @@ from tests.engines.table.cuts import How, dealt, explanations
 from tests.engines.table.names import fused, pattern, renamed, shortened
 from tests.engines.table.reading import CannotSay, Reading, Recipe, kind_of
 from tpshard.formats.engine_patterns import BEHIND, STACK
-from tpshard.formats.sharded_state import _SCALES
+from tpshard.formats.engine_tables import SCALES
 from tpshard.storage.tensor_names import numbered
 
 
@@ -184,7 +184,7 @@ class Findings:
         layers, made = reading.model.layers, Scaled()
         for name, constant in reading.constants.items():
             module, _, last = name.rpartition(".")
-            if last in _SCALES and constant == ONE:
+            if last in SCALES and constant == ONE:
                 made.modules.setdefault(kind_of(module), set()).add(numbered(module)[1])
         prefix = self.layer.removesuffix("*")
         for name in names:
@@ -254,7 +254,7 @@ class Findings:
         scaled: dict[str, set[str]] = {}
         for name, constant in reading.constants.items():
             module, _, last = name.rpartition(".")
-            if last in _SCALES and constant == ONE:
+            if last in SCALES and constant == ONE:
                 scaled.setdefault(module, set()).add(last)
             elif name in reading.added:
                 self.refused[name] = _OWN
@@ -266,7 +266,7 @@ class Findings:
         for name in reading.added:
             if name in reading.parameter_of:
                 self.refused[pattern(kind_of(names[reading.recipes[name].groups[0][0]]))] = _OWN
-        if any(len(each) != len(_SCALES) for each in scaled.values()):
+        if any(len(each) != len(SCALES) for each in scaled.values()):
             self._cannot("some attention layers have not all scales of the cache")
 
     def _cannot(self, problem: str) -> None:

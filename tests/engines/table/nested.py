@@ -16,8 +16,7 @@ from tests.engines.table.names import fused, pattern
 from tests.engines.table.reading import CannotSay, Reading, kind_of
 from tpshard.errors import TpshardError
 from tpshard.formats.engine_nested import is_text
-from tpshard.formats.engine_tables import EngineFamily
-from tpshard.formats.sharded_state import _SCALES
+from tpshard.formats.engine_tables import SCALES, EngineFamily
 from tpshard.rules.architecture import builtin
 
 _HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
@@ -70,7 +69,7 @@ def text_alone(reading: Reading, prefix: str) -> Reading:
             for name, held in rank.items()
             if name not in theirs
             and name.startswith(prefix)
-            and (prefix or name in reading.recipes or name.rpartition(".")[2] in _SCALES)
+            and (prefix or name in reading.recipes or name.rpartition(".")[2] in SCALES)
         }
         for rank in reading.ranks
     ]
