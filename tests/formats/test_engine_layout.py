@@ -101,6 +101,28 @@ def test_of_two_lists_with_the_same_tensors_the_longer_counts_and_its_rows_are_r
     assert (first.shape, first.fills) == ((8, 4), (((3, 8), (0, 4)),))
 
 
+def test_rows_that_are_stored_by_turns_are_two_columns_of_half_as_many_rows() -> None:
+    family = EngineFamily(cuts={"grouped": ("up",)})
+    up = LogicalTensor("up", "F32", (2, 16, 3), Cut("column", 1, ("ffn", "ffn"), interleave="ffn"))
+    model = Model((up,), {"ffn": Axis("ffn", 8, 1)}, tied={}, file_of={}, source={}, architecture={})
+    share = shares_of(family, model, [up], deal(model.axes, Mesh(2)))["up"][1]
+    assert share.shape == (2, 8, 3)
+    assert [(part.box, part.at, part.view) for part in share.parts] == [
+        (((0, 2), (4, 8), (0, 3)), (0, 0, 0), (2, 8, 6)),
+        (((0, 2), (4, 8), (3, 6)), (0, 4, 0), (2, 8, 6)),
+    ]
+
+
+def test_a_stack_of_matrices_may_be_one() -> None:
+    down = LogicalTensor("down", "F32", (2, 3, 8), Cut("row", 2, ("ffn",)))
+    model = Model((down,), {"ffn": Axis("ffn", 8, 1)}, tied={}, file_of={}, source={}, architecture={})
+    family = EngineFamily(side_by_side=("down",))
+    share = shares_of(family, model, [down], deal(model.axes, Mesh(2)))["down"][1]
+    assert (share.shape, share.view) == ((3, 8), (3, 2, 4))
+    (part,) = share.parts
+    assert (part.box, part.at, part.order) == (((0, 2), (0, 3), (4, 8)), (0, 0, 0), (1, 0, 2))
+
+
 def test_layers_have_their_scales_where_the_table_says() -> None:
     family = EngineFamily(
         layer="layers.*",

@@ -136,6 +136,68 @@ def test_kimi_k3_is_refused_for_a_version_whose_class_was_not_compared(
     assert "its class was not compared" in fails(4, "plan", make("kimi_k3", tmp_path / "k3"), *given)["message"]
 
 
+def test_inkling_as_vllm_has_it(tmp_path: Path) -> None:
+    """Rows by turns lie apart in experts alone; a stack of shared ones is one matrix, each beside the one before."""
+    whole, held = split("inkling_mm_model", tmp_path)
+    ours, layer = "model.llm.layers.", "model.layers.1."
+    rows = whole[f"{ours}1.mlp.experts.w13_weight"][:, 64:]
+    expected = torch.cat([rows[:, 0::2], rows[:, 1::2]], 1)
+    assert torch.equal(held[f"{layer}mlp.experts.routed_experts.w13_weight"], expected)
+    assert torch.equal(held["model.layers.0.mlp.gate_up_proj.weight"], whole[f"{ours}0.mlp.w13_dn.weight"][512:])
+    down = whole[f"{ours}1.mlp.shared_experts.shared_w2_weight"]
+    assert torch.equal(held[f"{layer}mlp.sink_experts.w2_weight"], torch.cat([down[0, :, 32:], down[1, :, 32:]], 1))
+    gate = held[f"{layer}mlp.gate.weight"]
+    assert torch.equal(gate[:10], whole[f"{ours}1.mlp.gate.weight"]) and gate.shape == (16, 256) and not gate[10:].any()
+    parts = (whole[f"{ours}1.attn.{each}.weight"].chunk(2)[1] for each in ("wq_du", "wk_dv", "wv_dv", "wr_du"))
+    assert torch.equal(held[f"{layer}attn.qkvr.weight"], torch.cat([*parts]))
+    assert torch.equal(held[f"{layer}mlp_sconv.weight"], whole[f"{ours}1.mlp_sconv.weight"][128:])
+    assert torch.equal(held["model.embed_tokens.weight"], whole["model.llm.embed.weight"])
+    assert {name: held[name].item() for name in held if "_scale" in name and "attn" in name} == {
+        f"model.layers.{i}.attn.{each}_scale": 1.0 for i in (0, 1) for each in "kv"
+    }
+
+
+def test_inklings_draft_is_named_as_left_out_and_refused_as_a_model_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = make("inkling_mm_model", tmp_path / "source")
+    file, block = source / "model.safetensors", "model.llm.layers.0."
+    tensors = load_file(file)
+    copied = {n.removeprefix(block): x.clone() for n, x in tensors.items() if n.startswith(block)}
+    more = {f"model.mtp.layers.0.transformer_block.{n}": x for n, x in copied.items()}
+    more |= {"model.mtp.layers.0.input_proj.weight": torch.ones(256, 512, dtype=torch.bfloat16)}
+    save_file(tensors | more, file, metadata={"format": "pt"})
+    (note,) = succeeds("plan", source, "--tp", 2, "--format", "vllm", "--json").json["warnings"]
+    assert note.startswith(f"{len(more)} tensors predict further tokens") and "does not load it" in note
+    error = fails(4, "plan", source, "--tp", 2, "--format", "vllm-speculator")
+    assert "as many of these layers as it is told" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("local_layer_ids", {"layer_types": ["hybrid_sliding", "hybrid"]}),
+        ("dense_mlp_idx", {"mlp_layer_types": ["dense", "sparse"]}),
+        ("use_gate_bias", {}),
+    ],
+)
+def test_inkling_is_refused_where_its_config_leaves_out_what_vllm_reads(
+    key: str, instead: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers writes it."""
+    monkeypatch.chdir(tmp_path)
+    source = make("inkling_mm_model", tmp_path / "source", {"text_config": {key: None, **instead}})
+    error = fails(4, "plan", source, "--tp", 2, "--format", "vllm")
+    assert f"a config that does not say {key}" in error["message"]
+
+
+def test_inkling_has_no_more_ranks_than_heads_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = make("inkling_mm_model", tmp_path / "source")
+    assert "4 kv" in fails(4, "plan", source, "--tp", 8, "--format", "vllm")["message"]
+
+
 def test_layers_that_choose_what_they_attend_to_have_that_in_one_matrix_and_scales_elsewhere(tmp_path: Path) -> None:
     whole, held = split("minimax_m3_vl", tmp_path)
     layers = "language_model.model.layers."

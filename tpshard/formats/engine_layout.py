@@ -10,6 +10,7 @@ from typing import Any
 from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.engine_functions import computed, function_of
 from tpshard.formats.engine_rows import shares_in_line
+from tpshard.formats.engine_stacks import by_turns, side_by_side
 from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.axes import Axis, Cut
 from tpshard.planning.box import Box, Shape, full, slab
@@ -59,7 +60,7 @@ def shares_of(
         kind = kinds[tensor.name]
         turned = kind.transposed or (kind.either and _is_turned(tensor))
         function = SCALED if tensor.name in scaled else function_of(kind.function, model.config)
-        how = (turned, kind.squeezed, function)
+        how = (turned, kind.squeezed, kind.side_by_side, function)
         key = (tensor.shape, tensor.cut, tensor.dtype, kind.cut, kind.float32, kind.shaped, *how)
         if kind.function and tensor.dtype not in CASTABLE:
             what = f"{tensor.name} is stored as {tensor.dtype}, of which nothing is computed"
@@ -69,6 +70,7 @@ def shares_of(
             held = _cut(cast, None if _is_of_all(tensor) else kind.cut, model.axes, dealt)
             held = _at_least(family.least, tensor, held) if family.least and dealt.mesh.tp > 1 else held
             held = tuple(_squeezed(share, tensor.shape) for share in held) if kind.squeezed else held
+            held = tuple(map(side_by_side, held)) if kind.side_by_side else held
             held = tuple(_shaped(share, kind.shaped) for share in held) if kind.shaped else held
             held = tuple(map(transposed, held)) if turned else held
             known[key] = tuple(computed(share, function, model) for share in held) if function else held
@@ -153,6 +155,8 @@ def _grouped(tensor: LogicalTensor, axes: Mapping[str, Axis], dealt: Deal, rank:
     repeats = axes[cut.interleave].count
     units = [_stored_unit(tensor, axes[name]) for name in cut.segments]
     sizes = [axes[name].count // repeats * unit for name, unit in zip(cut.segments, units, strict=True)]
+    if set(sizes) == {1} and cut.dim == len(tensor.shape) - 2:
+        return by_turns(tensor, dealt, rank)
     parts: list[Part] = []
     stored = 0
     for index, (name, unit) in enumerate(zip(cut.segments, units, strict=True)):
@@ -336,7 +340,7 @@ def _join(
     """What a rank has of a recipe's parameter."""
     held = [shares[tensor][rank] for tensor in recipe.tensors]
     first = held[0]
-    if len(held) == 1 and not recipe.stacked:
+    if len(held) == 1 and not recipe.stacked and recipe.multiple == 1:
         return RankShare(first, (0,) * len(first.parts))
     if len({share.dtype for share in held}) > 1:
         raise UnsupportedError(f"the tensors that make {name} have different dtypes", tensor=name, hint="cast: --dtype")

@@ -27,7 +27,7 @@ _HOW = {"column": (1, 1), "halves": (2, 1), "thirds": (3, 1), "gathered": (1, 3)
 """How a tower's tensors are cut: how many segments one has, and how often a segment has the axis' units."""
 
 _SAID = ("needs", "says", "lacks", "started")
-_SETTINGS = ("extra_layers", "first_experts", "rest_last", "alone_repeated", "least")
+_SETTINGS = ("extra_layers", "scale_names", "first_experts", "rest_last", "alone_repeated", "least")
 _NO_NAMES = ("buffers", *_SAID, *_SETTINGS)
 _NAMES_AS_KEYS, _NAMES_AS_VALUES = ("refused", "slots", "shaped", "padded", "counted"), ("cuts", "computed")
 """What a family has that is no names, names that are keys alone, and values alone; elsewhere all are names."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from tpshard.errors import CorruptError
 from tpshard.formats.engine_patterns import exchanged, match, number_in
-from tpshard.formats.engine_tables import SCALES, EngineFamily
+from tpshard.formats.engine_tables import EngineFamily
 from tpshard.planning.layout import RankShare, Row, RowKind, StoredTensor
 
 _ONE = struct.pack("<f", 1.0)
@@ -29,7 +29,7 @@ def scales_of(family: EngineFamily, names: Collection[str], tp: int) -> Iterator
     """The scales of an unquantised KV cache: 1.0, one scalar each, of every module that has such."""
     one = RowKind((RankShare(StoredTensor("", "F32", (), (), ((),), None, _ONE), ()),) * tp)
     for module in with_scales(family, names):
-        for scale in SCALES:
+        for scale in family.scale_names:
             yield Row(f"{module}.{scale}", (), one)
 
 

@@ -50,6 +50,7 @@ class NameKind(NamedTuple):
     cut: str | None
     transposed: bool
     squeezed: bool
+    side_by_side: bool
     plain: bool
     scaled: bool
     either: bool
@@ -99,6 +100,8 @@ class EngineFamily:
     padded: Mapping[str, int] = field(default_factory=dict)
     counted: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
+    scale_names: tuple[str, ...] = SCALES
+    side_by_side: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     renamed_where: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -142,6 +145,7 @@ class EngineFamily:
             cut=next((cut for cut, patterns in self.cuts.items() if fits_any(patterns, name)), None),
             transposed=fits_any(self.transposed, name),
             squeezed=fits_any(self.squeezed, name),
+            side_by_side=fits_any(self.side_by_side, name),
             plain=fits_any(self.plain, name),
             scaled=fits_any(self.scaled, name),
             either=fits_any(self.either, name),

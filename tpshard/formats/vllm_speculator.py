@@ -48,21 +48,20 @@ class DraftState(ShardedState):
         """The draft model alone, under the names of the model's own layers; UnsupportedError where there is none."""
         found = super()._as_engine_has(model, version, tp)
         family, unplaced, text = found.family, found.unplaced, model.architecture.get("text")
-        model_type = text_type(self.nested, model)
+        model_type, table = text_type(self.nested, model), load_table(self.path, version)
+        drafted = [each.name for each in found.model.tensors if is_draft(found.family, found.model, each.name)]
+        if drafted and (reason := table.refused_drafts.get(model_type)):
+            what = f"{self.engine} {table.version} does not load the draft model of {model_type}: {reason}"
+            raise UnsupportedError(what, tensor=min(drafted), hint="--format native keeps its layers")
         if text:  # the class for its layers is a text model's
-            family, unplaced = load_table(self.path, version).families[model_type], frozenset()
+            family, unplaced = table.families[model_type], frozenset()
             inside = tuple(tensor for tensor in model.tensors if is_text(model, tensor.name))
             model = replace(model, tensors=inside, config=text_config_of(model))
         draft = {tensor.name for tensor in model.tensors if is_draft(family, model, tensor.name)}
         if not draft:
             what = "the checkpoint has no layers that predict further tokens"
             raise UnsupportedError(what, hint="--format vllm writes the model")
-        table = load_table(self.path, version)
-        model_type = named_as(self.engine, table, model_type, model.config)
-        known = table.speculators
-        if reason := table.refused_drafts.get(model_type):
-            what = f"{self.engine} {table.version} does not load the draft model of {model_type}: {reason}"
-            raise UnsupportedError(what, tensor=min(draft), hint="--format native keeps its layers")
+        model_type, known = named_as(self.engine, table, model_type, model.config), table.speculators
         if model_type not in known:
             what = f"the names that {self.engine} has for the draft model of {model_type!r} are not known"
             raise UnsupportedError(what, expected=", ".join(sorted(known)), found=model_type)

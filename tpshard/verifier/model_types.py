@@ -36,6 +36,8 @@ AMONG_ZEROS = frozenset(
 )
 """Of any other class of transformers that `verify` runs, those that the tests run, with right rules and wrong ones."""
 COMPUTES_AS = {
+    "inkling_mm_model_text": "inkling_text",
+    "inkling_model": "inkling_text",
     "kimi_k2": "deepseek_v3",
     "llama_bidirec": "llama",  # but for the mask, which every rank has whole
     "glm4v_text": "glm4",

@@ -288,8 +288,8 @@ def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
     written = TABLE["families"]
     # There is remote code alone, and no names that a class could have.
-    unrun = {"bailing_moe", "bailing_moe_v3", "dots3_note_text", "kimi_k3_text", "nemotron-nas", "phi4mm"}
-    unrun |= {"mistral_native", "mistral_native with latents"}
+    unrun = {"bailing_moe", "bailing_moe_v3", "kimi_k3_text", "nemotron-nas", "phi4mm"}
+    unrun |= {"dots3_note_text", "inkling_mm_model_text", "mistral_native", "mistral_native with latents"}
     named = {"ernie4_5_moe_vl_text": "ernie4_5_vl_moe_text"}  # by transformers' class
     types = {named.get(name, name) for family in written.values() for name in family.get("model_types", ())}
     assert known.keys() | unrun == types | {"gemma4_unified_text"}  # which is nested alone

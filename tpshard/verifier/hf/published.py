@@ -56,7 +56,17 @@ def _mistral(config: Config) -> Config:
     return config if found is None else {**found, PUBLISHED_AS: text[PUBLISHED_AS]}
 
 
-_PUBLISHED: Mapping[str, Callable[[Config], Config]] = {"ernie4_5_moe_vl": _ernie_vl, "mistral_native": _mistral}
+def _inkling(config: Config) -> Config:
+    """Inkling: whatever type its text says, or none, the class has one for it."""
+    text = config.get("text_config")
+    return {**config, "text_config": {**text, "model_type": "inkling_text"}} if isinstance(text, Mapping) else config
+
+
+_PUBLISHED: Mapping[str, Callable[[Config], Config]] = {
+    "ernie4_5_moe_vl": _ernie_vl,
+    "inkling_mm_model": _inkling,
+    "mistral_native": _mistral,
+}
 
 
 def as_class(config: Config) -> Config:
