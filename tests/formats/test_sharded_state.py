@@ -455,7 +455,7 @@ def test_patterns() -> None:
         renamed={"model.layers.*.q": "h.*.r", "model": "m"},
     )
     expert = family.kind("model.layers.3.experts.12.w3.weight_scale")
-    assert expert.fused == (("model.layers.*.w13_", 1, "model.layers.{0}.w13_weight_scale", 1, 0, False),)
+    assert expert.fused == (("model.layers.*.w13_", 1, "model.layers.{0}.w13_weight_scale", 1, 0, False, False),)
     assert family.kind("model.layers.4.experts.0.w3.weight_scale") is expert
     assert family.layer_of("model.layers.3.experts.12.w3.weight_scale") == 3
     assert family.layer_of("model.norm.weight") is None

@@ -45,11 +45,6 @@ def test_there_and_back(name: str, made: Made, tmp_path: Path) -> None:
     assert all(on[name] == [0] for name in beside), "what makes embeddings stands before the layers"
 
 
-def test_a_form_that_vllm_has_no_names_for_is_refused(made: Made, tmp_path: Path) -> None:
-    model = write("deepseek_vl_v2", made, tmp_path / "model")
-    assert "are not known" in tpshard("plan", model, "--tp", 2, "--format", "vllm").err
-
-
 MORE = {
     "nemotron_h": (
         {"backbone.layers.1.": "mtp.layers.0.", "backbone.layers.3.": "mtp.layers.1."},
