@@ -31,9 +31,9 @@ class OfEntry(ShardedState):
         super().__init__("vLLM", "vllm.toml")
         self.family, self.kind = family, kind
 
-    def _as_engine_has(self, model: Model, version: str | None) -> AsEngineHas:
+    def _as_engine_has(self, model: Model, version: str | None, tp: int = 1) -> AsEngineHas:
         if self.kind:
-            return as_engine_has(self.kind, self.family, model)
+            return as_engine_has(self.kind, self.family, model, tp)
         return AsEngineHas(replace(self.family), model)  # a family remembers the names of one model alone
 
 
@@ -52,7 +52,7 @@ def parsed_nested(text: str, model_type: str) -> NestedFamily:
 
 def differences(reading: Reading, format: ShardedState, version: str | None = None) -> Iterator[str]:
     """Where the files of a format are not what the ranks hold; TpshardError where it refuses the checkpoint."""
-    family, model, _ = format._as_engine_has(reading.model, version)
+    family, model, _ = format._as_engine_has(reading.model, version, reading.tp)
     layout = format.lay(reading.model, Options(reading.tp, engine_version=version)).layout
     said: set[tuple[str, str]] = set()
     for rank, held in enumerate(reading.ranks):
