@@ -73,6 +73,20 @@ class Coded:
         shape = self.shapes[name]
         return (np.arange(int(np.prod(shape, dtype=np.int64))) + self.first(name)).reshape(shape)
 
+    def multiplied(self, passes: list[torch.Tensor], factors: Mapping[str, float]) -> Held | None:
+        """A parameter that is a vector times a number, by what it is with each of the checkpoints.
+
+        Found by trying all of both: products are rounded, so that several digits may have the same.
+        """
+        for name in (name for name, shape in self.shapes.items() if shape == passes[0].shape and len(shape) == 1):
+            numbers = np.arange(self.first(name), self.first(name) + self.shapes[name][0])
+            places = (numbers // len(DIGITS) ** place % len(DIGITS) for place in range(len(passes)))
+            vectors = [torch.from_numpy(DIGITS[digits]).to(passes[0].dtype) for digits in places]
+            for function, factor in factors.items():
+                if all(torch.equal(one * factor, held) for one, held in zip(vectors, passes, strict=True)):
+                    return Held(passes[0].dtype, numbers, function)
+        return None
+
 
 @dataclass(frozen=True)
 class Held:

@@ -91,7 +91,9 @@ class Findings:
             own = held.dtype == torch.float32 and not held.function
             if self.float32.setdefault(kind, own) != own:
                 self._cannot(f"{name} is held as float32 in some layers and not in others")
-            if self.computed.setdefault(kind, held.function) != held.function:
+            known_as, _, switch = self.computed.setdefault(kind, held.function).partition(" if ")
+            off = bool(switch) and not held.function and not model.config.get(switch)
+            if not off and known_as != held.function.partition(" if ")[0]:
                 self._cannot(f"{name} is computed in some layers and not in others")
             if name == self.head_of:
                 self.head = _module(reading.parameter_of[tensor.name])

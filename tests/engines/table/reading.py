@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from tests.engines.running import Loader
 from tests.engines.table.coded import Coded, Held, Numbers, decoded, write
+from tpshard.formats.engine_functions import function_of
 from tpshard.formats.vllm import FORMAT
 from tpshard.inputs.checkpoint import open_checkpoint
 from tpshard.inputs.model import from_checkpoint
+from tpshard.planning.layout import TIMES
 from tpshard.planning.model import Model
 from tpshard.storage.tensor_names import numbered
 from tpshard.storage.torch_pickle import DTYPES
@@ -188,19 +191,40 @@ def read(checkpoint: Checkpoint, loader: Loader, scratch: Path, widths: tuple[in
     """A checkpoint at several widths; RuntimeError with what vLLM says where it does not load it."""
     coded = write(checkpoint.shapes, checkpoint.config, checkpoint.directory, scratch / "coded", checkpoint.whole)
     model = of_nested(from_checkpoint(open_checkpoint(coded.directories[0])))
-    readings = []
+    readings, factors = [], dict(_factors(checkpoint.config))
     for tp in widths:
         out = [scratch / f"held-{tp}-{place}" for place, _ in enumerate(coded.directories)]
         again = {str(each): str(at) for each, at in zip(coded.directories[1:], out[1:], strict=True)}
         passes = [loader.held(coded.directories[0], tp, "auto", out[0], partial=True, again=again)]
         passes += [[load_file(at / f"rank-{rank}.safetensors") for rank in range(tp)] for at in out[1:]]
         ranks = [
-            {name: decoded([held[rank][name] for held in passes]) for name in passes[0][rank]} for rank in range(tp)
+            {name: _found([held[rank][name] for held in passes], coded, factors) for name in passes[0][rank]}
+            for rank in range(tp)
         ]
         with safe_open(out[0] / "rank-0.safetensors", "pt") as opened:
             changed = opened.metadata()
         readings.append(Reading(checkpoint.name, model, coded, tp, ranks, json.loads(changed["added"])))
     return readings
+
+
+def _found(passes: list[Tensor], coded: Coded, factors: Mapping[str, float]) -> Held:
+    """What a parameter holds; a vector whose elements are not those of one tensor may be one times a number."""
+    held = decoded(passes)
+    own = held.numbers.ndim == 1 and not held.function
+    is_run = own and held.numbers.size > 1 and bool((np.diff(held.numbers) == 1).all())
+    if own and not is_run and held.constant is None and (found := coded.multiplied(passes, factors)):
+        return found
+    return held
+
+
+def _factors(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """What a table may say of products: the root of a width by a rank, with the config's flag that has its name."""
+    for below, rank in config.items():
+        stem = below.removesuffix("_rank")
+        switch = next((key for key, value in config.items() if value is True and key.endswith(f"_{stem}")), None)
+        if below.endswith("_rank") and type(rank) is int and switch and type(config.get("hidden_size")) is int:
+            said = f"* root hidden_size / {below} if {switch}"
+            yield said, float(function_of(said, config).removeprefix(TIMES))
 
 
 def kind_of(name: str) -> str:
