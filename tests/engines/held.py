@@ -353,7 +353,8 @@ def load(job: dict[str, object], rank: int, meeting: Path) -> None:
             config.model_config.model = directory
             loader(config.load_config).load_weights(model, config.model_config)
             held = ShardedStateLoader._filter_subtensors(model.state_dict())
-            set_behind(held, made, padded)
+            if not job["partial"]:
+                set_behind(held, made, padded)
         tensors = {name: tensor.detach().clone() for name, tensor in held.items()}
         Path(out).mkdir(parents=True, exist_ok=True)
         save_file(tensors, f"{out}/rank-{rank}.safetensors", metadata=metadata)

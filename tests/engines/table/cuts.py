@@ -50,15 +50,15 @@ def explanations(reading: Reading, name: str, deal: Deal) -> set[How]:
     tensor = next(each for each in reading.model.tensors if each.name == name)
     held = reading.blocks[name]
     found = {how for how in _possible(tensor, held) if _gives(reading, tensor, how, deal, held)}
-    return found or ({How("joint")} if _joint(reading, name) else set())
+    return found or {How(cut) for cut in ("joint", "rows") if _in_line(reading, name, cut)}
 
 
-def _joint(reading: Reading, name: str) -> bool:
+def _in_line(reading: Reading, name: str, cut: str) -> bool:
     """Whether what follows one another in a parameter is cut as one."""
     (group,) = reading.recipes[reading.parameter_of[name]].groups[:1]
     full = {each: reading.model.full_name(each) for each in group}
     names, tensors = tuple(map(kind_of, full.values())), {each.name: each for each in reading.model.tensors}
-    family = EngineFamily(cuts={"joint": names}, fused={"joint": names})
+    family = EngineFamily(cuts={cut: names}, fused={"joint": names})
     if len(set(group)) < 2 or len({tensors[each].shape[1:] for each in group}) > 1:
         return False
     shares = shares_of(family, reading.model, [tensors[each] for each in group], dealt(reading))

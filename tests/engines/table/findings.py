@@ -10,7 +10,7 @@ import torch
 
 from tests.engines.table.coded import ONE, OTHER, UNSET
 from tests.engines.table.cuts import How, dealt, explanations
-from tests.engines.table.names import fused, pattern, renamed, shortened
+from tests.engines.table.names import fused, numbered_parts, pattern, renamed, shortened
 from tests.engines.table.reading import CannotSay, Reading, Recipe, kind_of
 from tpshard.formats.engine_patterns import BEHIND, STACK
 from tpshard.formats.engine_tables import SCALES
@@ -331,7 +331,7 @@ class Findings:
             "stacks": self.stacks,
             "stands_in": self.stands_in,
             "renamed": names,
-            "cuts": {cut: sorted(set(patterns)) for cut, patterns in cuts.items()},
+            "cuts": {cut: numbered_parts(sorted(set(patterns))) for cut, patterns in cuts.items()},
             "computed": computed,
             "refused": self.refused,
         }

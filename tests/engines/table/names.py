@@ -74,7 +74,14 @@ def fused(into: str, kinds: Sequence[str], expert: int | None, stack: str = STAC
     patterns = [pattern(".".join(each), expert, stack) for each in sources]
     if any(each.split(".").count("*") != target.count("0") for each in patterns):
         raise CannotSay(f"{into} has other numbers than {', '.join(kinds)}")
-    return pattern(".".join(target)), patterns
+    return pattern(".".join(target)), numbered_parts(patterns)
+
+
+def numbered_parts(patterns: list[str]) -> list[str]:
+    """One pattern for parts that are numbered from 0 on; any others as they are."""
+    begun = patterns[0].removesuffix("_0")
+    together = len(patterns) > 1 and patterns == [f"{begun}_{number}" for number in range(len(patterns))]
+    return [f"{begun}_{STACK}"] if together else patterns
 
 
 def shortened(value: object, layer: str) -> object:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,9 +138,11 @@ class Reading:
                 raise CannotSay(f"{name} has tensors in turn, a piece of each")
             orders.append(tuple(self.coded.names[each] for each in runs))
         longest = max(orders, key=len)
-        if any(order != tuple(each for each in longest if each in order) for order in orders):
+        every = tuple(dict.fromkeys(chain.from_iterable(orders)))  # a rank may have nothing of some
+        merged = longest if len(every) == len(set(longest)) else every
+        if any(order != tuple(each for each in merged if each in order) for order in orders):
             raise CannotSay(f"{name} is made of other tensors on other ranks")
-        return longest  # a rank may have nothing of some
+        return merged
 
     def _block(self, held: Held, recipe: Recipe, place: int, tensor: str) -> Numbers:
         numbers = held.numbers[place] if recipe.stacked else held.numbers
@@ -192,13 +194,18 @@ def read(checkpoint: Checkpoint, loader: Loader, scratch: Path, widths: tuple[in
     coded = write(checkpoint.shapes, checkpoint.config, checkpoint.directory, scratch / "coded", checkpoint.whole)
     model = of_nested(from_checkpoint(open_checkpoint(coded.directories[0])))
     readings, factors = [], dict(_factors(checkpoint.config))
+    buffers = {model.full_name(each.name) for each in model.tensors if each.cut.kind == "buffer"}  # whole numbers
     for tp in widths:
         out = [scratch / f"held-{tp}-{place}" for place, _ in enumerate(coded.directories)]
         again = {str(each): str(at) for each, at in zip(coded.directories[1:], out[1:], strict=True)}
         passes = [loader.held(coded.directories[0], tp, "auto", out[0], partial=True, again=again)]
         passes += [[load_file(at / f"rank-{rank}.safetensors") for rank in range(tp)] for at in out[1:]]
         ranks = [
-            {name: _found([held[rank][name] for held in passes], coded, factors) for name in passes[0][rank]}
+            {
+                name: _found([held[rank][name] for held in passes], coded, factors)
+                for name in passes[0][rank]
+                if name not in buffers
+            }
             for rank in range(tp)
         ]
         with safe_open(out[0] / "rank-0.safetensors", "pt") as opened:
