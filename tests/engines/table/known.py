@@ -14,6 +14,7 @@ import torch
 from tests.engines.table.coded import ONE, OTHER, UNSET, ZERO, Coded, Held, Numbers
 from tests.engines.table.cuts import placed
 from tests.engines.table.reading import Reading, kind_of
+from tpshard.formats.engine_functions import function_of
 from tpshard.formats.engine_nested import AsEngineHas, NestedFamily, as_engine_has, load_nested
 from tpshard.formats.engine_tables import EngineFamily, _family
 from tpshard.formats.sharded_state import ShardedState
@@ -65,7 +66,7 @@ def differences(reading: Reading, format: ShardedState, version: str | None = No
             elif held[name].constant == UNSET and _is_unread(family, model, ours[name]):
                 continue
             else:
-                what = _differs(ours[name], held[name], reading.coded)
+                what = _differs(ours[name], held[name], reading)
             if what and (kind_of(name), what) not in said:
                 said.add((kind_of(name), what))
                 where = f", on rank {rank} of {reading.tp}" if name in held and name in ours else ""
@@ -77,13 +78,13 @@ def _is_unread(family: EngineFamily, model: Model, ours: StoredTensor) -> bool:
     return all(family.kind(model.full_name(part.tensor)).unread for part in ours.parts)
 
 
-def _differs(ours: StoredTensor, held: Held, coded: Coded) -> str:
+def _differs(ours: StoredTensor, held: Held, reading: Reading) -> str:
     """In what a parameter of ours is another one; what vLLM leaves unset may be zeros, and behind ours."""
     if DTYPES[ours.dtype] != held.dtype and (ours.dtype, held.dtype) != ("I64", torch.int32):  # which the loader casts
         return f"held as {held.dtype}, stored as {ours.dtype}"
-    if ours.function != held.function:
-        return f"computed by {held.function or 'nothing'}, stored as computed by {ours.function or 'nothing'}"
-    numbers, theirs = _numbers(ours, coded), held.numbers
+    if ours.function != (function := function_of(held.function, reading.model.config)):
+        return f"computed by {function or 'nothing'}, stored as computed by {ours.function or 'nothing'}"
+    numbers, theirs = _numbers(ours, reading.coded), held.numbers
     if numbers.ndim == theirs.ndim and all(a <= b for a, b in zip(numbers.shape, theirs.shape, strict=True)):
         inside = tuple(map(slice, numbers.shape))
         around = np.ones(theirs.shape, bool)

@@ -194,18 +194,13 @@ def read(checkpoint: Checkpoint, loader: Loader, scratch: Path, widths: tuple[in
     coded = write(checkpoint.shapes, checkpoint.config, checkpoint.directory, scratch / "coded", checkpoint.whole)
     model = of_nested(from_checkpoint(open_checkpoint(coded.directories[0])))
     readings, factors = [], dict(_factors(checkpoint.config))
-    buffers = {model.full_name(each.name) for each in model.tensors if each.cut.kind == "buffer"}  # whole numbers
     for tp in widths:
         out = [scratch / f"held-{tp}-{place}" for place, _ in enumerate(coded.directories)]
         again = {str(each): str(at) for each, at in zip(coded.directories[1:], out[1:], strict=True)}
         passes = [loader.held(coded.directories[0], tp, "auto", out[0], partial=True, again=again)]
         passes += [[load_file(at / f"rank-{rank}.safetensors") for rank in range(tp)] for at in out[1:]]
         ranks = [
-            {
-                name: _found([held[rank][name] for held in passes], coded, factors)
-                for name in passes[0][rank]
-                if name not in buffers
-            }
+            {name: _found([held[rank][name] for held in passes], coded, factors) for name in passes[0][rank]}
             for rank in range(tp)
         ]
         with safe_open(out[0] / "rank-0.safetensors", "pt") as opened:
