@@ -108,7 +108,7 @@ def write(
     config: Mapping[str, object],
     beside: Path,
     into: Path,
-    whole: Mapping[str, torch.dtype] = MappingProxyType({}),
+    whole: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Coded:
     """Write the checkpoints. beside: the directory whose small files they get as well. whole: tensors of integers."""
     names = sorted(shapes)
@@ -124,7 +124,8 @@ def write(
             size = int(np.prod(shapes[name], dtype=np.int64))
             digits = np.arange(number, number + size) // len(DIGITS) ** place % len(DIGITS)
             values = torch.from_numpy(_INTEGERS[digits] if name in whole else DIGITS[digits])
-            tensors[name] = values.to(whole.get(name, torch.bfloat16)).reshape(shapes[name])
+            dtype = whole[name].dtype if name in whole else torch.bfloat16
+            tensors[name] = values.to(dtype).reshape(shapes[name])
             number += size
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         for file in beside.iterdir():

@@ -20,12 +20,17 @@ from tpshard.planning.layout import LogicalTensor, StoredTensor
 
 
 class How(NamedTuple):
-    """A cut of the table, None for the architecture's own, and what is done with dims."""
+    """A cut of the table, None for the architecture's own, and what is done with dims.
+
+    padded: whether rows are behind it that are not the checkpoint's.
+    """
 
     cut: str | None = None
     transposed: bool = False
     either: bool = False
     squeezed: bool = False
+    side_by_side: bool = False
+    padded: bool = False
     shaped: tuple[int, ...] = ()
     least: tuple[tuple[str, int], ...] = ()
 
@@ -36,7 +41,7 @@ class How(NamedTuple):
             cuts={self.cut: names} if self.cut else {},
             shaped={name: self.shaped} if self.shaped else {},
             least=dict(self.least),
-            **{key: names for key in ("transposed", "either", "squeezed") if getattr(self, key)},
+            **{key: names for key in ("transposed", "either", "squeezed", "side_by_side") if getattr(self, key)},
         )
 
 
@@ -50,7 +55,12 @@ def explanations(reading: Reading, name: str, deal: Deal) -> set[How]:
     tensor = next(each for each in reading.model.tensors if each.name == name)
     held = reading.blocks[name]
     found = {how for how in _possible(tensor, held) if _gives(reading, tensor, how, deal, held)}
-    return found or {How(cut) for cut in ("joint", "rows") if _in_line(reading, name, cut)}
+    found = found or {How(cut) for cut in ("joint", "rows") if _in_line(reading, name, cut)}
+    own, every = reading.rows.get(reading.parameter_of[name], (0, 0))
+    if found or own == every:
+        return found
+    held = [block[:own] for block in held]
+    return {how._replace(padded=True) for how in _possible(tensor, held) if _gives(reading, tensor, how, deal, held)}
 
 
 def _in_line(reading: Reading, name: str, cut: str) -> bool:
@@ -59,9 +69,13 @@ def _in_line(reading: Reading, name: str, cut: str) -> bool:
     full = {each: reading.model.full_name(each) for each in group}
     names, tensors = tuple(map(kind_of, full.values())), {each.name: each for each in reading.model.tensors}
     family = EngineFamily(cuts={cut: names}, fused={"joint": names})
-    if len(set(group)) < 2 or len({tensors[each].shape[1:] for each in group}) > 1:
+    shapes = {tensors[each].shape[1:] for each in group if tensors[each].shape}
+    if len(shapes) != 1 or (cut == "joint" and len(set(group)) < 2):
         return False
-    shares = shares_of(family, reading.model, [tensors[each] for each in group], dealt(reading))
+    try:
+        shares = shares_of(family, reading.model, [tensors[each] for each in group], dealt(reading))
+    except TpshardError:  # of rows that do not divide
+        return False
     for each in group:
         for share, block in zip(shares[each], reading.blocks[each], strict=True):
             numbers = _numbers(share, tensors[each].shape)
@@ -98,6 +112,8 @@ def _possible(tensor: LogicalTensor, held: list[Numbers]) -> Iterator[How]:
         if len(tensor.shape) > 1:
             yield How(cut, transposed=True)
             yield How(cut, either=True)
+        if len(tensor.shape) == 3 and len(wide) == 2:
+            yield How(cut, side_by_side=True)
         if tensor.shape[:1] == (1,):
             yield How(cut, squeezed=True)
 

@@ -140,7 +140,7 @@ def _read_nested(found: Entry, head: str) -> None:
             tower["layer"] = beside.behind
             entry |= {"depth": DEPTH, "default_depth": config_around(readings[0].model).get(DEPTH, -1)}
         tower["axes"] = list(nested.axes(beside, _vision(readings[0])))
-        tower |= {key: each for key in ("fused", "renamed", "unplaced") if (each := getattr(beside, key))}
+        tower |= {key: each for key in ("fused", "renamed", "unplaced", "ones") if (each := getattr(beside, key))}
         found.towers[name] = {key: shortened(each, beside.place) for key, each in tower.items()}
         entry |= {"place": beside.place, "begins": entry.get("begins", {}) | beside.begins}
         found.problems += beside.problems

@@ -19,9 +19,14 @@ from tpshard.storage.tensor_names import numbered
 
 @dataclass
 class Scaled:
-    """Of one checkpoint, by kinds of names and their numbers: modules with scales, all that is within layers; these."""
+    """Of one checkpoint, by kinds of names and their numbers: modules with scales, all that is within layers; these.
+
+    kept: buffers that are in a parameter. renamed: parameters that are one tensor each, by their layers.
+    """
 
     modules: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    kept: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    renamed: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
     within: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
     layers: set[int] = field(default_factory=set)
 
@@ -38,11 +43,12 @@ class Findings:
     head_of: str
     embedding_of: str = ""
     pairs: dict[str, str] = field(default_factory=dict)
-    elsewhere: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, set[str]] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
     spelled: dict[str, dict[int, str]] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
     shorter: dict[str, list[str]] = field(default_factory=dict)
+    rows: dict[tuple[str, ...], set[tuple[int, int]]] = field(default_factory=dict)
     stacks: dict[str, list[str]] = field(default_factory=dict)
     stands_in: dict[str, str] = field(default_factory=dict)
     hows: dict[str, set[How]] = field(default_factory=dict)
@@ -51,6 +57,7 @@ class Findings:
     refused: dict[str, str] = field(default_factory=dict)
     extra: bool = False
     first_experts: set[str] | None = None
+    counted: dict[str, set[str]] = field(default_factory=dict)
     drafts: set[str] = field(default_factory=set)
     scaled: list[Scaled] = field(default_factory=list)
     tied: str = ""
@@ -69,7 +76,7 @@ class Findings:
         self.scaled.append(self._scaled(reading, names.values()))
         unread = dict(self._unread(reading, names))
         for into, recipe in reading.recipes.items():
-            self._name(into, recipe, names, model.config)
+            self._name(into, recipe, names, model.config, reading.rows.get(into))
         for tensor, into in unread.items():
             self._name(into, Recipe(((tensor,),)), names, model.config)
             self.unread.add(pattern(kind_of(names[tensor])))
@@ -122,7 +129,14 @@ class Findings:
                 if alike[0] == alike[1] and reading.coded.shapes[name] == reading.ranks[0][into].numbers.shape:
                     yield name, into
 
-    def _name(self, into: str, recipe: Recipe, names: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    def _name(
+        self,
+        into: str,
+        recipe: Recipe,
+        names: Mapping[str, str],
+        config: Mapping[str, Any],
+        rows: tuple[int, int] | None = None,
+    ) -> None:
         groups = [[names[tensor] for tensor in group if tensor in names] for group in recipe.groups]
         if not groups[0]:
             return  # the embedding of a tied head
@@ -131,8 +145,11 @@ class Findings:
             ours, theirs = kind_of(name), kind_of(into)
             if numbered(name)[1] != numbered(into)[1]:
                 self._cannot(f"{name} and {into} have other numbers")
-            elif self.pairs.setdefault(ours, theirs) != theirs and not self._renamed_where(name, theirs):
-                self._cannot(f"{ours} is {theirs} in some layers and {self.pairs[ours]} in others")
+            else:
+                self._of_rows((theirs, ours), rows)
+                self.scaled[-1].renamed.setdefault(theirs, set()).add(numbered(name)[1][:1])
+                if self.pairs.setdefault(ours, theirs) != theirs:
+                    self.elsewhere.setdefault(ours, {self.pairs[ours]}).add(theirs)
             return
         try:
             expert, stack = _expert(groups, recipe)
@@ -142,6 +159,10 @@ class Findings:
         except CannotSay as problem:
             self._cannot(str(problem))
             return
+        if sources[0].endswith(STACK) and len(sources) == 1 and not recipe.stacked:
+            keys = {key for key, value in config.items() if type(value) is int and value == len(groups[0])}
+            self.counted[target] = self.counted.get(target, keys) & keys
+        self._of_rows((target, *sources), rows)
         every = self.stacks if recipe.dim else self.fused
         known = every.setdefault(target, sources)
         fewer, all_of_them = sorted((known, sources), key=lambda each: len(set(each)))
@@ -152,6 +173,28 @@ class Findings:
             self.fused[target], self.shorter[target] = all_of_them, fewer
         elif known != sources:
             self._cannot(f"{into} is made of {', '.join(sources)} in some layers, and of others in others")
+
+    def _of_rows(self, made: tuple[str, ...], rows: tuple[int, int] | None) -> None:
+        """Keep how many rows a parameter has of what it is made of, and in all."""
+        if rows:
+            self.rows.setdefault(made, set()).add(rows)
+
+    def _padded(self, fused_names: Mapping[str, list[str]]) -> dict[str, int]:
+        """`padded`: the least multiple that gives the sizes that were read; others may give them too."""
+        found: dict[str, int] = {}
+        for target, sources in fused_names.items():
+            sizes = self.rows.get((target.rstrip("?"), *sources), set())
+            fits = (
+                multiple
+                for multiple in range(2, max((every for _, every in sizes), default=0) + 1)
+                if all(-(-own // multiple) * multiple == every for own, every in sizes)
+            )
+            if any(own < every for own, every in sizes):
+                if (least := next(fits, None)) is None:
+                    self._cannot(f"of how many the size of {target} is a multiple is not clear")
+                else:
+                    found[target] = least
+        return found
 
     def _first_experts(self, config: Mapping[str, Any], first: int) -> None:
         """Keep the keys of configs that say how many experts the first of two stacks has."""
@@ -172,14 +215,27 @@ class Findings:
             return name
         return ".".join((*parts[:place], theirs[place], *parts[place + 1 :]))
 
-    def _renamed_where(self, name: str, theirs: str) -> bool:
-        """Whether the parameter is another one in layers with scales, the same in all of them."""
-        ours, layer, modules = kind_of(name), numbered(name)[1][:1], self.scaled[-1].modules
-        if layer in {numbers[:1] for every in modules.values() for numbers in every}:
-            return self.elsewhere.setdefault(ours, theirs) == theirs
-        if self.elsewhere.setdefault(ours, self.pairs[ours]) == self.pairs[ours]:  # what came first was of such a layer
-            self.pairs[ours] = theirs
-        return self.pairs[ours] == theirs
+    def _renamed_where(self) -> dict[str, dict[str, str]]:
+        """`renamed_where`: of two parameters that a tensor is in, the one in layers that something tells.
+
+        One whose layers have scales counts first. The other one stays in `pairs`.
+        """
+        attending = {numbers[:1] for each in self.scaled for those in each.modules.values() for numbers in those}
+        found: dict[str, dict[str, str]] = {}
+        for ours, every in self.elsewhere.items():
+
+            def preferred(theirs: str) -> tuple[bool, int, str]:
+                layers = set[tuple[int, ...]]().union(*(each.renamed.get(theirs, set()) for each in self.scaled))
+                return not layers <= attending, -theirs.count("."), theirs
+
+            tellers = {each: self._telling([each]) for each in sorted(every, key=preferred)}
+            theirs = next((each for each, teller in tellers.items() if teller), None)
+            if theirs is None or len(every) > 2:
+                self._cannot(f"nothing tells which layers have {ours} elsewhere")
+                continue
+            found.setdefault(tellers[theirs] or "", {})[ours] = theirs
+            (self.pairs[ours],) = every - {theirs}
+        return found
 
     def _scaled(self, reading: Reading, names: Iterable[str]) -> Scaled:
         """The modules with scales, and all in the layers that may tell in which of these they are."""
@@ -189,6 +245,10 @@ class Findings:
             if last in SCALES and constant == ONE:
                 made.modules.setdefault(kind_of(module), set()).add(numbered(module)[1])
         prefix = self.layer.removesuffix("*")
+        for tensor in reading.model.tensors:
+            if tensor.cut.kind == "buffer" and tensor.name in reading.parameter_of:
+                name = reading.model.full_name(tensor.name)
+                made.kept.setdefault(kind_of(name), set()).add(numbered(name)[1])
         for name in names:
             parts = name.removeprefix(prefix).split(".")
             if name.startswith(prefix) and (layers is None or int(parts[0]) < layers.count):
@@ -196,13 +256,16 @@ class Findings:
                 for size in range(2, len(parts) + 1):
                     begun = prefix + ".".join(parts[:size])
                     made.within.setdefault(kind_of(begun), set()).add(numbered(begun)[1])
+        for buffer in made.kept:
+            made.within.pop(buffer, None)
         return made
 
     def _telling(self, modules: Collection[str]) -> str | None:
         """What stands in the checkpoint where modules have scales and nowhere else: nearest to one, and shortest."""
         found: set[str] | None = None
         for each in self.scaled:
-            numbers = set[tuple[int, ...]]().union(*(each.modules.get(module, set()) for module in modules))
+            told = each.modules | each.kept | each.renamed
+            numbers = set[tuple[int, ...]]().union(*(told.get(one, set()) for one in modules))
             only = {kind for kind, those in each.within.items() if those == numbers}
             absent = (
                 {kind for other in self.scaled for kind in other.within} - each.within.keys() if not numbers else set()
@@ -232,6 +295,14 @@ class Findings:
             if not attends:
                 self._cannot("the layers with scales of the cache have no tensor that the others have not")
         return elsewhere, scales, attends
+
+    def _kept(self) -> dict[str, str]:
+        """`kept`."""
+        every = sorted({buffer for each in self.scaled for buffer in each.kept})
+        found = {buffer: self._telling([buffer]) or "" for buffer in every}
+        for buffer in (each for each in every if not found[each]):
+            self._cannot(f"nothing tells which layers have {buffer}")
+        return found
 
     def _left_out(self, reading: Reading, names: Mapping[str, str]) -> None:
         layers = reading.model.layers
@@ -277,6 +348,11 @@ class Findings:
 
     def entry(self) -> dict[str, Any]:
         """The entry, as it stands in the table; `model_types` is left to the caller."""
+        behind = [kind for kind, every in self.hows.items() if every and all(how.padded for how in every)]
+        for kind in (kind for kind in behind if kind in self.pairs):
+            theirs = self.pairs.pop(kind)
+            self.fused[pattern(theirs)] = [pattern(kind)]
+            self.rows[pattern(theirs), pattern(kind)] = self.rows.get((theirs, kind), set())
         in_parts = {each for every in (self.fused, self.stacks) for sources in every.values() for each in sources}
         alone = [name for name in self.pairs if any(_fits(each, name) for each in in_parts)]
         fused_names = {
@@ -285,12 +361,11 @@ class Findings:
         }
         fused_names |= {f"{target}?": self.fused[target] for target in self.shorter}
         fused_names |= self.shorter
-        told = {name: into for name, into in self.elsewhere.items() if into != self.pairs.get(name)}
+        renamed_where = self._renamed_where()
+        told = [into for each in renamed_where.values() for into in each.values()]
         scales_where, scales, attends = self._scales()
-        if told and not attends:
-            self._cannot(f"nothing tells which layers have {min(told)} elsewhere")
         try:
-            names = renamed({**dict(zip(told.values(), told.values(), strict=True)), **self.pairs})
+            names = renamed({**dict(zip(told, told, strict=True)), **self.pairs})
         except CannotSay as problem:
             self._cannot(str(problem))
             names = {}
@@ -301,7 +376,7 @@ class Findings:
                 cuts.setdefault(how.cut, []).append(_modules(kind))
         flags = {
             key: sorted(pattern(kind) for kind, how in hows.items() if getattr(how, key))
-            for key in ("transposed", "either", "squeezed")
+            for key in ("transposed", "either", "squeezed", "side_by_side")
         }
         computed: dict[str, list[str]] = {}
         for kind, function in self.computed.items():
@@ -313,6 +388,8 @@ class Findings:
             "tied": self.tied,
             "every_stage": list(self.every_stage),
             "scales": [pattern(module) for module in scales],
+            "kept": {pattern(buffer): pattern(beside) for buffer, beside in self._kept().items()},
+            "counted": {target: min(keys) for target, keys in self.counted.items() if len(keys) == 1},
             "scales_where": {pattern(told): pattern(module) for told, module in scales_where.items()},
             "attends": [pattern(attends)] if attends else [],
             "first_experts": min(self.first_experts or [""]),
@@ -324,10 +401,12 @@ class Findings:
             "least": dict(each for how in hows.values() for each in how.least),
             "shaped": {pattern(kind): list(how.shaped) for kind, how in hows.items() if how.shaped},
             "spelled": {f"{module}": [words[each] for each in sorted(words)] for module, words in self.spelled.items()},
-            "renamed_where": {pattern(attends): {pattern(name): pattern(into) for name, into in told.items()}}
-            if told and attends
-            else {},
+            "renamed_where": {
+                pattern(teller): {pattern(name): pattern(into) for name, into in names_there.items()}
+                for teller, names_there in renamed_where.items()
+            },
             "fused": fused_names,
+            "padded": self._padded(fused_names),
             "stacks": self.stacks,
             "stands_in": self.stands_in,
             "renamed": names,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.engines.table.coded import Numbers
+from tests.engines.table.coded import ONE, Numbers
 from tests.engines.table.findings import Findings, layer_pattern
 from tests.engines.table.known import OfEntry, differences
 from tests.engines.table.names import fused, pattern
@@ -18,6 +18,7 @@ from tpshard.errors import TpshardError
 from tpshard.formats.engine_nested import is_text
 from tpshard.formats.engine_tables import SCALES, EngineFamily
 from tpshard.rules.architecture import builtin
+from tpshard.storage.tensor_names import numbered
 
 _HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
 _ATTENTION = ("attn", "attention", "wqkv", "wo")
@@ -32,6 +33,7 @@ class Beside:
     fused: dict[str, list[str]] = field(default_factory=dict)
     cuts: dict[str, str] = field(default_factory=dict)
     unplaced: dict[str, str] = field(default_factory=dict)
+    ones: dict[str, str] = field(default_factory=dict)
     place: str = ""
     behind: str = ""
     problems: list[str] = field(default_factory=list)
@@ -102,7 +104,7 @@ def like(alone: list[Reading], families: Mapping[str, EngineFamily], own: str) -
 def _gives(family: EngineFamily, alone: Reading) -> bool:
     try:
         return next(differences(alone, OfEntry(family)), None) is None
-    except (TpshardError, AssertionError):  # of words that are for models of another kind
+    except (TpshardError, AssertionError, LookupError, ValueError):  # of words that are for models of another kind
         return False
 
 
@@ -135,6 +137,7 @@ def beside(readings: Iterable[Reading]) -> Beside:
                 found.problems.append(
                     f"{into} is made of {', '.join(patterns)} in some layers, and of others in others"
                 )
+        found.ones |= dict(_ones(reading, names))
         placed = {kind_of(begun[name]) for name in names if name in reading.parameter_of}
         for name in names:
             kind = kind_of(begun[name])
@@ -152,6 +155,19 @@ def beside(readings: Iterable[Reading]) -> Beside:
     layered = {kind.split(".")[0] for kind in map(kind_of, found.cuts) if "0" in kind.split(".")}
     found.place = next((each for each in sorted(layered, key=lambda each: ("vis" not in each, each))), "")
     return found
+
+
+def _ones(reading: Reading, names: list[str]) -> Iterator[tuple[str, str]]:
+    """Parameters beside the text that are ones of the class, and one in the same layer of the same shape and dtype."""
+    held, parameters = reading.ranks[0], {reading.parameter_of[each] for each in names if each in reading.parameter_of}
+    roots = {each.split(".")[0] for each in parameters}
+    for name, constant in reading.constants.items():
+        if constant == ONE and name.split(".")[0] in roots and name.rpartition(".")[2] not in SCALES:
+            layer, like = numbered(name)[1], (held[name].numbers.shape, held[name].dtype)
+            same = (each for each in parameters if numbered(each)[1] == layer)
+            beside = (each for each in same if (held[each].numbers.shape, held[each].dtype) == like)
+            if one := min(beside, default=""):
+                yield pattern(kind_of(name)), pattern(kind_of(one))
 
 
 def _apart(reading: Reading, names: list[str]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:

@@ -83,6 +83,22 @@ class Reading:
                     found[tensor] = [self._block(held[name], recipe, place, tensor) for held in self.ranks]
         return found
 
+    @cached_property
+    def rows(self) -> Mapping[str, tuple[int, int]]:
+        """Of parameters that several tensors make, or one: rows of the checkpoint, and all with those behind.
+
+        Only where they are as many on every rank.
+        """
+        found: dict[str, tuple[int, int]] = {}
+        for name, recipe in self.recipes.items():
+            sizes = set()
+            for held in (rank[name].numbers for rank in self.ranks if rank[name].numbers.ndim):
+                (own,) = np.nonzero((held.reshape(len(held), -1) > 0).any(1))
+                sizes.add((int(own[-1]) + 1 if own.size else 0, len(held)))
+            if len(sizes) == 1 and not recipe.stacked and not recipe.dim:
+                (found[name],) = sizes
+        return found
+
     @property
     def left_out(self) -> list[str]:
         """Tensors of which no rank has anything."""
@@ -158,25 +174,25 @@ class Reading:
 class Checkpoint:
     """A small checkpoint of a type of model, of which names, shapes and config count and no numbers.
 
-    whole: tensors of integers.
+    whole: tensors of integers, with their numbers: an engine may have the same from its config.
     """
 
     name: str
     directory: Path
     shapes: Mapping[str, tuple[int, ...]]
     config: Mapping[str, Any]
-    whole: Mapping[str, torch.dtype] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def at(cls, name: str, directory: Path) -> Checkpoint:
         """The one in a directory."""
-        shapes, whole = {}, {}
+        shapes, whole = {}, dict[str, Tensor]()
         for file in sorted(directory.glob("*.safetensors")):
             with safe_open(file, "pt") as opened:
                 found = {each: opened.get_slice(each) for each in opened.keys()}
                 shapes |= {each: tuple(held.get_shape()) for each, held in found.items()}
-                whole |= {each: DTYPES[held.get_dtype()] for each, held in found.items()}
-        whole = {each: dtype for each, dtype in whole.items() if not dtype.is_floating_point}
+                integers = [each for each, held in found.items() if not DTYPES[held.get_dtype()].is_floating_point]
+                whole |= {each: opened.get_tensor(each) for each in integers}
         return cls(name, directory, shapes, json.loads((directory / "config.json").read_text()), whole)
 
 
@@ -200,13 +216,28 @@ def read(checkpoint: Checkpoint, loader: Loader, scratch: Path, widths: tuple[in
         passes = [loader.held(coded.directories[0], tp, "auto", out[0], partial=True, again=again)]
         passes += [[load_file(at / f"rank-{rank}.safetensors") for rank in range(tp)] for at in out[1:]]
         ranks = [
-            {name: _found([held[rank][name] for held in passes], coded, factors) for name in passes[0][rank]}
+            {
+                name: _of_config(name, [held[rank][name] for held in passes], coded, checkpoint.whole)
+                or _found([held[rank][name] for held in passes], coded, factors)
+                for name in passes[0][rank]
+            }
             for rank in range(tp)
         ]
         with safe_open(out[0] / "rank-0.safetensors", "pt") as opened:
             changed = opened.metadata()
         readings.append(Reading(checkpoint.name, model, coded, tp, ranks, json.loads(changed["added"])))
     return readings
+
+
+def _of_config(name: str, passes: list[Tensor], coded: Coded, whole: Mapping[str, Tensor]) -> Held | None:
+    """A buffer that an engine makes of the config, and that is what the checkpoint has under the same last name."""
+    if any(not torch.equal(passes[0], each) for each in passes[1:]):
+        return None
+    for tensor, numbers in whole.items():
+        last = tensor.rpartition(".")[2] == name.rpartition(".")[2]
+        if last and passes[0].dtype == numbers.dtype and torch.equal(passes[0], numbers):
+            return Held(passes[0].dtype, coded.elements(tensor))
+    return None
 
 
 def _found(passes: list[Tensor], coded: Coded, factors: Mapping[str, float]) -> Held:
