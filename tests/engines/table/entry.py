@@ -139,6 +139,8 @@ def _read_nested(found: Entry, head: str) -> None:
         if beside.behind:
             tower["layer"] = beside.behind
             entry |= {"depth": DEPTH, "default_depth": config_around(readings[0].model).get(DEPTH, -1)}
+        if beside.or_whole:
+            tower["or_whole"] = True
         tower["axes"] = list(nested.axes(beside, _vision(readings[0])))
         tower |= {key: each for key in ("fused", "renamed", "unplaced", "ones") if (each := getattr(beside, key))}
         found.towers[name] = {key: shortened(each, beside.place) for key, each in tower.items()}

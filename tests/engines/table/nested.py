@@ -20,13 +20,16 @@ from tpshard.formats.engine_tables import SCALES, EngineFamily
 from tpshard.rules.architecture import builtin
 from tpshard.storage.tensor_names import numbered
 
-_HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads")
+_HEADS = ("num_heads", "num_attention_heads", "encoder_attention_heads", "vt_num_attention_heads")
 _ATTENTION = ("attn", "attention", "wqkv", "wo")
 
 
 @dataclass
 class Beside:
-    """What is beside the text. cuts: how each name is cut, "" for whole. behind: layers, where some are left out."""
+    """What is beside the text. cuts: how each name is cut, "" for whole. behind: layers, where some are left out.
+
+    or_whole: whether what is cut at some widths is whole at others.
+    """
 
     begins: dict[str, str] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
@@ -36,6 +39,7 @@ class Beside:
     ones: dict[str, str] = field(default_factory=dict)
     place: str = ""
     behind: str = ""
+    or_whole: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -146,8 +150,10 @@ def beside(readings: Iterable[Reading]) -> Beside:
                 if how is None:
                     what = f"no cut of the table gives what the ranks of tp {reading.tp} have of it"
                     found.problems.append(f"{name}: {what}")
-                elif found.cuts.setdefault(begun[name], how) != how:
-                    found.problems.append(f"{name} is cut in one way and another")
+                elif (known := found.cuts.setdefault(begun[name], how)) != how:
+                    if known and how:
+                        found.problems.append(f"{name} is cut in one way and another")
+                    found.or_whole, found.cuts[begun[name]] = True, known or how
             elif kind in placed:
                 found.behind = pattern(kind[: f"{kind}.".index(".0.") + 2])
             else:
