@@ -243,6 +243,7 @@ WORDS: dict[str, dict[str, Any]] = {
             }
         },
     },
+    "mistral_native": {"cuts": {"paired": [".attention.wk", ".attention.wq"]}},
     "kimi_k3": {"or_whole": True, "padded": {".self_attn.in_proj_qkvgfab": 16}},
     "NemotronH_Nano_VL_V2": {
         "ones": {f".model.encoder.layers.*.ls{each}": ".model.encoder.layers.*.attn.proj.bias" for each in (1, 2)}

@@ -20,10 +20,14 @@ from tests.engines.running import Loader, engine_version
 from tests.engines.table import known
 from tests.engines.table.entry import Entry, read_entry, text_of
 from tests.engines.table.reading import Checkpoint
+from tests.helpers import mistral_form
 from tpshard.errors import TpshardError
 from tpshard.formats.engine_config import named_as
 from tpshard.formats.engine_tables import load_table
 from tpshard.formats.vllm import FORMAT
+
+OWN_FORM = "mistral_native"
+"""The type of what is published with params.json in place of config.json: `mistral_form.py` has checkpoints of it."""
 
 
 def main() -> int:
@@ -52,13 +56,17 @@ def types() -> list[str]:
     own = {**engine_models.LOADED, **engine_models.UNREAD}
     made = {**own, **{name: engine_nested.made_as(name) for name in engine_nested.LOADED}}
     newest = (name.partition("-")[0] for name in engine_newest.LOADED)
-    return list(dict.fromkeys((*(model_type for model_type, _ in made.values()), *newest)))
+    return list(dict.fromkeys((*(model_type for model_type, _ in made.values()), *newest, OWN_FORM)))
 
 
 def checkpoints(model: str, scratch: Path) -> Iterator[Checkpoint]:
     """The checkpoints that are given by a type's name or a directory."""
     if Path(model).is_dir():
         yield Checkpoint.at(model, Path(model))
+        return
+    if model == OWN_FORM:
+        for name, (kind, params) in mistral_form.FOR_ENGINES.items():
+            yield Checkpoint.at(name, mistral_form.published(scratch / name, kind, **params))
         return
     newest = [name for name in {**engine_newest.LOADED, **engine_newest.LATER} if name.partition("-")[0] == model]
     for name in newest:

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from tpshard.storage.names import CONFIG, META_PARAMS, MISTRAL, SAFETENSORS
+
 Numbers = NDArray[np.int64]
 
 ZERO, ONE, UNSET, OTHER = 0, -1, -2, -3
@@ -127,11 +129,15 @@ def write(
             dtype = whole[name].dtype if name in whole else torch.bfloat16
             tensors[name] = values.to(dtype).reshape(shapes[name])
             number += size
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        own_form = not (beside / CONFIG).exists() and (beside / META_PARAMS).exists()  # Mistral's
+        file = directory / (MISTRAL if own_form else SAFETENSORS)
+        save_file(tensors, file, metadata={"format": "pt"})
         for file in beside.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and "index" not in file.name:
                 shutil.copy(file, directory)
-        (directory / "config.json").write_text(json.dumps(config))
+        if own_form:
+            params = json.loads((beside / META_PARAMS).read_text()) | {"tied_embeddings": config["tie_word_embeddings"]}
+        (directory / (META_PARAMS if own_form else CONFIG)).write_text(json.dumps(params if own_form else config))
     return Coded(shapes, directories)
 
 

@@ -20,7 +20,7 @@ from tests.engines.running import Loader
 from tests.engines.table.coded import Coded, Held, Numbers, decoded, write
 from tpshard.formats.engine_functions import function_of
 from tpshard.formats.vllm import FORMAT
-from tpshard.inputs.checkpoint import open_checkpoint
+from tpshard.inputs.checkpoint import config_in, open_checkpoint
 from tpshard.inputs.model import from_checkpoint
 from tpshard.planning.layout import TIMES
 from tpshard.planning.model import Model
@@ -193,7 +193,7 @@ class Checkpoint:
                 shapes |= {each: tuple(held.get_shape()) for each, held in found.items()}
                 integers = [each for each, held in found.items() if not DTYPES[held.get_dtype()].is_floating_point]
                 whole |= {each: opened.get_tensor(each) for each in integers}
-        return cls(name, directory, shapes, json.loads((directory / "config.json").read_text()), whole)
+        return cls(name, directory, shapes, config_in(directory), whole)
 
 
 def of_nested(model: Model) -> Model:
