@@ -16,6 +16,7 @@ import tpshard
 from tests.engines.running import Loader, Ranks, written
 from tests.engines.table import __main__ as tool
 from tests.engines.table import entry
+from tests.engines.table.coded import write
 from tests.engines.table.known import parsed, parsed_nested
 from tests.engines.table.replay import FILE, Record, Replay, entry_of
 from tests.engines.table.toml import as_toml
@@ -154,6 +155,14 @@ def test_an_entry_of_a_nested_model_is_read_as_the_tables_are() -> None:
         [as_toml("llava", {"axes": []}, room="towers"), as_toml("llava", {**own, "towers": ["llava"]}, room="nested")]
     )
     assert parsed_nested(text, "llava").texts == {"llama": "llama"}
+
+
+def test_mistrals_own_form_stays_one(tmp_path: Path) -> None:
+    made = next(iter(tool.checkpoints("mistral_native", tmp_path / "made")))
+    (first, *_) = write(made.shapes, {**made.config, "tie_word_embeddings": True}, made.directory, tmp_path).directories
+    assert {file.name for file in first.iterdir()} == {"params.json", "tekken.json", "consolidated.safetensors"}
+    said = json.loads((made.directory / "params.json").read_text())
+    assert json.loads((first / "params.json").read_text()) == said | {"tied_embeddings": True}
 
 
 class Laid(Loader):
