@@ -42,7 +42,10 @@ FORMS: dict[str, Make] = {
     "step3p7": lambda path: engine_nested.make("step3p7", path, {"text_config": _STEP_3_7 | _FURTHER}),
     **{
         name: lambda path, name=name: engine_models.make(name, path)
-        for name in ("zamba2", "zamba2-one-group", "minicpm", "bailing_moe_v2", "exaone", "phimoe", "granitemoehybrid")
+        for name in (
+            *("zamba2", "zamba2-one-group", "minicpm", "bailing_moe_v2", "exaone", "phimoe", "granitemoehybrid"),
+            *("bailing_moe", "bailing_moe-tied", "bailing_moe_v3-head-wise", "nemotron-nas"),
+        )
     },
 }
 BY_DEFAULT = ("kimi_linear", "molmo2", "step3p5", "zamba2-one-group")
@@ -253,6 +256,33 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
         exchanged("language_model.model._active_layers.0.self_attn.A_log"),
         "layers.0.self_attn",
     ),
+    "ling 1, keys and values": (
+        "bailing_moe",
+        turned(f"{L}1.attention.query_key_value.weight", slice(128, 160), slice(160, 192)),
+        "layers.1.self_attn.k_proj.weight of rank 0 holds",
+    ),
+    "ling 1, words that are read and written": (
+        "bailing_moe-tied",
+        flipped("lm_head.weight", (3, 3)),
+        "model.embed_tokens.weight[",
+    ),
+    "ling 1, an expert": (
+        "bailing_moe",
+        flipped(f"{L}0.mlp.experts.routed_experts.w13_weight", (3, 40, 0)),
+        "layers.0.mlp.experts.3.up_proj.weight of rank 1 holds",
+    ),
+    "ling 3, gates of heads": (
+        "bailing_moe_v3-head-wise",
+        exchanged(f"{L}0.self_attn.qkvb_proj.weight"),
+        "layers.0.self_attn.b_proj.weight of rank 1",
+    ),
+    "ling 3, latents": (
+        "bailing_moe_v3-head-wise",
+        exchanged(f"{L}1.self_attn.kv_b_proj.weight"),
+        "layers.1.self_attn.kv_b_proj.weight of rank 1",
+    ),
+    "nas, heads": ("nemotron-nas", exchanged(f"{L}0.self_attn.qkv_proj.weight"), "layers.0.self_attn.q_proj"),
+    "nas, gate and up": ("nemotron-nas", flipped(f"{L}0.mlp.gate_up_proj.weight", (70, 0)), "layers.0.mlp."),
     "hy, streams": ("hy_v4", flipped(f"{L}1.hc_mlp_layer.hc_pre.hc_fn.weight", (3, 3)), "layers.1."),
     "hy, an expert": ("hy_v4", exchanged(f"{L}1.mlp.experts.routed_experts.w13_weight"), "layers.1.mlp.experts"),
     "deepseek, sinks": ("deepseek_v4", exchanged(f"{L}0.attn.attn_sink"), "layers.0."),

@@ -80,10 +80,14 @@ def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]
         text = tuple(f"{each}." for each in texts_in(beside)) if beside else ()
         other = names[-1] if beside else None
         made = [_complete(Rank(opened.ranks, names[0], family, rank, source, config, other, text)) for rank in every]
-        embedding = names[0].of(f"{beside.text}model.{family.embed}.weight") if beside else ""
+        embedding = f"{beside.text}model.{family.embed}" if beside else f"{family.prefixes[0]}{family.embed}"
+        embedding = names[0].beside(source.names()).of(f"{embedding}.weight")
         return [_tied(pieces, config, family, embedding) for pieces in made]
-    made = [dict(published.deepseek(weights)) for weights in opened.ranks]
-    return [_tied(pieces, config, family) for pieces in made]
+    made, embedding = (
+        [dict(published.deepseek(weights)) for weights in opened.ranks],
+        f"{family.prefixes[0]}{family.embed}",
+    )
+    return [_tied(pieces, config, family, f"{embedding}.weight") for pieces in made]
 
 
 def _complete(rank: Rank) -> dict[str, RankPiece]:
@@ -134,10 +138,9 @@ def _described(config: Mapping[str, Any]) -> Family:
 
 
 def _tied(
-    pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family, embedding: str = ""
+    pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family, embedding: str
 ) -> dict[str, RankPiece]:
     """A tied pair is one parameter in the file, and may be under the head's name. embedding: its name in the source."""
-    embedding = embedding or f"{family.prefixes[0]}{family.embed}.weight"
     heads = (f"{place}{name}.weight" for name in family.heads_names for place in ("", f"{TEXT}."))
     head = next((name for name in heads if name in pieces), None)
     if config.get("tie_word_embeddings") is not True or embedding in pieces or head is None:

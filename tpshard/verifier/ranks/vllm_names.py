@@ -152,14 +152,14 @@ _GEMMA4 = Names(even=r".*\.(embed_tokens_per_layer|per_layer_model_projection)")
 VLLM: Mapping[str, Names] = {
     **dict.fromkeys(
         (
-            "afmoe apertus arcee bailing_hybrid bailing_moe_v2 cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
+            "afmoe apertus arcee bailing_hybrid cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3"
             " deepseek_v32 dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 gemma gemma2 gemma3_text"
             " glm4 glm4_moe glm4_moe_lite glm_moe_dsa gptj granite granite_swa granitemoe granitemoehybrid"
             " granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax internlm3 iquestcoder"
             " jais2 kimi_k2 kimi_linear laguna lfm2 lfm2_moe llama llama_bidirec mamba2 mimo_v2_flash minimax_m2"
             " minimax_m3_text minimax_m3_vl_text ministral ministral3 mistral mixtral nanochat nemotron olmo opt phi3"
             " phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 "
-            " solar_open stablelm starcoder2 step3p5 vaultgemma"
+            " solar_open stablelm starcoder2 step3p5 vaultgemma bailing_moe_v3 nemotron-nas"
         ).split(),
         _PLAIN,
     ),
@@ -216,6 +216,7 @@ VLLM: Mapping[str, Names] = {
     "muse_glimmer_text": Names(spelled={"self_attn.output_gate_proj": ("self_attn.gate_proj",)}),
     "zamba2": Names(spelled={"A": ("0",), "B": ("1",)}, even=r".*_adapter_list\.\d+\.A"),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
+    **dict.fromkeys(("bailing_moe", "bailing_moe_v2"), Names(roots={"model.embed_tokens": "model.word_embeddings"})),
     "chatglm": Names(
         roots={"transformer.embedding": "transformer.embedding.word_embeddings", "lm_head": "transformer.output_layer"}
     ),
