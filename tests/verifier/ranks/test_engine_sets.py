@@ -287,10 +287,11 @@ def test_names_that_a_later_version_changed_are_read(version: str, name: str, tm
 def test_every_name_that_vllm_has_is_tried() -> None:
     known = sharded_state.VLLM
     written = TABLE["families"]
-    # There is remote code alone, and no names that a class could have.
-    unrun = {"kimi_k3_text", "phi4mm"}
-    unrun |= {"dots3_note_text", "inkling_mm_model_text", "mistral_native", "mistral_native with latents"}
-    named = {"ernie4_5_moe_vl_text": "ernie4_5_vl_moe_text"}  # by transformers' class
+    unrun = {"kimi_k3_text"}  # no class computes it
+    named = {  # by transformers' class, or by the config
+        "ernie4_5_moe_vl_text": "ernie4_5_vl_moe_text",
+        **{"dots3_note_text": "dots3_note", "inkling_mm_model_text": "inkling_text", "phi4mm": "phi3"},
+    }
     types = {named.get(name, name) for family in written.values() for name in family.get("model_types", ())}
     assert known.keys() | unrun == types | {"gemma4_unified_text"}  # which is nested alone
     tried = {VARIANTS[name].model_type for name in (*(name for name, _ in VLLM), *BY_TRANSFORMERS, *MASKED)} | {
@@ -301,7 +302,8 @@ def test_every_name_that_vllm_has_is_tried() -> None:
         # in test_newest_sets.py
         *("deepseek_v4", "ernie4_5_vl_moe_text", "gemma4_unified_text", "glm5_next_text", "minicpm", "molmo2_text"),
         *("muse_glimmer_text", "zamba2", "bailing_moe", "bailing_moe_v2"),
-        *("bailing_moe_v3", "nemotron-nas"),
+        *("bailing_moe_v3", "nemotron-nas", "dots3_note", "inkling_text"),
+        *("mistral_native", "mistral_native with latents"),
         "longcat_flash",
     }
     assert tried <= known.keys()

@@ -19,6 +19,7 @@ from tests.engines import engine_models, engine_nested, engine_newest
 from tests.helpers.command import Result, succeeds
 from tests.helpers.command import tpshard as run
 from tests.helpers.grids import in_turn, some
+from tests.helpers.mistral_form import FOR_ENGINES, published
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[[Path], Path]
@@ -30,12 +31,16 @@ _STEP_3_7 = engine_nested.LOADED["step3p7"][1]["text_config"]
 FORMS: dict[str, Make] = {
     **{
         name: lambda path, name=name: engine_newest.make(name, path)
-        for name in ("kimi_linear", "minimax_m3_vl", "glm5_next", "hy_v4", "deepseek_v4")
+        for name in (
+            *("kimi_linear", "minimax_m3_vl", "glm5_next", "hy_v4", "deepseek_v4"),
+            *("dots3_note", "inkling_mm_model", "deepseek_vl_v2", "NemotronH_Nano_VL_V2"),
+        )
     },
     **{
         name: lambda path, name=name: engine_nested.make(name, path)
-        for name in ("molmo2", "molmo2-olmo-norms", "muse_glimmer", "ernie4_5_moe_vl", "ernie4_5_moe_vl-tied")
+        for name in ("molmo2", "molmo2-olmo-norms", "muse_glimmer", "ernie4_5_moe_vl", "ernie4_5_moe_vl-tied", "phi4mm")
     },
+    **{name: lambda path, form=form: published(path, form[0], **form[1]) for name, form in FOR_ENGINES.items()},
     "falcon_h1": lambda path: engine_models.make("falcon_h1", path),
     "gemma4_unified": lambda path: engine_nested.make("gemma4_unified", path),
     "step3p5": lambda path: engine_models.make("step3p5", path, _FURTHER),
@@ -78,6 +83,12 @@ def test_a_right_set_passes(name: str, tp: int, split: Made) -> None:
     found = verified(shards, source, "bytes,weights,exact")
     assert (found.code, found.json["verdict"], found.json["reason"]) == (0, "pass", None)
     assert all(canary["status"] == "caught" for canary in found.json["canaries"])
+
+
+def test_adapters_that_a_set_does_not_have_are_said(split: Made) -> None:
+    source, shards = split("phi4mm", 2)
+    said = "32 tensors of adapters are not in a set for vllm: the model is run without them"
+    assert said in verified(shards, source, "weights").json["warnings"]
 
 
 def test_places_that_are_as_many_as_the_features_of_all_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -283,6 +294,103 @@ FAULTS: dict[str, tuple[str, Fault, str]] = {
     ),
     "nas, heads": ("nemotron-nas", exchanged(f"{L}0.self_attn.qkv_proj.weight"), "layers.0.self_attn.q_proj"),
     "nas, gate and up": ("nemotron-nas", flipped(f"{L}0.mlp.gate_up_proj.weight", (70, 0)), "layers.0.mlp."),
+    "phi, heads": ("phi4mm", exchanged(f"{L}1.self_attn.qkv_proj.weight"), "layers.1.self_attn.qkv_proj"),
+    "phi, an element": (
+        "phi4mm",
+        flipped(f"{L}1.mlp.down_proj.weight", (3, 5)),
+        "layers.1.mlp.down_proj.weight of rank 1 holds",
+    ),
+    "phi, the tower": (
+        "phi4mm",
+        exchanged("vision_encoder.img_processor.encoder.layers.0.self_attn.qkv_proj.bias"),
+        "img_processor.encoder.layers.0.self_attn.",
+    ),
+    "phi, what hears": (
+        "phi4mm",
+        flipped("embed_tokens_extend.audio_projection_for_vision.2.weight", (0, 0)),
+        "audio_projection.vision.2.weight[0, 0] of rank 1",
+    ),
+    "dots, latents": (
+        "dots3_note",
+        exchanged(f"{TEXT}1.self_attn.mla_attn.q_b_proj.weight"),
+        "layers.1.self_attn.q_b_proj",
+    ),
+    "dots, what chooses tokens": (
+        "dots3_note",
+        flipped(f"{TEXT}0.self_attn.indexer.wk_weights_proj.weight", (66, 0)),
+        "layers.0.self_attn.indexer.weights_proj.weight[2, 0] of rank 1",
+    ),
+    "dots, a gate": (
+        "dots3_note",
+        turned(f"{TEXT}2.self_attn.g_proj.weight", slice(0, 1), slice(1, 2)),
+        "layers.2.self_attn.g_proj",
+    ),
+    "dots, the tower": (
+        "dots3_note",
+        flipped("visual.blocks.0.attn.qkv.weight", (5, 0)),
+        "vision_tower.blocks.0.attn.qkv.weight[5, 0] of rank 1",
+    ),
+    "mistral, heads": ("mistral", exchanged(f"{L}1.self_attn.qkv_proj.weight"), "layers.1.self_attn.v_proj"),
+    "mistral, an order of rows": (
+        "mistral",
+        turned(f"{L}1.self_attn.qkv_proj.weight", slice(128, 144), slice(144, 160)),
+        "layers.1.self_attn.k_proj",
+    ),
+    "mistral, an element of q": (
+        "mistral",
+        flipped(f"{L}0.self_attn.qkv_proj.weight", (17, 0)),
+        "layers.0.self_attn.q_proj.weight",
+    ),
+    "mistral, words that are read and written": ("mistral-tied", flipped("lm_head.weight", (3, 3)), "embed"),
+    "mistral, latents": (
+        "mistral-large-3",
+        exchanged(f"{L}1.self_attn.mla_attn.q_b_proj.weight"),
+        "layers.1.self_attn.q_b_proj",
+    ),
+    "mistral, an expert": (
+        "mistral-large-3",
+        flipped(f"{L}1.mlp.experts.routed_experts.w2_weight", (2, 0, 0)),
+        "layers.1.experts.2.w2.weight of rank 1",
+    ),
+    "inkling, gate and up": (
+        "inkling_mm_model",
+        halves_exchanged(f"{L}1.mlp.experts.routed_experts.w13_weight"),
+        "layers.1.mlp.experts.gate_up_proj",
+    ),
+    "inkling, heads": ("inkling_mm_model", exchanged(f"{L}1.attn.qkvr.weight"), "layers.1.self_attn."),
+    "inkling, what is shared": (
+        "inkling_mm_model",
+        exchanged(f"{L}1.mlp.sink_experts.w2_weight"),
+        "layers.1.mlp.shared_experts.",
+    ),
+    "inkling, convolved features": ("inkling_mm_model", exchanged(f"{L}1.mlp_sconv.weight"), "layers.1.mlp_sconv"),
+    "inkling, a router without an expert": (
+        "inkling_mm_model",
+        filled(f"{L}1.mlp.gate.weight", (12, 0)),
+        "mlp.gate.weight of rank 1 is not 10 rows with zeros behind",
+    ),
+    "inkling, the tower": (
+        "inkling_mm_model",
+        flipped("visual.vision_encoder.layers.linear_1.weight", (0, 0)),
+        "visual.layers.linear_1.weight",
+    ),
+    "deepseek vl, latents": (
+        "deepseek_vl_v2",
+        exchanged(f"{TEXT}1.self_attn.kv_b_proj.weight"),
+        "layers.1.self_attn.kv_b_proj",
+    ),
+    "deepseek vl, the tower": ("deepseek_vl_v2", exchanged("vision.attn_pool.mlp.fc1.weight"), "attn_pool.mlp.fc1"),
+    "nano, heads": ("NemotronH_Nano_VL_V2", exchanged(f"{TEXT}1.mixer.qkv_proj.weight"), "layers.1.mixer.q_proj"),
+    "nano, the tower": (
+        "NemotronH_Nano_VL_V2",
+        exchanged("vision_model.model.encoder.layers.0.attn.qkv.weight"),
+        "radio_model.model.blocks.0.attn.qkv.weight",
+    ),
+    "nano, a factor": (
+        "NemotronH_Nano_VL_V2",
+        flipped("vision_model.model.encoder.layers.0.ls1", (5,)),
+        "encoder.layers.0.ls1",
+    ),
     "hy, streams": ("hy_v4", flipped(f"{L}1.hc_mlp_layer.hc_pre.hc_fn.weight", (3, 3)), "layers.1."),
     "hy, an expert": ("hy_v4", exchanged(f"{L}1.mlp.experts.routed_experts.w13_weight"), "layers.1.mlp.experts"),
     "deepseek, sinks": ("deepseek_v4", exchanged(f"{L}0.attn.attn_sink"), "layers.0."),

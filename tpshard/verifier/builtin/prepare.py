@@ -35,7 +35,7 @@ from tpshard.verifier.ranks.open import (
     require_floats,
     resident,
 )
-from tpshard.verifier.ranks.translate import translated
+from tpshard.verifier.ranks.translate import source_of, translated
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
@@ -75,7 +75,7 @@ def open_both(options: VerifyOptions, source: Path) -> tuple[RankSet, Mapping[st
         opened = replace(opened, config={**opened.config, **computed}, warnings=(*opened.warnings, what))
         config = {**config, **computed}
     found = quantised(opened, weights, config, source)
-    opened = translated(opened, weights)
+    opened, weights = source_of(translated(opened, weights), weights)
     if found:
         opened, weights = dequantised(opened, weights, found)
     for each in (weights, *opened.ranks):

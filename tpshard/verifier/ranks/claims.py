@@ -12,7 +12,7 @@ from tpshard.storage.json_differences import KeyDifference, key_differences
 from tpshard.verifier.hf.config import TEXT_KEYS
 from tpshard.verifier.ranks.dcp import Chunk, Chunks
 from tpshard.verifier.ranks.megatron_claims import misargued
-from tpshard.verifier.ranks.open import RankSet
+from tpshard.verifier.ranks.open import FileWeights, RankSet, main_dtype, parameters
 from tpshard.verifier.ranks.stages import EMBEDDINGS, HEADS, misplaced, stale
 from tpshard.verifier.ranks.vllm import TEXT
 from tpshard.verifier.ranks.weights import Weights, named
@@ -23,7 +23,7 @@ _LISTS = {"modules_to_not_convert": False, "modules_in_block_to_quantize": True}
 """Lists in a quantization_config, and whether they are of modules that are quantised."""
 
 
-def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) -> list[str]:
+def false_claims(opened: RankSet, config: Mapping[str, Any], source: FileWeights) -> list[str]:
     """What of a set's config and headers is not so, where its tensors are judged against this source."""
     changed = (each for each in key_differences(config, opened.config) if not _is_of_split(each, opened, source))
     claims = [*(f"config.json: {each}" for each in changed), *_misplaced(opened.said, source)]
@@ -33,10 +33,13 @@ def false_claims(opened: RankSet, config: Mapping[str, Any], source: Weights) ->
     return claims
 
 
-def _is_of_split(each: KeyDifference, opened: RankSet, source: Weights) -> bool:
+def _is_of_split(each: KeyDifference, opened: RankSet, source: FileWeights) -> bool:
     """Whether split makes a key this other one: a cast's dtype, and whether an engine's files have a head apart."""
     if each.key.rpartition(".")[2] in ("dtype", "torch_dtype"):
-        return opened.cast_name is not None and each.found == f'"{opened.cast_name}"'
+        said = opened.cast_name
+        if opened.format == "vllm" and each.expected is None and said is None:
+            said = str(main_dtype(source, parameters(source))).removeprefix("torch.")  # which params.json need not say
+        return said is not None and each.found == f'"{said}"'
     if opened.format != "vllm":
         return False
     owner, _, key = each.key.rpartition(".")

@@ -23,8 +23,8 @@ _MATRICES = {"w13": (("gate_proj", "up_proj"), ("w1", "w3"), ("up_proj",)), "w2"
 _PLACES = ("mlp.", "block_sparse_moe.", "feed_forward.", "mixer.", "moe.", "ffn.", "")
 """Where a layer may have its experts."""
 _STACKED = {
-    "w13": ("experts.gate_up_proj", "experts.up_proj", "input_linear"),
-    "w2": ("experts.down_proj", "output_linear"),
+    "w13": ("experts.gate_up_proj", "experts.up_proj", "experts.w13_weight", "input_linear"),
+    "w2": ("experts.down_proj", "experts.w2_weight", "output_linear"),
 }
 _APART = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 """Stacks of one matrix each."""
@@ -41,6 +41,7 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     **{"k_zero_point": _OFF, "v_zero_point": _OFF, "q_zero_point": _OFF, "w13_bias": _OFF, "w2_bias": _OFF},
     **{f"{which}_{name}": (1.0,) for which in _MATRICES for name in ("input_scale", "input_global_scale")},
     "input_scale": (math.nan,),
+    **dict.fromkeys(("ls1", "ls2"), (1.0,)),
 }
 """What changes nothing, by the names of parameters that vLLM has and the source has not. A scale of -1 says that there
 is none, and NaN stands where vLLM drops what it has loaded."""

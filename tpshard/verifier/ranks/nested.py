@@ -33,8 +33,11 @@ _BEGINS = (
 )
 """How names begin in vLLM, and in sources: where one has several of these, the first."""
 _TEXTS = {
-    "model": (f"{TEXT}.model", f"model.{TEXT}", "thinker.model", "model.transformer", "model"),
-    "lm_head": (f"{TEXT}.lm_head", "thinker.lm_head", "lm_head"),
+    "model": (
+        *(f"{TEXT}.model", f"model.{TEXT}", "thinker.model", f"{TEXT}.backbone", "language.model", "model.llm"),
+        *("model.transformer", "model"),
+    ),
+    "lm_head": (f"{TEXT}.lm_head", "thinker.lm_head", "language.lm_head", "lm_head"),
 }
 """The same of the text, behind what its names begin with in vLLM."""
 
@@ -44,10 +47,11 @@ class Beside:
     """How vLLM has what a model has beside its text, by the ends of modules' names in the source's terms.
 
     heads: the part of the config, and its key, that counts a tower's heads, in the modules `by_head`; and what it is
-    where it is not there. rows, columns: of which a rank has an even share. thirds: rows of three modules, stored as
-    one. spared: what vLLM does not have. depth: the key of the config that says behind which of the tower's layers
-    nothing is taken, and what it is where it is not there. begins: as `_BEGINS`, of this model alone. spelled: as in
-    `Names`. text: what the text's names begin with in vLLM.
+    where it is not there. counted: how many it stands for, where it is a name. rows, columns: of which a rank has an
+    even share. thirds: rows of three modules, stored as one. spared: what vLLM does not have. depth: the key of the
+    config that says behind which of the tower's layers nothing is taken, and what it is where it is not there. layers:
+    how many a tower has, where no config says it. adapters: tensors that vLLM takes from elsewhere. begins: as
+    `_BEGINS`, of this model alone. spelled: as in `Names`. text: what the text's names begin with in vLLM.
     """
 
     rows: str
@@ -57,6 +61,9 @@ class Beside:
     thirds: str | None = None
     spared: str | None = None
     depth: tuple[str, int] | None = None
+    layers: int | None = None
+    adapters: str | None = None
+    counted: Mapping[str, int] = field(default_factory=dict)
     begins: Mapping[str, Sequence[str]] = field(default_factory=dict)
     spelled: Spelled = field(default_factory=dict)
     text: str = f"{TEXT}."
@@ -211,6 +218,41 @@ _MINIMAX_M3 = replace(
     begins={f"vision_tower.{each}": (each,) for each in ("multi_modal_projector", "patch_merge_mlp")},
     spelled={"fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
 )
+_EXTEND = "model.embed_tokens_extend"
+_PHI4MM = Beside(
+    rows=r"img_processor\.encoder\.layers\.\d+\.(self_attn\.[qkv]_proj|mlp\.fc1)",
+    columns=r"img_processor\.encoder\.layers\.\d+\.(self_attn\.out_proj|mlp\.fc2)",
+    heads=("vision_config", "num_attention_heads", 16),
+    by_head=r"self_attn\.\w+",
+    spared=r"img_processor\.(head|post_layernorm)\..+",
+    depth=("img_processor.layer_idx", -2),
+    layers=27,
+    adapters=r"\.lora_[AB]\.",
+    begins={
+        "embed_tokens_extend.audio_projection_for_vision": (f"{_EXTEND}.audio_embed.audio_projection.vision",),
+        "embed_tokens_extend.audio_projection": (f"{_EXTEND}.audio_embed.audio_projection.speech",),
+        "embed_tokens_extend": (f"{_EXTEND}.audio_embed",),
+        "vision_encoder": (f"{_EXTEND}.image_embed",),
+    },
+    text="",
+)
+_INKLING = replace(_WHOLE, begins={"audio": ("model.audio",), "visual.vision_encoder": ("model.visual",)}, text="")
+_DOTS = replace(_WHOLE, begins={"visual": ("vision_encoder",), "audio_tower": ("audio_encoder",)})
+_RADIO = Beside(
+    rows=r"blocks\.\d+\.(attn\.qkv|mlp\.fc1)",
+    columns=r"blocks\.\d+\.(attn\.proj|mlp\.fc2)",
+    heads=("vision_config", "args.model", 0),
+    by_head=r"attn\.(qkv|proj)",
+    thirds=r"attn\.qkv",
+    spared=r"input_conditioner\..+",
+    counted={
+        f"vit_{size}_patch16_224": heads for size, heads in (("small", 6), ("base", 12), ("large", 16), ("huge", 16))
+    },
+    begins={
+        "vision_model.model.encoder.layers": ("vision_model.radio_model.model.blocks",),
+        "vision_model": ("vision_model.radio_model",),
+    },
+)
 NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "qwen2_vl": _QWEN,
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _QWEN_THIRDS),
@@ -232,6 +274,11 @@ NESTED: Mapping[str, Beside | Mapping[str, Beside]] = {
     "step3p7": _PERCEPTION,
     "ernie4_5_moe_vl": _ERNIE,
     "molmo2": _MOLMO2,
+    "phi4mm": _PHI4MM,
+    "dots3_note": _DOTS,
+    "inkling_mm_model": _INKLING,
+    "deepseek_vl_v2": replace(_WHOLE, rows=r"mlp\.fc1", columns=r"mlp\.fc2"),
+    "NemotronH_Nano_VL_V2": _RADIO,
     "muse_glimmer": _MUSE,
 }
 """By the model_type of a config; those of several by that of its vision_config."""
@@ -266,7 +313,8 @@ def names_in(source: Weights, text: Names, beside: Beside) -> tuple[Names, Names
         if new not in roots and (old := next(there, None)) is not None:
             roots[new] = old
     base = roots.get(f"{beside.text}model", "model")
-    begun = {f"{beside.text}{new}": f"{base}{old.removeprefix('model')}" for new, old in text.roots.items()}
+    own = text.roots.get("model", "model")
+    begun = {f"{beside.text}{new}": f"{base}{old.removeprefix(own)}" for new, old in text.roots.items()}
     return replace(text, roots=roots | begun), Names(roots=roots, spelled=beside.spelled)
 
 
@@ -279,7 +327,8 @@ def shares_beside(
     """
     found, tp = {}, len(ranks)
     part, key, default = beside.heads
-    heads = int(_vision(config, part).get(key, default))
+    said = _at(_vision(config, part), key, default)
+    heads = int(beside.counted.get(str(said), said))
     for name in _held(config, beside, source):
         full, leaf = list(source.shape(name)), re.fullmatch(r"(.+)[._](weight|bias)", name)
         module, suffix = (leaf[1], leaf[2]) if leaf else (name, "")
@@ -316,12 +365,21 @@ def _held(config: Mapping[str, Any], beside: Beside, source: Weights) -> Iterato
         if of_text or (beside.spared and re.search(rf"(^|\.)({beside.spared})$", name)):
             continue
         layer = re.search(r"\.layers?\.(\d+)\.", name)
-        if beside.depth is None or layer is None or int(layer[1]) < _deepest(config, *beside.depth):
+        if beside.depth is None or layer is None or int(layer[1]) < _deepest(config, *beside.depth, beside.layers):
             yield name
 
 
-def _deepest(config: Mapping[str, Any], key: str, default: int) -> int:
+def _deepest(config: Mapping[str, Any], key: str, default: int, layers: int | None) -> int:
     """How many of a tower's layers vLLM has: up to the last that features are taken of."""
-    total, chosen = int(_vision(config).get("num_hidden_layers", 0)), config.get(key, default)
-    layers = chosen if isinstance(chosen, list) else [chosen]
-    return max(total + int(layer) + 1 if int(layer) < 0 else int(layer) for layer in layers)
+    total = int(_vision(config).get("num_hidden_layers", 0)) if layers is None else layers
+    chosen = _at(config, key, default)
+    every = chosen if isinstance(chosen, list) else [chosen]
+    return max(total + int(layer) + 1 if int(layer) < 0 else int(layer) for layer in every)
+
+
+def _at(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of a config's key, which may be within others; the default where it is not there."""
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part, default) if isinstance(found, Mapping) else default
+    return found

@@ -117,6 +117,21 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """Pieces of one shape as the items of a stack."""
+
+    pieces: Sequence["RankPiece"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.pieces), *self.pieces[0].shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        every = [piece.rows(0, piece.shape[0]) for piece in self.pieces[start:stop]]
+        return torch.stack(every) if every else self.pieces[0].rows(0, 0).new_empty((0, *self.shape[1:]))
+
+
+@dataclass(frozen=True)
 class Logarithm:
     """What another piece is minus the exponential of.
 
@@ -167,14 +182,14 @@ class Quotient:
         return source.where(source * self.factor == found, neighbour.where(same, quotient))
 
 
-RankPiece = Stored | Rows | Turned | Columns | Joined | Logarithm | Quotient
+RankPiece = Stored | Rows | Turned | Columns | Joined | Stacked | Logarithm | Quotient
 """A tensor that is made of stored ones: it has a shape, and gives its rows from one to another."""
 
 
 def stored(piece: RankPiece) -> TensorInfo:
     """A stored tensor that a piece is made of."""
     while not isinstance(piece, Stored):
-        piece = piece.pieces[0] if isinstance(piece, Joined) else piece.piece
+        piece = piece.pieces[0] if isinstance(piece, Joined | Stacked) else piece.piece
     return piece.weights.infos[piece.name]
 
 

@@ -1,5 +1,6 @@
 """Shards in engines' formats, read as the source names and orders them. Fused modules are mathematics, not layouts."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from tpshard.verifier.ranks.nested import Beside, beside_of, names_in, shares_be
 from tpshard.verifier.ranks.open import FileWeights, RankSet
 from tpshard.verifier.ranks.pieces import Joined, PieceWeights, RankPiece, Stored, stored
 from tpshard.verifier.ranks.vllm import TEXT, Rank
-from tpshard.verifier.ranks.vllm_names import VLLM
+from tpshard.verifier.ranks.vllm_names import VLLM, known_as
 from tpshard.verifier.ranks.weights import named
 from tpshard.verifier.report.verdict import layer_of
 
@@ -51,6 +52,17 @@ def _beside(opened: RankSet) -> Beside | None:
     return beside_of(opened.config) if opened.format == "vllm" else None
 
 
+def source_of(opened: RankSet, source: FileWeights) -> tuple[RankSet, FileWeights]:
+    """The source without what the format has no place for and a class would add to the rest; the set says so."""
+    beside = _beside(opened)
+    left = [name for name in source.names() if beside and beside.adapters and re.search(beside.adapters, name)]
+    if not left:
+        return opened, source
+    what = f"{len(left)} tensors of adapters are not in a set for {opened.format}: the model is run without them"
+    kept = (info for name, info in source.infos.items() if name not in left)
+    return replace(opened, warnings=(*opened.warnings, what)), FileWeights(kept, source.cast)
+
+
 def _text(opened: RankSet) -> Mapping[str, Any]:
     """The config of the text model, if another nests it."""
     return opened.config if _beside(opened) is None else text_of(opened.config)
@@ -67,7 +79,7 @@ def _as_source(name: str, source: FileWeights) -> str:
 def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]:
     beside, known = _beside(opened), _KNOWN[opened.format]
     config = _text(opened)
-    model_type = str(config.get("model_type"))
+    model_type = known_as(config)
     if model_type not in known:
         model_type = str(opened.config.get("model_type"))
         message = f"verify does not know the names that the format {opened.format} has for model_type {model_type!r}"
@@ -81,13 +93,11 @@ def _renamed(opened: RankSet, source: FileWeights) -> list[dict[str, RankPiece]]
         other = names[-1] if beside else None
         made = [_complete(Rank(opened.ranks, names[0], family, rank, source, config, other, text)) for rank in every]
         embedding = f"{beside.text}model.{family.embed}" if beside else f"{family.prefixes[0]}{family.embed}"
-        embedding = names[0].beside(source.names()).of(f"{embedding}.weight")
-        return [_tied(pieces, config, family, embedding) for pieces in made]
-    made, embedding = (
-        [dict(published.deepseek(weights)) for weights in opened.ranks],
-        f"{family.prefixes[0]}{family.embed}",
-    )
-    return [_tied(pieces, config, family, f"{embedding}.weight") for pieces in made]
+        of_source = names[0].beside(source.names()).of
+        ends = of_source(f"{embedding}.weight"), of_source(f"{beside.text if beside else ''}lm_head.weight")
+        return [_tied(pieces, config, family, *ends) for pieces in made]
+    made = [dict(published.deepseek(weights)) for weights in opened.ranks]
+    return [_tied(pieces, config, family, f"{family.prefixes[0]}{family.embed}.weight") for pieces in made]
 
 
 def _complete(rank: Rank) -> dict[str, RankPiece]:
@@ -128,7 +138,8 @@ def _dealt(opened: RankSet) -> list[dict[str, RankPiece]]:
 def _described(config: Mapping[str, Any]) -> Family:
     """The family, or a LLaMA of its sizes: what `VLLM` has and the decoder does not is named as LLaMA is."""
     model_type = str(config.get("model_type"))
-    sizes = {key: config[key] for key in _SIZES if config.get(key)}
+    as_class = config if "hidden_size" in config else text_of(config)  # of a form with names of its own
+    sizes = {key: as_class[key] for key in _SIZES if as_class.get(key)}
     if isinstance(listed := config.get("layers_block_type"), list):
         sizes.setdefault("num_hidden_layers", len(listed))  # a newer config says what every layer is, not how many
     elif config.get("num_layers") is not None:
@@ -138,14 +149,17 @@ def _described(config: Mapping[str, Any]) -> Family:
 
 
 def _tied(
-    pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family, embedding: str
+    pieces: dict[str, RankPiece], config: Mapping[str, Any], family: Family, embedding: str, head: str = ""
 ) -> dict[str, RankPiece]:
-    """A tied pair is one parameter in the file, and may be under the head's name. embedding: its name in the source."""
+    """A tied pair is one parameter in the file, and may be under the head's name.
+
+    embedding, head: their names in the source.
+    """
     heads = (f"{place}{name}.weight" for name in family.heads_names for place in ("", f"{TEXT}."))
-    head = next((name for name in heads if name in pieces), None)
-    if config.get("tie_word_embeddings") is not True or embedding in pieces or head is None:
+    found = next((name for name in (*heads, head) if name in pieces), None)
+    if config.get("tie_word_embeddings") is not True or embedding in pieces or found is None:
         return pieces
-    return {embedding if name == head else name: piece for name, piece in pieces.items()}
+    return {embedding if name == found else name: piece for name, piece in pieces.items()}
 
 
 def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
@@ -159,4 +173,4 @@ def stored_in(opened: RankSet, what: str, rank: int) -> str | None:
 def require_replicas(opened: RankSet) -> None:
     """DifferentError where what an engine takes from each rank, and the decoder from one, is not the same on all."""
     if opened.format == "vllm":
-        replicas.require_replicas(opened.stored, VLLM[str(_text(opened).get("model_type"))])
+        replicas.require_replicas(opened.stored, VLLM[known_as(_text(opened))])

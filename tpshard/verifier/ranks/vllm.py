@@ -15,7 +15,7 @@ from tpshard.errors import DifferentError
 from tpshard.verifier.families.family import Family
 from tpshard.verifier.ranks.fused import Parts, Placed, within
 from tpshard.verifier.ranks.open import FileWeights
-from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stored, Turned
+from tpshard.verifier.ranks.pieces import Columns, Joined, RankPiece, Rows, Stacked, Stored, Turned
 from tpshard.verifier.ranks.replicas import SCALES, some_experts
 from tpshard.verifier.ranks.vllm_names import QK_NORMS, Names
 
@@ -29,6 +29,13 @@ _EXPERTS = re.compile(r"(?:.+\.)?(\w*experts)\.routed_experts\.(w13|w2)_(.+)")
 def even(total: int, rank: int, tp: int) -> Tensor:
     """The indices of a rank's even share."""
     return torch.arange(total * rank // tp, total * (rank + 1) // tp)
+
+
+def _by_turns(stack: Stored) -> RankPiece:
+    """Matrices whose rows are one of their first half, one of their other half, and so on."""
+    count, rows, width = stack.shape
+    order = torch.arange(rows).view(2, -1).mT.flatten() if rows % 2 == 0 else torch.arange(rows)
+    return Stacked([Rows(within(stack, i * rows * width, (rows, width)), order) for i in range(count)])
 
 
 @dataclass(frozen=True)
@@ -69,13 +76,18 @@ class Rank:
             stored = self._without_padding(stored, sum(parts.rows(tensor).values()))
         if experts := _EXPERTS.fullmatch(names.stacked.get(tensor, tensor)):
             numbers = self._numbers(names, experts[1], stored)
-            yield from parts.experts(experts[2], experts[3], stored, names.turned, numbers)
+            for name, piece in parts.experts(experts[2], experts[3], stored, names.turned, numbers):
+                if name.endswith(names.alternate) and isinstance(piece, Stored) and len(piece.shape) == 3:
+                    piece = _by_turns(piece)
+                yield name, piece
         elif re.fullmatch(names.even, module):
             yield from self._of_even_shares(parts, tensor, stored)
         elif suffix == "A" and parts.has(logarithm := parts.one(f"{tensor}_log")):
             yield parts.of_exponential(logarithm, stored)
         elif (one := parts.one(tensor)) in names.multiplied:
             yield parts.of_product(one, stored, self._factor(*names.multiplied[one]))
+        elif one in names.side_by_side:
+            yield f"{layer}{one}", self._stacked(stored, parts.source.shape(f"{layer}{one}")[0])
         elif tensor in names.turned:
             yield f"{layer}{parts.one(tensor)}", Turned(stored)
         elif module == names.grouped and self.family.fused in ("heads", "groups"):
@@ -90,6 +102,14 @@ class Rank:
                     rows = torch.arange(piece.shape[0]).view(-1, 2, self.family.head_dim // 2)
                     piece = Rows(piece, rows.mT.flatten())
                 yield name, piece
+
+    def _stacked(self, stored: Stored, count: int) -> RankPiece:
+        """As many matrices as lie beside one another."""
+        width, rest = divmod(stored.shape[-1], count)
+        if rest:
+            message = f"{stored.name} of rank {self.rank} is no {count} matrices beside one another"
+            raise DifferentError(message, tensor=stored.name, expected=count, found=list(stored.shape))
+        return Stacked([Columns(stored, i * width, (i + 1) * width) for i in range(count)])
 
     def _factor(self, above: str, below: str, switch: str) -> float:
         """The root of a ratio of the config's numbers, or 1 where it says that none is taken."""

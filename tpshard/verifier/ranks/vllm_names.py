@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 Spelled = Mapping[str, Sequence[str]]
 """Parts of names, and what a source may have in the place of each."""
@@ -38,20 +39,22 @@ SPELLED: Spelled = {
     "moe.experts._shared_experts._layer": ("share_expert",),
     "hc_fn.weight": ("hc_fn",),
     "hc_head_fn.weight": ("hc_head_fn",),
+    "weight": ("base_layer.weight",),
 }
 """Parts of any family's names. What a source has under the very name that vLLM has is not looked for elsewhere."""
 
 FUSED: Spelled = {
     "qkv_proj": (
         *("q_proj k_proj v_proj index_q_proj | index_k_proj", "q_proj k_proj v_proj | indexer.index_qk_proj"),
-        *("q_proj k_proj v_proj", "q_proj k_proj k_proj"),
+        *("q_proj k_proj v_proj", "q_proj k_proj k_proj", "wq wk wv"),
     ),
     "qkv": ("q k v",),
+    "qkvr": ("wq_du wk_dv wv_dv wr_du",),
     "kv_proj": ("key_proj value_proj",),
     "input_mix_weight_down_block_inject": ("input_mix_weight_down block_inject_weight",),
     "gate_up_proj": ("gate_proj up_proj", "w1 w3", "c_fc_0 c_fc_1"),
     "w13": ("w1 w3",),
-    "fused_qkv_a_proj": ("q_a_proj kv_a_proj_with_mqa",),
+    "fused_qkv_a_proj": ("q_a_proj kv_a_proj_with_mqa", "wq_a wkv_a_with_mqa"),
     "qkvb_proj": ("q_proj k_proj v_proj b_proj",),
     "in_proj_qkvgfab": ("q_proj k_proj v_proj b_proj | f_a_proj",),
     "in_proj_qkvbfg_a": ("q_proj k_proj v_proj b_proj | f_a_proj g_a_proj",),
@@ -88,9 +91,11 @@ class Names:
     k and v lay apart. whole: modules that all ranks hold whole, and share out here. once: tensors that rank 0 alone
     adds, and the others hold zeros of. paired: modules of the source with each head's even rows before its odd ones.
     even: modules, as a pattern, of which each rank has an even share, and that are computed whole; the source may have
-    them in parts. padded: modules, as a pattern, with zeros behind what they hold. stacks: those of a
-    layer's experts that are numbered on from the one before. stacked: tensors = what other families call such experts.
-    multiplied: tensors = two of the config's numbers, the root of whose ratio they are times, and what must be true.
+    them in parts. padded: modules, as a pattern, with zeros behind what they hold. stacks: those of a layer's experts
+    that are numbered on from the one before. stacked: tensors = what other families call such experts. side_by_side:
+    stacks of the source whose matrices stand beside one another. alternate: stacks of experts of the source whose rows
+    are gate's and up's by turns. multiplied: tensors = two of the config's numbers, the root of whose ratio they are
+    times, and what must be true.
     """
 
     roots: Mapping[str, str] = field(default_factory=dict)
@@ -106,6 +111,8 @@ class Names:
     padded: str = r"(?!)"
     stacks: tuple[str, ...] = ()
     stacked: Mapping[str, str] = field(default_factory=dict)
+    side_by_side: tuple[str, ...] = ()
+    alternate: tuple[str, ...] = ()
     multiplied: Mapping[str, tuple[str, str, str]] = field(default_factory=dict)
 
     def beside(self, source: Collection[str]) -> "Names":
@@ -146,6 +153,33 @@ def fused_of(tensor: str) -> Iterator[tuple[list[str], list[str]]]:
 
 
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_MISTRAL = Names(
+    roots={
+        **{"model.layers": "layers", "model.embed_tokens": "tok_embeddings", "model.norm": "norm"},
+        "lm_head": "output",
+    },
+    spelled={
+        "input_layernorm": ("attention_norm",),
+        "post_attention_layernorm": ("ffn_norm",),
+        "mlp": ("feed_forward",),
+    },
+    paired=("attention.wq", "attention.wk"),
+)
+_LATENT = {
+    **{"mla_attn.q_proj": "wq", "mla_attn.q_b_proj": "wq_b", "mla_attn.q_a_layernorm": "q_a_norm"},
+    **{"kv_a_proj_with_mqa": "wkv_a_with_mqa", "kv_a_layernorm": "kv_a_norm", "kv_b_proj": "wkv_b"},
+    **{"o_proj": "wo", "mla_attn.o_proj": "wo"},
+}
+_MISTRAL_LATENT = replace(
+    _MISTRAL,
+    spelled={
+        **_MISTRAL.spelled,
+        **{f"self_attn.{here}": (f"attention.{there}",) for here, there in _LATENT.items()},
+        **{"mlp.experts._shared_experts._layer": ("shared_experts",), "mlp.experts.gate": ("gate",)},
+        "mlp.gate": ("gate",),
+    },
+    paired=(),
+)
 _PLAIN, _BLOOM = Names(), Names(grouped="self_attention.query_key_value")
 _NORMED_WHOLE = Names(whole=QK_NORMS)
 _GEMMA4 = Names(even=r".*\.(embed_tokens_per_layer|per_layer_model_projection)")
@@ -213,6 +247,24 @@ VLLM: Mapping[str, Names] = {
         even=r".*\.embed_tokens",
         whole=QK_NORMS,
     ),
+    "dots3_note": _PLAIN,
+    "inkling_text": Names(
+        roots={"model.embed_tokens": "model.embed", "lm_head": "model.unembed"},
+        spelled={
+            "mlp.gate_up_proj": ("mlp.w13_dn",),
+            "mlp.down_proj": ("mlp.w2_md",),
+            **{
+                f"mlp.sink_experts.{each}": (f"mlp.shared_experts.shared_{each}",)
+                for each in ("w13_weight", "w2_weight")
+            },
+        },
+        even=r"(attn|mlp)_sconv",
+        padded=r"mlp\.gate",
+        side_by_side=("mlp.shared_experts.shared_w2_weight",),
+        alternate=("mlp.experts.w13_weight",),
+    ),
+    "mistral_native": _MISTRAL,
+    "mistral_native with latents": _MISTRAL_LATENT,
     "muse_glimmer_text": Names(spelled={"self_attn.output_gate_proj": ("self_attn.gate_proj",)}),
     "zamba2": Names(spelled={"A": ("0",), "B": ("1",)}, even=r".*_adapter_list\.\d+\.A"),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GEMMA4),
@@ -236,3 +288,12 @@ VLLM: Mapping[str, Names] = {
     "gpt_neox": Names(roots={"model": "gpt_neox", "lm_head": "embed_out"}),
     "gpt_bigcode": Names(whole=("mlp.c_fc", "mlp.c_proj"), roots={"model": "transformer"}),
 }
+_KINDS = {"mistral_native": ("qk_nope_head_dim", "mistral_native with latents")}
+"""Types of which some have other names: by a key of their config."""
+
+
+def known_as(config: Mapping[str, Any]) -> str:
+    """What `VLLM` calls a model, by its config."""
+    model_type = str(config.get("model_type"))
+    key, kind = _KINDS.get(model_type, ("", model_type))
+    return kind if config.get(key) else model_type
