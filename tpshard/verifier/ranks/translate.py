@@ -25,7 +25,10 @@ from tpshard.verifier.report.verdict import layer_of
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
 _KNOWN: Mapping[str, Collection[str]] = {"vllm": VLLM, "meta": ("llama",), "deepseek": ("deepseek_v2", "deepseek_v3")}
 
-_OTHERWISE = "`tpshard verify --tier bytes` compares them; `tpshard reshard --format native` makes what it runs"
+_OTHERWISE = (
+    "`tpshard verify --tier bytes` compares them; where a class runs the model, `tpshard reshard --format native` makes"
+    " what it runs"
+)
 
 
 def translated(opened: RankSet, source: FileWeights) -> RankSet:
