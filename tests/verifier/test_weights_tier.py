@@ -145,6 +145,24 @@ def test_what_nothing_runs_and_is_cut() -> None:
     assert refused.code == 1 and zeroed in refused.json["reason"]
 
 
+@pytest.mark.parametrize("tier", ["exact", "native"])
+def test_what_nothing_runs_is_said_without_this_tier_too(tier: str) -> None:
+    model = with_a_layer_more(Path("model"))
+    split(model)
+
+    def verdict(*options: object) -> Result:
+        return tpshard("verify", "out", "--source", model, "--tier", tier, "--tokens", 1, "--json", *options)
+
+    unsure = verdict()
+    assert unsure.code == 8 and "tensors that are cut are run by nothing here" in unsure.json["reason"]
+    cut, whole = unsure.json["not_run"]
+    assert ("is cut" in cut["why"], "nothing was compared" in whole["why"]) == (True, True)
+    accepted = verdict("--allow-not-run", cut["prefix"])
+    assert (accepted.code, accepted.json["verdict"]) == (0, "pass")
+    assert accepted.json["not_run"] == unsure.json["not_run"]
+    assert all(canary["status"] == "caught" for canary in accepted.json["canaries"])
+
+
 def test_a_device_that_does_not_repeat_itself(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     model, numbers = made("llama-gqa"), count()
     split(model)

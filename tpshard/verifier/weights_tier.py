@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpshard.errors import DifferentError
 from tpshard.storage.tensor_names import numbered
-from tpshard.verifier.backend import Backend, Canaries
+from tpshard.verifier.backend import Backend, Canaries, JudgeTier
 from tpshard.verifier.dequantise.faults import COMPANION_FAULTS, with_fault
 from tpshard.verifier.dequantise.sides import stored
 from tpshard.verifier.dequantise.view import DequantisedWeights
@@ -41,28 +41,48 @@ def compare_weights(backend: Backend, allowed: Sequence[str], say: Say) -> Tier:
         place = Place(error.tensor or "", layer_of(error.tensor or ""), None, math.inf)  # as of shapes that differ
         return Tier("weights", "fail", first=place, reason=str(error))
     elements = sum(torch.Size(parameter.source.shape).numel() for parameter in model)
-    idle = [parameter for parameter in model if not parameter.runs]
     tier = Tier(
         "weights",
         "pass",
         {"differences": 0},
         {"differences": sum(map(len, ranks)), "tensors": len(model), "elements": elements},
-        not_run=tuple(parameter.name for parameter in idle),
         by_running=tuple(each.name for each in model if each.runs and not each.known and each.dim is not None),
-        apart=apart(idle, [name for parameter in model if parameter.runs for name in _names(parameter)]),
     )
+    tier = _with_idle(tier, model, () if any(ranks) else allowed, compared=True)
+    return backend.team.once(lambda: _blamed(backend, tier, parameters, ranks)) if any(ranks) else tier
+
+
+def with_idle_said(
+    judges: Mapping[str, JudgeTier], backend: Backend, allowed: Sequence[str]
+) -> Mapping[str, JudgeTier]:
+    """The tiers, the first of which says what nothing computes with: this one, or another that comes without it."""
+    first = next(iter(judges), "weights")
+    if first == "weights":
+        return judges
+
+    def judged() -> tuple[Tier, Canaries | None]:
+        tier, inject = judges[first]()
+        if tier.status != "pass":
+            return tier, inject
+        return _with_idle(tier, list(backend.parameters()), allowed, compared=False), inject
+
+    return {**judges, first: judged}
+
+
+def _with_idle(tier: Tier, model: Sequence[Parameter], allowed: Sequence[str], *, compared: bool) -> Tier:
+    """The tier, with the tensors that nothing computes with; inconclusive where one is cut that is not allowed."""
+    idle = [parameter for parameter in model if not parameter.runs]
+    run = [name for parameter in model if parameter.runs for name in _names(parameter)]
+    tier = replace(tier, not_run=tuple(each.name for each in idle), apart=apart(idle, run, compared=compared))
     cut = [each.name for each in idle if not each.known and each.dim is not None]
     cut = [name for name in cut if not name.startswith(tuple(allowed))]
-    if any(ranks):
-        return backend.team.once(lambda: _blamed(backend, tier, parameters, ranks))
-    if cut:
-        begins = list(dict.fromkeys(each.prefix for each in tier.apart if each.cut))
-        named = ", ".join(begins[:3]) + (f" and {len(begins) - 3} more" if len(begins) > 3 else "")
-        accepts = " ".join(f"--allow-not-run {each.partition('*')[0]}" for each in dict.fromkeys(begins[:3]))
-        what = f"{len(cut)} tensors that are cut are run by nothing here ({named})"
-        reason = f"{what}: {cut[0]} is the first; {accepts} accepts that"
-        return replace(tier, status="inconclusive", reason=reason)
-    return tier
+    if not cut:
+        return tier
+    begins = list(dict.fromkeys(each.prefix for each in tier.apart if each.cut))
+    named = ", ".join(begins[:3]) + (f" and {len(begins) - 3} more" if len(begins) > 3 else "")
+    accepts = " ".join(f"--allow-not-run {each.partition('*')[0]}" for each in dict.fromkeys(begins[:3]))
+    what = f"{len(cut)} tensors that are cut are run by nothing here ({named})"
+    return replace(tier, status="inconclusive", reason=f"{what}: {cut[0]} is the first; {accepts} accepts that")
 
 
 def _names(parameter: Parameter) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ from tpshard.verifier.ranks.translate import source_of, translated
 from tpshard.verifier.ranks.weights import Weights
 from tpshard.verifier.report.verdict import Tier
 from tpshard.verifier.tiers import exact, native
-from tpshard.verifier.weights_tier import judge_weights
+from tpshard.verifier.weights_tier import judge_weights, with_idle_said
 
 TAUGHT_BYTES = 1 << 30
 """A source that is not kept in memory, and is larger than this, is not read once a token to choose the next one."""
@@ -173,6 +173,7 @@ def _begin(case: Case) -> Mapping[str, JudgeTier]:
     }
     if "weights" in case.options.computed:
         judges = {"weights": partial(judge_weights, case.setup, case.options.allow_not_run, opened.say), **judges}
+    judges = dict(with_idle_said(judges, case.setup, case.options.allow_not_run))
     if case.options.reference == "transformers":
         judges["transformers"] = lambda: (against_transformers(kept.setup, opened), None)
     return judges

@@ -29,7 +29,7 @@ from tpshard.verifier.prompt import decide, require_finite
 from tpshard.verifier.ranks.open import elements, main_dtype, require_floats
 from tpshard.verifier.report.verdict import Canary, Tier
 from tpshard.verifier.tiers import exact, native
-from tpshard.verifier.weights_tier import judge_weights
+from tpshard.verifier.weights_tier import judge_weights, with_idle_said
 
 _UNTRIED = "transformers' {} model was never tried here, and it cannot be told whether the shards are wrong or we are"
 _LESS = "--layers looks at fewer layers, --float32 --tier exact takes half"
@@ -316,4 +316,5 @@ def _begin(
         name: _sure(sides, judge) if isinstance(sides, MaskedBackend) else partial(judge, sides)
         for name, judge in run.items()
     }
-    return {name: judge for name, judge in judges.items() if name in options.computed}
+    asked = {name: judge for name, judge in judges.items() if name in options.computed}
+    return with_idle_said(asked, sides, options.allow_not_run)

@@ -48,9 +48,9 @@ class NotRun:
 class Tier:
     """What a tier found. `status` is pass, fail, inconclusive or skipped; `reason` a sentence when it is not pass.
 
-    not_run: tensors that were compared and that nothing computes with; `apart` groups them by prefix. by_running: cut
-    tensors of which the tier only knows that the ranks hold all of them: that each holds its own is for the next tier
-    to say.
+    not_run: tensors that nothing computes with, and that weights compares; `apart` groups them by prefix. by_running:
+    cut tensors of which the tier only knows that the ranks hold all of them: that each holds its own is for the next
+    tier to say.
     """
 
     name: str
