@@ -55,8 +55,8 @@ def test_what_the_checkpoint_numbers_and_the_engine_calls_by_words(tmp_path: Pat
     assert scaled == {f"model.layers.{each}.shared_transformer.self_attn.dpa_list.{turn}" for each, turn in attention}
 
 
-@pytest.mark.parametrize("given", [["BailingHybridForCausalLM"], None])
-def test_a_class_that_the_engine_does_not_have_is_refused(given: list[str] | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [["BailingHybridForCausalLM"], [["BailingMoeV3ForCausalLM"]], None, 7])
+def test_a_class_that_the_engine_does_not_have_is_refused(given: object, tmp_path: Path) -> None:
     source = make("bailing_hybrid", tmp_path / "source")
     config = json.loads((source / "config.json").read_text()) | {"architectures": given}
     (source / "config.json").write_text(json.dumps(config))

@@ -207,6 +207,14 @@ def _other_heads(config: dict[str, Any]) -> None:
     config["vision_config"]["num_heads"] = 5
 
 
+def _no_count(config: dict[str, Any]) -> None:
+    config["vision_config"]["num_heads"] = None
+
+
+def _no_tower(config: dict[str, Any]) -> None:
+    config["vision_config"] = "a picture"
+
+
 def _several_layers(config: dict[str, Any]) -> None:
     config["vision_feature_layer"] = [-2, -1]
 
@@ -218,6 +226,8 @@ def _several_layers(config: dict[str, Any]) -> None:
         ("glm4v", _without_bias, 4, "without attention_bias"),
         ("llava", _other_tower, 4, "tower"),
         ("qwen3_vl", _other_heads, 3, "contradicts the shape of model.visual"),
+        ("qwen3_vl", _no_count, 3, "does not say how many"),
+        ("llava", _no_tower, 4, "tower"),
     ],
 )
 def test_refused(

@@ -18,9 +18,9 @@ def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, An
 
     UnsupportedError for a class that the engine does not load.
     """
-    given, classes = config.get("architectures") or [], table.classes.get(model_type)
+    given, classes = classes_of(config), table.classes.get(model_type)
     for name in given:
-        if reason := table.refused_classes.get(str(name)):
+        if reason := table.refused_classes.get(name):
             hint = "name a class that computes the same in `architectures` of config.json, or use --format native"
             raise UnsupportedError(f"{engine} {table.version} does not load {name}: {reason}", hint=hint)
     for key, kind in table.kinds.get(model_type, {}).items():
@@ -34,13 +34,19 @@ def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, An
     what = (
         f"{engine} has several classes for model_type {model_type!r}, and the config's architectures name none of them"
     )
-    found = ", ".join(map(str, given)) or "no architectures"
+    found = ", ".join(given) or "no architectures"
     raise UnsupportedError(what, expected=", ".join(classes), found=found, hint="take the published config.json")
+
+
+def classes_of(config: Mapping[str, Any]) -> list[str]:
+    """The classes that a config names; none where it says something else there."""
+    given = config.get("architectures")
+    return [each for each in given if isinstance(each, str)] if isinstance(given, list) else []
 
 
 def head_of(table: Table, model: Model) -> tuple[str, Head] | None:
     """The class that a model's config names and what the table says of its head, where it is one of another task."""
-    for name in map(str, model.config.get("architectures") or ()):
+    for name in classes_of(model.config):
         ends = [end for end in table.heads if name.endswith(end)]
         head = table.heads[max(ends, key=len)] if ends else Head()
         if head != Head():

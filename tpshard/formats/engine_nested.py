@@ -155,19 +155,21 @@ def text_config_of(model: Model) -> Mapping[str, Any]:
 
     What is said of quantised modules for all of the model is said of the text too.
     """
-    config: Any = model.config
-    for key in (model.architecture["text"]["config"] or "").split("."):
-        config = config.get(key, {}) if key else config
     said = {key: model.config[key] for key in QUANTISED_KEYS if model.config.get(key)}
-    return {**config, **said} if isinstance(config, dict) else said
+    return {**_part(model.config, model.architecture["text"]["config"] or ""), **said}
 
 
 def config_around(model: Model) -> Mapping[str, Any]:
     """The config that nests those of the text model and of the towers: the whole one, or the one of a part of it."""
-    config: Any = model.config
-    for key in (model.architecture["text"]["config"] or "").split(".")[:-1]:
-        config = config.get(key, {})
-    return config if isinstance(config, dict) else {}
+    return _part(model.config, (model.architecture["text"]["config"] or "").rpartition(".")[0])
+
+
+def _part(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The config at a path in another; an empty one where there is none."""
+    found: Any = config
+    for key in path.split(".") if path else ():
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def with_flag(config: Mapping[str, Any], path: str | None, key: str, value: object) -> dict[str, Any]:
@@ -201,7 +203,7 @@ def _begun(begins: Mapping[str, str], name: str) -> bool:
 def _tower(nested: NestedFamily, model: Model) -> Tower:
     if len(nested.towers) == 1:
         return nested.towers[0]
-    kind = str((config_around(model).get("vision_config") or {}).get("model_type"))
+    kind = str(_part(config_around(model), "vision_config").get("model_type"))
     for tower in nested.towers:
         if kind in tower.vision:
             return tower
@@ -244,15 +246,16 @@ def _cut(
 
 def _units(axis: TowerAxis, config: Mapping[str, Any]) -> int:
     """How many units an axis has, by a number of the config or by a name in it."""
-    inner: Any = config
-    for key in axis.of.split("."):
-        inner = inner.get(key) or {}
-    found: Any = inner.get(axis.count, axis.default)
-    if axis.named and found not in axis.named:
-        what = f"how many {axis.name} a tower {found!r} has is not known"
+    found: Any = _part(config, axis.of).get(axis.count, axis.default)
+    where = f"{axis.of}.{axis.count}"
+    if axis.named and str(found) not in axis.named:
+        what = f"how many {axis.name} a tower {found!r:.40} has is not known"
         expected = ", ".join(axis.named)
-        raise UnsupportedError(what, expected=expected, found=f"{axis.of}.{axis.count}", hint="use --format native")
-    return int(axis.named[found] if axis.named else found)
+        raise UnsupportedError(what, expected=expected, found=where, hint="use --format native")
+    if not axis.named and type(found) is not int:
+        what, hint = f"config.json does not say how many {axis.name} there are", "take the published config.json"
+        raise CorruptError(what, expected=f"a count in {where}", found=f"{found!r:.40}", hint=hint)
+    return axis.named[found] if axis.named else int(found)
 
 
 def _unplaced(
@@ -270,12 +273,11 @@ def _unplaced(
 
 def _deepest(nested: NestedFamily, config: Mapping[str, Any]) -> int | None:
     """How many layers of the tower the engine makes; None for all."""
-    total = (config.get("vision_config") or {}).get("num_hidden_layers", nested.layers)
+    total = _part(config, "vision_config").get("num_hidden_layers", nested.layers)
     if not nested.depth or type(total) is not int:
         return None
     outer, _, key = nested.depth.rpartition(".")
-    around = config.get(outer) if outer else config
-    chosen = around.get(key, nested.default_depth) if isinstance(around, dict) else nested.default_depth
+    chosen = _part(config, outer).get(key, nested.default_depth)
     if type(chosen) is not int or (nested.layers and chosen >= 0):
         what = "how the engine holds a model that takes features of several layers was not compared"
         raise UnsupportedError(what, expected=f"one number in {nested.depth}", found=chosen, hint="use --format native")

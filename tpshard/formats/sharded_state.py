@@ -16,6 +16,7 @@ from tpshard.errors import CorruptError, UnsupportedError
 from tpshard.formats.base import Format
 from tpshard.formats.engine_config import (
     HINT,
+    classes_of,
     head_of,
     named_as,
     require_config,
@@ -351,9 +352,9 @@ class ShardedState(Format):
         if not family.head and "lm_head.weight" in stored:
             raise self._unsupported(f"{self.engine}'s class has no head of its own, and this one is not tied")
         if family.head and not any(each.startswith(f"{family.head}.") for each in stored):
-            if any(str(each).endswith("Model") for each in model.config.get("architectures") or ()):
+            if base := [each for each in classes_of(model.config) if each.endswith("Model")]:
                 what = "it has no head, and what the engine's classes hold of such models was not compared"
-                raise self._unsupported(f"{what}: {model.config['architectures'][0]}")
+                raise self._unsupported(f"{what}: {base[0]}")
             what = "the checkpoint has no head, and its config does not say that it is tied to the embedding"
             raise CorruptError(what, tensor=head, hint="use --format native, or complete the checkpoint")
         return names
