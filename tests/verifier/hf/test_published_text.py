@@ -214,6 +214,8 @@ UNLIKE: list[tuple[str, dict[str, Any], str]] = [
     ("phi4mm", {"attention_bias": True}, "biases"),
     ("chatglm", {"rmsnorm": False}, "LayerNorms"),
     ("minicpm", {"num_experts": 8}, "experts"),
+    ("minicpm", {"dim_model_base": None}, "values in its config that nothing is computed with"),
+    ("phi4mm", {"vision_lora": {"r": 8}}, "an adapter without a rank and a scale"),
 ]
 
 
@@ -226,6 +228,22 @@ def test_what_its_class_does_not_compute_is_said(
     other = config | changes
     with pytest.raises(UnsupportedError, match=f"this {other['model_type']} model, which has {what}"):
         engine_of("auto", other)
+
+
+def test_a_published_config_without_sizes_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="does not know the model type 'ernie4_5_moe_vl'"):
+        engine_of("auto", {"model_type": "ernie4_5_moe_vl", "vision_config": {}})
+
+
+def test_rows_that_the_config_contradicts_are_damage(tmp_path: Path) -> None:
+    out = split("bailing_moe_v2", tmp_path)
+    for directory in (tmp_path / "model", out):
+        file = directory / "config.json"
+        config = json.loads(file.read_text())
+        del config["num_key_value_heads"]
+        file.write_text(json.dumps(config))
+    found = command("verify", out, "--source", tmp_path / "model", "--tier", "weights")
+    assert (found.code, "contradicts the shape" in found.err) == (3, True), found.err
 
 
 ADAPTERS = {

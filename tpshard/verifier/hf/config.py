@@ -131,7 +131,8 @@ def model_config(config: Mapping[str, Any], *, whole: bool = False) -> Any:
     settings = {key: _plain(value) for key, value in config.items() if key not in _LEFT_OUT}
     try:
         made = AutoConfig.for_model(config["model_type"], **settings)
-    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        made.to_dict()  # what it reads and cannot say again is no config either
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         reason, hint = " ".join(str(error).split()), "a newer transformers may"
         raise UnsupportedError(f"this transformers does not read the config: {reason}", hint=hint) from None
     for each in (made, text_config(made)):
@@ -156,7 +157,8 @@ def has_towers(config: Mapping[str, Any]) -> bool:
         from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     except ImportError:
         return False
-    return with_towers(config).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or not parted(config)
+    model_type = str(with_towers(config).get("model_type"))
+    return model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or not parted(config)
 
 
 def parted(config: Mapping[str, Any]) -> bool:
@@ -168,7 +170,7 @@ def parted(config: Mapping[str, Any]) -> bool:
 def _is_causal(text: Mapping[str, Any]) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return text.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return str(text.get("model_type")) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _plain(value: Any) -> Any:

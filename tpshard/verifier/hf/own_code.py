@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tpshard.errors import DifferentError
+from tpshard.errors import CorruptError, DifferentError
 from tpshard.verifier.hf import mistral_params, own_configs
-from tpshard.verifier.hf.own_configs import Config, Made
+from tpshard.verifier.hf.own_configs import NO_VALUES, Config, Made
 from tpshard.verifier.model_types import BY_CONFIG
 
 PUBLISHED_AS = "published_as"
@@ -165,6 +165,8 @@ def _made(config: Config) -> Made | None:
         return None if known is None else known.config(config)
     except KeyError:
         return None
+    except NO_VALUES:
+        return "values in its config that nothing is computed with"
 
 
 def published_as(config: Any) -> str | None:
@@ -315,7 +317,12 @@ def _split(shared: str | None) -> Any:
                 model.get_parameter(full_layer_name.replace(target_patterns[0], target)).shape[0] // count
                 for target in target_patterns
             ]
-            each = [share.split(sizes) for share in rows.chunk(count)]
+            shares = rows.chunk(count)
+            if any(share.shape[0] != sum(sizes) for share in shares):
+                what, hint = f"config.json contradicts the shape of {full_layer_name}", "take the published config.json"
+                expected, found = f"{count} times the rows {sizes}", f"{rows.shape[0]} rows"
+                raise CorruptError(what, tensor=full_layer_name, expected=expected, found=found, hint=hint)
+            each = [share.split(sizes) for share in shares]
             return {target: torch.cat([share[i] for share in each]) for i, target in enumerate(target_patterns)}
 
     return Shares(dim=0)

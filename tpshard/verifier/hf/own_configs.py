@@ -14,6 +14,8 @@ LAYERS = "unlike_layers"
 0: it has none; MATRIX: one matrix stands for it.
 """
 MATRIX = "matrix"
+NO_VALUES = (ArithmeticError, AttributeError, IndexError, TypeError, ValueError)
+"""What a config leads to that has a text, a list, a null or a 0 where a size belongs."""
 
 
 def _renamed(config: Config, keys: Mapping[str, str]) -> dict[str, Any]:
@@ -297,10 +299,16 @@ def nemotron_nas(config: Config) -> Made:
     return {**config, **sizes, LAYERS: layers}
 
 
+def _is_adapter(said: Config) -> bool:
+    return bool(said["r"]) and said["lora_alpha"] / said["r"] > 0 if {"r", "lora_alpha"} <= said.keys() else False
+
+
 def phi4mm(config: Config) -> Made:
     """Phi-3, of text alone: no adapter is used then."""
+    said = (config[key] for key in ("speech_lora", "vision_lora") if isinstance(config.get(key), Mapping))
     unlike = _first(
         (config.get("attention_bias") or config.get("mlp_bias") or config.get("lm_head_bias"), "biases"),
         (config.get("full_attn_mod", 1) != 1, "several kinds of attention"),
+        (not all(map(_is_adapter, said)), "an adapter without a rank and a scale"),
     )
     return unlike or {**config, "tie_word_embeddings": config.get("tie_word_embeddings", True)}

@@ -5,6 +5,7 @@ from typing import Any
 
 from tpshard.verifier.hf import mistral_params
 from tpshard.verifier.hf.own_code import PUBLISHED_AS, as_known
+from tpshard.verifier.hf.own_configs import NO_VALUES
 
 Config = Mapping[str, Any]
 
@@ -70,6 +71,9 @@ _PUBLISHED: Mapping[str, Callable[[Config], Config]] = {
 
 
 def as_class(config: Config) -> Config:
-    """The config as transformers' class has it; the config itself, where that is how it is published."""
+    """The config as transformers' class has it; the config itself, where that is how it is published, or no size is."""
     change = _PUBLISHED.get(str(config.get("model_type")))
-    return config if change is None else change(config)
+    try:
+        return config if change is None else change(config)
+    except (KeyError, *NO_VALUES):
+        return config

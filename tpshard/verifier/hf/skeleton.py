@@ -320,6 +320,9 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     ends = (model.get_output_embeddings(), model.get_input_embeddings())  # type: ignore[operator]
     head, embedding = (f"{names[id(end)]}.weight" for end in ends)
     every = tuple(range(len(layers_of(model))))
+    if not every:
+        what, hint = "the config is of a model without layers", "take the published config.json"
+        raise UnsupportedError(what, hint=hint)
     prefix = str(getattr(model, "base_model_prefix", ""))
     buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     untried = not tried(config)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpshard.errors import DifferentError
+from tpshard.errors import CorruptError, DifferentError
 from tpshard.verifier.ranks.vllm import TEXT
 from tpshard.verifier.ranks.vllm_names import Names, Spelled
 from tpshard.verifier.ranks.weights import Weights
@@ -328,7 +328,7 @@ def shares_beside(
     found, tp = {}, len(ranks)
     part, key, default = beside.heads
     said = _at(_vision(config, part), key, default)
-    heads = int(beside.counted.get(str(said), said))
+    heads = beside.counted[str(said)] if str(said) in beside.counted else _count(said, f"{part}.{key}")
     for name in _held(config, beside, source):
         full, leaf = list(source.shape(name)), re.fullmatch(r"(.+)[._](weight|bias)", name)
         module, suffix = (leaf[1], leaf[2]) if leaf else (name, "")
@@ -371,10 +371,14 @@ def _held(config: Mapping[str, Any], beside: Beside, source: Weights) -> Iterato
 
 def _deepest(config: Mapping[str, Any], key: str, default: int, layers: int | None) -> int:
     """How many of a tower's layers vLLM has: up to the last that features are taken of."""
-    total = int(_vision(config).get("num_hidden_layers", 0)) if layers is None else layers
+    total = (
+        _count(_vision(config).get("num_hidden_layers", 0), "vision_config.num_hidden_layers")
+        if layers is None
+        else layers
+    )
     chosen = _at(config, key, default)
-    every = chosen if isinstance(chosen, list) else [chosen]
-    return max(total + int(layer) + 1 if int(layer) < 0 else int(layer) for layer in every)
+    every = [_count(each, key) for each in (chosen if isinstance(chosen, list) and chosen else [chosen])]
+    return max(total + layer + 1 if layer < 0 else layer for layer in every)
 
 
 def _at(config: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -383,3 +387,11 @@ def _at(config: Mapping[str, Any], key: str, default: Any) -> Any:
     for part in key.split("."):
         found = found.get(part, default) if isinstance(found, Mapping) else default
     return found
+
+
+def _count(value: object, where: str) -> int:
+    """A number that a config says somewhere. CorruptError where that is none."""
+    if type(value) is not int:
+        what, hint = "config.json has no number where the tower's sizes are", "take the published config.json"
+        raise CorruptError(what, expected=f"a number in {where}", found=f"{value!r:.40}", hint=hint)
+    return value
