@@ -57,12 +57,17 @@ _WIDE = {
     "vocab_size": 1000,
     "max_position_embeddings": 128,
 }
+_TOWER = VISION | {"num_attention_heads": 4}
 FOR_ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("7b", _WIDE),
     "mistral-tied": ("7b", _WIDE | {"tied_embeddings": True}),
     "mistral-scaled": ("7b", _WIDE | {"llama_4_scaling": {"original_max_position_embeddings": 16, "beta": 0.1}}),
     "mistral-large-3": ("large 3", _WIDE | {"n_kv_heads": 8}),
     "mistral-latent-dense": ("large 3", _WIDE | {"n_kv_heads": 8, "moe": None}),
+    "pixtral": ("pixtral", _WIDE | {"vision_encoder": _TOWER}),
+    "pixtral-tied": ("pixtral", _WIDE | {"vision_encoder": _TOWER, "tied_embeddings": True}),
+    "pixtral-merged": ("merged", _WIDE | {"vision_encoder": _TOWER | MERGED}),
+    "pixtral-large-3": ("large 3, merged", _WIDE | {"n_kv_heads": 8, "vision_encoder": _TOWER | MERGED}),
 }
 """Those that vLLM loads, in sizes that its classes take."""
 
@@ -115,6 +120,7 @@ KINDS: dict[str, Mapping[str, Any]] = {
     "mixtral": PARAMS | {"moe": {"num_experts": 4, "num_experts_per_tok": 2}},
     "large 3": PARAMS | LATENT,
     "merged": PARAMS | {"vision_encoder": VISION | MERGED},
+    "large 3, merged": PARAMS | LATENT | {"vision_encoder": VISION | MERGED},
 }
 
 

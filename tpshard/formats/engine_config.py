@@ -13,6 +13,12 @@ from tpshard.planning.model import DTYPE_NAMES, Model
 HINT = "use --format native, or another engine's format"
 
 
+def kinds_of(table: Table, model_type: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The entries that a model may have the names of, by what its config says; its own model_type is the last."""
+    kinds = table.kinds.get(model_type, {})
+    return (*(kind for key, kind in kinds.items() if config.get(key)), model_type)
+
+
 def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, Any]) -> str:
     """The model_type whose names the table has for a model: its own, or that of its class where it may have several.
 
@@ -23,11 +29,9 @@ def named_as(engine: str, table: Table, model_type: str, config: Mapping[str, An
         if reason := table.refused_classes.get(name):
             hint = "name a class that computes the same in `architectures` of config.json, or use --format native"
             raise UnsupportedError(f"{engine} {table.version} does not load {name}: {reason}", hint=hint)
-    for key, kind in table.kinds.get(model_type, {}).items():
-        if config.get(key):
-            return kind
-    if classes is None:
-        return model_type
+    kind = kinds_of(table, model_type, config)[0]
+    if classes is None or kind != model_type:
+        return kind
     for name in given:
         if name in classes:
             return classes[name]

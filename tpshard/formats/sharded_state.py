@@ -18,6 +18,7 @@ from tpshard.formats.engine_config import (
     HINT,
     classes_of,
     head_of,
+    kinds_of,
     named_as,
     require_config,
     told_apart,
@@ -231,11 +232,9 @@ class ShardedState(Format):
         table = table_of(self.path, self.engine, version)
         model_type = str(model.architecture.get("model_type"))
         named = named_as(self.engine, table, model_type, model.config)
-        if reason := table.refused_models.get(model_type) or table.refused_models.get(named):
-            what = f"{self.engine} {table.version} does not load {named} from sharded_state"
-            raise self._unsupported(f"{what}: {reason}", others=self.versions.get(named, ()))
-        if model.architecture.get("text") or model_type in self.nested:
-            found = self._nested(model, table, tp)
+        self._require_loaded(table, model_type, named)
+        if model.architecture.get("text") or named in self.nested:
+            found = self._nested(model, named, table, tp)
         elif named in table.families:
             # A family remembers the names of one model alone.
             found = with_head(self.engine, table, AsEngineHas(replace(table.families[named]), model))
@@ -246,13 +245,15 @@ class ShardedState(Format):
         require_config(self.engine, model_type, found)
         return found
 
-    def _nested(self, model: Model, table: Table, tp: int) -> AsEngineHas:
+    def _nested(self, model: Model, named: str, table: Table, tp: int) -> AsEngineHas:
         model_type, text = str(model.architecture["model_type"]), model.architecture.get("text")
-        if not text:  # its rules are for all of it
-            text = {"model_type": model_type, "config": None, "replicated": []}
+        if not text:  # its rules are for all of it, and what its config says beside the towers is of its text
+            inside = (*kinds_of(table, model_type, model.config), model_type)[1]
+            self._require_loaded(table, inside)
+            text = {"model_type": inside, "config": None, "replicated": []}
             model = replace(model, architecture={**model.architecture, "text": text})
         text_type = str(text["model_type"])
-        family = self.nested.get(model_type)
+        family = self.nested.get(named)
         like = family.texts.get(text_type) if family else None
         if family is None or like is None:
             what = f"the names that {self.engine} has in {model_type} with {text_type} in it, not a text model alone,"
@@ -265,6 +266,13 @@ class ShardedState(Format):
             if not found.model.config.get(key):
                 raise self._unsupported(f"{self.engine} does not load {model_type} without {key}: {reason}")
         return found
+
+    def _require_loaded(self, table: Table, *names: str) -> None:
+        """UnsupportedError for what the table says that the engine does not load at all."""
+        for name in names:
+            if reason := table.refused_models.get(name):
+                what = f"{self.engine} {table.version} does not load {name} from sharded_state: {reason}"
+                raise self._unsupported(what, others=self.versions.get(name, ()))
 
     def _require_quantised(self, compared: Collection[str], model: Model) -> None:
         """UnsupportedError for a model that nests a text model and is quantised as none was that was compared."""
