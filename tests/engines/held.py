@@ -313,7 +313,7 @@ def load(job: dict[str, object], rank: int, meeting: Path) -> None:
     os.environ["VLLM_DIST_IDENT"] = str(rank)  # no two agree on it, so none shares memory with others
     logging.getLogger(ShardedStateLoader.__module__).addHandler(complaints)
     with set_current_vllm_config(config):
-        init_distributed_environment(tp * pp, rank, meeting.absolute().as_uri(), rank, backend="gloo")
+        init_distributed_environment(tp * pp, rank, f"file://{meeting.absolute()}", rank, backend="gloo")
         initialize_model_parallel(tp, pp)
         with set_default_torch_dtype(config.model_config.dtype), torch.device("cpu"):
             model = initialize_model(vllm_config=config, model_config=described)

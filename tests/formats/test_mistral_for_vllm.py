@@ -126,6 +126,13 @@ def test_towers_are_of_the_version_that_was_compared(tmp_path: Path, monkeypatch
     assert "--engine-version 0.32" in error["hint"]
 
 
+def test_a_head_that_the_class_of_latents_does_not_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kind, params = mistral_form.FOR_ENGINES["mistral-large-3"]
+    source = mistral_form.published(tmp_path / "model", kind, **params, tied_embeddings=True)
+    assert "does not tie the head" in fails(4, "plan", source, "--tp", 2, "--format", "vllm")["message"]
+
+
 def test_a_text_beside_a_tower_must_say_what_its_class_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     kind, params = mistral_form.FOR_ENGINES["pixtral-large-3"]
