@@ -321,17 +321,15 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     head, embedding = (f"{names[id(end)]}.weight" for end in ends)
     every = tuple(range(len(layers_of(model))))
     if not every:
-        what, hint = "the config is of a model without layers", "take the published config.json"
-        raise UnsupportedError(what, hint=hint)
+        raise UnsupportedError("the config is of a model without layers", hint="take the published config.json")
     prefix = str(getattr(model, "base_model_prefix", ""))
     buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     untried = not tried(config)
     conversions = Conversions.of(model) if untried else None
-    looked_at = every if layers is None else layers
     ties = _ties(model) if untried else {}
     decoder = layers_of(model)[0][0].rpartition(".")[0] + "." if untried else ""
     more: dict[str, Any] = {"conversions": conversions, "ties": ties, "decoder": decoder, "depth": len(every)}
-    return Frame(config, shapes, prefix, head, embedding, looked_at, buffers, **more)
+    return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers, buffers, **more)
 
 
 def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
