@@ -525,6 +525,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 NOT_RUN: dict[str, tuple[str, dict[str, Any]]] = {
     "persimmon": ("persimmon", _MHA),
     "biogpt": ("biogpt", _MHA),
+    "bitnet": ("bitnet", _GQA | _UNTIED),
     "gpt_bigcode-mha": ("gpt_bigcode", _GPT2 | {"multi_query": False}),
     "olmoe-repeated": (
         "olmoe",
