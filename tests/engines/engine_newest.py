@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -487,31 +488,54 @@ DRAFTS = {
     ),
 }
 """Of which there are layers that predict further tokens."""
+_BLOCK = "transformer_block."
+_AROUND = {
+    **{"../hidden_norm.weight": "width", "../embed_norm.weight": "width", "../input_proj.weight": "width 2*width"},
+    "/model.mtp.chain_norm.weight": "width",
+}
+LEFT_OUT: dict[str, tuple[Draft, ...]] = {
+    "inkling_mm_model": (
+        # All of them are dense, and which of them attend to a window is said apart from the layers before.
+        Draft("model.llm.layers.1.", f"model.mtp.layers.0.{_BLOCK}", _AROUND, r"^mlp\."),
+        Draft("model.llm.layers.0.mlp.", f"model.mtp.layers.0.{_BLOCK}mlp.", {}),
+        Draft(
+            "model.llm.layers.0.",
+            f"model.mtp.layers.1.{_BLOCK}",
+            _AROUND,
+            changes={
+                "mtp_config": {"num_nextn_predict_layers": 2, "local_layer_ids": [1], "chain_hidden_post_norm": True}
+            },
+        ),
+    ),
+}
+"""The same of those of which no draft model is written."""
 
 
 def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) -> Path:
-    """The checkpoint with such a layer."""
+    """The checkpoint with such layers."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    draft = DRAFTS[name]
-    file = make(name, path, _changed(draft.changes, changes or {})) / "model.safetensors"
+    drafts = LEFT_OUT[name] if name in LEFT_OUT else (DRAFTS[name],)
+    changed = reduce(_changed, (draft.changes for draft in drafts))
+    file = make(name, path, _changed(changed, changes or {})) / "model.safetensors"
     tensors, config = load_file(file), json.loads((path / "config.json").read_text())
     text = config.get("text_config") or config
     width = text["hidden_size"]
     sizes = {"width": width, "2*width": 2 * width, "vocab": text["vocab_size"], "ffn": text.get("intermediate_size")}
     drafted = {}
-    for each, tensor in tensors.items():
-        own = each.removeprefix(draft.copied)
-        if own != each and not re.search(draft.without, own):
-            drafted[draft.copy + own] = tensor
-    for each, shape in draft.around.items():
-        above = {"../": draft.copy.rstrip(".").rpartition(".")[0] + ".", "/": ""}
-        start = next((place for begins, place in above.items() if each.startswith(begins)), draft.copy)
-        like = torch.float32 if "hc_" in each else torch.bfloat16
-        drafted[start + each.removeprefix("../").removeprefix("/")] = torch.empty(
-            [sizes.get(size) or int(size) for size in shape.split()], dtype=like
-        )
+    for draft in drafts:
+        for each, tensor in tensors.items():
+            own = each.removeprefix(draft.copied)
+            if own != each and not re.search(draft.without, own):
+                drafted[draft.copy + own] = tensor
+        for each, shape in draft.around.items():
+            above = {"../": draft.copy.rstrip(".").rpartition(".")[0] + ".", "/": ""}
+            start = next((place for begins, place in above.items() if each.startswith(begins)), draft.copy)
+            like = torch.float32 if "hc_" in each else torch.bfloat16
+            drafted[start + each.removeprefix("../").removeprefix("/")] = torch.empty(
+                [sizes.get(size) or int(size) for size in shape.split()], dtype=like
+            )
     for each, tensor in drafted.items():
         generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
         values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)

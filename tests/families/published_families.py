@@ -74,6 +74,11 @@ def _engine(name: str) -> Callable[[Path], Path]:
     return lambda out: engine_models.make(name, out)
 
 
+def _drafted(name: str) -> Callable[[Path], Path]:
+    """The same with layers that predict further tokens."""
+    return lambda out: engine_newest.with_draft(name, out)
+
+
 def _around(name: str) -> Callable[[Path], Path]:
     return lambda out: published_forms.write(name, _made_beside(out), out)
 
@@ -158,7 +163,7 @@ FAMILIES = (
     Family("Step 3.7", "step3p7", _served("step3p7"), verify="text", vllm=True),
     Family("LongCat Flash", "longcat_flash", _served("longcat_flash"), verify="text", vllm=True),
     Family("Laguna", "laguna", _saved("laguna"), vllm=True),
-    Family("Inkling", "inkling_mm_model", _engine("inkling_mm_model"), verify="text", vllm=True),
+    Family("Inkling", "inkling_mm_model", _drafted("inkling_mm_model"), verify="text", vllm=True),
     Family("Inkling, the text as transformers saves it", "inkling_text", _saved("inkling")),
     Family("Muse Glimmer", "muse_glimmer", _engine("muse_glimmer"), vllm=True),
     Family("dots3 Note", "dots3_note", _engine("dots3_note"), vllm=True),
@@ -205,6 +210,7 @@ FAMILIES = (
 DRAFTS = {
     "LongCat Flash": "model.mtp",
     "DeepSeek V4": "mtp",
+    "Inkling": "model.mtp",
     "MiMo V2": "model.mtp",
     "Step 3.5": "model.layers.2",
     "Step 3.7": "model.layers.2",

@@ -161,15 +161,16 @@ def test_inklings_draft_is_named_as_left_out_and_refused_as_a_model_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = make("inkling_mm_model", tmp_path / "source")
-    file, block = source / "model.safetensors", "model.llm.layers.0."
-    tensors = load_file(file)
-    copied = {n.removeprefix(block): x.clone() for n, x in tensors.items() if n.startswith(block)}
-    more = {f"model.mtp.layers.0.transformer_block.{n}": x for n, x in copied.items()}
-    more |= {"model.mtp.layers.0.input_proj.weight": torch.ones(256, 512, dtype=torch.bfloat16)}
-    save_file(tensors | more, file, metadata={"format": "pt"})
+    source = with_draft("inkling_mm_model", tmp_path / "source")
+    more = [name for name in load_file(source / "model.safetensors") if name.startswith("model.mtp.")]
     (note,) = succeeds("plan", source, "--tp", 2, "--format", "vllm", "--json").json["warnings"]
     assert note.startswith(f"{len(more)} tensors predict further tokens") and "does not load it" in note
+    succeeds("split", source, "--tp", 2, "--format", "vllm", "-o", "out", "--no-fsync")
+    plain = make("inkling_mm_model", tmp_path / "plain")
+    succeeds("split", plain, "--tp", 2, "--format", "vllm", "-o", "same", "--no-fsync")
+    held, without = load_file(Path("out", FILE)), load_file(Path("same", FILE))
+    assert held.keys() == without.keys() and all(torch.equal(held[name], without[name]) for name in held)
+    succeeds("check", "out", "--source", source)
     error = fails(4, "plan", source, "--tp", 2, "--format", "vllm-speculator")
     assert "as many of these layers as it is told" in error["message"]
 

@@ -346,6 +346,16 @@ def test_a_condition_is_named_by_names_alone(condition: str, spelled_out: str) -
     assert toy(text).rules[3].condition == f"({spelled_out})"
 
 
+def test_an_axis_asks_a_condition_by_its_name() -> None:
+    named = '[conditions]\nfirst = "layer < 1"\n\n[axes]'
+    text = RULES.replace("[axes]", named).replace('"n_ffn"', '"n_ffn + 2 if first else n_ffn"')
+    shapes = names() | {"model.layers.0.up.weight": (8, 8), "model.layers.0.up.bias": (8,)}
+    shapes["model.layers.0.down.weight"] = (8, 8)
+    found = run(shapes, rules=text)
+    assert {name: axis.count for name, axis in found.axes.items() if "ffn" in name} == {"ffn-8": 8, "ffn-6": 6}
+    assert found.cuts["model.layers.0.up.weight"].segments == ("ffn-8",)
+
+
 def test_experts_are_stored_one_by_one_or_stacked() -> None:
     assert run(mixed(stacked=True), rules=MIXED, **SPARSE).cuts["model.layers.1.experts.up"] == Cut(
         "column", 1, ("ffn",)

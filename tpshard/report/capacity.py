@@ -118,12 +118,13 @@ class Traits:
 def traits(model: Model) -> Traits:
     """Read a model's traits off its cuts and shapes. Of a quantised one the config names the dtype of activations.
 
-    Layers beyond the config's count predict further tokens (DeepSeek V3); decoding does not need them. A draft model
-    has no others.
+    Layers beyond the config's count (DeepSeek V3), or beside the model's (Inkling), predict further tokens; decoding
+    does not need them. A draft model has no others.
     """
     config = model.config if model.text_config is None else model.text_config
     count = config.get("num_hidden_layers")
     blocks: set[tuple[int, str]] = set()
+    others: set[tuple[int, str]] = set()
     routed: set[int] = set()
     hidden = latent = 0
     sizes: Counter[str] = Counter()
@@ -136,7 +137,8 @@ def traits(model: Model) -> Traits:
         if tensor.dtype in CASTABLE:
             sizes[tensor.dtype] += nbytes(tensor.dtype, tensor.shape) * len(layers)
         if tensor.cut.kind == "row" and (found := _LAYER.search(kind)):
-            blocks |= {(layer, found[1]) for layer in layers}
+            beside = model.layers is not None and not model.full_name(tensor.name).startswith(model.layers.within)
+            (others if beside else blocks).update((layer, found[1]) for layer in layers)
             hidden = max(hidden, _out(tensor))
             if _of_experts(model, tensor):
                 routed.update(layers)
@@ -149,7 +151,7 @@ def traits(model: Model) -> Traits:
         )
         activations = DTYPE_NAMES.get(named, activations)
     own = {each for each in blocks if not isinstance(count, int) or each[0] < count}
-    blocks = own or blocks
+    blocks = own or blocks or others
     window = config.get("sliding_window")
     by_layer = Counter(layer for layer, _ in blocks)
     axis = None if latent else _cached(model.axes)

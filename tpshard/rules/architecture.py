@@ -158,6 +158,7 @@ def parse_architecture(text: str, path: str) -> Architecture:
         named: dict[str, str] = {}
         for name, condition in data.get("conditions", {}).items():
             named[name] = f"({_spelled_out(condition, named)})"
+        data["axes"] = {name: _spelled_out_axis(axis, named) for name, axis in data["axes"].items()}
         rules = tuple(_rule(key, patterns, data["axes"], named) for key, patterns in data["rules"].items())
         biases, float32 = (_conditional(data.get(key, {}), named) for key in ("biases", "float32"))
         dims = {pattern: tuple(axes) for pattern, axes in data.get("dims", {}).items()}
@@ -291,6 +292,14 @@ _NAME_OR_STRING = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|\b(?P<name>
 def _spelled_out(condition: str, named: Mapping[str, str]) -> str:
     """A condition with the names of other conditions replaced by what they stand for."""
     return _NAME_OR_STRING.sub(lambda found: named.get(found["name"], found[0]), condition)
+
+
+def _spelled_out_axis(axis: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    """An axis whose count and unit are spelled out; its group is the name of an axis, and stays."""
+    return {
+        key: _spelled_out(each, named) if key != "group" and isinstance(each, str) else each
+        for key, each in axis.items()
+    }
 
 
 def asks_layer(condition: str | None) -> bool:

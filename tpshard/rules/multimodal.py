@@ -22,7 +22,7 @@ TEXT_KEYS = ("text_config", "llm_config", "language_config", "transformer_layer_
 """The keys under which configs nest the text model's: in transformers, InternVL, DeepSeek-VL2 and speculators."""
 THINKER = "thinker"
 """The part of Qwen's omni models that has the text model: `thinker_config` nests its config, beside a talker's."""
-_INHERITED = ("tie_word_embeddings", "draft_vocab_size")
+_INHERITED = ("tie_word_embeddings", "draft_vocab_size", "mtp_config")
 """Keys that a text config inherits from the outer one if it lacks them; others may mean something else there."""
 
 
