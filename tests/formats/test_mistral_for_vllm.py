@@ -118,14 +118,6 @@ def test_what_vllm_does_not_load_is_refused(
     assert why in fails(4, "plan", source, "--tp", 2, "--format", "vllm")["message"]
 
 
-def test_towers_are_of_the_version_that_was_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    source = mistral_form.published(tmp_path / "model", "pixtral")
-    error = fails(4, "plan", source, "--tp", 2, "--format", "vllm", "--engine-version", "0.33")
-    assert "a tower from sharded_state: its class was not compared" in error["message"]
-    assert "--engine-version 0.32" in error["hint"]
-
-
 def test_a_head_that_the_class_of_latents_does_not_tie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     kind, params = mistral_form.FOR_ENGINES["mistral-large-3"]
