@@ -361,11 +361,17 @@ def load(job: dict[str, object], rank: int, meeting: Path) -> None:
 
 
 def set_behind(held: dict[str, torch.Tensor], made: dict[str, torch.Tensor], names: set[str]) -> None:
-    """Give parameters that are larger than what was loaded what they have behind it. made: what they were made with."""
+    """Give parameters that are larger than what was loaded what they have behind it. made: what they were made with.
+
+    Behind it whole rows or columns are unset; one element of what was loaded may be the same number.
+    """
     for name in names:
         if _PADDED.fullmatch(name) or _WIDER.fullmatch(name):
             behind = made[name] if _PADDED.fullmatch(name) else torch.zeros_like(made[name])
-            held[name] = torch.where(held[name].double() == UNSET, behind, held[name])
+            unset = held[name].double() == UNSET
+            if unset.dim() > 1:
+                unset = unset.all(-1, keepdim=True) | unset.all(-2, keepdim=True)
+            held[name] = torch.where(unset, behind, held[name])
 
 
 def run(job: dict[str, object]) -> dict[str, object]:
