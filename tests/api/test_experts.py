@@ -128,7 +128,8 @@ def test_it_is_proved(name: str, mesh: tuple[object, ...], made: Made) -> None:
     assert result.code == 0, result.json["reason"]
     assert all(tier["status"] == "pass" for tier in result.json["tiers"])
     canaries = {each["name"]: each["status"] for each in result.json["canaries"]}
-    assert canaries["experts-of-another-rank"] == "caught"
+    if "--shares" not in mesh:  # of which no two ranks have experts of one size that could be exchanged
+        assert canaries["experts-of-another-rank"] == "caught"
 
 
 QUANTISED = ["fp8-block-qwen3-moe", "fp8-block-stacked-experts", "ct-int4-qwen3-moe", "autoround-gptq-qwen3-moe"]
