@@ -20,8 +20,7 @@ def with_scales(family: EngineFamily, names: Collection[str]) -> Iterator[str]:
             ends = exchanged({pattern: module}, name).split(".")[: module.count(".") + 1]
             found.setdefault(family.layer_of(name), {})[".".join(ends)] = None
     for layer in family.attending(names) if family.scales else ():
-        of_layer = (module for pattern in family.scales for module in _of_layer(pattern, layer, names))
-        found.setdefault(layer, dict.fromkeys(of_layer))
+        found.setdefault(layer, {pattern.replace("*", str(layer)): None for pattern in family.scales})
     for _, modules in sorted(found.items(), key=lambda each: each[0] or 0):
         yield from modules
 
@@ -32,14 +31,6 @@ def scales_of(family: EngineFamily, names: Collection[str], tp: int) -> Iterator
     for module in with_scales(family, names):
         for scale in family.scale_names:
             yield Row(f"{module}.{scale}", (), one)
-
-
-def _of_layer(pattern: str, layer: int, names: Collection[str]) -> Iterator[str]:
-    """The modules of a layer that a pattern is for: of a second star, as many as the layer has numbers there."""
-    begun, star, rest = pattern.replace("*", str(layer), 1).partition("*")
-    numbers = {name.removeprefix(begun).partition(".")[0] for name in names if name.startswith(begun)} if star else ()
-    numbered = sorted((each for each in numbers if each.isdigit()), key=int)
-    yield from (f"{begun}{number}{rest}" for number in numbered) if star else (begun,)
 
 
 def require_all(family: EngineFamily, config: Mapping[str, Any], names: Collection[str]) -> None:
