@@ -636,11 +636,7 @@ def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) 
         last = module.rpartition(".")[2]
         shape = shapes.get(last, (width,) if "norm" in module else (width, 2 * width))
         drafted[f"{module}.weight"] = torch.empty(shape, dtype=torch.bfloat16)
-    for each, tensor in drafted.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
-        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
-        drafted[each] = values.to(tensor.dtype)
-    save_file(tensors | drafted, path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | engine_shapes.own_numbers(drafted), path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     return path
 

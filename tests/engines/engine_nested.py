@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.engines import engine_models, engine_written
+from tests.engines import engine_models, engine_shapes, engine_written
 
 _TEXT = {
     **{"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
@@ -471,11 +471,7 @@ def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) 
     for each in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
         drafted[f"mtp.{each}.weight"] = torch.empty(width, dtype=torch.bfloat16)
     drafted["mtp.fc.weight"] = torch.empty((width, 2 * width), dtype=torch.bfloat16)
-    for each, tensor in drafted.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
-        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
-        drafted[each] = values.to(tensor.dtype)
-    save_file(tensors | drafted, file, metadata={"format": "pt"})
+    save_file(tensors | engine_shapes.own_numbers(drafted), file, metadata={"format": "pt"})
     return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests.engines import engine_shapes
 from tests.helpers.served_shapes import KimiK3, kimi_k3
 
 _TOKENS = {"vocab_size": 1000, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -536,11 +536,7 @@ def with_draft(name: str, path: Path, changes: Mapping[str, Any] | None = None) 
             drafted[start + each.removeprefix("../").removeprefix("/")] = torch.empty(
                 [sizes.get(size) or int(size) for size in shape.split()], dtype=like
             )
-    for each, tensor in drafted.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
-        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
-        drafted[each] = values.to(tensor.dtype)
-    save_file(tensors | drafted, file, metadata={"format": "pt"})
+    save_file(tensors | engine_shapes.own_numbers(drafted), file, metadata={"format": "pt"})
     return path
 
 
@@ -559,13 +555,7 @@ def make(name: str, path: Path, changes: Mapping[str, Any] | None = None, *, pub
         tensors = {re.sub(old, new, each): tensor for each, tensor in tensors.items()}
     for each, shape in form.shapes.items():
         tensors[each] = torch.empty(shape, dtype=torch.bfloat16)
-    for each, tensor in tensors.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
-        if not tensor.is_floating_point():
-            tensors[each] = torch.randint(0, 8, tensor.shape, generator=generator, dtype=tensor.dtype)
-            continue
-        values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
-        tensors[each] = values.to(tensor.dtype)
+    tensors = engine_shapes.own_numbers(tensors)
     tensors |= {each: torch.tensor(values) for each, values in form.numbers.items()}
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})

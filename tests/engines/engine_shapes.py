@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def own_numbers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same shapes and dtypes, with numbers drawn by name, so that none can stand for another."""
+    import torch
+
+    found = {}
+    for name, tensor in tensors.items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        if tensor.is_floating_point():
+            values = (tensor.dim() == 1) + 0.08 * torch.randn(tensor.shape, generator=generator)
+            found[name] = values.to(tensor.dtype)
+        else:
+            found[name] = torch.randint(0, 8, tensor.shape, generator=generator, dtype=tensor.dtype)
+    return found
 
 
 def olmo_hybrid(config: Mapping[str, Any]) -> Shapes:
