@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import tpshard
+from tests.engines import engine_models
 from tests.helpers import served_checkpoints, served_forms
 from tests.helpers.checkpoints import make
 from tests.helpers.command import succeeds
+from tests.helpers.command import tpshard as command
 from tests.helpers.further_checkpoints import FURTHER
 from tests.helpers.grids import some
 from tpshard.execute.publish import Settings
@@ -43,10 +47,25 @@ def test_a_router_whose_one_choice_is_scaled_to_1(published: bool, quick: Settin
     require_proved(served_forms.make("glm5_next", tmp_path / "model", published=published), quick, tmp_path)
 
 
-def require_proved(model: Path, quick: Settings, tmp_path: Path) -> None:
-    tpshard.split(model, 2, tmp_path / "out", settings=quick)
-    command = ("verify", tmp_path / "out", "--source", model, "--tier", "weights", "--tier", "exact", "--json")
-    found = succeeds(*command).json
+@pytest.mark.parametrize("format", ["native", "vllm"])
+def test_experts_that_compute_nothing_have_no_matrices(format: str, quick: Settings, tmp_path: Path) -> None:
+    """As published: transformers' class makes some for them, and reads none. Another rank's expert is found."""
+    model, out = engine_models.make("longcat_flash", tmp_path / "model", {"head_dim": 16}), tmp_path / "out"
+    require_proved(model, quick, tmp_path, format=format)
+    (file,) = out.glob("rank-00001-*.safetensors" if format == "native" else "model-rank-1-*.safetensors")
+    tensors = load_file(file)
+    name = next(each for each in sorted(tensors) if each.endswith(("experts.3.down_proj.weight", "w2_weight")))
+    tensors[name] = tensors[name].flip(-1).contiguous()
+    with safe_open(file, "pt") as opened:
+        save_file(tensors, file, metadata=opened.metadata())
+    found = command("verify", out, "--source", model, "--tier", "exact", "--json")
+    assert found.code == 1 and "mlp.experts" in found.json["reason"], found.json["reason"]
+
+
+def require_proved(model: Path, quick: Settings, tmp_path: Path, *, format: str = "native") -> None:
+    tpshard.split(model, 2, tmp_path / "out", format=format, settings=quick)
+    asked = ("verify", tmp_path / "out", "--source", model, "--tier", "weights", "--tier", "exact", "--json")
+    found = succeeds(*asked).json
     assert found["verdict"] == "pass", found["reason"]
     assert [tier["name"] for tier in found["tiers"]] == ["weights", "exact"]
     assert found["settings"]["engine"] == "transformers"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpshard.storage.tensor_names import numbered
 from tpshard.verifier.ranks.weights import Weights
@@ -161,3 +161,12 @@ def _key(name: str, keys: Collection[str], prefix: str) -> str | None:
                 if candidate in keys:
                     return candidate
     return None
+
+
+def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The parameters that a class has under several names, each with its others."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    several = [each for each in names.values() if len(each) > 1]
+    return {name: tuple(other for other in each if other != name) for each in several for name in each}

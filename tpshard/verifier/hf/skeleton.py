@@ -21,7 +21,7 @@ from tpshard.verifier.hf.conversions import Conversions
 from tpshard.verifier.hf.converted import converted
 from tpshard.verifier.hf.heads import with_shared_heads
 from tpshard.verifier.hf.overrides import precision
-from tpshard.verifier.hf.parameters import StoredParts, recipes
+from tpshard.verifier.hf.parameters import StoredParts, recipes, ties_of
 from tpshard.verifier.hf.pictures import Pictures
 from tpshard.verifier.hf.streamed import arriving, as_parameter
 from tpshard.verifier.ranks.weights import Weights, move
@@ -220,12 +220,16 @@ class Frame:
 
     def of_source(self, source: Weights) -> "Frame":
         """The frame of a model as this source stores it."""
-        found, turned = self.recipes(source), set()
+        found, turned, shapes = self.recipes(source), set(), dict(self.shapes)
+        # Experts that compute nothing have matrices in the class, and none in published files.
+        empty = getattr(text_config(self.config), "zero_expert_num", None) or 0
         for key, recipe in found.items():
             experts, *dims = self.shapes[key] if len(self.shapes[key]) == 3 else (0,)
             if dims and dims[0] != dims[1] and recipe.shape(source) == (experts, dims[1], dims[0]):
                 turned.add(key)
-        return replace(self, headless=self.head not in found, turned=frozenset(turned))
+            elif dims and empty and recipe.shape(source) == (experts - empty, *dims):
+                shapes[key] = (experts - empty, *dims)
+        return replace(self, shapes=shapes, headless=self.head not in found, turned=frozenset(turned))
 
     def converted(self, source: Weights, ranks: Sequence[Weights]) -> tuple["Frame", Weights, Sequence[Weights]]:
         """Source and ranks with parameters in the place of what transformers makes them of, and the frame of these."""
@@ -326,19 +330,10 @@ def frame_of(config: Any, layers: tuple[int, ...] | None = None) -> Frame:
     buffers = frozenset(shapes.keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     untried = not tried(config)
     conversions = Conversions.of(model) if untried else None
-    ties = _ties(model) if untried else {}
+    ties = ties_of(model) if untried else {}
     decoder = layers_of(model)[0][0].rpartition(".")[0] + "." if untried else ""
     more: dict[str, Any] = {"conversions": conversions, "ties": ties, "decoder": decoder, "depth": len(every)}
     return Frame(config, shapes, prefix, head, embedding, every if layers is None else layers, buffers, **more)
-
-
-def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The parameters that a class has under several names, each with its others."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    several = [each for each in names.values() if len(each) > 1]
-    return {name: tuple(other for other in each if other != name) for each in several for name in each}
 
 
 def fill(
